@@ -1,0 +1,212 @@
+"""Model files: safetensors with a JSON header, and Lightning checkpoints read without running code.
+
+A ``.escaip`` file is a safetensors file whose metadata entry ``escaip`` is the JSON description of
+the potential (schema version, config, metadata, units); its tensors are the weights. Neither
+format can carry code; ``torch.load`` is called with ``weights_only=True`` and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from escaip.config import EScAIPConfig
+from escaip.errors import CheckpointError, ConfigError, EscaipError
+from escaip.potential import Potential, PotentialMetadata
+
+SCHEMA_VERSION = 2
+UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
+
+
+def describe_potential(potential: Potential) -> dict[str, Any]:
+    """Returns everything but the weights as plain JSON values."""
+    return {
+        "schema": SCHEMA_VERSION,
+        "architecture": "EScAIP",
+        "config": potential.config.to_dict(),
+        "metadata": potential.metadata.to_dict(),
+        "units": dict(UNITS),
+        "cutoff": potential.cutoff,
+    }
+
+
+def save_potential(potential: Potential, path: str | os.PathLike[str]) -> None:
+    """Writes a ``.escaip`` file aside and renames it, so that an old file survives a failure.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_bytes(save(tensors, metadata={"escaip": json.dumps(describe_potential(potential))}))
+        os.replace(aside, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}: choose another --out") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_potential(
+    path: str | os.PathLike[str], device: str | torch.device = "auto", dtype: torch.dtype | str | None = None
+) -> Potential:
+    """Reads a potential from a ``.escaip`` file or a Lightning ``.ckpt``, weights only.
+
+    Args:
+        path: the file.
+        device: a torch device; ``"auto"`` takes CUDA where there is one, else the CPU.
+        dtype: ``float32`` or ``float64``; by default as stored.
+
+    Returns:
+        The potential, in evaluation mode.
+
+    Raises:
+        CheckpointError: missing, damaged, unsafe, or of another schema; the message says which.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"model file {path} does not exist: pass a .ckpt or .escaip file")
+    description, weights = _read_lightning(path) if _is_zip(path) else _read_safetensors(path)
+    potential = _build(migrate(description, path), weights, path)
+    if dtype is not None:
+        potential = potential.to(_dtype(dtype))
+    return potential.to(_device(device)).eval()
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the migrated description in a model file, without building the model."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"model file {path} does not exist: pass a .ckpt or .escaip file")
+    description, _ = _read_lightning(path) if _is_zip(path) else _read_safetensors(path)
+    return migrate(description, path)
+
+
+def migrate(description: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Brings a description to the present schema, one version at a time.
+
+    Raises:
+        CheckpointError: written by a newer version, or without a schema.
+    """
+    version = description.get("schema")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path} names no valid schema version: it is not a model of this package")
+    if version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has schema {version}, this version reads up to {SCHEMA_VERSION}: install a newer escaip"
+        )
+    while version < SCHEMA_VERSION:
+        description = _MIGRATIONS[version](description)
+        version += 1
+    return description
+
+
+def _from_version_1(description: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 kept elements and level of theory at the top, and its units had no stress."""
+    upgraded = {key: value for key, value in description.items() if key not in ("elements", "level_of_theory")}
+    upgraded["schema"] = 2
+    upgraded["metadata"] = {
+        "elements": description.get("elements", []),
+        "level_of_theory": description.get("level_of_theory", "unknown"),
+        "datasets": [],
+        "provenance": {},
+    }
+    upgraded["units"] = dict(UNITS)
+    return upgraded
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether the file is an archive of ``torch.save``; truncated ones still begin like one."""
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            header = stream.metadata() or {}
+            weights = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no model file, or is damaged ({error}): copy or train it again") from error
+    if "escaip" not in header:
+        raise CheckpointError(f"{path} is a safetensors file of another program: pass a .ckpt or .escaip file")
+    try:
+        description = json.loads(header["escaip"])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} has a damaged header ({error}): copy or train it again") from error
+    return description, weights
+
+
+def _read_lightning(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds objects that could run code, and was not read: export it with the program that wrote it"
+        ) from error
+    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged ({first_line}): copy or train it again") from error
+    if not isinstance(checkpoint, dict) or "escaip" not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is a checkpoint of another program: pass a .ckpt or .escaip file")
+    prefix = "potential."
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    return checkpoint["escaip"], weights
+
+
+def _build(description: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Potential:
+    try:
+        potential = Potential(
+            EScAIPConfig.from_dict(description["config"]), metadata=PotentialMetadata.from_dict(description["metadata"])
+        )
+        floating = [tensor.dtype for name, tensor in weights.items() if name.startswith("model.")]
+        if floating:
+            potential = potential.to(floating[0])
+        potential.load_state_dict(weights)
+    except EscaipError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} does not describe a whole potential ({first_line})") from error
+    return potential
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} does not exist: choose auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for, but this machine has no usable CUDA: choose auto or cpu")
+    return chosen
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    choices = {"float32": torch.float32, "float64": torch.float64}
+    if dtype not in choices:
+        raise ConfigError(f"dtype {dtype!r} is not supported: choose {' or '.join(choices)}")
+    return choices[dtype]

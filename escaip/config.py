@@ -1,0 +1,228 @@
+"""What defines an EScAIP model: one flat, frozen, checked set of plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from escaip.errors import ConfigError
+from escaip.types import GraphSettings
+
+MAX_ATOMIC_NUMBER = 118
+
+
+@dataclass(frozen=True)
+class EScAIPConfig:
+    """Every number that defines an EScAIP (arXiv 2410.24169); see docs/model.md.
+
+    Attributes:
+        hidden_size: ``H``, features per token and atom.
+        num_layers: ``L``, blocks.
+        num_heads: ``h``; divides ``hidden_size``.
+        angular_channels: channels of each head per angular degree ``l = 0 .. 4``, summing to
+            ``hidden_size / num_heads``; None for attention without bond angles.
+        attention_scale: ``"head"`` for ``1/√d``, ``"expanded"`` for one over the root of the
+            expanded width ``Σ_l (2l+1) c_l`` rounded up to a multiple of 8, as published.
+        attention_backend: ``"auto"`` or a name from ``escaip.ops.available_backends()``.
+        cutoff, num_neighbors, soft, rank_scale, envelope_scale, rank_step: the graph, see
+            :class:`~escaip.types.GraphSettings`; lengths in Å.
+        forces: ``"conservative"`` (−∂E/∂r) or ``"direct"`` (a head of its own, not equivariant).
+        num_radial: Gaussians on ``[0, cutoff]``.
+        radial_width: width of a Gaussian in spacings.
+        distance_size: width of the distance embedding.
+        element_size: width of each element embedding.
+        boo_degrees: bond-orientational order for ``l = 0 .. boo_degrees − 1``.
+        boo_size: width of its embedding.
+        boo_weighting: ``"envelope"`` (smooth) or ``"uniform"`` (as published: the energy jumps when
+            a neighbor enters or leaves).
+        force_weighting: ``"envelope"`` or ``"uniform"`` sum over edges in the direct-force head.
+        ffn_multiplier, readout_multiplier, output_multiplier: hidden width of the feed-forward
+            networks in blocks, readouts and heads, in units of ``hidden_size``.
+        message_gate: gated message instead of the linear one.
+        aggregation: ``"self"`` reads a node from its self token, ``"graph_attention"`` from an
+            attention-weighted mean of its tokens.
+        activation, norm: by name, see ``escaip.nn.layers``.
+        energy_norm: norm before the energy head.
+        charge, spin: condition on total charge and on spin multiplicity.
+        dropout, attention_dropout, node_dropout, edge_dropout, scalar_dropout, vector_dropout,
+        stochastic_depth: probabilities, in training only.
+
+    Raises:
+        ConfigError: a value is out of range or does not fit another.
+    """
+
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    angular_channels: tuple[int, ...] | None = (10, 5, 2, 5, 10)
+    attention_scale: str = "head"
+    attention_backend: str = "auto"
+    cutoff: float = 6.0
+    num_neighbors: int | None = 30
+    soft: bool = True
+    rank_scale: float = 0.2
+    envelope_scale: float = 0.1
+    rank_step: str = "sine"
+    forces: str = "conservative"
+    num_radial: int = 600
+    radial_width: float = 2.0
+    distance_size: int = 512
+    element_size: int = 128
+    boo_degrees: int = 10
+    boo_size: int = 64
+    boo_weighting: str = "envelope"
+    force_weighting: str = "envelope"
+    ffn_multiplier: int = 2
+    readout_multiplier: int = 2
+    output_multiplier: int = 2
+    message_gate: bool = False
+    aggregation: str = "self"
+    activation: str = "gelu"
+    norm: str = "rmsnorm"
+    energy_norm: bool = True
+    charge: bool = False
+    spin: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    node_dropout: float = 0.0
+    edge_dropout: float = 0.0
+    scalar_dropout: float = 0.0
+    vector_dropout: float = 0.0
+    stochastic_depth: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.angular_channels is not None:
+            object.__setattr__(self, "angular_channels", tuple(self.angular_channels))
+        self._check_sizes()
+        self._check_choices()
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> EScAIPConfig:
+        """Returns a named size (``1m``, ``5m``, ``20m``, ``45m``, ``85m``) with fields replaced.
+
+        Raises:
+            ConfigError: no such preset, or an unknown field.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset {name!r} does not exist: choose {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EScAIPConfig:
+        """Builds a config from plain values; a key ``preset`` names the size to start from.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest known one) or an invalid value.
+        """
+        values = dict(values)
+        if "preset" in values:
+            return cls.preset(values.pop("preset"), **values)
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f": did you mean {near[0]!r}?" if near else f": known are {', '.join(sorted(known))}"
+                raise ConfigError(f"model setting {key!r} does not exist{hint}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        values = dataclasses.asdict(self)
+        if self.angular_channels is not None:
+            values["angular_channels"] = list(self.angular_channels)
+        return values
+
+    @property
+    def graph(self) -> GraphSettings:
+        """What decides which neighbors an atom attends to."""
+        names = [field.name for field in dataclasses.fields(GraphSettings)]
+        return GraphSettings(**{name: getattr(self, name) for name in names})
+
+    @property
+    def is_conservative(self) -> bool:
+        """Forces are the negative gradient of the energy."""
+        return self.forces == "conservative"
+
+    @property
+    def scale(self) -> float:
+        """Factor on the attention products."""
+        if self.attention_scale == "head" or self.angular_channels is None:
+            return (self.hidden_size // self.num_heads) ** -0.5
+        expanded = sum((2 * degree + 1) * count for degree, count in enumerate(self.angular_channels))
+        return (8 * -(-expanded // 8)) ** -0.5
+
+    def _check_sizes(self) -> None:
+        sizes = ("hidden_size", "num_layers", "num_heads", "distance_size", "element_size", "boo_degrees", "boo_size")
+        for name in (*sizes, "ffn_multiplier", "readout_multiplier", "output_multiplier"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("cutoff", "rank_scale", "envelope_scale", "radial_width"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be above 0")
+        if self.num_radial < 2:
+            raise ConfigError(f"model setting num_radial is {self.num_radial}: it must be at least 2")
+        if self.boo_degrees > 10:
+            raise ConfigError(f"model setting boo_degrees is {self.boo_degrees}: it must be at most 10")
+        if self.num_neighbors is not None and self.num_neighbors < 1:
+            raise ConfigError("model setting num_neighbors must be at least 1, or null for a plain radius graph")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: change one of them"
+            )
+        head = self.hidden_size // self.num_heads
+        if self.angular_channels is not None and sum(self.angular_channels) != head:
+            raise ConfigError(
+                f"angular_channels {list(self.angular_channels)} sum to {sum(self.angular_channels)}: they must sum to "
+                f"hidden_size / num_heads = {head}"
+            )
+        for name in ("dropout", "attention_dropout", "node_dropout", "edge_dropout", "scalar_dropout",
+                     "vector_dropout", "stochastic_depth"):  # fmt: skip
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be in [0, 1)")
+
+    def _check_choices(self) -> None:
+        from escaip.nn.layers import NORMS, SMOOTH_ACTIVATIONS, make_activation
+        from escaip.ops.dispatch import check_backend
+
+        choices = {
+            "forces": ("conservative", "direct"),
+            "attention_scale": ("head", "expanded"),
+            "boo_weighting": ("envelope", "uniform"),
+            "force_weighting": ("envelope", "uniform"),
+            "aggregation": ("self", "graph_attention"),
+            "rank_step": ("sine", "bump"),
+            "norm": NORMS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"model setting {name} is {getattr(self, name)!r}: choose {' or '.join(allowed)}")
+        make_activation(self.activation)
+        check_backend(self.attention_backend)
+        if self.is_conservative and self.activation not in SMOOTH_ACTIVATIONS:
+            raise ConfigError(
+                f"activation {self.activation!r} has a kink, so conservative forces would jump: choose "
+                f"{', '.join(SMOOTH_ACTIVATIONS)}, or forces: direct"
+            )
+
+
+# Sizes by number of parameters of the conservative model. Head dimension 24, 32 and 64; the angular
+# groups of the larger ones are the published (20, 10, 4, 10, 20).
+_PUBLISHED_CHANNELS = (20, 10, 4, 10, 20)
+PRESETS: dict[str, dict[str, Any]] = {
+    "1m": {
+        "hidden_size": 96, "num_layers": 3, "num_heads": 4, "angular_channels": (8, 4, 2, 4, 6),
+        "num_radial": 256, "distance_size": 128, "element_size": 32, "boo_size": 32,
+    },
+    "5m": {
+        "hidden_size": 192, "num_layers": 4, "num_heads": 6, "angular_channels": (10, 5, 2, 5, 10),
+        "num_radial": 300, "distance_size": 256, "element_size": 64, "boo_size": 32,
+    },
+    "20m": {
+        "hidden_size": 384, "num_layers": 5, "num_heads": 6, "angular_channels": _PUBLISHED_CHANNELS,
+        "num_radial": 600, "distance_size": 384,
+    },
+    "45m": {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "angular_channels": _PUBLISHED_CHANNELS},
+    "85m": {"hidden_size": 640, "num_layers": 8, "num_heads": 10, "angular_channels": _PUBLISHED_CHANNELS},
+}  # fmt: skip

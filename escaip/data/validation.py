@@ -1,0 +1,124 @@
+"""What a structure must satisfy to enter: each check names the structure and the remedy."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from escaip.errors import DataError
+
+MIN_DISTANCE = 0.1
+"""Å; atoms closer than this are a wrong length unit or a duplicated atom."""
+
+MAX_ATOMIC_NUMBER = 118
+
+FloatArray = NDArray[np.float64]
+
+
+def check_structure(
+    numbers: NDArray[np.int64], positions: FloatArray, cell: FloatArray, pbc: NDArray[np.bool_], name: str
+) -> None:
+    """Refuses what no potential can mean.
+
+    Args:
+        numbers: ``(n,)`` atomic numbers.
+        positions: ``(n, 3)`` Å.
+        cell: ``(3, 3)`` Å, rows are lattice vectors.
+        pbc: ``(3,)``.
+        name: what the message calls the structure.
+
+    Raises:
+        DataError: no atoms, wrong shapes, an atomic number outside 1..118, NaN or Inf coordinates, periodic lattice
+            vectors without volume, two atoms (or an atom and its image) closer than 0.1 Å.
+    """
+    n = len(numbers)
+    if n == 0:
+        raise DataError(f"{name}: has no atoms; remove it from the file or set on_error: skip")
+    if positions.shape != (n, 3):
+        raise DataError(f"{name}: positions have shape {positions.shape}, expected ({n}, 3) for {n} atomic numbers")
+    if cell.shape != (3, 3) or pbc.shape != (3,):
+        raise DataError(f"{name}: cell {cell.shape} and pbc {pbc.shape} must have shapes (3, 3) and (3,)")
+    bad = (numbers < 1) | (numbers > MAX_ATOMIC_NUMBER)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise DataError(f"{name}: atom {at} has atomic number {int(numbers[at])}, which is outside 1..118")
+    if not np.isfinite(positions).all():
+        at = int(np.argmax(~np.isfinite(positions).all(axis=1)))
+        raise DataError(f"{name}: coordinates of atom {at} are NaN or infinite; repair the file or set on_error: skip")
+    if not np.isfinite(cell).all():
+        raise DataError(f"{name}: the cell holds NaN or infinite numbers; repair the file or set on_error: skip")
+    heights = periodic_heights(cell, pbc, name)
+    _check_distances(positions, cell, pbc, heights, name)
+
+
+def periodic_heights(cell: FloatArray, pbc: NDArray[np.bool_], name: str) -> FloatArray:
+    """``(3,)`` distance in Å between lattice planes along each axis, infinite where not periodic.
+
+    Raises:
+        DataError: periodic lattice vectors that are zero, parallel or coplanar.
+    """
+    heights = np.full(3, np.inf)
+    axes = np.flatnonzero(pbc)
+    if len(axes) == 0:
+        return heights
+    gram = cell[axes] @ cell[axes].T
+    lengths = np.sqrt(np.diag(gram))
+    relative = np.linalg.det(gram / np.maximum(np.outer(lengths, lengths), 1e-300)) if lengths.all() else 0.0
+    if relative < 1e-12:
+        shown = "".join("T" if flag else "F" for flag in pbc)
+        raise DataError(
+            f"{name}: pbc is {shown} but its lattice vectors span no volume; give a cell or turn pbc off for those axes"
+        )
+    heights[axes] = 1.0 / np.sqrt(np.diag(np.linalg.inv(gram)))
+    if heights.min() < MIN_DISTANCE:
+        raise DataError(
+            f"{name}: lattice planes are {heights.min():.3g} Å apart; check the length unit (units: {{length: nm}})"
+        )
+    return heights
+
+
+def _check_distances(
+    positions: FloatArray, cell: FloatArray, pbc: NDArray[np.bool_], heights: FloatArray, name: str
+) -> None:
+    """Two atoms closer than MIN_DISTANCE, images included (a search in plane heights, then exact distances)."""
+    if len(positions) < 2:
+        return
+    from scipy.spatial import cKDTree
+
+    if not pbc.any():
+        pairs = cKDTree(positions).query_pairs(MIN_DISTANCE, output_type="ndarray")
+        vectors = positions[pairs[:, 0]] - positions[pairs[:, 1]]
+    else:
+        full = complete_cell(cell, pbc)
+        inverse = np.linalg.inv(full)
+        fractional = positions @ inverse
+        heights = np.where(pbc, heights, 1.0 / np.linalg.norm(inverse, axis=0))
+        fractional = np.where(pbc, fractional - np.floor(fractional), fractional)
+        fractional = np.where(pbc & (fractional >= 1.0), 0.0, fractional)
+        fractional = np.where(pbc, fractional, fractional - fractional.min(axis=0))
+        extent = fractional.max(axis=0) + 1.0
+        box = np.where(pbc, 1.0, 2.0 * extent + 2.0 * MIN_DISTANCE / heights)
+        scaled = np.minimum(fractional * heights, np.nextafter(box * heights, 0.0))
+        pairs = cKDTree(scaled, boxsize=box * heights).query_pairs(MIN_DISTANCE, p=np.inf, output_type="ndarray")
+        delta = fractional[pairs[:, 0]] - fractional[pairs[:, 1]]
+        vectors = (delta - np.where(pbc, np.round(delta), 0.0)) @ full
+    if len(pairs) == 0:
+        return
+    distances = np.linalg.norm(vectors, axis=1)
+    at = int(np.argmin(distances))
+    if distances[at] < MIN_DISTANCE:
+        i, j = sorted(int(k) for k in pairs[at])
+        raise DataError(
+            f"{name}: atoms {i} and {j} are {distances[at]:.3g} Å apart; "
+            "check for duplicates and the length unit (units: {length: nm})"
+        )
+
+
+def complete_cell(cell: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:
+    """The cell with its non-periodic rows replaced by unit vectors orthogonal to the periodic ones."""
+    full = np.array(cell, dtype=np.float64)
+    free = np.flatnonzero(~pbc)
+    if len(free):
+        _, _, directions = np.linalg.svd(full[pbc], full_matrices=True) if pbc.any() else (None, None, np.eye(3))
+        full[free] = directions[3 - len(free) :]
+    return full

@@ -1,0 +1,1 @@
+"""Layers of the architectures; each takes the few numbers it needs."""

@@ -1,0 +1,88 @@
+"""Norms, activations, feed-forward networks and regularisation shared by every block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from escaip.errors import ConfigError
+
+# Machine epsilon of float32, the floor of the published norms, in every precision.
+NORM_EPS = 1.1920928955078125e-07
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+}
+SMOOTH_ACTIVATIONS = ("gelu", "silu", "tanh", "softplus")
+NORMS = ("rmsnorm", "layernorm", "skip")
+
+
+def make_activation(name: str) -> nn.Module:
+    """Returns the activation called ``name``; ConfigError when there is none."""
+    if name not in _ACTIVATIONS:
+        raise ConfigError(f"activation {name!r} does not exist: choose {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight (arXiv 1910.07467), in plain operations so that it differentiates twice."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., H)`` to ``(..., H)``."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS) * self.weight
+
+
+def make_norm(name: str, hidden_size: int) -> nn.Module:
+    """Returns the norm called ``name`` over the last dimension; ConfigError when there is none."""
+    if name == "rmsnorm":
+        return RMSNorm(hidden_size)
+    if name == "layernorm":
+        return nn.LayerNorm(hidden_size)
+    if name == "skip":
+        return nn.Identity()
+    raise ConfigError(f"norm {name!r} does not exist: choose {', '.join(NORMS)}")
+
+
+class FeedForward(nn.Module):
+    """``H → multiplier·H → H`` with one activation."""
+
+    def __init__(self, hidden_size: int, multiplier: int, activation: str, dropout: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(hidden_size, multiplier * hidden_size)
+        self.activation = make_activation(activation)
+        self.contract = nn.Linear(multiplier * hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., H)`` to ``(..., H)``."""
+        return self.dropout(self.contract(self.activation(self.expand(x))))
+
+
+class StochasticDepth(nn.Module):
+    """Drops a residual branch for whole systems with a probability (arXiv 1603.09382), in training only."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: Tensor, system: Tensor, num_systems: int) -> Tensor:
+        """Scales rows by 0 or ``1/(1−p)``.
+
+        Args:
+            branch: ``(R, H)``.
+            system: ``(R,)`` int64, system of each row.
+            num_systems: ``B``.
+        """
+        if self.probability == 0.0 or not self.training:
+            return branch
+        keep = torch.rand(num_systems, device=branch.device) >= self.probability
+        return branch * (keep.to(branch.dtype) / (1.0 - self.probability))[system].unsqueeze(-1)

@@ -1,0 +1,74 @@
+"""Neighborhood attention on padded, batched matrices: the CPU path, all derivatives.
+
+Tokens are laid out as ``(N, h, M, d)`` with ``M`` the longest neighborhood; padding carries a
+log envelope of −inf, so it takes no part as key, and its rows as query are dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from escaip.ops.legendre import legendre_polynomials
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor,
+    direction: Tensor,
+    offsets: Tensor,
+    angular_channels: tuple[int, ...] | None,
+    scale: float,
+    self_queries_only: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """See :func:`escaip.ops.neighborhood_attention`; differentiable any number of times."""
+    num_atoms = offsets.numel() - 1
+    sizes = offsets.diff()
+    longest = int(sizes.max())
+    atoms = torch.repeat_interleave(torch.arange(num_atoms, device=offsets.device), sizes)
+    slot = atoms * longest + torch.arange(k.shape[0], device=offsets.device) - offsets[:-1][atoms]  # (T,)
+
+    def pad(tokens: Tensor, fill: float = 0.0) -> Tensor:
+        """``(T, ...)`` to ``(N, M, ...)``."""
+        padded = tokens.new_full((num_atoms * longest, *tokens.shape[1:]), fill)
+        return padded.index_copy(0, slot, tokens).unflatten(0, (num_atoms, longest))
+
+    keys = pad(k).transpose(1, 2)  # (N, h, M, d)
+    values = pad(v).transpose(1, 2)
+    bias = pad(log_envelope, -torch.inf)[:, None, None, :]  # (N, 1, 1, M)
+    if self_queries_only:
+        width = q.shape[-1] if angular_channels is None else angular_channels[0]
+        logits = q[:, :, None, :width] @ keys[..., :width].transpose(-1, -2)  # (N, h, 1, M)
+    else:
+        queries = pad(q).transpose(1, 2)
+        logits = _angular_logits(queries, keys, None if angular_channels is None else pad(direction), angular_channels)
+    probability = torch.softmax(scale * logits + bias, -1)
+    if dropout > 0.0:
+        probability = torch.nn.functional.dropout(probability, dropout)
+    attended = probability @ values  # (N, h, M or 1, d)
+    if self_queries_only:
+        return attended.squeeze(2)
+    return attended.transpose(1, 2).flatten(0, 1).index_select(0, slot)
+
+
+def _angular_logits(
+    queries: Tensor, keys: Tensor, direction: Tensor | None, angular_channels: tuple[int, ...] | None
+) -> Tensor:
+    """``Σ_l P_l(n_j·n_k) (q_j^l · k_k^l)``; queries and keys ``(N, h, M, d)``, direction ``(N, M, 3)``."""
+    if angular_channels is None or direction is None:
+        return queries @ keys.transpose(-1, -2)
+    cosine = direction @ direction.transpose(-1, -2)  # (N, M, M)
+    has_direction = (direction != 0).any(-1)
+    angular = (has_direction.unsqueeze(-1) & has_direction.unsqueeze(-2)).to(queries.dtype)
+    query_groups = queries.split(angular_channels, -1)
+    key_groups = keys.split(angular_channels, -1)
+    polynomials = legendre_polynomials(cosine, len(angular_channels) - 1)
+    logits = query_groups[0] @ key_groups[0].transpose(-1, -2)  # P_0 = 1, self tokens included
+    for degree in range(1, len(angular_channels)):
+        if angular_channels[degree]:
+            products = query_groups[degree] @ key_groups[degree].transpose(-1, -2)
+            logits = logits + (polynomials[degree] * angular).unsqueeze(1) * products
+    return logits

@@ -1,0 +1,231 @@
+"""From a batch of structures to energy, forces and stress."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
+from escaip.errors import ConfigError, UnsupportedElementError
+from escaip.graph import build_graph, compute_geometry, search_cutoff
+from escaip.model import EScAIP
+from escaip.types import NeighborList, Prediction
+
+if TYPE_CHECKING:
+    from escaip.data import Statistics
+
+
+@dataclass(frozen=True)
+class PotentialMetadata:
+    """What a potential was trained on; stored with it.
+
+    Attributes:
+        elements: atomic numbers it has seen; empty accepts every element (untrained models).
+        level_of_theory: of the labels, in words.
+        datasets: names of the training sets.
+        provenance: anything else worth keeping: versions, seeds, command lines; plain JSON values.
+    """
+
+    elements: tuple[int, ...] = ()
+    level_of_theory: str = "unknown"
+    datasets: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        return {**asdict(self), "elements": list(self.elements), "datasets": list(self.datasets)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PotentialMetadata:
+        """Inverse of :meth:`to_dict`."""
+        return cls(
+            elements=tuple(int(z) for z in values["elements"]),
+            level_of_theory=str(values["level_of_theory"]),
+            datasets=tuple(str(name) for name in values["datasets"]),
+            provenance=dict(values["provenance"]),
+        )
+
+
+class Potential(nn.Module):
+    """An interatomic potential: model, element references, scale and derivatives.
+
+    ``E = Σ_i (reference[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in
+    float64; forces ``−∂E/∂r`` or, for direct-force models, ``scale ·`` the force head; stress
+    ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in tension. Positions and cells are read in
+    float64, displacements formed in float64 and cast to the model's dtype (float32 or float64).
+
+    Args:
+        config: the model.
+        metadata: what it was trained on; unknown for a fresh model.
+    """
+
+    element_references: Tensor
+    scale: Tensor
+    supported: Tensor
+
+    def __init__(self, config: EScAIPConfig, *, metadata: PotentialMetadata | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.model = EScAIP(config)
+        self.register_buffer("element_references", torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("supported", torch.ones(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool), persistent=False)
+        self.set_metadata(metadata or PotentialMetadata())
+
+    @property
+    def cutoff(self) -> float:
+        """Radius in Å beyond which atoms do not interact directly."""
+        return self.config.cutoff
+
+    @property
+    def search_cutoff(self) -> float:
+        """Radius in Å up to which a neighbor list must be complete."""
+        return search_cutoff(self.config.graph)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the model."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.element_references.device
+
+    def set_metadata(self, metadata: PotentialMetadata) -> None:
+        """Replaces the metadata and, with it, the elements that are accepted."""
+        self.metadata = metadata
+        supported = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
+        supported[list(metadata.elements) or slice(1, None)] = True
+        self.supported = supported.to(self.device)
+
+    def set_statistics(self, statistics: Statistics) -> None:
+        """Takes element references, scale (force RMS) and elements from a training set.
+
+        Raises:
+            ConfigError: the force RMS is not a positive number (no forces to scale by: it stays 1
+                when the set has none at all).
+        """
+        self.element_references.zero_()
+        for number, energy in statistics.element_references.items():
+            self.element_references[int(number)] = energy
+        if statistics.label_counts.get("forces", 0):
+            if not statistics.force_rms > 0:
+                raise ConfigError(f"the training set's force RMS is {statistics.force_rms}: all its forces are zero")
+            self.scale.fill_(statistics.force_rms)
+        values = {**self.metadata.to_dict(), "elements": sorted(int(z) for z in statistics.elements)}
+        self.set_metadata(PotentialMetadata.from_dict(values))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Potential:
+        """Moves like any module, but keeps references and scale in float64."""
+        references, scale = self.element_references, self.scale
+        super()._apply(fn, recurse)
+        device = self.element_references.device
+        self.element_references = references.to(device)
+        self.scale = scale.to(device)
+        return self
+
+    def forward(
+        self,
+        batch: Any,
+        *,
+        neighbors: NeighborList | None = None,
+        compute_forces: bool = True,
+        compute_stress: bool = False,
+        create_graph: bool | None = None,
+    ) -> Prediction:
+        """Predicts energy, forces and stress of a batch; the batch is not changed.
+
+        Args:
+            batch: what :func:`escaip.data.collate` returns, on the potential's device.
+            neighbors: candidate pairs complete up to at least ``search_cutoff`` (with a skin, for
+                instance); by default those attached to the batch, or a fresh list.
+            compute_forces: whether forces are wanted.
+            compute_stress: whether stress is wanted; conservative models only.
+            create_graph: keep the graph of the derivatives, for training on them; default: in
+                training mode.
+
+        Raises:
+            UnsupportedElementError: an element the potential was not trained on.
+            ConfigError: stress of a direct-force model, or a neighbor list that is too short.
+        """
+        self._check_elements(batch.atomic_numbers)
+        if compute_stress and not self.config.is_conservative:
+            raise ConfigError("a direct-force model has no stress: train with forces: conservative")
+        create_graph = self.training if create_graph is None else create_graph
+        differentiate = self.config.is_conservative and (compute_forces or compute_stress)
+        num_systems = batch.ptr.numel() - 1
+        settings = self.config.graph
+        graph = build_graph(batch, settings, neighbors if neighbors is not None else _attached_neighbors(batch))
+
+        with torch.enable_grad() if differentiate else torch.set_grad_enabled(torch.is_grad_enabled()):
+            positions, cell = batch.positions.to(torch.float64), batch.cell.to(torch.float64)
+            strain = None
+            if differentiate and not positions.requires_grad:
+                positions = positions.detach().requires_grad_()
+            strained, strained_cell = positions, cell
+            if compute_stress:
+                strain = positions.new_zeros(num_systems, 3, 3).requires_grad_()
+                symmetric = 0.5 * (strain + strain.transpose(1, 2))
+                strained = positions + torch.einsum("ni,nij->nj", positions, symmetric[batch.batch])
+                strained_cell = cell + cell @ symmetric
+            geometry = compute_geometry(strained, strained_cell, batch.batch, graph, settings, self.dtype)
+            output = self.model(
+                batch.atomic_numbers, graph, geometry, batch.batch, batch.charge, batch.spin_multiplicity
+            )
+            atomic_energies = self.element_references[batch.atomic_numbers] + self.scale * output.energy.double()
+            energy = atomic_energies.new_zeros(num_systems).index_add(0, batch.batch, atomic_energies)
+
+            forces, stress = None, None
+            if differentiate:
+                inputs = [positions] if strain is None else [positions, strain]
+                gradients = torch.autograd.grad(energy.sum(), inputs, create_graph=create_graph)
+                forces = -gradients[0].to(self.dtype) if compute_forces else None
+                stress = _stress(gradients[1], cell, batch.pbc).to(self.dtype) if strain is not None else None
+            elif compute_forces and output.forces is not None:
+                forces = (self.scale * output.forces.double()).to(self.dtype)
+        if differentiate and not create_graph:
+            energy, atomic_energies = energy.detach(), atomic_energies.detach()
+        return Prediction(energy, forces, stress, atomic_energies)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes weights, config, units, references and provenance to one file (docs/checkpoints.md)."""
+        from escaip.checkpoint import save_potential
+
+        save_potential(self, path)
+
+    def _check_elements(self, atomic_numbers: Tensor) -> None:
+        known = self.supported[atomic_numbers]
+        if not bool(known.all()):
+            from ase.data import chemical_symbols
+
+            unseen = sorted(set(atomic_numbers[~known].tolist()))
+            names = ", ".join(chemical_symbols[z] for z in unseen)
+            seen = " ".join(chemical_symbols[z] for z in self.metadata.elements)
+            raise UnsupportedElementError(
+                f"the potential was not trained on {names}: use structures of {seen}, or train on data with {names}"
+            )
+
+
+def _attached_neighbors(batch: Any) -> NeighborList | None:
+    """The candidate list that a loader worker attached, if it did."""
+    if "edge_shift" not in batch:
+        return None
+    return NeighborList(
+        center=batch.edge_index[0],
+        neighbor=batch.edge_index[1],
+        shift=batch.edge_shift,
+        cutoff=float(batch.edge_cutoff.min()),
+    )
+
+
+def _stress(strain_gradient: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
+    """``(1/V) ∂E/∂ε`` in eV/Å³, ``(B, 3, 3)``; NaN for systems without a periodic cell."""
+    volume = torch.linalg.det(cell).abs()
+    has_volume = (volume > 0) & pbc.any(-1)
+    divided = strain_gradient / torch.where(has_volume, volume, 1.0)[:, None, None]
+    return torch.where(has_volume[:, None, None], divided, torch.nan)

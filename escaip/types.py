@@ -1,0 +1,168 @@
+"""The tensors that pass between floors, with every shape and unit.
+
+Symbols: ``N`` atoms, ``B`` systems, ``E`` candidate edges, ``T`` tokens (``N`` self
+tokens plus the neighbors kept), ``X`` extra candidates, ``P`` rank pairs. Lengths in Å,
+energies in eV, forces in eV/Å, stress in eV/Å³ (positive in tension, as in ASE).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T_ = TypeVar("T_", bound="_Movable")
+
+
+class _Movable:
+    """Frozen dataclass whose tensors move together."""
+
+    def to(self: T_, device: torch.device | str, non_blocking: bool = False) -> T_:
+        """Returns a copy with every tensor on ``device``; dtypes are kept."""
+        moved: dict[str, Any] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class GraphSettings:
+    """What decides which neighbors an atom attends to (docs/graph.md).
+
+    Attributes:
+        cutoff: radius ``r_c`` in Å beyond which nothing interacts.
+        num_neighbors: ``k`` of the k-nearest-neighbor envelope; None for a plain radius graph.
+        soft: soft (differentiable) ranks; False counts neighbors, with half a rank for ties.
+        rank_scale: ``s`` in Å, the distance over which two neighbors swap rank.
+        envelope_scale: ``tau`` of the log-sum-exp that joins ranks and distance.
+        rank_step: ``"sine"`` (EScAIP) or ``"bump"`` (AllScAIP), the step between two ranks.
+    """
+
+    cutoff: float = 6.0
+    num_neighbors: int | None = 30
+    soft: bool = True
+    rank_scale: float = 0.2
+    envelope_scale: float = 0.1
+    rank_step: str = "sine"
+
+
+@dataclass(frozen=True)
+class NeighborList(_Movable):
+    """All directed pairs closer than ``cutoff``: topology only, no gradient.
+
+    Attributes:
+        center: ``(E,)`` int64, index of the central atom in the batch.
+        neighbor: ``(E,)`` int64, index of the neighboring atom in the batch.
+        shift: ``(E, 3)`` int64, cell translations; the neighbor sits at
+            ``positions[neighbor] + shift @ cell``, for the positions as given (not wrapped).
+        cutoff: radius in Å up to which the list is complete.
+    """
+
+    center: Tensor
+    neighbor: Tensor
+    shift: Tensor
+    cutoff: float
+
+
+@dataclass(frozen=True)
+class Graph(_Movable):
+    """Packed token layout of a batch: indices only, no gradient (design: tokens, not padding).
+
+    Tokens of atom ``i`` are ``offsets[i] : offsets[i + 1]``; the first is its self token, the
+    others its neighbors by increasing distance. Candidates that are no token but still influence
+    a rank follow as ``X`` extra rows of ``center, neighbor, shift``.
+
+    Attributes:
+        offsets: ``(N + 1,)`` int64.
+        center: ``(T + X,)`` int64.
+        neighbor: ``(T + X,)`` int64; of a self token, the atom itself.
+        shift: ``(T + X, 3)`` int64.
+        reverse: ``(T,)`` int64, token of the same edge seen from the other end; of a self token,
+            itself. An involution.
+        self_token: ``(N,)`` int64, equal to ``offsets[:-1]``.
+        rank_base: ``(T,)`` float64, rank contributed by candidates that are surely nearer (all of the
+            rank when ranks are hard); 0 for self tokens.
+        rank_token: ``(P,)`` int64 in ``[0, T)``, token whose rank a pair adds to.
+        rank_other: ``(P,)`` int64 in ``[0, T + X)``, the candidate it is compared with.
+        num_tokens: ``T``.
+        max_neighborhood: longest run of tokens (at least 1 when there are atoms).
+    """
+
+    offsets: Tensor
+    center: Tensor
+    neighbor: Tensor
+    shift: Tensor
+    reverse: Tensor
+    self_token: Tensor
+    rank_base: Tensor
+    rank_token: Tensor
+    rank_other: Tensor
+    num_tokens: int
+    max_neighborhood: int
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms ``N``."""
+        return self.offsets.numel() - 1
+
+    @property
+    def token_center(self) -> Tensor:
+        """``(T,)`` central atom of each token."""
+        return self.center[: self.num_tokens]
+
+    @property
+    def token_neighbor(self) -> Tensor:
+        """``(T,)`` neighboring atom of each token."""
+        return self.neighbor[: self.num_tokens]
+
+
+@dataclass(frozen=True)
+class Geometry(_Movable):
+    """Differentiable geometry of the tokens: pure functions of positions, cell and strain.
+
+    Attributes:
+        displacement: ``(T, 3)`` Å, ``r_j + S·cell − r_i``; zero for self tokens.
+        distance: ``(T,)`` Å; zero for self tokens.
+        direction: ``(T, 3)`` unit vectors; zero for self tokens.
+        log_envelope: ``(T,)`` ``−x²/(1 − x²)``; 0 for self tokens, −inf where ``x ≥ 1``.
+    """
+
+    displacement: Tensor
+    distance: Tensor
+    direction: Tensor
+    log_envelope: Tensor
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What an architecture computes, before references, scale and derivatives.
+
+    Attributes:
+        energy: ``(N,)`` per-atom energy in units of the potential's scale.
+        forces: ``(N, 3)`` direct forces in the same unit per Å, or None (conservative models).
+    """
+
+    energy: Tensor
+    forces: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a :class:`~escaip.Potential` returns.
+
+    Attributes:
+        energy: ``(B,)`` eV, float64.
+        forces: ``(N, 3)`` eV/Å, or None when they were not asked for.
+        stress: ``(B, 3, 3)`` eV/Å³, positive in tension, or None when not asked for; NaN for
+            a system whose cell has no volume.
+        atomic_energies: ``(N,)`` eV, float64, references included; sums to ``energy``.
+    """
+
+    energy: Tensor
+    forces: Tensor | None
+    stress: Tensor | None
+    atomic_energies: Tensor

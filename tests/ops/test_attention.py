@@ -1,0 +1,178 @@
+"""Neighborhood attention: reference against a written-out loop, dense against reference, all derivatives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from escaip.errors import ConfigError
+from escaip.ops import available_backends, neighborhood_attention
+from escaip.ops.legendre import legendre_polynomials
+
+BACKENDS = [info.name for info in available_backends()]
+
+
+def make_inputs(sizes: list[int], heads: int = 2, width: int = 6, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    total = sum(sizes)
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    direction = torch.nn.functional.normalize(normal(total, 3), dim=-1)
+    log_envelope = -normal(total).square()
+    direction[offsets[:-1]] = 0.0
+    log_envelope[offsets[:-1]] = 0.0
+    return {
+        "q": normal(total, heads, width),
+        "k": normal(total, heads, width),
+        "v": normal(total, heads, width),
+        "log_envelope": log_envelope,
+        "direction": direction,
+        "offsets": offsets,
+    }
+
+
+def written_out(inputs: dict[str, Tensor], channels: tuple[int, ...] | None, scale: float) -> Tensor:
+    """One query, one head, one neighborhood at a time."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    offsets, n, bias = inputs["offsets"].tolist(), inputs["direction"], inputs["log_envelope"]
+    out = torch.zeros_like(q)
+    groups = [range(q.shape[-1])] if channels is None else []
+    start = 0
+    for count in channels or ():
+        groups.append(range(start, start + count))
+        start += count
+    for first, last in zip(offsets[:-1], offsets[1:], strict=True):
+        for head in range(q.shape[1]):
+            for j in range(first, last):
+                logits = []
+                for m in range(first, last):
+                    cosine = float(n[j] @ n[m])
+                    legendre = [1, cosine, (3 * cosine**2 - 1) / 2, (5 * cosine**3 - 3 * cosine) / 2,
+                                (35 * cosine**4 - 30 * cosine**2 + 3) / 8]  # fmt: skip
+                    if j == first or m == first:
+                        legendre = [1, 0, 0, 0, 0]
+                    product = sum(
+                        legendre[degree] * float(q[j, head, list(group)] @ k[m, head, list(group)])
+                        for degree, group in enumerate(groups)
+                    )
+                    logits.append(scale * product + float(bias[m]))
+                weights = torch.softmax(torch.tensor(logits, dtype=q.dtype), 0)
+                out[j, head] = weights @ v[first:last, head]
+    return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", [None, (2, 1, 1, 1, 1), (3, 3), (1, 0, 5)])
+def test_equals_written_out_sum(backend: str, channels: tuple[int, ...] | None) -> None:
+    inputs = make_inputs([3, 1, 5, 2])
+    found = neighborhood_attention(**inputs, angular_channels=channels, scale=0.7, backend=backend)
+    torch.testing.assert_close(found, written_out(inputs, channels, 0.7), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_angular_groups_equal_expanded_harmonics(backend: str) -> None:
+    """The addition theorem: P_l of the angle equals channels repeated over 2l+1 harmonics."""
+    o3 = pytest.importorskip("e3nn.o3")
+    channels, scale = (2, 1, 1, 1, 1), 0.4
+    inputs = make_inputs([4, 6])
+    harmonics = []
+    for degree, count in enumerate(channels):
+        values = o3.spherical_harmonics(degree, inputs["direction"], normalize=False, normalization="norm")
+        harmonics.append(values.repeat(1, count))  # zero for self tokens except l = 0
+    expand = [2 * degree + 1 for degree, count in enumerate(channels) for _ in range(count)]
+    widths = torch.tensor(expand)
+    frequency = torch.cat(harmonics, -1).unsqueeze(1)
+
+    def expanded(x: Tensor) -> Tensor:
+        return x.repeat_interleave(widths, -1) * frequency
+
+    flat = {**inputs, "q": expanded(inputs["q"]), "k": expanded(inputs["k"])}
+    width = flat["q"].shape[-1]
+    padded_v = torch.nn.functional.pad(inputs["v"], (0, width - inputs["v"].shape[-1]))
+    expected = neighborhood_attention(**{**flat, "v": padded_v}, angular_channels=None, scale=scale, backend="reference")
+    found = neighborhood_attention(**inputs, angular_channels=channels, scale=scale, backend=backend)
+    torch.testing.assert_close(found, expected[..., : inputs["v"].shape[-1]], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", [None, (2, 1, 1)])
+def test_first_and_second_derivatives(backend: str, channels: tuple[int, ...] | None) -> None:
+    inputs = make_inputs([3, 1, 4], heads=1, width=4)
+    has_direction = (inputs["direction"] != 0).any(-1)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "log_envelope")]
+    raw = inputs["direction"][has_direction].clone().requires_grad_()
+
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, directed: Tensor) -> Tensor:
+        direction = torch.zeros(len(has_direction), 3, dtype=q.dtype).index_put((has_direction,), directed)
+        return neighborhood_attention(q, k, v, bias, direction, inputs["offsets"], channels, 0.5, backend)
+
+    assert torch.autograd.gradcheck(function, (*leaves, raw))
+    assert torch.autograd.gradgradcheck(function, (*leaves, raw))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_removed_keys_have_no_influence_and_no_nan(backend: str) -> None:
+    inputs = make_inputs([4, 3])
+    inputs["log_envelope"][2] = -math.inf
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "direction")]
+    out = neighborhood_attention(**inputs, angular_channels=(3, 3), scale=0.5, backend=backend)
+    first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    assert all(torch.isfinite(g).all() for g in (*first, *second))
+    assert (first[1][2] == 0).all()
+    changed = {**inputs, "k": inputs["k"].detach().clone(), "v": inputs["v"].detach().clone()}
+    changed["k"][2] += 5.0
+    changed["v"][2] -= 5.0
+    again = neighborhood_attention(**changed, angular_channels=(3, 3), scale=0.5, backend=backend)
+    keep = [0, 1, 3, 4, 5, 6]
+    torch.testing.assert_close(again[keep], out[keep])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", [None, (2, 2, 2)])
+def test_self_queries_equal_the_rows_of_all_queries(backend: str, channels: tuple[int, ...] | None) -> None:
+    inputs = make_inputs([4, 1, 6])
+    rows = inputs["offsets"][:-1]
+    full = neighborhood_attention(**inputs, angular_channels=channels, scale=0.5, backend="reference")
+    some = {**inputs, "q": inputs["q"][rows]}
+    found = neighborhood_attention(
+        **some, angular_channels=channels, scale=0.5, backend=backend, self_queries_only=True
+    )
+    torch.testing.assert_close(found, full[rows], rtol=1e-12, atol=1e-12)
+
+
+def test_order_of_neighbors_does_not_matter() -> None:
+    inputs = make_inputs([5])
+    order = torch.tensor([0, 3, 1, 4, 2])
+    out = neighborhood_attention(**inputs, angular_channels=(2, 2, 2), scale=1.0)
+    permuted = {name: value if name == "offsets" else value[order] for name, value in inputs.items()}
+    torch.testing.assert_close(neighborhood_attention(**permuted, angular_channels=(2, 2, 2), scale=1.0), out[order])
+
+
+def test_legendre_values() -> None:
+    cosine = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    expected = [cosine**0, cosine, (3 * cosine**2 - 1) / 2, (5 * cosine**3 - 3 * cosine) / 2,
+                (35 * cosine**4 - 30 * cosine**2 + 3) / 8]  # fmt: skip
+    for found, value in zip(legendre_polynomials(cosine, 4), expected, strict=True):
+        torch.testing.assert_close(found, value)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "flash9"}, "choose auto"),
+        ({"angular_channels": (2, 2)}, "sum to the head dimension 6"),
+        ({"angular_channels": (1, 1, 1, 1, 1, 1)}, "l goes up to 4"),
+    ],
+)
+def test_wrong_requests_are_refused(change: dict[str, object], message: str) -> None:
+    arguments = {"angular_channels": (2, 2, 2), "scale": 1.0, **change}
+    with pytest.raises(ConfigError, match=message):
+        neighborhood_attention(**make_inputs([3, 2]), **arguments)
