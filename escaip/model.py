@@ -73,7 +73,7 @@ class EScAIP(nn.Module):
         token = self.attributes(radial, atomic_numbers, order, neighbor, center)  # (T, H)
         token = self.system_embedding(token, charge, spin_multiplicity, system[center])
         token = token + self.input_ffn(token)
-        node, edge = self.norm_node(token[graph.self_token]), self.norm_edge(token)  # (N, H), (T, H)
+        node, edge = self.norm_node(token.index_select(0, graph.self_token)), self.norm_edge(token)  # (N, H), (T, H)
 
         nodes, edges = [node], [edge]
         for block in self.blocks:

@@ -33,7 +33,9 @@ class Message(nn.Module):
     def forward(self, node: Tensor, edge: Tensor, attributes: Tensor, graph: Graph) -> Tensor:
         """``(N, H)``, ``(T, H)``, ``(T, H)`` to ``(T, H)``."""
         sender, receiver = self.sender(node), self.receiver(node)  # per atom, then gathered
-        node_hidden = self.activation(sender[graph.token_neighbor] + receiver[graph.token_center])
+        node_hidden = self.activation(
+            sender.index_select(0, graph.token_neighbor) + receiver.index_select(0, graph.token_center)
+        )
         node_hidden = self.dropout(node_hidden)
         edge_hidden = self.dropout(self.activation(self.edge_hidden(edge)))
         if self.is_gated:
@@ -84,7 +86,7 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, message: Tensor, graph: Graph, geometry: Geometry) -> tuple[Tensor, Tensor | None]:
         """``(T, H)`` to the node update ``(N, H)`` and the edge update ``(T, H)``, None where nothing reads it."""
         heads = (self.num_heads, -1)
-        asking = message[graph.self_token] if self.self_queries_only else message
+        asking = message.index_select(0, graph.self_token) if self.self_queries_only else message
         attended = neighborhood_attention(
             self.query(asking).unflatten(-1, heads),
             self.key(message).unflatten(-1, heads),
@@ -102,7 +104,7 @@ class NeighborhoodAttention(nn.Module):
         if self.self_queries_only:
             return edge, None
         if self.aggregation_weight is None:
-            return edge[graph.self_token], edge
+            return edge.index_select(0, graph.self_token), edge
         return self._aggregate(edge, self.aggregation_weight, graph, geometry), edge
 
     def _aggregate(self, edge: Tensor, weight: Tensor, graph: Graph, geometry: Geometry) -> Tensor:

@@ -107,7 +107,7 @@ class EdgeAttributes(nn.Module):
         source = self.source(atomic_numbers, orientational_order)  # (N, H)
         target = self.target(atomic_numbers, orientational_order)  # (N, H)
         distance = self.distance_project(self.activation(self.distance_embedding(radial)))  # (T, H)
-        mixed = distance + source[neighbor] + target[center]
+        mixed = distance + source.index_select(0, neighbor) + target.index_select(0, center)
         return self.norm(self.dropout(self.activation(mixed)))
 
 

@@ -1,0 +1,257 @@
+"""The command line: parse, call, print. What a command does lives in the modules it calls."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from escaip import __version__
+from escaip.errors import EscaipError, UsageError
+
+TRAINING_COMMANDS = {
+    "fit": "train a model from a configuration file (Lightning)",
+    "validate": "errors of a checkpoint on the validation set of a configuration",
+    "test": "errors of a checkpoint on the test set of a configuration",
+    "predict": "predictions of a checkpoint for the prediction set of a configuration",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a usage error in one line; abbreviated options are refused."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}: see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0 on success, 2 for a usage error, 130 after Ctrl-C, 1 otherwise.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    with warnings.catch_warnings():
+        if not debug:
+            _plain_warnings()
+        try:
+            return _run(arguments)
+        except SystemExit as stop:  # argparse: --help, --version, usage errors
+            return _status(stop.code)
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+        except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            if debug:
+                raise
+            message, status = _explain(error)
+            return _fail(message, status)
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in TRAINING_COMMANDS:
+        from escaip.train.cli import run
+
+        return run(arguments)
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    parsed = parser.parse_args(arguments)
+    return int(parsed.command(parsed) or 0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of every command, without importing what they need."""
+    parser = _Parser(
+        prog="escaip",
+        description="Attention-based interatomic potentials: from data files to molecular dynamics.",
+        epilog="--debug shows the traceback of an error and every warning.",
+    )
+    parser.add_argument("--version", action="version", version=f"escaip {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in TRAINING_COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    _add_data(commands)
+    _add_evaluate(commands)
+    _add_relax(commands)
+    _add_md(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dtype", choices=("float32", "float64"), help="precision (default: as stored)")
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="energy, force and stress errors of a model on labelled data")
+    parser.add_argument("model", metavar="MODEL", help=".ckpt or .escaip file")
+    parser.add_argument("data", metavar="DATA", help="anything ASE reads, SPICE HDF5 or a prepared store")
+    parser.add_argument("--out", default="evaluation", metavar="DIR", help="where report and plots go (default: evaluation)")
+    parser.add_argument("--format", help="name of the reader (default: from the file)")
+    for label in ("energy", "forces", "stress", "virial"):
+        parser.add_argument(f"--{label}-key", metavar="KEY", help=f"name of the {label} in the file")
+    parser.add_argument("--free-atoms", action="store_true", help="count forces of unconstrained atoms only")
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N structures")
+    parser.add_argument("--max-atoms", type=int, default=1000, metavar="N", help="atoms per batch (default: 1000)")
+    parser.add_argument("--no-plots", action="store_true", help="write the JSON report only")
+    _add_model_options(parser)
+    parser.set_defaults(command=_evaluate)
+
+
+def _add_relax(commands: Any) -> None:
+    parser = commands.add_parser("relax", help="geometry optimisation")
+    parser.add_argument("model", metavar="MODEL", help=".ckpt or .escaip file")
+    parser.add_argument("structure", metavar="STRUCTURE", help="anything ASE reads")
+    parser.add_argument("--fmax", type=float, default=0.05, help="largest force at the end in eV/Å (default: 0.05)")
+    parser.add_argument("--steps", type=int, default=500, help="give up after so many (default: 500)")
+    parser.add_argument("--optimizer", choices=("bfgs", "fire"), default="bfgs", help="default: bfgs")
+    parser.add_argument("--cell", action="store_true", help="relax the cell as well")
+    parser.add_argument("--pressure", type=float, default=0.0, metavar="GPA", help="with --cell (default: 0)")
+    parser.add_argument("--frame", type=int, default=-1, help="which structure of the file (default: the last)")
+    parser.add_argument("--out", metavar="FILE", help="default: STRUCTURE's name with .relaxed.extxyz")
+    _add_model_options(parser)
+    parser.set_defaults(command=_relax)
+
+
+def _add_md(commands: Any) -> None:
+    parser = commands.add_parser("md", help="molecular dynamics with log, trajectory and restart")
+    parser.add_argument("model", metavar="MODEL", help=".ckpt or .escaip file")
+    parser.add_argument("structure", metavar="STRUCTURE", help="anything ASE reads")
+    parser.add_argument("--ensemble", choices=("nve", "nvt", "npt"), required=True)
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="of the whole run, resumed parts included")
+    parser.add_argument("--temperature", type=float, metavar="K", help="required for nvt, npt and to draw velocities")
+    parser.add_argument("--timestep", type=float, default=0.5, metavar="FS", help="default: 0.5")
+    parser.add_argument("--pressure", type=float, metavar="GPA", help="npt only (default: 0)")
+    parser.add_argument("--thermostat", choices=("langevin", "bussi", "nose-hoover"), help="nvt (default: langevin)")
+    parser.add_argument("--thermostat-time", type=float, default=100.0, metavar="FS", help="default: 100")
+    parser.add_argument("--barostat", choices=("isotropic", "full"), help="npt (default: isotropic)")
+    parser.add_argument("--barostat-time", type=float, default=1000.0, metavar="FS", help="default: 1000")
+    parser.add_argument(
+        "--velocities", choices=("auto", "draw", "keep"), default="auto",
+        help="auto keeps those in the file and draws them where there are none (default)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of velocities and thermostat (default: 0)")
+    parser.add_argument("--interval", type=int, default=10, metavar="N", help="steps between log lines (default: 10)")
+    parser.add_argument("--trajectory-interval", type=int, metavar="N", help="default: as --interval")
+    parser.add_argument("--restart-interval", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--frame", type=int, default=-1, help="which structure of the file (default: the last)")
+    parser.add_argument("--out", default="md.extxyz", metavar="FILE", help="trajectory, .extxyz or .traj (default: md.extxyz)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its restart file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an unfinished run in --out")
+    parser.add_argument("--quiet", action="store_true", help="no progress line")
+    _add_model_options(parser)
+    parser.set_defaults(command=_md)
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="what a model is; without a model, what this installation is")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=".ckpt or .escaip file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=_info)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from escaip.evaluate.command import evaluate_files
+
+    keys = {label: getattr(args, f"{label}_key") for label in ("energy", "forces", "stress", "virial")}
+    report = evaluate_files(
+        args.model, args.data, args.out, format=args.format, keys={k: v for k, v in keys.items() if v},
+        free_atoms_only=args.free_atoms, limit=args.limit, max_atoms=args.max_atoms, plots=not args.no_plots,
+        device=args.device, dtype=args.dtype,
+    )  # fmt: skip
+    print(report.table())
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _relax(args: argparse.Namespace) -> int:
+    from escaip.simulate.commands import relax_file
+
+    result, written = relax_file(
+        args.model, args.structure, fmax=args.fmax, steps=args.steps, optimizer=args.optimizer, cell=args.cell,
+        pressure=args.pressure, frame=args.frame, out=args.out, device=args.device, dtype=args.dtype,
+    )  # fmt: skip
+    print(result.summary())
+    print(f"wrote {written}")
+    return 0
+
+
+def _md(args: argparse.Namespace) -> int:
+    from escaip.simulate.commands import md_file
+
+    result = md_file(
+        args.model, args.structure, frame=args.frame, out=args.out, resume=args.resume, overwrite=args.overwrite,
+        quiet=args.quiet, device=args.device, dtype=args.dtype, ensemble=args.ensemble, steps=args.steps,
+        temperature=args.temperature, timestep=args.timestep, pressure=args.pressure, thermostat=args.thermostat,
+        thermostat_time=args.thermostat_time, barostat=args.barostat, barostat_time=args.barostat_time,
+        velocities=args.velocities, seed=args.seed, log_interval=args.interval,
+        trajectory_interval=args.trajectory_interval or args.interval, restart_interval=args.restart_interval,
+    )  # fmt: skip
+    print(result.summary())
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from escaip.info import describe_installation, describe_model, render
+
+    description = describe_model(args.model) if args.model else describe_installation()
+    print(render(description, as_json=args.json))
+    return 0
+
+
+def _plain_warnings() -> None:
+    """Our warnings as one line each; those of other packages are for developers and not shown."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"escaip: warning: {_one_line(message)}", file=sys.stderr)
+
+    warnings.showwarning = show  # restored by catch_warnings
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", category=UserWarning, module=r"escaip\b")
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line and an exit status for anything that can happen."""
+    if isinstance(error, EscaipError):
+        return str(error), 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror.lower()}: check the path, its permissions and the space on the disk", 1
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out of memory: use a smaller structure, fewer atoms per batch, or --device cpu", 1
+    return f"unexpected {type(error).__name__}: {error}: run again with --debug and report what it prints", 1
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"escaip: error: {_one_line(message)}", file=sys.stderr)
+    return status
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _status(code: Any) -> int:
+    if code is None:
+        return 0
+    return code if isinstance(code, int) else 1
+
+
+Command = Callable[[argparse.Namespace], int]

@@ -1,0 +1,108 @@
+"""Invariant features of an atom's surroundings: bond-orientational order (Steinhardt et al. 1983)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from escaip.errors import ConfigError
+
+_FLOOR = 1e-6
+
+
+def bond_orientational_order(
+    direction: Tensor, weight: Tensor, center: Tensor, num_atoms: int, l_max: int, *, floor: str = "smooth"
+) -> Tensor:
+    """Computes ``BOO_l(i) = |Σ_j w_j Ŷ_l(n_j) / Σ_j w_j|`` of every atom, the norm over ``m``, for ``l = 0 .. l_max``.
+
+    The root needs a floor ``ε = 1e-6`` to keep its derivatives finite where symmetry makes the sum vanish.
+    ``"smooth"`` takes ``√((s + ε) / (1 + ε))`` of the squared norm ``s``: all derivatives are continuous, it is
+    ``√ε`` at 0 and 1 at 1, so that ``BOO_0 = 1`` stays exact, and it differs from ``√s`` by less than 1e-3.
+    ``"clamp"`` takes ``√max(s, ε)`` as published, for weights trained that way: its slope jumps at ``s = ε``, and so
+    do forces.
+
+    Args:
+        direction: ``(T, 3)`` unit vectors, zero for self tokens (which then count in ``l = 0`` only).
+        weight: ``(T,)``, non-negative: ``exp(log_envelope)``, or ones for the published, discontinuous feature.
+        center: ``(T,)`` int64, atom each token belongs to.
+        num_atoms: ``N``.
+        l_max: highest degree.
+        floor: ``"smooth"`` or ``"clamp"``.
+
+    Returns:
+        ``(N, l_max + 1)``, without unit, differentiable twice in ``direction`` and ``weight``.
+
+    Raises:
+        ConfigError: no such floor.
+    """
+    if floor not in ("smooth", "clamp"):
+        raise ConfigError(f"floor {floor!r} does not exist: choose smooth or clamp")
+    harmonics = real_harmonics(direction, l_max)  # (T, (l_max + 1)²)
+    total = weight.new_zeros(num_atoms).index_add(0, center, weight)
+    sums = harmonics.new_zeros(num_atoms, harmonics.shape[1]).index_add(0, center, harmonics * weight[:, None])
+    squares = (sums / total[:, None]).square()
+    power = torch.stack([part.sum(dim=1) for part in squares.split([2 * l + 1 for l in range(l_max + 1)], dim=1)], 1)
+    if floor == "clamp":
+        return power.clamp(min=_FLOOR).sqrt()
+    return ((power + _FLOOR) / (1.0 + _FLOOR)).sqrt()
+
+
+def real_harmonics(vector: Tensor, l_max: int) -> Tensor:
+    """Computes the real solid harmonics of norm ``|v|^l``: ``Σ_m Ŷ_lm(u) Ŷ_lm(v) = |u|^l |v|^l P_l(cos)``.
+
+    Polynomials in ``x, y, z``, so that nothing is singular at the poles or at the zero vector, where all but
+    ``l = 0`` vanish. Per degree the order is ``m = 0 .. l`` (cosines), then ``m = 1 .. l`` (sines).
+
+    Args:
+        vector: ``(T, 3)``.
+        l_max: highest degree.
+
+    Returns:
+        ``(T, (l_max + 1)²)``.
+    """
+    size = l_max + 1
+    cosine, sine = _azimuthal(vector, l_max)  # (T, size) each
+    z, squared = vector[:, 2:3], vector.square().sum(dim=1, keepdim=True)
+    tables = [torch.tensor(row, dtype=vector.dtype, device=vector.device) for row in _recursion(l_max)]
+    rise, fall, start = tables
+    before, polar = torch.zeros_like(cosine), start[0].expand_as(cosine)
+    columns = [polar[:, :1]]
+    for degree in range(1, size):
+        # (l+m) and (l−m) enter through the tables; the column m = l starts at this degree.
+        before, polar = polar, rise[degree] * (z * polar) - fall[degree] * (squared * before) + start[degree]
+        columns += [polar[:, : degree + 1] * cosine[:, : degree + 1], polar[:, 1 : degree + 1] * sine[:, 1 : degree + 1]]
+    return torch.cat(columns, dim=1)
+
+
+def _azimuthal(vector: Tensor, l_max: int) -> tuple[Tensor, Tensor]:
+    """Real and imaginary parts of ``(x + iy)^m`` for ``m = 0 .. l_max``, ``(T, l_max + 1)`` each, by doubling."""
+    real, imaginary = torch.ones_like(vector[:, :1]), torch.zeros_like(vector[:, :1])
+    step_real, step_imaginary = vector[:, 0:1], vector[:, 1:2]  # (x + iy)^(number of columns so far)
+    while real.shape[1] <= l_max:
+        more = (real * step_real - imaginary * step_imaginary, real * step_imaginary + imaginary * step_real)
+        real, imaginary = torch.cat([real, more[0]], dim=1), torch.cat([imaginary, more[1]], dim=1)
+        step_real, step_imaginary = step_real**2 - step_imaginary**2, 2.0 * step_real * step_imaginary
+    return real[:, : l_max + 1], imaginary[:, : l_max + 1]
+
+
+def _recursion(l_max: int) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+    """Tables of ``Q_l^m = rise·z·Q_{l−1}^m − fall·r²·Q_{l−2}^m + start``, rows ``l``, columns ``m``.
+
+    ``Q_l^m`` is the associated Legendre function over ``sin^m``, without the Condon–Shortley sign, scaled so
+    that the harmonics have unit norm.
+    """
+
+    def norm(l: int, m: int) -> float:  # noqa: E741
+        return math.sqrt((1 if m == 0 else 2) * math.factorial(l - m) / math.factorial(l + m))
+
+    size = l_max + 1
+    rise, fall, start = ([[0.0] * size for _ in range(size)] for _ in range(3))
+    for m in range(size):
+        start[m][m] = norm(m, m) * math.prod(range(1, 2 * m, 2))
+        for l in range(m + 1, size):  # noqa: E741
+            rise[l][m] = (2 * l - 1) / (l - m) * norm(l, m) / norm(l - 1, m)
+            if l >= m + 2:
+                fall[l][m] = (l + m - 1) / (l - m) * norm(l, m) / norm(l - 2, m)
+    return rise, fall, start

@@ -1,0 +1,87 @@
+"""Differentiable geometry of the tokens: displacements, distances, directions and the log envelope.
+
+Pure functions of positions and cell over a fixed topology, differentiable twice everywhere they are finite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from escaip.graph.step import rank_step
+from escaip.types import Geometry, Graph, GraphSettings
+
+
+def compute_geometry(
+    positions: Tensor,
+    cell: Tensor,
+    batch_index: Tensor,
+    graph: Graph,
+    settings: GraphSettings,
+    dtype: torch.dtype,
+) -> Geometry:
+    """Evaluates the geometry of a graph's tokens.
+
+    Args:
+        positions: ``(N, 3)`` Å, float64.
+        cell: ``(B, 3, 3)`` Å, float64; rows are lattice vectors.
+        batch_index: ``(N,)`` int64, system of each atom.
+        graph: token layout of these atoms, from :func:`escaip.graph.build_graph` at these positions.
+        settings: what the graph was built with.
+        dtype: of the results; displacements are formed in the dtype of ``positions`` before.
+
+    Returns:
+        Displacement, distance, direction and log envelope (model notes, section 2) of the ``T`` tokens.
+    """
+    vector = _displacement(positions, cell, batch_index, graph).to(dtype)  # (T + X, 3)
+    distance, inverse = _safe_norm(vector)
+    num_tokens = graph.num_tokens
+    displacement, token_distance = vector[:num_tokens], distance[:num_tokens]
+    x = _envelope_coordinate(distance, graph, settings)
+    return Geometry(
+        displacement=displacement,
+        distance=token_distance,
+        direction=displacement * inverse[:num_tokens, None],
+        log_envelope=_log_envelope(x, graph.self_token),
+    )
+
+
+def _displacement(positions: Tensor, cell: Tensor, batch_index: Tensor, graph: Graph) -> Tensor:
+    """``(T + X, 3)`` Å: ``r_j + S·cell − r_i``."""
+    vector = positions.index_select(0, graph.neighbor) - positions.index_select(0, graph.center)
+    shift = graph.shift.to(positions.dtype)
+    if len(cell) == 1:
+        return vector + shift @ cell[0]
+    row_cell = cell.index_select(0, batch_index.index_select(0, graph.center))  # (T + X, 3, 3)
+    return vector + (shift[:, :, None] * row_cell).sum(dim=1)
+
+
+def _safe_norm(vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Length and inverse length ``(R,)``; both, and all their derivatives, are 0 for a zero vector."""
+    squared = vector.square().sum(dim=1)
+    is_zero = squared == 0
+    inverse = torch.where(is_zero, 1.0, squared).rsqrt()
+    return torch.where(is_zero, 0.0, squared * inverse), torch.where(is_zero, 0.0, inverse)
+
+
+def _envelope_coordinate(distance: Tensor, graph: Graph, settings: GraphSettings) -> Tensor:
+    """``(T,)``: ``τ log(e^{rank/(kτ)} + e^{rank of the reverse/(kτ)} + e^{d/(r_c τ)})``, or ``d/r_c`` without k."""
+    radial = distance[: graph.num_tokens] / settings.cutoff
+    if settings.num_neighbors is None:
+        return radial
+    rank = graph.rank_base.to(distance.dtype)
+    if graph.rank_token.numel():
+        gap = distance.index_select(0, graph.rank_token) - distance.index_select(0, graph.rank_other)
+        rank = rank.index_add(0, graph.rank_token, rank_step(gap / settings.rank_scale, settings.rank_step))
+    rank = rank / settings.num_neighbors
+    scale = settings.envelope_scale
+    return scale * torch.logsumexp(torch.stack([rank, rank[graph.reverse], radial], dim=1) / scale, dim=1)
+
+
+def _log_envelope(x: Tensor, self_token: Tensor) -> Tensor:
+    """``(T,)``: ``−x²/(1 − x²)``; 0 for self tokens, −inf (with zero derivatives) where ``x ≥ 1``."""
+    squared = x.square()
+    squared = squared.index_fill(0, self_token, 0.0)
+    outside = squared >= 1.0
+    inside = torch.where(outside, 0.0, squared)
+    return torch.where(outside, -torch.inf, -inside / (1.0 - inside))

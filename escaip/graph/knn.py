@@ -1,0 +1,303 @@
+"""Which neighbors become tokens: the radius and differentiable k-nearest-neighbor graph (docs/graph.md).
+
+All decisions are made in float64 and without gradient; what the gradient needs is listed in the graph and
+evaluated by :func:`escaip.graph.compute_geometry`. Symbols: ``N`` atoms, ``E`` directed edges, ``M = N + E``
+list entries, ``T`` tokens, ``X`` extra rows, ``P`` rank pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from escaip.errors import ConfigError, UsageError
+from escaip.graph.neighbors import Systems, UndirectedPairs, find_pairs, key_stride, pairs_from, sort_edges
+from escaip.graph.step import rank_step, step_support
+from escaip.types import Graph, GraphSettings, NeighborList
+
+# Two distances are tied, for hard ranks, within this fraction.
+_TIE = 1e-9
+# Window pairs evaluated at once: bounds the memory of the exact ranks.
+_CHUNK_PAIRS = 4_000_000
+
+
+def search_cutoff(settings: GraphSettings) -> float:
+    """Returns the radius in Å within which an atom can influence a token: ``r_c``, plus the step's support.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    _check_settings(settings)
+    return settings.cutoff + _support(settings)
+
+
+@torch.no_grad()
+def build_graph(batch: Any, settings: GraphSettings, neighbors: NeighborList | None = None) -> Graph:
+    """Builds the packed token layout of a batch.
+
+    Args:
+        batch: PyG batch (or one structure) with ``positions (N, 3)`` Å, ``cell (B, 3, 3)`` Å, ``pbc (B, 3)``,
+            ``batch (N,)`` and ``ptr (B + 1,)``.
+        settings: radius, k and the shape of the ranks.
+        neighbors: a list that is complete up to ``search_cutoff(settings)`` or beyond at the present positions
+            (so one with a skin stays valid until it is used up); re-filtered by present distances, so the
+            result is that of a fresh build. None to search.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        DataError: see :func:`escaip.graph.neighbor_list`.
+        UsageError: ``neighbors`` does not reach far enough.
+    """
+    cutoff = search_cutoff(settings)
+    systems = Systems.from_batch(batch)
+    if neighbors is None:
+        pairs = find_pairs(systems, cutoff)
+    elif neighbors.cutoff < cutoff:
+        raise UsageError(
+            f"neighbor list reaches {neighbors.cutoff:g} Å but these settings need {cutoff:g} Å: build it with "
+            "escaip.graph.neighbor_list(batch, search_cutoff(settings))"
+        )
+    else:
+        pairs = pairs_from(neighbors, systems, cutoff)
+    lists = _make_lists(pairs, len(systems.positions), cutoff)
+    if settings.num_neighbors is None:
+        windows = _select_radius(lists)
+    elif settings.soft:
+        windows = _select_soft(lists, settings)
+    else:
+        windows = _select_hard(lists, settings)
+    return _pack(pairs, lists, windows)
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Every atom's list: itself first, then its candidates by distance.
+
+    Attributes:
+        start: ``(N + 1,)`` int64, first entry of each list.
+        center, neighbor: ``(M,)`` int64.
+        distance: ``(M,)`` float64, Å; 0 for the atom itself.
+        key: ``(M,)`` float64, ascending, ``center · stride + distance``.
+        edge: ``(M,)`` int64, directed edge of each entry; −1 for the atom itself.
+        place: ``(E,)`` int64, entry of each directed edge.
+    """
+
+    start: Tensor
+    center: Tensor
+    neighbor: Tensor
+    distance: Tensor
+    key: Tensor
+    edge: Tensor
+    place: Tensor
+
+    def reverse(self, edge: Tensor) -> Tensor:
+        """Returns the reversed directed edge of each edge."""
+        half = len(self.place) // 2
+        return torch.where(edge < half, edge + half, edge - half)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Entries chosen as neighbor tokens and the part of the list that decides their rank; ``C`` of them.
+
+    Attributes:
+        entry: ``(C,)`` int64, ascending.
+        base: ``(C,)`` float64, rank from entries before the window.
+        low, high: ``(C,)`` int64, the window ``low : high`` of entries that add to the rank by the step.
+    """
+
+    entry: Tensor
+    base: Tensor
+    low: Tensor
+    high: Tensor
+
+    def choose(self, keep: Tensor) -> _Windows:
+        """Returns the windows at the indices ``keep``."""
+        return _Windows(self.entry[keep], self.base[keep], self.low[keep], self.high[keep])
+
+
+def _make_lists(pairs: UndirectedPairs, num_atoms: int, cutoff: float) -> _Lists:
+    center, neighbor, distance = pairs.directed()
+    order, key = sort_edges(center, neighbor, torch.cat([pairs.shift, -pairs.shift]), distance, cutoff)
+    atom = torch.arange(num_atoms, device=center.device)
+    count = torch.bincount(center, minlength=num_atoms) + 1
+    start = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    center = center[order]
+    # Sorted edge e of center c has c + 1 self entries before it.
+    place = torch.arange(1, len(order) + 1, device=order.device) + center
+    size = len(order) + num_atoms
+
+    def merge(of_self: Tensor, of_edge: Tensor) -> Tensor:
+        merged = of_edge.new_empty(size)
+        merged[start[:-1]] = of_self.to(of_edge.dtype)
+        merged[place] = of_edge
+        return merged
+
+    place_of_edge = torch.empty_like(place)
+    place_of_edge[order] = place
+    return _Lists(
+        start=start,
+        center=merge(atom, center),
+        neighbor=merge(atom, neighbor[order]),
+        distance=merge(torch.zeros_like(atom), distance[order]),
+        key=merge(atom * key_stride(cutoff), key),
+        edge=merge(torch.full_like(atom, -1), order),
+        place=place_of_edge,
+    )
+
+
+def _select_radius(lists: _Lists) -> _Windows:
+    """All neighbors, no ranks."""
+    entry = (lists.edge >= 0).nonzero().squeeze(1)
+    none = torch.zeros_like(entry)
+    return _Windows(entry, none.to(torch.float64), none, none)
+
+
+def _select_hard(lists: _Lists, settings: GraphSettings) -> _Windows:
+    """Ranks by counting, half a rank for each tie (itself included): the limit of small rank scales."""
+    entry = _within_reach(lists, settings)
+    key, distance, start = lists.key[entry], lists.distance[entry], lists.start[lists.center[entry]]
+    nearer = torch.searchsorted(lists.key, key - _TIE * distance) - start
+    not_farther = torch.searchsorted(lists.key, key + _TIE * distance, right=True) - start
+    rank = 0.5 * (nearer + not_farther).to(torch.float64)
+    keep = _is_token(lists, entry, rank, settings)
+    none = torch.zeros_like(keep)
+    return _Windows(entry[keep], rank[keep], none, none)
+
+
+def _select_soft(lists: _Lists, settings: GraphSettings) -> _Windows:
+    """Soft ranks: cheap lower bounds first, then the exact sum for what they leave."""
+    support = _support(settings)
+    entry = _within_reach(lists, settings)
+    start = lists.start[lists.center[entry]]
+    low = torch.searchsorted(lists.key, lists.key[entry] - support, right=True)
+    base = (low - start).to(torch.float64)
+    # Whoever is not farther adds at least ½, whoever is before the window 1.
+    bound = 0.5 * (base + (entry - start + 1))
+    keep = _is_token(lists, entry, bound, settings)
+    entry, base, low = entry[keep], base[keep], low[keep]
+    high = torch.searchsorted(lists.key, lists.key[entry] + support)
+    windows = _Windows(entry, base, low, high)
+    rank = _exact_ranks(lists, windows, settings)
+    return windows.choose(_is_token(lists, entry, rank, settings))
+
+
+def _within_reach(lists: _Lists, settings: GraphSettings) -> Tensor:
+    """Entries inside the cutoff with fewer than ``2k`` not farther, each of which adds at least half a rank."""
+    assert settings.num_neighbors is not None
+    position = torch.arange(len(lists.edge), device=lists.edge.device) - lists.start[lists.center]
+    inside = (lists.distance < settings.cutoff) & (position + 1 < 2 * settings.num_neighbors)
+    return (inside & (lists.edge >= 0)).nonzero().squeeze(1)
+
+
+def _is_token(lists: _Lists, entry: Tensor, rank: Tensor, settings: GraphSettings) -> Tensor:
+    """Indices into ``entry`` where ``x < 1``, given ranks (or lower bounds of them); absent edges count as infinite.
+
+    Symmetric to the last bit: an edge is kept exactly when its reverse is.
+    """
+    assert settings.num_neighbors is not None
+    edge = lists.edge[entry]
+    rank_of_edge = torch.full((len(lists.place),), torch.inf, dtype=torch.float64, device=rank.device)
+    rank_of_edge[edge] = rank
+    scale = settings.envelope_scale
+    own = rank / (settings.num_neighbors * scale)
+    other = rank_of_edge[lists.reverse(edge)] / (settings.num_neighbors * scale)
+    radial = lists.distance[entry] / (settings.cutoff * scale)
+    top = torch.maximum(torch.maximum(own, other), radial)
+    total = (torch.exp(own - top) + torch.exp(other - top)) + torch.exp(radial - top)
+    return (scale * (top + torch.log(total)) < 1.0).nonzero().squeeze(1)
+
+
+def _exact_ranks(lists: _Lists, windows: _Windows, settings: GraphSettings) -> Tensor:
+    """``(C,)`` float64: base plus the step over each window, a bounded number of pairs at a time."""
+    rank = windows.base.clone()
+    ends = (windows.high - windows.low).cumsum(0)
+    num_pairs = int(ends[-1]) if len(ends) else 0
+    cuts = torch.arange(1, -(-num_pairs // _CHUNK_PAIRS), device=ends.device) * _CHUNK_PAIRS
+    bounds = [0, *torch.searchsorted(ends, cuts).tolist(), len(ends)]
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        of, other = _expand(windows.low[begin:end], windows.high[begin:end])
+        of += begin
+        gap = lists.distance[windows.entry].index_select(0, of) - lists.distance.index_select(0, other)
+        rank.index_add_(0, of, rank_step(gap / settings.rank_scale, settings.rank_step))
+    return rank
+
+
+def _expand(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists the members of ``low[i] : high[i]`` for all ``i``: the pairs ``(i, member)``, both ``(P,)`` int64."""
+    count = high - low
+    of = torch.repeat_interleave(count)
+    first = low - (count.cumsum(0) - count)
+    return of, torch.arange(len(of), device=of.device) + first.index_select(0, of)
+
+
+def _pack(pairs: UndirectedPairs, lists: _Lists, windows: _Windows) -> Graph:
+    """Lays out tokens, extra rows and rank pairs."""
+    num_atoms, size, device = len(lists.start) - 1, len(lists.edge), lists.edge.device
+    is_token = lists.edge < 0
+    is_token[windows.entry] = True
+    # Windows are runs of entries: one sweep over their ends tells which entries any of them covers.
+    sweep = torch.zeros(size + 1, dtype=torch.int64, device=device)
+    one = torch.ones_like(windows.low)
+    sweep.index_add_(0, windows.low, one)
+    sweep.index_add_(0, windows.high, -one)
+    is_extra = (sweep.cumsum(0)[:-1] > 0) & ~is_token
+    token, extra = is_token.nonzero().squeeze(1), is_extra.nonzero().squeeze(1)
+    num_tokens = len(token)
+
+    entry = torch.cat([token, extra])
+    row = torch.empty(size, dtype=torch.int64, device=device)
+    row[entry] = torch.arange(len(entry), device=device)
+    edge, half = lists.edge[entry], len(pairs.first)
+    if half:
+        sign = torch.where(edge < half, 1, -1) * (edge >= 0)
+        shift = pairs.shift[edge.clamp(min=0) % half] * sign[:, None]
+    else:
+        shift = pairs.shift.new_zeros(len(entry), 3)
+
+    neighbor_row = row[windows.entry]
+    reverse = torch.arange(num_tokens, device=device)
+    reverse[neighbor_row] = row[lists.place[lists.reverse(lists.edge[windows.entry])]]
+    rank_base = torch.zeros(num_tokens, dtype=torch.float64, device=device)
+    rank_base[neighbor_row] = windows.base
+    of, other = _expand(windows.low, windows.high)
+
+    count = torch.bincount(lists.center[token], minlength=num_atoms)
+    offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    return Graph(
+        offsets=offsets,
+        center=lists.center[entry],
+        neighbor=lists.neighbor[entry],
+        shift=shift,
+        reverse=reverse,
+        self_token=offsets[:-1].clone(),
+        rank_base=rank_base,
+        rank_token=neighbor_row.index_select(0, of),
+        rank_other=row.index_select(0, other),
+        num_tokens=num_tokens,
+        max_neighborhood=int(count.max()) if num_atoms else 0,
+    )
+
+
+def _support(settings: GraphSettings) -> float:
+    """Å beyond which two distances no longer exchange rank."""
+    if settings.num_neighbors is None or not settings.soft:
+        return 0.0
+    return step_support(settings.rank_step) * settings.rank_scale
+
+
+def _check_settings(settings: GraphSettings) -> None:
+    for name in ("cutoff", "rank_scale", "envelope_scale"):
+        value = getattr(settings, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"graph setting {name} is {value}: it must be a positive number")
+    if settings.num_neighbors is not None and settings.num_neighbors < 1:
+        raise ConfigError(
+            f"graph setting num_neighbors is {settings.num_neighbors}: it must be at least 1, or None for a plain "
+            "radius graph"
+        )
+    step_support(settings.rank_step)

@@ -1,0 +1,275 @@
+"""Neighbor search: which pairs of atoms are closer than a cutoff, for any cell and any mix of periodic axes.
+
+The search itself is done by vesin's O(N) cell list (docs/graph.md says why). It runs slightly beyond the
+cutoff; which pairs are kept is decided here, by one distance per undirected pair, so that ``(i, j, S)`` is in
+the list exactly when ``(j, i, −S)`` is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vesin import NeighborList as VesinNeighborList
+
+from escaip.errors import DataError, UsageError
+from escaip.types import NeighborList
+
+# vesin may round the other way at the cutoff (and then drop one of two equal pairs), so it searches farther.
+_SEARCH_MARGIN = 1e-6
+# Below this many atoms starting threads costs more than they save.
+_ATOMS_PER_THREAD = 2000
+# Squared sine of the flattest allowed angle between the periodic axes.
+_MIN_RELATIVE_GRAM = 1e-12
+_MAX_IMAGES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Systems:
+    """Where the atoms of a batch are; ``N`` atoms, ``B`` systems.
+
+    Attributes:
+        positions: ``(N, 3)`` float64, Å.
+        cell: ``(B, 3, 3)`` float64, Å, rows are lattice vectors.
+        pbc: ``(B, 3)`` bool.
+        index: ``(N,)`` int64, system of each atom.
+        ptr: ``(B + 1,)`` int64, first atom of each system.
+    """
+
+    positions: Tensor
+    cell: Tensor
+    pbc: Tensor
+    index: Tensor
+    ptr: Tensor
+
+    @classmethod
+    def from_batch(cls, batch: Any) -> Systems:
+        """Reads ``positions, cell, pbc, batch, ptr``; a structure without ``batch`` is one system.
+
+        Raises:
+            DataError: a NaN or infinite position, or a cell without volume along its periodic axes.
+        """
+        positions = batch.positions.detach().to(torch.float64)
+        cell = batch.cell.detach().to(torch.float64).reshape(-1, 3, 3)
+        pbc = batch.pbc.reshape(-1, 3)
+        index, ptr = getattr(batch, "batch", None), getattr(batch, "ptr", None)
+        if index is None or ptr is None:
+            index = positions.new_zeros(len(positions), dtype=torch.int64)
+            ptr = index.new_tensor([0, len(positions)])
+        systems = cls(positions, cell, pbc, index, ptr)
+        systems._check()
+        return systems
+
+    def _check(self) -> None:
+        if not bool(torch.isfinite(self.positions).all()):
+            atom = int((~torch.isfinite(self.positions).all(dim=1)).nonzero()[0])
+            raise DataError(
+                f"system {int(self.index[atom])}, atom {atom - int(self.ptr[self.index[atom]])}: position is NaN or "
+                "infinite: remove the structure or repair its coordinates"
+            )
+        if not bool(self.pbc.any()):
+            return
+        # Gram matrix of the periodic axes, completed with unit axes normal to them.
+        periodic = self.pbc.to(torch.float64)
+        rows = self.cell * periodic[:, :, None]
+        gram = rows @ rows.transpose(1, 2) + torch.diag_embed(1.0 - periodic)
+        size = gram.diagonal(dim1=1, dim2=2).prod(dim=1)
+        flat = ~(torch.linalg.det(gram) > _MIN_RELATIVE_GRAM * size)
+        if bool(flat.any()):
+            raise DataError(
+                f"system {int(flat.nonzero()[0])}: its cell has no volume along its periodic axes: set pbc to False "
+                "where the cell does not repeat, or give the full cell"
+            )
+
+    def check_images(self, cutoff: float) -> None:
+        """Refuses cells so thin that a search up to ``cutoff`` Å cannot end.
+
+        Raises:
+            DataError: more than ten million images of the cell within reach.
+        """
+        if not bool(self.pbc.any()):
+            return
+        periodic = self.pbc.to(torch.float64)
+        rows = self.cell * periodic[:, :, None]
+        gram = rows @ rows.transpose(1, 2) + torch.diag_embed(1.0 - periodic)
+        inverse_height = torch.linalg.inv(gram).diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
+        images = (1.0 + 2.0 * cutoff * inverse_height * periodic).prod(dim=1)
+        if bool((images > _MAX_IMAGES).any()):
+            raise DataError(
+                f"system {int((images > _MAX_IMAGES).nonzero()[0])}: its cell is so thin that {float(images.max()):.0e} "
+                f"images lie within {cutoff:g} Å: check the units of the cell"
+            )
+
+
+@dataclass(frozen=True)
+class UndirectedPairs:
+    """Every pair closer than a cutoff once; ``M`` pairs.
+
+    Attributes:
+        first, second: ``(M,)`` int64, atoms; with ``shift``, ``second`` sits at ``positions[second] + shift @ cell``.
+        shift: ``(M, 3)`` int64.
+        distance: ``(M,)`` float64, Å.
+    """
+
+    first: Tensor
+    second: Tensor
+    shift: Tensor
+    distance: Tensor
+
+    def directed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns center, neighbor, distance of the ``2M`` directed edges; edge ``e`` reversed is ``e ± M``."""
+        return (
+            torch.cat([self.first, self.second]),
+            torch.cat([self.second, self.first]),
+            torch.cat([self.distance, self.distance]),
+        )
+
+
+@torch.no_grad()
+def neighbor_list(batch: Any, cutoff: float) -> NeighborList:
+    """Finds all directed pairs ``(i, j, S)`` with ``|r_j + S·cell − r_i| < cutoff``, the atom itself excluded.
+
+    Args:
+        batch: PyG batch (or one structure) with ``positions (N, 3)`` Å, ``cell (B, 3, 3)`` Å, ``pbc (B, 3)``,
+            ``batch (N,)`` and ``ptr (B + 1,)``. Positions may lie anywhere, in or out of the cell.
+        cutoff: radius in Å.
+
+    Returns:
+        Edges ordered by center, then distance, then neighbor and shift, whatever the number of threads.
+
+    Raises:
+        DataError: a NaN or infinite position, a cell without volume along its periodic axes, or one that is too thin.
+        UsageError: the cutoff is not a positive number.
+    """
+    systems = Systems.from_batch(batch)
+    pairs = find_pairs(systems, cutoff)
+    center, neighbor, distance = pairs.directed()
+    shift = torch.cat([pairs.shift, -pairs.shift])
+    order, _ = sort_edges(center, neighbor, shift, distance, cutoff)
+    return NeighborList(center[order], neighbor[order], shift[order], cutoff)
+
+
+def find_pairs(systems: Systems, cutoff: float) -> UndirectedPairs:
+    """Finds every pair closer than ``cutoff`` Å once.
+
+    Raises:
+        DataError: a cell is too thin.
+        UsageError: the cutoff is not a positive number.
+    """
+    if not (cutoff > 0 and math.isfinite(cutoff)):
+        raise UsageError(f"cutoff is {cutoff}: it must be a positive number of Å")
+    systems.check_images(cutoff)
+    first, second, shift = _search(systems, cutoff + _SEARCH_MARGIN)
+    return _closer_than(systems, first, second, shift, cutoff)
+
+
+def pairs_from(neighbors: NeighborList, systems: Systems, cutoff: float) -> UndirectedPairs:
+    """Re-filters a list, by the present distances, to the pairs closer than ``cutoff`` Å.
+
+    Args:
+        neighbors: full list (both directions of each pair) that is complete up to ``cutoff`` at least.
+        systems: present positions and cells.
+        cutoff: radius in Å, not above ``neighbors.cutoff``.
+
+    Raises:
+        DataError: the list does not hold both directions of every pair.
+    """
+    device = systems.positions.device
+    center, neighbor, shift = (x.to(device) for x in (neighbors.center, neighbors.neighbor, neighbors.shift))
+    # Keep one of (i, j, S) and (j, i, −S): i < j, or the first non-zero component of S above 0.
+    leading = torch.where(shift[:, 0] != 0, shift[:, 0], torch.where(shift[:, 1] != 0, shift[:, 1], shift[:, 2]))
+    half = ((center < neighbor) | ((center == neighbor) & (leading > 0))).nonzero().squeeze(1)
+    if 2 * len(half) != len(center):
+        raise DataError(
+            f"neighbor list of {len(center)} edges holds {len(half)} forward ones, so some edge lacks its reverse: "
+            "use a full list, as from escaip.graph.neighbor_list"
+        )
+    return _closer_than(systems, center[half], neighbor[half], shift[half], cutoff)
+
+
+def sort_edges(
+    center: Tensor, neighbor: Tensor, shift: Tensor, distance: Tensor, cutoff: float
+) -> tuple[Tensor, Tensor]:
+    """Orders edges by center, then distance; ties by neighbor, then shift.
+
+    Args:
+        center, neighbor: ``(E,)`` int64.
+        shift: ``(E, 3)`` int64.
+        distance: ``(E,)`` float64, Å, below ``cutoff``.
+        cutoff: radius in Å.
+
+    Returns:
+        The order ``(E,)`` and the sorted keys ``(E,)`` float64, ``center · stride + distance`` with
+        ``stride = key_stride(cutoff)``. Distances closer than the rounding of the key count as ties.
+    """
+    key, order = torch.sort(distance + center.to(torch.float64) * key_stride(cutoff), stable=True)
+    equal = key[1:] == key[:-1]
+    tied = torch.zeros_like(key, dtype=torch.bool)
+    tied[1:] |= equal
+    tied[:-1] |= equal
+    place = tied.nonzero().squeeze(1)
+    if len(place):
+        edge = order[place]
+        run = torch.zeros_like(order)
+        run[1:] = (~equal).cumsum(0)
+        columns = [shift[edge, 2], shift[edge, 1], shift[edge, 0], neighbor[edge], run[place]]
+        inner = torch.arange(len(place), device=place.device)
+        for column in columns:  # least significant first
+            inner = inner[column[inner].argsort(stable=True)]
+        order[place] = edge[inner]
+    return order, key
+
+
+def key_stride(cutoff: float) -> float:
+    """Returns the power of two that separates the keys of two centers, with room for ``cutoff`` Å on either side."""
+    return 2.0 ** math.ceil(math.log2(4.0 * cutoff))
+
+
+def _closer_than(systems: Systems, first: Tensor, second: Tensor, shift: Tensor, cutoff: float) -> UndirectedPairs:
+    distance = pair_distance(systems, first, second, shift)
+    keep = (distance < cutoff).nonzero().squeeze(1)
+    if len(keep) < len(first):
+        first, second, shift, distance = first[keep], second[keep], shift[keep], distance[keep]
+    return UndirectedPairs(first, second, shift, distance)
+
+
+def pair_distance(systems: Systems, first: Tensor, second: Tensor, shift: Tensor) -> Tensor:
+    """Returns ``(M,)`` float64 distances in Å, bitwise the same for a pair and its reverse."""
+    vector = systems.positions.index_select(0, second) - systems.positions.index_select(0, first)
+    moved = shift.any(dim=1).nonzero().squeeze(1)
+    if len(moved):
+        cell = systems.cell.index_select(0, systems.index.index_select(0, first[moved]))
+        image = shift[moved].to(torch.float64)
+        translation = image[:, 0:1] * cell[:, 0] + image[:, 1:2] * cell[:, 1] + image[:, 2:3] * cell[:, 2]
+        vector.index_add_(0, moved, translation)
+    return vector.square().sum(dim=1).sqrt()
+
+
+def _search(systems: Systems, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses the library: first, second ``(M,)`` and shift ``(M, 3)``, int64, each pair once.
+
+    The one place where a library for another device belongs. Today the topology of a batch on a GPU is found
+    on the CPU and copied.
+    """
+    return _search_vesin(systems, cutoff)
+
+
+def _search_vesin(systems: Systems, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+    device = systems.positions.device
+    positions, cell, pbc = (x.cpu().numpy() for x in (systems.positions, systems.cell, systems.pbc))
+    bounds = systems.ptr.tolist()
+    first, second, shift = [], [], []
+    for system, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        threads = max(1, min(torch.get_num_threads(), (stop - start) // _ATOMS_PER_THREAD))
+        search = VesinNeighborList(cutoff=cutoff, full_list=False, n_threads=threads)
+        i, j, image = search.compute(positions[start:stop], cell[system], pbc[system], "ijS")
+        first.append(torch.from_numpy(i.astype("int64")) + start)
+        second.append(torch.from_numpy(j.astype("int64")) + start)
+        shift.append(torch.from_numpy(image.astype("int64")))
+    if not first:
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        return empty, empty, empty.reshape(0, 3)
+    return torch.cat(first).to(device), torch.cat(second).to(device), torch.cat(shift).to(device)

@@ -1,0 +1,202 @@
+"""Model files: what goes in comes out, old ones are read, and none can run code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from escaip import checkpoint as checkpoint_module
+from escaip.checkpoint import describe_potential, load_potential, migrate
+from escaip.config import EScAIPConfig
+from escaip.errors import CheckpointError, ConfigError
+from escaip.potential import Potential, PotentialMetadata
+
+SMALL = {
+    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
+    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def potential() -> Potential:
+    torch.manual_seed(0)
+    metadata = PotentialMetadata((1, 8), "GFN2-xTB", ("water",), {"seed": 3})
+    made = Potential(EScAIPConfig.from_dict(SMALL), metadata=metadata)
+    with torch.no_grad():
+        made.element_references[1] = -13.6
+        made.scale.fill_(2.5)
+    return made
+
+
+def save_lightning(potential: Potential, path: Path, **extra: Any) -> None:
+    state = {f"potential.{name}": tensor for name, tensor in potential.state_dict().items()}
+    torch.save({"escaip": describe_potential(potential), "state_dict": state, **extra}, path)
+
+
+def assert_same(found: Potential, expected: Potential) -> None:
+    assert found.config == expected.config
+    assert found.metadata == expected.metadata
+    for (name, tensor), other in zip(found.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+        assert tensor.dtype == other.dtype, name
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_saved_potential_comes_back_the_same(potential: Potential, tmp_path: Path, double: bool) -> None:
+    potential = potential.double() if double else potential
+    potential.save(tmp_path / "model.escaip")
+    loaded = load_potential(tmp_path / "model.escaip", device="cpu")
+    assert_same(loaded, potential)
+    assert not loaded.training
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.escaip"]
+
+
+def test_lightning_checkpoint_gives_the_same_potential(potential: Potential, tmp_path: Path) -> None:
+    save_lightning(potential, tmp_path / "last.ckpt", global_step=7)
+    assert_same(load_potential(tmp_path / "last.ckpt", device="cpu"), potential)
+
+
+def test_precision_is_changed_on_request_and_references_stay_double(potential: Potential, tmp_path: Path) -> None:
+    potential.save(tmp_path / "model.escaip")
+    loaded = load_potential(tmp_path / "model.escaip", device="cpu", dtype="float64")
+    assert loaded.dtype == torch.float64
+    back = loaded.to(torch.float32)
+    assert back.dtype == torch.float32
+    assert back.element_references.dtype == torch.float64
+    assert back.element_references[1] == -13.6
+
+
+def write_version_1(potential: Potential, path: Path) -> None:
+    """The layout of schema 1, written out: elements and level of theory at the top, no units of stress."""
+    description = {
+        "schema": 1,
+        "architecture": "EScAIP",
+        "config": potential.config.to_dict(),
+        "elements": [1, 8],
+        "level_of_theory": "GFN2-xTB",
+        "units": {"length": "angstrom", "energy": "eV"},
+        "cutoff": 4.0,
+    }
+    save_file(potential.state_dict(), path, metadata={"escaip": json.dumps(description)})
+
+
+def test_version_1_is_migrated(potential: Potential, tmp_path: Path) -> None:
+    write_version_1(potential, tmp_path / "old.escaip")
+    loaded = load_potential(tmp_path / "old.escaip", device="cpu")
+    assert loaded.metadata == PotentialMetadata((1, 8), "GFN2-xTB")
+    assert loaded.config == potential.config
+    assert torch.equal(loaded.element_references, potential.element_references)
+
+
+class Attack:
+    """Unpickled naively, it creates a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.bad_input
+def test_checkpoint_with_code_in_it_is_refused_and_does_not_run(potential: Potential, tmp_path: Path) -> None:
+    save_lightning(potential, tmp_path / "evil.ckpt", hook=Attack(tmp_path / "pwned"))
+    with pytest.raises(CheckpointError, match="could run code"):
+        load_potential(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("kind", ["escaip", "ckpt"])
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+def test_truncated_files_are_named(potential: Potential, tmp_path: Path, kind: str, keep: float) -> None:
+    path = tmp_path / f"cut.{kind}"
+    if kind == "escaip":
+        potential.save(path)
+    else:
+        save_lightning(potential, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(CheckpointError, match=r"cut\.(escaip|ckpt)") as caught:
+        load_potential(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.bad_input
+def test_files_of_others_are_named(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="another program"):
+        load_potential(tmp_path / "other.safetensors")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="another program"):
+        load_potential(tmp_path / "other.ckpt")
+    (tmp_path / "notes.txt").write_text("not a model")
+    with pytest.raises(CheckpointError, match="no model file"):
+        load_potential(tmp_path / "notes.txt")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_potential(tmp_path / "absent.ckpt")
+
+
+@pytest.mark.bad_input
+def test_future_schema_and_unknown_settings(potential: Potential, tmp_path: Path) -> None:
+    description = {**describe_potential(potential), "schema": 99}
+    with pytest.raises(CheckpointError, match="install a newer escaip"):
+        migrate(description, "x.escaip")
+    with pytest.raises(CheckpointError, match="no valid schema"):
+        migrate({"schema": "two"}, "x.escaip")
+    description = describe_potential(potential)
+    description["config"]["wings"] = 2
+    save_file(potential.state_dict(), tmp_path / "odd.escaip", metadata={"escaip": json.dumps(description)})
+    with pytest.raises(CheckpointError, match="'wings' does not exist"):
+        load_potential(tmp_path / "odd.escaip")
+
+
+@pytest.mark.bad_input
+def test_missing_weights_are_noticed(potential: Potential, tmp_path: Path) -> None:
+    state = potential.state_dict()
+    state.pop("model.energy_head.mlp.output.weight")
+    save_file(state, tmp_path / "part.escaip", metadata={"escaip": json.dumps(describe_potential(potential))})
+    with pytest.raises(CheckpointError, match="whole potential"):
+        load_potential(tmp_path / "part.escaip")
+
+
+@pytest.mark.bad_input
+def test_full_disk_leaves_the_old_file(potential: Potential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.escaip"
+    potential.save(path)
+    before = path.read_bytes()
+
+    def full(self: Path, data: bytes) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        potential.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.bad_input
+def test_device_and_dtype_that_do_not_exist(potential: Potential, tmp_path: Path) -> None:
+    potential.save(tmp_path / "model.escaip")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_potential(tmp_path / "model.escaip", device="toaster")
+    with pytest.raises(ConfigError, match="float32 or float64"):
+        load_potential(tmp_path / "model.escaip", device="cpu", dtype="float8")
+
+
+def test_header_is_readable_without_this_package(potential: Potential, tmp_path: Path) -> None:
+    potential.save(tmp_path / "model.escaip")
+    with safe_open(tmp_path / "model.escaip", framework="np") as stream:
+        description = json.loads(stream.metadata()["escaip"])
+    assert description["schema"] == checkpoint_module.SCHEMA_VERSION
+    assert description["units"]["stress"].endswith("positive in tension")

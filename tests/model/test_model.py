@@ -1,0 +1,158 @@
+"""Options of the model: each builds, differentiates twice, and changes what it says it changes."""
+
+from __future__ import annotations
+
+import ase.build
+import pytest
+import torch
+
+from escaip.config import EScAIPConfig
+from escaip.data import AtomicData, collate
+from escaip.model import EScAIP
+from escaip.potential import Potential
+
+SMALL = {
+    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
+    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
+}  # fmt: skip
+
+OPTIONS = [
+    {},
+    {"soft": False},
+    {"num_neighbors": None},
+    {"rank_step": "bump"},
+    {"message_gate": True},
+    {"aggregation": "graph_attention"},
+    {"norm": "layernorm"},
+    {"norm": "skip"},
+    {"activation": "silu"},
+    {"angular_channels": None},
+    {"attention_scale": "expanded"},
+    {"boo_weighting": "uniform"},
+    {"charge": True, "spin": True},
+    {"energy_norm": False},
+    {"attention_backend": "reference"},
+]
+
+
+def make_batch() -> object:
+    crystal = ase.build.bulk("NaCl", "rocksalt", a=5.6)
+    crystal.rattle(0.1, seed=0)
+    return collate([AtomicData.from_ase(ase.build.molecule("CH3OH")), AtomicData.from_ase(crystal)])
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(map(str, o)) or "default")
+def test_every_option_trains_on_energy_and_forces(options: dict[str, object], forces: str) -> None:
+    torch.manual_seed(0)
+    potential = Potential(EScAIPConfig.from_dict({**SMALL, **options, "forces": forces})).train()
+    prediction = potential(make_batch(), compute_stress=forces == "conservative")
+    assert prediction.energy.dtype == torch.float64
+    assert prediction.forces.shape == (8, 3)
+    loss = prediction.energy.sum() + prediction.forces.square().sum()
+    if prediction.stress is not None:
+        assert torch.isnan(prediction.stress[0]).all()  # the molecule has no cell
+        loss = loss + prediction.stress[1].square().sum()
+    loss.backward()
+    missing = [name for name, p in potential.named_parameters() if p.grad is None]
+    assert not missing  # a head owns no parameter it never uses
+    assert all(torch.isfinite(p.grad).all() for p in potential.parameters())
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "node_dropout", "edge_dropout",
+                                  "scalar_dropout", "stochastic_depth"])  # fmt: skip
+def test_regularisation_acts_in_training_only(name: str) -> None:
+    torch.manual_seed(0)
+    potential = Potential(EScAIPConfig.from_dict({**SMALL, "forces": "direct", name: 0.5}))
+    plain = Potential(EScAIPConfig.from_dict({**SMALL, "forces": "direct"}))
+    plain.load_state_dict(potential.state_dict())
+    batch = make_batch()
+    assert torch.equal(potential.eval()(batch).energy, plain.eval()(batch).energy)
+    drawn = {tuple(potential.train()(batch).energy.tolist()) for _ in range(6)}
+    assert len(drawn) > 1
+
+
+def test_vector_dropout_acts_on_forces_in_training() -> None:
+    torch.manual_seed(0)
+    potential = Potential(EScAIPConfig.from_dict({**SMALL, "forces": "direct", "vector_dropout": 0.5})).train()
+    assert not torch.equal(potential(make_batch()).forces, potential(make_batch()).forces)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"soft": False}, {"num_neighbors": None}, {"rank_step": "bump"}, {"attention_scale": "expanded"},
+     {"boo_weighting": "uniform"}, {"activation": "silu"}],
+)  # fmt: skip
+def test_options_without_parameters_change_the_function(change: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    # 3 neighbors, so that ranks matter.
+    one = Potential(EScAIPConfig.from_dict({**SMALL, "num_neighbors": 3})).eval()
+    other = Potential(EScAIPConfig.from_dict({**SMALL, "num_neighbors": 3, **change})).eval()
+    other.load_state_dict(one.state_dict())
+    batch = make_batch()
+    assert (one(batch).energy - other(batch).energy).abs().max() > 1e-6
+
+
+def test_backends_agree() -> None:
+    torch.manual_seed(0)
+    one = Potential(EScAIPConfig.from_dict({**SMALL, "attention_backend": "reference"})).double().eval()
+    other = Potential(EScAIPConfig.from_dict({**SMALL, "attention_backend": "dense"})).double().eval()
+    other.load_state_dict(one.state_dict())
+    batch = make_batch()
+    torch.testing.assert_close(one(batch).forces, other(batch).forces, rtol=1e-10, atol=1e-12)
+
+
+def test_skipping_unread_edges_of_the_last_block_is_exact() -> None:
+    """The conservative model computes N rows there; the direct one, with the same weights, all T."""
+    torch.manual_seed(0)
+    direct = Potential(EScAIPConfig.from_dict({**SMALL, "forces": "direct"})).double().eval()
+    conservative = Potential(EScAIPConfig.from_dict(SMALL)).double().eval()
+    names = set(conservative.state_dict())
+    conservative.load_state_dict({k: v for k, v in direct.state_dict().items() if k in names})
+    batch = make_batch()
+    torch.testing.assert_close(conservative(batch).energy, direct(batch).energy, rtol=1e-12, atol=1e-12)
+
+
+def test_charge_and_spin_matter_only_when_asked_for() -> None:
+    torch.manual_seed(0)
+    neutral, charged = ase.build.molecule("CH3OH"), ase.build.molecule("CH3OH")
+    charged.info["charge"] = 1
+    charged.info["spin_multiplicity"] = 2
+    batch = collate([AtomicData.from_ase(neutral), AtomicData.from_ase(charged)])
+    plain = Potential(EScAIPConfig.from_dict(SMALL)).eval()(batch).energy
+    aware = Potential(EScAIPConfig.from_dict({**SMALL, "charge": True, "spin": True})).eval()(batch).energy
+    assert plain[0] == pytest.approx(plain[1].item(), rel=1e-6)
+    assert (aware[0] - aware[1]).abs() > 1e-5
+
+
+def test_per_atom_parts_are_computed_per_atom() -> None:
+    """The largest input of every per-atom layer has N rows, not T."""
+    potential = Potential(EScAIPConfig.from_dict(SMALL)).eval()
+    rows: dict[str, int] = {}
+    for name, module in potential.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, inputs, out, name=name: rows.update({name: inputs[0].shape[0]}))
+    batch = make_batch()
+    potential(batch)
+    num_atoms = batch.positions.shape[0]
+    per_atom = ("source.", "target.", "sender", "receiver", "node_", "energy_head")
+    checked = [name for name in rows if any(part in name for part in per_atom)]
+    assert len(checked) > 10
+    assert all(rows[name] == num_atoms for name in checked)
+    assert rows["basis" if "basis" in rows else "attributes.distance_embedding"] > num_atoms
+
+
+def test_forward_does_not_change_its_batch() -> None:
+    batch = make_batch()
+    before = batch.clone()
+    Potential(EScAIPConfig.from_dict(SMALL)).eval()(batch, compute_stress=True)
+    assert set(batch.keys()) == set(before.keys())
+    for key in ("positions", "cell", "atomic_numbers", "pbc"):
+        assert torch.equal(batch[key], before[key])
+        assert not batch[key].requires_grad
+
+
+def test_construction_touches_no_global_state() -> None:
+    before = (torch.get_default_dtype(), torch.get_float32_matmul_precision())
+    EScAIP(EScAIPConfig.from_dict(SMALL))
+    assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == before
