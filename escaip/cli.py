@@ -103,7 +103,9 @@ def _add_evaluate(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="energy, force and stress errors of a model on labelled data")
     parser.add_argument("model", metavar="MODEL", help=".ckpt or .escaip file")
     parser.add_argument("data", metavar="DATA", help="anything ASE reads, SPICE HDF5 or a prepared store")
-    parser.add_argument("--out", default="evaluation", metavar="DIR", help="where report and plots go (default: evaluation)")
+    parser.add_argument(
+        "--out", default="evaluation", metavar="DIR", help="where report and plots go (default: evaluation)"
+    )
     parser.add_argument("--format", help="name of the reader (default: from the file)")
     for label in ("energy", "forces", "stress", "virial"):
         parser.add_argument(f"--{label}-key", metavar="KEY", help=f"name of the {label} in the file")
@@ -135,7 +137,9 @@ def _add_md(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=".ckpt or .escaip file")
     parser.add_argument("structure", metavar="STRUCTURE", help="anything ASE reads")
     parser.add_argument("--ensemble", choices=("nve", "nvt", "npt"), required=True)
-    parser.add_argument("--steps", type=int, required=True, metavar="N", help="of the whole run, resumed parts included")
+    parser.add_argument(
+        "--steps", type=int, required=True, metavar="N", help="of the whole run, resumed parts included"
+    )
     parser.add_argument("--temperature", type=float, metavar="K", help="required for nvt, npt and to draw velocities")
     parser.add_argument("--timestep", type=float, default=0.5, metavar="FS", help="default: 0.5")
     parser.add_argument("--pressure", type=float, metavar="GPA", help="npt only (default: 0)")
@@ -152,7 +156,9 @@ def _add_md(commands: Any) -> None:
     parser.add_argument("--trajectory-interval", type=int, metavar="N", help="default: as --interval")
     parser.add_argument("--restart-interval", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument("--frame", type=int, default=-1, help="which structure of the file (default: the last)")
-    parser.add_argument("--out", default="md.extxyz", metavar="FILE", help="trajectory, .extxyz or .traj (default: md.extxyz)")
+    parser.add_argument(
+        "--out", default="md.extxyz", metavar="FILE", help="trajectory, .extxyz or .traj (default: md.extxyz)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its restart file")
     parser.add_argument("--overwrite", action="store_true", help="replace an unfinished run in --out")
     parser.add_argument("--quiet", action="store_true", help="no progress line")

@@ -43,9 +43,7 @@ class EScAIP(nn.Module):
         if not c.is_conservative:
             self.edge_readouts = nn.ModuleList(Readout(*readout) for _ in range(c.num_layers + 1))
             self.edge_projection = ReadoutProjection(*projection)
-            self.force_head = DirectForceHead(
-                *head, c.vector_dropout, c.scalar_dropout, c.force_weighting == "uniform"
-            )
+            self.force_head = DirectForceHead(*head, c.vector_dropout, c.scalar_dropout, c.force_weighting == "uniform")
 
     def forward(
         self,
@@ -89,10 +87,13 @@ class EScAIP(nn.Module):
         return ModelOutput(energy, self.force_head(node, edge, geometry.direction, geometry.log_envelope, center))
 
     def _orientational_order(self, geometry: Geometry, center: Tensor, num_atoms: int) -> Tensor:
-        """``(N, boo_degrees)``, weighted by the envelope unless the config asks for the published weights."""
-        uniform = self.config.boo_weighting == "uniform"
-        weight = torch.ones_like(geometry.distance) if uniform else geometry.log_envelope.exp()
-        return bond_orientational_order(geometry.direction, weight, center, num_atoms, self.config.boo_degrees - 1)
+        """``(N, boo_degrees)``: smooth by the envelope's weights, or ``uniform`` and clamped as published."""
+        l_max = self.config.boo_degrees - 1
+        if self.config.boo_weighting == "uniform":
+            weight, floor = torch.ones_like(geometry.distance), "clamp"
+        else:
+            weight, floor = geometry.log_envelope.exp(), "smooth"
+        return bond_orientational_order(geometry.direction, weight, center, num_atoms, l_max, floor=floor)
 
     def _attributes(self) -> EdgeAttributes:
         c = self.config

@@ -99,7 +99,9 @@ def check_potential(
             checks.append(Check(f"{name}: forces under rotation", force_error, derivative_tolerance))
         checks.append(Check(f"{name}: translation", translation_error(evaluate, atoms, rng), energy_tolerance))
         checks.append(Check(f"{name}: permutation", permutation_error(evaluate, atoms, rng), energy_tolerance))
-        checks.append(Check(f"{name}: F = -dE/dr", force_error_by_difference(evaluate, atoms, rng), derivative_tolerance))
+        checks.append(
+            Check(f"{name}: F = -dE/dr", force_error_by_difference(evaluate, atoms, rng), derivative_tolerance)
+        )
         if atoms.pbc.any():
             checks.append(Check(f"{name}: re-wrapping", wrapping_error(evaluate, atoms, rng), energy_tolerance))
             checks.append(Check(f"{name}: supercell", supercell_error(evaluate, atoms), energy_tolerance))
@@ -151,14 +153,17 @@ def supercell_error(evaluate: Evaluate, atoms: Atoms) -> float:
     energy = evaluate([atoms])[0].energy
     repeats = [tuple(2 if axis == i else 1 for axis in range(3)) for i in range(3) if atoms.pbc[i]]
     repeats.append(tuple(2 if periodic else 1 for periodic in atoms.pbc))
-    return max(_relative(int(np.prod(repeat)) * energy, evaluate([atoms.repeat(repeat)])[0].energy) for repeat in repeats)
+    return max(
+        _relative(int(np.prod(repeat)) * energy, evaluate([atoms.repeat(repeat)])[0].energy) for repeat in repeats
+    )
 
 
 def batching_error(evaluate: Evaluate, structures: Sequence[Atoms]) -> float:
     """Relative error between structures alone and together."""
     together = evaluate(structures)
     return max(
-        _relative(evaluate([atoms])[0].energy, answer.energy) for atoms, answer in zip(structures, together, strict=True)
+        _relative(evaluate([atoms])[0].energy, answer.energy)
+        for atoms, answer in zip(structures, together, strict=True)
     )
 
 

@@ -118,7 +118,14 @@ class AtomicData(Data):
             "group": group,
             "num_nodes": n,
         }
-        return cls.from_dict(fields)
+        return cls.from_fields(fields)
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> AtomicData:
+        """A structure of fields that were validated before, for example those of a store; nothing is copied."""
+        data = cls()
+        data._store._mapping.update(fields)
+        return data
 
     @classmethod
     def from_ase(

@@ -175,20 +175,31 @@ def _find(atoms: Atoms, results: Mapping[str, Any], key: str | None, label: str,
     for place in (atoms.info, atoms.arrays, results):
         if key in place:
             return place[key]
-    data = atoms.info.get("data")
-    if isinstance(data, Mapping) and key in data:
-        return data[key]
-    raise DataError(f"{name}: no {label} under the key {key!r}; found {labels_found(atoms)}")
+    raise DataError(f"{name}: no {label} under the key {key!r}; found {labels_found(atoms)}; name one of these in keys")
 
 
 def _text(atoms: Atoms, key: str | None) -> str:
     if key not in atoms.info:
-        raise DataError(f"{_formula(atoms)}: no {key!r} in info; found {labels_found(atoms)}")
+        raise DataError(f"{_formula(atoms)}: no {key!r} in info; found {labels_found(atoms)}; name one of these in keys")
     return str(atoms.info[key])
 
 
 def _formula(atoms: Atoms) -> str:
-    return str(atoms.symbols.formula.format("hill")) if len(atoms) else "structure"
+    return hill_formula(atoms.numbers) if len(atoms) else "structure"
+
+
+def hill_formula(numbers: np.ndarray) -> str:
+    """Chemical formula, carbon and hydrogen first where there is carbon, else alphabetical: ``C2H6O``."""
+    from ase.data import chemical_symbols
+
+    found, counts = np.unique(np.asarray(numbers, dtype=np.int64), return_counts=True)
+    named = {
+        chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"[{z}]": int(count)
+        for z, count in zip(found.tolist(), counts, strict=True)
+    }
+    first = [symbol for symbol in ("C", "H") if symbol in named] if "C" in named else []
+    order = first + sorted(symbol for symbol in named if symbol not in first)
+    return "".join(symbol + (str(named[symbol]) if named[symbol] > 1 else "") for symbol in order)
 
 
 def _fixed_atoms(atoms: Atoms) -> np.ndarray:

@@ -8,6 +8,7 @@ list entries, ``T`` tokens, ``X`` extra rows, ``P`` rank pairs.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError, UsageError
-from escaip.graph.neighbors import Systems, UndirectedPairs, find_pairs, key_stride, pairs_from, sort_edges
+from escaip.graph.neighbors import Systems, UndirectedPairs, find_pairs, pairs_from
 from escaip.graph.step import rank_step, step_support
 from escaip.types import Graph, GraphSettings, NeighborList
 
 # Two distances are tied, for hard ranks, within this fraction.
 _TIE = 1e-9
-# Window pairs evaluated at once: bounds the memory of the exact ranks.
-_CHUNK_PAIRS = 4_000_000
+# Window pairs evaluated at once: bounds the memory of the exact ranks, and stays in the processor's cache.
+_CHUNK_PAIRS = 250_000
+# Distances whose keys round to a tie may stand in either order: worth this much rank at most.
+_BOUND_MARGIN = 1e-6
 
 
 def search_cutoff(settings: GraphSettings) -> float:
@@ -63,7 +66,7 @@ def build_graph(batch: Any, settings: GraphSettings, neighbors: NeighborList | N
         )
     else:
         pairs = pairs_from(neighbors, systems, cutoff)
-    lists = _make_lists(pairs, len(systems.positions), cutoff)
+    lists = _make_lists(pairs, len(systems.positions))
     if settings.num_neighbors is None:
         windows = _select_radius(lists)
     elif settings.soft:
@@ -120,33 +123,28 @@ class _Windows:
         return _Windows(self.entry[keep], self.base[keep], self.low[keep], self.high[keep])
 
 
-def _make_lists(pairs: UndirectedPairs, num_atoms: int, cutoff: float) -> _Lists:
-    center, neighbor, distance = pairs.directed()
-    order, key = sort_edges(center, neighbor, torch.cat([pairs.shift, -pairs.shift]), distance, cutoff)
-    atom = torch.arange(num_atoms, device=center.device)
-    count = torch.bincount(center, minlength=num_atoms) + 1
+def _make_lists(pairs: UndirectedPairs, num_atoms: int) -> _Lists:
+    edges = pairs.directed()
+    atom = torch.arange(num_atoms, device=edges.edge.device)
+    count = torch.bincount(edges.center, minlength=num_atoms) + 1
     start = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    center = center[order]
-    # Sorted edge e of center c has c + 1 self entries before it.
-    place = torch.arange(1, len(order) + 1, device=order.device) + center
-    size = len(order) + num_atoms
+    # Sorted edge e of center c has the self entries of atoms 0 .. c before it.
+    place = torch.arange(1, len(edges.edge) + 1, device=atom.device) + edges.center
 
-    def merge(of_self: Tensor, of_edge: Tensor) -> Tensor:
-        merged = of_edge.new_empty(size)
-        merged[start[:-1]] = of_self.to(of_edge.dtype)
+    def merge(of_atom: Tensor, of_edge: Tensor) -> Tensor:
+        merged = of_edge.new_empty(len(place) + num_atoms)
+        merged[start[:-1]] = of_atom.to(of_edge.dtype)
         merged[place] = of_edge
         return merged
 
-    place_of_edge = torch.empty_like(place)
-    place_of_edge[order] = place
     return _Lists(
         start=start,
-        center=merge(atom, center),
-        neighbor=merge(atom, neighbor[order]),
-        distance=merge(torch.zeros_like(atom), distance[order]),
-        key=merge(atom * key_stride(cutoff), key),
-        edge=merge(torch.full_like(atom, -1), order),
-        place=place_of_edge,
+        center=torch.repeat_interleave(count),
+        neighbor=merge(atom, edges.neighbor),
+        distance=merge(torch.zeros_like(atom), pairs.distance[pairs.of_edge(edges.edge)]),
+        key=merge(atom * pairs.stride, edges.key),
+        edge=merge(torch.full_like(atom, -1), edges.edge),
+        place=torch.empty_like(place).index_copy_(0, edges.edge, place),
     )
 
 
@@ -164,26 +162,31 @@ def _select_hard(lists: _Lists, settings: GraphSettings) -> _Windows:
     nearer = torch.searchsorted(lists.key, key - _TIE * distance) - start
     not_farther = torch.searchsorted(lists.key, key + _TIE * distance, right=True) - start
     rank = 0.5 * (nearer + not_farther).to(torch.float64)
-    keep = _is_token(lists, entry, rank, settings)
+    keep = (_coordinate(lists, entry, rank, settings) < 1.0).nonzero().squeeze(1)
     none = torch.zeros_like(keep)
     return _Windows(entry[keep], rank[keep], none, none)
 
 
 def _select_soft(lists: _Lists, settings: GraphSettings) -> _Windows:
-    """Soft ranks: cheap lower bounds first, then the exact sum for what they leave."""
+    """Soft ranks: bounds decide most edges, the exact sum over their windows the others."""
     support = _support(settings)
     entry = _within_reach(lists, settings)
     start = lists.start[lists.center[entry]]
     low = torch.searchsorted(lists.key, lists.key[entry] - support, right=True)
-    base = (low - start).to(torch.float64)
-    # Whoever is not farther adds at least ½, whoever is before the window 1.
-    bound = 0.5 * (base + (entry - start + 1))
-    keep = _is_token(lists, entry, bound, settings)
-    entry, base, low = entry[keep], base[keep], low[keep]
+    # Of those not farther, whoever is before the window adds 1 and the others at least ½.
+    not_farther = entry - start + 1
+    lower_bound = 0.5 * (low - start + not_farther).to(torch.float64)
+    keep = (_coordinate(lists, entry, lower_bound, settings) < 1.0).nonzero().squeeze(1)
+    entry, low, not_farther, start = entry[keep], low[keep], not_farther[keep], start[keep]
     high = torch.searchsorted(lists.key, lists.key[entry] + support)
-    windows = _Windows(entry, base, low, high)
-    rank = _exact_ranks(lists, windows, settings)
-    return windows.choose(_is_token(lists, entry, rank, settings))
+    windows = _Windows(entry, (low - start).to(torch.float64), low, high)
+    # Of those farther, whoever is in the window adds at most ½; ties by rounding are worth a margin.
+    upper_bound = 0.5 * (not_farther + high - start).to(torch.float64) + _BOUND_MARGIN
+    sure = _coordinate(lists, entry, upper_bound, settings) < 1.0
+    open_ = (~sure).nonzero().squeeze(1)
+    unsure = windows.choose(open_)
+    sure[open_] = _coordinate(lists, unsure.entry, _exact_ranks(lists, unsure, settings), settings) < 1.0
+    return windows.choose(sure.nonzero().squeeze(1))
 
 
 def _within_reach(lists: _Lists, settings: GraphSettings) -> Tensor:
@@ -194,10 +197,10 @@ def _within_reach(lists: _Lists, settings: GraphSettings) -> Tensor:
     return (inside & (lists.edge >= 0)).nonzero().squeeze(1)
 
 
-def _is_token(lists: _Lists, entry: Tensor, rank: Tensor, settings: GraphSettings) -> Tensor:
-    """Indices into ``entry`` where ``x < 1``, given ranks (or lower bounds of them); absent edges count as infinite.
+def _coordinate(lists: _Lists, entry: Tensor, rank: Tensor, settings: GraphSettings) -> Tensor:
+    """Envelope coordinate ``x`` of entries, given their ranks or bounds of them; a missing reverse has an infinite rank.
 
-    Symmetric to the last bit: an edge is kept exactly when its reverse is.
+    The same, to the last bit, for an edge and its reverse, so that what is decided by it is symmetric.
     """
     assert settings.num_neighbors is not None
     edge = lists.edge[entry]
@@ -209,30 +212,31 @@ def _is_token(lists: _Lists, entry: Tensor, rank: Tensor, settings: GraphSetting
     radial = lists.distance[entry] / (settings.cutoff * scale)
     top = torch.maximum(torch.maximum(own, other), radial)
     total = (torch.exp(own - top) + torch.exp(other - top)) + torch.exp(radial - top)
-    return (scale * (top + torch.log(total)) < 1.0).nonzero().squeeze(1)
+    return scale * (top + torch.log(total))
 
 
 def _exact_ranks(lists: _Lists, windows: _Windows, settings: GraphSettings) -> Tensor:
-    """``(C,)`` float64: base plus the step over each window, a bounded number of pairs at a time."""
-    rank = windows.base.clone()
-    ends = (windows.high - windows.low).cumsum(0)
-    num_pairs = int(ends[-1]) if len(ends) else 0
-    cuts = torch.arange(1, -(-num_pairs // _CHUNK_PAIRS), device=ends.device) * _CHUNK_PAIRS
-    bounds = [0, *torch.searchsorted(ends, cuts).tolist(), len(ends)]
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        of, other = _expand(windows.low[begin:end], windows.high[begin:end])
-        of += begin
-        gap = lists.distance[windows.entry].index_select(0, of) - lists.distance.index_select(0, other)
+    """``(C,)`` float64: base plus the step over each window."""
+    rank, distance = windows.base.clone(), lists.distance[windows.entry]
+    for of, other in _window_pairs(windows):
+        gap = distance.index_select(0, of) - lists.distance.index_select(0, other)
         rank.index_add_(0, of, rank_step(gap / settings.rank_scale, settings.rank_step))
     return rank
 
 
-def _expand(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Lists the members of ``low[i] : high[i]`` for all ``i``: the pairs ``(i, member)``, both ``(P,)`` int64."""
-    count = high - low
-    of = torch.repeat_interleave(count)
-    first = low - (count.cumsum(0) - count)
-    return of, torch.arange(len(of), device=of.device) + first.index_select(0, of)
+def _window_pairs(windows: _Windows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Lists the members of every window, some windows at a time: ``(index of the window, entry)``, int64."""
+    count = windows.high - windows.low
+    ends = count.cumsum(0)
+    shift = windows.low - (ends - count)
+    num_pairs = int(ends[-1]) if len(ends) else 0
+    cuts = torch.arange(1, max(1, math.ceil(num_pairs / _CHUNK_PAIRS)), device=ends.device) * _CHUNK_PAIRS
+    bounds = [0, *torch.searchsorted(ends, cuts).tolist(), len(ends)]
+    done = 0
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        of = torch.repeat_interleave(count[begin:end]).add_(begin)
+        yield of, torch.arange(done, done + len(of), device=of.device).add_(shift.index_select(0, of))
+        done += len(of)
 
 
 def _pack(pairs: UndirectedPairs, lists: _Lists, windows: _Windows) -> Graph:
@@ -252,19 +256,23 @@ def _pack(pairs: UndirectedPairs, lists: _Lists, windows: _Windows) -> Graph:
     entry = torch.cat([token, extra])
     row = torch.empty(size, dtype=torch.int64, device=device)
     row[entry] = torch.arange(len(entry), device=device)
-    edge, half = lists.edge[entry], len(pairs.first)
-    if half:
-        sign = torch.where(edge < half, 1, -1) * (edge >= 0)
-        shift = pairs.shift[edge.clamp(min=0) % half] * sign[:, None]
-    else:
-        shift = pairs.shift.new_zeros(len(entry), 3)
+    edge = lists.edge[entry]
+    is_neighbor = (edge >= 0).nonzero().squeeze(1)
+    shift = pairs.shift.new_zeros(len(entry), 3)
+    shift.index_copy_(0, is_neighbor, pairs.edge_shift(edge[is_neighbor]))
 
     neighbor_row = row[windows.entry]
     reverse = torch.arange(num_tokens, device=device)
     reverse[neighbor_row] = row[lists.place[lists.reverse(lists.edge[windows.entry])]]
     rank_base = torch.zeros(num_tokens, dtype=torch.float64, device=device)
     rank_base[neighbor_row] = windows.base
-    of, other = _expand(windows.low, windows.high)
+    rank_token = torch.empty(int((windows.high - windows.low).sum()), dtype=torch.int64, device=device)
+    rank_other = torch.empty_like(rank_token)
+    done = 0
+    for of, other in _window_pairs(windows):
+        torch.index_select(neighbor_row, 0, of, out=rank_token[done : done + len(of)])
+        torch.index_select(row, 0, other, out=rank_other[done : done + len(of)])
+        done += len(of)
 
     count = torch.bincount(lists.center[token], minlength=num_atoms)
     offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
@@ -276,8 +284,8 @@ def _pack(pairs: UndirectedPairs, lists: _Lists, windows: _Windows) -> Graph:
         reverse=reverse,
         self_token=offsets[:-1].clone(),
         rank_base=rank_base,
-        rank_token=neighbor_row.index_select(0, of),
-        rank_other=row.index_select(0, other),
+        rank_token=rank_token,
+        rank_other=rank_other,
         num_tokens=num_tokens,
         max_neighborhood=int(count.max()) if num_atoms else 0,
     )

@@ -72,10 +72,7 @@ class Systems:
             )
         if not bool(self.pbc.any()):
             return
-        # Gram matrix of the periodic axes, completed with unit axes normal to them.
-        periodic = self.pbc.to(torch.float64)
-        rows = self.cell * periodic[:, :, None]
-        gram = rows @ rows.transpose(1, 2) + torch.diag_embed(1.0 - periodic)
+        gram = self._gram()
         size = gram.diagonal(dim1=1, dim2=2).prod(dim=1)
         flat = ~(torch.linalg.det(gram) > _MIN_RELATIVE_GRAM * size)
         if bool(flat.any()):
@@ -83,6 +80,12 @@ class Systems:
                 f"system {int(flat.nonzero()[0])}: its cell has no volume along its periodic axes: set pbc to False "
                 "where the cell does not repeat, or give the full cell"
             )
+
+    def _gram(self) -> Tensor:
+        """``(B, 3, 3)`` Å²: Gram matrix of the periodic axes, completed by unit axes normal to them."""
+        periodic = self.pbc.to(torch.float64)
+        rows = self.cell * periodic[:, :, None]
+        return rows @ rows.transpose(1, 2) + torch.diag_embed(1.0 - periodic)
 
     def check_images(self, cutoff: float) -> None:
         """Refuses cells so thin that a search up to ``cutoff`` Å cannot end.
@@ -92,11 +95,8 @@ class Systems:
         """
         if not bool(self.pbc.any()):
             return
-        periodic = self.pbc.to(torch.float64)
-        rows = self.cell * periodic[:, :, None]
-        gram = rows @ rows.transpose(1, 2) + torch.diag_embed(1.0 - periodic)
-        inverse_height = torch.linalg.inv(gram).diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
-        images = (1.0 + 2.0 * cutoff * inverse_height * periodic).prod(dim=1)
+        inverse_height = torch.linalg.inv(self._gram()).diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
+        images = (1.0 + 2.0 * cutoff * inverse_height * self.pbc).prod(dim=1)
         if bool((images > _MAX_IMAGES).any()):
             raise DataError(
                 f"system {int((images > _MAX_IMAGES).nonzero()[0])}: its cell is so thin that {float(images.max()):.0e} "
@@ -111,21 +111,55 @@ class UndirectedPairs:
     Attributes:
         first, second: ``(M,)`` int64, atoms; with ``shift``, ``second`` sits at ``positions[second] + shift @ cell``.
         shift: ``(M, 3)`` int64.
-        distance: ``(M,)`` float64, Å.
+        distance: ``(M,)`` float64, Å, below ``cutoff``.
+        cutoff: radius in Å.
     """
 
     first: Tensor
     second: Tensor
     shift: Tensor
     distance: Tensor
+    cutoff: float
 
-    def directed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns center, neighbor, distance of the ``2M`` directed edges; edge ``e`` reversed is ``e ± M``."""
-        return (
-            torch.cat([self.first, self.second]),
-            torch.cat([self.second, self.first]),
-            torch.cat([self.distance, self.distance]),
-        )
+    def directed(self) -> DirectedEdges:
+        """Returns both directions of every pair, in order (docs of :class:`DirectedEdges`)."""
+        center = torch.cat([self.first, self.second])
+        neighbor = torch.cat([self.second, self.first])
+        key = self.distance.repeat(2).add_(center, alpha=self.stride)
+        key, order = torch.sort(key, stable=True)
+        _sort_ties(key, order, neighbor, self.shift)
+        return DirectedEdges(center[order], neighbor[order], key, order)
+
+    @property
+    def stride(self) -> float:
+        """Power of two, in Å, that separates the keys of two centers, with room for ``cutoff`` on either side."""
+        return 2.0 ** math.ceil(math.log2(4.0 * self.cutoff))
+
+    def of_edge(self, edge: Tensor) -> Tensor:
+        """Returns the pair of each directed edge."""
+        half = len(self.first)
+        return torch.where(edge < half, edge, edge - half)
+
+    def edge_shift(self, edge: Tensor) -> Tensor:
+        """Returns the ``(…, 3)`` int64 shift of each directed edge."""
+        sign = torch.where(edge < len(self.first), 1, -1)
+        return self.shift.index_select(0, self.of_edge(edge)) * sign[:, None]
+
+
+@dataclass(frozen=True)
+class DirectedEdges:
+    """The ``E = 2M`` directed edges of ``M`` pairs, ordered by center, distance, neighbor, shift.
+
+    Attributes:
+        center, neighbor: ``(E,)`` int64.
+        key: ``(E,)`` float64, ascending: ``center · stride + distance``. Distances closer than its rounding are ties.
+        edge: ``(E,)`` int64; edge ``m`` is pair ``m`` from first to second, edge ``M + m`` its reverse.
+    """
+
+    center: Tensor
+    neighbor: Tensor
+    key: Tensor
+    edge: Tensor
 
 
 @torch.no_grad()
@@ -146,10 +180,8 @@ def neighbor_list(batch: Any, cutoff: float) -> NeighborList:
     """
     systems = Systems.from_batch(batch)
     pairs = find_pairs(systems, cutoff)
-    center, neighbor, distance = pairs.directed()
-    shift = torch.cat([pairs.shift, -pairs.shift])
-    order, _ = sort_edges(center, neighbor, shift, distance, cutoff)
-    return NeighborList(center[order], neighbor[order], shift[order], cutoff)
+    edges = pairs.directed()
+    return NeighborList(edges.center, edges.neighbor, pairs.edge_shift(edges.edge), cutoff)
 
 
 def find_pairs(systems: Systems, cutoff: float) -> UndirectedPairs:
@@ -190,42 +222,30 @@ def pairs_from(neighbors: NeighborList, systems: Systems, cutoff: float) -> Undi
     return _closer_than(systems, center[half], neighbor[half], shift[half], cutoff)
 
 
-def sort_edges(
-    center: Tensor, neighbor: Tensor, shift: Tensor, distance: Tensor, cutoff: float
-) -> tuple[Tensor, Tensor]:
-    """Orders edges by center, then distance; ties by neighbor, then shift.
+def _sort_ties(key: Tensor, order: Tensor, neighbor: Tensor, shift: Tensor) -> None:
+    """Reorders, in place, the runs of ``order`` whose keys are equal by neighbor, then shift.
 
     Args:
-        center, neighbor: ``(E,)`` int64.
-        shift: ``(E, 3)`` int64.
-        distance: ``(E,)`` float64, Å, below ``cutoff``.
-        cutoff: radius in Å.
-
-    Returns:
-        The order ``(E,)`` and the sorted keys ``(E,)`` float64, ``center · stride + distance`` with
-        ``stride = key_stride(cutoff)``. Distances closer than the rounding of the key count as ties.
+        key: ``(E,)`` ascending.
+        order: ``(E,)`` int64, directed edge at each place.
+        neighbor: ``(E,)`` int64 of each directed edge.
+        shift: ``(E / 2, 3)`` of each pair.
     """
-    key, order = torch.sort(distance + center.to(torch.float64) * key_stride(cutoff), stable=True)
     equal = key[1:] == key[:-1]
     tied = torch.zeros_like(key, dtype=torch.bool)
     tied[1:] |= equal
     tied[:-1] |= equal
     place = tied.nonzero().squeeze(1)
-    if len(place):
-        edge = order[place]
-        run = torch.zeros_like(order)
-        run[1:] = (~equal).cumsum(0)
-        columns = [shift[edge, 2], shift[edge, 1], shift[edge, 0], neighbor[edge], run[place]]
-        inner = torch.arange(len(place), device=place.device)
-        for column in columns:  # least significant first
-            inner = inner[column[inner].argsort(stable=True)]
-        order[place] = edge[inner]
-    return order, key
-
-
-def key_stride(cutoff: float) -> float:
-    """Returns the power of two that separates the keys of two centers, with room for ``cutoff`` Å on either side."""
-    return 2.0 ** math.ceil(math.log2(4.0 * cutoff))
+    if not len(place):
+        return
+    edge, half = order[place], len(shift)
+    image = torch.where((edge < half)[:, None], shift[edge % half], -shift[edge % half])
+    run = torch.zeros_like(order)
+    run[1:] = (~equal).cumsum(0)
+    inner = torch.arange(len(place), device=place.device)
+    for column in (image[:, 2], image[:, 1], image[:, 0], neighbor[edge], run[place]):  # least significant first
+        inner = inner[column[inner].argsort(stable=True)]
+    order[place] = edge[inner]
 
 
 def _closer_than(systems: Systems, first: Tensor, second: Tensor, shift: Tensor, cutoff: float) -> UndirectedPairs:
@@ -233,7 +253,7 @@ def _closer_than(systems: Systems, first: Tensor, second: Tensor, shift: Tensor,
     keep = (distance < cutoff).nonzero().squeeze(1)
     if len(keep) < len(first):
         first, second, shift, distance = first[keep], second[keep], shift[keep], distance[keep]
-    return UndirectedPairs(first, second, shift, distance)
+    return UndirectedPairs(first, second, shift, distance, cutoff)
 
 
 def pair_distance(systems: Systems, first: Tensor, second: Tensor, shift: Tensor) -> Tensor:
@@ -261,15 +281,13 @@ def _search_vesin(systems: Systems, cutoff: float) -> tuple[Tensor, Tensor, Tens
     device = systems.positions.device
     positions, cell, pbc = (x.cpu().numpy() for x in (systems.positions, systems.cell, systems.pbc))
     bounds = systems.ptr.tolist()
-    first, second, shift = [], [], []
+    found = []
     for system, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         threads = max(1, min(torch.get_num_threads(), (stop - start) // _ATOMS_PER_THREAD))
         search = VesinNeighborList(cutoff=cutoff, full_list=False, n_threads=threads)
-        i, j, image = search.compute(positions[start:stop], cell[system], pbc[system], "ijS")
-        first.append(torch.from_numpy(i.astype("int64")) + start)
-        second.append(torch.from_numpy(j.astype("int64")) + start)
-        shift.append(torch.from_numpy(image.astype("int64")))
-    if not first:
-        empty = torch.zeros(0, dtype=torch.int64, device=device)
-        return empty, empty, empty.reshape(0, 3)
-    return torch.cat(first).to(device), torch.cat(second).to(device), torch.cat(shift).to(device)
+        pairs, shift = search.compute(positions[start:stop], cell[system], pbc[system], "PS")
+        found.append((torch.from_numpy(pairs.view("int64")).add_(start), torch.from_numpy(shift)))
+    if not found:
+        found.append((torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int32)))
+    pairs, shift = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+    return pairs[:, 0].contiguous().to(device), pairs[:, 1].contiguous().to(device), shift.to(device, torch.int64)

@@ -117,7 +117,9 @@ class NeighborhoodAttention(nn.Module):
         exponential = (logits - largest[center]).exp()
         total = torch.zeros_like(largest).index_add(0, center, exponential)
         share = (exponential / total[center]).unsqueeze(-1)
-        return per_head.new_zeros(graph.num_atoms, *per_head.shape[1:]).index_add(0, center, share * per_head).flatten(1)
+        return (
+            per_head.new_zeros(graph.num_atoms, *per_head.shape[1:]).index_add(0, center, share * per_head).flatten(1)
+        )
 
 
 class Block(nn.Module):

@@ -110,6 +110,4 @@ def neighborhood_attention(
     if k.shape[0] == 0:
         return q.new_zeros(q.shape)
     _, function = _BACKENDS["dense" if backend == "auto" else backend]
-    return function(
-        q, k, v, log_envelope, direction, offsets, angular_channels, scale, self_queries_only, dropout
-    )
+    return function(q, k, v, log_envelope, direction, offsets, angular_channels, scale, self_queries_only, dropout)

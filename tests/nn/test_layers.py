@@ -41,7 +41,9 @@ def test_edge_attributes_equal_the_concatenated_linear_layer() -> None:
         return torch.cat([gelu(end.order(order)), end.element(numbers)], -1)
 
     weight = torch.cat([layer.distance_project.weight, layer.source.project.weight, layer.target.project.weight], 1)
-    joined = torch.cat([gelu(layer.distance_embedding(radial)), raw(layer.source)[neighbor], raw(layer.target)[center]], 1)
+    joined = torch.cat(
+        [gelu(layer.distance_embedding(radial)), raw(layer.source)[neighbor], raw(layer.target)[center]], 1
+    )
     expected = layer.norm(gelu(joined @ weight.T + layer.target.project.bias))
     torch.testing.assert_close(layer(radial, numbers, order, neighbor, center), expected)
 

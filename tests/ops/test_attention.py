@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def written_out(inputs: dict[str, Tensor], channels: tuple[int, ...] | None, sca
     for count in channels or ():
         groups.append(range(start, start + count))
         start += count
-    for first, last in zip(offsets[:-1], offsets[1:], strict=True):
+    for first, last in pairwise(offsets):
         for head in range(q.shape[1]):
             for j in range(first, last):
                 logits = []
@@ -95,7 +96,9 @@ def test_angular_groups_equal_expanded_harmonics(backend: str) -> None:
     flat = {**inputs, "q": expanded(inputs["q"]), "k": expanded(inputs["k"])}
     width = flat["q"].shape[-1]
     padded_v = torch.nn.functional.pad(inputs["v"], (0, width - inputs["v"].shape[-1]))
-    expected = neighborhood_attention(**{**flat, "v": padded_v}, angular_channels=None, scale=scale, backend="reference")
+    expected = neighborhood_attention(
+        **{**flat, "v": padded_v}, angular_channels=None, scale=scale, backend="reference"
+    )
     found = neighborhood_attention(**inputs, angular_channels=channels, scale=scale, backend=backend)
     torch.testing.assert_close(found, expected[..., : inputs["v"].shape[-1]], rtol=1e-10, atol=1e-10)
 

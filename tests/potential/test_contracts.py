@@ -77,7 +77,9 @@ def token_sets(potential: Potential, path: list[Atoms]) -> list[set[tuple[int, .
     sets = []
     for atoms in path:
         graph = build_graph(collate([AtomicData.from_ase(atoms)]), potential.config.graph)
-        rows = torch.cat([graph.token_center[:, None], graph.token_neighbor[:, None], graph.shift[: graph.num_tokens]], 1)
+        rows = torch.cat(
+            [graph.token_center[:, None], graph.token_neighbor[:, None], graph.shift[: graph.num_tokens]], 1
+        )
         sets.append({tuple(row) for row in rows.tolist()})
     return sets
 
@@ -134,7 +136,8 @@ def test_two_neighbors_swap_rank_smoothly() -> None:
         moved.positions[far] -= radial * (gaps[first] + number * 1e-5)
         path.append(moved)
     nearer = [np.linalg.norm(a.positions[far] - a.positions[center]) < distances[center][near] for a in path]
-    assert nearer[-1] and not nearer[0]
+    assert nearer[-1]
+    assert not nearer[0]
     energy_jump, force_jump = continuity_error(evaluate, path)
     assert energy_jump < 1e-7
     assert force_jump < 1e-7

@@ -1,0 +1,183 @@
+"""A potential as an ASE calculator."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from escaip.calculators.topology import SkinnedNeighbors
+from escaip.errors import ConfigError, DataError
+from escaip.potential import Potential
+
+_SKIN = 0.5
+
+
+class EScAIPCalculator(Calculator):
+    """Energies, forces and stress of a potential for :class:`ase.Atoms`.
+
+    The candidate neighbor list is kept with a skin and rebuilt exactly when it must be; answers do not depend on it.
+    Charge and spin multiplicity are read from ``atoms.info`` (``"charge"``, ``"spin_multiplicity"`` or ``"spin"``)
+    by potentials that use them. Every evaluation gives forces and, with a periodic cell, stress: its cost beside the
+    forces is within the noise, and constant-pressure runs then evaluate once per step.
+
+    Args:
+        model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
+        device: a torch device; ``"auto"`` takes CUDA where there is one.
+        dtype: ``"float32"`` or ``"float64"``; by default as stored.
+        compile: not available in this version.
+        skin: Å by which the neighbor search reaches farther than needed; 0 searches at every evaluation.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or unsafe.
+        ConfigError: no such device or dtype, a negative skin, or ``compile=True``.
+    """
+
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - ASE's name
+    # Neither enters the potential; total charge and spin do, and check_state sees them.
+    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Potential,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
+        compile: bool = False,
+        *,
+        skin: float = _SKIN,
+    ) -> None:
+        super().__init__()
+        if compile:
+            raise ConfigError("compile=True is not available in this version: leave it out")
+        if not skin >= 0.0:
+            raise ConfigError(f"skin is {skin}: it must be 0 or more Å")
+        self.potential = _own_potential(model, device, dtype)
+        self.skin = float(skin)
+        if not self.potential.config.is_conservative:
+            self.implemented_properties = [name for name in self.implemented_properties if name != "stress"]
+        self._neighbors = SkinnedNeighbors(self.potential.search_cutoff, self.skin)
+        self._batch: Any = None
+
+    @property
+    def num_neighbor_builds(self) -> int:
+        """Neighbor searches made so far."""
+        return self._neighbors.num_builds
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """Says what changed since the last evaluation; total charge and spin count where the potential uses them."""
+        changes = list(super().check_state(atoms, tol))
+        if self.atoms is not None and self._charge_and_spin(atoms) != self._charge_and_spin(self.atoms):
+            changes.append("charge_and_spin")
+        return changes
+
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """ASE's entry; says why there is no stress where there is none.
+
+        Raises:
+            PropertyNotImplementedError: stress of a direct-force model or of a structure without periodic axes.
+        """
+        if name == "stress":
+            subject = atoms if atoms is not None else self.atoms
+            if not self.potential.config.is_conservative:
+                raise PropertyNotImplementedError(
+                    "a direct-force model has no stress: use a model trained with forces: conservative"
+                )
+            if subject is not None and not _has_volume(subject):
+                raise PropertyNotImplementedError(
+                    "stress needs a cell with volume and at least one periodic axis: set atoms.cell and atoms.pbc"
+                )
+        return super().get_property(name, atoms, allow_calculation)
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Evaluates the potential; ``atoms`` is not changed.
+
+        Raises:
+            UnsupportedElementError: an element that the potential was not trained on.
+            DataError: a structure that no potential can mean (NaN coordinates, a cell without volume, ...).
+        """
+        super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
+        with_stress = self.potential.config.is_conservative and _has_volume(self.atoms)
+        batch = self._to_batch(self.atoms, system_changes)
+        with torch.no_grad():
+            prediction = self.potential(
+                batch, neighbors=self._neighbors.get(batch), compute_stress=with_stress, create_graph=False
+            )
+        energy = float(prediction.energy[0])
+        self.results = {
+            "energy": energy,
+            "free_energy": energy,
+            "energies": _array(prediction.atomic_energies),
+            "forces": _array(prediction.forces),
+        }
+        if with_stress:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(_array(prediction.stress[0]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what the next evaluation rebuilds."""
+        neighbors = SkinnedNeighbors(self.potential.search_cutoff, self.skin)
+        return {**self.__dict__, "_batch": None, "_neighbors": neighbors}
+
+    def _to_batch(self, atoms: Atoms, changes: Sequence[str]) -> Any:
+        """The structure on the device; only what changed is made anew."""
+        from escaip.data import AtomicData, collate
+
+        if self._batch is None or not set(changes) <= {"positions", "cell"}:
+            self._batch = collate([AtomicData.from_ase(_bare(atoms))]).to(self.potential.device)
+            self._neighbors.reset()
+            return self._batch
+        if not np.isfinite(atoms.positions).all():
+            index = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
+            raise DataError(f"{atoms.symbols}: coordinates of atom {index} are NaN or infinite: repair the structure")
+        self._batch.positions = torch.from_numpy(atoms.positions.copy()).to(self.potential.device)
+        self._batch.cell = torch.from_numpy(atoms.cell.array[None].copy()).to(self.potential.device)
+        return self._batch
+
+    def _charge_and_spin(self, atoms: Atoms) -> tuple[Any, Any]:
+        config = self.potential.config
+        charge = atoms.info.get("charge", 0) if config.charge else 0
+        spin = atoms.info.get("spin_multiplicity", atoms.info.get("spin", 1)) if config.spin else 1
+        return charge, spin
+
+
+def _own_potential(
+    model: str | os.PathLike[str] | Potential, device: str | torch.device, dtype: str | torch.dtype | None
+) -> Potential:
+    """A potential nobody else changes, without gradients of its weights."""
+    from escaip.checkpoint import _device, _dtype, load_potential
+
+    if not isinstance(model, Potential):
+        return load_potential(model, device=device, dtype=dtype).requires_grad_(False)
+    potential = copy.deepcopy(model)
+    if dtype is not None:
+        potential = potential.to(_dtype(dtype))
+    if device != "auto":  # a potential at hand stays where it is
+        potential = potential.to(_device(device))
+    return potential.eval().requires_grad_(False)
+
+
+def _bare(atoms: Atoms) -> Atoms:
+    """The structure without its calculator, whose results would be read as labels."""
+    bare = atoms.copy()
+    bare.calc = None
+    return bare
+
+
+def _has_volume(atoms: Atoms) -> bool:
+    return bool(atoms.pbc.any()) and abs(np.linalg.det(atoms.cell.array)) > 0
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy().astype(np.float64)

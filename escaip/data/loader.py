@@ -1,0 +1,113 @@
+"""A loader that knows how many batches the training loop has taken, and can start after them."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from escaip.data.dataset import AtomicDataset, BatchCollate, EpochIndex
+from escaip.data.sampler import BudgetBatchSampler
+from escaip.errors import DataError
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
+
+START_METHODS = ("fork", "spawn", "forkserver")
+
+
+class BatchLoader:
+    """Iterates over the batches of an epoch; Lightning saves and restores its state with every checkpoint.
+
+    It wraps a :class:`torch.utils.data.DataLoader` rather than being one, so that Lightning neither replaces its
+    sampler nor builds it anew. The epoch is read when the first batch is taken, after Lightning's ``set_epoch``.
+
+    Attributes:
+        dataset: the structures.
+        batch_sampler: the batches.
+    """
+
+    def __init__(
+        self,
+        dataset: AtomicDataset,
+        batch_sampler: BudgetBatchSampler,
+        *,
+        num_workers: int = 0,
+        start_method: str | None = None,
+        neighbor_cutoff: float | None = None,
+    ) -> None:
+        """Prepares to load.
+
+        Args:
+            dataset: the structures.
+            batch_sampler: over their positions.
+            num_workers: loader processes; 0 loads in this one.
+            start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``; default the platform's.
+            neighbor_cutoff: Å, attach candidate neighbors in the workers.
+        """
+        self.dataset, self.batch_sampler = dataset, batch_sampler
+        self._epoch_batches = _EpochBatches()
+        context = multiprocessing.get_context(start_method) if num_workers and start_method else None
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=self._epoch_batches,  # type: ignore[arg-type]
+            collate_fn=BatchCollate(neighbor_cutoff),
+            num_workers=num_workers,
+            multiprocessing_context=context,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(0),  # its own: loading leaves the global generator alone
+        )
+        self._epoch = batch_sampler.epoch
+        self._consumed = 0
+
+    def __len__(self) -> int:
+        """Batches per epoch, also when the epoch is resumed in its middle."""
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.batch_sampler.epoch
+        batches = self.batch_sampler.batches(epoch)
+        resumed = self._consumed if self._epoch == epoch and self._consumed < len(batches) else 0
+        self._epoch, self._consumed = epoch, resumed
+        self._epoch_batches.plan = [[EpochIndex(k, epoch) for k in batch] for batch in batches[resumed:]]
+        for batch in self._loader:
+            self._consumed += 1
+            yield batch
+        self._consumed = len(batches)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches taken in it by the training loop, and how many there are: plain numbers."""
+        return {"epoch": self._epoch, "consumed": self._consumed, "num_batches": len(self)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Lets the next iteration of that epoch start after the batches already taken.
+
+        A state from the end of an epoch fits any data set and number of processes.
+
+        Raises:
+            DataError: the data set, split or budget has changed, so that the remaining batches are others.
+        """
+        inside = 0 < state_dict["consumed"] < state_dict["num_batches"]
+        if inside and state_dict["num_batches"] != len(self):
+            raise DataError(
+                f"resume: this checkpoint's epochs had {state_dict['num_batches']} batches, now there are {len(self)}; "
+                "use the same data, split, budget and number of processes, or start from the weights alone"
+            )
+        self._epoch, self._consumed = int(state_dict["epoch"]), int(state_dict["consumed"])
+
+
+class _EpochBatches:
+    """The batches planned for the running epoch."""
+
+    def __init__(self) -> None:
+        self.plan: list[list[EpochIndex]] = []
+
+    def __iter__(self) -> Iterator[list[EpochIndex]]:
+        return iter(self.plan)
+
+    def __len__(self) -> int:
+        return len(self.plan)

@@ -1,0 +1,53 @@
+"""Molecular dynamics and relaxation with any ASE calculator."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Name -> module: imported on first use, so that one of them does not import all of ASE.
+_PUBLIC = {
+    "EnergyDrift": "escaip.simulate.analysis",
+    "MDResult": "escaip.simulate.md",
+    "MDSettings": "escaip.simulate.settings",
+    "MDStatus": "escaip.simulate.md",
+    "RelaxResult": "escaip.simulate.relax",
+    "energy_drift": "escaip.simulate.analysis",
+    "read_log": "escaip.simulate.outputs",
+    "read_structure": "escaip.simulate.structures",
+    "relax": "escaip.simulate.relax",
+    "run_md": "escaip.simulate.md",
+    "write_structure": "escaip.simulate.structures",
+}
+
+__all__ = [
+    "EnergyDrift",
+    "MDResult",
+    "MDSettings",
+    "MDStatus",
+    "RelaxResult",
+    "energy_drift",
+    "read_log",
+    "read_structure",
+    "relax",
+    "run_md",
+    "write_structure",
+]
+
+if TYPE_CHECKING:
+    from escaip.simulate.analysis import EnergyDrift, energy_drift
+    from escaip.simulate.md import MDResult, MDStatus, run_md
+    from escaip.simulate.outputs import read_log
+    from escaip.simulate.relax import RelaxResult, relax
+    from escaip.simulate.settings import MDSettings
+    from escaip.simulate.structures import read_structure, write_structure
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'escaip.simulate' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,84 @@
+"""From files to files: what ``escaip md`` and ``escaip relax`` call."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from escaip.errors import SimulationError
+from escaip.simulate.md import MDResult, run_md
+from escaip.simulate.outputs import freeze
+from escaip.simulate.progress import ProgressLine
+from escaip.simulate.relax import RelaxResult, relax
+from escaip.simulate.settings import MDSettings
+from escaip.simulate.structures import read_structure, write_structure
+
+
+def md_file(
+    model: str | os.PathLike[str],
+    structure: str | os.PathLike[str],
+    *,
+    frame: int = -1,
+    out: str | os.PathLike[str] = "md.extxyz",
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    device: str = "auto",
+    dtype: str | None = None,
+    **settings: Any,
+) -> MDResult:
+    """Runs molecular dynamics of a structure file with a model file; ``settings`` as in :class:`MDSettings`.
+
+    Raises:
+        EscaipError: see :func:`~escaip.simulate.run_md`, :func:`~escaip.simulate.read_structure` and
+            :class:`~escaip.EScAIPCalculator`.
+    """
+    checked = MDSettings(**settings)  # before the model is loaded: a mistyped number should cost no time
+    atoms = _load(model, structure, frame, device, dtype)
+    report = None if quiet else ProgressLine()
+    return run_md(atoms, checked, out=out, resume=resume, overwrite=overwrite, report=report)
+
+
+def relax_file(
+    model: str | os.PathLike[str],
+    structure: str | os.PathLike[str],
+    *,
+    frame: int = -1,
+    out: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    **settings: Any,
+) -> tuple[RelaxResult, Path]:
+    """Relaxes a structure file with a model file; ``settings`` as in :func:`~escaip.simulate.relax`.
+
+    Returns:
+        The result and the file it was written to.
+
+    Raises:
+        SimulationError: not converged; the structure reached is written all the same, and named.
+        EscaipError: as in :func:`md_file`.
+    """
+    atoms = _load(model, structure, frame, device, dtype)
+    path = Path(out) if out is not None else Path(f"{Path(structure).stem}.relaxed.extxyz")
+    result = relax(atoms, **settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_structure(path, freeze(result.atoms))
+    if not result.converged:
+        raise SimulationError(
+            f"not converged after {result.steps} steps (largest force {result.largest_force:.4f} eV/Å): the structure "
+            f"reached is in {path}: raise --steps, or try --optimizer fire"
+        )
+    return result, path
+
+
+def _load(
+    model: str | os.PathLike[str], structure: str | os.PathLike[str], frame: int, device: str, dtype: str | None
+) -> Atoms:
+    atoms = read_structure(structure, frame)
+    from escaip.calculators.ase import EScAIPCalculator
+
+    atoms.calc = EScAIPCalculator(model, device=device, dtype=dtype)
+    return atoms

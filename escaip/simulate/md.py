@@ -1,0 +1,346 @@
+"""Molecular dynamics with log, trajectory, guards and a restart that continues bit for bit."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms, units
+
+from escaip.errors import ConfigError, DataError, EscaipError, SimulationError, UsageError
+from escaip.simulate.analysis import EnergyDrift, energy_drift
+from escaip.simulate.ensembles import Ensemble, make_ensemble
+from escaip.simulate.guards import find_contact, find_problem
+from escaip.simulate.outputs import LogFile, check_trajectory_name, make_frame, open_trajectory, read_log
+from escaip.simulate.restart import RestartState
+from escaip.simulate.settings import MDSettings
+from escaip.simulate.structures import write_structure
+from escaip.simulate.velocities import prepare_velocities, temperature
+
+_CONTACT_INTERVAL = 10
+"""Steps between searches for atoms that are too close, and between the frames kept as last good."""
+
+
+@dataclass(frozen=True)
+class MDStatus:
+    """Where a run is.
+
+    Attributes:
+        step, steps: done, of how many.
+        time: fs simulated.
+        temperature: K.
+        energy: conserved energy, or total energy where nothing is conserved, eV.
+        ns_per_day: speed.
+        seconds_left: of wall time.
+    """
+
+    step: int
+    steps: int
+    time: float
+    temperature: float
+    energy: float
+    ns_per_day: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class MDResult:
+    """A finished run.
+
+    Attributes:
+        atoms: the last frame, with velocities and calculator.
+        steps: done in all, resumed parts included.
+        time: fs simulated.
+        mean_temperature: K, over the log.
+        drift: of the conserved energy; None for Langevin or fewer than three log lines.
+        ns_per_day: speed of this part; NaN when there was nothing left to do.
+        trajectory, log, restart: the files.
+    """
+
+    atoms: Atoms
+    steps: int
+    time: float
+    mean_temperature: float
+    drift: EnergyDrift | None
+    ns_per_day: float
+    trajectory: Path
+    log: Path
+    restart: Path
+
+    def summary(self) -> str:
+        """Returns a few lines for people."""
+        lines = [f"{self.steps} steps, {self.time / 1000:.3f} ps, mean temperature {self.mean_temperature:.1f} K"]
+        if self.drift is not None:
+            lines.append(
+                f"energy drift {self.drift.slope:+.4f} ± {self.drift.error:.4f} meV/atom/ps, "
+                f"fluctuation {self.drift.fluctuation:.4f} meV/atom"
+            )
+        if np.isfinite(self.ns_per_day):
+            lines.append(f"speed {self.ns_per_day:.3g} ns/day")
+        lines.append(f"wrote {self.trajectory}, {self.log} and {self.restart}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Names of what a run writes, next to its trajectory."""
+
+    trajectory: Path
+
+    @property
+    def log(self) -> Path:
+        """CSV, one line per logged step."""
+        return self.trajectory.with_suffix(".csv")
+
+    @property
+    def restart(self) -> Path:
+        """State to resume from."""
+        return self.trajectory.with_suffix(".restart.npz")
+
+    @property
+    def last_good(self) -> Path:
+        """Frame kept when a run is stopped."""
+        return self.trajectory.with_suffix(".last_good.extxyz")
+
+
+def run_md(
+    atoms: Atoms,
+    settings: MDSettings,
+    *,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Callable[[MDStatus], None] | None = None,
+) -> MDResult:
+    """Runs molecular dynamics on a copy of ``atoms`` with its calculator.
+
+    Writes a trajectory (``out``), a log (``.csv``) and a restart file (``.restart.npz``) beside it. A resumed run
+    cuts log and trajectory back to the step of the restart file and continues bit for bit, provided that the
+    calculator's answers depend on the structure alone (as those of :class:`~escaip.EScAIPCalculator` do).
+
+    Args:
+        atoms: structure with a calculator.
+        settings: ensemble, steps, temperature, ...
+        out: trajectory, ``.extxyz`` or ``.traj``.
+        resume: continue from the restart file until ``settings.steps``.
+        overwrite: replace an unfinished run of the same name.
+        report: called after each logged step.
+
+    Raises:
+        ConfigError: settings that do not fit the structure, or no calculator.
+        UsageError: ``out`` holds an unfinished run and neither ``resume`` nor ``overwrite`` is given.
+        SimulationError: the run left the region where it means anything (the last good frame is saved), a file
+            cannot be written, or the restart file does not belong to the run.
+    """
+    if atoms.calc is None:
+        raise ConfigError("the structure has no calculator: set atoms.calc")
+    for warning in settings.check_structure(atoms):
+        warnings.warn(warning, stacklevel=2)
+    files = RunFiles(Path(out))
+    check_trajectory_name(files.trajectory)
+    own = atoms.copy()
+    own.calc = atoms.calc
+    _check_stress(own, settings)
+    if resume:
+        run = _Run.continued(own, settings, files)
+    else:
+        _refuse_to_lose(files, overwrite)
+        files.trajectory.parent.mkdir(parents=True, exist_ok=True)
+        run = _Run.fresh(own, settings, files)
+    return run.advance(report)
+
+
+class _Run:
+    """A run between its files and its integrator."""
+
+    def __init__(
+        self, atoms: Atoms, settings: MDSettings, files: RunFiles, ensemble: Ensemble, state: RestartState | None
+    ) -> None:
+        self.atoms, self.settings, self.files, self.ensemble = atoms, settings, files, ensemble
+        self.first_step = state.step if state else 0
+        stored = state.max_temperature if state else 10 * max(settings.temperature or 0.0, self.temperature, 300.0)
+        self.max_temperature = settings.max_temperature or stored
+        self.log = LogFile(files.log, state.log_position if state else None)
+        self.trajectory = open_trajectory(files.trajectory, state.trajectory_position if state else None)
+        self.last_good: tuple[int, Atoms] | None = None
+        self.started = self.last_logged = time.perf_counter()
+        self.last_logged_step = self.first_step
+
+    @classmethod
+    def fresh(cls, atoms: Atoms, settings: MDSettings, files: RunFiles) -> _Run:
+        rng = np.random.default_rng(settings.seed)
+        prepare_velocities(atoms, settings, rng)
+        return cls(atoms, settings, files, make_ensemble(atoms, settings, rng), None)
+
+    @classmethod
+    def continued(cls, atoms: Atoms, settings: MDSettings, files: RunFiles) -> _Run:
+        state = RestartState.load(files.restart)
+        state.check(atoms, settings.physics, files.restart)
+        atoms.set_cell(state.cell, scale_atoms=False)
+        atoms.set_positions(state.positions, apply_constraint=False)
+        atoms.set_momenta(state.momenta, apply_constraint=False)
+        state.check_energy(atoms.get_potential_energy(), files.restart)
+        rng = np.random.default_rng(settings.seed)
+        ensemble = make_ensemble(atoms, settings, rng)
+        rng.bit_generator.state = state.rng
+        ensemble.restore(state.integrator, state.step)
+        return cls(atoms, settings, files, ensemble, state)
+
+    @property
+    def temperature(self) -> float:
+        return temperature(self.atoms, self.ensemble.num_degrees)
+
+    @property
+    def step(self) -> int:
+        return int(self.ensemble.dynamics.nsteps)
+
+    def advance(self, report: Callable[[MDStatus], None] | None) -> MDResult:
+        remaining = max(self.settings.steps - self.first_step, 0)
+        try:
+            with np.errstate(all="ignore"):  # an overflow ends as NaN, which the guard reports
+                if self.first_step == 0:
+                    self._after_step(report)
+                for _ in range(remaining):
+                    self._take_step()
+                    self._after_step(report)
+        except OSError as error:
+            raise SimulationError(
+                f"step {self.step}: cannot write {self.files.trajectory.parent or Path('.')}: "
+                f"{error.strerror or error}: make room, then continue with --resume"
+            ) from error
+        finally:
+            self.log.close()
+            self.trajectory.close()
+        return self._result(remaining)
+
+    def _take_step(self) -> None:
+        dynamics = self.ensemble.dynamics
+        try:
+            dynamics.step()
+            dynamics.nsteps += 1
+            self.atoms.get_forces()
+        except (DataError, ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
+            self._stop(f"the structure cannot be evaluated ({error})", error)
+
+    def _after_step(self, report: Callable[[MDStatus], None] | None) -> None:
+        step, settings = self.step, self.settings
+        present = self.temperature
+        problem = find_problem(self.atoms, present, self.max_temperature)
+        writes_restart = step % settings.restart_interval == 0 or step >= settings.steps
+        if problem is None and (step % _CONTACT_INTERVAL == 0 or writes_restart):
+            problem = find_contact(self.atoms)
+            if problem is None:
+                self.last_good = step, make_frame(self.atoms, step, step * settings.timestep)
+        if problem is not None:
+            self._stop(problem)
+        if step % settings.trajectory_interval == 0:
+            self.trajectory.write(make_frame(self.atoms, step, step * settings.timestep))
+        if step % settings.log_interval == 0:
+            self._log(step, present, report)
+        if writes_restart:
+            self._save()
+
+    def _log(self, step: int, present: float, report: Callable[[MDStatus], None] | None) -> None:
+        now, length = time.perf_counter(), self.settings.timestep
+        done = step - self.last_logged_step
+        speed = _ns_per_day(done * length, now - self.last_logged)
+        self.last_logged, self.last_logged_step = now, step
+        potential, kinetic = float(self.atoms.get_potential_energy()), float(self.atoms.get_kinetic_energy())
+        conserved = self.ensemble.conserved_energy()
+        self.log.write({
+            "step": step,
+            "time_fs": step * length,
+            "temperature_K": present,
+            "potential_energy_eV": potential,
+            "kinetic_energy_eV": kinetic,
+            "total_energy_eV": potential + kinetic,
+            "conserved_energy_eV": conserved,
+            "pressure_GPa": _pressure(self.atoms),
+            "volume_A3": float(self.atoms.get_volume()) if self.atoms.cell.rank == 3 else float("nan"),
+            "ns_per_day": speed,
+        })  # fmt: skip
+        if report is not None:
+            elapsed = now - self.started
+            left = elapsed * (self.settings.steps - step) / max(step - self.first_step, 1)
+            energy = conserved if np.isfinite(conserved) else potential + kinetic
+            report(MDStatus(step, self.settings.steps, step * length, present, energy, speed, left))
+
+    def _save(self) -> None:
+        RestartState(
+            step=self.step,
+            target=self.settings.steps,
+            physics=self.settings.physics,
+            positions=self.atoms.get_positions(),
+            momenta=self.atoms.get_momenta(),
+            cell=self.atoms.cell.array.copy(),
+            atomic_numbers=self.atoms.numbers.copy(),
+            energy=float(self.atoms.get_potential_energy()),
+            rng=dict(self.ensemble.rng.bit_generator.state),
+            integrator=self.ensemble.state(),
+            max_temperature=self.max_temperature,
+            log_position=self.log.position(),
+            trajectory_position=self.trajectory.position(),
+        ).save(self.files.restart)
+
+    def _stop(self, problem: str, cause: Exception | None = None) -> None:
+        kept = "nothing was kept: relax the structure first"
+        if self.last_good is not None:
+            write_structure(self.files.last_good, self.last_good[1])
+            kept = (
+                f"the last good frame (step {self.last_good[0]}) is in {self.files.last_good}: use a timestep below "
+                f"{self.settings.timestep:g} fs, or relax the structure first"
+            )
+        raise SimulationError(f"stopped at step {self.step}: {problem}; {kept}") from cause
+
+    def _result(self, num_steps: int) -> MDResult:
+        log = read_log(self.files.log)
+        return MDResult(
+            atoms=self.atoms,
+            steps=self.step,
+            time=self.step * self.settings.timestep,
+            mean_temperature=float(log["temperature_K"].mean()) if len(log["step"]) else float("nan"),
+            drift=energy_drift(log["time_fs"], log["conserved_energy_eV"], len(self.atoms)),
+            ns_per_day=_ns_per_day(num_steps * self.settings.timestep, time.perf_counter() - self.started),
+            trajectory=self.files.trajectory,
+            log=self.files.log,
+            restart=self.files.restart,
+        )
+
+
+def _check_stress(atoms: Atoms, settings: MDSettings) -> None:
+    if settings.ensemble != "npt":
+        return
+    try:
+        atoms.get_stress()
+    except NotImplementedError as error:  # ASE's PropertyNotImplementedError is one
+        raise ConfigError(f"npt needs stress: {error or 'this calculator has none'}: use nvt") from error
+
+
+def _refuse_to_lose(files: RunFiles, overwrite: bool) -> None:
+    """An unfinished run is not replaced by accident."""
+    if overwrite or not files.restart.exists():
+        return
+    try:
+        state = RestartState.load(files.restart)
+        if state.step >= state.target:
+            return
+        where = f"an unfinished run (step {state.step} of {state.target})"
+    except EscaipError:
+        where = "a run whose restart file is damaged"
+    raise UsageError(f"{files.trajectory} holds {where}: continue it with --resume, or replace it with --overwrite")
+
+
+def _pressure(atoms: Atoms) -> float:
+    """GPa, kinetic part included; NaN where it has no meaning or no stress is known."""
+    if not atoms.pbc.all() or "stress" not in atoms.calc.implemented_properties:
+        return float("nan")
+    return float(-np.trace(atoms.get_stress(voigt=False, include_ideal_gas=True)) / 3 / units.GPa)
+
+
+def _ns_per_day(femtoseconds: float, seconds: float) -> float:
+    return femtoseconds * 1e-6 / seconds * 86400 if femtoseconds > 0 and seconds > 0 else float("nan")

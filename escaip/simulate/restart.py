@@ -1,0 +1,131 @@
+"""Everything a run needs to continue bit for bit, in one file that can carry no code."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from escaip.errors import SimulationError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RestartState:
+    """A run between two steps.
+
+    Attributes:
+        step: steps done.
+        target: steps asked for.
+        physics: settings that must not change.
+        positions: ``(n, 3)`` Å.
+        momenta: ``(n, 3)`` in ASE's unit.
+        cell: ``(3, 3)`` Å.
+        atomic_numbers: ``(n,)``.
+        energy: potential energy in eV, to see that the potential is the same.
+        rng: state of the random number generator.
+        integrator: internal variables of thermostat and barostat, by name.
+        max_temperature: K at which the run stops.
+        log_position, trajectory_position: where log and trajectory end.
+    """
+
+    step: int
+    target: int
+    physics: dict[str, Any]
+    positions: np.ndarray
+    momenta: np.ndarray
+    cell: np.ndarray
+    atomic_numbers: np.ndarray
+    energy: float
+    rng: dict[str, Any]
+    integrator: dict[str, np.ndarray]
+    max_temperature: float
+    log_position: int
+    trajectory_position: int
+
+    def save(self, path: Path) -> None:
+        """Writes the file aside and renames it: a reader sees the old state or the new one, whole."""
+        header = {
+            "schema": SCHEMA_VERSION,
+            **{name: getattr(self, name) for name in _HEADER},
+            "integrator": sorted(self.integrator),
+        }
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays |= {f"integrator.{name}": value for name, value in self.integrator.items()}
+        text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+        aside = path.with_name(f".{path.name}.part")
+        try:
+            with aside.open("wb") as stream:
+                np.savez(stream, header=text, **arrays)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> RestartState:
+        """Reads a file written by :meth:`save`.
+
+        Raises:
+            SimulationError: missing, damaged, or of a newer schema.
+        """
+        if not path.is_file():
+            raise SimulationError(f"there is no restart file {path} to resume from: run without --resume first")
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                header = json.loads(stored["header"].tobytes())
+                if header["schema"] > SCHEMA_VERSION:
+                    raise SimulationError(f"{path} was written by a newer escaip: install that version to resume")
+                values = {name: header[name] for name in _HEADER} | {name: stored[name] for name in _ARRAYS}
+                integrator = {name: stored[f"integrator.{name}"] for name in header["integrator"]}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise SimulationError(f"restart file {path} is damaged ({error}): start anew with --overwrite") from error
+        return cls(**values, integrator=integrator)
+
+    def check(self, atoms: Atoms, physics: dict[str, Any], path: Path) -> None:
+        """Refuses to continue another run.
+
+        Raises:
+            SimulationError: another structure or other settings than those of the run.
+        """
+        if not np.array_equal(self.atomic_numbers, atoms.numbers):
+            raise SimulationError(f"{path} belongs to another structure than {atoms.symbols}: check STRUCTURE and --out")
+        for name, value in physics.items():
+            if self.physics.get(name) != value:
+                raise SimulationError(
+                    f"{path} was written with {name} = {self.physics.get(name)}, not {value}: resume with the same "
+                    "settings, or start anew with another --out"
+                )
+
+    def check_energy(self, energy: float, path: Path) -> None:
+        """Refuses another potential.
+
+        Raises:
+            SimulationError: the energy of the stored positions differs by more than 1 meV per atom.
+        """
+        if not abs(energy - self.energy) <= 1e-3 * len(self.atomic_numbers):
+            raise SimulationError(
+                f"{path} was written with another potential: its energy is {self.energy:.6f} eV, this one gives "
+                f"{energy:.6f} eV: resume with the same model"
+            )
+
+
+_HEADER = (
+    "step",
+    "target",
+    "physics",
+    "energy",
+    "rng",
+    "max_temperature",
+    "log_position",
+    "trajectory_position",
+)
+_ARRAYS = ("positions", "momenta", "cell", "atomic_numbers")

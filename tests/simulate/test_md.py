@@ -1,0 +1,345 @@
+"""Molecular dynamics: energy conservation, temperature and pressure, guards, restart bit for bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase.build
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+from ase.io.trajectory import Trajectory
+
+from escaip.errors import ConfigError, EscaipError, SimulationError, UsageError
+from escaip.simulate import MDSettings, MDStatus, read_log, run_md
+
+Make = Callable[..., Atoms]
+
+ENSEMBLES: dict[str, dict[str, Any]] = {
+    "nve": {"ensemble": "nve"},
+    "langevin": {"ensemble": "nvt", "thermostat": "langevin"},
+    "bussi": {"ensemble": "nvt", "thermostat": "bussi"},
+    "nose-hoover": {"ensemble": "nvt", "thermostat": "nose-hoover"},
+    "npt isotropic": {"ensemble": "npt", "barostat": "isotropic", "pressure": 0.1},
+    "npt full": {"ensemble": "npt", "barostat": "full", "pressure": 0.1},
+}
+
+
+def settings(**changes: Any) -> MDSettings:
+    values: dict[str, Any] = {"temperature": 60.0, "timestep": 4.0, "steps": 40, "log_interval": 1}
+    return MDSettings(**{**values, **changes})
+
+
+def test_our_pair_potential_is_consistent(argon: Make) -> None:
+    from escaip.testing import check_potential
+
+    check_potential(argon().calc, [argon(), argon(periodic=False)], energy_tolerance=1e-9)
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+def test_energy_fluctuation_falls_as_the_timestep_squared(argon: Make, tmp_path: Path, periodic: bool) -> None:
+    fluctuations = []
+    for timestep in (6.0, 3.0):
+        asked = settings(timestep=timestep, steps=int(600 / timestep))
+        result = run_md(argon(periodic), asked, out=tmp_path / "a.traj")
+        assert result.drift is not None
+        fluctuations.append(result.drift.fluctuation)
+    assert 3.3 < fluctuations[0] / fluctuations[1] < 4.7
+
+
+def test_embedded_atom_copper_conserves_energy(tmp_path: Path) -> None:
+    atoms = ase.build.bulk("Cu", cubic=True).repeat((2, 2, 2))
+    atoms.calc = EMT()
+    result = run_md(atoms, settings(temperature=600.0, timestep=2.0, steps=200), out=tmp_path / "cu.extxyz")
+    assert result.drift is not None
+    assert abs(result.drift.slope) < 1.0
+    assert result.drift.fluctuation < 1.0
+
+
+@pytest.mark.parametrize("name", ["bussi", "nose-hoover", "npt isotropic", "npt full"])
+def test_extended_energy_is_conserved_where_the_total_is_not(argon: Make, tmp_path: Path, name: str) -> None:
+    asked = settings(**ENSEMBLES[name], steps=200, temperature=30.0, timestep=2.0, thermostat_time=50.0, velocities="keep")
+    atoms = argon()
+    atoms.set_momenta(np.random.default_rng(0).normal(size=(len(atoms), 3)) * 1.5)
+    atoms.set_momenta(atoms.get_momenta() - atoms.get_momenta().mean(axis=0))
+    run_md(atoms, asked, out=tmp_path / "a.extxyz")
+    log = read_log(tmp_path / "a.csv")
+    assert np.ptp(log["conserved_energy_eV"]) < 0.02 * np.ptp(log["total_energy_eV"])
+
+
+@pytest.mark.parametrize("name", ["langevin", "bussi", "nose-hoover"])
+def test_a_small_molecule_reaches_the_temperature(argon: Make, tmp_path: Path, name: str) -> None:
+    """Eight atoms have 18 thermal degrees of freedom, not 24: a thermostat that forgets is 33 % too hot."""
+    asked = settings(**ENSEMBLES[name], temperature=20.0, timestep=6.0, steps=6000, log_interval=5, trajectory_interval=6000)
+    result = run_md(argon(periodic=False), asked, out=tmp_path / "a.traj")
+    assert result.mean_temperature == pytest.approx(20.0, rel=0.08)
+
+
+def test_constant_pressure_reaches_the_pressure(argon: Make, tmp_path: Path) -> None:
+    asked = settings(ensemble="npt", pressure=0.3, steps=700, timestep=6.0, temperature=40.0, thermostat_time=200.0,
+                     barostat_time=300.0, trajectory_interval=700)  # fmt: skip
+    run_md(argon(), asked, out=tmp_path / "a.traj")
+    log = read_log(tmp_path / "a.csv")
+    assert log["pressure_GPa"][300:].mean() == pytest.approx(0.3, abs=0.03)
+    assert log["volume_A3"][-1] < 0.97 * log["volume_A3"][0]
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+def test_drawn_velocities_have_the_temperature_and_no_drift(argon: Make, tmp_path: Path, periodic: bool) -> None:
+    result = run_md(argon(periodic), settings(steps=1, timestep=1e-6), out=tmp_path / "a.traj")
+    assert read_log(tmp_path / "a.csv")["temperature_K"][0] == pytest.approx(60.0, rel=1e-9)
+    assert np.abs(result.atoms.get_momenta().sum(axis=0)).max() < 1e-8
+    if not periodic:
+        assert np.abs(result.atoms.get_angular_momentum()).max() < 1e-6
+
+
+def test_linear_molecules_and_fixed_atoms(tmp_path: Path) -> None:
+    dimer = ase.build.molecule("N2")
+    dimer.calc = EMT()
+    run_md(dimer, settings(timestep=1.0, temperature=300.0, steps=2), out=tmp_path / "a.traj")
+    assert read_log(tmp_path / "a.csv")["temperature_K"][0] == pytest.approx(300.0)
+    slab = ase.build.fcc111("Cu", (2, 2, 3), vacuum=6.0)
+    slab.set_constraint(FixAtoms(range(4)))
+    slab.calc = EMT()
+    result = run_md(slab, settings(temperature=300.0, steps=20), out=tmp_path / "b.extxyz")
+    assert (result.atoms.positions[:4] == slab.positions[:4]).all()
+    assert read_log(tmp_path / "b.csv")["temperature_K"][0] == pytest.approx(300.0)
+
+
+def test_velocities_of_the_structure_are_kept(argon: Make, tmp_path: Path) -> None:
+    atoms = argon()
+    atoms.set_momenta(np.full((len(atoms), 3), 0.5))
+    before = atoms.copy()
+    run_md(atoms, settings(temperature=None, steps=1), out=tmp_path / "a.traj")
+    with Trajectory(tmp_path / "a.traj") as frames:
+        assert (frames[0].get_momenta() == before.get_momenta()).all()
+    assert atoms == before  # the caller's structure has not moved
+
+
+def test_log_and_trajectory_say_the_same(argon: Make, tmp_path: Path) -> None:
+    seen: list[MDStatus] = []
+    asked = settings(steps=30, log_interval=10, trajectory_interval=10)
+    run_md(argon(), asked, out=tmp_path / "sub" / "a.extxyz", report=seen.append)
+    log = read_log(tmp_path / "sub" / "a.csv")
+    frames = ase.io.read(tmp_path / "sub" / "a.extxyz", ":")
+    assert log["step"].tolist() == [f.info["step"] for f in frames] == [0, 10, 20, 30] == [s.step for s in seen]
+    assert log["time_fs"].tolist() == [0.0, 40.0, 80.0, 120.0]
+    for index, frame in enumerate(frames):
+        assert frame.get_potential_energy() == pytest.approx(log["potential_energy_eV"][index], abs=1e-6)
+        assert frame.get_kinetic_energy() == pytest.approx(log["kinetic_energy_eV"][index], rel=1e-5)
+        pressure = -np.trace(frame.get_stress(voigt=False, include_ideal_gas=True)) / 3 / units.GPa
+        assert pressure == pytest.approx(log["pressure_GPa"][index], abs=1e-6)
+    assert seen[1].seconds_left > 0
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def interrupt_at(step: int) -> Callable[[MDStatus], None]:
+    def report(status: MDStatus) -> None:
+        if status.step == step:
+            raise Killed
+
+    return report
+
+
+def without_speed(path: Path) -> list[str]:
+    return [line.rsplit(",", 1)[0] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+@pytest.mark.parametrize("suffix", [".extxyz", ".traj"])
+def test_restart_continues_bit_for_bit(argon: Make, tmp_path: Path, name: str, suffix: str) -> None:
+    asked = settings(**ENSEMBLES[name], steps=40, trajectory_interval=2, restart_interval=10, thermostat_time=50.0)
+    whole = run_md(argon(), asked, out=tmp_path / f"whole{suffix}")
+    broken = tmp_path / f"broken{suffix}"
+    for step, resume in ((17, False), (33, True)):
+        with pytest.raises(Killed):
+            run_md(argon(), asked, out=broken, report=interrupt_at(step), resume=resume)
+    parts = run_md(argon(), asked, out=broken, resume=True)
+    assert (parts.atoms.positions == whole.atoms.positions).all()
+    assert (parts.atoms.get_momenta() == whole.atoms.get_momenta()).all()
+    assert (parts.atoms.cell.array == whole.atoms.cell.array).all()
+    assert without_speed(parts.log) == without_speed(whole.log)
+    one, other = (ase.io.read(path, ":") for path in (whole.trajectory, parts.trajectory))
+    assert len(one) == len(other) == 21
+    for left, right in zip(one, other, strict=True):
+        assert (left.positions == right.positions).all()
+        assert left.info["step"] == right.info["step"]
+    if suffix == ".extxyz":
+        assert whole.trajectory.read_bytes() == parts.trajectory.read_bytes()
+
+
+def test_a_finished_run_can_be_extended_and_resuming_it_again_changes_nothing(argon: Make, tmp_path: Path) -> None:
+    run_md(argon(), settings(steps=40), out=tmp_path / "long.extxyz")
+    run_md(argon(), settings(steps=25), out=tmp_path / "a.extxyz")
+    run_md(argon(), settings(steps=40), out=tmp_path / "a.extxyz", resume=True)
+    assert without_speed(tmp_path / "a.csv") == without_speed(tmp_path / "long.csv")
+    before = (tmp_path / "a.extxyz").read_bytes()
+    again = run_md(argon(), settings(steps=40), out=tmp_path / "a.extxyz", resume=True)
+    assert again.steps == 40
+    assert (tmp_path / "a.extxyz").read_bytes() == before
+
+
+@pytest.fixture
+def unfinished(argon: Make, tmp_path: Path) -> Path:
+    out = tmp_path / "a.extxyz"
+    with pytest.raises(Killed):
+        run_md(argon(), settings(restart_interval=10), out=out, report=interrupt_at(15))
+    return out
+
+
+@pytest.mark.bad_input
+def test_an_unfinished_run_is_not_lost(argon: Make, unfinished: Path) -> None:
+    before = unfinished.read_bytes()
+    with pytest.raises(UsageError, match=r"step 10 of 40.*--resume.*--overwrite"):
+        run_md(argon(), settings(), out=unfinished)
+    assert unfinished.read_bytes() == before
+    run_md(argon(), settings(), out=unfinished, overwrite=True)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timestep": 2.0}, "timestep = 4.0, not 2.0"),
+        ({"temperature": 80.0}, "temperature = 60.0, not 80.0"),
+        ({"ensemble": "nvt"}, "ensemble = nve, not nvt"),
+    ],
+)
+def test_resuming_with_other_settings(argon: Make, unfinished: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SimulationError, match=message):
+        run_md(argon(), settings(**change), out=unfinished, resume=True)
+
+
+@pytest.mark.bad_input
+def test_resuming_with_another_structure_or_potential(argon: Make, unfinished: Path) -> None:
+    with pytest.raises(SimulationError, match="another structure"):
+        run_md(argon(periodic=False), settings(), out=unfinished, resume=True)
+    atoms = argon()
+    atoms.calc = EMT()
+    atoms.numbers[:] = 29
+    with pytest.raises(SimulationError, match="another structure"):
+        run_md(atoms, settings(), out=unfinished, resume=True)
+
+    class Shifted(type(argon().calc)):  # type: ignore[misc]
+        def calculate(self, *args: Any, **kwargs: Any) -> None:
+            super().calculate(*args, **kwargs)
+            self.results["energy"] += 1.0
+
+    atoms = argon()
+    atoms.calc = Shifted()
+    with pytest.raises(SimulationError, match="another potential"):
+        run_md(atoms, settings(), out=unfinished, resume=True)
+
+
+@pytest.mark.bad_input
+def test_resuming_from_nothing_or_from_damaged_files(argon: Make, unfinished: Path) -> None:
+    with pytest.raises(SimulationError, match="no restart file"):
+        run_md(argon(), settings(), out=unfinished.with_name("b.extxyz"), resume=True)
+    whole = unfinished.read_bytes()
+    os.truncate(unfinished, 100)
+    with pytest.raises(SimulationError, match="ends before the step of the restart file"):
+        run_md(argon(), settings(), out=unfinished, resume=True)
+    unfinished.write_bytes(whole)
+    restart = unfinished.with_suffix(".restart.npz")
+    os.truncate(restart, 300)
+    with pytest.raises(SimulationError, match="damaged"):
+        run_md(argon(), settings(), out=unfinished, resume=True)
+    with pytest.raises(UsageError, match="damaged"):
+        run_md(argon(), settings(), out=unfinished)
+
+
+@pytest.mark.bad_input
+def test_nan_forces_stop_the_run_with_the_last_good_frame(argon: Make, tmp_path: Path) -> None:
+    with pytest.raises(SimulationError, match=r"step 26: (forces|positions) of atom 0 \(Ar\) are NaN.*step 20") as caught:
+        run_md(argon(nan_after=26), settings(), out=tmp_path / "a.extxyz")
+    assert "a.last_good.extxyz" in str(caught.value)
+    kept = ase.io.read(tmp_path / "a.last_good.extxyz")
+    assert kept.info["step"] == 20
+    assert np.isfinite(kept.get_forces()).all()
+
+
+@pytest.mark.bad_input
+def test_an_explosion_stops_the_run(argon: Make, tmp_path: Path) -> None:
+    atoms = argon()
+    atoms.positions[1] = atoms.positions[0] + [2.0, 0.0, 0.0]  # deep in the repulsive wall
+    with pytest.raises(SimulationError, match="temperature is"):
+        run_md(atoms, settings(), out=tmp_path / "a.extxyz")
+
+
+@pytest.mark.bad_input
+def test_atoms_too_close_stop_the_run(argon: Make, tmp_path: Path) -> None:
+    atoms = argon()
+    atoms.positions[1] = atoms.positions[0] + [0.5, 0.0, 0.0]
+    with pytest.raises(SimulationError, match=r"atoms 0 \(Ar\) and 1 \(Ar\) are 0.50 Å apart; nothing was kept"):
+        run_md(atoms, settings(max_temperature=1e12), out=tmp_path / "a.extxyz")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"timestep": -1.0}, "timestep is -1.0 fs"),
+        ({"timestep": 100.0}, "at most 20 fs"),
+        ({"timestep": float("nan")}, "timestep is nan"),
+        ({"ensemble": "nvt", "temperature": None}, "nvt needs a temperature"),
+        ({"ensemble": "nvt", "temperature": -3.0}, "temperature is -3.0 K"),
+        ({"ensemble": "nvt", "thermostat": "berendsen"}, "choose langevin, bussi, nose-hoover"),
+        ({"ensemble": "npv"}, "choose nve, nvt, npt"),
+        ({"pressure": 1.0}, "pressure belongs to npt"),
+        ({"thermostat": "bussi"}, "thermostat belongs to nvt"),
+        ({"steps": 0}, "steps is 0"),
+        ({"velocities": "draw", "temperature": None}, "only be drawn at a temperature"),
+        ({"ensemble": "nvt", "thermostat_time": 0.1}, "at least the timestep"),
+    ],
+)
+def test_wrong_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(**values)
+
+
+@pytest.mark.bad_input
+def test_settings_that_do_not_fit_the_structure(argon: Make, tmp_path: Path) -> None:
+    cases: list[tuple[Atoms, dict[str, Any], str]] = []
+    cases.append((argon(periodic=False), {"ensemble": "npt"}, "periodic along all three axes"))
+    fixed = argon()
+    fixed.set_constraint(FixAtoms([0]))
+    cases.append((fixed, {"ensemble": "npt"}, "npt does not support constraints"))
+    cases.append((fixed, {"ensemble": "nvt", "thermostat": "nose-hoover"}, "nose-hoover does not support constraints"))
+    lone = Atoms("Ar", calculator=argon().calc)
+    cases.append((lone, {"ensemble": "nvt", "thermostat": "bussi"}, "at least 2 atoms"))
+    cases.append((argon(), {"temperature": None}, "no velocities: give a temperature"))
+    cases.append((argon(), {"velocities": "keep"}, "no velocities to keep"))
+    bare = argon()
+    bare.calc = None
+    cases.append((bare, {}, "no calculator"))
+    stressless = argon()
+    stressless.calc.implemented_properties = ["energy", "forces"]
+    cases.append((stressless, {"ensemble": "npt"}, "npt needs stress"))
+    for atoms, values, message in cases:
+        with pytest.raises(EscaipError, match=message):
+            run_md(atoms, settings(**values), out=tmp_path / "a.extxyz")
+    with pytest.raises(ConfigError, match="no known format"):
+        run_md(argon(), settings(), out=tmp_path / "a.pdb")
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_a_long_timestep_with_hydrogen_is_warned_about(tmp_path: Path) -> None:
+    atoms = ase.build.molecule("H2O")
+    atoms.calc = EMT()
+    with pytest.warns(UserWarning, match="2 fs is long for H"):
+        run_md(atoms, settings(timestep=2.0, temperature=10.0, steps=1, max_temperature=1e6), out=tmp_path / "a.traj")
+
+
+def test_one_lone_atom_moves_straight(argon: Make, tmp_path: Path) -> None:
+    atoms = Atoms("Ar", calculator=argon().calc)
+    result = run_md(atoms, settings(steps=5), out=tmp_path / "a.traj")
+    assert np.isfinite(result.atoms.positions).all()
