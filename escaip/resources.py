@@ -113,4 +113,6 @@ def _read_card(path: Path) -> DatasetCard:
 
 
 def _files(folder: Path) -> str:
-    return ", ".join(sorted(entry.name for entry in folder.iterdir() if entry.is_file())) if folder.is_dir() else "nothing"
+    return (
+        ", ".join(sorted(entry.name for entry in folder.iterdir() if entry.is_file())) if folder.is_dir() else "nothing"
+    )

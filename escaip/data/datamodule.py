@@ -164,7 +164,9 @@ class AtomicDataModule(LightningDataModule):
 
     def summary(self) -> str:
         """A few lines: structures and labels of each set, what was skipped."""
-        lines = [f"{part}: {len(data)} structures, {int(data.natoms.sum())} atoms" for part, data in self.datasets.items()]
+        lines = [
+            f"{part}: {len(data)} structures, {int(data.natoms.sum())} atoms" for part, data in self.datasets.items()
+        ]
         lines += [f"{part}: {report.summary()}" for part, report in self.reports.items() if report.skipped]
         if self._statistics is not None:
             counts = ", ".join(f"{count} {label}" for label, count in self._statistics.label_counts.items())
@@ -177,12 +179,19 @@ class AtomicDataModule(LightningDataModule):
         if "path" not in options:
             raise ConfigError(f"data.{part}: has no path; write {{path: FILE, ...}}")
         structures = self._read(part, options)
-        return AtomicDataset(structures, fixed_atoms=self._fixed_atoms, rotate=self._rotate and part == "train", seed=self._seed)
+        return AtomicDataset(
+            structures, fixed_atoms=self._fixed_atoms, rotate=self._rotate and part == "train", seed=self._seed
+        )
 
     def _read(self, part: str, options: dict[str, Any]) -> Any:
         path = options["path"]
         required = () if part == "predict" else self._required
-        if set(options) == {"path"} and isinstance(path, str) and Path(path).is_dir() and detect_format(path) == "store":
+        if (
+            set(options) == {"path"}
+            and isinstance(path, str)
+            and Path(path).is_dir()
+            and detect_format(path) == "store"
+        ):
             store = Store(path)
             for label in required:
                 if store.manifest["labels"][label] < len(store):
@@ -194,7 +203,9 @@ class AtomicDataModule(LightningDataModule):
         report = self.reports[part] = ReadReport()
         structures = list(open_source(report=report, required_labels=required, **options))
         if not structures:
-            raise DataError(f"data.{part}: 0 structures in {path} ({report.summary()}); check index, subset and on_error")
+            raise DataError(
+                f"data.{part}: 0 structures in {path} ({report.summary()}); check index, subset and on_error"
+            )
         _log.info("data.%s: %s", part, report.summary())
         return structures
 

@@ -120,9 +120,7 @@ class AtomicDataset(Dataset[AtomicData]):
     def subset(self, indices: NDArray[np.int64] | Sequence[int], *, rotate: bool = False) -> AtomicDataset:
         """Part of this set, by positions in it."""
         chosen = self.indices[np.asarray(indices, dtype=np.int64)]
-        return AtomicDataset(
-            self._structures, chosen, fixed_atoms=self._fixed_atoms, rotate=rotate, seed=self._seed
-        )
+        return AtomicDataset(self._structures, chosen, fixed_atoms=self._fixed_atoms, rotate=rotate, seed=self._seed)
 
     @property
     def store_path(self) -> Path | None:

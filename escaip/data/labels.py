@@ -180,7 +180,9 @@ def _find(atoms: Atoms, results: Mapping[str, Any], key: str | None, label: str,
 
 def _text(atoms: Atoms, key: str | None) -> str:
     if key not in atoms.info:
-        raise DataError(f"{_formula(atoms)}: no {key!r} in info; found {labels_found(atoms)}; name one of these in keys")
+        raise DataError(
+            f"{_formula(atoms)}: no {key!r} in info; found {labels_found(atoms)}; name one of these in keys"
+        )
     return str(atoms.info[key])
 
 
@@ -207,11 +209,8 @@ def _fixed_atoms(atoms: Atoms) -> np.ndarray:
     fixed = np.zeros(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
         kind = type(constraint).__name__
-        if kind == "FixAtoms":
+        if kind == "FixAtoms" or (kind in ("FixCartesian", "FixScaled") and bool(np.all(constraint.mask))):
             fixed[constraint.index] = True
-        elif kind in ("FixCartesian", "FixScaled"):
-            if bool(np.all(constraint.mask)):
-                fixed[constraint.index] = True
     return fixed
 
 

@@ -53,7 +53,7 @@ class BatchLoader:
         context = multiprocessing.get_context(start_method) if num_workers and start_method else None
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_sampler=self._epoch_batches,  # type: ignore[arg-type]
+            batch_sampler=self._epoch_batches,
             collate_fn=BatchCollate(neighbor_cutoff),
             num_workers=num_workers,
             multiprocessing_context=context,

@@ -28,7 +28,7 @@ class Sizes:
         return bool((self.each[indices] == self.each[indices[0]]).all())
 
     def squeeze(self, batches: list[list[int]], count: int) -> list[list[int]] | None:
-        """``count`` batches with the structures of the smallest ones filled into the others, or None if they do not fit."""
+        """``count`` batches with the smallest ones filled into the others, or None if they do not fit."""
         filled = np.stack([self.each[batch].sum(axis=0) for batch in batches])
         order = np.argsort((filled / self.budget).max(axis=1), kind="stable")
         surplus = len(batches) - count

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from escaip.data.packing import Sizes, pack, split_to_count, sorted_pack
+from escaip.data.packing import Sizes, pack, sorted_pack, split_to_count
 from escaip.errors import ConfigError, DataError
 
 OVERSIZED = ("error", "skip", "own_batch")

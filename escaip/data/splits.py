@@ -111,7 +111,10 @@ def make_split(groups: Sequence[str] | NDArray[Any], settings: SplitSettings, *,
             chosen[part].append(smallest)
     if not chosen["train"]:
         raise DataError("split: val and test take every structure and leave none to train on; make them smaller")
-    indices = {part: np.sort(np.array([i for name in names for i in members[name]], dtype=np.int64)) for part, names in chosen.items()}
+    indices = {
+        part: np.sort(np.array([i for name in names for i in members[name]], dtype=np.int64))
+        for part, names in chosen.items()
+    }
     return Split(**indices)
 
 

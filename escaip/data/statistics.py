@@ -96,16 +96,22 @@ class Statistics:
             raise DataError(f"{path}: statistics cannot be read ({error}); fit them again") from error
 
 
-def fit_statistics(dataset: Iterable[AtomicData], isolated_energies: Mapping[int, float] | None = None) -> Statistics:
+def fit_statistics(
+    dataset: Iterable[AtomicData],
+    isolated_energies: Mapping[int, float] | None = None,
+    *,
+    require_energy: bool = True,
+) -> Statistics:
     """Statistics in one pass over a training set, with memory independent of its size.
 
-    References minimise ``sum_s [(E_s − sum_Z n_sZ e_Z) / n_s]²`` in float64, through a QR factorisation updated block by
-    block (normal equations would square the condition number). Where compositions do not determine them, the solution
-    of least norm is taken, which is the limit of ridge regression for a vanishing penalty.
+    References minimise ``sum_s [(E_s − sum_Z n_sZ e_Z) / n_s]²`` in float64, through a QR factorisation updated
+    block by block (normal equations would square the condition number). Where compositions do not determine them, the
+    solution of least norm is taken, which is the limit of ridge regression for a vanishing penalty.
 
     Args:
         dataset: structures; NaN labels are missing.
         isolated_energies: eV of isolated atoms by atomic number, used instead of fitting.
+        require_energy: refuse a set without energies; False leaves its references empty.
 
     Raises:
         DataError: no structures, no energy on any structure (when references have to be fitted), or an element without
@@ -121,6 +127,8 @@ def fit_statistics(dataset: Iterable[AtomicData], isolated_energies: Mapping[int
         references = _given_references(isolated_energies, statistics.elements)
         unique = True
     elif accumulator.labels["energy"] == 0:
+        if not require_energy:
+            return statistics
         raise DataError("statistics: no structure has an energy, so element references cannot be fitted; check keys")
     else:
         references, unique = accumulator.solve(statistics.elements)
@@ -164,7 +172,8 @@ class _Accumulator:
 
     def _reduce(self) -> None:
         if self._rows:
-            self._factor = np.linalg.qr(np.concatenate([self._factor, np.stack(self._rows)]), mode="r")
+            stacked = np.concatenate([self._factor, np.stack(self._rows)])
+            self._factor = np.asarray(np.linalg.qr(stacked, mode="r"))
             self._rows = []
 
     def counts(self) -> Statistics:
@@ -200,5 +209,7 @@ def _given_references(energies: Mapping[int, float], elements: tuple[int, ...]) 
 
     missing = [chemical_symbols[z] for z in elements if z not in energies]
     if missing:
-        raise DataError(f"isolated_energies: no energy for {', '.join(missing)}; add it or drop isolated_energies to fit")
+        raise DataError(
+            f"isolated_energies: no energy for {', '.join(missing)}; add it or drop isolated_energies to fit"
+        )
     return {z: float(energies[z]) for z in elements}

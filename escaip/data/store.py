@@ -25,7 +25,7 @@ from escaip.errors import DataError
 
 __all__ = ["Store", "StoreWriter"]
 
-_SAFETENSORS_DTYPES = {
+_SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "I64": np.dtype("<i8"),
@@ -91,7 +91,7 @@ class Store:
 
     def __getitem__(self, index: int) -> AtomicData:
         """The structure at ``index``, its tensors copied out of the file."""
-        arrays, shard, local = self._locate(index)
+        arrays, local = self._locate(index)
         start, stop = arrays["offsets"][local : local + 2].tolist()
         fields: dict[str, Any] = {}
         for key in TENSOR_FIELDS:
@@ -110,7 +110,7 @@ class Store:
 
         Shapes are those of :class:`AtomicData`.
         """
-        arrays, _, local = self._locate(index)
+        arrays, local = self._locate(index)
         start, stop = arrays["offsets"][local : local + 2].tolist()
         return {
             key: arrays[key][start:stop] if key in _PER_ATOM else arrays[key][local : local + 1]
@@ -119,7 +119,7 @@ class Store:
 
     def structure_id(self, index: int) -> str:
         """Name of one structure."""
-        arrays, _, local = self._locate(index)
+        arrays, local = self._locate(index)
         return _name(arrays, "id", local)
 
     @property
@@ -170,7 +170,7 @@ class Store:
             self._index = map_safetensors(self.path / self.manifest["index"]["file"])
         return self._index
 
-    def _locate(self, index: int) -> tuple[Arrays, int, int]:
+    def _locate(self, index: int) -> tuple[Arrays, int]:
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
@@ -179,7 +179,7 @@ class Store:
         arrays = self._shards.get(shard)
         if arrays is None:
             arrays = self._shards[shard] = map_safetensors(self.path / self.manifest["shards"][shard]["file"])
-        return arrays, shard, index - self._starts[shard]
+        return arrays, index - self._starts[shard]
 
 
 def map_safetensors(path: Path) -> Arrays:
@@ -201,7 +201,8 @@ def map_safetensors(path: Path) -> Arrays:
             start, stop = entry["data_offsets"]
             if not 0 <= start <= stop <= len(body):
                 raise ValueError(f"array {name!r} lies outside the file")
-            arrays[name] = body[start:stop].view(_SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            dtype: np.dtype[Any] = _SAFETENSORS_DTYPES[entry["dtype"]]
+            arrays[name] = body[start:stop].view(dtype).reshape(entry["shape"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged shard ({error}); prepare the store again") from error
     return arrays

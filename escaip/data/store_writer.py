@@ -191,7 +191,7 @@ class StoreWriter:
             os.fsync(file.fileno())
 
 
-class _disk_errors:  # noqa: N801  (a context manager, used like a function)
+class _disk_errors:
     """Turns an OSError into one line that names the path."""
 
     def __init__(self, path: Path) -> None:
@@ -205,7 +205,9 @@ class _disk_errors:  # noqa: N801  (a context manager, used like a function)
     ) -> None:
         if isinstance(value, OSError):
             if value.errno == errno.ENOSPC:
-                raise DataError(f"{self.path}: the disk is full, nothing was kept; free space or write elsewhere") from value
+                raise DataError(
+                    f"{self.path}: the disk is full, nothing was kept; free space or write elsewhere"
+                ) from value
             raise DataError(f"{self.path}: cannot be written ({value.strerror or value})") from value
 
 

@@ -165,8 +165,12 @@ class _Run:
         self.first_step = state.step if state else 0
         stored = state.max_temperature if state else 10 * max(settings.temperature or 0.0, self.temperature, 300.0)
         self.max_temperature = settings.max_temperature or stored
-        self.log = LogFile(files.log, state.log_position if state else None)
         self.trajectory = open_trajectory(files.trajectory, state.trajectory_position if state else None)
+        try:
+            self.log = LogFile(files.log, state.log_position if state else None)
+        except BaseException:
+            self.trajectory.close()
+            raise
         self.last_good: tuple[int, Atoms] | None = None
         self.started = self.last_logged = time.perf_counter()
         self.last_logged_step = self.first_step

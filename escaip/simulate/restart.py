@@ -80,7 +80,7 @@ class RestartState:
         if not path.is_file():
             raise SimulationError(f"there is no restart file {path} to resume from: run without --resume first")
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 header = json.loads(stored["header"].tobytes())
                 if header["schema"] > SCHEMA_VERSION:
                     raise SimulationError(f"{path} was written by a newer escaip: install that version to resume")

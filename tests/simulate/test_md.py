@@ -46,7 +46,7 @@ def test_our_pair_potential_is_consistent(argon: Make) -> None:
 def test_energy_fluctuation_falls_as_the_timestep_squared(argon: Make, tmp_path: Path, periodic: bool) -> None:
     fluctuations = []
     for timestep in (6.0, 3.0):
-        asked = settings(timestep=timestep, steps=int(600 / timestep))
+        asked = settings(timestep=timestep, steps=int(360 / timestep))
         result = run_md(argon(periodic), asked, out=tmp_path / "a.traj")
         assert result.drift is not None
         fluctuations.append(result.drift.fluctuation)
@@ -76,17 +76,17 @@ def test_extended_energy_is_conserved_where_the_total_is_not(argon: Make, tmp_pa
 @pytest.mark.parametrize("name", ["langevin", "bussi", "nose-hoover"])
 def test_a_small_molecule_reaches_the_temperature(argon: Make, tmp_path: Path, name: str) -> None:
     """Eight atoms have 18 thermal degrees of freedom, not 24: a thermostat that forgets is 33 % too hot."""
-    asked = settings(**ENSEMBLES[name], temperature=20.0, timestep=6.0, steps=6000, log_interval=5, trajectory_interval=6000)
+    asked = settings(**ENSEMBLES[name], temperature=20.0, timestep=6.0, steps=2000, log_interval=5, trajectory_interval=2000)
     result = run_md(argon(periodic=False), asked, out=tmp_path / "a.traj")
-    assert result.mean_temperature == pytest.approx(20.0, rel=0.08)
+    assert result.mean_temperature == pytest.approx(20.0, rel=0.12)
 
 
 def test_constant_pressure_reaches_the_pressure(argon: Make, tmp_path: Path) -> None:
-    asked = settings(ensemble="npt", pressure=0.3, steps=700, timestep=6.0, temperature=40.0, thermostat_time=200.0,
-                     barostat_time=300.0, trajectory_interval=700)  # fmt: skip
+    asked = settings(ensemble="npt", pressure=0.3, steps=400, timestep=6.0, temperature=40.0, thermostat_time=200.0,
+                     barostat_time=300.0, trajectory_interval=400)  # fmt: skip
     run_md(argon(), asked, out=tmp_path / "a.traj")
     log = read_log(tmp_path / "a.csv")
-    assert log["pressure_GPa"][300:].mean() == pytest.approx(0.3, abs=0.03)
+    assert log["pressure_GPa"][200:].mean() == pytest.approx(0.3, abs=0.04)
     assert log["volume_A3"][-1] < 0.97 * log["volume_A3"][0]
 
 

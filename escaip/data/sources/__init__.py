@@ -67,7 +67,9 @@ def open_source(
         ConfigError: an unknown format, key, unit or option.
     """
     paths = expand_paths(path)
-    door = Door(Units.parse(units) if units is not None else None, on_error, report or ReadReport(), tuple(required_labels))
+    door = Door(
+        Units.parse(units) if units is not None else None, on_error, report or ReadReport(), tuple(required_labels)
+    )
     streams = []
     for file, name in zip(paths, distinct_names(paths), strict=True):
         kind = format or detect_format(file)

@@ -132,7 +132,8 @@ def _iterate_xyz(path: Path, index: str) -> Iterator[Atoms]:
     with open_with_compression(str(path), "r") as file:
         for position, lines in enumerate(_xyz_frames(file)):
             if position in wanted:
-                yield ase.io.read(io.StringIO("".join(lines)), index=0, format="extxyz")
+                frames = ase.io.read(io.StringIO("".join(lines)), index=":", format="extxyz")
+                yield frames[0]  # type: ignore[misc]
             if position >= wanted[-1]:
                 return
 

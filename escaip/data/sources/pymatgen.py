@@ -125,7 +125,10 @@ def _label_values(found: Mapping[str, Any], keys: LabelKeys, name: str) -> dict[
 
 def _named(found: Mapping[str, Any], key: str, label: str, name: str) -> Any:
     if key not in found:
-        raise DataError(f"{name}: no {label} under the key {key!r}; found {', '.join(sorted(found)) or 'none'}; name one of these in keys")
+        raise DataError(
+            f"{name}: no {label} under the key {key!r}; found {', '.join(sorted(found)) or 'none'}; "
+            "name one of these in keys"
+        )
     return found[key]
 
 
@@ -150,7 +153,7 @@ def _decode(record: Any, name: str) -> tuple[Any, dict[str, Any]]:
     body = record[key] if key else record
     extra = {label: value for label, value in record.items() if label != key} if key else {}
     kind = body.get("@class", "Structure" if "lattice" in body else "Molecule")
-    readers = {"Structure": Structure, "Molecule": Molecule}
+    readers: dict[str, Any] = {"Structure": Structure, "Molecule": Molecule}
     if kind not in readers:
         raise DataError(f"{name}: holds a {kind}, expected a Structure or a Molecule")
     try:

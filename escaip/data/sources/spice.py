@@ -92,7 +92,9 @@ def read_spice(
         for molecule_name in file:
             group = file[molecule_name]
             if not isinstance(group, h5py.Group):
-                raise DataError(f"{path}: {molecule_name!r} is a dataset, expected one group per molecule (SPICE layout)")
+                raise DataError(
+                    f"{path}: {molecule_name!r} is a dataset, expected one group per molecule (SPICE layout)"
+                )
             if wanted is not None:
                 kind = _text(group, "subset", path)
                 seen.add(kind)
@@ -101,7 +103,9 @@ def read_spice(
             matched = True
             yield from _structures(_read_molecule(group, molecule_name, energy, door, path), name, door)
     if not matched:
-        detail = f"no molecule of subset {sorted(wanted)}; found {sorted(seen)[:20]}" if wanted else "holds no molecules"
+        detail = (
+            f"no molecule of subset {sorted(wanted)}; found {sorted(seen)[:20]}" if wanted else "holds no molecules"
+        )
         raise DataError(f"{path}: {detail}")
 
 

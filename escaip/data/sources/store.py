@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from escaip.data.atomic_data import AtomicData
 
 
-def read_store(path: Path, door: Door, *, name: str | None = None, keys: LabelKeys | None = None) -> Iterator[AtomicData]:
+def read_store(
+    path: Path, door: Door, *, name: str | None = None, keys: LabelKeys | None = None
+) -> Iterator[AtomicData]:
     """Structures of a prepared store; ids are those stored, units are always Å and eV.
 
     Raises:

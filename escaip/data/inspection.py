@@ -1,0 +1,296 @@
+"""What a data set holds: counts, ranges, distributions, and what looks wrong in it, by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from escaip.data.consistency import ForceWork
+from escaip.data.sources.plausibility import WINDOW, check_magnitudes
+from escaip.data.statistics import Statistics, fit_statistics
+from escaip.errors import DataError
+
+if TYPE_CHECKING:
+    from escaip.data.atomic_data import AtomicData
+
+MAX_OUTLIERS = 10
+_ENERGY_OUTLIER = 10.0
+"""Robust standard deviations from the median residual."""
+_ENERGY_FLOOR = 0.5
+"""eV/atom below which a residual is no outlier."""
+_FORCE_OUTLIER = 50.0
+"""eV/Å, and at least twenty times the median."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Summary of numbers.
+
+    Attributes:
+        minimum, median, mean, maximum, deviation: of the values, in their unit.
+    """
+
+    minimum: float
+    median: float
+    mean: float
+    maximum: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: NDArray[np.float64]) -> Distribution | None:
+        """None without values."""
+        if len(values) == 0:
+            return None
+        return cls(*(float(f(values)) for f in (np.min, np.median, np.mean, np.max, np.std)))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect_structures` found.
+
+    Attributes:
+        num_structures: structures read.
+        num_skipped: structures that could not be read.
+        num_groups: molecules or materials.
+        num_periodic: structures with a periodic axis.
+        elements: structures in which each element occurs, by symbol.
+        labels: structures that carry each label.
+        charges: structures of each total charge.
+        natoms: atoms per structure.
+        energy: eV/atom, as given.
+        residual: eV/atom, after subtracting element references.
+        force: eV/Å, largest force of each structure.
+        stress: eV/Å³, largest component of each structure.
+        force_rms: eV/Å, over components of free atoms.
+        force_work: energy change per work of the forces along trajectories; 1 when both agree.
+        references: eV by symbol.
+        problems: implausible units and unreadable structures, one line each.
+        outliers: structures far from the rest, one line each.
+    """
+
+    num_structures: int
+    num_skipped: int
+    num_groups: int
+    num_periodic: int
+    elements: dict[str, int]
+    labels: dict[str, int]
+    charges: dict[int, int]
+    natoms: Distribution
+    energy: Distribution | None
+    residual: Distribution | None
+    force: Distribution | None
+    stress: Distribution | None
+    force_rms: float | None
+    force_work: float | None
+    references: dict[str, float]
+    problems: list[str] = field(default_factory=list)
+    outliers: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """Text for a terminal."""
+        lines = [
+            f"structures   {self.num_structures} ({self.num_periodic} periodic, {self.num_skipped} skipped)",
+            f"groups       {self.num_groups}",
+            f"labels       {', '.join(f'{name} {count}' for name, count in self.labels.items())}",
+            f"elements     {', '.join(f'{name} {count}' for name, count in self.elements.items())}",
+            f"charges      {', '.join(f'{charge:+d}: {count}' for charge, count in self.charges.items())}",
+            "",
+            f"{'':26}{'min':>12}{'median':>12}{'mean':>12}{'max':>12}{'std':>12}",
+        ]
+        rows = (
+            ("atoms", self.natoms),
+            ("energy (eV/atom)", self.energy),
+            ("after references (eV/atom)", self.residual),
+            ("largest force (eV/Å)", self.force),
+            ("largest stress (eV/Å³)", self.stress),
+        )
+        for name, row in rows:
+            if row is not None:
+                cells = (row.minimum, row.median, row.mean, row.maximum, row.deviation)
+                lines.append(f"{name:26}" + "".join(f"{value:12.5g}" for value in cells))
+        if self.force_rms is not None:
+            lines.append(f"force RMS over components of free atoms: {self.force_rms:.4g} eV/Å")
+        if self.force_work is not None:
+            lines.append(
+                f"energy change per work of the forces along trajectories: {self.force_work:.4g} (1 when both agree)"
+            )
+        lines += [f"problem: {text}" for text in self.problems]
+        lines += [f"outlier: {text}" for text in self.outliers]
+        return "\n".join(lines)
+
+
+class _Collector:
+    """Numbers per structure, gathered while the structures stream past the statistics."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.natoms: list[int] = []
+        self.energy: list[float] = []
+        self.force: list[float] = []
+        self.stress: list[float] = []
+        self.composition: list[int] = []
+        self.compositions: dict[bytes, int] = {}
+        self.groups: set[str] = set()
+        self.elements: Counter[int] = Counter()
+        self.charges: Counter[int] = Counter()
+        self.num_periodic = 0
+        self.force_work = ForceWork()
+        self.problems: list[str] = []
+        self._window: list[AtomicData] = []
+
+    def stream(self, structures: Iterable[AtomicData]) -> Iterable[AtomicData]:
+        for data in structures:
+            self._add(data)
+            yield data
+        self._check()
+
+    def _add(self, data: AtomicData) -> None:
+        numbers = data.atomic_numbers.numpy()
+        counts = np.bincount(numbers, minlength=119).astype("<i4")
+        self.names.append(data.structure_id)
+        self.natoms.append(len(numbers))
+        self.energy.append(float(data.energy))
+        self.force.append(float(data.forces.norm(dim=1).max()))
+        self.stress.append(float(data.stress.abs().max()))
+        self.composition.append(self.compositions.setdefault(counts.tobytes(), len(self.compositions)))
+        self.groups.add(data.group)
+        self.elements.update(np.flatnonzero(counts).tolist())
+        self.charges[int(data.charge)] += 1
+        self.num_periodic += bool(data.pbc.any())
+        self.force_work.add(data)
+        self._window.append(data)
+        if len(self._window) == WINDOW:
+            self._check()
+
+    def _check(self) -> None:
+        try:
+            check_magnitudes(self._window)
+        except DataError as error:
+            if not self.problems:
+                self.problems.append(str(error))
+        self._window = []
+
+
+def inspect_structures(
+    structures: Iterable[AtomicData], skipped: Iterable[str] = ()
+) -> tuple[Inspection, dict[str, NDArray[np.float64]]]:
+    """Looks at every structure once.
+
+    Args:
+        structures: a source, with magnitudes unchecked.
+        skipped: messages about structures that could not be read; looked at when the source is exhausted.
+
+    Returns:
+        The findings, and per structure ``natoms``, ``residual``, ``force`` and ``stress`` for histograms.
+
+    Raises:
+        DataError: no structures.
+    """
+    from ase.data import chemical_symbols
+
+    collector = _Collector()
+    statistics = fit_statistics(collector.stream(structures), require_energy=False)
+    natoms = np.array(collector.natoms, dtype=np.float64)
+    per_atom = np.array(collector.energy) / natoms
+    residual = per_atom - _reference_energies(collector, statistics) / natoms
+    force, stress = np.array(collector.force), np.array(collector.stress)
+    messages = list(skipped)
+    problem = collector.force_work.problem()
+    inspection = Inspection(
+        num_structures=len(natoms),
+        num_skipped=len(messages),
+        num_groups=len(collector.groups),
+        num_periodic=collector.num_periodic,
+        elements={chemical_symbols[z]: count for z, count in sorted(collector.elements.items())},
+        labels=statistics.label_counts,
+        charges=dict(sorted(collector.charges.items())),
+        natoms=_required(Distribution.of(natoms)),
+        energy=Distribution.of(_finite(per_atom)),
+        residual=Distribution.of(_finite(residual)),
+        force=Distribution.of(_finite(force)),
+        stress=Distribution.of(_finite(stress)),
+        force_rms=None if np.isnan(statistics.force_rms) else statistics.force_rms,
+        force_work=collector.force_work.ratio,
+        references={chemical_symbols[z]: energy for z, energy in statistics.element_references.items()},
+        problems=collector.problems + ([problem] if problem else []) + messages[:MAX_OUTLIERS],
+        outliers=_outliers(collector.names, residual, force),
+    )
+    return inspection, {"natoms": natoms, "residual": residual, "force": force, "stress": stress}
+
+
+def plot_inspection(values: dict[str, NDArray[np.float64]], path: Path) -> None:
+    """Histograms as a PNG, drawn without touching matplotlib's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = (
+        ("natoms", "atoms per structure", False),
+        ("residual", "energy after references (eV/atom)", False),
+        ("force", "largest force (eV/Å)", True),
+        ("stress", "largest stress component (eV/Å³)", True),
+    )
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (key, label, logarithmic) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        data = _finite(values[key])
+        axis.set_xlabel(label)
+        axis.set_ylabel("structures")
+        if logarithmic:
+            data = data[data > 0]
+        if len(data) == 0:
+            axis.text(0.5, 0.5, "none", ha="center", va="center", transform=axis.transAxes)
+            continue
+        low, high = float(data.min()), float(data.max())
+        if logarithmic and high > 10 * low:
+            axis.hist(data, bins=list(np.geomspace(low, high, 60)))
+            axis.set_xscale("log")
+        else:
+            axis.hist(data, bins=60)
+    aside = path.with_name(f".{path.name}.partial.png")
+    figure.savefig(aside, dpi=120)
+    aside.replace(path)
+
+
+def _reference_energies(collector: _Collector, statistics: Statistics) -> NDArray[np.float64]:
+    vector = np.zeros(119)
+    vector[list(statistics.element_references)] = list(statistics.element_references.values())
+    table = np.stack([np.frombuffer(key, dtype="<i4") for key in collector.compositions])
+    return np.asarray((table @ vector)[collector.composition])
+
+
+def _outliers(names: list[str], residual: NDArray[np.float64], force: NDArray[np.float64]) -> list[str]:
+    found: list[str] = []
+    known = _finite(residual)
+    if len(known) > 3:
+        middle = np.median(known)
+        spread = 1.4826 * np.median(np.abs(known - middle))
+        distance = np.nan_to_num(np.abs(residual - middle))
+        for k in np.argsort(-distance)[:MAX_OUTLIERS].tolist():
+            if distance[k] > max(_ENERGY_OUTLIER * spread, _ENERGY_FLOOR):
+                found.append(f"{names[k]}: energy {residual[k]:+.3g} eV/atom from the references")
+    largest = np.nan_to_num(force)
+    limit = max(_FORCE_OUTLIER, 20.0 * float(np.median(_finite(force)))) if np.isfinite(force).any() else np.inf
+    for k in np.argsort(-largest)[:MAX_OUTLIERS].tolist():
+        if largest[k] > limit:
+            found.append(f"{names[k]}: a force of {largest[k]:.3g} eV/Å")
+    return found
+
+
+def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values[np.isfinite(values)]
+
+
+def _required(value: Distribution | None) -> Distribution:
+    if value is None:
+        raise DataError("0 structures; check the file, index, subset and filters")
+    return value

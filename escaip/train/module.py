@@ -1,0 +1,248 @@
+"""The Lightning module: a potential, its losses and what is logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from escaip.checkpoint import describe_potential
+from escaip.config import EScAIPConfig
+from escaip.errors import ConfigError
+from escaip.potential import Potential, PotentialMetadata
+from escaip.train.guard import check_prediction, gradient_failure, loss_failure
+from escaip.train.losses import TERMS, LossSettings, LossSums, loss_sums
+from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums
+from escaip.train.optim import make_optimizer, make_schedule
+from escaip.train.reduction import sum_over_processes, trained_with_scaler
+from escaip.train.settings import plain_values
+from escaip.types import Prediction
+
+DEFAULT_ARCHITECTURE = {"preset": "1m"}
+_SHOWN = ("energy_mae_meV_per_atom", "force_mae_meV_per_A", "stress_mae_meV_per_A3")
+
+
+class PotentialModule(LightningModule):
+    """Trains a :class:`~escaip.Potential`.
+
+    Logged at each step: ``train/loss``, ``train/energy_mae_meV_per_atom``, ``train/force_mae_meV_per_A``,
+    ``train/grad_norm`` and ``lr``; at each validation ``val/loss``, the errors of ``escaip.train.metrics`` and those
+    of the trivial baseline as ``val_baseline/...``.
+
+    With several processes the loss of a step is that of the union of their batches: sums over all labelled entries
+    divided by their number, so two processes train as one process would on both batches. Gradient accumulation
+    averages the losses of its batches. The random numbers of dropout depend on (seed, epoch, batch, process) alone,
+    so a resumed run draws those of an uninterrupted one.
+
+    Attributes:
+        potential: what is trained.
+        learning_rate: peak learning rate; the learning-rate finder writes it.
+        last_errors: of the last validation, ``{"model": ..., "baseline": ...}``.
+    """
+
+    def __init__(
+        self,
+        architecture: dict[str, Any] | None = None,
+        losses: LossSettings | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-3,
+        warmup_fraction: float = 0.05,
+        final_fraction: float = 0.01,
+        level_of_theory: str = "unknown",
+        datasets: list[str] | None = None,
+    ) -> None:
+        """Builds the potential.
+
+        Args:
+            architecture: settings of :class:`~escaip.EScAIPConfig`, with ``preset`` naming the size to start from;
+                default the preset ``1m``.
+            losses: kinds and weights of the loss; default energy MAE (1) and force L2 norm (10).
+            learning_rate: peak learning rate of AdamW.
+            weight_decay: on the weights of linear layers.
+            warmup_fraction: part of the steps over which the learning rate rises.
+            final_fraction: learning rate of the last step in units of the peak.
+            level_of_theory: of the labels, in words; stored with the model.
+            datasets: names of the training sets; stored with the model.
+
+        Raises:
+            ConfigError: a setting that does not exist or cannot be used.
+        """
+        super().__init__()
+        losses = LossSettings() if losses is None else losses
+        _check_schedule(learning_rate, weight_decay, warmup_fraction, final_fraction)
+        config = EScAIPConfig.from_dict(dict(architecture or DEFAULT_ARCHITECTURE))
+        if losses.stress.weight > 0 and not config.is_conservative:
+            raise ConfigError("losses.stress.weight is above 0, but a direct-force model has no stress: set it to 0")
+        settings = {
+            "architecture": dict(architecture or DEFAULT_ARCHITECTURE),
+            "losses": losses,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "warmup_fraction": warmup_fraction,
+            "final_fraction": final_fraction,
+            "level_of_theory": level_of_theory,
+            "datasets": list(datasets or ()),
+        }
+        self.save_hyperparameters(plain_values(settings), logger=False)
+        self.losses = losses
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup_fraction, self.final_fraction = warmup_fraction, final_fraction
+        metadata = PotentialMetadata(level_of_theory=level_of_theory, datasets=tuple(datasets or ()))
+        self.potential = Potential(config, metadata=metadata)
+        self.validation_errors = ErrorMetrics(losses)
+        self.last_errors: dict[str, dict[str, float]] = {}
+        self._dropout_seed: int | None = None
+        self._recent: list[str] = []
+
+    def setup(self, stage: str) -> None:
+        """Takes references, scale and elements from the data module; a checkpoint that is resumed replaces them.
+
+        Raises:
+            ConfigError: a loss on a label that no training structure has, or no statistics at all.
+        """
+        if stage != "fit":
+            return
+        statistics = getattr(getattr(self.trainer, "datamodule", None), "statistics", None)
+        if statistics is not None:
+            for name, weight in zip(TERMS, self.losses.weights, strict=True):
+                if weight > 0 and not statistics.label_counts.get(name, 0):
+                    raise ConfigError(
+                        f"losses.{name}.weight is {weight:g}, but no training structure has {name}: "
+                        "set it to 0, or name the label's key in data.train"
+                    )
+            self.potential.set_statistics(statistics)
+        elif not self.potential.metadata.elements:
+            raise ConfigError(
+                "no statistics of the training set: pass a data module, or call module.potential.set_statistics first"
+            )
+
+    def on_fit_start(self) -> None:
+        """Fixes the seed of dropout for the whole run, resumed parts included."""
+        if self._dropout_seed is None:
+            self._dropout_seed = torch.initial_seed() % 2**31
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Makes the random numbers of this batch a function of (seed, epoch, batch, process)."""
+        assert self._dropout_seed is not None
+        place = (self.current_epoch, batch_idx, self.global_rank)
+        seed = self._dropout_seed
+        for part in place:
+            seed = (seed * 6_364_136_223_846_793_005 + part + 1_442_695_040_888_963_407) % 2**63
+        torch.manual_seed(seed)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the loss of this process; its mean over processes is the loss of the union of their batches.
+
+        Raises:
+            TrainingError: the loss is NaN or Inf.
+        """
+        energy, forces, stress = self.losses.weights
+        prediction = self.potential(batch, compute_forces=forces > 0, compute_stress=stress > 0, create_graph=True)
+        terms = loss_sums(prediction, batch, self.losses)
+        local = torch.cat([terms.sums.detach(), terms.counts, error_sums(prediction, batch)])
+        total = sum_over_processes(local)
+        counts = total[3:6]
+        loss = terms.total(self.losses, counts) * self.trainer.world_size
+        logged = LossSums(total[:3], counts).total(self.losses)
+        self._remember(batch)
+        if not torch.isfinite(logged):
+            raise loss_failure(self.trainer, float(logged), local[:3], batch)
+        errors = errors_from_sums(total[6:])
+        shown = {f"train/{name}": errors[name] for name in _SHOWN if name in errors}
+        self.log_dict({"train/loss": float(logged), **shown}, batch_size=1)
+        self.log("lr", self.optimizers().param_groups[0]["lr"], batch_size=1)
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips, logs the norm, and stops where it is not finite.
+
+        Raises:
+            TrainingError: a gradient is NaN or Inf (float16 training skips such steps instead).
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm) and not trained_with_scaler(self.trainer):
+            raise gradient_failure(self.trainer, float(norm), self._recent)
+        self.log("train/grad_norm", norm, batch_size=1)
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._recent = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Adds the errors of a batch."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Adds the errors of a batch."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs errors, loss and baseline of the whole set."""
+        self._log_errors("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs errors, loss and baseline of the whole set."""
+        self._log_errors("test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Prediction:
+        """Returns energy (eV), forces (eV/Å) and, where there is a cell, stress (eV/Å³)."""
+        conservative = self.potential.config.is_conservative
+        return self._predict(batch, stress=conservative and bool(batch.pbc.any()))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, warm-up and cosine over the whole run, stepped with the optimizer."""
+        optimizer = make_optimizer(self, self.learning_rate, self.weight_decay)
+        total = self.trainer.estimated_stepping_batches
+        schedule = make_schedule(optimizer, total, self.warmup_fraction, self.final_fraction)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what :func:`escaip.load_potential` reads, and the seed of dropout."""
+        checkpoint["escaip"] = describe_potential(self.potential)
+        checkpoint["dropout_seed"] = self._dropout_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes elements, level of theory and the seed from a checkpoint; weights come by themselves."""
+        if "escaip" in checkpoint:
+            self.potential.set_metadata(PotentialMetadata.from_dict(checkpoint["escaip"]["metadata"]))
+        self._dropout_seed = checkpoint.get("dropout_seed")
+
+    def _evaluate(self, batch: Any) -> None:
+        stress = self.potential.config.is_conservative and bool((~torch.isnan(batch.stress)).any())
+        prediction = self._predict(batch, stress=stress)
+        check_prediction(self.trainer, prediction, batch)
+        self.validation_errors.update(prediction, batch, self.potential.element_references)
+
+    def _predict(self, batch: Any, *, stress: bool) -> Prediction:
+        """Conservative forces are derivatives, also in Lightning's inference mode."""
+        if not torch.is_inference_mode_enabled():
+            return self.potential(batch, compute_stress=stress, create_graph=False)
+        with torch.inference_mode(False):
+            return self.potential(batch.clone(), compute_stress=stress, create_graph=False)
+
+    def _log_errors(self, stage: str) -> None:
+        self.last_errors = self.validation_errors.compute()
+        self.validation_errors.reset()
+        model = {f"{stage}/{name}": value for name, value in self.last_errors["model"].items()}
+        baseline = {f"{stage}_baseline/{name}": value for name, value in self.last_errors["baseline"].items()}
+        self.log_dict({**model, **baseline}, batch_size=1, sync_dist=True)
+
+    def _remember(self, batch: Any) -> None:
+        """Names of the structures since the last optimizer step."""
+        self._recent.extend(str(name) for name in batch.structure_id)
+
+
+def _check_schedule(learning_rate: float, weight_decay: float, warmup: float, final: float) -> None:
+    if not learning_rate > 0:
+        raise ConfigError(f"learning_rate is {learning_rate}: it must be above 0")
+    if weight_decay < 0:
+        raise ConfigError(f"weight_decay is {weight_decay}: it must be at least 0")
+    for name, value in (("warmup_fraction", warmup), ("final_fraction", final)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name} is {value}: it must be in [0, 1]")

@@ -1,0 +1,67 @@
+"""AdamW groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from escaip.errors import ConfigError
+
+ADAM_BETAS = (0.9, 0.999)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Splits trainable parameters: weights of linear layers decay; biases, norms, embeddings and the rest do not.
+
+    A parameter shared between modules counts once, and decays when any of them is linear.
+    """
+    linear = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
+    decayed, kept = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            (decayed if id(parameter) in linear else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(module: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
+    """Returns AdamW with decay on linear weights only (arXiv 2410.24169)."""
+    return AdamW(parameter_groups(module, weight_decay), lr=learning_rate, betas=ADAM_BETAS)
+
+
+def warmup_cosine(total_steps: int, warmup_steps: int, final_fraction: float) -> Callable[[int], float]:
+    """Returns the factor on the learning rate at each optimizer step.
+
+    It rises linearly to 1 over ``warmup_steps`` (the first step already moves), then falls as a half cosine to
+    ``final_fraction``, which the last step reaches and later ones keep.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+        return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, total_steps: float, warmup_fraction: float, final_fraction: float
+) -> LambdaLR:
+    """Returns warm-up and cosine over a run of ``total_steps`` optimizer steps.
+
+    Raises:
+        ConfigError: the length of the run is unknown.
+    """
+    if not math.isfinite(total_steps):
+        raise ConfigError(
+            "the learning rate needs the length of the run, and trainer.max_time does not give it: "
+            "set trainer.max_steps (or trainer.max_epochs) beside it"
+        )
+    steps = int(total_steps)
+    return LambdaLR(optimizer, warmup_cosine(steps, round(warmup_fraction * steps), final_fraction))
