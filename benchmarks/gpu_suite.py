@@ -118,7 +118,7 @@ def attention(device: str, small: bool) -> list[dict[str, Any]]:
                     torch.cuda.reset_peak_memory_stats()
                 try:
                     row[f"ms_{order}"] = 1e3 * measure(
-                        lambda f=function, o=order: derivatives(f, timed, o), device=device
+                        lambda f=function, x=timed, o=order: derivatives(f, x, o), device=device
                     )
                 except torch.OutOfMemoryError:
                     row[f"ms_{order}"] = None

@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from escaip import __version__
+from escaip.cli_data import add_data, add_source_options, source_options
 from escaip.errors import EscaipError, UsageError
 
 TRAINING_COMMANDS = {
@@ -86,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in TRAINING_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-    _add_data(commands)
+    add_data(commands)
     _add_evaluate(commands)
     _add_relax(commands)
     _add_md(commands)
@@ -106,13 +107,10 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--out", default="evaluation", metavar="DIR", help="where report and plots go (default: evaluation)"
     )
-    parser.add_argument("--format", help="name of the reader (default: from the file)")
-    for label in ("energy", "forces", "stress", "virial"):
-        parser.add_argument(f"--{label}-key", metavar="KEY", help=f"name of the {label} in the file")
     parser.add_argument("--free-atoms", action="store_true", help="count forces of unconstrained atoms only")
-    parser.add_argument("--limit", type=int, metavar="N", help="use the first N structures")
     parser.add_argument("--max-atoms", type=int, default=1000, metavar="N", help="atoms per batch (default: 1000)")
     parser.add_argument("--no-plots", action="store_true", help="write the JSON report only")
+    add_source_options(parser)
     _add_model_options(parser)
     parser.set_defaults(command=_evaluate)
 
@@ -176,11 +174,9 @@ def _add_info(commands: Any) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from escaip.evaluate.command import evaluate_files
 
-    keys = {label: getattr(args, f"{label}_key") for label in ("energy", "forces", "stress", "virial")}
     report = evaluate_files(
-        args.model, args.data, args.out, format=args.format, keys={k: v for k, v in keys.items() if v},
-        free_atoms_only=args.free_atoms, limit=args.limit, max_atoms=args.max_atoms, plots=not args.no_plots,
-        device=args.device, dtype=args.dtype,
+        args.model, args.data, args.out, free_atoms_only=args.free_atoms, max_atoms=args.max_atoms,
+        plots=not args.no_plots, device=args.device, dtype=args.dtype, **source_options(args),
     )  # fmt: skip
     print(report.table())
     print(f"wrote {args.out}")
@@ -258,6 +254,3 @@ def _status(code: Any) -> int:
     if code is None:
         return 0
     return code if isinstance(code, int) else 1
-
-
-Command = Callable[[argparse.Namespace], int]

@@ -63,6 +63,7 @@ class BatchLoader:
         )
         self._epoch = batch_sampler.epoch
         self._consumed = 0
+        self._resume: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         """Batches per epoch, also when the epoch is resumed in its middle."""
@@ -71,13 +72,15 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.batch_sampler.epoch
         batches = self.batch_sampler.batches(epoch)
-        resumed = self._consumed if self._epoch == epoch and self._consumed < len(batches) else 0
+        resumed = 0
+        if self._resume is not None and self._resume[0] == epoch and self._resume[1] < len(batches):
+            resumed = self._resume[1]
+        self._resume = None
         self._epoch, self._consumed = epoch, resumed
         self._epoch_batches.plan = [[EpochIndex(k, epoch) for k in batch] for batch in batches[resumed:]]
         for batch in self._loader:
             self._consumed += 1
             yield batch
-        self._consumed = len(batches)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches taken in it by the training loop, and how many there are: plain numbers."""
@@ -98,6 +101,7 @@ class BatchLoader:
                 "use the same data, split, budget and number of processes, or start from the weights alone"
             )
         self._epoch, self._consumed = int(state_dict["epoch"]), int(state_dict["consumed"])
+        self._resume = (self._epoch, self._consumed)
 
 
 class _EpochBatches:

@@ -10,6 +10,7 @@ from torch import Tensor
 from escaip.errors import ConfigError
 
 _FLOOR = 1e-6
+_MAX_DEGREE = 16
 
 
 def bond_orientational_order(
@@ -35,15 +36,18 @@ def bond_orientational_order(
         ``(N, l_max + 1)``, without unit, differentiable twice in ``direction`` and ``weight``.
 
     Raises:
-        ConfigError: no such floor.
+        ConfigError: no such floor, or a degree outside of 0 .. 16.
     """
     if floor not in ("smooth", "clamp"):
         raise ConfigError(f"floor {floor!r} does not exist: choose smooth or clamp")
+    if not 0 <= l_max <= _MAX_DEGREE:
+        raise ConfigError(f"l_max is {l_max}: it must be in 0 .. {_MAX_DEGREE}")
     harmonics = real_harmonics(direction, l_max)  # (T, (l_max + 1)²)
     total = weight.new_zeros(num_atoms).index_add(0, center, weight)
     sums = harmonics.new_zeros(num_atoms, harmonics.shape[1]).index_add(0, center, harmonics * weight[:, None])
     squares = (sums / total[:, None]).square()
-    power = torch.stack([part.sum(dim=1) for part in squares.split([2 * l + 1 for l in range(l_max + 1)], dim=1)], 1)
+    sizes = [2 * degree + 1 for degree in range(l_max + 1)]
+    power = torch.stack([part.sum(dim=1) for part in squares.split(sizes, dim=1)], dim=1)
     if floor == "clamp":
         return power.clamp(min=_FLOOR).sqrt()
     return ((power + _FLOOR) / (1.0 + _FLOOR)).sqrt()
@@ -62,17 +66,17 @@ def real_harmonics(vector: Tensor, l_max: int) -> Tensor:
     Returns:
         ``(T, (l_max + 1)²)``.
     """
-    size = l_max + 1
-    cosine, sine = _azimuthal(vector, l_max)  # (T, size) each
+    cosine, sine = _azimuthal(vector, l_max)  # (T, l_max + 1) each
     z, squared = vector[:, 2:3], vector.square().sum(dim=1, keepdim=True)
-    tables = [torch.tensor(row, dtype=vector.dtype, device=vector.device) for row in _recursion(l_max)]
-    rise, fall, start = tables
+    size = l_max + 1
+    tables = [[row[:size] for row in table[:size]] for table in _TABLES]
+    rise, fall, start = torch.tensor(tables, dtype=vector.dtype, device=vector.device)
     before, polar = torch.zeros_like(cosine), start[0].expand_as(cosine)
     columns = [polar[:, :1]]
-    for degree in range(1, size):
-        # (l+m) and (l−m) enter through the tables; the column m = l starts at this degree.
+    for degree in range(1, l_max + 1):
         before, polar = polar, rise[degree] * (z * polar) - fall[degree] * (squared * before) + start[degree]
-        columns += [polar[:, : degree + 1] * cosine[:, : degree + 1], polar[:, 1 : degree + 1] * sine[:, 1 : degree + 1]]
+        columns.append(polar[:, : degree + 1] * cosine[:, : degree + 1])
+        columns.append(polar[:, 1 : degree + 1] * sine[:, 1 : degree + 1])
     return torch.cat(columns, dim=1)
 
 
@@ -106,3 +110,7 @@ def _recursion(l_max: int) -> tuple[list[list[float]], list[list[float]], list[l
             if l >= m + 2:
                 fall[l][m] = (l + m - 1) / (l - m) * norm(l, m) / norm(l - 2, m)
     return rise, fall, start
+
+
+# Rows and columns do not depend on the highest degree: computed once, sliced for each.
+_TABLES = _recursion(_MAX_DEGREE)

@@ -7,6 +7,7 @@ list entries, ``T`` tokens, ``X`` extra rows, ``P`` rank pairs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ def _within_reach(lists: _Lists, settings: GraphSettings) -> Tensor:
 
 
 def _coordinate(lists: _Lists, entry: Tensor, rank: Tensor, settings: GraphSettings) -> Tensor:
-    """Envelope coordinate ``x`` of entries, given their ranks or bounds of them; a missing reverse has an infinite rank.
+    """Envelope coordinate ``x`` of entries, given their ranks or bounds of them; a missing reverse ranks infinite.
 
     The same, to the last bit, for an edge and its reverse, so that what is decided by it is symmetric.
     """
@@ -233,7 +234,7 @@ def _window_pairs(windows: _Windows) -> Iterator[tuple[Tensor, Tensor]]:
     cuts = torch.arange(1, max(1, math.ceil(num_pairs / _CHUNK_PAIRS)), device=ends.device) * _CHUNK_PAIRS
     bounds = [0, *torch.searchsorted(ends, cuts).tolist(), len(ends)]
     done = 0
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         of = torch.repeat_interleave(count[begin:end]).add_(begin)
         yield of, torch.arange(done, done + len(of), device=of.device).add_(shift.index_select(0, of))
         done += len(of)

@@ -7,6 +7,7 @@ the list exactly when ``(j, i, −S)`` is.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -98,9 +99,10 @@ class Systems:
         inverse_height = torch.linalg.inv(self._gram()).diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
         images = (1.0 + 2.0 * cutoff * inverse_height * self.pbc).prod(dim=1)
         if bool((images > _MAX_IMAGES).any()):
+            system = int((images > _MAX_IMAGES).nonzero()[0])
             raise DataError(
-                f"system {int((images > _MAX_IMAGES).nonzero()[0])}: its cell is so thin that {float(images.max()):.0e} "
-                f"images lie within {cutoff:g} Å: check the units of the cell"
+                f"system {system}: its cell is so thin that {images[system]:.0e} images lie within {cutoff:g} Å: "
+                "check the units of the cell"
             )
 
 
@@ -282,7 +284,7 @@ def _search_vesin(systems: Systems, cutoff: float) -> tuple[Tensor, Tensor, Tens
     positions, cell, pbc = (x.cpu().numpy() for x in (systems.positions, systems.cell, systems.pbc))
     bounds = systems.ptr.tolist()
     found = []
-    for system, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for system, (start, stop) in enumerate(itertools.pairwise(bounds)):
         threads = max(1, min(torch.get_num_threads(), (stop - start) // _ATOMS_PER_THREAD))
         search = VesinNeighborList(cutoff=cutoff, full_list=False, n_threads=threads)
         pairs, shift = search.compute(positions[start:stop], cell[system], pbc[system], "PS")

@@ -97,6 +97,7 @@ def make_ensemble(atoms: Atoms, settings: MDSettings, rng: np.random.Generator) 
 def _constant_pressure(
     atoms: Atoms, settings: MDSettings, step: float, relaxation: float, num_degrees: int
 ) -> MolecularDynamics:
+    assert settings.temperature is not None
     kind = IsotropicMTKNPT if settings.barostat == "isotropic" else MTKNPT
     dynamics = kind(
         atoms,
@@ -108,7 +109,7 @@ def _constant_pressure(
     )
     # In their equations the number of atoms stands for a third of the degrees of freedom.
     dynamics._num_atoms_global = num_degrees / 3
-    dynamics._thermostat = _chain_for(num_degrees, atoms, float(settings.temperature or 0.0), relaxation)
+    dynamics._thermostat = _chain_for(num_degrees, atoms, settings.temperature, relaxation)
     return dynamics
 
 

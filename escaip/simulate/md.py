@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 from ase import Atoms, units
@@ -223,7 +224,7 @@ class _Run:
         return self._result(remaining)
 
     def _take_step(self) -> None:
-        dynamics = self.ensemble.dynamics
+        dynamics: Any = self.ensemble.dynamics
         try:
             dynamics.step()
             dynamics.nsteps += 1
@@ -291,7 +292,7 @@ class _Run:
             trajectory_position=self.trajectory.position(),
         ).save(self.files.restart)
 
-    def _stop(self, problem: str, cause: Exception | None = None) -> None:
+    def _stop(self, problem: str, cause: Exception | None = None) -> NoReturn:
         kept = "nothing was kept: relax the structure first"
         if self.last_good is not None:
             write_structure(self.files.last_good, self.last_good[1])

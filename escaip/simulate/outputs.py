@@ -47,8 +47,8 @@ class LogFile:
 
     def write(self, row: dict[str, float | int]) -> None:
         """Appends a line; floats keep every digit."""
-        values = ["" if isinstance(row[name], float) and np.isnan(row[name]) else repr(row[name]) for name in LOG_COLUMNS]
-        self._stream.write(",".join(values) + "\n")
+        values = [row[name] for name in LOG_COLUMNS]
+        self._stream.write(",".join("" if value != value else repr(value) for value in values) + "\n")
         self._stream.flush()
 
     def position(self) -> int:
@@ -134,8 +134,10 @@ def freeze(atoms: Atoms) -> Atoms:
     """A copy that holds energy, forces and, where the calculator has computed it, stress."""
     frame = atoms.copy()
     # What other programs left in info may be nothing a file can hold.
-    frame.info = {key: value for key, value in frame.info.items() if isinstance(value, (str, bool, int, float, np.ndarray))}
-    results: dict[str, Any] = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
+    plain = (str, bool, int, float, np.ndarray)
+    frame.info = {key: value for key, value in frame.info.items() if isinstance(value, plain)}
+    results: dict[str, Any] = {"energy": atoms.get_potential_energy()}
+    results["forces"] = atoms.get_forces(apply_constraint=False)
     stress = atoms.calc.results.get("stress")
     if stress is not None:
         results["stress"] = np.array(stress)

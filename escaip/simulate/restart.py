@@ -97,7 +97,7 @@ class RestartState:
             SimulationError: another structure or other settings than those of the run.
         """
         if not np.array_equal(self.atomic_numbers, atoms.numbers):
-            raise SimulationError(f"{path} belongs to another structure than {atoms.symbols}: check STRUCTURE and --out")
+            raise SimulationError(f"{path} belongs to another structure than {atoms.symbols}: use its own")
         for name, value in physics.items():
             if self.physics.get(name) != value:
                 raise SimulationError(

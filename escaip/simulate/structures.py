@@ -23,8 +23,9 @@ def read_structure(path: str | os.PathLike[str], frame: int = -1) -> Atoms:
         DataError: missing, empty or unreadable file, no such frame, or a structure that no potential can mean.
     """
     from escaip.data import AtomicData
+    from escaip.resources import resolve
 
-    path = Path(path)
+    path = resolve(Path(path))
     if not path.exists():
         raise DataError(f"structure {path} does not exist: check the path")
     atoms = _read_store(path, frame) if path.is_dir() else _read_file(path, frame)
@@ -63,7 +64,7 @@ def _read_file(path: Path, frame: int) -> Atoms:
     except OSError as error:
         raise DataError(f"structure {path} cannot be read: {error.strerror or _first_line(error)}") from error
     except Exception as error:  # ASE's readers raise anything
-        raise DataError(f"structure {path} cannot be read ({_first_line(error)}): give a file that ASE reads") from error
+        raise DataError(f"structure {path} cannot be read ({_first_line(error)}): use a file ASE reads") from error
     return atoms
 
 

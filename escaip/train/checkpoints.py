@@ -119,7 +119,7 @@ class BestAndLast(Checkpoint):
         if not self._may_save(trainer) or step == self._saved_step or loop._should_accumulate():
             return
         if _due(step, self.keep_every_n_steps):
-            trainer.save_checkpoint(self._path(f"step-{step}.ckpt"))
+            trainer.save_checkpoint(self._path(f"step-{step}.ckpt"), weights_only=False)
         if loop.batch_progress.is_last_batch:
             return
         if _due(step, self.every_n_steps) or step == trainer.max_steps:
@@ -140,7 +140,7 @@ class BestAndLast(Checkpoint):
         if self.best_model_score is None or score < self.best_model_score or math.isnan(self.best_model_score):
             self.best_model_score, self.best_step = score, trainer.global_step
             self.best_model_path = self._path(BEST)
-            trainer.save_checkpoint(self.best_model_path)
+            trainer.save_checkpoint(self.best_model_path, weights_only=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves after an epoch and its validation."""
@@ -162,7 +162,7 @@ class BestAndLast(Checkpoint):
 
     def _save_last(self, trainer: Trainer) -> None:
         path = self._path(LAST)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self.last_model_path, self._saved_step = path, trainer.global_step
 
     def _path(self, name: str) -> str:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+
 from escaip.types import GraphSettings
 
 Edge = tuple[int, int, int, int, int]
@@ -63,12 +64,23 @@ def random_system(rng: np.random.Generator, kind: str, cutoff: float) -> tuple[n
     count = int(rng.integers(1, 4)) if kind == "tiny" else int(np.clip(volume * rng.uniform(3, 10), 2, 16))
     positions = rng.random((count, 3)) @ box
     if kind in ("unwrapped", "skewed_mixed"):
-        positions = positions + rng.integers(-6, 7, (count, 3)) @ (box * pbc[:, None])
+        positions = positions + rng.integers(-2, 3, (count, 3)) @ (box * pbc[:, None])
         positions = positions + rng.uniform(-100, 100, 3)
     return positions, cell, pbc
 
 
-KINDS = ("cubic", "mixed_pbc", "skewed", "skewed_mixed", "tiny", "crystal", "molecule", "isolated", "single", "unwrapped")
+KINDS = (
+    "cubic",
+    "mixed_pbc",
+    "skewed",
+    "skewed_mixed",
+    "tiny",
+    "crystal",
+    "molecule",
+    "isolated",
+    "single",
+    "unwrapped",
+)
 
 
 def random_rotation(rng: np.random.Generator) -> np.ndarray:

@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from graph_reference import make_batch, random_system
+
 from escaip.errors import ConfigError, DataError, UsageError
 from escaip.graph import build_graph, neighbor_list, search_cutoff
 from escaip.types import GraphSettings
-from graph_reference import make_batch, random_system
 
 GOOD = (np.array([[0.0, 0, 0], [1.0, 0, 0]]), np.eye(3) * 5.0, np.ones(3, bool))
 SETTINGS = GraphSettings(cutoff=4.0, num_neighbors=8)
@@ -32,7 +33,7 @@ def bad_cell(cell: list[list[float]], pbc: tuple[bool, ...] = (True, True, True)
     ],
 )
 def test_cell_without_volume(system) -> None:
-    with pytest.raises(DataError, match="^system 1: its cell has no volume along its periodic axes: .*pbc") as error:
+    with pytest.raises(DataError, match=r"^system 1: its cell has no volume along its periodic axes: .*pbc") as error:
         build_graph(make_batch(GOOD, system, GOOD), SETTINGS)
     assert "\n" not in str(error.value)
 
@@ -42,20 +43,20 @@ def test_cell_without_volume(system) -> None:
 def test_position_that_is_no_number(value: float) -> None:
     positions = GOOD[0].copy()
     positions[1, 2] = value
-    with pytest.raises(DataError, match="^system 1, atom 1: position is NaN or infinite"):
+    with pytest.raises(DataError, match=r"^system 1, atom 1: position is NaN or infinite"):
         neighbor_list(make_batch(GOOD, (positions, *GOOD[1:])), 4.0)
 
 
 @pytest.mark.bad_input
 def test_cell_in_wrong_units_does_not_hang() -> None:
-    with pytest.raises(DataError, match="^system 0: its cell is so thin .* check the units"):
+    with pytest.raises(DataError, match=r"^system 0: its cell is so thin .* check the units"):
         neighbor_list(make_batch((GOOD[0], np.eye(3) * 1e-3, GOOD[2])), 4.0)
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("cutoff", [0.0, -1.0, np.nan, np.inf])
 def test_cutoff_that_is_no_length(cutoff: float) -> None:
-    with pytest.raises(UsageError, match="cutoff is .*: it must be a positive number of Å"):
+    with pytest.raises(UsageError, match=r"cutoff is .*: it must be a positive number of Å"):
         neighbor_list(make_batch(GOOD), cutoff)
 
 
@@ -87,9 +88,7 @@ def test_neighbor_list_of_one_direction_only() -> None:
     batch = make_batch(GOOD)
     full = neighbor_list(batch, 5.0)
     half = full.center < full.neighbor
-    halved = dataclasses.replace(
-        full, center=full.center[half], neighbor=full.neighbor[half], shift=full.shift[half]
-    )
+    halved = dataclasses.replace(full, center=full.center[half], neighbor=full.neighbor[half], shift=full.shift[half])
     with pytest.raises(DataError, match="some edge lacks its reverse"):
         build_graph(batch, SETTINGS, halved)
 

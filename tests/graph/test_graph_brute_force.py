@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from graph_reference import KINDS, Edge, all_edges, envelope_coordinates, make_batch, random_system
+
 from escaip.graph import build_graph, compute_geometry, neighbor_list, search_cutoff
 from escaip.types import Geometry, Graph, GraphSettings
-from graph_reference import KINDS, Edge, all_edges, envelope_coordinates, make_batch, random_system
 
 SETTINGS = (
     GraphSettings(cutoff=4.0, num_neighbors=8, rank_scale=0.2),
@@ -31,7 +32,8 @@ def check_layout(graph: Graph) -> None:
     """What the docstring of Graph promises."""
     tokens, atoms = graph.num_tokens, torch.arange(graph.num_atoms)
     assert torch.equal(graph.self_token, graph.offsets[:-1])
-    assert int(graph.offsets[0]) == 0 and int(graph.offsets[-1]) == tokens
+    assert int(graph.offsets[0]) == 0
+    assert int(graph.offsets[-1]) == tokens
     lengths = graph.offsets.diff()
     assert torch.equal(graph.token_center, torch.repeat_interleave(atoms, lengths))
     assert graph.max_neighborhood == int(lengths.max())

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from e3nn import o3
+from torch.nn.functional import normalize
+
 from escaip.errors import ConfigError
 from escaip.graph import bond_orientational_order
 from escaip.graph.features import real_harmonics
-from torch.nn.functional import normalize
 
 L_MAX = 9
 SIZES = [2 * degree + 1 for degree in range(L_MAX + 1)]
@@ -91,7 +92,8 @@ def test_known_values_of_cubic_surroundings() -> None:
     axes = torch.eye(3, dtype=torch.float64)
     order = bond_orientational_order(torch.cat([axes, -axes]), torch.ones(6).double(), torch.zeros(6).long(), 1, 8)[0]
     assert order[0] == 1.0
-    assert order[4] == pytest.approx(0.76376, abs=1e-4) and order[6] == pytest.approx(0.35355, abs=1e-4)
+    assert order[4] == pytest.approx(0.76376, abs=1e-4)
+    assert order[6] == pytest.approx(0.35355, abs=1e-4)
     for degree in (1, 2, 3, 5, 7):
         assert order[degree] == pytest.approx(1e-3, abs=1e-8)
 
@@ -132,3 +134,9 @@ def test_smooth_floor_has_no_kink_where_the_clamp_has_one() -> None:
 def test_unknown_floor() -> None:
     with pytest.raises(ConfigError, match="floor 'soft' does not exist: choose smooth or clamp"):
         bond_orientational_order(torch.zeros(1, 3), torch.ones(1), torch.zeros(1).long(), 1, 3, floor="soft")
+
+
+@pytest.mark.bad_input
+def test_degree_out_of_range() -> None:
+    with pytest.raises(ConfigError, match="l_max is 17: it must be in 0 .. 16"):
+        bond_orientational_order(torch.zeros(1, 3), torch.ones(1), torch.zeros(1).long(), 1, 17)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from graph_reference import make_batch, random_rotation, random_system
+from test_graph_brute_force import SETTINGS, edges_of, geometry_of
+
 from escaip.graph import build_graph, compute_geometry
 from escaip.graph.step import rank_step, step_support
 from escaip.types import GraphSettings
-from graph_reference import make_batch, random_rotation, random_system
-from test_graph_brute_force import SETTINGS, edges_of, geometry_of
 
 SMALL = GraphSettings(cutoff=3.0, num_neighbors=4, rank_scale=0.3)
 
@@ -86,7 +87,9 @@ def _vectors(batch, graph) -> torch.Tensor:
 def test_no_nan_in_derivatives(settings: GraphSettings, dtype: torch.dtype) -> None:
     """Self tokens, coincident atoms, equal distances, tokens at x just below and above 1, few or no edges."""
     rng = np.random.default_rng(6)
-    systems = [random_system(rng, kind, settings.cutoff) for kind in ("crystal", "tiny", "isolated", "single", "molecule")]
+    systems = [
+        random_system(rng, kind, settings.cutoff) for kind in ("crystal", "tiny", "isolated", "single", "molecule")
+    ]
     systems.append((np.zeros((2, 3)), np.zeros((3, 3)), np.zeros(3, bool)))
     batch = make_batch(*systems)
     graph = build_graph(batch, settings)
@@ -121,27 +124,22 @@ def test_weights_are_continuous_along_a_path(settings: GraphSettings) -> None:
     rng = np.random.default_rng(10)
     positions = rng.normal(size=(24, 3)) * 2.2
     batch = make_batch((positions, np.zeros((3, 3)), np.zeros(3, bool)))
-    entered = swapped = 0
-    for start in np.linspace(-4.0, 4.0, 60):
-        before: dict | None = None
-        order_before = None
-        for step in range(4):
-            batch.positions[0, 0] = start + 1e-5 * step
-            weights = weights_of(batch, settings)
-            order = [edge[:2] for edge in weights]
-            if before is not None:
-                compare(before, weights, 6e-4)
-                for edge in before.keys() ^ weights.keys():
-                    entered += 1
-                    assert max(before.get(edge, 0.0), weights.get(edge, 0.0)) < 1e-12
-                swapped += order != order_before and len(order) == len(order_before)
-            before, order_before = weights, order
-    # Larger steps make sure that the path does meet both events.
-    seen = set()
-    for x in np.linspace(-4.0, 4.0, 60):
+
+    def at(x: float) -> dict:
         batch.positions[0, 0] = x
-        seen.add(tuple(edge[:2] for edge in weights_of(batch, settings)))
-    assert len(seen) > 30
+        return weights_of(batch, settings)
+
+    layouts = set()
+    for start in np.linspace(-4.0, 4.0, 60):
+        before = at(start)
+        layouts.add(tuple(edge[:2] for edge in before))
+        for step in range(1, 4):
+            after = at(start + 1e-5 * step)
+            compare(before, after, 6e-4)
+            for edge in before.keys() ^ after.keys():
+                assert max(before.get(edge, 0.0), after.get(edge, 0.0)) < 1e-12
+            before = after
+    assert len(layouts) > 30  # tokens did come, go and change order on the way
 
 
 @pytest.mark.parametrize("settings", [s for s in SETTINGS if s.soft])
@@ -149,6 +147,7 @@ def test_envelope_falls_to_nothing_before_a_token_leaves(settings: GraphSettings
     """Bisects the place where a token leaves: its log envelope tends to −inf there, and weights do not jump."""
     rng = np.random.default_rng(11)
     positions = rng.normal(size=(20, 3)) * 1.6
+    positions[0] = positions[1] + [1.2, 0.0, 0.0]
     batch = make_batch((positions, np.zeros((3, 3)), np.zeros(3, bool)))
 
     def at(x: float) -> dict:
@@ -157,8 +156,8 @@ def test_envelope_falls_to_nothing_before_a_token_leaves(settings: GraphSettings
         values = geometry_of(batch, graph, settings).log_envelope.tolist()
         return dict(zip(edges_of(graph, graph.num_tokens), values, strict=True))
 
-    near, far = 0.0, 60.0
-    edge = next(e for e in at(near) if e[0] == 0 and e[1] != 0)
+    near, far, edge = positions[0, 0], 60.0, (0, 1, 0, 0, 0)
+    assert edge in at(near)
     for _ in range(60):
         middle = 0.5 * (near + far)
         near, far = (middle, far) if edge in at(middle) else (near, middle)
@@ -170,16 +169,18 @@ def test_envelope_falls_to_nothing_before_a_token_leaves(settings: GraphSettings
 
 def test_rank_swap_is_smooth() -> None:
     """Two neighbors exchange ranks: their mean rank stays, each passes through the middle with a finite slope."""
-    settings = GraphSettings(cutoff=5.0, num_neighbors=3)
+    settings = GraphSettings(cutoff=5.0, num_neighbors=8)
     weights = []
     for x in np.linspace(1.9, 2.1, 201):
         positions = np.array([[0, 0, 0], [2.0, 0, 0], [0, x, 0], [0, 0, 1.0]])
         weights.append(weights_of(make_batch((positions, np.zeros((3, 3)), np.zeros(3, bool))), settings))
     first = np.array([w[(0, 1, 0, 0, 0)] for w in weights])
     second = np.array([w[(0, 2, 0, 0, 0)] for w in weights])
-    assert first[0] < second[0] and first[-1] > second[-1]
+    assert first[0] < second[0]
+    assert first[-1] > second[-1]
     assert first[100] == pytest.approx(second[100], abs=1e-12)
-    assert np.abs(np.diff(first)).max() < 0.02 and np.abs(np.diff(first, 2)).max() < 1e-3
+    assert np.abs(np.diff(first)).max() < 0.02
+    assert np.abs(np.diff(first, 2)).max() < 1e-3
 
 
 @pytest.mark.parametrize("name", ["sine", "bump"])
@@ -190,10 +191,12 @@ def test_step(name: str) -> None:
     (curvature,) = torch.autograd.grad(slope.sum(), x)
     outside = x.detach().abs() >= step_support(name)
     assert torch.equal(value[outside], (x[outside] > 0).to(torch.float64))
-    assert not slope[outside].any() and not curvature[outside].any()
+    assert not slope[outside].any()
+    assert not curvature[outside].any()
     assert (slope >= 0).all()
     torch.testing.assert_close(value + value.flip(0), torch.ones_like(value), rtol=0, atol=1e-15)
-    torch.testing.assert_close(slope[1:-1], (value[2:] - value[:-2]) / 0.006, rtol=0, atol=2e-5)
+    # Loose because the sine's slope has corners.
+    torch.testing.assert_close(slope[1:-1], (value[2:] - value[:-2]) / 0.006, rtol=0, atol=1e-4)
 
 
 def test_soft_ranks_tend_to_hard_ranks() -> None:
@@ -209,4 +212,5 @@ def test_hard_and_radius_graphs_have_no_rank_pairs() -> None:
     batch = make_batch(random_system(rng, "cubic", 4.0))
     for settings in SETTINGS[3:]:
         graph = build_graph(batch, settings)
-        assert len(graph.rank_token) == 0 and len(graph.center) == graph.num_tokens
+        assert len(graph.rank_token) == 0
+        assert len(graph.center) == graph.num_tokens

@@ -1,0 +1,115 @@
+"""The ``data`` commands of the command line, and the options of everything that reads data."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from escaip.errors import UsageError
+
+_FORMATS = ("ase", "pymatgen", "spice", "store")
+_LABELS = ("energy", "forces", "stress", "virial", "charge", "spin", "group")
+
+
+def add_data(commands: Any) -> None:
+    """Adds ``data`` and its sub-commands."""
+    parent = commands.add_parser("data", help="data sets: cards, inspection, conversion")
+    actions = parent.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="data sets with a card")
+    listing.set_defaults(command=_list)
+    card = actions.add_parser("info", help="the card of a data set")
+    card.add_argument("name", metavar="NAME")
+    card.set_defaults(command=_card)
+    inspect = actions.add_parser("inspect", help="counts, ranges and distributions of any supported data")
+    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--out", metavar="DIR", help="also write inspect.json and inspect.png there")
+    add_source_options(inspect)
+    inspect.set_defaults(command=_inspect)
+    convert = actions.add_parser("convert", help="any supported data into extxyz or a prepared store")
+    convert.add_argument("source", metavar="SRC")
+    convert.add_argument("target", metavar="DST", help="ends in .extxyz (also .gz, .xz), or a folder for a store")
+    _add_writing_options(convert)
+    convert.set_defaults(command=_convert)
+    prepare = actions.add_parser("prepare", help="native files into a prepared store")
+    prepare.add_argument("name", metavar="NAME", choices=_FORMATS, help=f"layout of the files: {', '.join(_FORMATS)}")
+    prepare.add_argument("source", metavar="SOURCE")
+    prepare.add_argument("--out", required=True, metavar="DIR")
+    _add_writing_options(prepare, with_format=False)
+    prepare.set_defaults(command=_prepare)
+
+
+def add_source_options(parser: argparse.ArgumentParser, with_format: bool = True) -> None:
+    """Adds how to read a file; see :func:`source_options`."""
+    group = parser.add_argument_group("reading the data")
+    if with_format:
+        group.add_argument("--format", choices=_FORMATS, help="reader (default: from the file)")
+    for label in _LABELS:
+        group.add_argument(f"--{label}-key", metavar="KEY", help=f"name of the {label} in the file")
+    group.add_argument("--units", metavar="Q=U,...", help="where not Å and eV: length=bohr,energy=hartree")
+    group.add_argument("--limit", type=int, metavar="N", help="use the first N structures")
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of :func:`escaip.data.open_source` that were given."""
+    keys = {label: getattr(args, f"{label}_key") for label in _LABELS if getattr(args, f"{label}_key")}
+    options = {"format": getattr(args, "format", None), "keys": keys, "units": _units(args.units), "limit": args.limit}
+    if args.limit is not None and args.limit < 1:
+        raise UsageError(f"--limit is {args.limit}: it must be at least 1")
+    return {name: value for name, value in options.items() if value}
+
+
+def _add_writing_options(parser: argparse.ArgumentParser, with_format: bool = True) -> None:
+    add_source_options(parser, with_format)
+    parser.add_argument("--skip-bad", action="store_true", help="leave out bad structures and count them")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _units(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and unit for name, _, unit in pairs):
+        raise UsageError(f"--units {text!r} is not understood: write length=bohr,energy=hartree")
+    return {name.strip(): unit.strip() for name, _, unit in pairs}
+
+
+def _list(args: argparse.Namespace) -> None:
+    from escaip.resources import list_datasets
+
+    cards = list_datasets()
+    width = max((len(card.name) for card in cards), default=0) + 2
+    for card in cards:
+        print(f"{card.name:<{width}}{card.title}")
+
+
+def _card(args: argparse.Namespace) -> None:
+    from escaip.resources import dataset_card
+
+    print(dataset_card(args.name).text)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from escaip.data.commands import inspect
+    from escaip.resources import resolve
+
+    inspect(resolve(args.path), out=args.out, **source_options(args))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from escaip.data.commands import convert
+    from escaip.resources import resolve
+
+    report = convert(resolve(args.source), args.target, overwrite=args.overwrite, **_reading(args))
+    print(report.summary())
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from escaip.data.commands import prepare
+    from escaip.resources import resolve
+
+    options = {**_reading(args), "format": args.name}
+    print(prepare(resolve(args.source), args.out, overwrite=args.overwrite, **options).summary())
+
+
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    return {**source_options(args), "on_error": "skip" if args.skip_bad else "raise"}

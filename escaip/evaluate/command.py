@@ -1,0 +1,72 @@
+"""From files to a folder: what ``escaip evaluate`` calls."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from escaip.errors import DataError
+from escaip.evaluate.report import EvaluationReport
+
+
+def evaluate_files(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    max_atoms: int = 1000,
+    free_atoms_only: bool = False,
+    plots: bool = True,
+    device: str = "auto",
+    dtype: str | None = None,
+    **source: Any,
+) -> EvaluationReport:
+    """Evaluates a model file on a data file; writes ``report.json``, ``parity.png`` and ``errors.png``.
+
+    Args:
+        model: ``.ckpt`` or ``.escaip``.
+        data: see :func:`escaip.data.open_source`.
+        out: folder, made when needed.
+        max_atoms: in a batch.
+        free_atoms_only: leave forces of constrained atoms out.
+        plots: whether to draw.
+        device: a torch device or ``"auto"``.
+        dtype: ``"float32"`` or ``"float64"``; by default as stored.
+        **source: ``format``, ``keys``, ``units``, ``limit``, ... of :func:`escaip.data.open_source`.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        DataError: the data cannot be read, has no labels, or the folder cannot be written.
+    """
+    from escaip.checkpoint import load_potential
+    from escaip.data import open_source
+    from escaip.evaluate.run import evaluate
+    from escaip.resources import resolve
+
+    potential = load_potential(model, device=device, dtype=dtype)
+    structures = open_source(resolve(Path(data)), **source)
+    report, records = evaluate(potential, structures, max_atoms=max_atoms, free_atoms_only=free_atoms_only)
+    folder = Path(out)
+    values = {"model": os.fspath(model), "data": os.fspath(data), "dtype": str(potential.dtype), **report.to_dict()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / "report.json", json.dumps(values, indent=1, ensure_ascii=False).encode())
+        if plots:
+            from escaip.evaluate.plots import draw_errors, draw_parity
+
+            _replace(folder / "parity.png", draw_parity(records, free_atoms_only=free_atoms_only))
+            _replace(folder / "errors.png", draw_errors(records, free_atoms_only=free_atoms_only))
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
+    return report
+
+
+def _replace(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

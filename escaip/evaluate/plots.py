@@ -1,0 +1,154 @@
+"""Parity plots and error histograms as PNG, drawn without matplotlib's global state."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from escaip.evaluate.records import Records
+from escaip.units import GPA
+
+_MODEL, _BASELINE = "#2a6f97", "#b0b0b0"
+_MAX_POINTS = 50_000
+_BINS = 120
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One quantity, flat and labelled: values for the axes and the error in its own unit."""
+
+    title: str
+    unit: str
+    error_unit: str
+    error_factor: float
+    label: NDArray[np.float64]
+    found: NDArray[np.float64]
+    trivial: NDArray[np.float64]
+    trivial_name: str
+
+
+def draw_parity(records: Records, *, free_atoms_only: bool = False) -> bytes:
+    """Predictions against labels, colored by the density of points; a panel for each quantity with labels."""
+    panels = _panels(records, free_atoms_only)
+    figure, axes = _figure(panels)
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw_parity(axis, panel)
+    return _png(figure)
+
+
+def draw_errors(records: Records, *, free_atoms_only: bool = False) -> bytes:
+    """Histograms of absolute errors on a logarithmic axis, beside those of the trivial predictor."""
+    panels = _panels(records, free_atoms_only)
+    figure, axes = _figure(panels)
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw_errors(axis, panel)
+    return _png(figure)
+
+
+def _panels(records: Records, free_atoms_only: bool) -> list[_Panel]:
+    counted = ~records.fixed if free_atoms_only else np.ones(len(records.fixed), dtype=bool)
+    size = records.num_atoms
+    offset = records.reference_energy
+    name = "references alone"
+    if not offset.any():
+        per_atom = records.energy / size
+        offset = size * (np.nanmean(per_atom) if np.isfinite(per_atom).any() else 0.0)
+        name = "mean energy"
+    zero = "zero"
+    energy, found_energy = (records.energy - offset) / size, (records.predicted_energy - offset) / size
+    candidates = [
+        ("Energy above references", "eV/atom", "meV/atom", 1e3, energy, found_energy, name),
+        ("Force components", "eV/Å", "meV/Å", 1e3, records.forces[counted], records.predicted_forces[counted], zero),
+        ("Stress components", "GPa", "GPa", 1.0, records.stress / GPA, records.predicted_stress / GPA, zero),
+    ]
+    panels = []
+    for title, unit, error_unit, factor, label, found, trivial in candidates:
+        valid = np.isfinite(label) & np.isfinite(found)
+        if valid.any():
+            zeros = np.zeros(int(valid.sum()))
+            panels.append(_Panel(title, unit, error_unit, factor, label[valid], found[valid], zeros, trivial))
+    return panels
+
+
+def _figure(panels: list[_Panel]) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.6 * max(len(panels), 1), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid: Any = figure.subplots(1, max(len(panels), 1), squeeze=False)
+    return figure, list(grid[0][: len(panels)])
+
+
+def _draw_parity(axis: Axes, panel: _Panel) -> None:
+    low = float(min(panel.label.min(), panel.found.min()))
+    high = float(max(panel.label.max(), panel.found.max()))
+    margin = 0.04 * (high - low) or 1.0
+    limits = (low - margin, high + margin)
+    axis.plot(limits, limits, color="0.6", linewidth=0.8, zorder=1)
+    label, found, density = _with_density(panel, limits)
+    axis.scatter(
+        label, found, c=density, s=max(2.0, min(14.0, 4000.0 / len(label))), cmap="viridis", linewidths=0,
+        norm=LogNorm(vmin=1, vmax=max(float(density.max()), 2.0)), rasterized=True, zorder=2,
+    )  # fmt: skip
+    axis.set(xlim=limits, ylim=limits, aspect="equal", title=panel.title)
+    axis.set_xlabel(f"label ({panel.unit})")
+    axis.set_ylabel(f"prediction ({panel.unit})")
+    error = np.abs(panel.found - panel.label) * panel.error_factor
+    values = (("MAE", error.mean()), ("RMSE", np.sqrt((error**2).mean())))
+    lines = [f"{name} {value:.3g} {panel.error_unit}" for name, value in values]
+    text = "\n".join([*lines, f"n = {len(panel.label):,}"])
+    box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": "0.8", "alpha": 0.9}
+    axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", ha="left", fontsize=9, bbox=box)
+    _plain_frame(axis)
+
+
+def _with_density(panel: _Panel, limits: tuple[float, float]) -> tuple[NDArray[np.float64], ...]:
+    """At most fifty thousand points, those in the densest bins on top, and how many share the bin of each."""
+    edges = np.linspace(*limits, _BINS + 1)
+    counts, _, _ = np.histogram2d(panel.label, panel.found, bins=(edges, edges))
+    chosen = np.arange(len(panel.label))
+    if len(chosen) > _MAX_POINTS:
+        chosen = np.sort(np.random.default_rng(0).choice(chosen, _MAX_POINTS, replace=False))
+    label, found = panel.label[chosen], panel.found[chosen]
+    column, row = (np.clip(np.digitize(x, edges) - 1, 0, _BINS - 1) for x in (label, found))
+    density = counts[column, row]
+    order = np.argsort(density, kind="stable")
+    return label[order], found[order], density[order]
+
+
+def _draw_errors(axis: Axes, panel: _Panel) -> None:
+    error = np.abs(panel.found - panel.label) * panel.error_factor
+    trivial = np.abs(panel.trivial - panel.label) * panel.error_factor
+    positive = np.concatenate([error[error > 0], trivial[trivial > 0]])
+    if len(positive) == 0:
+        positive = np.array([1.0])
+    floor = max(float(np.quantile(positive, 0.002)), float(positive.max()) * 1e-9)
+    edges = np.geomspace(floor, float(positive.max()) * 1.0001, 61)
+    for values, color, name in ((trivial, _BASELINE, f"predicting {panel.trivial_name}"), (error, _MODEL, "model")):
+        clipped = np.maximum(values, floor)
+        weights = np.full(len(clipped), 100.0 / len(clipped))
+        axis.hist(clipped, bins=edges.tolist(), weights=weights, color=color, alpha=0.75, label=name)
+        axis.axvline(values.mean(), color=color, linewidth=1.4, linestyle="--")
+    axis.set_xscale("log")
+    axis.set(title=panel.title, ylabel="share of entries (%)")
+    axis.set_xlabel(f"absolute error ({panel.error_unit}); dashed: mean")
+    axis.set_ylim(top=axis.get_ylim()[1] * 1.25)
+    axis.legend(frameon=False, fontsize=9, loc="upper left")
+    _plain_frame(axis)
+
+
+def _plain_frame(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=9)
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    return stream.getvalue()

@@ -1,0 +1,106 @@
+"""What a model file is, and what this installation is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Everything a model file says of itself, as plain JSON values; no data is loaded.
+
+    Raises:
+        CheckpointError: missing, damaged, unsafe, or of another schema.
+    """
+    from ase.data import chemical_symbols
+
+    from escaip.checkpoint import describe_potential, load_potential
+
+    potential = load_potential(path, device="cpu")
+    description = describe_potential(potential)
+    metadata = description["metadata"]
+    shown = metadata["elements"] or [z for z in range(1, 119) if float(potential.element_references[z]) != 0.0]
+    return {
+        "file": os.fspath(path),
+        "sha256": _sha256(Path(path)),
+        "schema": description["schema"],
+        "architecture": description["architecture"],
+        "parameters": sum(parameter.numel() for parameter in potential.model.parameters()),
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "forces": potential.config.forces,
+        "elements": [chemical_symbols[z] for z in metadata["elements"]] or "any (untrained)",
+        "level_of_theory": metadata["level_of_theory"],
+        "datasets": metadata["datasets"],
+        "units": description["units"],
+        "cutoff": potential.cutoff,
+        "force_scale": float(potential.scale),
+        "element_references": {chemical_symbols[z]: float(potential.element_references[z]) for z in shown},
+        "config": description["config"],
+        "provenance": metadata["provenance"],
+    }
+
+
+def describe_installation() -> dict[str, Any]:
+    """Versions, devices and attention backends, as plain JSON values."""
+    import importlib.metadata
+
+    import torch
+
+    from escaip import __version__
+    from escaip.ops import available_backends
+
+    versions = {}
+    for name in ("torch", "lightning", "torch-geometric", "ase", "pymatgen", "vesin", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "escaip": __version__,
+        "python": platform.python_version(),
+        "packages": versions,
+        "cuda": devices or "none usable",
+        "cpu_threads": torch.get_num_threads(),
+        "attention_backends": {info.name: info.description for info in available_backends()},
+    }
+
+
+def render(description: dict[str, Any], as_json: bool = False) -> str:
+    """Returns text for a terminal, or JSON."""
+    if as_json:
+        return json.dumps(description, indent=1, ensure_ascii=False)
+    width = max(len(key) for key in description) + 2
+    return "\n".join(_lines(description, width, ""))
+
+
+def _lines(values: dict[str, Any], width: int, indent: str) -> list[str]:
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            lines.append(f"{indent}{key}")
+            inner = max(len(str(name)) for name in value) + 2
+            lines.extend(_lines(value, inner, indent + "  "))
+        else:
+            lines.append(f"{indent}{key:<{width}}{_text(value)}")
+    return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(str(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,329 @@
+"""The ASE calculator: what it answers, when it searches for neighbors again, what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import ase.build
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.filters import FrechetCellFilter
+from ase.optimize import BFGS
+
+from escaip import EScAIPCalculator
+from escaip.data import AtomicData, collate
+from escaip.errors import CheckpointError, ConfigError, DataError, UnsupportedElementError
+from escaip.potential import Potential
+from escaip.simulate import MDSettings, run_md
+from escaip.testing import check_potential
+
+Make = Callable[..., Potential]
+
+
+def copper(repeat: int = 2) -> Atoms:
+    atoms = ase.build.bulk("Cu", cubic=True).repeat((repeat, repeat, repeat))
+    atoms.rattle(0.05, seed=0)
+    return atoms
+
+
+def test_the_contracts_hold_through_ase(make_potential: Make) -> None:
+    crystal = ase.build.bulk("NaCl", "rocksalt", a=5.6)
+    crystal.rattle(0.1, seed=1)
+    check_potential(EScAIPCalculator(make_potential()), [ase.build.molecule("CH3OH"), crystal])
+
+
+def test_answers_alone_equal_answers_in_a_batch(make_potential: Make) -> None:
+    potential = make_potential()
+    structures = [ase.build.molecule("CH3CH2OH"), copper(1), ase.build.bulk("Si")]
+    batch = collate([AtomicData.from_ase(atoms) for atoms in structures])
+    together = potential(batch, compute_stress=True, create_graph=False)
+    forces = together.forces.split([len(atoms) for atoms in structures])
+    for index, atoms in enumerate(structures):
+        before = atoms.copy()
+        atoms.calc = EScAIPCalculator(potential)
+        energy = atoms.get_potential_energy()
+        assert energy == pytest.approx(float(together.energy[index]), rel=1e-12)
+        assert atoms.get_potential_energy(force_consistent=True) == energy
+        assert atoms.get_potential_energies().sum() == pytest.approx(energy, rel=1e-12)
+        np.testing.assert_allclose(atoms.get_forces(), forces[index].numpy(), atol=1e-11)
+        if atoms.pbc.any():
+            np.testing.assert_allclose(atoms.get_stress(voigt=False), together.stress[index].numpy(), atol=1e-12)
+        assert atoms == before
+
+
+def walk(atoms: Atoms, steps: int, seed: int = 0) -> list[Atoms]:
+    rng = np.random.default_rng(seed)
+    path = []
+    for _ in range(steps):
+        atoms = atoms.copy()
+        atoms.positions += rng.normal(scale=0.03, size=atoms.positions.shape)
+        path.append(atoms)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_skin_never_changes_an_answer(make_potential: Make, dtype: str) -> None:
+    """Bit for bit, on a walk long enough to use the skin up many times."""
+    potential = make_potential()
+    skinned = EScAIPCalculator(potential, dtype=dtype, skin=0.5)
+    plain = EScAIPCalculator(potential, dtype=dtype, skin=0.0)
+    for atoms in walk(copper(), 60):
+        answers = []
+        for calculator in (skinned, plain):
+            atoms.calc = calculator
+            answers.append((atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()))
+        for one, other in zip(*answers, strict=True):
+            assert np.array_equal(one, other)
+    assert plain.num_neighbor_builds == 60
+    assert 3 <= skinned.num_neighbor_builds <= 30
+
+
+def test_the_list_is_rebuilt_exactly_when_it_must(make_potential: Make) -> None:
+    calculator = EScAIPCalculator(make_potential(), skin=1.0)
+    atoms = copper()
+    atoms.calc = calculator
+
+    def builds() -> int:
+        atoms.get_forces()
+        return calculator.num_neighbor_builds
+
+    assert builds() == 1
+    atoms.positions += [5.0, 0.0, 0.0]  # all together: nothing moved
+    assert builds() == 1
+    atoms.positions[0] += [0.4, 0.0, 0.0]
+    assert builds() == 1
+    atoms.positions[0] += [0.2, 0.0, 0.0]  # 0.6 Å, more than half the skin
+    assert builds() == 2
+    atoms.set_cell(atoms.cell.array * 1.02, scale_atoms=True)  # expansion brings nothing nearer
+    assert builds() == 2
+    atoms.set_cell(atoms.cell.array * 0.8, scale_atoms=True)  # 4.63 Å / 0.8 > 4.63 Å + 1 Å
+    assert builds() == 3
+    atoms.pbc = [True, True, False]
+    assert builds() == 4
+    atoms.numbers[3] = 28
+    assert builds() == 5
+    atoms.wrap()
+    assert builds() == 6
+
+
+def test_strained_and_sheared_cells_get_the_exact_answer(make_potential: Make) -> None:
+    """As under constant pressure: the cell changes at every step, the list does not."""
+    potential = make_potential()
+    skinned, plain = EScAIPCalculator(potential, skin=1.0), EScAIPCalculator(potential, skin=0.0)
+    rng = np.random.default_rng(3)
+    atoms = copper()
+    for _ in range(60):
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(scale=0.006, size=(3, 3))), scale_atoms=True)
+        atoms.positions += rng.normal(scale=0.02, size=atoms.positions.shape)
+        forces = []
+        for calculator in (skinned, plain):
+            atoms.calc = calculator
+            forces.append(atoms.get_forces())
+        assert np.array_equal(*forces)
+    assert 2 <= skinned.num_neighbor_builds <= 30
+
+
+def test_small_random_cells_with_a_skin(make_potential: Make) -> None:
+    """Images of an atom with itself: the case in which a wrong bound on strain shows."""
+    potential = make_potential()
+    rng = np.random.default_rng(4)
+    skinned, plain = EScAIPCalculator(potential, skin=1.5), EScAIPCalculator(potential, skin=0.0)
+    atoms = ase.build.bulk("Cu")
+    for _ in range(80):
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(scale=0.02, size=(3, 3))), scale_atoms=True)
+        atoms.calc = skinned
+        energy = atoms.get_potential_energy()
+        atoms.calc = plain
+        assert atoms.get_potential_energy() == energy
+        if not 6.0 < atoms.get_volume() < 25.0:
+            atoms = ase.build.bulk("Cu")
+    assert skinned.num_neighbor_builds < 60
+
+
+def test_nothing_is_computed_twice(make_potential: Make) -> None:
+    atoms = copper()
+    calculator = EScAIPCalculator(make_potential())
+    calls = []
+    original = calculator.potential.forward
+    calculator.potential.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]  # type: ignore[method-assign]
+    atoms.calc = calculator
+    atoms.get_potential_energy()
+    atoms.get_forces()
+    atoms.get_stress()
+    assert len(calls) == 1
+
+
+def test_charge_and_spin_are_read_where_they_count(make_potential: Make) -> None:
+    atoms = ase.build.molecule("CH3OH")
+    atoms.calc = EScAIPCalculator(make_potential(charge=True, spin=True))
+    neutral = atoms.get_potential_energy()
+    atoms.info["charge"] = 1
+    cation = atoms.get_potential_energy()
+    atoms.info["spin_multiplicity"] = 2
+    assert len({neutral, cation, atoms.get_potential_energy()}) == 3
+    atoms.calc = EScAIPCalculator(make_potential())
+    energy = atoms.get_potential_energy()
+    atoms.info["charge"] = -1
+    assert atoms.get_potential_energy() == energy
+
+
+def test_one_calculator_serves_many_structures(make_potential: Make) -> None:
+    calculator = EScAIPCalculator(make_potential())
+    one, other = ase.build.molecule("H2O"), ase.build.molecule("NH3")
+    expected = []
+    for atoms in (one, other):
+        atoms.calc = EScAIPCalculator(make_potential())
+        expected.append(atoms.get_forces())
+        atoms.calc = calculator
+    for _ in range(2):
+        assert np.array_equal(one.get_forces(), expected[0])
+        assert np.array_equal(other.get_forces(), expected[1])
+
+
+def test_the_potential_given_is_not_changed(make_potential: Make) -> None:
+    potential = make_potential().train()
+    EScAIPCalculator(potential, dtype="float32")
+    assert potential.dtype == torch.float64
+    assert potential.training
+    assert all(parameter.requires_grad for parameter in potential.parameters())
+
+
+def _energy(calculator: EScAIPCalculator, atoms: Atoms) -> float:
+    atoms.calc = calculator
+    return float(atoms.get_potential_energy())
+
+
+def test_pickle_deepcopy_and_another_process(make_potential: Make) -> None:
+    calculator = EScAIPCalculator(make_potential())
+    atoms = copper(1)
+    expected = _energy(calculator, atoms.copy())
+    assert _energy(pickle.loads(pickle.dumps(calculator)), atoms.copy()) == expected
+    assert _energy(copy.deepcopy(calculator), atoms.copy()) == expected
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_energy, (calculator, atoms)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_model_file_and_both_precisions(make_potential: Make, tmp_path: Path) -> None:
+    make_potential().save(tmp_path / "m.escaip")
+    atoms = copper(1)
+    answers = {name: _energy(EScAIPCalculator(tmp_path / "m.escaip", dtype=name), atoms) for name in ("float32", "float64")}
+    assert answers["float32"] == pytest.approx(answers["float64"], rel=1e-5)
+    assert _energy(EScAIPCalculator(tmp_path / "m.escaip"), atoms) == answers["float64"]
+
+
+def test_relaxing_positions_and_cell_ends_at_zero_stress(make_potential: Make) -> None:
+    atoms = ase.build.bulk("Cu", cubic=True)
+    atoms.rattle(0.02, seed=0)
+    atoms.calc = EScAIPCalculator(make_potential())
+    BFGS(FrechetCellFilter(atoms), logfile=None).run(fmax=0.005, steps=300)
+    assert np.abs(atoms.get_stress()).max() < 1e-3
+
+
+def test_nve_conserves_energy_and_a_restart_is_exact_with_a_skin(make_potential: Make, tmp_path: Path) -> None:
+    """Fluctuation falls with the square of the timestep; the neighbor list's history leaves no trace."""
+    potential = make_potential()
+    fluctuation = []
+    for timestep in (0.5, 0.25):
+        atoms = ase.build.molecule("CH3OH")
+        atoms.calc = EScAIPCalculator(potential)
+        steps = int(60 / timestep)
+        asked = MDSettings(steps=steps, timestep=timestep, temperature=300.0, log_interval=1, trajectory_interval=steps)
+        result = run_md(atoms, asked, out=tmp_path / "nve.traj")
+        assert result.drift is not None
+        fluctuation.append(result.drift.fluctuation)
+    assert 3.0 < fluctuation[0] / fluctuation[1] < 5.0
+
+    def asked_for(steps: int) -> MDSettings:
+        return MDSettings(
+            ensemble="npt", steps=steps, timestep=2.0, temperature=600.0, barostat_time=200.0, log_interval=1,
+            restart_interval=7,
+        )  # fmt: skip
+
+    def run(steps: int, name: str, resume: bool = False) -> tuple[Atoms, int]:
+        atoms = copper(1)
+        atoms.calc = EScAIPCalculator(potential, skin=0.4)
+        result = run_md(atoms, asked_for(steps), out=tmp_path / name, resume=resume)
+        return result.atoms, atoms.calc.num_neighbor_builds
+
+    whole, builds = run(40, "whole.extxyz")
+    run(23, "parts.extxyz")
+    parts, _ = run(40, "parts.extxyz", resume=True)
+    assert builds > 1
+    assert np.array_equal(whole.positions, parts.positions)
+    assert np.array_equal(whole.get_momenta(), parts.get_momenta())
+    assert np.array_equal(whole.cell.array, parts.cell.array)
+
+
+def test_memory_does_not_grow(make_potential: Make) -> None:
+    calculator = EScAIPCalculator(make_potential())
+    atoms = copper(1)
+    rng = np.random.default_rng(0)
+
+    def steps(count: int) -> float:
+        for _ in range(count):
+            atoms.positions += rng.normal(scale=0.02, size=atoms.positions.shape)
+            atoms.calc = calculator
+            atoms.get_forces()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    steps(60)
+    before = steps(20)
+    assert steps(150) - before < 5.0  # MB
+
+
+@pytest.mark.bad_input
+def test_an_element_never_seen_is_refused_by_name(make_potential: Make) -> None:
+    atoms = ase.build.molecule("CH3OH")
+    atoms.calc = EScAIPCalculator(make_potential(elements=(1, 6)))
+    with pytest.raises(UnsupportedElementError, match=r"not trained on O: use structures of H C"):
+        atoms.get_potential_energy()
+
+
+@pytest.mark.bad_input
+def test_structures_that_mean_nothing(make_potential: Make) -> None:
+    calculator = EScAIPCalculator(make_potential())
+    atoms = ase.build.molecule("H2O")
+    atoms.calc = calculator
+    atoms.get_potential_energy()
+    atoms.positions[1, 2] = np.nan
+    with pytest.raises(DataError, match=r"atom 1 are NaN"):
+        atoms.get_forces()
+    flat = Atoms("Cu2", positions=[[0, 0, 0], [1.2, 0, 0]], pbc=True)
+    flat.calc = calculator
+    with pytest.raises(DataError, match="no volume"):
+        flat.get_potential_energy()
+
+
+@pytest.mark.bad_input
+def test_stress_where_there_is_none(make_potential: Make) -> None:
+    atoms = ase.build.molecule("H2O")
+    atoms.calc = EScAIPCalculator(make_potential())
+    with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
+        atoms.get_stress()
+    crystal = copper(1)
+    crystal.calc = EScAIPCalculator(make_potential(forces="direct"))
+    assert np.isfinite(crystal.get_forces()).all()
+    with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
+        crystal.get_stress()
+
+
+@pytest.mark.bad_input
+def test_arguments_that_cannot_be(make_potential: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compile=True is not available"):
+        EScAIPCalculator(make_potential(), compile=True)
+    with pytest.raises(ConfigError, match="skin is -1"):
+        EScAIPCalculator(make_potential(), skin=-1.0)
+    with pytest.raises(ConfigError, match="dtype 'float16' is not supported"):
+        EScAIPCalculator(make_potential(), dtype="float16")
+    with pytest.raises(ConfigError, match="device 'gpu' does not exist"):
+        EScAIPCalculator(make_potential(), device="gpu")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        EScAIPCalculator(tmp_path / "none.ckpt")

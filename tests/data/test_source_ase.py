@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import gzip
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import ase.build
+import ase.db
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+
+from escaip.data.sources import ReadReport, detect_format, open_source
+from escaip.errors import ConfigError, DataError
+
+ETHANOL = "molecular/md17_ethanol_UNITS_kcal.xyz"
+ASPIRIN = "molecular/aspirin_UNITS_meV.xyz"
+FRAME = "2\nProperties=species:S:1:pos:R:3:forces:R:3 energy={energy}\nC 0 0 0 0 0 0\nO 0 0 {z} 0 0 0\n"
+
+
+def assert_equal_to_ase(path: Path, index: str = ":", **options: object) -> None:
+    """Numbers against ASE's own reading, without its constraints."""
+    ours = list(open_source(path, index=index, **options))
+    theirs = ase.io.read(path, index)
+    assert len(ours) == len(theirs) > 0
+    for data, atoms in zip(ours, theirs, strict=True):
+        assert np.array_equal(data.positions.numpy(), atoms.positions)
+        assert np.array_equal(data.cell[0].numpy(), np.asarray(atoms.cell))
+        assert np.array_equal(data.pbc[0].numpy(), atoms.pbc)
+        results = atoms.calc.results
+        assert float(data.energy) == results["energy"]
+        assert np.array_equal(data.forces.numpy(), results["forces"])
+        if "stress" in results:
+            voigt = data.stress[0].numpy()[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+            assert np.allclose(voigt, results["stress"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "molecular/3bpa_train_300K.xyz",
+        "materials/mptrj_random.extxyz",
+        "materials/mvl_Li_train.extxyz.gz",
+        "catalysts/oc20_dft_traj/random1000100.traj",
+        "native_formats/ase_db_genuine/10_mptraj_systems.db",
+    ],
+)
+def test_real_files_equal_ase(shared_data: Callable[[str], Path], name: str) -> None:
+    assert_equal_to_ase(shared_data(name), "0:40")
+
+
+def test_constraints_and_tags_of_oc20(shared_data: Callable[[str], Path]) -> None:
+    data = next(open_source(shared_data("native_formats/oc20_s2ef_extxyz_derived/0.extxyz.xz")))
+    assert int(data.fixed.sum()) == 17
+    assert set(data.tags.tolist()) == {0, 1, 2}
+    assert bool((data.fixed == (data.tags == 0)).all())
+
+
+def test_database_with_labels_in_data(shared_data: Callable[[str], Path]) -> None:
+    path = shared_data("native_formats/ase_db_genuine/ase_carbene_2200.db")
+    keys = {"energy": "energy", "forces": "forces", "charge": "total_charge", "spin": "spin_multiplicity"}
+    ours = list(open_source(path, keys=keys, index="::500"))
+    assert len(ours) == 5
+    with ase.db.connect(path) as database:
+        for data in ours:
+            row = database.get(id=int(data.structure_id.rsplit(":", 1)[1]))
+            assert float(data.energy) == row.data["energy"][0]
+            assert np.array_equal(data.forces.numpy(), row.data["forces"])
+            assert int(data.spin_multiplicity) == row.data["spin_multiplicity"][0]
+
+
+def test_named_keys(shared_data: Callable[[str], Path]) -> None:
+    path = shared_data("molecular/solvent_xtb_train.xyz")
+    keys = {"energy": "energy_xtb", "forces": "forces_xtb"}
+    ours = list(open_source(path, keys=keys))
+    theirs = ase.io.read(path, ":")
+    assert [float(data.energy) for data in ours] == [atoms.info["energy_xtb"] for atoms in theirs]
+    assert all(np.array_equal(a.forces.numpy(), b.arrays["forces_xtb"]) for a, b in zip(ours, theirs, strict=True))
+    assert ours[-1].group == theirs[-1].symbols.formula.format("hill")
+
+
+@pytest.mark.parametrize("opener", [gzip.open, lzma.open])
+def test_compressed_files(xyz_file: Path, tmp_path: Path, opener: Callable) -> None:
+    path = tmp_path / ("a.extxyz.gz" if opener is gzip.open else "a.extxyz.xz")
+    with opener(path, "wt") as file:
+        file.write(xyz_file.read_text())
+    a, b = list(open_source(path)), list(open_source(xyz_file))
+    assert len(a) == 60
+    assert all((x.forces == y.forces).all() for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("index", ["0:60:7", "5:9", "-4:", "::-20", ":-50", "3", "-1", "58:200", "7:7"])
+def test_slices_equal_list_slices(xyz_file: Path, index: str) -> None:
+    everything = list(open_source(xyz_file))
+    if ":" in index:
+        expected = everything[slice(*[int(x) if x else None for x in index.split(":")])]
+    else:
+        expected = [everything[int(index)]]
+    assert [data.structure_id for data in open_source(xyz_file, index=index)] == [
+        data.structure_id for data in expected
+    ]
+
+
+def test_ids_are_stable_and_distinct_over_files(xyz_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "b" / xyz_file.name
+    other.parent.mkdir()
+    other.write_text(xyz_file.read_text())
+    ids = [data.structure_id for data in open_source([xyz_file, other])]
+    assert len(set(ids)) == 120
+    assert ids == [data.structure_id for data in open_source([xyz_file, other])]
+    assert ids[60].startswith("b/")
+
+
+def test_groups(xyz_file: Path, frames: list[Atoms], tmp_path: Path) -> None:
+    assert {data.group for data in open_source(xyz_file)} == {"CH4", "H3N", "H2O", "C2H6O", "CO2", "Cu4"}
+    assert {data.group for data in open_source(xyz_file, group_by="file")} == {"made.extxyz"}
+    assert len({data.group for data in open_source(xyz_file, group_by="structure")}) == 60
+    for k, atoms in enumerate(frames):
+        atoms.info["mol"] = f"m{k % 3}"
+    path = tmp_path / "named.extxyz"
+    ase.io.write(path, frames)
+    assert {data.group for data in open_source(path, keys={"group": "mol"})} == {"m0", "m1", "m2"}
+
+
+def test_vasp_output(tmp_path: Path) -> None:
+    """A minimal vasprun.xml: forces as VASP writes them, stress in kB with the opposite sign."""
+    forces, stress = "0.1 0.0 -0.2", ("10 1 2", "1 20 3", "2 3 30")
+    vectors = "<v>4 0 0</v><v>0 4 0</v><v>0 0 4</v>"
+    crystal = f'<structure><crystal><varray name="basis">{vectors}</varray></crystal>'
+    crystal += '<varray name="positions"><v>0 0 0</v></varray></structure>'
+    energy = "<energy>" + "".join(f'<i name="{k}">-3.5</i>' for k in ("e_fr_energy", "e_wo_entrp", "e_0_energy")) + "</energy>"
+    text = (
+        '<modeling><atominfo><atoms>1</atoms><types>1</types><array name="atoms"><set><rc><c>Cu</c><c>1</c></rc></set>'
+        f'</array></atominfo><structure name="initialpos">{crystal.removeprefix("<structure>")}'
+        f"<calculation><scstep>{energy}</scstep>{crystal}"
+        f'<varray name="forces"><v>{forces}</v></varray><varray name="stress">'
+        + "".join(f"<v>{row}</v>" for row in stress)
+        + f"</varray>{energy}</calculation></modeling>"
+    )
+    path = tmp_path / "vasprun.xml"
+    path.write_text(text)
+    data = next(open_source(path))
+    assert float(data.energy) == -3.5
+    assert data.forces.tolist() == [[0.1, 0.0, -0.2]]
+    assert float(data.stress[0, 1, 1]) == pytest.approx(-20 / 1602.1766, rel=1e-6)
+    assert float(data.stress[0, 1, 2]) == pytest.approx(-3 / 1602.1766, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "expected"), [(ETHANOL, "kcal/mol", 2.02), (ASPIRIN, "meV", 2.2)], ids=["ethanol", "aspirin"]
+)
+def test_stated_units_make_files_plausible(
+    shared_data: Callable[[str], Path], name: str, unit: str, expected: float
+) -> None:
+    read = list(open_source(shared_data(name), units={"energy": unit}, limit=200))
+    rms = np.sqrt(np.mean([(data.forces.numpy() ** 2).sum(1).mean() for data in read]))
+    assert rms == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("name", "unit"), [(ETHANOL, "kcal/mol"), (ASPIRIN, "meV")], ids=["ethanol", "aspirin"])
+def test_wrong_units_are_refused_by_name(shared_data: Callable[[str], Path], name: str, unit: str) -> None:
+    with pytest.raises(DataError, match=rf"{Path(name).name}:0: energy .*looks like {unit}.*units: {{energy: {unit}}}"):
+        next(open_source(shared_data(name)))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("name", "unit"), [(ETHANOL, "kcal/mol"), (ASPIRIN, "meV")], ids=["ethanol", "aspirin"])
+def test_wrong_force_units_are_refused_without_energies(
+    shared_data: Callable[[str], Path], name: str, unit: str
+) -> None:
+    with pytest.raises(DataError, match=f"forces of .* look like {unit}/Å"):
+        next(open_source(shared_data(name), keys={"forces": "forces"}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["materials/mptrj_highest_stress.extxyz", "materials/hea25_pbesol_100.xyz", "molecular/acac_train_300K.xyz"],
+)
+def test_right_units_are_not_refused(shared_data: Callable[[str], Path], name: str) -> None:
+    assert sum(1 for _ in open_source(shared_data(name), limit=300)) >= 100
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("factor", "unit"), [(1 / 0.529177, "bohr"), (0.1, "nm")])
+def test_wrong_length_units_are_refused(frames: list[Atoms], tmp_path: Path, factor: float, unit: str) -> None:
+    for atoms in frames:
+        atoms.positions *= factor
+        atoms.cell *= factor
+    path = tmp_path / "scaled.extxyz"
+    ase.io.write(path, frames[:50])
+    with pytest.raises(DataError, match=f"length: {unit}"):
+        list(open_source(path))
+
+
+@pytest.mark.bad_input
+def test_mixed_units_are_refused(frames: list[Atoms], tmp_path: Path) -> None:
+    frames[7].calc.results["energy"] *= 23.06
+    path = tmp_path / "mixed.extxyz"
+    ase.io.write(path, frames)
+    with pytest.raises(DataError, match=r"mixed.extxyz:7: energy .* same composition .* mixed units"):
+        list(open_source(path))
+
+
+@pytest.mark.bad_input
+def test_stress_in_kbar_is_refused(frames: list[Atoms], tmp_path: Path) -> None:
+    for atoms in frames:
+        if "stress" in atoms.calc.results:
+            atoms.calc.results["stress"] = atoms.calc.results["stress"] * 1602.2
+    path = tmp_path / "kbar.extxyz"
+    ase.io.write(path, frames)
+    with pytest.raises(DataError, match=r"stress of .* kbar"):
+        list(open_source(path))
+    assert len(list(open_source(path, units={"stress": "kbar"}))) == 60
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("empty.xyz", "", "is empty"),
+        ("a.qqq", "hello world\n", "does not know this format"),
+        ("cut.xyz", FRAME.format(energy=1, z=1.1) + "\n".join(FRAME.format(energy=1, z=1.1).split("\n")[:3]) + "\n", "truncated after 1"),
+        ("halfline.xyz", FRAME.format(energy=1, z=1.1)[:-8], "truncated after 0"),
+        ("text.xyz", "this is no structure\nat all\n", "truncated after 0"),
+        ("nan.xyz", FRAME.format(energy=1, z="nan"), "nan.xyz:0: coordinates of atom 1 are NaN"),
+        ("nanlabel.xyz", FRAME.format(energy="nan", z=1.1), "nanlabel.xyz:0: energy holds NaN"),
+        ("overlap.xyz", FRAME.format(energy=1, z=1.1) + FRAME.format(energy=1, z=0.01), "overlap.xyz:1: atoms 0 and 1"),
+        ("notadb.db", "no sqlite here", "not a readable ASE database"),
+    ],
+)
+def test_bad_files(write_xyz: Callable[[str, str], Path], name: str, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        list(open_source(write_xyz(name, text)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "lmdb"}, "format: 'lmdb' is not one of ase"),
+        ({"on_error": "ignore"}, "on_error: 'ignore'"),
+        ({"index": "first"}, "index: 'first'"),
+        ({"group_by": "colour"}, "group_by: 'colour'"),
+        ({"subset": "x"}, "no such option"),
+        ({"keys": {"stress": "s", "virial": "v"}}, "stress or virial"),
+    ],
+)
+def test_bad_options(xyz_file: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        list(open_source(xyz_file, **options))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("path", ["/nowhere/at.all", "/nowhere/*.xyz"])
+def test_missing_files(path: str) -> None:
+    with pytest.raises(DataError, match=r"no such file|no file matches"):
+        list(open_source(path))
+
+
+@pytest.mark.bad_input
+def test_a_directory_that_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no prepared store"):
+        list(open_source(tmp_path))
+
+
+@pytest.mark.bad_input
+def test_required_labels(shared_data: Callable[[str], Path]) -> None:
+    path = shared_data("molecular/solvent_xtb_train.xyz")
+    with pytest.raises(DataError, match=r"has no energy.*found info: config_type, energy_xtb.*keys: {energy: KEY}"):
+        list(open_source(path, required_labels=["energy"]))
+
+
+def test_bad_structures_are_skipped_and_counted(write_xyz: Callable[[str, str], Path]) -> None:
+    good, bad = FRAME.format(energy=1, z=1.1), FRAME.format(energy=1, z=0.01)
+    report = ReadReport()
+    read = list(open_source(write_xyz("mix.xyz", good + bad + good), on_error="skip", report=report))
+    assert [data.structure_id for data in read] == ["mix.xyz:0", "mix.xyz:2"]
+    assert (report.read, report.skipped) == (2, 1)
+    assert "mix.xyz:1" in report.messages[0]
+
+
+def test_formats_are_found_by_content(tmp_path: Path, xyz_file: Path) -> None:
+    renamed = tmp_path / "spice.dat"
+    renamed.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    assert detect_format(renamed) == "spice"
+    assert detect_format(xyz_file) == "ase"
+
+
+def test_bulk_with_a_shared_cell_keeps_pbc(tmp_path: Path) -> None:
+    path = tmp_path / "slab.traj"
+    ase.io.write(path, ase.build.fcc111("Cu", (1, 1, 3), vacuum=5.0))
+    assert next(open_source(path)).pbc.tolist() == [[True, True, False]]

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch.utils.data import DataLoader
+
+from escaip.data import AtomicData, AtomicDataset, Store, StoreWriter, collate, open_source
+from escaip.data import store_writer as writer_module
+from escaip.data.atomic_data import TENSOR_FIELDS
+from escaip.errors import ConfigError, DataError
+
+
+def write(path: Path, structures: list[AtomicData], **options: Any) -> Store:
+    with StoreWriter(path, **options) as writer:
+        for data in structures:
+            writer.write(data)
+    return Store(path)
+
+
+def assert_same(a: AtomicData, b: AtomicData) -> None:
+    for key in TENSOR_FIELDS:
+        assert a[key].dtype == b[key].dtype
+        assert torch.equal(a[key].nan_to_num(-9.0), b[key].nan_to_num(-9.0)), key
+    assert (a.structure_id, a.group, a.num_nodes) == (b.structure_id, b.group, b.num_nodes)
+
+
+def test_everything_comes_back(structures: list[AtomicData], tmp_path: Path) -> None:
+    structures[3].structure_id = "naïve – 名前:3"
+    structures[4].charge = torch.tensor([-2])
+    structures[5].tags = torch.tensor([0, 2, -7])
+    structures[6].fixed[1] = True
+    store = write(tmp_path / "s", structures, shard_atoms=50, source="made")
+    assert len(store) == 60
+    assert len(store.manifest["shards"]) > 4
+    for index in np.random.default_rng(0).permutation(60).tolist():
+        assert_same(store[index], structures[index])
+    assert_same(store[-1], structures[-1])
+    assert store.natoms.tolist() == [data.num_nodes for data in structures]
+    assert [store.groups[code] for code in store.group_codes] == [data.group for data in structures]
+    assert store.periodic.tolist() == [bool(data.pbc.any()) for data in structures]
+    assert store.manifest["labels"] == {"energy": 60, "forces": 60, "stress": 10}
+    store.verify()
+    with pytest.raises(IndexError):
+        store[60]
+
+
+def test_structures_of_a_store_can_be_changed_and_batched(structures: list[AtomicData], tmp_path: Path) -> None:
+    store = write(tmp_path / "s", structures)
+    data = store[0]
+    data.positions += 1.0
+    data.fixed[0] = True
+    assert_same(store[0], structures[0])
+    batch = collate([store[k] for k in range(60)])
+    assert torch.equal(batch.positions, collate(structures).positions)
+
+
+def test_views_are_read_only_and_shards_are_safetensors(structures: list[AtomicData], tmp_path: Path) -> None:
+    store = write(tmp_path / "s", structures)
+    arrays = store.get_arrays(7)
+    assert np.array_equal(arrays["positions"], structures[7].positions.numpy())
+    assert not arrays["positions"].flags.writeable
+    content = load_file(tmp_path / "s" / store.manifest["shards"][0]["file"])
+    assert np.array_equal(content["energy"], [float(data.energy) for data in structures])
+
+
+def test_float32_keeps_positions_and_energies(structures: list[AtomicData], tmp_path: Path) -> None:
+    data = write(tmp_path / "s", structures, dtype="float32")[55]
+    assert torch.equal(data.positions, structures[55].positions)
+    assert torch.equal(data.energy, structures[55].energy)
+    assert torch.equal(data.forces, structures[55].forces.float().double())
+    assert data.stress.dtype == torch.float64
+
+
+def test_a_store_is_a_source(structures: list[AtomicData], tmp_path: Path) -> None:
+    write(tmp_path / "s", structures)
+    for a, b in zip(open_source(tmp_path / "s"), structures, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_of_every_kind(structures: list[AtomicData], tmp_path: Path, method: str) -> None:
+    dataset = AtomicDataset(write(tmp_path / "s", structures, shard_atoms=100))
+    assert dataset[0].num_nodes == 3  # maps a shard in this process first
+    loader = DataLoader(
+        dataset, batch_size=20, collate_fn=collate, num_workers=2, multiprocessing_context=multiprocessing.get_context(method)
+    )
+    names = [name for batch in loader for name in batch.structure_id]
+    assert names == [data.structure_id for data in structures]
+
+
+def test_pickled_stores_hold_no_data(structures: list[AtomicData], tmp_path: Path) -> None:
+    store = write(tmp_path / "s", structures)
+    store[0], store.natoms, store.groups
+    dump = pickle.dumps(store)
+    assert len(dump) < 20_000
+    assert_same(pickle.loads(dump)[9], structures[9])
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.bad_input
+def test_a_failure_leaves_nothing(structures: list[AtomicData], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="interrupted"), StoreWriter(tmp_path / "s", shard_atoms=10) as writer:
+        for data in structures[:30]:
+            writer.write(data)
+        raise RuntimeError("interrupted")
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("fail_at", [0, 3, 7])
+def test_a_full_disk_is_one_line(
+    structures: list[AtomicData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
+) -> None:
+    calls = 0
+    genuine = writer_module.os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > fail_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        genuine(descriptor)
+
+    monkeypatch.setattr(writer_module.os, "fsync", full)
+    with pytest.raises(DataError, match=r"/s: the disk is full, nothing was kept; free space"):
+        write(tmp_path / "s", structures, shard_atoms=80)
+    assert leftovers(tmp_path) == []
+
+
+def test_overwriting_is_asked_for(structures: list[AtomicData], tmp_path: Path) -> None:
+    write(tmp_path / "s", structures)
+    with pytest.raises(DataError, match="exists already"):
+        StoreWriter(tmp_path / "s")
+    assert len(write(tmp_path / "s", structures[:5], overwrite=True)) == 5
+    assert leftovers(tmp_path) == ["s"]
+
+
+@pytest.mark.bad_input
+def test_bad_targets(structures: list[AtomicData], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DataError, match="is no prepared store, it is not overwritten"):
+        StoreWriter(tmp_path / "mine", overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        write(tmp_path / "file" / "s", structures)
+    with pytest.raises(DataError, match="0 structures to write"):
+        write(tmp_path / "s", [])
+    with pytest.raises(ConfigError, match="dtype"):
+        StoreWriter(tmp_path / "s", dtype="float16")
+
+
+@pytest.mark.bad_input
+def test_truncated_and_missing_shards_are_named_at_opening(structures: list[AtomicData], tmp_path: Path) -> None:
+    write(tmp_path / "s", structures, shard_atoms=80)
+    shard = tmp_path / "s" / "shard-00001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    with pytest.raises(DataError, match=r"shard-00001.safetensors: has \d+ bytes instead of"):
+        Store(tmp_path / "s")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-00001.safetensors: is missing"):
+        Store(tmp_path / "s")
+
+
+@pytest.mark.bad_input
+def test_a_flipped_bit_is_found_by_verify(structures: list[AtomicData], tmp_path: Path) -> None:
+    store = write(tmp_path / "s", structures)
+    shard = tmp_path / "s" / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard-00000.safetensors: checksum differs"):
+        store.verify()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x10\0\0\0\0\0\0\0{broken json!!!!}"], ids=["length", "json"])
+def test_a_damaged_header_is_named(structures: list[AtomicData], tmp_path: Path, damage: bytes) -> None:
+    write(tmp_path / "s", structures)
+    shard = tmp_path / "s" / "shard-00000.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(damage + content[len(damage) :])
+    with pytest.raises(DataError, match=r"shard-00000.safetensors: damaged shard"):
+        Store(tmp_path / "s")[0]
+
+
+@pytest.mark.bad_input
+def test_bad_manifests(structures: list[AtomicData], tmp_path: Path) -> None:
+    write(tmp_path / "s", structures)
+    file = tmp_path / "s" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps({**manifest, "schema_version": 99}))
+    with pytest.raises(DataError, match="schema 99 is newer"):
+        Store(tmp_path / "s")
+    file.write_text(json.dumps({key: value for key, value in manifest.items() if key != "shards"}))
+    with pytest.raises(DataError, match="damaged manifest"):
+        Store(tmp_path / "s")
+    file.write_text("{")
+    with pytest.raises(DataError, match="damaged manifest"):
+        Store(tmp_path / "s")
+    with pytest.raises(DataError, match="is no prepared store"):
+        Store(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="takes neither keys nor units"):
+        file.write_text(json.dumps(manifest))
+        list(open_source(tmp_path / "s", units={"energy": "meV"}))
