@@ -39,7 +39,8 @@ class BudgetBatchSampler(Sampler[list[int]]):
     tighter, its largest batches are split; when it packs looser, structures of the smallest batches fill the gaps
     of others, and as a last resort all are packed by decreasing size. Nothing is repeated or dropped, except that
 
-    - structures repeat when there are fewer of them than ranks;
+    - up to ``world_size − 1`` structures repeat when there are fewer structures than batches are needed to give every
+      rank the same number, as with fewer structures than ranks;
     - beyond 20 000 structures the last resort is not guaranteed; what it leaves out is counted in ``left_out``.
 
     Batches depend on ``(seed, epoch)`` alone; rank ``r`` of ``W`` gets those at ``r, r + W, ...``.

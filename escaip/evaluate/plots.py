@@ -134,7 +134,7 @@ def _draw_errors(axis: Axes, panel: _Panel) -> None:
         clipped = np.maximum(values, floor)
         weights = np.full(len(clipped), 100.0 / len(clipped))
         axis.hist(clipped, bins=edges.tolist(), weights=weights, color=color, alpha=0.75, label=name)
-        axis.axvline(values.mean(), color=color, linewidth=1.4, linestyle="--")
+        axis.axvline(values.mean(), ymax=0.78, color=color, linewidth=1.4, linestyle="--")
     axis.set_xscale("log")
     axis.set(title=panel.title, ylabel="share of entries (%)")
     axis.set_xlabel(f"absolute error ({panel.error_unit}); dashed: mean")

@@ -259,7 +259,7 @@ def _pack(pairs: UndirectedPairs, lists: _Lists, windows: _Windows) -> Graph:
     row[entry] = torch.arange(len(entry), device=device)
     edge = lists.edge[entry]
     is_neighbor = (edge >= 0).nonzero().squeeze(1)
-    shift = pairs.shift.new_zeros(len(entry), 3)
+    shift = edge.new_zeros(len(entry), 3)
     shift.index_copy_(0, is_neighbor, pairs.edge_shift(edge[is_neighbor]))
 
     neighbor_row = row[windows.entry]

@@ -23,6 +23,8 @@ from escaip.types import NeighborList
 _SEARCH_MARGIN = 1e-6
 # Below this many atoms starting threads costs more than they save.
 _ATOMS_PER_THREAD = 2000
+# Pairs measured at once: bounds the memory, and stays in the processor's cache.
+_CHUNK_PAIRS = 100_000
 # Squared sine of the flattest allowed angle between the periodic axes.
 _MIN_RELATIVE_GRAM = 1e-12
 _MAX_IMAGES = 10_000_000
@@ -112,7 +114,7 @@ class UndirectedPairs:
 
     Attributes:
         first, second: ``(M,)`` int64, atoms; with ``shift``, ``second`` sits at ``positions[second] + shift @ cell``.
-        shift: ``(M, 3)`` int64.
+        shift: ``(M, 3)`` int32 or int64.
         distance: ``(M,)`` float64, Å, below ``cutoff``.
         cutoff: radius in Å.
     """
@@ -145,7 +147,7 @@ class UndirectedPairs:
     def edge_shift(self, edge: Tensor) -> Tensor:
         """Returns the ``(…, 3)`` int64 shift of each directed edge."""
         sign = torch.where(edge < len(self.first), 1, -1)
-        return self.shift.index_select(0, self.of_edge(edge)) * sign[:, None]
+        return self.shift.index_select(0, self.of_edge(edge)).to(torch.int64).mul_(sign[:, None])
 
 
 @dataclass(frozen=True)
@@ -260,18 +262,24 @@ def _closer_than(systems: Systems, first: Tensor, second: Tensor, shift: Tensor,
 
 def pair_distance(systems: Systems, first: Tensor, second: Tensor, shift: Tensor) -> Tensor:
     """Returns ``(M,)`` float64 distances in Å, bitwise the same for a pair and its reverse."""
-    vector = systems.positions.index_select(0, second) - systems.positions.index_select(0, first)
-    moved = shift.any(dim=1).nonzero().squeeze(1)
-    if len(moved):
-        cell = systems.cell.index_select(0, systems.index.index_select(0, first[moved]))
-        image = shift[moved].to(torch.float64)
-        translation = image[:, 0:1] * cell[:, 0] + image[:, 1:2] * cell[:, 1] + image[:, 2:3] * cell[:, 2]
-        vector.index_add_(0, moved, translation)
-    return vector.square().sum(dim=1).sqrt()
+    distance = systems.positions.new_empty(len(first))
+    for begin in range(0, len(first), _CHUNK_PAIRS):
+        part = slice(begin, begin + _CHUNK_PAIRS)
+        center = first[part]
+        vector = systems.positions.index_select(0, second[part]) - systems.positions.index_select(0, center)
+        moved = shift[part].any(dim=1).nonzero().squeeze(1)
+        if len(moved):
+            cell = systems.cell.index_select(0, systems.index.index_select(0, center[moved]))
+            image = shift[part][moved].to(torch.float64)
+            # Written out, because a matrix product may round (S) and (−S) differently.
+            translation = image[:, 0:1] * cell[:, 0] + image[:, 1:2] * cell[:, 1] + image[:, 2:3] * cell[:, 2]
+            vector.index_add_(0, moved, translation)
+        distance[part] = vector.square_().sum(dim=1).sqrt_()
+    return distance
 
 
 def _search(systems: Systems, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses the library: first, second ``(M,)`` and shift ``(M, 3)``, int64, each pair once.
+    """Chooses the library: first, second ``(M,)`` int64 and shift ``(M, 3)`` int32, each pair once.
 
     The one place where a library for another device belongs. Today the topology of a batch on a GPU is found
     on the CPU and copied.
@@ -292,4 +300,4 @@ def _search_vesin(systems: Systems, cutoff: float) -> tuple[Tensor, Tensor, Tens
     if not found:
         found.append((torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int32)))
     pairs, shift = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
-    return pairs[:, 0].contiguous().to(device), pairs[:, 1].contiguous().to(device), shift.to(device, torch.int64)
+    return pairs[:, 0].contiguous().to(device), pairs[:, 1].contiguous().to(device), shift.to(device)

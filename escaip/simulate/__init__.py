@@ -11,6 +11,7 @@ _PUBLIC = {
     "MDResult": "escaip.simulate.md",
     "MDSettings": "escaip.simulate.settings",
     "MDStatus": "escaip.simulate.md",
+    "ProgressLine": "escaip.simulate.progress",
     "RelaxResult": "escaip.simulate.relax",
     "energy_drift": "escaip.simulate.analysis",
     "read_log": "escaip.simulate.outputs",
@@ -25,6 +26,7 @@ __all__ = [
     "MDResult",
     "MDSettings",
     "MDStatus",
+    "ProgressLine",
     "RelaxResult",
     "energy_drift",
     "read_log",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from escaip.simulate.analysis import EnergyDrift, energy_drift
     from escaip.simulate.md import MDResult, MDStatus, run_md
     from escaip.simulate.outputs import read_log
+    from escaip.simulate.progress import ProgressLine
     from escaip.simulate.relax import RelaxResult, relax
     from escaip.simulate.settings import MDSettings
     from escaip.simulate.structures import read_structure, write_structure

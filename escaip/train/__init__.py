@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "BestAndLast": "escaip.train.checkpoints",
     "ErrorMetrics": "escaip.train.metrics",
-    "ErrorTable": "escaip.train.callbacks",
+    "RunReport": "escaip.train.callbacks",
     "ForceTerm": "escaip.train.losses",
     "LossSettings": "escaip.train.losses",
     "LossTerm": "escaip.train.losses",
@@ -20,7 +20,7 @@ _PUBLIC = {
 __all__ = [
     "BestAndLast",
     "ErrorMetrics",
-    "ErrorTable",
+    "RunReport",
     "ForceTerm",
     "LossSettings",
     "LossTerm",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from escaip.train.callbacks import ErrorTable
+    from escaip.train.callbacks import RunReport
     from escaip.train.checkpoints import BestAndLast
     from escaip.train.ema import WeightEMA
     from escaip.train.losses import ForceTerm, LossSettings, LossTerm

@@ -18,14 +18,24 @@ from escaip.types import Prediction
 BASELINE = "references, zero forces"
 
 
-class ErrorTable(Callback):
-    """Prints validation errors of the best and the last model beside those of a baseline that needs no model.
+class RunReport(Callback):
+    """Prints what a run is at its start, and at its end its validation errors beside those of a baseline.
 
     The baseline predicts the sum of element references (a linear fit in the composition) and forces of zero.
     """
 
     def __init__(self) -> None:
         self._history: dict[int, dict[str, dict[str, float]]] = {}
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints data, model and device."""
+        summary = getattr(trainer.datamodule, "summary", None)
+        if summary is not None:
+            print(summary())
+        count = sum(parameter.numel() for parameter in pl_module.parameters())
+        print(f"model: {count:,} parameters on {trainer.world_size} x {pl_module.device}, precision {trainer.precision}")
+        print(f"run: {os.path.relpath(trainer.log_dir or trainer.default_root_dir)}", flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the errors while training; prints them for ``escaip validate``."""

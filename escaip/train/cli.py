@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -16,13 +17,14 @@ from escaip.config import EScAIPConfig
 from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError
 from escaip.resources import config_path, resolve
-from escaip.train.callbacks import ErrorTable, PredictionFile
+from escaip.train.callbacks import RunReport, PredictionFile
 from escaip.train.checkpoints import BEST, LAST, BestAndLast, PlainCheckpointIO, read_checkpoint
 from escaip.train.ema import WeightEMA
 from escaip.train.module import PotentialModule
 from escaip.train.progress import TrainingProgress
 
 LATEST = "latest"
+_OF_ONE_COMMAND = ("ckpt_path", "config", "lr_find", "return_predictions", "verbose", "weights_only")
 _CONFIG_OPTIONS = ("--config", "-c")
 _LONGEST_MESSAGE = 400
 # What may differ between a checkpoint and the run that resumes it: it does not change the function.
@@ -47,6 +49,8 @@ def run(argv: list[str]) -> int:
         EscaipError: data, checkpoint or training failed; the message names what and the remedy.
     """
     arguments, name = _with_resolved_configs(argv)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     try:
         TrainingCLI(
             PotentialModule,
@@ -75,7 +79,11 @@ def run(argv: list[str]) -> int:
 
 
 class OneLineParser(LightningArgumentParser):
-    """Reports what is wrong in one line instead of the usage of some hundred options."""
+    """Reports what is wrong in one line instead of the usage of some hundred options; options have one spelling."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises.
@@ -87,7 +95,16 @@ class OneLineParser(LightningArgumentParser):
 
 
 class RunFolder(SaveConfigCallback):
-    """Saves ``config.yaml`` in the folder of the run and points ``latest`` beside it there."""
+    """Saves ``config.yaml`` in the folder of the run and points ``latest`` beside it there.
+
+    What belongs to one command only is left out, so that the file configures any of them and a rerun starts afresh.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        config = config.clone()
+        for key in _OF_ONE_COMMAND:
+            config.pop(key, None)
+        super().__init__(parser, config, **kwargs)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Moves the link; the rest is done before."""
@@ -138,14 +155,18 @@ class TrainingCLI(LightningCLI):
                 raise ConfigError(f"escaip {command} needs a model: pass --ckpt_path FILE, or best or last of {config.name}")
             return
         path = find_checkpoint(config.ckpt_path, Path(config.out) / config.name)
-        stored = read_checkpoint(path).get("escaip")
-        if stored is None:
+        checkpoint = read_checkpoint(path)
+        if "escaip" not in checkpoint:
             raise CheckpointError(f"{path} is a checkpoint of another program: pass one that escaip fit wrote")
+        stored = checkpoint["escaip"]["config"]
         config.ckpt_path = str(path)
-        if command == "fit":
-            _check_same_model(config.model.architecture or {}, stored["config"], path)
-        else:
-            config.model.architecture = dict(stored["config"])
+        if command != "fit":
+            config.model.architecture = dict(stored)
+            return
+        _check_same_model(config.model.architecture, stored, path)
+        limit = config.trainer.max_epochs
+        if limit is not None and -1 < limit < checkpoint["epoch"]:
+            raise ConfigError(f"{path} is at epoch {checkpoint['epoch']}, trainer.max_epochs is {limit}: raise it to go on")
 
     def instantiate_classes(self) -> None:
         """Builds everything; the saved configuration keeps portable names such as ``dataset:spice/sample.hdf5``."""
@@ -163,7 +184,7 @@ class TrainingCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         folder = Path(self._get(self.config, "out")) / self._get(self.config, "name")
         callbacks = [c for c in callbacks if not (isinstance(c, WeightEMA) and c.decay == 0.0)]
-        callbacks += [ErrorTable(), PredictionFile()]
+        callbacks += [RunReport(), PredictionFile()]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(TrainingProgress())
         if config.get("enable_checkpointing") is False:

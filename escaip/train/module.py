@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from escaip.train.reduction import sum_over_processes, trained_with_scaler
 from escaip.train.settings import plain_values
 from escaip.types import Prediction
 
-DEFAULT_ARCHITECTURE = {"preset": "1m"}
+DEFAULT_ARCHITECTURE: dict[str, Any] = {"preset": "1m"}
+DEFAULT_LOSSES = LossSettings()
 _SHOWN = ("energy_mae_meV_per_atom", "force_mae_meV_per_A", "stress_mae_meV_per_A3")
 
 
@@ -44,14 +46,14 @@ class PotentialModule(LightningModule):
 
     def __init__(
         self,
-        architecture: dict[str, Any] | None = None,
-        losses: LossSettings | None = None,
+        architecture: dict[str, Any] = DEFAULT_ARCHITECTURE,
+        losses: LossSettings = DEFAULT_LOSSES,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-3,
         warmup_fraction: float = 0.05,
         final_fraction: float = 0.01,
         level_of_theory: str = "unknown",
-        datasets: list[str] | None = None,
+        datasets: Sequence[str] = (),
     ) -> None:
         """Builds the potential.
 
@@ -70,40 +72,43 @@ class PotentialModule(LightningModule):
             ConfigError: a setting that does not exist or cannot be used.
         """
         super().__init__()
-        losses = LossSettings() if losses is None else losses
         _check_schedule(learning_rate, weight_decay, warmup_fraction, final_fraction)
-        config = EScAIPConfig.from_dict(dict(architecture or DEFAULT_ARCHITECTURE))
+        config = EScAIPConfig.from_dict(dict(architecture))
         if losses.stress.weight > 0 and not config.is_conservative:
             raise ConfigError("losses.stress.weight is above 0, but a direct-force model has no stress: set it to 0")
         settings = {
-            "architecture": dict(architecture or DEFAULT_ARCHITECTURE),
+            "architecture": dict(architecture),
             "losses": losses,
             "learning_rate": learning_rate,
             "weight_decay": weight_decay,
             "warmup_fraction": warmup_fraction,
             "final_fraction": final_fraction,
             "level_of_theory": level_of_theory,
-            "datasets": list(datasets or ()),
+            "datasets": list(datasets),
         }
         self.save_hyperparameters(plain_values(settings), logger=False)
         self.losses = losses
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_fraction, self.final_fraction = warmup_fraction, final_fraction
-        metadata = PotentialMetadata(level_of_theory=level_of_theory, datasets=tuple(datasets or ()))
+        metadata = PotentialMetadata(level_of_theory=level_of_theory, datasets=tuple(datasets))
         self.potential = Potential(config, metadata=metadata)
         self.validation_errors = ErrorMetrics(losses)
         self.last_errors: dict[str, dict[str, float]] = {}
-        self._dropout_seed: int | None = None
+        self._dropout_seed = 0
+        self._loader_state: dict[str, Any] | None = None
         self._recent: list[str] = []
 
     def setup(self, stage: str) -> None:
         """Takes references, scale and elements from the data module; a checkpoint that is resumed replaces them.
+
+        The seed of dropout is that of the process and kept for the whole run, resumed parts included.
 
         Raises:
             ConfigError: a loss on a label that no training structure has, or no statistics at all.
         """
         if stage != "fit":
             return
+        self._dropout_seed = torch.initial_seed() % 2**31
         statistics = getattr(getattr(self.trainer, "datamodule", None), "statistics", None)
         if statistics is not None:
             for name, weight in zip(TERMS, self.losses.weights, strict=True):
@@ -118,14 +123,19 @@ class PotentialModule(LightningModule):
                 "no statistics of the training set: pass a data module, or call module.potential.set_statistics first"
             )
 
-    def on_fit_start(self) -> None:
-        """Fixes the seed of dropout for the whole run, resumed parts included."""
-        if self._dropout_seed is None:
-            self._dropout_seed = torch.initial_seed() % 2**31
+    def on_train_start(self) -> None:
+        """Puts the training data where a resumed run left it.
+
+        Lightning restores loaders only where it had not built them yet, but ``estimated_stepping_batches`` builds them
+        before it reads their state. A loader reads its own when the first batch is taken, which comes after this.
+        """
+        loader = self.trainer.train_dataloader
+        if self._loader_state is not None and hasattr(loader, "load_state_dict"):
+            loader.load_state_dict(self._loader_state)
+        self._loader_state = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes the random numbers of this batch a function of (seed, epoch, batch, process)."""
-        assert self._dropout_seed is not None
         place = (self.current_epoch, batch_idx, self.global_rank)
         seed = self._dropout_seed
         for part in place:
@@ -203,15 +213,19 @@ class PotentialModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what :func:`escaip.load_potential` reads, and the seed of dropout."""
+        """Adds what :func:`escaip.load_potential` reads, the seed of dropout and the place in the data."""
         checkpoint["escaip"] = describe_potential(self.potential)
         checkpoint["dropout_seed"] = self._dropout_seed
+        loader = self.trainer.train_dataloader
+        if hasattr(loader, "state_dict"):
+            checkpoint["train_loader"] = loader.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes elements, level of theory and the seed from a checkpoint; weights come by themselves."""
         if "escaip" in checkpoint:
             self.potential.set_metadata(PotentialMetadata.from_dict(checkpoint["escaip"]["metadata"]))
-        self._dropout_seed = checkpoint.get("dropout_seed")
+        self._loader_state = checkpoint.get("train_loader")
+        self._dropout_seed = int(checkpoint.get("dropout_seed", self._dropout_seed))
 
     def _evaluate(self, batch: Any) -> None:
         stress = self.potential.config.is_conservative and bool((~torch.isnan(batch.stress)).any())

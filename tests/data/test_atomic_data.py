@@ -38,9 +38,7 @@ def crystal() -> Atoms:
     atoms = ase.build.bulk("Cu", cubic=True)
     rng = np.random.default_rng(0)
     atoms.positions += rng.normal(scale=0.05, size=(4, 3))
-    atoms.calc = SinglePointCalculator(
-        atoms, energy=-3.0, forces=rng.normal(size=(4, 3)), stress=np.arange(6.0) * 1e-3
-    )
+    atoms.calc = SinglePointCalculator(atoms, energy=-3.0, forces=rng.normal(size=(4, 3)), stress=np.arange(6.0) * 1e-3)
     return atoms
 
 

@@ -130,9 +130,11 @@ def test_vasp_output(tmp_path: Path) -> None:
     vectors = "<v>4 0 0</v><v>0 4 0</v><v>0 0 4</v>"
     crystal = f'<structure><crystal><varray name="basis">{vectors}</varray></crystal>'
     crystal += '<varray name="positions"><v>0 0 0</v></varray></structure>'
-    energy = "<energy>" + "".join(f'<i name="{k}">-3.5</i>' for k in ("e_fr_energy", "e_wo_entrp", "e_0_energy")) + "</energy>"
+    items = "".join(f'<i name="{key}">-3.5</i>' for key in ("e_fr_energy", "e_wo_entrp", "e_0_energy"))
+    energy = f"<energy>{items}</energy>"
     text = (
-        '<modeling><atominfo><atoms>1</atoms><types>1</types><array name="atoms"><set><rc><c>Cu</c><c>1</c></rc></set>'
+        '<modeling><kpoints><varray name="kpointlist"><v>0 0 0</v></varray><varray name="weights"><v>1</v></varray>'
+        '</kpoints><atominfo><atoms>1</atoms><types>1</types><array name="atoms"><set><rc><c>Cu</c><c>1</c></rc></set>'
         f'</array></atominfo><structure name="initialpos">{crystal.removeprefix("<structure>")}'
         f"<calculation><scstep>{energy}</scstep>{crystal}"
         f'<varray name="forces"><v>{forces}</v></varray><varray name="stress">'
@@ -222,7 +224,11 @@ def test_stress_in_kbar_is_refused(frames: list[Atoms], tmp_path: Path) -> None:
     [
         ("empty.xyz", "", "is empty"),
         ("a.qqq", "hello world\n", "does not know this format"),
-        ("cut.xyz", FRAME.format(energy=1, z=1.1) + "\n".join(FRAME.format(energy=1, z=1.1).split("\n")[:3]) + "\n", "truncated after 1"),
+        (
+            "cut.xyz",
+            FRAME.format(energy=1, z=1.1) + "\n".join(FRAME.format(energy=1, z=1.1).split("\n")[:3]) + "\n",
+            "truncated after 1",
+        ),
         ("halfline.xyz", FRAME.format(energy=1, z=1.1)[:-8], "truncated after 0"),
         ("text.xyz", "this is no structure\nat all\n", "truncated after 0"),
         ("nan.xyz", FRAME.format(energy=1, z="nan"), "nan.xyz:0: coordinates of atom 1 are NaN"),

@@ -12,11 +12,13 @@ from escaip.data.sources import open_source
 from escaip.data.sources.pymatgen import from_pymatgen
 from escaip.errors import DataError
 
+FORCES = np.arange(24.0).reshape(8, 3) / 10
+
 
 def salt() -> Structure:
     structure = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.6), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
     structure.properties.update(energy=-27.0, stress=np.diag([0.1, 0.2, 0.3]).tolist())
-    structure.add_site_property("forces", np.arange(24.0).reshape(8, 3).tolist())
+    structure.add_site_property("forces", FORCES.tolist())
     return structure
 
 
@@ -26,7 +28,7 @@ def test_structure_with_properties() -> None:
     assert data.pbc.tolist() == [[True, True, True]]
     assert float(data.energy) == -27.0
     assert data.stress[0].diagonal().tolist() == [0.1, 0.2, 0.3]
-    assert data.forces.tolist() == np.arange(24.0).reshape(8, 3).tolist()
+    assert data.forces.tolist() == FORCES.tolist()
     assert np.allclose(data.positions.numpy(), salt().cart_coords)
     assert data.group == "Cl4Na4"
 

@@ -9,14 +9,14 @@ from escaip.units import Units
 
 
 def test_factors_are_those_of_ase() -> None:
-    assert units.BOHR == ase.units.Bohr
-    assert units.HARTREE == ase.units.Hartree
-    assert units.RYDBERG == ase.units.Rydberg
-    assert units.KCAL_PER_MOL == ase.units.kcal / ase.units.mol
-    assert units.KJ_PER_MOL == ase.units.kJ / ase.units.mol
-    assert units.GPA == ase.units.GPa
-    assert units.KBAR == pytest.approx(1e8 * ase.units.Pascal, rel=1e-14)
-    assert units.BOLTZMANN == ase.units.kB
+    assert ase.units.Bohr == units.BOHR
+    assert ase.units.Hartree == units.HARTREE
+    assert ase.units.Rydberg == units.RYDBERG
+    assert ase.units.kcal / ase.units.mol == units.KCAL_PER_MOL
+    assert ase.units.kJ / ase.units.mol == units.KJ_PER_MOL
+    assert ase.units.GPa == units.GPA
+    assert pytest.approx(1e8 * ase.units.Pascal, rel=1e-14) == units.KBAR
+    assert ase.units.kB == units.BOLTZMANN
 
 
 def test_forces_and_stress_follow_energy_and_length() -> None:

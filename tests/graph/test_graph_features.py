@@ -138,5 +138,5 @@ def test_unknown_floor() -> None:
 
 @pytest.mark.bad_input
 def test_degree_out_of_range() -> None:
-    with pytest.raises(ConfigError, match="l_max is 17: it must be in 0 .. 16"):
+    with pytest.raises(ConfigError, match=r"l_max is 17: it must be in 0 .. 16"):
         bond_orientational_order(torch.zeros(1, 3), torch.ones(1), torch.zeros(1).long(), 1, 17)

@@ -1,0 +1,74 @@
+"""A model file, structures and labelled data small enough for every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ase.build
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+
+from escaip.config import EScAIPConfig
+from escaip.potential import Potential, PotentialMetadata
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
+    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
+}  # fmt: skip
+
+
+def make_potential(**overrides: Any) -> Potential:
+    torch.manual_seed(0)
+    metadata = PotentialMetadata(elements=(1, 6, 7, 8, 29), level_of_theory="random numbers", datasets=("none",))
+    potential = Potential(EScAIPConfig.from_dict({**SMALL, **overrides}), metadata=metadata).double().eval()
+    potential.element_references.copy_(torch.linspace(-2.0, 2.0, 119, dtype=torch.float64))
+    return potential
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.escaip"
+    make_potential().save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def direct_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "direct.escaip"
+    make_potential(forces="direct").save(path)
+    return path
+
+
+@pytest.fixture
+def molecule(tmp_path: Path) -> Path:
+    path = tmp_path / "methanol.xyz"
+    ase.io.write(path, ase.build.molecule("CH3OH"))
+    return path
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Five structures: one without forces, one periodic with stress, one with a fixed atom."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for index, name in enumerate(["CH3OH", "H2O", "NH3", "CH4", "Cu"]):
+        atoms = ase.build.bulk("Cu", cubic=True) if name == "Cu" else ase.build.molecule(name)
+        atoms.rattle(0.05, seed=index)
+        results: dict[str, Any] = {"energy": -10.0 - index}
+        if name != "NH3":
+            results["forces"] = rng.normal(size=(len(atoms), 3))
+        if name == "Cu":
+            stress = rng.normal(scale=0.01, size=(3, 3))
+            results["stress"] = (stress + stress.T)[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+        if name == "CH4":
+            atoms.set_constraint(FixAtoms([0]))
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        frames.append(atoms)
+    path = tmp_path / "labelled.extxyz"
+    ase.io.write(path, frames)
+    return path
