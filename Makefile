@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OUT ?= runs/quickstart
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+OUT ?= runs
+WORKERS ?= 2
+# Tests run side by side: more threads each would only wait for one another.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format bench clean
+.PHONY: help install quickstart test test-install lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -14,18 +18,23 @@ help: ## list the targets
 install: $(STAMP) ## create .venv and install what constraints.txt pins
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make a virtual environment: on Debian and Ubuntu, apt install python3-venv" >&2; exit 2; }
+	@echo "installing PyTorch into $(VENV), then the rest: some minutes"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: $(STAMP) ## train on the sample data, show the errors, run a short MD (under five minutes on two cores)
-	rm -rf $(OUT)
-	$(BIN)/escaip fit --config quickstart --out $(OUT)
+	$(BIN)/python -m escaip.quickstart --out $(OUT)
 
 test: $(STAMP) ## run the test suite (under ten minutes on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+
+test-install: $(STAMP) ## only the test that the wheel works away from the checkout
+	$(BIN)/python -m pytest -q tests/test_install.py
 
 lint: $(STAMP) ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -38,6 +47,7 @@ format: $(STAMP) ## rewrite the files in the house's format
 
 bench: $(STAMP) ## the benchmarks that run in minutes on a CPU
 	$(BIN)/python benchmarks/graph.py --out runs/bench/graph.json
+	$(BIN)/python benchmarks/contracts.py --out runs/bench/contracts.json
 
-clean: ## remove what the targets made
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove what the targets made, but for trained models in runs/
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

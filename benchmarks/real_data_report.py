@@ -100,7 +100,8 @@ def results_table(results: dict[str, Any]) -> str:
     """Test errors beside the baselines, Markdown."""
     header = [
         "set", "train / test structures", "parameters", "minutes", "steps", "energy, meV/atom", "linear references",
-        "mean", "within groups", "forces, meV/Å", "zero forces", "ratio", "stress, meV/Å³", "zero stress",
+        "mean", "within groups", "spread within groups", "forces, meV/Å", "zero forces", "ratio",
+        "stress, meV/Å³", "zero stress",
     ]  # fmt: skip
     rows = []
     for name, entry in results.items():
@@ -114,7 +115,8 @@ def results_table(results: dict[str, Any]) -> str:
         rows.append([
             name, " / ".join(counts), f"{entry['test']['parameters'] / 1e6:.2f} M", f"{entry['minutes']:.1f}",
             f"{entry['steps']}", _number(mae["energy"]), _number(linear["energy"]), _number(mean["energy"]),
-            _number(mae["energy_within_groups"]), _number(mae["forces"]), _number(linear["forces"]), f"{ratio:.1f}",
+            _number(mae["energy_within_groups"]), _number(linear["energy_within_groups"]),
+            _number(mae["forces"]), _number(linear["forces"]), f"{ratio:.1f}",
             _number(mae.get("stress")), _number(linear.get("stress")),
         ])  # fmt: skip
     return markdown_table(header, rows)

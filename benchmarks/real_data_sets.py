@@ -167,6 +167,7 @@ def baselines(stores: Mapping[str, Path], free_atoms_only: bool) -> dict[str, di
 
     ``mean``: the mean energy per atom and the mean stress of the training part, forces of zero. ``linear``: energies
     from element references, by least squares on the training part; forces of zero; stress of zero.
+    ``energy_within_groups``: the error of predicting the mean energy of each test group, for energies within a system.
     """
     train, test = list(Store(stores["train"])), list(Store(stores["test"]))
     references = fit_statistics(train).element_references
@@ -174,11 +175,14 @@ def baselines(stores: Mapping[str, Path], free_atoms_only: bool) -> dict[str, di
     mean = np.mean([float(data.energy) / data.num_nodes for data in train])
     linear = [np.mean([references[z] for z in data.atomic_numbers.tolist()]) for data in test]
     forces = np.concatenate([data.forces[~data.fixed if free_atoms_only else slice(None)].numpy() for data in test])
+    codes = np.unique([str(data.group) for data in test], return_inverse=True)[1]
+    group_mean = np.bincount(codes, weights=per_atom) / np.bincount(codes)
     found = {
         "mean": {"energy": 1e3 * float(np.abs(per_atom - mean).mean())},
         "linear": {"energy": 1e3 * float(np.abs(per_atom - linear).mean())},
     }
     for values in found.values():
+        values["energy_within_groups"] = 1e3 * float(np.abs(per_atom - group_mean[codes]).mean())
         values["forces"] = 1e3 * float(np.abs(forces).mean())
     stress = np.array([data.stress[0].numpy() for data in test])
     if np.isfinite(stress).all():

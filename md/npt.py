@@ -1,6 +1,6 @@
 """Constant pressure and temperature: which density does a liquid or a crystal take?
 
-    python npt.py MODEL [STRUCTURE] [--temperature K] [--pressure GPA] [--repeat N] [--steps N] [--out FILE]
+python npt.py MODEL [STRUCTURE] [--temperature K] [--pressure GPA] [--repeat N] [--steps N] [--out FILE]
 """
 
 import argparse

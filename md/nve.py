@@ -1,6 +1,6 @@
 """Constant energy: how well does a potential conserve it?
 
-    python nve.py MODEL [STRUCTURE] [--steps N] [--out FILE]
+python nve.py MODEL [STRUCTURE] [--steps N] [--out FILE]
 """
 
 import argparse

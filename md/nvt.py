@@ -1,6 +1,6 @@
 """Constant temperature: does a molecule keep its bonds, and which temperature does it have?
 
-    python nvt.py MODEL [STRUCTURE] [--thermostat langevin|bussi|nose-hoover] [--temperature K] [--steps N] [--out FILE]
+python nvt.py MODEL [STRUCTURE] [--thermostat langevin|bussi|nose-hoover] [--temperature K] [--steps N] [--out FILE]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Geometry optimisation, of a molecule or of a crystal with its cell.
 
-    python relax.py MODEL [STRUCTURE] [--cell] [--fmax F] [--out FILE]
+python relax.py MODEL [STRUCTURE] [--cell] [--fmax F] [--out FILE]
 """
 
 import argparse

@@ -231,7 +231,7 @@ def stress_matrix(stress: ArrayLike | None, name: str) -> NDArray[np.float64] | 
     """
     if stress is None:
         return None
-    array = np.array(stress, dtype=np.float64)
+    array = _numbers(stress, "stress", name)
     if array.shape == (6,):
         array = array[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
     if array.shape == (9,):
@@ -249,7 +249,10 @@ def integer(value: Any, what: str, name: str) -> int:
     Raises:
         DataError: it is not one.
     """
-    number = float(np.asarray(value).reshape(-1)[0]) if np.size(value) == 1 else float("nan")
+    try:
+        number = float(np.asarray(value).reshape(-1)[0]) if np.size(value) == 1 else float("nan")
+    except (TypeError, ValueError):
+        number = float("nan")
     if not np.isfinite(number) or abs(number - round(number)) > 1e-6:
         raise DataError(f"{name}: {what} is {value!r}, expected an integer")
     return round(number)
@@ -258,7 +261,7 @@ def integer(value: Any, what: str, name: str) -> int:
 def _label(value: ArrayLike | None, shape: tuple[int, ...], what: str, name: str, factor: float) -> NDArray[np.float64]:
     if value is None:
         return np.full(shape, np.nan)
-    array = np.array(value, dtype=np.float64)
+    array = _numbers(value, what, name)
     if shape == (1,) and array.size == 1:
         array = array.reshape(1)
     if array.shape != shape:
@@ -266,6 +269,13 @@ def _label(value: ArrayLike | None, shape: tuple[int, ...], what: str, name: str
     if not np.isfinite(array).all():
         raise DataError(f"{name}: {what} holds NaN or Inf; repair the file or set on_error: skip")
     return array * factor
+
+
+def _numbers(value: ArrayLike, what: str, name: str) -> NDArray[np.float64]:
+    try:
+        return np.array(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: {what} holds something else than numbers; check its key") from error
 
 
 def _per_atom(value: ArrayLike | None, n: int, dtype: Any, what: str, name: str) -> NDArray[Any]:

@@ -63,7 +63,7 @@ def inspect(
     """
     report = ReadReport()
     options = {"on_error": "skip", **options, "check_units": False}
-    inspection, values = inspect_structures(open_source(path, report=report, **options), report.messages)
+    inspection, values = inspect_structures(open_source(path, report=report, **options), report)
     if show:
         print(inspection.table())
     if out is not None:

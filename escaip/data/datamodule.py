@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from escaip.data.dataset import AtomicDataset
 from escaip.data.loader import START_METHODS, BatchLoader
 from escaip.data.sampler import OVERSIZED, BudgetBatchSampler, estimate_edges
-from escaip.data.sources import ReadReport, detect_format, open_source
+from escaip.data.sources import ReadReport, expand_paths, open_source
 from escaip.data.splits import SplitSettings, make_split
 from escaip.data.statistics import Statistics, fit_statistics
 from escaip.data.store import Store
@@ -186,13 +186,10 @@ class AtomicDataModule(LightningDataModule):
     def _read(self, part: str, options: dict[str, Any]) -> Any:
         path = options["path"]
         required = () if part == "predict" else self._required
-        if (
-            set(options) == {"path"}
-            and isinstance(path, str)
-            and Path(path).is_dir()
-            and detect_format(path) == "store"
-        ):
-            store = Store(path)
+        files = expand_paths(path)
+        plain = set(options) <= {"path", "format"} and options.get("format") in (None, "store")
+        if plain and len(files) == 1 and files[0].is_dir():
+            store = Store(files[0])
             for label in required:
                 if store.manifest["labels"][label] < len(store):
                     raise DataError(

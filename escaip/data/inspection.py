@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from escaip.data.consistency import ForceWork
+from escaip.data.sources.door import ReadReport
 from escaip.data.sources.plausibility import WINDOW, check_magnitudes
 from escaip.data.statistics import Statistics, fit_statistics
 from escaip.errors import DataError
@@ -182,13 +183,13 @@ class _Collector:
 
 
 def inspect_structures(
-    structures: Iterable[AtomicData], skipped: Iterable[str] = ()
+    structures: Iterable[AtomicData], report: ReadReport | None = None
 ) -> tuple[Inspection, dict[str, NDArray[np.float64]]]:
     """Looks at every structure once.
 
     Args:
         structures: a source, with magnitudes unchecked.
-        skipped: messages about structures that could not be read; looked at when the source is exhausted.
+        report: of the source, about structures that could not be read; looked at when the source is exhausted.
 
     Returns:
         The findings, and per structure ``natoms``, ``residual``, ``force`` and ``stress`` for histograms.
@@ -204,11 +205,11 @@ def inspect_structures(
     per_atom = np.array(collector.energy) / natoms
     residual = per_atom - _reference_energies(collector, statistics) / natoms
     force, stress = np.array(collector.force), np.array(collector.stress)
-    messages = list(skipped)
+    report = report or ReadReport()
     problem = collector.force_work.problem()
     inspection = Inspection(
         num_structures=len(natoms),
-        num_skipped=len(messages),
+        num_skipped=report.skipped,
         num_groups=len(collector.groups),
         num_periodic=collector.num_periodic,
         elements={chemical_symbols[z]: count for z, count in sorted(collector.elements.items())},
@@ -222,7 +223,7 @@ def inspect_structures(
         force_rms=None if np.isnan(statistics.force_rms) else statistics.force_rms,
         force_work=collector.force_work.ratio,
         references={chemical_symbols[z]: energy for z, energy in statistics.element_references.items()},
-        problems=collector.problems + ([problem] if problem else []) + messages[:MAX_OUTLIERS],
+        problems=collector.problems + ([problem] if problem else []) + report.messages[:MAX_OUTLIERS],
         outliers=_outliers(collector.names, residual, force),
     )
     return inspection, {"natoms": natoms, "residual": residual, "force": force, "stress": stress}

@@ -25,6 +25,7 @@ from escaip.types import Graph, GraphSettings, NeighborList
 _TIE = 1e-9
 # Window pairs evaluated at once: bounds the memory of the exact ranks, and stays in the processor's cache.
 _CHUNK_PAIRS = 250_000
+_CHUNK_ATOMS = 2_048
 # Distances whose keys round to a tie may stand in either order: worth this much rank at most.
 _BOUND_MARGIN = 1e-6
 
@@ -87,7 +88,6 @@ class _Lists:
         distance: ``(M,)`` float64, Å; 0 for the atom itself.
         key: ``(M,)`` float64, ascending, ``center · stride + distance``.
         edge: ``(M,)`` int64, directed edge of each entry; −1 for the atom itself.
-        place: ``(E,)`` int64, entry of each directed edge.
     """
 
     start: Tensor
@@ -96,12 +96,6 @@ class _Lists:
     distance: Tensor
     key: Tensor
     edge: Tensor
-    place: Tensor
-
-    def reverse(self, edge: Tensor) -> Tensor:
-        """Returns the reversed directed edge of each edge."""
-        half = len(self.place) // 2
-        return torch.where(edge < half, edge + half, edge - half)
 
 
 @dataclass(frozen=True)
@@ -110,18 +104,26 @@ class _Windows:
 
     Attributes:
         entry: ``(C,)`` int64, ascending.
+        reverse: ``(C,)`` int64 in ``[0, C)``, the reversed edge.
         base: ``(C,)`` float64, rank from entries before the window.
         low, high: ``(C,)`` int64, the window ``low : high`` of entries that add to the rank by the step.
     """
 
     entry: Tensor
+    reverse: Tensor
     base: Tensor
     low: Tensor
     high: Tensor
 
+    @property
+    def not_farther(self) -> Tensor:
+        """``(C,)`` float64, how many entries of the list are not farther, itself included."""
+        return self.base + (self.entry - self.low + 1)
+
     def choose(self, keep: Tensor) -> _Windows:
-        """Returns the windows at the indices ``keep``."""
-        return _Windows(self.entry[keep], self.base[keep], self.low[keep], self.high[keep])
+        """Returns the windows where the ``(C,)`` bool ``keep``, the same for an edge and its reverse, is true."""
+        moved = keep.cumsum(0) - 1
+        return _Windows(self.entry[keep], moved[self.reverse[keep]], self.base[keep], self.low[keep], self.high[keep])
 
 
 def _make_lists(pairs: UndirectedPairs, num_atoms: int) -> _Lists:
@@ -145,7 +147,6 @@ def _make_lists(pairs: UndirectedPairs, num_atoms: int) -> _Lists:
         distance=merge(torch.zeros_like(atom), pairs.distance[pairs.of_edge(edges.edge)]),
         key=merge(atom * pairs.stride, edges.key),
         edge=merge(torch.full_like(atom, -1), edges.edge),
-        place=torch.empty_like(place).index_copy_(0, edges.edge, place),
     )
 
 
@@ -153,64 +154,81 @@ def _select_radius(lists: _Lists) -> _Windows:
     """All neighbors, no ranks."""
     entry = (lists.edge >= 0).nonzero().squeeze(1)
     none = torch.zeros_like(entry)
-    return _Windows(entry, none.to(torch.float64), none, none)
+    return _pair(lists, entry, none, none, none)
 
 
 def _select_hard(lists: _Lists, settings: GraphSettings) -> _Windows:
     """Ranks by counting, half a rank for each tie (itself included): the limit of small rank scales."""
-    entry = _within_reach(lists, settings)
-    key, distance, start = lists.key[entry], lists.distance[entry], lists.start[lists.center[entry]]
-    nearer = torch.searchsorted(lists.key, key - _TIE * distance) - start
-    not_farther = torch.searchsorted(lists.key, key + _TIE * distance, right=True) - start
-    rank = 0.5 * (nearer + not_farther).to(torch.float64)
-    keep = (_coordinate(lists, entry, rank, settings) < 1.0).nonzero().squeeze(1)
-    none = torch.zeros_like(keep)
-    return _Windows(entry[keep], rank[keep], none, none)
+    found = []
+    for entry, start in _within_reach(lists, settings):
+        key, margin = lists.key[entry], _TIE * lists.distance[entry]
+        nearer = torch.searchsorted(lists.key, key - margin) - start
+        not_farther = torch.searchsorted(lists.key, key + margin, right=True) - start
+        found.append((entry, 0.5 * (nearer + not_farther)))
+    entry, rank = (torch.cat(parts) for parts in zip(*found, strict=True))
+    none = torch.zeros_like(entry)
+    windows = _pair(lists, entry, rank, none, none)
+    return windows.choose(_coordinate(lists, windows, windows.base, settings) < 1.0)
 
 
 def _select_soft(lists: _Lists, settings: GraphSettings) -> _Windows:
     """Soft ranks: bounds decide most edges, the exact sum over their windows the others."""
-    support = _support(settings)
-    entry = _within_reach(lists, settings)
-    start = lists.start[lists.center[entry]]
-    low = torch.searchsorted(lists.key, lists.key[entry] - support, right=True)
-    # Of those not farther, whoever is before the window adds 1 and the others at least ½.
-    not_farther = entry - start + 1
-    lower_bound = 0.5 * (low - start + not_farther).to(torch.float64)
-    keep = (_coordinate(lists, entry, lower_bound, settings) < 1.0).nonzero().squeeze(1)
-    entry, low, not_farther, start = entry[keep], low[keep], not_farther[keep], start[keep]
-    high = torch.searchsorted(lists.key, lists.key[entry] + support)
-    windows = _Windows(entry, (low - start).to(torch.float64), low, high)
-    # Of those farther, whoever is in the window adds at most ½; ties by rounding are worth a margin.
-    upper_bound = 0.5 * (not_farther + high - start).to(torch.float64) + _BOUND_MARGIN
-    sure = _coordinate(lists, entry, upper_bound, settings) < 1.0
-    open_ = (~sure).nonzero().squeeze(1)
-    unsure = windows.choose(open_)
-    sure[open_] = _coordinate(lists, unsure.entry, _exact_ranks(lists, unsure, settings), settings) < 1.0
-    return windows.choose(sure.nonzero().squeeze(1))
-
-
-def _within_reach(lists: _Lists, settings: GraphSettings) -> Tensor:
-    """Entries inside the cutoff with fewer than ``2k`` not farther, each of which adds at least half a rank."""
     assert settings.num_neighbors is not None
-    position = torch.arange(len(lists.edge), device=lists.edge.device) - lists.start[lists.center]
-    inside = (lists.distance < settings.cutoff) & (position + 1 < 2 * settings.num_neighbors)
-    return (inside & (lists.edge >= 0)).nonzero().squeeze(1)
+    support = _support(settings)
+    found = []
+    for entry, start in _within_reach(lists, settings):
+        low = torch.searchsorted(lists.key, lists.key[entry] - support, right=True)
+        # Of those not farther, whoever is before the window adds 1 to the rank and the others at least ½ ...
+        before, not_farther = low - start, entry - start + 1
+        keep = (before + not_farther < 2 * settings.num_neighbors).nonzero().squeeze(1)
+        found.append((entry[keep], before[keep], low[keep]))
+    entry, before, low = (torch.cat(parts) for parts in zip(*found, strict=True))
+    high = torch.searchsorted(lists.key, lists.key[entry] + support)
+    windows = _pair(lists, entry, before, low, high)
+    windows = windows.choose(_coordinate(lists, windows, 0.5 * (windows.base + windows.not_farther), settings) < 1.0)
+    # ... and of those farther, whoever is in the window adds at most ½.
+    upper_bound = 0.5 * (windows.not_farther + windows.base + windows.high - windows.low) + _BOUND_MARGIN
+    keep = _coordinate(lists, windows, upper_bound, settings) < 1.0
+    unsure = windows.choose(~keep)
+    keep[~keep] = _coordinate(lists, unsure, _exact_ranks(lists, unsure, settings), settings) < 1.0
+    return windows.choose(keep)
 
 
-def _coordinate(lists: _Lists, entry: Tensor, rank: Tensor, settings: GraphSettings) -> Tensor:
-    """Envelope coordinate ``x`` of entries, given their ranks or bounds of them; a missing reverse ranks infinite.
+def _within_reach(lists: _Lists, settings: GraphSettings) -> Iterator[tuple[Tensor, Tensor]]:
+    """Entries inside the cutoff with fewer than ``2k`` not farther, each of which adds at least half a rank.
+
+    Yields, for some atoms at a time, the entries and the starts of their lists.
+    """
+    assert settings.num_neighbors is not None
+    starts = lists.start[::_CHUNK_ATOMS].tolist()
+    for begin, end in itertools.pairwise([*starts, len(lists.edge)]):
+        start = lists.start.index_select(0, lists.center[begin:end])
+        entry = torch.arange(begin, end, device=start.device)
+        keep = (lists.distance[begin:end] < settings.cutoff) & (lists.edge[begin:end] >= 0)
+        keep &= entry - start + 1 < 2 * settings.num_neighbors
+        yield entry[keep], start[keep]
+
+
+def _pair(lists: _Lists, entry: Tensor, base: Tensor, low: Tensor, high: Tensor) -> _Windows:
+    """Windows of those entries whose reversed edge is among them."""
+    num_edges = len(lists.edge) - (len(lists.start) - 1)
+    edge = lists.edge[entry]
+    index = torch.full((num_edges,), -1, dtype=torch.int64, device=edge.device)
+    index[edge] = torch.arange(len(edge), device=edge.device)
+    reverse = index[torch.where(edge < num_edges // 2, edge + num_edges // 2, edge - num_edges // 2)]
+    return _Windows(entry, reverse, base.to(torch.float64), low, high).choose(reverse >= 0)
+
+
+def _coordinate(lists: _Lists, windows: _Windows, rank: Tensor, settings: GraphSettings) -> Tensor:
+    """``(C,)`` envelope coordinate ``x``, given ranks or bounds of them.
 
     The same, to the last bit, for an edge and its reverse, so that what is decided by it is symmetric.
     """
     assert settings.num_neighbors is not None
-    edge = lists.edge[entry]
-    rank_of_edge = torch.full((len(lists.place),), torch.inf, dtype=torch.float64, device=rank.device)
-    rank_of_edge[edge] = rank
     scale = settings.envelope_scale
     own = rank / (settings.num_neighbors * scale)
-    other = rank_of_edge[lists.reverse(edge)] / (settings.num_neighbors * scale)
-    radial = lists.distance[entry] / (settings.cutoff * scale)
+    other = own[windows.reverse]
+    radial = lists.distance[windows.entry] / (settings.cutoff * scale)
     top = torch.maximum(torch.maximum(own, other), radial)
     total = (torch.exp(own - top) + torch.exp(other - top)) + torch.exp(radial - top)
     return scale * (top + torch.log(total))
@@ -264,7 +282,7 @@ def _pack(pairs: UndirectedPairs, lists: _Lists, windows: _Windows) -> Graph:
 
     neighbor_row = row[windows.entry]
     reverse = torch.arange(num_tokens, device=device)
-    reverse[neighbor_row] = row[lists.place[lists.reverse(lists.edge[windows.entry])]]
+    reverse[neighbor_row] = neighbor_row[windows.reverse]
     rank_base = torch.zeros(num_tokens, dtype=torch.float64, device=device)
     rank_base[neighbor_row] = windows.base
     rank_token = torch.empty(int((windows.high - windows.low).sum()), dtype=torch.int64, device=device)

@@ -12,11 +12,11 @@ _PUBLIC = {
     "MDSettings": "escaip.simulate.settings",
     "MDStatus": "escaip.simulate.md",
     "ProgressLine": "escaip.simulate.progress",
-    "RelaxResult": "escaip.simulate.relax",
+    "RelaxResult": "escaip.simulate.relaxation",
     "energy_drift": "escaip.simulate.analysis",
     "read_log": "escaip.simulate.outputs",
     "read_structure": "escaip.simulate.structures",
-    "relax": "escaip.simulate.relax",
+    "relax": "escaip.simulate.relaxation",
     "run_md": "escaip.simulate.md",
     "write_structure": "escaip.simulate.structures",
 }
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from escaip.simulate.md import MDResult, MDStatus, run_md
     from escaip.simulate.outputs import read_log
     from escaip.simulate.progress import ProgressLine
-    from escaip.simulate.relax import RelaxResult, relax
+    from escaip.simulate.relaxation import RelaxResult, relax
     from escaip.simulate.settings import MDSettings
     from escaip.simulate.structures import read_structure, write_structure
 

@@ -12,7 +12,7 @@ from escaip.errors import SimulationError
 from escaip.simulate.md import MDResult, run_md
 from escaip.simulate.outputs import freeze
 from escaip.simulate.progress import ProgressLine
-from escaip.simulate.relax import RelaxResult, relax
+from escaip.simulate.relaxation import RelaxResult, relax
 from escaip.simulate.settings import MDSettings
 from escaip.simulate.structures import read_structure, write_structure
 
@@ -52,7 +52,7 @@ def relax_file(
     dtype: str | None = None,
     **settings: Any,
 ) -> tuple[RelaxResult, Path]:
-    """Relaxes a structure file with a model file; ``settings`` as in :func:`~escaip.simulate.relax`.
+    """Relaxes a structure file with a model file; ``settings`` as in :func:`~escaip.simulate.relaxation`.
 
     Returns:
         The result and the file it was written to.

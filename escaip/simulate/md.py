@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -207,7 +208,8 @@ class _Run:
     def advance(self, report: Callable[[MDStatus], None] | None) -> MDResult:
         remaining = max(self.settings.steps - self.first_step, 0)
         try:
-            with np.errstate(all="ignore"):  # an overflow ends as NaN, which the guard reports
+            with contextlib.closing(self.log), contextlib.closing(self.trajectory), np.errstate(all="ignore"):
+                # An overflow ends as NaN, which the guard reports.
                 if self.first_step == 0:
                     self._after_step(report)
                 for _ in range(remaining):
@@ -215,12 +217,9 @@ class _Run:
                     self._after_step(report)
         except OSError as error:
             raise SimulationError(
-                f"step {self.step}: cannot write {self.files.trajectory.parent or Path('.')}: "
-                f"{error.strerror or error}: make room, then continue with --resume"
+                f"step {self.step}: cannot write {self.files.trajectory}: {error.strerror or error}: make room, then "
+                "continue with --resume"
             ) from error
-        finally:
-            self.log.close()
-            self.trajectory.close()
         return self._result(remaining)
 
     def _take_step(self) -> None:

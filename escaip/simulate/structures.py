@@ -59,7 +59,7 @@ def _read_file(path: Path, frame: int) -> Atoms:
         raise DataError(f"structure {path} is empty: give a file with at least one structure")
     try:
         atoms: Any = ase.io.read(path, index=frame)
-    except IndexError as error:
+    except (IndexError, StopIteration) as error:
         raise DataError(f"structure {path} has no frame {frame}: give --frame a smaller number") from error
     except OSError as error:
         raise DataError(f"structure {path} cannot be read: {error.strerror or _first_line(error)}") from error

@@ -20,11 +20,11 @@ _PUBLIC = {
 __all__ = [
     "BestAndLast",
     "ErrorMetrics",
-    "RunReport",
     "ForceTerm",
     "LossSettings",
     "LossTerm",
     "PotentialModule",
+    "RunReport",
     "WeightEMA",
 ]
 

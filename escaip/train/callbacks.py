@@ -30,11 +30,12 @@ class RunReport(Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints data, model and device."""
-        summary = getattr(trainer.datamodule, "summary", None)
+        summary = getattr(getattr(trainer, "datamodule", None), "summary", None)
         if summary is not None:
             print(summary())
         count = sum(parameter.numel() for parameter in pl_module.parameters())
-        print(f"model: {count:,} parameters on {trainer.world_size} x {pl_module.device}, precision {trainer.precision}")
+        where = f"{trainer.world_size} x {pl_module.device}, precision {trainer.precision}"
+        print(f"model: {count:,} parameters on {where}")
         print(f"run: {os.path.relpath(trainer.log_dir or trainer.default_root_dir)}", flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,7 +70,9 @@ class RunReport(Callback):
     @rank_zero_only
     def _print(self, columns: dict[str, dict[str, float]], trainer: Trainer | None = None) -> None:
         print(f"\n{format_table(columns)}")
-        for name in ("best", "last") if trainer is not None else ():
+        if trainer is None:
+            return
+        for name in ("best", "last"):
             path = getattr(trainer.checkpoint_callback, f"{name}_model_path", "")
             if path:
                 print(f"{name}: {os.path.relpath(path)}")
@@ -98,7 +101,7 @@ class PredictionFile(BasePredictionWriter):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Prediction,
+        prediction: dict[str, Any],
         batch_indices: Sequence[int] | None,
         batch: Any,
         batch_idx: int,
@@ -108,7 +111,7 @@ class PredictionFile(BasePredictionWriter):
         from ase.io import write
 
         assert self._stream is not None
-        for atoms in predicted_structures(prediction, batch):
+        for atoms in predicted_structures(Prediction(**prediction), batch):
             write(self._stream, atoms, format="extxyz")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

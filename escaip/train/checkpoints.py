@@ -62,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is no checkpoint, or holds objects that could run code: it was not read") from error
+        raise CheckpointError(f"{path} is no checkpoint, or holds objects that could run code: not read") from error
     except (RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged ({reason}): resume from another checkpoint") from error
@@ -171,7 +171,8 @@ class BestAndLast(Checkpoint):
 
     @staticmethod
     def _may_save(trainer: Trainer) -> bool:
-        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
+        trying = bool(getattr(trainer, "fast_dev_run", False))
+        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trying
 
 
 def _due(step: int, interval: int | None) -> bool:

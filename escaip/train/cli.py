@@ -17,7 +17,7 @@ from escaip.config import EScAIPConfig
 from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError
 from escaip.resources import config_path, resolve
-from escaip.train.callbacks import RunReport, PredictionFile
+from escaip.train.callbacks import PredictionFile, RunReport
 from escaip.train.checkpoints import BEST, LAST, BestAndLast, PlainCheckpointIO, read_checkpoint
 from escaip.train.ema import WeightEMA
 from escaip.train.module import PotentialModule
@@ -48,34 +48,39 @@ def run(argv: list[str]) -> int:
         ConfigError: a setting that does not exist or cannot be used.
         EscaipError: data, checkpoint or training failed; the message names what and the remedy.
     """
-    arguments, name = _with_resolved_configs(argv)
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     try:
-        TrainingCLI(
-            PotentialModule,
-            AtomicDataModule,
-            save_config_callback=RunFolder,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "gradient_clip_val": 100.0,
-                "use_distributed_sampler": False,
-                "inference_mode": False,
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 10,
-                "enable_model_summary": False,
-            },
-            seed_everything_default=0,
-            parser_kwargs={"prog": "escaip", "description": "Trains and evaluates potentials."},
-            parser_class=OneLineParser,
-            args=arguments,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            default_name=name,
-        )
+        build(argv).execute()
     except MisconfigurationException as error:
         raise ConfigError(_one_line(error)) from error
     return 0
+
+
+def build(argv: list[str]) -> TrainingCLI:
+    """Parses the same arguments and builds model, data module and trainer, without running anything."""
+    arguments, name = _with_resolved_configs(argv)
+    return TrainingCLI(
+        PotentialModule,
+        AtomicDataModule,
+        save_config_callback=RunFolder,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "gradient_clip_val": 100.0,
+            "use_distributed_sampler": False,
+            "inference_mode": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 10,
+            "enable_model_summary": False,
+        },
+        seed_everything_default=0,
+        parser_kwargs={"prog": "escaip", "description": "Trains and evaluates potentials."},
+        parser_class=OneLineParser,
+        args=arguments,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        default_name=name,
+    )
 
 
 class OneLineParser(LightningArgumentParser):
@@ -125,6 +130,13 @@ class TrainingCLI(LightningCLI):
         self._default_name = default_name
         super().__init__(*args, **kwargs)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing yet: building and running are two steps here."""
+
+    def execute(self) -> None:
+        """Runs the command that was parsed."""
+        super()._run_subcommand(str(self.subcommand))
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of a run."""
         parser.add_argument("--name", type=str, default=self._default_name, help="folder of the runs, inside --out")
@@ -144,7 +156,7 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses exactly the arguments given."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def _parse_ckpt_path(self) -> None:
         """Resolves ``last`` and ``best``, and makes sure that the model is the one in the checkpoint."""
@@ -152,7 +164,7 @@ class TrainingCLI(LightningCLI):
         config = self.config[command]
         if config.get("ckpt_path") is None:
             if command != "fit":
-                raise ConfigError(f"escaip {command} needs a model: pass --ckpt_path FILE, or best or last of {config.name}")
+                raise ConfigError(f"escaip {command} needs a model: pass --ckpt_path FILE, or best, or last")
             return
         path = find_checkpoint(config.ckpt_path, Path(config.out) / config.name)
         checkpoint = read_checkpoint(path)
@@ -166,7 +178,8 @@ class TrainingCLI(LightningCLI):
         _check_same_model(config.model.architecture, stored, path)
         limit = config.trainer.max_epochs
         if limit is not None and -1 < limit < checkpoint["epoch"]:
-            raise ConfigError(f"{path} is at epoch {checkpoint['epoch']}, trainer.max_epochs is {limit}: raise it to go on")
+            epoch = checkpoint["epoch"]
+            raise ConfigError(f"{path} is at epoch {epoch}, trainer.max_epochs is {limit}: raise it to go on")
 
     def instantiate_classes(self) -> None:
         """Builds everything; the saved configuration keeps portable names such as ``dataset:spice/sample.hdf5``."""
@@ -239,7 +252,8 @@ def find_checkpoint(given: str | os.PathLike[str], folder: Path) -> Path:
         return Path(given)
     found = [path for path in folder.glob(f"version_*/{names[str(given)]}") if path.is_file()]
     if not found:
-        raise CheckpointError(f"no run in {folder} has a {names[str(given)]}: name the run with --name, or pass the file")
+        file = names[str(given)]
+        raise CheckpointError(f"no run in {folder} has a {file}: name the run with --name, or pass the file")
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
@@ -282,7 +296,8 @@ def _check_same_model(given: Mapping[str, Any], stored: Mapping[str, Any], path:
     wanted, have = EScAIPConfig.from_dict(dict(given)).to_dict(), EScAIPConfig.from_dict(dict(stored)).to_dict()
     for key, value in wanted.items():
         if value != have[key] and key not in _FREE_ON_RESUME:
-            raise ConfigError(f"{path} has model.architecture.{key} {have[key]!r}, this run {value!r}: use the same to resume")
+            was = have[key]
+            raise ConfigError(f"{path} has model.architecture.{key} {was!r}, this run {value!r}: resume with the same")
 
 
 def _one_line(message: object) -> str:

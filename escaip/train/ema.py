@@ -17,7 +17,7 @@ class WeightEMA(WeightAveraging):
 
     Lightning's callback swaps the averaged weights in for validation, stores them in ``state_dict`` and the raw ones
     in ``current_model_state``. This adds what it lacks here: buffers (element references, scale) are those of the
-    model from the first validation on, not copies from before they were set; the decay ``min(decay, (1 + n) / (10 + n))``
+    model from the first validation on, not copies from before they were set; a decay of at most ``(1 + n) / (10 + n)``
     after ``n`` updates, so that short runs forget their first, random weights; and no warning outside of training.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +26,12 @@ def loss_failure(trainer: Trainer, loss: float, sums: Tensor, batch: Any) -> Tra
         sums: ``(3,)`` of this process's terms, in the order of ``TERMS``.
         batch: of this process.
     """
-    bad = [name for name, value in zip(TERMS, sums.tolist(), strict=True) if value != value or abs(value) == float("inf")]
+    bad = [name for name, value in zip(TERMS, sums.tolist(), strict=True) if not math.isfinite(value)]
     if not bad:
         return TrainingError(f"loss is {loss} in another process at step {trainer.global_step}: see its message")
     return TrainingError(
-        f"loss is {loss} at step {trainer.global_step} ({', '.join(bad)}) in the batch of {_names(batch.structure_id)}; "
-        f"{_last_good(trainer)}: inspect these structures, or lower learning_rate or trainer.gradient_clip_val"
+        f"loss is {loss} at step {trainer.global_step} (from {', '.join(bad)}) in the batch of "
+        f"{_names(batch.structure_id)}; {_last_good(trainer)}: inspect these structures, or lower model.learning_rate"
     )
 
 
@@ -38,7 +39,7 @@ def gradient_failure(trainer: Trainer, norm: float, names: Sequence[str]) -> Tra
     """What to raise for a gradient that is not finite, after batches with these structures."""
     return TrainingError(
         f"gradient norm is {norm} at step {trainer.global_step} after the batch of {_names(names)}; "
-        f"{_last_good(trainer)}: inspect these structures, or lower learning_rate"
+        f"{_last_good(trainer)}: inspect these structures, or lower model.learning_rate"
     )
 
 
@@ -56,7 +57,7 @@ def check_prediction(trainer: Trainer, prediction: Prediction, batch: Any) -> No
         names = [name for name, wrong in zip(batch.structure_id, bad.tolist(), strict=True) if wrong]
         raise TrainingError(
             f"prediction is NaN or Inf in validation for {_names(names)}; {_last_good(trainer)}: "
-            "inspect these structures, or lower learning_rate"
+            "inspect these structures, or lower model.learning_rate"
         )
 
 

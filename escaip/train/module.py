@@ -129,7 +129,7 @@ class PotentialModule(LightningModule):
         Lightning restores loaders only where it had not built them yet, but ``estimated_stepping_batches`` builds them
         before it reads their state. A loader reads its own when the first batch is taken, which comes after this.
         """
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         if self._loader_state is not None and hasattr(loader, "load_state_dict"):
             loader.load_state_dict(self._loader_state)
         self._loader_state = None
@@ -148,7 +148,7 @@ class PotentialModule(LightningModule):
         Raises:
             TrainingError: the loss is NaN or Inf.
         """
-        energy, forces, stress = self.losses.weights
+        _, forces, stress = self.losses.weights
         prediction = self.potential(batch, compute_forces=forces > 0, compute_stress=stress > 0, create_graph=True)
         terms = loss_sums(prediction, batch, self.losses)
         local = torch.cat([terms.sums.detach(), terms.counts, error_sums(prediction, batch)])
@@ -162,7 +162,7 @@ class PotentialModule(LightningModule):
         errors = errors_from_sums(total[6:])
         shown = {f"train/{name}": errors[name] for name in _SHOWN if name in errors}
         self.log_dict({"train/loss": float(logged), **shown}, batch_size=1)
-        self.log("lr", self.optimizers().param_groups[0]["lr"], batch_size=1)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return loss
 
     def configure_gradient_clipping(
@@ -200,10 +200,10 @@ class PotentialModule(LightningModule):
         """Logs errors, loss and baseline of the whole set."""
         self._log_errors("test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Prediction:
-        """Returns energy (eV), forces (eV/Å) and, where there is a cell, stress (eV/Å³)."""
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor | None]:
+        """Returns the fields of :class:`~escaip.types.Prediction`; stress where a structure is periodic."""
         conservative = self.potential.config.is_conservative
-        return self._predict(batch, stress=conservative and bool(batch.pbc.any()))
+        return vars(self._predict(batch, stress=conservative and bool(batch.pbc.any()))).copy()
 
     def configure_optimizers(self) -> Any:
         """AdamW, warm-up and cosine over the whole run, stepped with the optimizer."""
@@ -216,7 +216,7 @@ class PotentialModule(LightningModule):
         """Adds what :func:`escaip.load_potential` reads, the seed of dropout and the place in the data."""
         checkpoint["escaip"] = describe_potential(self.potential)
         checkpoint["dropout_seed"] = self._dropout_seed
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "state_dict"):
             checkpoint["train_loader"] = loader.state_dict()
 

@@ -21,7 +21,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     A parameter shared between modules counts once, and decays when any of them is linear.
     """
     linear = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             (decayed if id(parameter) in linear else kept).append(parameter)

@@ -46,7 +46,7 @@ class TrainingProgress(ProgressBar):
         self._total = int(total) if math.isfinite(total) else None
         self._started = (time.monotonic(), trainer.global_step)
         if self._enabled and self._terminal:
-            self._bar = tqdm(total=self._total, initial=trainer.global_step, unit="step", dynamic_ncols=True, leave=True)
+            self._bar = tqdm(total=self._total, initial=trainer.global_step, unit="step", dynamic_ncols=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -214,7 +214,9 @@ def test_pickle_deepcopy_and_another_process(make_potential: Make) -> None:
 def test_a_model_file_and_both_precisions(make_potential: Make, tmp_path: Path) -> None:
     make_potential().save(tmp_path / "m.escaip")
     atoms = copper(1)
-    answers = {name: _energy(EScAIPCalculator(tmp_path / "m.escaip", dtype=name), atoms) for name in ("float32", "float64")}
+    answers = {
+        name: _energy(EScAIPCalculator(tmp_path / "m.escaip", dtype=name), atoms) for name in ("float32", "float64")
+    }
     assert answers["float32"] == pytest.approx(answers["float64"], rel=1e-5)
     assert _energy(EScAIPCalculator(tmp_path / "m.escaip"), atoms) == answers["float64"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import ase.io
 import numpy as np
 import pytest
+from cli_models import make_potential
 
 from escaip import EScAIPCalculator
 from escaip.cli import main
@@ -18,7 +19,6 @@ from escaip.evaluate import evaluate, evaluate_files
 from escaip.evaluate.plots import draw_errors, draw_parity
 from escaip.evaluate.records import Records
 from escaip.evaluate.report import compute_report
-from conftest import make_potential
 
 
 def by_hand(model: Path, data: Path) -> list[dict[str, Any]]:

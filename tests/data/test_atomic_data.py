@@ -230,6 +230,8 @@ def build(**changes: object) -> AtomicData:
         ({"stress": np.zeros(5)}, "stress has shape"),
         ({"stress": np.arange(9.0)}, "not symmetric"),
         ({"charge": 0.5}, "charge is 0.5"),
+        ({"charge": "high"}, "charge is 'high'"),
+        ({"forces": [["a", "b", "c"]] * 2}, "forces holds something else than numbers"),
         ({"tags": [1]}, "tags has shape"),
     ],
 )

@@ -214,6 +214,19 @@ def test_a_killed_run_goes_on_with_the_same_batches(xyz_file: Path, tmp_path: Pa
     assert resumed == whole[stop:]
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Total length of .list. across ranks is zero:")
+def test_a_run_without_validation_set(xyz_file: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(recorder, AtomicDataModule(str(xyz_file), batch_size=10, split={"val": 0}))
+    assert sorted(name for _, batch in recorder.seen for name in batch) == sorted(f"made.extxyz:{k}" for k in range(60))
+
+
 def test_a_state_from_other_batches_is_refused(xyz_file: Path) -> None:
     module = AtomicDataModule(str(xyz_file), batch_size=5, split={"val": 0})
     module.setup("fit")
@@ -278,6 +291,19 @@ def test_one_structure_larger_than_the_budget(xyz_file: Path, frames: list[Atoms
     module.setup("fit")
     with pytest.raises(DataError, match=r"made.extxyz:30: has 9 atoms, more than max_atoms = 8"):
         module.train_dataloader()
+
+
+def test_shipped_files_and_stores_by_mapping(structures: list[AtomicData], tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        for data in structures:
+            writer.write(data)
+    module = AtomicDataModule(
+        {"path": str(tmp_path / "store"), "format": "store"}, "dataset:spice/sample.hdf5", batch_size=8
+    )
+    module.setup("fit")
+    assert module.datasets["train"].store_path == tmp_path / "store"
+    assert module.datasets["val"].store_path is None
+    assert len(module.datasets["val"]) > 1000
 
 
 def test_real_complexes_split_by_molecule(shared_data: Callable[[str], Path]) -> None:

@@ -130,7 +130,7 @@ def test_weights_are_continuous_along_a_path(settings: GraphSettings) -> None:
         return weights_of(batch, settings)
 
     layouts = set()
-    for start in np.linspace(-4.0, 4.0, 60):
+    for start in np.linspace(-4.0, 4.0, 40):
         before = at(start)
         layouts.add(tuple(edge[:2] for edge in before))
         for step in range(1, 4):
@@ -139,7 +139,7 @@ def test_weights_are_continuous_along_a_path(settings: GraphSettings) -> None:
             for edge in before.keys() ^ after.keys():
                 assert max(before.get(edge, 0.0), after.get(edge, 0.0)) < 1e-12
             before = after
-    assert len(layouts) > 30  # tokens did come, go and change order on the way
+    assert len(layouts) > 20  # tokens did come, go and change order on the way
 
 
 @pytest.mark.parametrize("settings", [s for s in SETTINGS if s.soft])

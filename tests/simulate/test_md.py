@@ -64,7 +64,7 @@ def test_embedded_atom_copper_conserves_energy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bussi", "nose-hoover", "npt isotropic", "npt full"])
 def test_extended_energy_is_conserved_where_the_total_is_not(argon: Make, tmp_path: Path, name: str) -> None:
-    asked = settings(**ENSEMBLES[name], steps=200, temperature=30.0, timestep=2.0, thermostat_time=50.0)
+    asked = settings(**ENSEMBLES[name], steps=100, temperature=30.0, timestep=2.0, thermostat_time=50.0)
     atoms = argon()
     atoms.set_momenta(np.random.default_rng(0).normal(size=(len(atoms), 3)) * 1.5)
     atoms.set_momenta(atoms.get_momenta() - atoms.get_momenta().mean(axis=0))
@@ -76,9 +76,9 @@ def test_extended_energy_is_conserved_where_the_total_is_not(argon: Make, tmp_pa
 @pytest.mark.parametrize("name", ["langevin", "bussi", "nose-hoover"])
 def test_a_small_molecule_reaches_the_temperature(argon: Make, tmp_path: Path, name: str) -> None:
     """Eight atoms have 18 thermal degrees of freedom, not 24: a thermostat that forgets is 33 % too hot."""
-    asked = settings(**ENSEMBLES[name], temperature=20.0, timestep=6.0, steps=2000, trajectory_interval=2000)
+    asked = settings(**ENSEMBLES[name], temperature=20.0, timestep=6.0, steps=1200, trajectory_interval=1200)
     result = run_md(argon(periodic=False), asked, out=tmp_path / "a.traj")
-    assert result.mean_temperature == pytest.approx(20.0, rel=0.12)
+    assert result.mean_temperature == pytest.approx(20.0, rel=0.15)
 
 
 def test_constant_pressure_reaches_the_pressure(argon: Make, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from escaip.data.sources.pymatgen import read_pymatgen
 from escaip.data.sources.spice import read_spice
 from escaip.data.sources.store import read_store
 from escaip.errors import ConfigError, DataError
+from escaip.resources import resolve
 from escaip.units import Units
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def open_source(
     """Structures of one or more files.
 
     Args:
-        path: a file, a prepared store, a pattern (``"*.traj"``) or a list of them.
+        path: a file, a prepared store, ``dataset:NAME/FILE`` (shipped with a card), a pattern (``"*.traj"``) or a
+            list of them.
         format: a name in :data:`SOURCES`; default found from content and suffix.
         keys: names of the labels; see :class:`LabelKeys`.
         units: units of the file where they are not Å and eV; see :meth:`escaip.units.Units.parse`.
@@ -115,7 +117,7 @@ def detect_format(path: PathLike) -> str:
 
 
 def expand_paths(path: PathLike | Sequence[PathLike]) -> list[Path]:
-    """Files named by a path, a pattern or a list of them; patterns in sorted order.
+    """Files named by a path, ``dataset:NAME/FILE``, a pattern or a list of them; patterns in sorted order.
 
     Raises:
         DataError: nothing there.
@@ -123,7 +125,7 @@ def expand_paths(path: PathLike | Sequence[PathLike]) -> list[Path]:
     given = [path] if isinstance(path, str | os.PathLike) else list(path)
     found: list[Path] = []
     for item in given:
-        text = os.path.expanduser(os.fspath(item))
+        text = os.path.expanduser(str(resolve(os.fspath(item))))
         if not os.path.exists(text) and glob.has_magic(text):
             matches = sorted(glob.glob(text, recursive=True))
             if not matches:

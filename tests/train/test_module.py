@@ -1,0 +1,230 @@
+"""The Lightning module: learning, checkpoints, averaged weights, resuming, stopping on NaN."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from training_stand_ins import TINY, labelled_molecules, make_data, make_trainer
+
+from escaip import load_potential
+from escaip.data import AtomicData, collate, fit_statistics
+from escaip.errors import ConfigError, TrainingError
+from escaip.train import BestAndLast, ForceTerm, LossSettings, LossTerm, PotentialModule, WeightEMA
+
+
+class Recorder(Callback):
+    """Losses, learning rates and validation losses as they come."""
+
+    def __init__(self) -> None:
+        self.steps: dict[tuple[int, int], tuple[float, float]] = {}
+        self.validations: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        metrics = trainer.callback_metrics
+        self.steps[trainer.current_epoch, batch_idx] = float(metrics["train/loss"]), float(metrics["lr"])
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self.validations[trainer.global_step] = float(trainer.callback_metrics["val/loss"])
+
+
+class Keep(Callback):
+    """Copies the best and last checkpoints of every epoch."""
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        folder = Path(trainer.default_root_dir)
+        for name in ("best", "last"):
+            if (folder / f"{name}.ckpt").is_file():
+                shutil.copy(folder / f"{name}.ckpt", folder / f"{name}-{trainer.current_epoch}.ckpt")
+
+
+def test_overfits_a_few_structures(tmp_path: Path) -> None:
+    seed_everything(0)
+    settings = LossSettings(LossTerm(1.0), ForceTerm(1.0))
+    module = PotentialModule(TINY, settings, learning_rate=2e-2, weight_decay=0.0)
+    recorder = Recorder()
+    data = make_data(tmp_path, 4, split={"val": 0})
+    make_trainer(tmp_path, [recorder], max_epochs=80, limit_val_batches=0).fit(module, data)
+    losses = [loss for loss, _ in recorder.steps.values()]
+    assert losses[-1] < 0.15 * losses[0]
+
+
+def test_averaged_weights_are_validated_saved_and_served(tmp_path: Path) -> None:
+    seed_everything(0)
+    module = PotentialModule(TINY, learning_rate=1e-2)
+    checkpoints = BestAndLast(dirpath=str(tmp_path))
+    seen: dict[str, Any] = {}
+
+    class Look(Callback):
+        def on_validation_epoch_start(self, trainer: Any, module: Any) -> None:
+            seen["validated"] = {k: v.clone() for k, v in module.potential.state_dict().items()}
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            seen.setdefault("raw", []).append([p.detach().clone() for p in module.parameters()])
+
+    trainer = make_trainer(tmp_path, [WeightEMA(0.8), checkpoints, Look()], max_epochs=2, limit_val_batches=1)
+    trainer.fit(module, make_data(tmp_path))
+    expected = [p.clone() for p in seen["raw"][0]]
+    for count, raw in enumerate(seen["raw"][1:], start=1):
+        decay = min(0.8, (1 + count) / (10 + count))
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, raw, strict=True)]
+    served = load_potential(tmp_path / "last.ckpt", device="cpu")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for (name, value), average in zip(served.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(value, average, rtol=1e-5, atol=1e-7)
+        assert torch.equal(value, seen["validated"][name])
+        assert torch.equal(value, saved["state_dict"][f"potential.{name}"])
+        assert torch.equal(value, module.potential.state_dict()[name])
+    names = [name for name, _ in module.named_parameters()]
+    for name, raw in zip(names, seen["raw"][-1], strict=True):
+        assert torch.equal(saved["current_model_state"][name], raw)
+    statistics = trainer.datamodule.statistics
+    assert float(served.scale) == pytest.approx(statistics.force_rms)
+    assert torch.equal(seen["validated"]["element_references"], served.element_references)
+    assert float(served.element_references[1]) == pytest.approx(statistics.element_references[1])
+    assert served.metadata.elements == statistics.elements
+
+
+def _run(folder: Path, checkpoint: Path | None = None, **options: Any) -> tuple[Recorder, PotentialModule]:
+    seed_everything(1)
+    module = PotentialModule({**TINY, "dropout": 0.1}, learning_rate=1e-2, warmup_fraction=0.3)
+    recorder = Recorder()
+    last = BestAndLast(dirpath=str(folder), keep_every_n_steps=1)
+    callbacks = [WeightEMA(0.9), last, recorder, *([Keep()] if checkpoint is None else [])]
+    trainer = make_trainer(folder, callbacks, max_epochs=3, gradient_clip_val=10.0, **options)
+    trainer.fit(module, make_data(folder, 24), ckpt_path=checkpoint)
+    return recorder, module
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 2, "val_check_interval": 0.5}],
+    ids=["plain", "accumulation"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    whole, reference = _run(tmp_path / "whole", **options)
+    steps = 5 if not options else 3
+    for name in ("step-1.ckpt", f"step-{steps + steps // 2}.ckpt", "last-1.ckpt", "best-2.ckpt"):
+        resumed, module = _run(tmp_path / "resumed", tmp_path / "whole" / name, **options)
+        assert resumed.steps
+        assert resumed.steps == {place: whole.steps[place] for place in whole.steps if place >= min(resumed.steps)}
+        assert len(whole.steps) - len(resumed.steps) <= 10
+        assert resumed.validations == {step: whole.validations[step] for step in resumed.validations}
+        for name, value in reference.state_dict().items():
+            assert torch.equal(value, module.state_dict()[name]), name
+
+
+def test_predicts_and_validates_in_inference_mode(tmp_path: Path) -> None:
+    module = PotentialModule(TINY)
+    data = make_data(tmp_path)
+    data.setup()
+    module.potential.set_statistics(data.statistics)
+    trainer = make_trainer(tmp_path, [], inference_mode=True)
+    errors = trainer.validate(module, data, verbose=False)[0]
+    assert errors["val/force_mae_meV_per_A"] > 0.0
+    loader = data.val_dataloader()
+    predictions = make_trainer(tmp_path, [], inference_mode=True).predict(module, loader)
+    batch = next(iter(loader))
+    expected = module.potential(batch, create_graph=False)
+    torch.testing.assert_close(predictions[0]["forces"], expected.forces)
+
+
+class _Poison(Callback):
+    """Spoils the labels of one structure in the third batch."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.name = ""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            batch.energy[0] = self.value
+            self.name = batch.structure_id[0]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path: Path) -> None:
+    poison = _Poison(math.inf)
+    module = PotentialModule(TINY)
+    callbacks = [poison, BestAndLast(dirpath=str(tmp_path), every_n_steps=2)]
+    with pytest.raises(TrainingError, match="loss is inf at step 2") as raised:
+        make_trainer(tmp_path, callbacks).fit(module, make_data(tmp_path))
+    assert poison.name in str(raised.value)
+    assert str(tmp_path / "last.ckpt") in str(raised.value)
+    assert "from energy" in str(raised.value)
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 2
+    assert all(bool(torch.isfinite(value).all()) for value in kept["state_dict"].values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+    module = PotentialModule(TINY)
+    weight = next(module.potential.model.parameters())
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(TrainingError, match=r"gradient norm is nan at step 0.*molecules"):
+        make_trainer(tmp_path, []).fit(module, make_data(tmp_path))
+    assert bool(torch.isfinite(weight).all())
+
+
+def test_direct_forces_train(tmp_path: Path) -> None:
+    module = PotentialModule({**TINY, "forces": "direct"})
+    recorder = Recorder()
+    make_trainer(tmp_path, [recorder], max_epochs=1).fit(module, make_data(tmp_path, rotate=True))
+    assert len(recorder.steps) == 3
+
+
+@pytest.mark.parametrize("missing", ["energy", "forces"])
+def test_every_parameter_has_a_gradient_when_labels_are_missing(missing: str) -> None:
+    structures = [AtomicData.from_ase(atoms) for atoms in labelled_molecules(3)]
+    module = PotentialModule(TINY)
+    module.potential.set_statistics(fit_statistics(structures))
+    batch = collate(structures)
+    batch[missing][:] = math.nan
+    from escaip.train.losses import loss_sums
+
+    prediction = module.potential(batch, create_graph=True)
+    loss_sums(prediction, batch, module.losses).total(module.losses).backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in module.parameters())
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"architecture": {"preset": "3m"}}, "preset '3m'"),
+        ({"architecture": {"hiden_size": 3}}, "hiden_size.*hidden_size"),
+        ({"architecture": {**TINY, "forces": "direct"}, "losses": LossSettings(stress=LossTerm(1.0))}, "no stress"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"warmup_fraction": 1.5}, "warmup_fraction"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        PotentialModule(**settings)
+
+
+@pytest.mark.bad_input
+def test_a_loss_on_a_label_that_nobody_has(tmp_path: Path) -> None:
+    module = PotentialModule(TINY, LossSettings(stress=LossTerm(1.0)))
+    with pytest.raises(ConfigError, match=r"losses\.stress\.weight is 1, but no training structure has stress"):
+        make_trainer(tmp_path, []).fit(module, make_data(tmp_path))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("decay", [1.0, -0.1])
+def test_decay_outside_its_range(decay: float) -> None:
+    with pytest.raises(ConfigError, match=r"ema\.decay"):
+        WeightEMA(decay)
+
+
+@pytest.mark.bad_input
+def test_a_figure_that_is_not_logged(tmp_path: Path) -> None:
+    module = PotentialModule(TINY)
+    callbacks = [BestAndLast(monitor="val/energy", dirpath=str(tmp_path))]
+    with pytest.raises(ConfigError, match=r"'val/energy' is not logged: choose .*val/loss"):
+        make_trainer(tmp_path, callbacks).fit(module, make_data(tmp_path))

@@ -1,0 +1,183 @@
+"""``escaip fit`` and its siblings as a user types them, and what they get wrong."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ase.io
+import pytest
+import torch
+from training_stand_ins import write_molecules, write_recipe
+
+from escaip import load_potential
+from escaip.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a recipe, ``tiny.yaml``."""
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+    return tmp_path
+
+
+def _figures(run: Path, column: str = "train/loss") -> dict[int, str]:
+    with (run / "metrics.csv").open(encoding="utf-8") as stream:
+        return {int(row["step"]): row[column] for row in csv.DictReader(stream) if row[column]}
+
+
+def test_fit_then_every_other_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    shown = capsys.readouterr()
+    assert "force MAE (meV/Å)" in shown.out
+    assert "references, zero forces" in shown.out
+    assert "validation: loss" in shown.err
+    run = folder / "runs" / "tiny" / "latest"
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt"}
+    assert len(_figures(run)) == 6
+    assert load_potential(run / "best.ckpt", device="cpu").metadata.elements == (1, 6, 7, 8)
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["learning_rate"] == 0.01
+
+    config = str(run / "config.yaml")  # what was saved configures the other commands, and another run
+    assert main(["validate", "--config", config, "--ckpt_path", "best"]) == 0
+    assert "energy MAE" in capsys.readouterr().out
+    write_molecules(folder / "test.extxyz", 5, seed=1)
+    assert main(["test", "--config", config, "--data.test", "test.extxyz", "--ckpt_path", "last"]) == 0
+    data = ["--data.predict", "test.extxyz"]
+    assert main(["predict", "--config", "tiny.yaml", *data, "--ckpt_path", str(run / "best.ckpt")]) == 0
+    (written,) = folder.glob("runs/tiny/version_*/predictions.extxyz")
+    frames = ase.io.read(written, ":")
+    assert len(frames) == 5
+    assert frames[0].get_forces().shape == (len(frames[0]), 3)
+    assert frames[0].get_potential_energy() != 0.0
+    assert main(["fit", "--config", config, "--trainer.max_epochs", "1"]) == 0
+    assert os.readlink(folder / "runs" / "tiny" / "latest") == "version_4"
+
+
+def test_learning_rate_finder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--lr_find", "true", "--trainer.max_epochs", "40", "--trainer.limit_val_batches", "0"]
+    assert main(["fit", "--config", "tiny.yaml", *options, "--trainer.max_steps", "3"]) == 0
+    found = float(capsys.readouterr().out.split("learning rate found: ")[1].split()[0])
+    rates = [float(value) for value in _figures(folder / "runs/tiny/latest", "lr").values()]
+    assert max(rates) == pytest.approx(found, rel=1e-2)
+
+
+def test_early_stopping_and_a_second_logger(folder: Path) -> None:
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    stop += ["--trainer.callbacks.patience=1"]
+    stop += ["--trainer.callbacks.min_delta=1e9", "--trainer.max_epochs", "9"]
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "elsewhere"]
+    assert main(["fit", "--config", "tiny.yaml", *stop, *logger]) == 0
+    assert len(_figures(folder / "runs/tiny/latest")) == 6
+    assert list(folder.glob("elsewhere/lightning_logs/version_0/metrics.csv"))
+
+
+def test_killed_and_resumed(folder: Path) -> None:
+    write_recipe(folder, 40, dropout=0.1)
+    options = ["--trainer.max_epochs=7", "--trainer.accumulate_grad_batches=2", "--checkpoint.every_n_steps=2"]
+    command = ["fit", "--config", "tiny.yaml", *options]
+    assert main([*command, "--name", "whole"]) == 0
+    expected = _figures(folder / "runs/whole/latest")
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-m", "escaip", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        last = folder / "runs/tiny/version_0/last.ckpt"
+        deadline = time.monotonic() + 60.0
+        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(random.Random(0).uniform(0.0, 0.3))
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    stopped_at = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < stopped_at < 50
+
+    assert main([*command, "--ckpt_path", "last"]) == 0
+    resumed = _figures(folder / "runs/tiny/latest")
+    assert len(resumed) >= 20
+    assert min(resumed) <= stopped_at
+    assert resumed == {step: expected[step] for step in resumed}
+    assert max(resumed) == max(expected)
+    whole, again = (load_potential(folder / f"runs/{name}/latest/last.ckpt", "cpu") for name in ("whole", "tiny"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "status", "text"),
+    [
+        (["--trainer.max_epoch", "5"], 2, "--trainer.max_epoch"),
+        (["--model.lr", "1"], 2, "--model.lr"),
+        (["--data.trian", "x"], 2, "--data.trian"),
+        (["--model.architecture.hiden_size", "8"], 2, "did you mean 'hidden_size'"),
+        (["--model.architecture.preset", "3m"], 2, "preset '3m' does not exist"),
+        (["--model.architecture.num_heads", "3"], 2, "not a multiple of num_heads 3"),
+        (["--model.losses.forces.kind", "l3"], 2, "loss kind 'l3' does not exist"),
+        (["--model.losses.energy.weight", "heavy"], 2, "model.losses.energy.weight"),
+        (["--model.losses.stress.weight", "1"], 2, "no training structure has stress"),
+        (["--config", "no-such-recipe"], 2, "'no-such-recipe' is neither a file nor a recipe"),
+        (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"], 2, "set trainer.max_steps"),
+        (["--trainer.precision", "12"], 2, "precision"),
+        (["--data.train", "nowhere.extxyz"], 1, "nowhere.extxyz"),
+        (["--data.train", "dataset:spice/nothing.hdf5"], 1, "nothing.hdf5"),
+        (["--data.batch_size", "0"], 2, "batch_size"),
+        (["--ckpt_path", "nowhere.ckpt"], 1, "checkpoint nowhere.ckpt does not exist"),
+        (["--ckpt_path", "last"], 1, "no run in runs/tiny has a last.ckpt"),
+        (["--ckpt_path", "molecules.extxyz"], 1, "molecules.extxyz"),
+        (["--checkpoint.every_n_steps", "0"], 2, "checkpoint.every_n_steps is 0"),
+        (["--ema.decay", "1.0"], 2, "ema.decay is 1.0"),
+    ],
+)
+def test_what_users_get_wrong(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, text: str
+) -> None:
+    assert main(["fit", "--config", "tiny.yaml", *options]) == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("escaip: error: ")
+    assert text in lines[-1]
+    assert "Traceback" not in "\n".join(lines)
+
+
+@pytest.mark.bad_input
+def test_checkpoints_that_cannot_be_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "3"]) == 0
+    last = folder / "runs/tiny/latest/last.ckpt"
+
+    def refused(path: Path, *options: str) -> str:
+        assert main(["fit", "--config", "tiny.yaml", "--ckpt_path", str(path), *options]) in (1, 2)
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert "raise it to go on" in refused(last, "--trainer.max_epochs", "1")
+    assert "num_neighbors 6, this run 5" in refused(last, "--model.architecture.num_neighbors", "5")
+    assert "choose one of them" in refused(last, "--trainer.max_epochs", "4", "--lr_find", "true")
+    truncated = folder / "truncated.ckpt"
+    truncated.write_bytes(last.read_bytes()[:5000])
+    assert "truncated.ckpt is damaged" in refused(truncated)
+    unsafe = folder / "unsafe.ckpt"
+    torch.save({"state_dict": Path("x"), "loops": {}}, unsafe)
+    assert "could run code" in refused(unsafe)
+    foreign = folder / "foreign.ckpt"
+    torch.save({"state_dict": {}, "loops": {}}, foreign)
+    assert "another program" in refused(foreign)
+    load_potential(last, "cpu").save(folder / "model.escaip")
+    assert "model.escaip" in refused(folder / "model.escaip")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_model_is_needed(folder: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--config", "tiny.yaml"]) == 2
+    assert "pass --ckpt_path FILE" in capsys.readouterr().err
