@@ -8,14 +8,7 @@ Prints medians in µs per atom and the slope of log(time) against log(atoms); 1 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
-import json
-import os
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +18,7 @@ import ase.build
 import numpy as np
 import torch
 from ase import Atoms
+from common import measure, provenance, write_json
 
 from escaip.graph import build_graph, compute_geometry, neighbor_list, search_cutoff
 from escaip.types import GraphSettings
@@ -73,18 +67,7 @@ def to_batch(structures: list[Atoms]) -> SimpleNamespace:
     )
 
 
-def median_seconds(function: Callable[[], Any], budget: float) -> float:
-    """Median wall time of repeated calls after a warm-up, at least three and then until ``budget`` seconds."""
-    function()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 50):
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def measure_graph(structures: list[Atoms], budget: float) -> dict[str, float]:
+def measure_graph(structures: list[Atoms], repeats: int) -> dict[str, float]:
     """Seconds of each stage for one batch, and what the graph holds."""
     batch = to_batch(structures)
     neighbors, graph = neighbor_list(batch, search_cutoff(SETTINGS)), build_graph(batch, SETTINGS)
@@ -102,11 +85,11 @@ def measure_graph(structures: list[Atoms], budget: float) -> dict[str, float]:
         "systems": len(structures),
         "tokens_per_atom": graph.num_tokens / num_atoms,
         "rank_pairs_per_atom": len(graph.rank_token) / num_atoms,
-        "neighbor_list": median_seconds(lambda: neighbor_list(batch, search_cutoff(SETTINGS)), budget),
-        "build_graph": median_seconds(lambda: build_graph(batch, SETTINGS), budget),
-        "build_graph_from_list": median_seconds(lambda: build_graph(batch, SETTINGS, neighbors), budget),
-        "geometry": median_seconds(geometry, budget),
-        "geometry_and_gradient": median_seconds(gradient, budget),
+        "neighbor_list": measure(lambda: neighbor_list(batch, search_cutoff(SETTINGS)), repeats),
+        "build_graph": measure(lambda: build_graph(batch, SETTINGS), repeats),
+        "build_graph_from_list": measure(lambda: build_graph(batch, SETTINGS, neighbors), repeats),
+        "geometry": measure(geometry, repeats),
+        "geometry_and_gradient": measure(gradient, repeats),
     }
 
 
@@ -159,7 +142,7 @@ def library_searches(atoms: Atoms, cutoff: float) -> dict[str, Callable[[], int]
     return {"vesin": vesin, "matscipy": matscipy, "pymatgen": pymatgen, "ase": ase_lists, "nvalchemiops": nvalchemiops}
 
 
-def measure_libraries(sizes: list[int], budget: float) -> list[dict[str, Any]]:
+def measure_libraries(sizes: list[int], repeats: int) -> list[dict[str, Any]]:
     """Milliseconds of each library at each size; a library that is not installed is left out."""
     rows: list[dict[str, Any]] = []
     for size in sizes:
@@ -170,29 +153,11 @@ def measure_libraries(sizes: list[int], budget: float) -> list[dict[str, Any]]:
                 row[f"{name}_edges"] = search()
             except ImportError:
                 continue
-            row[name] = median_seconds(search, budget) * 1e3
+            row[name] = measure(search, repeats) * 1e3
         rows.append(row)
         shown = ", ".join(f"{k} {v:.1f} ms ({row[k + '_edges']} edges)" for k, v in row.items() if f"{k}_edges" in row)
         print(f"{row['atoms']} atoms: {shown}")
     return rows
-
-
-def machine() -> dict[str, str]:
-    """What the figures were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    model = "unknown"
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
-        "processor": model,
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def main() -> None:
@@ -200,25 +165,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="atoms of the periodic systems")
     parser.add_argument("--libraries", action="store_true", help="compare neighbor libraries too")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds per figure, beyond three repetitions")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per figure, after one to warm up")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
 
-    result: dict[str, Any] = {"machine": machine()}
+    result: dict[str, Any] = {"provenance": provenance()}
     for name, make in (("rattled copper", copper), ("water", water)):
-        result[name] = [measure_graph([make(size)], arguments.budget) for size in arguments.sizes]
+        result[name] = [measure_graph([make(size)], arguments.repeats) for size in arguments.sizes]
         print_table(name, result[name])
         result[f"{name} slopes"] = (
             {stage: slope(result[name], stage) for stage in STAGES} if len(result[name]) > 1 else {}
         )
-    result["molecules"] = [measure_graph(molecules(480), arguments.budget)]
+    result["molecules"] = [measure_graph(molecules(480), arguments.repeats)]
     print_table("batch of molecules", result["molecules"])
     if arguments.libraries:
-        result["libraries"] = measure_libraries(arguments.sizes, arguments.budget)
+        result["libraries"] = measure_libraries(arguments.sizes, arguments.repeats)
     if arguments.out:
-        aside = arguments.out.with_name(arguments.out.name + ".partial")
-        aside.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(aside, arguments.out)
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":

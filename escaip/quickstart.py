@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         status = _simulate(run, held_out, args.md_steps)
     if status == 0:
+        draw_picture(run)
         print(f"\nquickstart done in {time.perf_counter() - started:.0f} s; what it made is in {run}")
     return status
 
@@ -73,6 +74,31 @@ def write_held_out(run: Path) -> Path:
         raise DataError(f"cannot write {path}: {error.strerror or error}: choose another --out") from error
     finally:
         aside.unlink(missing_ok=True)
+    return path
+
+
+def draw_picture(run: Path) -> Path:
+    """Puts the parity plot and the energies of the constant-energy run side by side in ``quickstart.png``."""
+    import numpy as np
+    from ase.io import read
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread, imsave
+
+    log = np.genfromtxt(run / "nve.csv", delimiter=",", names=True)
+    per_atom = 1e3 / len(read(run / "ethanol.extxyz"))
+    figure = Figure(figsize=(4.6, 4.4), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    for column, name in (("potential_energy_eV", "potential"), ("conserved_energy_eV", "total")):
+        axis.plot(log["time_fs"], per_atom * (log[column] - log[column][0]), label=name)
+    axis.set(xlabel="time (fs)", ylabel="energy − start (meV/atom)", title="Ethanol at constant energy")
+    axis.legend(frameon=False)
+    trace, path = run / ".trace.png", run / "quickstart.png"
+    figure.savefig(trace)
+    left, right = imread(run / "evaluation" / "parity.png"), imread(trace)
+    trace.unlink()
+    aside = run / f".quickstart.{os.getpid()}.png"
+    imsave(aside, np.concatenate([left[..., :3], right[..., :3]], axis=1))
+    os.replace(aside, path)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,12 @@ def resource_dir(kind: str) -> Path:
         ConfigError: neither exists.
     """
     package = Path(__file__).resolve().parent
-    for candidate in (package / "_resources" / kind, package.parent / kind):
-        if candidate.is_dir():
-            return candidate
+    packaged, checkout = package / "_resources" / kind, package.parent
+    if packaged.is_dir():
+        return packaged
+    # Beside an installed package, a folder of that name would be another project's, such as Hugging Face's datasets.
+    if (checkout / "pyproject.toml").is_file() and (checkout / kind).is_dir():
+        return checkout / kind
     raise ConfigError(f"this installation has no {kind} folder: install escaip again")
 
 
@@ -81,38 +85,38 @@ def dataset_card(name: str) -> DatasetCard:
     """Returns one card.
 
     Raises:
-        DataError: no such card; the message lists those there are.
+        ConfigError: no such card; the message lists those there are.
+        DataError: its manifest cannot be read.
     """
-    path = resource_dir("datasets") / name
-    if not (path / "manifest.toml").is_file():
-        names = ", ".join(card.name for card in list_datasets())
-        raise DataError(f"data set {name!r} has no card: there are {names}")
-    return _read_card(path)
+    folder = resource_dir("datasets")
+    names = sorted(path.parent.name for path in folder.glob("*/manifest.toml"))
+    if name not in names:
+        raise ConfigError(f"data set {name!r} has no card: there are {', '.join(names)}")
+    return _read_card(folder / name)
 
 
 def resolve(path: str | Path) -> Path:
     """Turns ``dataset:NAME/FILE`` into the path of a file shipped with a card; other paths stay as they are.
 
     Raises:
+        ConfigError: no such card.
         DataError: the card has no such file.
     """
-    text = str(path)
+    text = os.fspath(path)
     if not text.startswith(DATASET_PREFIX):
         return Path(path)
     name, _, file = text.removeprefix(DATASET_PREFIX).partition("/")
-    resolved = dataset_card(name).path / file
-    if not file or not resolved.is_file():
-        raise DataError(f"{text} does not exist: the card of {name} holds {_files(resolved.parent)}")
-    return resolved
+    folder = dataset_card(name).path
+    held = sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file())
+    if file not in held:
+        raise DataError(f"{text} does not exist: the card of {name} holds {', '.join(held)}")
+    return folder / file
 
 
 def _read_card(path: Path) -> DatasetCard:
-    with (path / "manifest.toml").open("rb") as stream:
-        manifest = tomllib.load(stream)
+    manifest_path = path / "manifest.toml"
+    try:
+        manifest = tomllib.loads(manifest_path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{manifest_path} is no valid TOML ({error}): repair it or install escaip again") from error
     return DatasetCard(path.name, str(manifest.get("dataset", {}).get("title", path.name)), manifest, path)
-
-
-def _files(folder: Path) -> str:
-    return (
-        ", ".join(sorted(entry.name for entry in folder.iterdir() if entry.is_file())) if folder.is_dir() else "nothing"
-    )

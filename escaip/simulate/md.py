@@ -37,8 +37,8 @@ class MDStatus:
         time: fs simulated.
         temperature: K.
         energy: conserved energy, or total energy where nothing is conserved, eV.
-        ns_per_day: speed.
-        seconds_left: of wall time.
+        ns_per_day: speed; NaN before the first step.
+        seconds_left: of wall time; NaN before the first step.
     """
 
     step: int
@@ -79,8 +79,8 @@ class MDResult:
         lines = [f"{self.steps} steps, {self.time / 1000:.3f} ps, mean temperature {self.mean_temperature:.1f} K"]
         if self.drift is not None:
             lines.append(
-                f"energy drift {self.drift.slope:+.4f} ± {self.drift.error:.4f} meV/atom/ps, "
-                f"fluctuation {self.drift.fluctuation:.4f} meV/atom"
+                f"energy drift {self.drift.slope:+.3g} ± {self.drift.error:.2g} meV/atom/ps, "
+                f"fluctuation {self.drift.fluctuation:.3g} meV/atom"
             )
         if np.isfinite(self.ns_per_day):
             lines.append(f"speed {self.ns_per_day:.3g} ns/day")
@@ -270,7 +270,8 @@ class _Run:
         })  # fmt: skip
         if report is not None:
             elapsed = now - self.started
-            left = elapsed * (self.settings.steps - step) / max(step - self.first_step, 1)
+            done = step - self.first_step
+            left = elapsed * (self.settings.steps - step) / done if done else float("nan")
             energy = conserved if np.isfinite(conserved) else potential + kinetic
             report(MDStatus(step, self.settings.steps, step * length, present, energy, speed, left))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import IO
 
@@ -24,7 +25,7 @@ class ProgressLine:
         """Shows a status."""
         fraction = status.step / status.steps
         finished = status.step >= status.steps
-        if not self.live and not finished and fraction < self._next:
+        if math.isnan(status.seconds_left) or (not self.live and not finished and fraction < self._next):
             return
         self._next = fraction + 0.1
         line = (

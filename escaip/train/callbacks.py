@@ -27,6 +27,11 @@ class RunReport(Callback):
     def __init__(self) -> None:
         self._history: dict[int, dict[str, dict[str, float]]] = {}
 
+    @property
+    def steps(self) -> list[int]:
+        """Steps at which the run validated."""
+        return list(self._history)
+
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints data, model and device."""

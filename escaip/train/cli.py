@@ -221,6 +221,18 @@ class TrainingCLI(LightningCLI):
             raise ConfigError("--lr_find starts a run, --ckpt_path continues one: choose one of them")
         find_learning_rate(self.trainer, self.model, self.datamodule)
 
+    def after_fit(self) -> None:
+        """Validates the final weights where the run ended between two validations."""
+        seen = [
+            step for callback in self.trainer.callbacks if isinstance(callback, RunReport) for step in callback.steps
+        ]
+        if (
+            "val" in self.datamodule.datasets
+            and self.trainer.limit_val_batches
+            and self.trainer.global_step not in seen
+        ):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
 
 def find_learning_rate(trainer: Trainer, model: PotentialModule, datamodule: AtomicDataModule) -> float:
     """Sets and returns the learning rate at the steepest descent of the loss over 100 steps of a rising rate.

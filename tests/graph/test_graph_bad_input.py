@@ -11,6 +11,7 @@ from graph_reference import make_batch, random_system
 
 from escaip.errors import ConfigError, DataError, UsageError
 from escaip.graph import build_graph, neighbor_list, search_cutoff
+from escaip.graph.neighbors import Systems, find_pairs
 from escaip.types import GraphSettings
 
 GOOD = (np.array([[0.0, 0, 0], [1.0, 0, 0]]), np.eye(3) * 5.0, np.ones(3, bool))
@@ -106,6 +107,19 @@ def test_a_pair_at_the_cutoff_is_in_both_lists_or_none() -> None:
     for cutoff in (2.0, 4.0, 2.0 * 3**0.5, 6.0):
         found = neighbor_list(make_batch(system), cutoff)
         assert {tuple(s) for s in found.shift.tolist()} == {tuple(s) for s in (-found.shift).tolist()}
+
+
+def test_pairs_at_the_cutoff_are_decided_by_their_distance() -> None:
+    """A cutoff one rounding above the distance of a pair finds it, one at that distance does not."""
+    rng = np.random.default_rng(3)
+    system = random_system(rng, "skewed_mixed", 4.0)
+    batch = make_batch(system)
+    pairs = find_pairs(Systems.from_batch(batch), 4.0)
+    assert len(pairs.distance) > 30
+    for number, distance in enumerate(pairs.distance.sort().values[-30:].tolist()):
+        below = len(pairs.distance) - 30 + number
+        assert len(neighbor_list(batch, distance).center) == 2 * below
+        assert len(neighbor_list(batch, float(np.nextafter(distance, 10.0))).center) == 2 * below + 2
 
 
 def test_order_does_not_depend_on_threads() -> None:

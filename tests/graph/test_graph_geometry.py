@@ -107,6 +107,21 @@ def test_no_nan_in_derivatives(settings: GraphSettings, dtype: torch.dtype) -> N
             assert not tensor[graph.self_token].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_nan_at_the_very_edge(dtype: torch.dtype) -> None:
+    """A token that has moved to ``x = 1`` exactly: no weight, no slope, no curvature."""
+    settings = GraphSettings(cutoff=4.0, num_neighbors=None)
+    batch = make_batch((np.array([[0.0, 0, 0], [2.0, 0, 0]]), np.zeros((3, 3)), np.zeros(3, bool)))
+    graph = build_graph(batch, settings)
+    positions = (2.0 * batch.positions).requires_grad_()
+    g = compute_geometry(positions, batch.cell, batch.batch, graph, settings, dtype)
+    assert g.log_envelope.tolist() == [0.0, -torch.inf, 0.0, -torch.inf]
+    (first,) = torch.autograd.grad(g.log_envelope.exp().sum() + g.distance.sum(), positions, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), positions)
+    assert first.tolist() == [[-2.0, 0, 0], [2.0, 0, 0]]
+    assert torch.isfinite(second).all()
+
+
 def test_single_precision_agrees() -> None:
     rng = np.random.default_rng(9)
     batch = make_batch(random_system(rng, "unwrapped", 4.0), random_system(rng, "tiny", 4.0))

@@ -62,6 +62,15 @@ def test_fit_then_every_other_command(folder: Path, capsys: pytest.CaptureFixtur
     assert os.readlink(folder / "runs" / "tiny" / "latest") == "version_4"
 
 
+def test_a_run_that_ends_within_an_epoch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "2"]) == 0
+    assert "force MAE (meV/Å)" in capsys.readouterr().out
+    checkpoint = torch.load(folder / "runs/tiny/latest/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "5", "--ckpt_path", "last"]) == 0
+    assert sorted(_figures(folder / "runs/tiny/latest")) == [2, 3, 4]
+
+
 def test_learning_rate_finder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--lr_find", "true", "--trainer.max_epochs", "40", "--trainer.limit_val_batches", "0"]
     assert main(["fit", "--config", "tiny.yaml", *options, "--trainer.max_steps", "3"]) == 0

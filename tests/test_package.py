@@ -1,0 +1,287 @@
+"""What holds for the tree as a whole: light imports, floors, sizes, safety, links."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import escaip
+from escaip.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "escaip"
+FOLDERS = ("escaip", "tests", "configs", "datasets", "md", "benchmarks", "docs", ".ci")
+TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ".csv", ".xyz", ".extxyz", ".cif", ".sh", ""}
+MAX_FILE, MAX_FUNCTION = 400, 60
+
+# Floors of the package: a module imports from its own floor and those below.
+FLOORS: dict[str, int] = {
+    "errors": 0, "types": 0, "units": 0, "resources": 0,
+    "ops": 1,
+    "graph": 2,
+    "nn": 3,
+    "config": 4, "model": 4, "potential": 4, "checkpoint": 4,
+    "data": 5,
+    "train": 6, "calculators": 6, "simulate": 6, "evaluate": 6, "info": 6, "testing": 6,
+    "cli_data": 7, "cli": 7, "quickstart": 7, "__main__": 7,
+}  # fmt: skip
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if "_resources" not in path.parts)
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def in_fresh_interpreter(code: str) -> dict[str, object]:
+    """What ``code`` puts into ``result``, from an interpreter that has imported nothing yet."""
+    program = f"import json\nresult = {{}}\n{code}\nprint(json.dumps(result))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_and_its_help_is_light() -> None:
+    found = in_fresh_interpreter(
+        "import sys, escaip, escaip.cli, escaip.data, escaip.resources\n"
+        "escaip.cli.build_parser().format_help()\n"
+        "heavy = ('torch', 'numpy', 'ase', 'lightning', 'matplotlib', 'h5py', 'pymatgen', 'torch_geometric')\n"
+        "result['heavy'] = [name for name in heavy if name in sys.modules]"
+    )
+    assert found["heavy"] == []
+
+
+@pytest.mark.slow
+def test_imports_touch_no_global_state() -> None:
+    names = [name_of(path) for path in modules() if path.name != "__main__.py"]
+    found = in_fresh_interpreter(
+        "import importlib, logging, os, random, warnings\n"
+        "import torch, lightning.pytorch, torch_geometric, ase, pymatgen.core, matplotlib, h5py, numpy\n"
+        "def state():\n"
+        "    return repr((torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads(),\n"
+        "        torch.is_grad_enabled(), torch.initial_seed(), torch.are_deterministic_algorithms_enabled(),\n"
+        "        torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, logging.root.handlers,\n"
+        "        logging.root.level, matplotlib.get_backend(auto_select=False), os.getcwd(), dict(os.environ),\n"
+        "        numpy.geterr(), numpy.random.get_state()[1].tolist(), random.getstate()))\n"
+        "before = state()\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "result['same'] = state() == before"
+    )
+    assert found["same"]
+
+
+def public_modules() -> list[str]:
+    packages = (name_of(path.parent / "__init__.py") for path in PACKAGE.glob("*/__init__.py"))
+    return ["escaip", *sorted(name for name in packages if "_resources" not in name)]
+
+
+@pytest.mark.parametrize("name", public_modules())
+def test_public_names_resolve(name: str) -> None:
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", []):
+        assert getattr(module, public) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = module.no_such_name
+
+
+def test_names_that_the_interface_fixes() -> None:
+    fixed = {
+        "escaip": ["EScAIP", "EScAIPConfig", "Potential", "EScAIPCalculator", "load_potential"],
+        "escaip.data": ["AtomicData", "collate"],
+        "escaip.ops": ["neighborhood_attention", "available_backends"],
+        "escaip.graph": ["neighbor_list", "build_graph"],
+        "escaip.testing": ["check_potential"],
+    }
+    for module, names in fixed.items():
+        for name in names:
+            assert callable(getattr(importlib.import_module(module), name)), f"{module}.{name}"
+
+
+def test_version_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"escaip {escaip.__version__}"
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", escaip.__version__)
+
+
+@pytest.mark.parametrize("command", ["", "data", "data inspect", "evaluate", "relax", "md", "info"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: escaip {command}".rstrip())
+
+
+def floor_of(name: str) -> int:
+    """Floor of ``escaip.a.b``; of ``escaip`` itself 0, since its names are imported on use."""
+    parts = name.split(".")
+    return FLOORS[parts[1]] if len(parts) > 1 else 0
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of every module of the package that is imported at run time, inside functions too."""
+    type_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    public = escaip._PUBLIC
+    for node in ast.walk(tree):
+        if id(node) in type_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "escaip")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            if node.module == "escaip":
+                for alias in node.names:
+                    submodule = f"escaip.{alias.name}"
+                    fallback = submodule if alias.name in FLOORS else "escaip"
+                    yield node.lineno, public.get(alias.name, fallback)
+            elif node.module is not None and node.module.split(".")[0] == "escaip":
+                yield node.lineno, node.module
+
+
+def upward_imports(name: str, tree: ast.Module) -> list[str]:
+    floor = floor_of(name)
+    return [f"{name}:{line} imports {other}" for line, other in imported(tree) if floor_of(other) > floor]
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {
+        name_of(path).split(".")[1] for path in modules() if path.parent != PACKAGE or path.stem != "__init__"
+    } == set(FLOORS)
+
+
+def test_imports_point_only_downward() -> None:
+    paths = [path for path in modules() if path != PACKAGE / "__init__.py"]
+    assert [fault for path in paths for fault in upward_imports(name_of(path), parse(path))] == []
+
+
+def test_an_upward_import_is_seen() -> None:
+    assert upward_imports("escaip.graph.knn", ast.parse("def f():\n    from escaip.nn import layers")) != []
+    assert upward_imports("escaip.graph.knn", ast.parse("from escaip import Potential")) != []
+    assert upward_imports("escaip.nn.block", ast.parse("import escaip.graph")) == []
+
+
+def unsafe_calls(tree: ast.Module) -> list[str]:
+    """Calls that can run code from a file or a string."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        options = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        last = name.split(".")[-1]
+        if (
+            re.fullmatch(r"(pickle|cPickle|dill|cloudpickle|joblib|marshal|shelve)\.(load|loads|open|Unpickler)", name)
+            or name in {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+            or (name == "torch.load" and options.get("weights_only") != "True")
+            or (last == "load_from_checkpoint" and options.get("weights_only") != "True")
+            or options.get("allow_pickle", "False") != "False"
+            or options.get("shell", "False") != "False"
+        ):
+            found.append(f"line {node.lineno}: {ast.unparse(node)[:80]}")
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_nothing_read_is_run(path: Path) -> None:
+    tree = parse(path)
+    assert unsafe_calls(tree) == []
+    for node in ast.walk(tree):  # "from pickle import load" would escape the check of calls
+        if isinstance(node, ast.ImportFrom) and node.module in {"pickle", "marshal", "dill", "cloudpickle"}:
+            assert {alias.name for alias in node.names} <= {"UnpicklingError"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.load(path)", "torch.load(path, weights_only=False)", "pickle.loads(x)", "np.load(p, allow_pickle=True)",
+        "pickle.Unpickler(f)", "yaml.load(f)", "eval(text)", "subprocess.run(x, shell=True)",
+    ],
+)  # fmt: skip
+def test_an_unsafe_call_is_seen(code: str) -> None:
+    assert unsafe_calls(ast.parse(code)) != []
+    assert unsafe_calls(ast.parse("torch.load(path, map_location='cpu', weights_only=True)")) == []
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_files_and_functions_fit_on_screens(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") < MAX_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            documented = ast.get_docstring(node) is not None
+            docstring = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+            lines = (node.end_lineno or 0) - node.lineno + 1 - docstring
+            assert lines < MAX_FUNCTION, f"{node.name} has {lines} lines without its docstring"
+
+
+def tracked_text() -> Iterator[Path]:
+    """Text files of the tree; those that git would ignore (caches, runs) lie elsewhere."""
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and path.suffix in TEXT and "__pycache__" not in path.parts:
+                yield path
+    yield from (path for path in sorted(ROOT.iterdir()) if path.is_file() and path.suffix in TEXT)
+
+
+def test_no_machine_paths() -> None:
+    machine = re.compile(r"(?<![\w.}])/" + r"(?:work|tmp|root|home|Users)/\w")
+    assert machine.search('open("/' + 'tmp/x")')
+    found = []
+    for path in tracked_text():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if machine.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}")
+    assert found == []
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    broken = []
+    documents = [path for path in tracked_text() if path.suffix == ".md"]
+    assert len(documents) > 5
+    for path in documents:
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not re.match(r"[a-z]+:|#", target) and not (path.parent / target.split("#")[0]).exists():
+                broken.append(f"{path.relative_to(ROOT)} -> {target}")
+    assert broken == []
+
+
+def test_every_page_of_the_documentation_is_in_its_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    missing = [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "index.md" and path.name not in index]
+    assert missing == []
+
+
+def test_shipped_and_declared() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "MIT License" in licence
+    assert "escaip contributors" in licence
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in pins if line and not line.startswith("#")]
+    assert "torch==2.13.0" in pins
+    # Without hosts, file paths or local versions, which other machines do not have.
+    unusual = [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+(; python_version (<|>=) '3\.11')?", pin)]
+    assert unusual == []
