@@ -28,7 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(STAMP) ## train on the sample data, show the errors, run a short MD (under five minutes on two cores)
-	$(BIN)/python -m escaip.quickstart --out $(OUT)
+	$(BIN)/escaip fit --config quickstart --out $(OUT)
+	$(BIN)/escaip md $(RUN)/best.ckpt md/structures/ethanol.xyz --ensemble nve --temperature 300 --steps 2000 \
+	    --timestep 0.5 --dtype float64 --overwrite --out $(RUN)/nve.extxyz
+	@echo "model $(RUN)/best.ckpt, plots $(RUN)/evaluation, trajectory and log $(RUN)/nve.extxyz, $(RUN)/nve.csv"
 
 test: $(STAMP) ## run the test suite (under ten minutes on two cores)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q

@@ -80,8 +80,8 @@ def load_potential(
     description, weights = _read_lightning(path) if _is_zip(path) else _read_safetensors(path)
     potential = _build(migrate(description, path), weights, path)
     if dtype is not None:
-        potential = potential.to(_dtype(dtype))
-    return potential.to(_device(device)).eval()
+        potential = potential.to(resolve_dtype(dtype))
+    return potential.to(resolve_device(device)).eval()
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -191,7 +191,12 @@ def _build(description: dict[str, Any], weights: dict[str, Tensor], path: Path) 
     return potential
 
 
-def _device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Returns the device meant; ``"auto"`` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: it does not exist here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -203,7 +208,12 @@ def _device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Returns the precision meant, ``float32`` or ``float64``.
+
+    Raises:
+        ConfigError: another one.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     choices = {"float32": torch.float32, "float64": torch.float64}

@@ -156,15 +156,15 @@ def _own_potential(
     model: str | os.PathLike[str] | Potential, device: str | torch.device, dtype: str | torch.dtype | None
 ) -> Potential:
     """A potential nobody else changes, without gradients of its weights."""
-    from escaip.checkpoint import _device, _dtype, load_potential
+    from escaip.checkpoint import load_potential, resolve_device, resolve_dtype
 
     if not isinstance(model, Potential):
         return load_potential(model, device=device, dtype=dtype).requires_grad_(False)
     potential = copy.deepcopy(model)
     if dtype is not None:
-        potential = potential.to(_dtype(dtype))
+        potential = potential.to(resolve_dtype(dtype))
     if device != "auto":  # a potential at hand stays where it is
-        potential = potential.to(_device(device))
+        potential = potential.to(resolve_device(device))
     return potential.eval().requires_grad_(False)
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from escaip.errors import DataError
 from escaip.evaluate.report import EvaluationReport
+
+if TYPE_CHECKING:
+    from escaip.data import AtomicData
+    from escaip.potential import Potential
 
 
 def evaluate_files(
@@ -42,14 +47,44 @@ def evaluate_files(
     """
     from escaip.checkpoint import load_potential
     from escaip.data import open_source
-    from escaip.evaluate.run import evaluate
     from escaip.resources import resolve
 
     potential = load_potential(model, device=device, dtype=dtype)
     structures = open_source(resolve(Path(data)), **source)
+    origin = {"model": os.fspath(model), "data": os.fspath(data)}
+    return evaluate_into(
+        Path(out), potential, structures, origin, max_atoms=max_atoms, free_atoms_only=free_atoms_only, plots=plots
+    )
+
+
+def evaluate_into(
+    folder: Path,
+    potential: Potential,
+    structures: Iterable[AtomicData],
+    origin: dict[str, Any],
+    *,
+    max_atoms: int = 1000,
+    free_atoms_only: bool = False,
+    plots: bool = True,
+) -> EvaluationReport:
+    """Evaluates a potential; writes ``report.json``, ``parity.png`` and ``errors.png``.
+
+    Args:
+        folder: made when needed.
+        potential: in evaluation mode.
+        structures: with labels.
+        origin: what model and data are, in words; goes to the top of the report.
+        max_atoms: in a batch.
+        free_atoms_only: leave forces of constrained atoms out.
+        plots: whether to draw.
+
+    Raises:
+        DataError: no labels, or the folder cannot be written.
+    """
+    from escaip.evaluate.run import evaluate
+
     report, records = evaluate(potential, structures, max_atoms=max_atoms, free_atoms_only=free_atoms_only)
-    folder = Path(out)
-    values = {"model": os.fspath(model), "data": os.fspath(data), "dtype": str(potential.dtype), **report.to_dict()}
+    values = {**origin, "dtype": str(potential.dtype), **report.to_dict()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / "report.json", json.dumps(values, indent=1, ensure_ascii=False).encode())

@@ -1,28 +1,24 @@
 """Neighbor search: which pairs of atoms are closer than a cutoff, for any cell and any mix of periodic axes.
 
-The search itself is done by vesin's O(N) cell list (docs/graph.md says why). It runs slightly beyond the
-cutoff; which pairs are kept is decided here, by one distance per undirected pair, so that ``(i, j, S)`` is in
-the list exactly when ``(j, i, −S)`` is.
+A library searches (:mod:`escaip.graph.search`), slightly beyond the cutoff; which pairs are kept is decided here,
+by one distance per undirected pair, so that ``(i, j, S)`` is in the list exactly when ``(j, i, −S)`` is.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from vesin import NeighborList as VesinNeighborList
 
 from escaip.errors import DataError, UsageError
+from escaip.graph.search import search_pairs
 from escaip.types import NeighborList
 
-# vesin may round the other way at the cutoff (and then drop one of two equal pairs), so it searches farther.
+# A library may round the other way at the cutoff, so it searches a little farther than what is kept.
 _SEARCH_MARGIN = 1e-6
-# Below this many atoms starting threads costs more than they save.
-_ATOMS_PER_THREAD = 2000
 # Pairs measured at once: bounds the memory, and stays in the processor's cache.
 _CHUNK_PAIRS = 100_000
 # Squared sine of the flattest allowed angle between the periodic axes.
@@ -198,7 +194,8 @@ def find_pairs(systems: Systems, cutoff: float) -> UndirectedPairs:
     if not (cutoff > 0 and math.isfinite(cutoff)):
         raise UsageError(f"cutoff is {cutoff}: it must be a positive number of Å")
     systems.check_images(cutoff)
-    first, second, shift = _search(systems, cutoff + _SEARCH_MARGIN)
+    batch = (systems.positions, systems.cell, systems.pbc, systems.index, systems.ptr)
+    first, second, shift = search_pairs(*batch, cutoff + _SEARCH_MARGIN)
     return _closer_than(systems, first, second, shift, cutoff)
 
 
@@ -276,28 +273,3 @@ def pair_distance(systems: Systems, first: Tensor, second: Tensor, shift: Tensor
             vector.index_add_(0, moved, translation)
         distance[part] = vector.square_().sum(dim=1).sqrt_()
     return distance
-
-
-def _search(systems: Systems, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses the library: first, second ``(M,)`` int64 and shift ``(M, 3)`` int32, each pair once.
-
-    The one place where a library for another device belongs. Today the topology of a batch on a GPU is found
-    on the CPU and copied.
-    """
-    return _search_vesin(systems, cutoff)
-
-
-def _search_vesin(systems: Systems, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
-    device = systems.positions.device
-    positions, cell, pbc = (x.cpu().numpy() for x in (systems.positions, systems.cell, systems.pbc))
-    bounds = systems.ptr.tolist()
-    found = []
-    for system, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        threads = max(1, min(torch.get_num_threads(), (stop - start) // _ATOMS_PER_THREAD))
-        search = VesinNeighborList(cutoff=cutoff, full_list=False, n_threads=threads)
-        pairs, shift = search.compute(positions[start:stop], cell[system], pbc[system], "PS")
-        found.append((torch.from_numpy(pairs.view("int64")).add_(start), torch.from_numpy(shift)))
-    if not found:
-        found.append((torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int32)))
-    pairs, shift = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
-    return pairs[:, 0].contiguous().to(device), pairs[:, 1].contiguous().to(device), shift.to(device)

@@ -20,6 +20,7 @@ from escaip.resources import config_path, resolve
 from escaip.train.callbacks import PredictionFile, RunReport
 from escaip.train.checkpoints import BEST, LAST, BestAndLast, PlainCheckpointIO, read_checkpoint
 from escaip.train.ema import WeightEMA
+from escaip.train.evaluation import FinalEvaluation
 from escaip.train.module import PotentialModule
 from escaip.train.progress import TrainingProgress
 
@@ -143,6 +144,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--out", type=str, default="runs", help="where runs are kept")
         parser.add_lightning_class_args(WeightEMA, "ema")
         parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(FinalEvaluation, "evaluation")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -223,15 +225,13 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Validates the final weights where the run ended between two validations."""
-        seen = [
-            step for callback in self.trainer.callbacks if isinstance(callback, RunReport) for step in callback.steps
-        ]
-        if (
-            "val" in self.datamodule.datasets
-            and self.trainer.limit_val_batches
-            and self.trainer.global_step not in seen
-        ):
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        trainer = self.trainer
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        reports = [callback for callback in callbacks if isinstance(callback, RunReport)]
+        if any(trainer.global_step in report.steps for report in reports) or not trainer.limit_val_batches:
+            return
+        if "val" in self.datamodule.datasets:
+            trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
 def find_learning_rate(trainer: Trainer, model: PotentialModule, datamodule: AtomicDataModule) -> float:
