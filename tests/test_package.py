@@ -32,7 +32,7 @@ FLOORS: dict[str, int] = {
     "config": 4, "model": 4, "potential": 4, "checkpoint": 4,
     "data": 5,
     "train": 6, "calculators": 6, "simulate": 6, "evaluate": 6, "info": 6, "testing": 6,
-    "cli_data": 7, "cli": 7, "quickstart": 7, "__main__": 7,
+    "cli_data": 7, "cli": 7, "__main__": 7,
 }  # fmt: skip
 
 
