@@ -30,7 +30,7 @@ from real_data_report import draw_curves, read_log, results_table, test_errors, 
 from real_data_sets import SETS, RealSet, baselines, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_VALIDATIONS = 20
+NUM_VALIDATIONS = 8
 CALIBRATION_STEPS = (4, 24)
 # Part of the time left for optimizer steps that is planned for: the schedule should end before the time does.
 SAFETY = 0.93

@@ -18,8 +18,8 @@ from escaip.data import AtomicData, Store, StoreWriter, fit_statistics, open_sou
 from escaip.errors import DataError
 
 PARTS = ("train", "val", "test")
-# Validation runs many times within minutes: its part is thinned to about so many atoms.
-MAX_VAL_ATOMS = 4000
+# Validation runs several times within minutes: its part is thinned to about so many atoms.
+MAX_VAL_ATOMS = 1500
 
 
 @dataclass(frozen=True)
