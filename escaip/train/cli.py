@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from escaip.config import EScAIPConfig
 from escaip.data import AtomicDataModule
-from escaip.errors import CheckpointError, ConfigError
+from escaip.errors import CheckpointError, ConfigError, TrainingError
 from escaip.resources import config_path, resolve
 from escaip.train.callbacks import PredictionFile, RunReport
 from escaip.train.checkpoints import BEST, LAST, BestAndLast, PlainCheckpointIO, read_checkpoint
@@ -55,6 +55,10 @@ def run(argv: list[str]) -> int:
         build(argv).execute()
     except MisconfigurationException as error:
         raise ConfigError(_one_line(error)) from error
+    except SIGTERMException as stop:  # a SystemExit without a status, which would look like success
+        raise TrainingError(
+            "stopped by a termination signal: resume from the last checkpoint with --ckpt_path last"
+        ) from stop
     return 0
 
 

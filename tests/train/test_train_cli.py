@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import signal
@@ -14,10 +15,12 @@ from pathlib import Path
 import ase.io
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from training_stand_ins import write_molecules, write_recipe
 
 from escaip import load_potential
 from escaip.cli import main
+from escaip.train import PotentialModule
 
 
 @pytest.fixture
@@ -34,13 +37,17 @@ def _figures(run: Path, column: str = "train/loss") -> dict[int, str]:
 
 
 def test_fit_then_every_other_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    assert main(["fit", "--config", "tiny.yaml", "--evaluation.max_structures", "3"]) == 0
     shown = capsys.readouterr()
     assert "force MAE (meV/Å)" in shown.out
     assert "references, zero forces" in shown.out
     assert "validation: loss" in shown.err
     run = folder / "runs" / "tiny" / "latest"
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt"}
+    kept = {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "evaluation"}
+    assert {path.name for path in run.iterdir()} == kept
+    assert {path.name for path in (run / "evaluation").iterdir()} == {"report.json", "parity.png", "errors.png"}
+    report = json.loads((run / "evaluation" / "report.json").read_text(encoding="utf-8"))
+    assert report["num_structures"] == 3
     assert len(_figures(run)) == 6
     assert load_potential(run / "best.ckpt", device="cpu").metadata.elements == (1, 6, 7, 8)
     checkpoint = torch.load(run / "last.ckpt", weights_only=True)
@@ -122,6 +129,17 @@ def test_killed_and_resumed(folder: Path) -> None:
     whole, again = (load_potential(folder / f"runs/{name}/latest/last.ckpt", "cpu") for name in ("whole", "tiny"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_termination_signal_is_no_success(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise SIGTERMException
+
+    monkeypatch.setattr(PotentialModule, "training_step", stopped)
+    assert main(["fit", "--config", "tiny.yaml"]) == 1
+    assert "--ckpt_path last" in capsys.readouterr().err
 
 
 @pytest.mark.bad_input

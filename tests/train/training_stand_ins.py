@@ -57,6 +57,7 @@ data:
   split: {{by: structure, val: 4}}
   batch_size: 4
 ema: {{decay: 0.9}}
+evaluation: {{max_structures: 0}}
 trainer: {{max_epochs: 2, accelerator: cpu, log_every_n_steps: 1}}
 """
 
