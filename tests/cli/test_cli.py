@@ -238,7 +238,7 @@ def test_data_commands(labelled: Path, tmp_path: Path, capsys: Capture) -> None:
     assert len(ase.io.read(tmp_path / "c.extxyz", ":")) == 3
     assert main(["data", "prepare", "ase", str(labelled), "--out", str(tmp_path / "store")]) == 0
     capsys.readouterr()
-    fails(["data", "info", "nothing"], 1, "nothing", capsys)
+    fails(["data", "info", "nothing"], 2, "nothing", capsys)
     fails(["data", "inspect", str(tmp_path / "none.xyz")], 1, "none.xyz", capsys)
 
 
