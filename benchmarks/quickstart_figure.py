@@ -39,7 +39,7 @@ def draw_parity(axes: Axes, run: Path) -> None:
     text = f"MAE {1e3 * report.forces.errors.mae:.0f} meV/Å\npredicting zero {1e3 * zero:.0f} meV/Å"
     axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top")
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    axes.set(xlabel="GFN2-xTB force (eV/Å)", ylabel="predicted force (eV/Å)", title="held out of training")
+    axes.set(xlabel="GFN2-xTB force (eV/Å)", ylabel="predicted force (eV/Å)", title="held-out conformations")
 
 
 def draw_energy(axes: Axes, log: Path, num_atoms: int) -> None:
@@ -51,7 +51,7 @@ def draw_energy(axes: Axes, log: Path, num_atoms: int) -> None:
         energy = np.array([float(row[column]) for row in rows])
         axes.plot(time, 1e3 * (energy - energy[0]) / num_atoms, label=label, linewidth=1.0)
     axes.set(xlabel="time (ps)", ylabel="energy change (meV/atom)", title="ethanol, NVE")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.22))
 
 
 def main() -> None:
