@@ -50,7 +50,7 @@ def continuity(potential: Potential) -> tuple[float, float]:
     atoms.rattle(0.15, seed=4)
     evaluate = evaluator(potential)
     worst = (0.0, 0.0)
-    for start in np.arange(0.0, 0.05, 0.005):
+    for start in np.arange(0.0, 0.02, 0.005):
         # 250 steps of 2e-5 Å: with some sixty tokens at the edge of the list, several come or go in each piece.
         path = []
         for step in range(250):
