@@ -213,7 +213,7 @@ _PUBLISHED_CHANNELS = (20, 10, 4, 10, 20)
 PRESETS: dict[str, dict[str, Any]] = {
     "1m": {
         "hidden_size": 96, "num_layers": 3, "num_heads": 4, "angular_channels": (8, 4, 2, 4, 6),
-        "num_radial": 128, "distance_size": 64, "element_size": 64, "boo_size": 32,
+        "num_radial": 32, "radial_width": 1.0, "distance_size": 64, "element_size": 64, "boo_size": 32,
     },
     "5m": {
         "hidden_size": 192, "num_layers": 4, "num_heads": 6, "angular_channels": (10, 5, 2, 5, 10),

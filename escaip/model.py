@@ -10,6 +10,7 @@ from escaip.graph import bond_orientational_order
 from escaip.nn.block import Block, Message, NeighborhoodAttention
 from escaip.nn.embedding import EdgeAttributes, GaussianBasis, SystemEmbedding
 from escaip.nn.heads import DirectForceHead, EnergyHead, Readout, ReadoutProjection
+from escaip.nn.initialization import initialize
 from escaip.nn.layers import FeedForward, make_norm
 from escaip.types import Geometry, Graph, ModelOutput
 
@@ -44,6 +45,7 @@ class EScAIP(nn.Module):
             self.edge_readouts = nn.ModuleList(Readout(*readout) for _ in range(c.num_layers + 1))
             self.edge_projection = ReadoutProjection(*projection)
             self.force_head = DirectForceHead(*head, c.vector_dropout, c.scalar_dropout, c.force_weighting == "uniform")
+        initialize(self, c.radial_width)
 
     def forward(
         self,

@@ -19,7 +19,7 @@ def test_presets_have_the_size_they_are_named_after(name: str) -> None:
     with torch.device("meta"):
         model = EScAIP(EScAIPConfig.preset(name))
     parameters = sum(p.numel() for p in model.parameters())
-    assert abs(parameters / SIZES[name] - 1) < 0.1
+    assert abs(parameters / SIZES[name] - 1) < 0.15
 
 
 def test_round_trip_through_json() -> None:
