@@ -56,7 +56,7 @@ class RealSet:
 _OC20 = {
     "source": "catalysts/oc20_dft_traj/*.traj",
     "split": "group",
-    "options": {"group_by": "file"},
+    "options": {"group_by": "file", "max_force": 10.0},
     "free_atoms_only": True,
     "val": 0.1,
     "test": 0.15,

@@ -46,13 +46,20 @@ def add_source_options(parser: argparse.ArgumentParser, with_format: bool = True
     for label in _LABELS:
         group.add_argument(f"--{label}-key", metavar="KEY", help=f"name of the {label} in the file")
     group.add_argument("--units", metavar="Q=U,...", help="where not Å and eV: length=bohr,energy=hartree")
+    group.add_argument("--max-force", type=float, metavar="F", help="leave out structures with a larger force, eV/Å")
     group.add_argument("--limit", type=int, metavar="N", help="use the first N structures")
 
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options of :func:`escaip.data.open_source` that were given."""
     keys = {label: getattr(args, f"{label}_key") for label in _LABELS if getattr(args, f"{label}_key")}
-    options = {"format": getattr(args, "format", None), "keys": keys, "units": _units(args.units), "limit": args.limit}
+    options = {
+        "format": getattr(args, "format", None),
+        "keys": keys,
+        "units": _units(args.units),
+        "max_force": args.max_force,
+        "limit": args.limit,
+    }
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit is {args.limit}: it must be at least 1")
     return {name: value for name, value in options.items() if value}

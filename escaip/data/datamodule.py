@@ -167,7 +167,8 @@ class AtomicDataModule(LightningDataModule):
         lines = [
             f"{part}: {len(data)} structures, {int(data.natoms.sum())} atoms" for part, data in self.datasets.items()
         ]
-        lines += [f"{part}: {report.summary()}" for part, report in self.reports.items() if report.skipped]
+        left_out = {part: report for part, report in self.reports.items() if report.skipped or report.filtered}
+        lines += [f"{part}: {report.summary()}" for part, report in left_out.items()]
         if self._statistics is not None:
             counts = ", ".join(f"{count} {label}" for label, count in self._statistics.label_counts.items())
             lines.append(f"labels in train: {counts}")

@@ -11,8 +11,10 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.constraints import FixAtoms
 
-from escaip.data.sources import ReadReport, detect_format, open_source
+from escaip.data.sources import ReadReport, detect_format, list_files, open_source, read_file
+from escaip.data.sources.door import Door
 from escaip.errors import ConfigError, DataError
 
 ETHANOL = "molecular/md17_ethanol_UNITS_kcal.xyz"
@@ -247,11 +249,11 @@ def test_bad_files(write_xyz: Callable[[str, str], Path], name: str, text: str, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "lmdb"}, "format: 'lmdb' is not one of ase"),
+        ({"format": "lmdb"}, "format: 'lmdb' is not one of store"),
         ({"on_error": "ignore"}, "on_error: 'ignore'"),
         ({"index": "first"}, "index: 'first'"),
         ({"group_by": "colour"}, "group_by: 'colour'"),
-        ({"subset": "x"}, "no such option"),
+        ({"subset": "x"}, "has no option 'subset'"),
         ({"keys": {"stress": "s", "virial": "v"}}, "stress or virial"),
     ],
 )
@@ -300,3 +302,39 @@ def test_bulk_with_a_shared_cell_keeps_pbc(tmp_path: Path) -> None:
     path = tmp_path / "slab.traj"
     ase.io.write(path, ase.build.fcc111("Cu", (1, 1, 3), vacuum=5.0))
     assert next(open_source(path)).pbc.tolist() == [[True, True, False]]
+
+
+def test_max_force_leaves_out_and_counts(xyz_file: Path) -> None:
+    whole = list(open_source(xyz_file))
+    largest = [float(data.forces.norm(dim=1).max()) for data in whole]
+    limit = sorted(largest)[len(largest) // 2]
+    report = ReadReport()
+    kept = list(open_source(xyz_file, max_force=limit, report=report))
+    assert [data.structure_id for data in kept] == [
+        data.structure_id for data, force in zip(whole, largest, strict=True) if force <= limit
+    ]
+    assert report.filtered == len(whole) - len(kept) > 0
+    assert report.skipped == 0
+    assert f"{report.filtered} filtered out" in report.summary()
+    assert "above max_force" in report.messages[0]
+
+
+def test_fixed_atoms_do_not_count_for_max_force(frames: list[Atoms], tmp_path: Path) -> None:
+    atoms = frames[0]
+    atoms.calc.results["forces"][0] = [12.0, 0.0, 0.0]
+    atoms.set_constraint(FixAtoms([0]))
+    ase.io.write(tmp_path / "fixed.traj", atoms)
+    assert len(list(open_source(tmp_path / "fixed.traj", max_force=10.0))) == 1
+
+
+def test_parts_of_a_database_make_the_whole(frames: list[Atoms], tmp_path: Path) -> None:
+    path = tmp_path / "made.db"
+    with ase.db.connect(path) as database:
+        for atoms in frames:
+            database.write(atoms)
+        database.delete([5, 6])
+    file = list_files(path)[0]
+    parts = file.parts(7)
+    assert len(parts) == -(-(len(frames) - 2) // 7)
+    pieces = [data.structure_id for part in parts for data in read_file(file, Door(), part=part)]
+    assert pieces == [data.structure_id for data in open_source(path)]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import glob
+import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escaip.data.labels import LabelKeys
-from escaip.data.sources.ase import read_ase
+from escaip.data.sources import ase, pymatgen, spice, store
 from escaip.data.sources.door import Door, ReadReport
 from escaip.data.sources.plausibility import WINDOW, check_magnitudes
-from escaip.data.sources.pymatgen import read_pymatgen
-from escaip.data.sources.spice import read_spice
-from escaip.data.sources.store import read_store
+from escaip.data.sources.registry import Part, Source
 from escaip.errors import ConfigError, DataError
 from escaip.resources import resolve
 from escaip.units import Units
@@ -23,16 +23,21 @@ from escaip.units import Units
 if TYPE_CHECKING:
     from escaip.data.atomic_data import AtomicData
 
-__all__ = ["SOURCES", "ReadReport", "detect_format", "expand_paths", "open_source"]
+__all__ = [
+    "SOURCES",
+    "ReadReport",
+    "SourceFile",
+    "detect_format",
+    "expand_paths",
+    "list_files",
+    "open_source",
+    "read_file",
+]
 
-SOURCES: dict[str, Callable[..., Iterator[AtomicData]]] = {
-    "ase": read_ase,
-    "pymatgen": read_pymatgen,
-    "spice": read_spice,
-    "store": read_store,
-}
+# In the order in which they are asked whether a file is theirs; ASE takes what is left.
+_ORDER = (store.SOURCE, spice.SOURCE, pymatgen.SOURCE, ase.SOURCE)
+SOURCES: dict[str, Source] = {source.name: source for source in _ORDER}
 
-HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 PathLike = str | os.PathLike[str]
 
 
@@ -45,6 +50,7 @@ def open_source(
     on_error: str = "raise",
     required_labels: Sequence[str] = (),
     check_units: bool = True,
+    max_force: float | None = None,
     limit: int | None = None,
     report: ReadReport | None = None,
     **options: Any,
@@ -60,6 +66,8 @@ def open_source(
         on_error: ``"raise"``, or ``"skip"`` to leave out bad structures and count them in ``report``.
         required_labels: labels without which a structure is refused.
         check_units: refuse magnitudes that no unit of ours explains.
+        max_force: eV/Å; leave out and count structures with a larger force on a free atom (failed or far-off frames
+            of line searches; OC20 was published with 50).
         limit: stop after this many structures.
         report: receives the counts.
         **options: of the source: ``index``, ``group_by`` (ase), ``subset``, ``energy`` (spice), ...
@@ -68,27 +76,84 @@ def open_source(
         DataError: an unreadable file, a bad structure, implausible magnitudes.
         ConfigError: an unknown format, key, unit or option.
     """
-    paths = expand_paths(path)
-    door = Door(
-        Units.parse(units) if units is not None else None, on_error, report or ReadReport(), tuple(required_labels)
-    )
-    streams = []
-    for file, name in zip(paths, distinct_names(paths), strict=True):
-        kind = format or detect_format(file)
-        if kind not in SOURCES:
-            raise ConfigError(f"format: {kind!r} is not one of {', '.join(SOURCES)}")
-        try:
-            streams.append(SOURCES[kind](file, door, name=name, keys=LabelKeys.parse(keys), **options))
-        except TypeError as error:
-            raise ConfigError(f"{file}: the {kind} source has no such option ({error})") from error
+    files = list_files(path, format)
+    stated = Units.parse(units) if units is not None else None
+    report = ReadReport() if report is None else report
+    door = Door(stated, on_error, report, tuple(required_labels), max_force)
+    streams = [read_file(file, door, keys=LabelKeys.parse(keys), **options) for file in files]
     stream: Iterator[AtomicData] = itertools.chain.from_iterable(streams)
     if limit is not None:
         stream = itertools.islice(stream, limit)
-    return _checked(stream) if check_units else stream
+    return checked(stream) if check_units else stream
 
 
-def _checked(stream: Iterator[AtomicData]) -> Iterator[AtomicData]:
-    """The same structures, looked at in windows; nothing of a refused window gets through."""
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to read.
+
+    Attributes:
+        path: where it is.
+        source: name of its layout, in :data:`SOURCES`.
+        name: what the ids of its structures begin with.
+    """
+
+    path: Path
+    source: str
+    name: str
+
+    def parts(self, size: int) -> list[Part | None]:
+        """Ranges of about ``size`` structures, or None alone for a file that is read whole."""
+        divide = SOURCES[self.source].parts
+        return [*divide(self.path, size)] if divide is not None else []
+
+
+def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -> list[SourceFile]:
+    """The files behind a path, a pattern or a list, those of folders included, with their layouts.
+
+    Raises:
+        DataError: nothing there, or a folder of no known layout.
+        ConfigError: an unknown format.
+    """
+    if format is not None and format not in SOURCES:
+        raise ConfigError(f"format: {format!r} is not one of {', '.join(SOURCES)}")
+    found: list[tuple[Path, str]] = []
+    for given in expand_paths(path):
+        kind = format or detect_format(given)
+        expand = SOURCES[kind].expand
+        if not given.is_dir():
+            found.append((given, kind))
+        elif expand is None:
+            raise DataError(f"{given}: is a folder, which the {kind} layout does not read; name its files or a pattern")
+        else:
+            found.extend((file, kind) for file in expand(given))
+    names = distinct_names([file for file, _ in found])
+    return [SourceFile(file, kind, name) for (file, kind), name in zip(found, names, strict=True)]
+
+
+def read_file(file: SourceFile, door: Door, *, part: Part | None = None, **options: Any) -> Iterator[AtomicData]:
+    """Structures of one file, or of a part of it.
+
+    Raises:
+        DataError: an unreadable file or a bad structure.
+        ConfigError: an option that its layout does not have.
+    """
+    read = SOURCES[file.source].read
+    known = {key for key in inspect.signature(read).parameters if key not in ("path", "door", "name")}
+    for key in options:
+        if key not in known:
+            own = ", ".join(sorted(known - {"keys", "part"})) or "none"
+            raise ConfigError(f"{file.path}: the {file.source} source has no option {key!r}; it has {own}")
+    if part is not None:
+        options["part"] = part
+    return read(file.path, door, name=file.name, **options)
+
+
+def checked(stream: Iterator[AtomicData]) -> Iterator[AtomicData]:
+    """The same structures, looked at in windows; nothing of a refused window gets through.
+
+    Raises:
+        DataError: magnitudes that no unit of ours explains.
+    """
     while window := list(itertools.islice(stream, WINDOW)):
         check_magnitudes(window)
         yield from window
@@ -103,17 +168,17 @@ def detect_format(path: PathLike) -> str:
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or directory")
-    if path.is_dir():
-        if (path / "manifest.json").is_file():
-            return "store"
-        raise DataError(f"{path}: is a directory but no prepared store (no manifest.json); name files or a pattern")
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    if head.startswith(HDF5_MAGIC):
-        return "spice"
-    if path.suffix == ".json" and (b'"@module"' in head or b'"structure"' in head):
-        return "pymatgen"
-    return "ase"
+    head = b""
+    if not path.is_dir():
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    for source in _ORDER:
+        if source.matches(path, head):
+            return source.name
+    raise DataError(
+        f"{path}: is a folder of no known layout (no prepared store, and no files that one would hold); name files, "
+        "a pattern, or the format"
+    )
 
 
 def expand_paths(path: PathLike | Sequence[PathLike]) -> list[Path]:

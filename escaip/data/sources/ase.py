@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from escaip.data.labels import LabelKeys, labels_found
 from escaip.data.sources.door import Door
+from escaip.data.sources.registry import Part, Source
 from escaip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ GROUP_BY = ("formula", "file", "structure")
 DATABASES = (".db",)
 XYZ = (".xyz", ".extxyz")
 COMPRESSED = (".gz", ".bz2", ".xz")
+SMALL_FILE = 1 << 24
+"""Bytes below which dividing an (ext)xyz file is not worth reading it twice."""
 
 
 def read_ase(
@@ -30,6 +33,7 @@ def read_ase(
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
+    part: Part | None = None,
     index: str | int | None = None,
     group_by: str = "formula",
 ) -> Iterator[AtomicData]:
@@ -40,6 +44,7 @@ def read_ase(
         door: units and error policy.
         name: what ids begin with; default the file's name. Ids are ``name:position in the file``.
         keys: label names; see :class:`LabelKeys`.
+        part: frames of an (ext)xyz file, or row ids of a database, from :func:`divide`.
         index: ASE index or slice (``"-1"``, ``"::10"``), or for a database also a query (``"natoms<20"``).
         group_by: where no ``keys.group`` is named: ``formula``, ``file`` or ``structure`` (each on its own).
 
@@ -53,6 +58,10 @@ def read_ase(
         raise ConfigError(f"group_by: {group_by!r} is not one of {', '.join(GROUP_BY)}")
     name = name or path.name
     keys = keys or LabelKeys()
+    if part is not None:
+        if index is not None:
+            raise ConfigError(f"index: {index!r} cannot be combined with reading a part of a file")
+        index = f"{part[0]}:{part[1]}" if path.suffix not in DATABASES else f"id>={part[0]},id<{part[1]}"
     frames = _database(path, index) if path.suffix in DATABASES else _frames(path, index)
     for position, atoms in frames:
         structure_id = None if keys.structure_id else f"{name}:{position}"
@@ -65,6 +74,28 @@ def read_ase(
         )
         if data is not None:
             yield data
+
+
+def matches(path: Path, head: bytes) -> bool:
+    """Any file: ASE says itself what it cannot read."""
+    return not path.is_dir()
+
+
+def divide(path: Path, size: int) -> list[Part]:
+    """Ranges of frames of a plain (ext)xyz file, or of row ids of a database; other files are one range.
+
+    Raises:
+        DataError: a damaged file.
+    """
+    if path.suffix in DATABASES:
+        ids = [row_id for row_id, _ in _database(path, None, with_atoms=False)]
+        blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
+        return [(block[0], block[-1] + 1) for block in blocks]
+    if path.suffix not in XYZ or path.stat().st_size < SMALL_FILE:
+        return []
+    with open(path, encoding="utf-8") as file:
+        count = sum(1 for _ in _xyz_frames(file))
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _frames(path: Path, index: str | int | None) -> Iterator[tuple[int, Atoms]]:
@@ -153,7 +184,7 @@ def _xyz_frames(file: Any) -> Iterator[list[str]]:
         yield lines
 
 
-def _database(path: Path, index: str | int | None) -> Iterator[tuple[int, Atoms]]:
+def _database(path: Path, index: str | int | None, with_atoms: bool = True) -> Iterator[tuple[int, Any]]:
     """Rows of an ASE database; key-value pairs and data can be named as labels. Positions are row ids."""
     import ase.db
 
@@ -169,6 +200,9 @@ def _database(path: Path, index: str | int | None) -> Iterator[tuple[int, Atoms]
         with ase.db.connect(path, serial=True) as database:
             ids = [row.id for row in database.select(selection, columns=["id"], include_data=False)]
             for row_id in ids[chosen]:
+                if not with_atoms:
+                    yield row_id, None
+                    continue
                 row = database.get(id=row_id)
                 atoms = row.toatoms()
                 atoms.info.update(row.key_value_pairs)
@@ -179,3 +213,6 @@ def _database(path: Path, index: str | int | None) -> Iterator[tuple[int, Atoms]
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: not a readable ASE database or a bad query ({reason})") from error
+
+
+SOURCE = Source("ase", "everything ASE reads: extxyz, traj, db, VASP, ...", read_ase, matches, parts=divide)

@@ -11,6 +11,7 @@ import numpy as np
 
 from escaip.data.labels import LabelKeys, hill_formula
 from escaip.data.sources.door import Door
+from escaip.data.sources.registry import Part, Source
 from escaip.errors import DataError
 from escaip.units import Units
 
@@ -21,7 +22,7 @@ _NO_UNITS = Units()
 
 
 def read_pymatgen(
-    path: Path, door: Door, *, name: str | None = None, keys: LabelKeys | None = None
+    path: Path, door: Door, *, name: str | None = None, keys: LabelKeys | None = None, part: Part | None = None
 ) -> Iterator[AtomicData]:
     """Structures of a JSON file.
 
@@ -34,6 +35,7 @@ def read_pymatgen(
         door: units and error policy.
         name: what ids begin with; default the file's name.
         keys: label names, looked for in the record, the structure's properties and its site properties.
+        part: not used, these files are read whole.
 
     Raises:
         DataError: a file that is no JSON or holds something else, or a bad structure.
@@ -164,3 +166,11 @@ def _decode(record: Any, name: str) -> tuple[Any, dict[str, Any]]:
 
 def _found(record: Any) -> str:
     return f"record keys {', '.join(sorted(record))}" if isinstance(record, dict) else "nothing"
+
+
+def matches(path: Path, head: bytes) -> bool:
+    """JSON that names pymatgen's classes or holds records with a structure."""
+    return path.suffix == ".json" and (b'"@module"' in head or b'"structure"' in head)
+
+
+SOURCE = Source("pymatgen", "JSON of pymatgen structures with labels", read_pymatgen, matches)

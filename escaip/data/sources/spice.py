@@ -16,6 +16,7 @@ import numpy as np
 
 from escaip.data.labels import LabelKeys
 from escaip.data.sources.door import Door
+from escaip.data.sources.registry import Part, Source
 from escaip.errors import ConfigError, DataError
 from escaip.units import Units
 
@@ -54,6 +55,7 @@ def read_spice(
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
+    part: Part | None = None,
     subset: str | Sequence[str] | None = None,
     energy: str = "dft_total_energy",
 ) -> Iterator[AtomicData]:
@@ -67,6 +69,7 @@ def read_spice(
         door: units (default: those the datasets declare, else bohr and hartree) and error policy.
         name: what ids begin with; default the file's name.
         keys: not used by this source; the layout fixes the names.
+        part: not used yet: files are read whole.
         subset: keep the molecules of these subsets only.
         energy: ``dft_total_energy`` or ``formation_energy``.
 
@@ -236,3 +239,11 @@ def _listed(names: Any) -> str:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def matches(path: Path, head: bytes) -> bool:
+    """Any HDF5 file."""
+    return head.startswith(b"\x89HDF\r\n\x1a\n")
+
+
+SOURCE = Source("spice", "SPICE HDF5, one group per molecule", read_spice, matches)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from escaip.data.labels import LabelKeys
 from escaip.data.sources.door import Door
+from escaip.data.sources.registry import Part, Source
 from escaip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def read_store(
-    path: Path, door: Door, *, name: str | None = None, keys: LabelKeys | None = None
+    path: Path, door: Door, *, name: str | None = None, keys: LabelKeys | None = None, part: Part | None = None
 ) -> Iterator[AtomicData]:
-    """Structures of a prepared store; ids are those stored, units are always Å and eV.
+    """Structures of a prepared store, all or those of a ``part``; ids are those stored, units always Å and eV.
 
     Raises:
         DataError: a damaged store.
@@ -29,7 +30,24 @@ def read_store(
     if keys is not None or door.stated_units is not None:
         raise ConfigError(f"{path}: a prepared store takes neither keys nor units; state them when preparing it")
     store = Store(path)
-    for index in range(len(store)):
+    start, stop = part or (0, len(store))
+    for index in range(start, stop):
         data = door.admit(partial(store.__getitem__, index))
         if data is not None:
             yield data
+
+
+def divide(path: Path, size: int) -> list[Part]:
+    """Ranges of about ``size`` structures."""
+    from escaip.data.store import Store
+
+    count = len(Store(path))
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def matches(path: Path, head: bytes) -> bool:
+    """A directory with a manifest."""
+    return (path / "manifest.json").is_file()
+
+
+SOURCE = Source("store", "a prepared store", read_store, matches, parts=divide, expand=lambda path: [path])
