@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from escaip.errors import UsageError
 
+# Spelled out, so that --help imports no reader; a test compares with escaip.data.sources.SOURCES.
 _FORMATS = ("ase", "pymatgen", "spice", "store")
 _LABELS = ("energy", "forces", "stress", "virial", "charge", "spin", "group")
 
@@ -30,10 +32,26 @@ def add_data(commands: Any) -> None:
     convert.add_argument("target", metavar="DST", help="ends in .extxyz (also .gz, .xz), or a folder for a store")
     _add_writing_options(convert)
     convert.set_defaults(command=_convert)
-    prepare = actions.add_parser("prepare", help="native files into a prepared store")
-    prepare.add_argument("name", metavar="NAME", choices=_FORMATS, help=f"layout of the files: {', '.join(_FORMATS)}")
-    prepare.add_argument("source", metavar="SOURCE")
+    prepare = actions.add_parser(
+        "prepare", help="native files into a prepared store, in parallel; resumes after a kill"
+    )
+    prepare.add_argument(
+        "name", metavar="NAME", help=f"a data set (escaip data list) or a layout: {', '.join(_FORMATS)}"
+    )
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        nargs="+",
+        help="files, folders or patterns; train=PATH val=PATH ... for sets that come divided",
+    )
     prepare.add_argument("--out", required=True, metavar="DIR")
+    prepare.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    prepare.add_argument("--val", type=float, metavar="F", help="fraction, or number, of structures for validation")
+    prepare.add_argument("--test", type=float, metavar="F", help="the same for testing")
+    prepare.add_argument("--split-by", choices=("group", "structure"), default="group", help="what is never divided")
+    prepare.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    prepare.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="of forces and stress")
+    prepare.add_argument("--restart", action="store_true", help="throw away unfinished work of other options")
     _add_writing_options(prepare, with_format=False)
     prepare.set_defaults(command=_prepare)
 
@@ -46,6 +64,7 @@ def add_source_options(parser: argparse.ArgumentParser, with_format: bool = True
     for label in _LABELS:
         group.add_argument(f"--{label}-key", metavar="KEY", help=f"name of the {label} in the file")
     group.add_argument("--units", metavar="Q=U,...", help="where not Å and eV: length=bohr,energy=hartree")
+    group.add_argument("--set", action="append", metavar="K=V", help="option of the layout: energy=total, subset=...")
     group.add_argument("--max-force", type=float, metavar="F", help="leave out structures with a larger force, eV/Å")
     group.add_argument("--limit", type=int, metavar="N", help="use the first N structures")
 
@@ -62,7 +81,21 @@ def source_options(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit is {args.limit}: it must be at least 1")
-    return {name: value for name, value in options.items() if value}
+    return {**_layout_options(args.set or []), **{name: value for name, value in options.items() if value}}
+
+
+def _layout_options(settings: list[str]) -> dict[str, Any]:
+    """``K=V`` pairs; a value that is JSON is that, anything else is text."""
+    options: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--set {text!r} is not understood: write energy=total")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
 
 
 def _add_writing_options(parser: argparse.ArgumentParser, with_format: bool = True) -> None:
@@ -111,11 +144,23 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from escaip.data.commands import prepare
-    from escaip.resources import resolve
+    from escaip.data.prepare import prepare_named
 
-    options = {**_reading(args), "format": args.name}
-    print(prepare(resolve(args.source), args.out, overwrite=args.overwrite, **options).summary())
+    split = {"by": args.split_by, "val": args.val or 0, "test": args.test or 0}
+    report = prepare_named(
+        args.name,
+        args.source,
+        args.out,
+        options=_reading(args),
+        split=split if args.val or args.test else None,
+        seed=args.seed,
+        workers=args.workers,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        restart=args.restart,
+        progress=True,
+    )
+    print(report.summary())
 
 
 def _reading(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What ``escaip data`` does with files: inspect, convert, prepare. Functions only; the command line calls them."""
+"""What ``escaip data`` does with files: inspect and convert. Functions only; the command line calls them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WriteReport:
     Attributes:
         path: the file or store.
         written: structures in it.
-        skipped: structures left out under ``on_error: skip``.
+        skipped: structures left out, bad or filtered.
         messages: why, for the first of them.
     """
 
@@ -74,29 +74,6 @@ def inspect(
     return inspection
 
 
-def prepare(
-    source: PathLike | list[PathLike], out: PathLike, *, overwrite: bool = False, dtype: str = "float64", **options: Any
-) -> WriteReport:
-    """Streams a source into a prepared store.
-
-    Args:
-        source: see :func:`open_source`.
-        out: directory to create.
-        overwrite: replace a store that is there.
-        dtype: of forces and stress in the store.
-        **options: of :func:`open_source`.
-
-    Raises:
-        DataError: unreadable data, 0 structures, a full disk; then nothing is left at ``out``.
-    """
-    report = ReadReport()
-    names = [os.fspath(item) for item in ([source] if isinstance(source, str | os.PathLike) else source)]
-    with StoreWriter(out, source=", ".join(names), dtype=dtype, overwrite=overwrite) as writer:
-        for data in open_source(source, report=report, **options):
-            writer.write(data)
-    return WriteReport(Path(out), len(writer), report.skipped, tuple(report.messages))
-
-
 def convert(src: PathLike | list[PathLike], dst: PathLike, *, overwrite: bool = False, **options: Any) -> WriteReport:
     """Any supported data into extxyz (``.xyz``, ``.extxyz``, also ``.gz``, ``.bz2``, ``.xz``) or a prepared store.
 
@@ -111,7 +88,7 @@ def convert(src: PathLike | list[PathLike], dst: PathLike, *, overwrite: bool = 
     """
     target = Path(dst)
     if target.suffix in ("", ".store"):
-        return prepare(src, target, overwrite=overwrite, **options)
+        return _write_store(src, target, overwrite, options)
     opener = _OPENERS.get(target.suffix, open)
     kind = Path(target.stem).suffix if target.suffix in _OPENERS else target.suffix
     if kind not in _XYZ:
@@ -132,7 +109,16 @@ def convert(src: PathLike | list[PathLike], dst: PathLike, *, overwrite: bool = 
         raise DataError(f"{target}: cannot be written ({reason}); free space or write elsewhere") from error
     finally:
         aside.unlink(missing_ok=True)
-    return WriteReport(target, written, report.skipped, tuple(report.messages))
+    return WriteReport(target, written, report.skipped + report.filtered, tuple(report.messages))
+
+
+def _write_store(src: PathLike | list[PathLike], target: Path, overwrite: bool, options: Any) -> WriteReport:
+    report = ReadReport()
+    names = [os.fspath(item) for item in ([src] if isinstance(src, str | os.PathLike) else src)]
+    with StoreWriter(target, source=", ".join(names), overwrite=overwrite) as writer:
+        for data in open_source(src, report=report, **options):
+            writer.write(data)
+    return WriteReport(target, len(writer), report.skipped + report.filtered, tuple(report.messages))
 
 
 def _write_xyz(structures: Iterable[AtomicData], file: IO[str]) -> int:

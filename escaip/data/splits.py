@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from escaip.errors import ConfigError, DataError
 
 Indices = NDArray[np.int64]
+PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -80,42 +81,58 @@ def make_split(groups: Sequence[str] | NDArray[Any], settings: SplitSettings, *,
     Raises:
         DataError: no structures, or too few groups for the sets asked for.
     """
-    count = len(groups)
+    names = [str(index) for index in range(len(groups))] if settings.by == "structure" else [str(g) for g in groups]
+    table: dict[str, int] = {}
+    codes = np.array([table.setdefault(name, len(table)) for name in names], dtype=np.int64)
+    assigned = assign_parts(list(table), np.bincount(codes, minlength=1) if table else codes, settings, seed=seed)
+    chosen = assigned[codes]
+    return Split(*(np.flatnonzero(chosen == code) for code in range(len(PARTS))))
+
+
+def assign_parts(
+    names: Sequence[str], counts: NDArray[Any], settings: SplitSettings, *, seed: int = 0
+) -> NDArray[np.uint8]:
+    """``(num_groups,)`` position in :data:`PARTS` of each group: see :func:`make_split`.
+
+    Args:
+        names: of the groups, each once.
+        counts: ``(num_groups,)`` structures in each.
+        settings: sizes.
+        seed: of the hash.
+
+    Raises:
+        DataError: no structures, or too few groups for the sets asked for.
+    """
+    count = int(counts.sum()) if len(names) else 0
     if count == 0:
         raise DataError("split: 0 structures to divide; check the source and its filters")
-    names = [str(index) for index in range(count)] if settings.by == "structure" else [str(group) for group in groups]
-    members: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        members.setdefault(name, []).append(index)
-    wanted = {part: _size(getattr(settings, part), count) for part in ("test", "val")}
-    parts = [part for part, size in wanted.items() if size > 0]
-    if len(members) < len(parts) + 1:
+    room = {part: _size(getattr(settings, part), count) for part in ("test", "val")}
+    parts = [part for part, size in room.items() if size > 0]
+    if len(names) < len(parts) + 1:
         unit = "groups" if settings.by == "group" else "structures"
         raise DataError(
-            f"split: {len(members)} {unit} ({', '.join(list(members)[:3])}) cannot make {len(parts) + 1} sets; "
+            f"split: {len(names)} {unit} ({', '.join(list(names)[:3])}) cannot make {len(parts) + 1} sets; "
             "name a separate validation file, or split by: structure if conformations of one molecule may be divided"
         )
-    order = sorted(members, key=lambda name: (hashlib.sha256(f"{seed}:{name}".encode()).digest(), name))
-    chosen: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    room = dict(wanted)
-    for name in order:
-        size = len(members[name])
+    keys = [(hashlib.sha256(f"{seed}:{name}".encode()).digest(), name, code) for code, name in enumerate(names)]
+    chosen: dict[str, list[int]] = {part: [] for part in PARTS}
+    for _, _, code in sorted(keys):
+        size = int(counts[code])
         part = next((part for part in parts if size <= room[part]), "train")
-        chosen[part].append(name)
+        chosen[part].append(code)
         if part != "train":
             room[part] -= size
     for part in parts:
         if not chosen[part]:
-            smallest = min(chosen["train"], key=lambda name: len(members[name]))
+            smallest = min(chosen["train"], key=lambda code: int(counts[code]))
             chosen["train"].remove(smallest)
             chosen[part].append(smallest)
     if not chosen["train"]:
         raise DataError("split: val and test take every structure and leave none to train on; make them smaller")
-    indices = {
-        part: np.sort(np.array([i for name in names for i in members[name]], dtype=np.int64))
-        for part, names in chosen.items()
-    }
-    return Split(**indices)
+    assigned = np.zeros(len(names), dtype=np.uint8)
+    for part, codes in chosen.items():
+        assigned[codes] = PARTS.index(part)
+    return assigned
 
 
 def _size(value: float, count: int) -> int:

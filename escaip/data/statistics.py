@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from escaip.data.atomic_data import LABELS
+from escaip.data.store_index import composition_at, composition_key, label_counts
 from escaip.data.validation import MAX_ATOMIC_NUMBER
 from escaip.errors import DataError
 
 if TYPE_CHECKING:
     from escaip.data.atomic_data import AtomicData
+    from escaip.data.shards import Arrays
 
 _BLOCK = 2048
+_BLOCK_ROWS = 10_000_000
 _RANK_TOLERANCE = 1e-9
 
 
@@ -102,7 +106,7 @@ def fit_statistics(
     *,
     require_energy: bool = True,
 ) -> Statistics:
-    """Statistics in one pass over a training set, with memory independent of its size.
+    """Statistics in one pass over a training set, with memory for its compositions, not its structures.
 
     References minimise ``sum_s [(E_s − sum_Z n_sZ e_Z) / n_s]²`` in float64, through a QR factorisation updated
     block by block (normal equations would square the condition number). Where compositions do not determine them, the
@@ -117,68 +121,97 @@ def fit_statistics(
         DataError: no structures, no energy on any structure (when references have to be fitted), or an element without
             isolated-atom energy.
     """
-    accumulator = _Accumulator()
+    sums = TrainingSums()
     for data in dataset:
-        accumulator.add(data)
-    if accumulator.num_structures == 0:
-        raise DataError("statistics: 0 structures; check the training set, its filters and split")
-    statistics = accumulator.counts()
-    if isolated_energies is not None:
-        references = _given_references(isolated_energies, statistics.elements)
-        unique = True
-    elif accumulator.labels["energy"] == 0:
-        if not require_energy:
-            return statistics
-        raise DataError("statistics: no structure has an energy, so element references cannot be fitted; check keys")
-    else:
-        references, unique = accumulator.solve(statistics.elements)
-    return replace(
-        statistics,
-        element_references=references,
-        references_unique=unique,
-        energy_residual_rms_per_atom=accumulator.residual_rms(references),
-    )
+        sums.add(data)
+    return sums.statistics(isolated_energies, require_energy=require_energy)
 
 
-class _Accumulator:
-    """Sums of one pass. ``factor`` is the R of a QR factorisation of rows ``[n_sZ / n_s, E_s / n_s]``."""
+def fit_index_statistics(
+    index: Arrays,
+    indices: NDArray[np.int64],
+    isolated_energies: Mapping[int, float] | None = None,
+    *,
+    require_energy: bool = True,
+) -> Statistics:
+    """:func:`fit_statistics` of some structures of a prepared store, from its index alone.
+
+    Args:
+        index: of the store.
+        indices: positions of the training structures.
+        isolated_energies: as there.
+        require_energy: as there.
+
+    Raises:
+        DataError: as there.
+    """
+    sums = TrainingSums()
+    compositions = [composition_at(index, code) for code in range(len(index["composition_offsets"]) - 1)]
+    for start in range(0, len(indices), _BLOCK_ROWS):
+        sums.add_rows(index, indices[start : start + _BLOCK_ROWS], compositions)
+    return sums.statistics(isolated_energies, require_energy=require_energy)
+
+
+class TrainingSums:
+    """Sums over a training set. Energies are kept by composition: structures of one composition share their row."""
 
     def __init__(self) -> None:
         self.num_structures = 0
         self.num_atoms = 0
-        self.labels = {"energy": 0, "forces": 0, "stress": 0}
+        self.labels = dict.fromkeys(LABELS, 0)
         self._present = np.zeros(MAX_ATOMIC_NUMBER + 1, dtype=bool)
         self._force_sum, self._force_count = 0.0, 0
-        self._rows: list[NDArray[np.float64]] = []
-        self._factor = np.zeros((0, MAX_ATOMIC_NUMBER + 2))
+        # Energy per atom by composition: number, mean, sum of squared deviations from the mean.
+        self._energies: dict[bytes, tuple[int, float, float]] = {}
 
     def add(self, data: AtomicData) -> None:
-        counts = np.bincount(data.atomic_numbers.numpy(), minlength=MAX_ATOMIC_NUMBER + 1)
-        n = int(counts.sum())
+        """Adds one structure."""
+        numbers = data.atomic_numbers.numpy()
         self.num_structures += 1
-        self.num_atoms += n
-        self._present |= counts > 0
+        self.num_atoms += len(numbers)
+        self._present[numbers] = True
         for label in self.labels:
             self.labels[label] += data.has_label(label)
         energy = float(data.energy)
         if not np.isnan(energy):
-            self._rows.append(np.append(counts / n, energy / n))
-            if len(self._rows) == _BLOCK:
-                self._reduce()
+            self._merge(composition_key(numbers), 1, energy / len(numbers), 0.0)
         forces = data.forces.numpy()[~data.fixed.numpy()]
         forces = forces[~np.isnan(forces).any(axis=1)]
         self._force_sum += float((forces**2).sum())
         self._force_count += forces.size
 
-    def _reduce(self) -> None:
-        if self._rows:
-            stacked = np.concatenate([self._factor, np.stack(self._rows)])
-            self._factor = np.asarray(np.linalg.qr(stacked, mode="r"))
-            self._rows = []
+    def add_rows(self, index: Arrays, rows: NDArray[np.int64], compositions: Sequence[bytes]) -> None:
+        """Adds structures of a store by their rows of its index."""
+        natoms, codes = index["natoms"][rows], index["composition_codes"][rows]
+        self.num_structures += len(rows)
+        self.num_atoms += int(natoms.sum(dtype=np.int64))
+        for code in np.unique(codes).tolist():
+            self._present[np.frombuffer(compositions[code], dtype="<i4")[::2]] = True
+        for label, count in label_counts(index["labels"][rows]).items():
+            self.labels[label] += count
+        self._force_sum += float(index["force_square_sum"][rows].sum())
+        self._force_count += int(index["force_count"][rows].sum(dtype=np.int64))
+        per_atom = index["energy"][rows] / natoms
+        known = ~np.isnan(per_atom)
+        per_atom, codes = per_atom[known], codes[known]
+        # Deviations from one value of the composition: energies are large, their spread is not.
+        shift = np.zeros(len(compositions))
+        shift[codes] = per_atom
+        counts = np.bincount(codes, minlength=len(compositions))
+        deviations = per_atom - shift[codes]
+        sums = np.bincount(codes, deviations, minlength=len(compositions))
+        squares = np.bincount(codes, deviations**2, minlength=len(compositions))
+        for code in np.flatnonzero(counts).tolist():
+            count, offset = int(counts[code]), sums[code] / counts[code]
+            spread = max(float(squares[code] - counts[code] * offset**2), 0.0)
+            self._merge(compositions[code], count, float(shift[code] + offset), spread)
 
-    def counts(self) -> Statistics:
+    def statistics(self, isolated_energies: Mapping[int, float] | None, *, require_energy: bool) -> Statistics:
+        """See :func:`fit_statistics`."""
+        if self.num_structures == 0:
+            raise DataError("statistics: 0 structures; check the training set, its filters and split")
         rms = float(np.sqrt(self._force_sum / self._force_count)) if self._force_count else float("nan")
-        return Statistics(
+        statistics = Statistics(
             element_references={},
             force_rms=rms,
             energy_residual_rms_per_atom=float("nan"),
@@ -187,21 +220,63 @@ class _Accumulator:
             num_atoms=self.num_atoms,
             label_counts=dict(self.labels),
         )
+        factor = self._factor()
+        if isolated_energies is not None:
+            references, unique = _given_references(isolated_energies, statistics.elements), True
+        elif not self._energies:
+            if not require_energy:
+                return statistics
+            raise DataError(
+                "statistics: no structure has an energy, so element references cannot be fitted; check keys"
+            )
+        else:
+            references, unique = _solve(factor, statistics.elements)
+        return replace(
+            statistics,
+            element_references=references,
+            references_unique=unique,
+            energy_residual_rms_per_atom=self._residual_rms(factor, references),
+        )
 
-    def solve(self, elements: tuple[int, ...]) -> tuple[dict[int, float], bool]:
-        self._reduce()
-        columns = self._factor[:, list(elements)]
-        solution, _, rank, _ = np.linalg.lstsq(columns, self._factor[:, -1], rcond=_RANK_TOLERANCE)
-        return {z: float(e) for z, e in zip(elements, solution, strict=True)}, bool(rank == len(elements))
+    def _merge(self, key: bytes, count: int, mean: float, spread: float) -> None:
+        """Joins two groups of energies of one composition (Chan et al., Am. Stat. 37, 242 (1983))."""
+        had, old, kept = self._energies.get(key, (0, 0.0, 0.0))
+        total, difference = had + count, mean - old
+        self._energies[key] = (
+            total,
+            old + difference * count / total,
+            kept + spread + difference**2 * had * count / total,
+        )
 
-    def residual_rms(self, references: Mapping[int, float]) -> float:
-        self._reduce()
-        if self.labels["energy"] == 0:
+    def _factor(self) -> NDArray[np.float64]:
+        """R of a QR factorisation of rows ``√m [n_Z / n, mean(E / n)]``, one for each composition."""
+        factor = np.zeros((0, MAX_ATOMIC_NUMBER + 2))
+        items = list(self._energies.items())
+        for start in range(0, len(items), _BLOCK):
+            rows = np.zeros((len(items[start : start + _BLOCK]), MAX_ATOMIC_NUMBER + 2))
+            for row, (key, (count, mean, _)) in zip(rows, items[start : start + _BLOCK], strict=True):
+                table = np.frombuffer(key, dtype="<i4").reshape(-1, 2)
+                row[table[:, 0]] = table[:, 1] / table[:, 1].sum()
+                row[-1] = mean
+                row *= np.sqrt(count)
+            factor = np.asarray(np.linalg.qr(np.concatenate([factor, rows]), mode="r"))
+        return factor
+
+    def _residual_rms(self, factor: NDArray[np.float64], references: Mapping[int, float]) -> float:
+        count = sum(entry[0] for entry in self._energies.values())
+        if count == 0:
             return float("nan")
         vector = np.zeros(MAX_ATOMIC_NUMBER + 1)
         vector[list(references)] = list(references.values())
-        residual = self._factor[:, :-1] @ vector - self._factor[:, -1]
-        return float(np.sqrt((residual**2).sum() / self.labels["energy"]))
+        between = float(((factor[:, :-1] @ vector - factor[:, -1]) ** 2).sum())
+        within = sum(entry[2] for entry in self._energies.values())
+        return float(np.sqrt((between + within) / count))
+
+
+def _solve(factor: NDArray[np.float64], elements: tuple[int, ...]) -> tuple[dict[int, float], bool]:
+    columns = factor[:, list(elements)]
+    solution, _, rank, _ = np.linalg.lstsq(columns, factor[:, -1], rcond=_RANK_TOLERANCE)
+    return {z: float(e) for z, e in zip(elements, solution, strict=True)}, bool(rank == len(elements))
 
 
 def _given_references(energies: Mapping[int, float], elements: tuple[int, ...]) -> dict[int, float]:

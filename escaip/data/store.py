@@ -1,8 +1,9 @@
 """Prepared store: structures in memory-mapped shards, random access, no pickle.
 
-A store is a directory: ``manifest.json`` (schema, counts, checksums, labels, source), ``index.safetensors`` (atoms and
-group of every structure) and shards in safetensors format. A shard holds its structures' arrays end to end, with
-offsets; names are UTF-8 bytes with offsets. See :mod:`escaip.data.store_writer` for how it is written.
+A store is a directory: ``manifest.json`` (schema, counts, checksums, labels, splits, source), ``index.safetensors``
+(:data:`escaip.data.store_index.COLUMNS` of every structure, names of groups, compositions) and shards in safetensors
+format. A shard holds its structures' arrays end to end, with offsets; names are UTF-8 bytes with offsets. See
+:mod:`escaip.data.store_writer` for how it is written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,13 @@ import torch
 from numpy.typing import NDArray
 
 from escaip.data.atomic_data import PER_ATOM_FIELDS, TENSOR_FIELDS, AtomicData
+from escaip.data.shards import Arrays, map_safetensors, read_text
 from escaip.data.store_writer import MANIFEST, SCHEMA_VERSION, StoreWriter
-from escaip.errors import DataError
+from escaip.errors import ConfigError, DataError
 
 __all__ = ["Store", "StoreWriter"]
 
-_SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-_TARGET_DTYPES = {
+TARGET_DTYPES = {
     "positions": np.dtype("f8"),
     "atomic_numbers": np.dtype("i8"),
     "cell": np.dtype("f8"),
@@ -47,9 +42,8 @@ _TARGET_DTYPES = {
     "tags": np.dtype("i8"),
 }
 _PER_ATOM = frozenset(PER_ATOM_FIELDS)
-_MAX_HEADER = 1 << 20
-
-Arrays = dict[str, NDArray[Any]]
+_MAX_OPEN = 256
+"""Shards mapped at a time: each holds a file descriptor, of which a process commonly may have 1024."""
 
 
 class Store:
@@ -71,34 +65,32 @@ class Store:
         """
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
-        files = [*self.manifest["shards"], self.manifest["index"]]
-        for entry in files:
-            file = self.path / entry["file"]
-            size = file.stat().st_size if file.is_file() else -1
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file()}
+        for entry in [*self.manifest["shards"], self.manifest["index"]]:
+            size = sizes.get(entry["file"], -1)
             if size != entry["bytes"]:
                 state = "is missing" if size < 0 else f"has {size} bytes instead of {entry['bytes']} (truncated?)"
-                raise DataError(f"{file}: {state}; prepare the store again or restore this file")
+                raise DataError(f"{self.path / entry['file']}: {state}; prepare the store again or restore this file")
         self._starts = np.cumsum([0] + [entry["num_structures"] for entry in self.manifest["shards"]]).tolist()
-        self._shards: dict[int, Arrays] = {}
+        self._shards: OrderedDict[int, Arrays] = OrderedDict()
         self._index: Arrays | None = None
-        self._groups: list[str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}, "_index": None, "_groups": None}
+        return {**self.__dict__, "_shards": OrderedDict(), "_index": None}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> AtomicData:
         """The structure at ``index``, its tensors copied out of the file."""
-        arrays, local = self._locate(index)
+        arrays, local = self.locate(index)
         start, stop = arrays["offsets"][local : local + 2].tolist()
         fields: dict[str, Any] = {}
         for key in TENSOR_FIELDS:
             piece = arrays[key][start:stop] if key in _PER_ATOM else arrays[key][local : local + 1]
-            fields[key] = torch.from_numpy(piece.astype(_TARGET_DTYPES[key]))
-        fields["structure_id"] = _name(arrays, "id", local)
-        fields["group"] = _name(arrays, "group", local)
+            fields[key] = torch.from_numpy(piece.astype(TARGET_DTYPES[key]))
+        fields["structure_id"] = read_text(arrays, "id", local)
+        fields["group"] = self.group(index)
         fields["num_nodes"] = stop - start
         return AtomicData.from_fields(fields)
 
@@ -110,7 +102,7 @@ class Store:
 
         Shapes are those of :class:`AtomicData`.
         """
-        arrays, local = self._locate(index)
+        arrays, local = self.locate(index)
         start, stop = arrays["offsets"][local : local + 2].tolist()
         return {
             key: arrays[key][start:stop] if key in _PER_ATOM else arrays[key][local : local + 1]
@@ -119,37 +111,66 @@ class Store:
 
     def structure_id(self, index: int) -> str:
         """Name of one structure."""
-        arrays, local = self._locate(index)
-        return _name(arrays, "id", local)
+        arrays, local = self.locate(index)
+        return read_text(arrays, "id", local)
+
+    def group(self, index: int) -> str:
+        """Group of one structure."""
+        return read_text(self.index, "group", int(self.index["group_codes"][index]))
+
+    @property
+    def index(self) -> Arrays:
+        """:data:`~escaip.data.store_index.COLUMNS` of every structure, read-only and mapped, and their tables."""
+        if self._index is None:
+            self._index = map_safetensors(self.path / self.manifest["index"]["file"])
+        return self._index
 
     @property
     def natoms(self) -> NDArray[np.int32]:
         """``(num_structures,)`` atoms of each structure, read-only, without touching structures."""
-        return self._load_index()["natoms"]
+        return self.index["natoms"]
 
     @property
     def periodic(self) -> NDArray[np.bool_]:
         """``(num_structures,)`` whether any axis is periodic."""
-        return self._load_index()["periodic"]
+        return self.index["periodic"]
 
     @property
     def group_codes(self) -> NDArray[np.int32]:
         """``(num_structures,)`` position of each structure's group in :attr:`groups`."""
-        return self._load_index()["group_codes"]
+        return self.index["group_codes"]
 
     @property
     def groups(self) -> list[str]:
         """Names of the groups."""
-        if self._groups is None:
-            index = self._load_index()
-            self._groups = [_name(index, "group", k) for k in range(len(index["group_offsets"]) - 1)]
-        return self._groups
+        index = self.index
+        return [read_text(index, "group", k) for k in range(len(index["group_offsets"]) - 1)]
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the parts the store was divided into; ``["all"]`` when it was not."""
+        return list(self.manifest["splits"])
+
+    def split_indices(self, name: str) -> NDArray[np.int64]:
+        """Ascending positions of the structures of one split.
+
+        Raises:
+            ConfigError: the store has no such split.
+        """
+        if name not in self.splits:
+            raise ConfigError(f"{self.path}: has no split {name!r}; it has {', '.join(self.splits)}")
+        return np.flatnonzero(self.index["split"] == self.splits.index(name))
 
     @property
     def fingerprint(self) -> str:
         """Hash of the contents, from the checksums of the shards."""
         text = "".join(entry["sha256"] for entry in self.manifest["shards"])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return int(sum(entry["bytes"] for entry in [*self.manifest["shards"], self.manifest["index"]]))
 
     def verify(self) -> None:
         """Reads everything and compares checksums.
@@ -165,52 +186,33 @@ class Store:
             if digest.hexdigest() != entry["sha256"]:
                 raise DataError(f"{self.path / entry['file']}: checksum differs, the file is damaged; prepare it again")
 
-    def _load_index(self) -> Arrays:
-        if self._index is None:
-            self._index = map_safetensors(self.path / self.manifest["index"]["file"])
-        return self._index
+    def locate(self, index: int) -> tuple[Arrays, int]:
+        """The mapped shard of a structure, and its position there.
 
-    def _locate(self, index: int) -> tuple[Arrays, int]:
+        Raises:
+            IndexError: outside the store.
+        """
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: index {index} outside 0..{len(self) - 1}")
         shard = bisect.bisect_right(self._starts, index) - 1
+        return self._map(shard), index - self._starts[shard]
+
+    def locate_many(self, indices: Sequence[int] | NDArray[np.int64]) -> list[tuple[Arrays, int]]:
+        """:meth:`locate` of structures inside the store, all at once."""
+        positions = np.asarray(indices, dtype=np.int64)
+        shards = np.searchsorted(self._starts, positions, side="right") - 1
+        local = positions - np.asarray(self._starts)[shards]
+        return [(self._map(shard), k) for shard, k in zip(shards.tolist(), local.tolist(), strict=True)]
+
+    def _map(self, shard: int) -> Arrays:
         arrays = self._shards.get(shard)
         if arrays is None:
             arrays = self._shards[shard] = map_safetensors(self.path / self.manifest["shards"][shard]["file"])
-        return arrays, index - self._starts[shard]
-
-
-def map_safetensors(path: Path) -> Arrays:
-    """The arrays of a safetensors file, as read-only views of one memory map.
-
-    Raises:
-        DataError: a header that is damaged or points outside the file.
-    """
-    try:
-        data = np.memmap(path, dtype=np.uint8, mode="r")
-        length = int.from_bytes(data[:8].tobytes(), "little")
-        if not 2 <= length <= min(len(data) - 8, _MAX_HEADER):
-            raise ValueError("impossible header length")
-        header = json.loads(data[8 : 8 + length].tobytes())
-        header.pop("__metadata__", None)
-        body = np.asarray(data[8 + length :])
-        arrays: Arrays = {}
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            if not 0 <= start <= stop <= len(body):
-                raise ValueError(f"array {name!r} lies outside the file")
-            dtype: np.dtype[Any] = _SAFETENSORS_DTYPES[entry["dtype"]]
-            arrays[name] = body[start:stop].view(dtype).reshape(entry["shape"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged shard ({error}); prepare the store again") from error
-    return arrays
-
-
-def _name(arrays: Arrays, kind: str, index: int) -> str:
-    start, stop = arrays[f"{kind}_offsets"][index : index + 2].tolist()
-    return arrays[f"{kind}_bytes"][start:stop].tobytes().decode("utf-8")
+            if len(self._shards) > _MAX_OPEN:
+                self._shards.popitem(last=False)
+        return arrays
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -227,4 +229,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise DataError(f"{file}: damaged manifest ({error!r}); prepare the store again") from error
     if version > SCHEMA_VERSION:
         raise DataError(f"{file}: schema {version} is newer than this version reads ({SCHEMA_VERSION}); update escaip")
+    if version < SCHEMA_VERSION:
+        raise DataError(f"{file}: schema {version} is older than this version reads; prepare the store again")
     return dict(manifest)

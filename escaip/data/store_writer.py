@@ -3,35 +3,186 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from escaip.data.atomic_data import LABELS, TENSOR_FIELDS, AtomicData
+from escaip.data.atomic_data import AtomicData
+from escaip.data.shards import (
+    PRECISIONS,
+    Arrays,
+    disk_errors,
+    map_safetensors,
+    pack_structures,
+    save_arrays,
+    write_bytes,
+)
+from escaip.data.store_index import EDGE_CUTOFF, IndexBuilder, label_counts, merge_indices
 from escaip.errors import ConfigError, DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
+PART = "part.json"
 DEFAULT_SHARD_ATOMS = 1_000_000
-_DTYPES = {
-    "positions": "<f8",
-    "atomic_numbers": "u1",
-    "cell": "<f8",
-    "pbc": "?",
-    "charge": "<i4",
-    "spin_multiplicity": "<i4",
-    "energy": "<f8",
-    "fixed": "?",
-    "tags": "<i4",
-}
+
+SplitCodes = Callable[[Arrays], tuple[list[str], NDArray[np.uint8]]]
+"""Names of the splits and the code of each structure, from an index."""
+
+
+class PartWriter:
+    """Writes structures into shards of a folder, with memory bounded by one shard and the index of the part.
+
+    A part is whole once :meth:`close` has written its ``part.json``.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str = "float64", shard_atoms: int = DEFAULT_SHARD_ATOMS) -> None:
+        """Prepares to write into ``folder``, which exists.
+
+        Raises:
+            ConfigError: an unknown dtype.
+        """
+        if dtype not in PRECISIONS:
+            raise ConfigError(f"dtype: {dtype!r} is not {' or '.join(PRECISIONS)}")
+        self._folder, self._dtype, self._shard_atoms = folder, dtype, shard_atoms
+        self._pending: list[AtomicData] = []
+        self._pending_atoms = 0
+        self._index = IndexBuilder()
+        self._shards: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._index) + len(self._pending)
+
+    def write(self, data: AtomicData) -> None:
+        """Adds one structure; a full shard goes to disk."""
+        self._pending.append(data)
+        self._pending_atoms += int(data.num_nodes)
+        if self._pending_atoms >= self._shard_atoms:
+            self._flush()
+
+    def close(self, **facts: Any) -> None:
+        """Writes what is left, the index, and ``part.json`` with these ``facts`` beside the shards."""
+        self._flush()
+        if self._shards:
+            save_arrays(self._folder / INDEX, self._index.arrays())
+        write_bytes(self._folder / PART, json.dumps({"shards": self._shards, **facts}).encode())
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        entry = save_arrays(
+            self._folder / f"shard-{len(self._shards):05d}.safetensors", pack_structures(self._pending, self._dtype)
+        )
+        self._shards.append({**entry, "num_structures": len(self._pending), "num_atoms": self._pending_atoms})
+        self._index.add(self._pending)
+        self._pending, self._pending_atoms = [], 0
+
+
+def read_part(folder: Path) -> dict[str, Any] | None:
+    """Contents of ``part.json``; None for a part that is not whole."""
+    file = folder / PART
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def assemble(
+    parts: Sequence[Path], target: Path, *, dtype: str, source: str, split: SplitCodes | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Links the shards of parts into one folder and writes the index and, last of all, the manifest.
+
+    The parts stay as they are, so that it can be interrupted at any point and run again.
+
+    Args:
+        parts: folders of whole parts, in order.
+        target: folder of the store, made where it does not exist.
+        dtype: of forces and stress.
+        source: what the structures are.
+        split: divides them; by default the codes that the parts hold, under the single name ``all``.
+        **facts: further entries of the manifest, plain JSON values.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: no structures.
+    """
+    target.mkdir(exist_ok=True)
+    contents = [(folder, read_part(folder) or {"shards": []}) for folder in parts]
+    filled = [(folder, part) for folder, part in contents if part["shards"]]
+    if not filled:
+        raise DataError(f"{source}: 0 structures to write; check the source, its filters and on_error")
+    columns = dict(merge_indices([folder / INDEX for folder, _ in filled]))
+    names = ["all"]
+    save_arrays(target / INDEX, columns)
+    if split is not None:
+        names, codes = split(map_safetensors(target / INDEX))
+        columns["split"] = codes
+    index = save_arrays(target / INDEX, columns)
+    shards: list[dict[str, Any]] = []
+    for folder, part in filled:
+        for entry in part["shards"]:
+            name = f"shard-{len(shards):05d}.safetensors"
+            _link(folder / entry["file"], target / name)
+            shards.append({**entry, "file": name})
+    arrays = map_safetensors(target / INDEX)
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "num_structures": len(arrays["natoms"]),
+        "num_atoms": int(arrays["natoms"].sum(dtype=np.int64)),
+        "num_groups": len(arrays["group_offsets"]) - 1,
+        "elements": np.unique(arrays["composition_elements"]).tolist(),
+        "labels": label_counts(arrays["labels"]),
+        "splits": {name: int(np.count_nonzero(arrays["split"] == code)) for code, name in enumerate(names)},
+        "dtype": dtype,
+        "edge_cutoff": EDGE_CUTOFF,
+        "units": {"length": "angstrom", "energy": "eV", "forces": "eV/angstrom", "stress": "eV/angstrom^3"},
+        "source": source,
+        **facts,
+        "shards": shards,
+        "index": index,
+    }
+    write_bytes(target / MANIFEST, json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)  # a file system without hard links
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Gives a finished folder its name; a store that is there makes way and is removed."""
+    if not path.exists():
+        os.replace(folder, path)
+        return
+    old = path.parent / f".{path.name}.old-{os.getpid()}"
+    os.replace(path, old)
+    os.replace(folder, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuses a path where something is that must stay.
+
+    Raises:
+        DataError: something is there already, and is not to be overwritten or is no store.
+    """
+    if path.exists():
+        if not overwrite:
+            raise DataError(f"{path}: exists already; choose another name or allow overwriting")
+        if not (path / MANIFEST).is_file():
+            raise DataError(f"{path}: exists and is no prepared store, it is not overwritten")
 
 
 class StoreWriter:
@@ -39,6 +190,7 @@ class StoreWriter:
 
     Use as a context manager. On leaving it normally the store appears under its name, whole; after an exception
     nothing is left. A process that is killed leaves only a hidden ``.NAME.partial-PID`` directory beside it.
+    Large sets go through :func:`escaip.data.prepare.prepare`, which works in parallel and can be restarted.
 
     Attributes:
         path: where the store will be.
@@ -66,31 +218,17 @@ class StoreWriter:
             ConfigError: an unknown dtype.
             DataError: something is there already, and is not to be overwritten or is no store.
         """
-        if dtype not in ("float64", "float32"):
-            raise ConfigError(f"dtype: {dtype!r} is not float64 or float32")
         self.path = Path(path)
-        if self.path.exists():
-            if not overwrite:
-                raise DataError(f"{self.path}: exists already; choose another name or allow overwriting")
-            if not (self.path / MANIFEST).is_file():
-                raise DataError(f"{self.path}: exists and is no prepared store, it is not overwritten")
-        self._dtypes = {**_DTYPES, "forces": "<f8" if dtype == "float64" else "<f4"}
-        self._dtypes["stress"] = self._dtypes["forces"]
-        self._source, self._dtype, self._shard_atoms = source, dtype, shard_atoms
+        check_target(self.path, overwrite)
+        self._source, self._dtype = source, dtype
         self._partial = self.path.parent / f".{self.path.name}.partial-{os.getpid()}"
-        self._pending: list[AtomicData] = []
-        self._pending_atoms = 0
-        self._shards: list[dict[str, Any]] = []
-        self._natoms, self._group_codes, self._periodic = array("i"), array("i"), bytearray()
-        self._groups: dict[str, int] = {}
-        self._elements: set[int] = set()
-        self._labels = dict.fromkeys(LABELS, 0)
+        self._writer = PartWriter(self._partial / "part", dtype=dtype, shard_atoms=shard_atoms)
 
     def __enter__(self) -> StoreWriter:
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir()
+            (self._partial / "part").mkdir(parents=True)
         return self
 
     def __exit__(
@@ -98,13 +236,17 @@ class StoreWriter:
     ) -> None:
         try:
             if kind is None:
-                with _disk_errors(self.path):
-                    self._finish()
+                if len(self) == 0:
+                    raise DataError(f"{self.path}: 0 structures to write; check the source, its filters and on_error")
+                with disk_errors(self.path):
+                    self._writer.close()
+                    assemble([self._partial / "part"], self._partial / "store", dtype=self._dtype, source=self._source)
+                    publish(self._partial / "store", self.path)
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def __len__(self) -> int:
-        return len(self._natoms)
+        return len(self._writer)
 
     def write(self, data: AtomicData) -> None:
         """Adds one structure.
@@ -112,107 +254,5 @@ class StoreWriter:
         Raises:
             DataError: the disk is full, or files cannot be written.
         """
-        self._pending.append(data)
-        n = int(data.num_nodes)
-        self._pending_atoms += n
-        self._natoms.append(n)
-        self._periodic.append(bool(data.pbc.any()))
-        self._group_codes.append(self._groups.setdefault(data.group, len(self._groups)))
-        self._elements.update(np.unique(data.atomic_numbers.numpy()).tolist())
-        for label in LABELS:
-            self._labels[label] += data.has_label(label)
-        if self._pending_atoms >= self._shard_atoms:
-            with _disk_errors(self.path):
-                self._flush()
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        arrays: dict[str, np.ndarray] = {}
-        counts = [data.num_nodes for data in self._pending]
-        arrays["offsets"] = np.concatenate([[0], np.cumsum(counts)]).astype("<i8")
-        for key in TENSOR_FIELDS:
-            pieces = [data[key].numpy() for data in self._pending]
-            arrays[key] = np.ascontiguousarray(np.concatenate(pieces)).astype(self._dtypes[key])
-        for kind, field in (("id", "structure_id"), ("group", "group")):
-            arrays[f"{kind}_bytes"], arrays[f"{kind}_offsets"] = _pack_text([data[field] for data in self._pending])
-        entry = self._save(f"shard-{len(self._shards):05d}.safetensors", arrays)
-        self._shards.append({**entry, "num_structures": len(counts), "num_atoms": int(sum(counts))})
-        self._pending, self._pending_atoms = [], 0
-
-    def _finish(self) -> None:
-        if not self._natoms:
-            raise DataError(f"{self.path}: 0 structures to write; check the source, its filters and on_error")
-        self._flush()
-        names, offsets = _pack_text(list(self._groups))
-        index = self._save(
-            INDEX,
-            {
-                "natoms": np.array(self._natoms, dtype="<i4"),
-                "group_codes": np.array(self._group_codes, dtype="<i4"),
-                "periodic": np.frombuffer(bytes(self._periodic), dtype="?"),
-                "group_bytes": names,
-                "group_offsets": offsets,
-            },
-        )
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "num_structures": len(self._natoms),
-            "num_atoms": int(sum(self._natoms)),
-            "num_groups": len(self._groups),
-            "elements": sorted(self._elements),
-            "labels": self._labels,
-            "dtype": self._dtype,
-            "units": {"length": "angstrom", "energy": "eV", "forces": "eV/angstrom", "stress": "eV/angstrom^3"},
-            "source": self._source,
-            "shards": self._shards,
-            "index": index,
-        }
-        self._write_file(MANIFEST, json.dumps(manifest, indent=1).encode())
-        if self.path.exists():
-            old = self.path.parent / f".{self.path.name}.old-{os.getpid()}"
-            os.replace(self.path, old)
-            os.replace(self._partial, self.path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(self._partial, self.path)
-
-    def _save(self, name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        from safetensors.numpy import save
-
-        content = save(arrays)
-        self._write_file(name, content)
-        return {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-    def _write_file(self, name: str, content: bytes) -> None:
-        with open(self._partial / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-class _disk_errors:
-    """Turns an OSError into one line that names the path."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(value, OSError):
-            if value.errno == errno.ENOSPC:
-                raise DataError(
-                    f"{self.path}: the disk is full, nothing was kept; free space or write elsewhere"
-                ) from value
-            raise DataError(f"{self.path}: cannot be written ({value.strerror or value})") from value
-
-
-def _pack_text(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """UTF-8 bytes end to end, and where each begins."""
-    encoded = [text.encode("utf-8") for text in texts]
-    offsets = np.concatenate([[0], np.cumsum([len(item) for item in encoded])]).astype("<i8")
-    return np.frombuffer(b"".join(encoded), dtype="u1"), offsets
+        with disk_errors(self.path):
+            self._writer.write(data)

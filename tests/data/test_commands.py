@@ -13,7 +13,7 @@ import torch
 from ase import Atoms
 from ase.data import atomic_numbers
 
-from escaip.data import AtomicData, Store, commands
+from escaip.data import AtomicData, commands
 from escaip.data.atomic_data import TENSOR_FIELDS
 from escaip.data.inspection import inspect_structures
 from escaip.data.sources import open_source
@@ -109,13 +109,6 @@ def test_convert_keeps_everything(xyz_file: Path, tmp_path: Path, name: str) -> 
         for key in TENSOR_FIELDS:
             assert torch.allclose(a[key].double(), b[key].double(), rtol=0, atol=1e-7, equal_nan=True), key
     assert [path.name for path in target.parent.iterdir()] == [name]
-
-
-def test_prepare_reports_and_describes(xyz_file: Path, tmp_path: Path) -> None:
-    report = commands.prepare(xyz_file, tmp_path / "s", index=":50", dtype="float32")
-    assert report.written == len(Store(tmp_path / "s")) == 50
-    assert "50 structures written, 0 skipped" in report.summary()
-    assert Store(tmp_path / "s").manifest["source"] == str(xyz_file)
 
 
 @pytest.mark.bad_input
