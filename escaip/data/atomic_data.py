@@ -175,36 +175,39 @@ def collate(structures: Sequence[AtomicData]) -> Batch:
     """
     if len(structures) == 0:
         raise DataError("collate: no structures to batch")
-    counts = torch.tensor([data.num_nodes for data in structures])
-    pointer = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    batch = Batch(_base_cls=AtomicData)
-    slices: dict[str, Tensor] = {}
-    increments: dict[str, Tensor | None] = {}
-    per_graph = torch.arange(len(structures) + 1)
-    no_increment = torch.zeros(len(structures), dtype=torch.long)
-    store = batch._store
-    for key in TENSOR_FIELDS:
-        store[key] = torch.cat([data._store[key] for data in structures])
-        slices[key] = pointer if key in PER_ATOM_FIELDS else per_graph
-        increments[key] = no_increment
-    for key in TEXT_FIELDS:
-        store[key] = [data._store[key] for data in structures]
-        slices[key] = per_graph
-        increments[key] = None
-    _collate_edges(structures, store, slices, increments, pointer)
-    store["num_nodes"] = int(pointer[-1])
-    store._num_nodes = counts.tolist()
-    store["batch"] = torch.repeat_interleave(torch.arange(len(structures)), counts)
-    store["ptr"] = pointer
-    batch._num_graphs = len(structures)
-    batch._slice_dict = slices
-    batch._inc_dict = increments
+    fields: dict[str, Any] = {key: torch.cat([data._store[key] for data in structures]) for key in TENSOR_FIELDS}
+    fields.update({key: [data._store[key] for data in structures] for key in TEXT_FIELDS})
+    batch = make_batch(fields, torch.tensor([data.num_nodes for data in structures]))
+    _collate_edges(structures, batch)
     return batch
 
 
-def _collate_edges(
-    structures: Sequence[AtomicData], store: Any, slices: dict[str, Tensor], increments: dict[str, Any], pointer: Tensor
-) -> None:
+def make_batch(fields: dict[str, Any], counts: Tensor) -> Batch:
+    """A PyG ``Batch`` of fields that are joined already: tensors of all structures, lists of their names.
+
+    Args:
+        fields: :data:`TENSOR_FIELDS` and :data:`TEXT_FIELDS`.
+        counts: ``(B,)`` int64 atoms of each structure.
+    """
+    pointer = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    per_graph = torch.arange(len(counts) + 1)
+    no_increment = torch.zeros(len(counts), dtype=torch.long)
+    batch = Batch(_base_cls=AtomicData)
+    store = batch._store
+    store._mapping.update({key: fields[key] for key in (*TENSOR_FIELDS, *TEXT_FIELDS)})
+    store["num_nodes"] = int(pointer[-1])
+    store._num_nodes = counts.tolist()
+    store["batch"] = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    store["ptr"] = pointer
+    batch._num_graphs = len(counts)
+    batch._slice_dict = {
+        key: pointer if key in PER_ATOM_FIELDS else per_graph for key in (*TENSOR_FIELDS, *TEXT_FIELDS)
+    }
+    batch._inc_dict = {**dict.fromkeys(TENSOR_FIELDS, no_increment), **dict.fromkeys(TEXT_FIELDS)}
+    return batch
+
+
+def _collate_edges(structures: Sequence[AtomicData], batch: Batch) -> None:
     """Candidate pairs, when all structures carry them."""
     attached = ["edge_index" in data._store for data in structures]
     if not any(attached):
@@ -212,15 +215,18 @@ def _collate_edges(
     if not all(attached):
         lacking = structures[attached.index(False)]._describe()
         raise DataError(f"collate: {lacking} has no neighbor list but others in the batch do; attach it to all or none")
-    starts = pointer[:-1]
+    store, starts = batch._store, batch.ptr[:-1]
     num_edges = torch.tensor([data.edge_index.shape[1] for data in structures])
     edge_pointer = torch.cat([num_edges.new_zeros(1), num_edges.cumsum(0)])
     store["edge_index"] = torch.cat([data.edge_index for data in structures], dim=1)
     store["edge_index"] += torch.repeat_interleave(starts, num_edges)
     store["edge_shift"] = torch.cat([data.edge_shift for data in structures])
     store["edge_cutoff"] = torch.cat([data.edge_cutoff for data in structures])
-    slices.update(edge_index=edge_pointer, edge_shift=edge_pointer, edge_cutoff=torch.arange(len(structures) + 1))
-    increments.update(edge_index=starts, edge_shift=torch.zeros_like(starts), edge_cutoff=torch.zeros_like(starts))
+    zeros = torch.zeros_like(starts)
+    batch._slice_dict.update(
+        edge_index=edge_pointer, edge_shift=edge_pointer, edge_cutoff=torch.arange(len(structures) + 1)
+    )
+    batch._inc_dict.update(edge_index=starts, edge_shift=zeros, edge_cutoff=zeros)
 
 
 def stress_matrix(stress: ArrayLike | None, name: str) -> NDArray[np.float64] | None:

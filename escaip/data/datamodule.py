@@ -96,7 +96,7 @@ class AtomicDataModule(LightningDataModule):
             raise ConfigError(f"oversized: {oversized!r} is not one of {', '.join(OVERSIZED)}")
         if start_method is not None and start_method not in START_METHODS:
             raise ConfigError(f"start_method: {start_method!r} is not one of {', '.join(START_METHODS)}")
-        self._budget = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
+        self._budget: dict[str, Any] = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
         self._num_neighbors, self._oversized = num_neighbors, oversized
         self._required, self._fixed_atoms = tuple(required_labels), fixed_atoms
         self._isolated = parse_isolated_energies(isolated_energies)
@@ -232,7 +232,7 @@ class AtomicDataModule(LightningDataModule):
         trainer = self.trainer
         edges = None
         if self._budget["max_edges"] is not None:
-            edges = estimate_edges(data.natoms, data.periodic, self._num_neighbors)
+            edges = estimate_edges(data.natoms, data.periodic, self._num_neighbors, data.num_edges)
         sampler = BudgetBatchSampler(
             data.natoms,
             num_edges=edges,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from escaip.data.atomic_data import AtomicData, collate
+from escaip.data.gather import gather_batch
 from escaip.data.store import Store
 from escaip.errors import ConfigError, DataError
 
@@ -85,6 +86,19 @@ class AtomicDataset(Dataset[AtomicData]):
             data = rotate_structure(data, random_rotation(self._seed, epoch, position))
         return data
 
+    def batch(self, members: Sequence[int] | NDArray[np.int64], epoch: int = 0) -> Batch:
+        """``collate`` of structures of one epoch, without making the structures where they come from a store."""
+        if not isinstance(self._structures, Store):
+            return collate([self[EpochIndex(int(index), epoch)] for index in members])
+        positions = self.indices[np.asarray(members, dtype=np.int64)]
+        batch = gather_batch(self._structures, positions)
+        if self._fixed_atoms == "all":
+            batch.fixed = torch.zeros_like(batch.fixed)
+        if self._rotate:
+            turns = [random_rotation(self._seed, epoch, position) for position in positions.tolist()]
+            rotate_batch(batch, torch.stack(turns))
+        return batch
+
     def __iter__(self) -> Iterator[AtomicData]:
         return (self[index] for index in range(len(self)))
 
@@ -101,6 +115,13 @@ class AtomicDataset(Dataset[AtomicData]):
         if isinstance(self._structures, Store):
             return self._structures.periodic[self.indices]
         return np.array([bool(self._structures[k].pbc.any()) for k in self.indices])
+
+    @property
+    def num_edges(self) -> NDArray[np.int64] | None:
+        """``(len,)`` directed pairs within 6 Å, where a store has counted them."""
+        if isinstance(self._structures, Store):
+            return self._structures.index["num_edges"][self.indices].astype(np.int64)
+        return None
 
     @cached_property
     def groups(self) -> list[str]:
@@ -140,23 +161,28 @@ class AtomicDataset(Dataset[AtomicData]):
         return digest.hexdigest()
 
 
-class BatchCollate:
-    """Makes a batch in the loader's worker, with candidate neighbors attached when a cutoff is given."""
+class BatchDataset(Dataset["Batch"]):
+    """Whole batches, by epoch and members: what a loader's worker makes.
 
-    def __init__(self, neighbor_cutoff: float | None = None) -> None:
-        """``neighbor_cutoff`` in Å; None leaves the search to the model's device."""
-        self.neighbor_cutoff = neighbor_cutoff
+    Args:
+        structures: the structures.
+        neighbor_cutoff: Å, attach candidate neighbors ``edge_index (2, E)``, ``edge_shift (E, 3)`` and
+            ``edge_cutoff (B,)``; None leaves the search to the model's device.
+    """
 
-    def __call__(self, structures: Sequence[AtomicData]) -> Batch:
-        """``collate`` and, where asked for, ``edge_index (2, E)``, ``edge_shift (E, 3)``, ``edge_cutoff (B,)``."""
-        batch = collate(structures)
-        if self.neighbor_cutoff is not None:
+    def __init__(self, structures: AtomicDataset, neighbor_cutoff: float | None = None) -> None:
+        self._structures, self._neighbor_cutoff = structures, neighbor_cutoff
+
+    def __getitem__(self, item: tuple[int, NDArray[np.int64]]) -> Batch:
+        epoch, members = item
+        batch = self._structures.batch(members, epoch)
+        if self._neighbor_cutoff is not None:
             from escaip.graph import neighbor_list
 
-            neighbors = neighbor_list(batch, self.neighbor_cutoff)
+            neighbors = neighbor_list(batch, self._neighbor_cutoff)
             batch.edge_index = torch.stack([neighbors.center, neighbors.neighbor])
             batch.edge_shift = neighbors.shift
-            batch.edge_cutoff = torch.full((len(structures),), neighbors.cutoff, dtype=torch.float64)
+            batch.edge_cutoff = torch.full((len(members),), neighbors.cutoff, dtype=torch.float64)
         return batch
 
 
@@ -182,3 +208,12 @@ def rotate_structure(data: AtomicData, rotation: Tensor) -> AtomicData:
     turned.forces = data.forces @ rotation.T
     turned.stress = rotation @ data.stress @ rotation.T
     return turned
+
+
+def rotate_batch(batch: Batch, rotations: Tensor) -> None:
+    """Turns each structure of a batch by its ``rotations (B, 3, 3)``, in place of the batch's own tensors."""
+    each = rotations[batch.batch]
+    for key in ("positions", "forces"):
+        batch[key] = torch.einsum("nij,nj->ni", each, batch[key])
+    batch.cell = batch.cell @ rotations.mT
+    batch.stress = rotations @ batch.stress @ rotations.mT

@@ -6,10 +6,12 @@ import multiprocessing
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Sampler
 
-from escaip.data.dataset import AtomicDataset, BatchCollate, EpochIndex
+from escaip.data.dataset import AtomicDataset, BatchDataset
 from escaip.data.sampler import BudgetBatchSampler
 from escaip.errors import DataError
 
@@ -52,9 +54,10 @@ class BatchLoader:
         self._epoch_batches = _EpochBatches()
         context = multiprocessing.get_context(start_method) if num_workers and start_method else None
         self._loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=self._epoch_batches,
-            collate_fn=BatchCollate(neighbor_cutoff),
+            BatchDataset(dataset, neighbor_cutoff),
+            batch_size=None,
+            sampler=self._epoch_batches,
+            collate_fn=_as_it_is,
             num_workers=num_workers,
             multiprocessing_context=context,
             persistent_workers=num_workers > 0,
@@ -77,7 +80,7 @@ class BatchLoader:
             resumed = self._resume[1]
         self._resume = None
         self._epoch, self._consumed = epoch, resumed
-        self._epoch_batches.plan = [[EpochIndex(k, epoch) for k in batch] for batch in batches[resumed:]]
+        self._epoch_batches.plan = (epoch, batches[resumed:])
         for batch in self._loader:
             self._consumed += 1
             yield batch
@@ -104,14 +107,20 @@ class BatchLoader:
         self._resume = (self._epoch, self._consumed)
 
 
-class _EpochBatches:
+class _EpochBatches(Sampler[tuple[int, NDArray[np.int64]]]):
     """The batches planned for the running epoch."""
 
     def __init__(self) -> None:
-        self.plan: list[list[EpochIndex]] = []
+        self.plan: tuple[int, list[NDArray[np.int64]]] = (0, [])
 
-    def __iter__(self) -> Iterator[list[EpochIndex]]:
-        return iter(self.plan)
+    def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        epoch, batches = self.plan
+        return ((epoch, batch) for batch in batches)
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self.plan[1])
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    """In place of torch's conversion, which has nothing to do here."""
+    return batch

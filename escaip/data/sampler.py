@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,45 @@ from escaip.data.packing import Sizes, pack, sorted_pack, split_to_count
 from escaip.errors import ConfigError, DataError
 
 OVERSIZED = ("error", "skip", "own_batch")
+Indices = NDArray[np.int64]
 _EXACT_PACKING = 20_000
 """Up to this many structures a packing of every order is guaranteed (see BudgetBatchSampler)."""
 
 
-def estimate_edges(natoms: ArrayLike, periodic: ArrayLike | bool, num_neighbors: int | None) -> NDArray[np.int64]:
+def estimate_edges(
+    natoms: ArrayLike,
+    periodic: ArrayLike | bool,
+    num_neighbors: int | None,
+    counted: ArrayLike | None = None,
+) -> NDArray[np.int64]:
     """``(num_structures,)`` cheap bound on the edges: ``n·k``, or ``n·min(k, n − 1)`` without images.
 
     Args:
         natoms: ``(num_structures,)`` atoms.
         periodic: ``(num_structures,)`` whether any axis is periodic.
         num_neighbors: ``k`` of the graph; None for all pairs (``k`` = 64 with images).
+        counted: ``(num_structures,)`` pairs within 6 Å, as a prepared store holds them; where given, the smaller of
+            them and ``n·k`` is the estimate.
     """
     n = np.asarray(natoms, dtype=np.int64)
+    if counted is not None:
+        pairs = np.asarray(counted, dtype=np.int64)
+        return pairs if num_neighbors is None else np.minimum(pairs, n * num_neighbors)
     k = np.int64(64 if num_neighbors is None else num_neighbors)
     alone = n - 1 if num_neighbors is None else np.minimum(k, n - 1)
     return n * np.where(np.asarray(periodic, dtype=bool), k, alone)
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Structures ``start <= k < stop`` are one set, of which an epoch draws ``draws``.
+
+    A set is gone through in random order before any structure of it comes again, over as many epochs as it takes.
+    """
+
+    start: int
+    stop: int
+    draws: int
 
 
 class BudgetBatchSampler(Sampler[list[int]]):
@@ -41,7 +65,8 @@ class BudgetBatchSampler(Sampler[list[int]]):
 
     - up to ``world_size − 1`` structures repeat when there are fewer structures than batches are needed to give every
       rank the same number, as with fewer structures than ranks;
-    - beyond 20 000 structures the last resort is not guaranteed; what it leaves out is counted in ``left_out``.
+    - beyond 20 000 structures, or with quotas, the last resort is not guaranteed; what it leaves out is counted in
+      ``left_out``.
 
     Batches depend on ``(seed, epoch)`` alone; rank ``r`` of ``W`` gets those at ``r, r + W, ...``.
 
@@ -66,6 +91,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         oversized: str = "error",
+        quotas: Sequence[Quota] | None = None,
     ) -> None:
         """Plans the batches.
 
@@ -82,6 +108,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
             rank: of this process.
             world_size: number of processes.
             oversized: what to do with a structure larger than a budget: ``"error"``, ``"skip"`` or ``"own_batch"``.
+            quotas: how many structures of each set an epoch takes, for sets that are mixed; shuffles always.
 
         Raises:
             ConfigError: no budget, a budget below 1, ``batch_size`` beside a budget, an unknown policy, an
@@ -102,7 +129,8 @@ class BudgetBatchSampler(Sampler[list[int]]):
         keys = [key for key in columns if key in budgets]
         sizes = np.stack([columns[key] for key in keys], axis=1)
         budget = np.array([budgets[key] for key in keys], dtype=np.int64)
-        self._seed, self._shuffle, self._rank, self._world_size = seed, shuffle, rank, world_size
+        self._seed, self._shuffle, self._rank, self._world_size = seed, shuffle or quotas is not None, rank, world_size
+        self._quotas = quotas
         large = np.flatnonzero((sizes > budget).any(axis=1))
         self.skipped: list[int] = []
         usable = np.arange(len(atoms))
@@ -119,7 +147,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self.left_out = 0
         self._num_batches = self._plan()
-        self._cache: tuple[int, list[list[int]]] | None = None
+        self._cache: tuple[int, list[Indices]] | None = None
 
     @property
     def sampler(self) -> BudgetBatchSampler:
@@ -135,31 +163,45 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return self._num_batches // self._world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches(self.epoch))
+        return (batch.tolist() for batch in self.batches(self.epoch))
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        """This rank's batches of one epoch."""
+    def batches(self, epoch: int) -> list[Indices]:
+        """This rank's batches of one epoch, each ``(B,)`` int64."""
         if self._cache is None or self._cache[0] != epoch:
             packed = self._pack(epoch)
             self._cache = (epoch, packed[self._rank :: self._world_size])
         return self._cache[1]
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
+    def _order(self, epoch: int) -> Indices:
+        if self._quotas is not None:
+            drawn = [self._draw(number, quota, epoch) for number, quota in enumerate(self._quotas)]
+            return np.random.default_rng([self._seed, epoch]).permutation(np.concatenate(drawn))
         if not self._shuffle:
             return self._usable
         return np.random.default_rng([self._seed, epoch]).permutation(self._usable)
+
+    def _draw(self, number: int, quota: Quota, epoch: int) -> Indices:
+        """This epoch's structures of one set: the next ones of an endless row of its permutations."""
+        members = self._usable[(self._usable >= quota.start) & (self._usable < quota.stop)]
+        if len(members) == 0:
+            raise DataError("sampler: 0 structures of one of the sets fit the budget; raise max_atoms")
+        first, last = epoch * quota.draws, (epoch + 1) * quota.draws
+        blocks = range(first // len(members), -(-last // len(members)))
+        row = [np.random.default_rng([self._seed, number, block, 2]).permutation(members) for block in blocks]
+        offset = first - blocks.start * len(members)
+        return np.concatenate(row)[offset : offset + quota.draws]
 
     def _plan(self) -> int:
         """Batches in all, a multiple of the number of ranks."""
         count = len(pack(self._order(0), self._sizes))
         if self._shuffle and not self._sizes.uniform(self._usable):
-            if len(self._usable) <= _EXACT_PACKING:
+            if len(self._usable) <= _EXACT_PACKING and self._quotas is None:
                 count = max(count, len(sorted_pack(self._usable, self._sizes)))
             else:
                 count += -(-count // 200)
         return -(-count // self._world_size) * self._world_size
 
-    def _pack(self, epoch: int) -> list[list[int]]:
+    def _pack(self, epoch: int) -> list[Indices]:
         order = self._order(epoch)
         missing = self._num_batches - len(order)
         if missing > 0:
@@ -167,7 +209,8 @@ class BudgetBatchSampler(Sampler[list[int]]):
         batches = pack(order, self._sizes)
         self.left_out = 0
         if len(batches) > self._num_batches:
-            batches = self._sizes.squeeze(batches, self._num_batches) or sorted_pack(order, self._sizes)
+            squeezed = self._sizes.squeeze(batches, self._num_batches)
+            batches = sorted_pack(order, self._sizes) if squeezed is None else squeezed
             self.left_out = sum(len(batch) for batch in batches[self._num_batches :])
             batches = batches[: self._num_batches]
         batches = split_to_count(batches, self._num_batches, self._sizes)

@@ -8,7 +8,6 @@ format. A shard holds its structures' arrays end to end, with offsets; names are
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import os
@@ -71,7 +70,7 @@ class Store:
             if size != entry["bytes"]:
                 state = "is missing" if size < 0 else f"has {size} bytes instead of {entry['bytes']} (truncated?)"
                 raise DataError(f"{self.path / entry['file']}: {state}; prepare the store again or restore this file")
-        self._starts = np.cumsum([0] + [entry["num_structures"] for entry in self.manifest["shards"]]).tolist()
+        self._starts = np.cumsum([0] + [entry["num_structures"] for entry in self.manifest["shards"]])
         self._shards: OrderedDict[int, Arrays] = OrderedDict()
         self._index: Arrays | None = None
 
@@ -196,14 +195,14 @@ class Store:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: index {index} outside 0..{len(self) - 1}")
-        shard = bisect.bisect_right(self._starts, index) - 1
-        return self._map(shard), index - self._starts[shard]
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._map(shard), index - int(self._starts[shard])
 
     def locate_many(self, indices: Sequence[int] | NDArray[np.int64]) -> list[tuple[Arrays, int]]:
         """:meth:`locate` of structures inside the store, all at once."""
         positions = np.asarray(indices, dtype=np.int64)
         shards = np.searchsorted(self._starts, positions, side="right") - 1
-        local = positions - np.asarray(self._starts)[shards]
+        local = positions - self._starts[shards]
         return [(self._map(shard), k) for shard, k in zip(shards.tolist(), local.tolist(), strict=True)]
 
     def _map(self, shard: int) -> Arrays:

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from escaip.data import BudgetBatchSampler
 from escaip.data.packing import Sizes, pack, sorted_pack, split_to_count
-from escaip.data.sampler import estimate_edges
+from escaip.data.sampler import BudgetBatchSampler, Quota, estimate_edges
 from escaip.errors import ConfigError, DataError
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -137,3 +136,32 @@ def test_bad_budgets(options: dict, error: type[Exception], message: str) -> Non
 def test_no_structures() -> None:
     with pytest.raises(DataError, match="0 structures"):
         BudgetBatchSampler([], max_atoms=10)
+
+
+def test_quotas_draw_every_structure_before_any_again() -> None:
+    natoms = np.random.default_rng(0).integers(5, 30, 130)
+    quotas = [Quota(0, 100, 30), Quota(100, 130, 45)]
+    sampler = BudgetBatchSampler(natoms, max_atoms=100, quotas=quotas, seed=4)
+    seen = []
+    for epoch in range(10):
+        batches = sampler.batches(epoch)
+        assert len(batches) == len(sampler)
+        assert all(natoms[batch].sum() <= 100 for batch in batches)
+        drawn = np.concatenate(batches)
+        assert len(drawn) + sampler.left_out == 75
+        assert sampler.left_out == 0
+        assert np.count_nonzero(drawn < 100) == 30
+        seen.append(drawn)
+    small = np.concatenate(seen)
+    counts = np.bincount(small, minlength=130)
+    assert set(counts[:100]) == {3}  # 10 epochs of 30 draws from 100
+    assert set(counts[100:]) == {15}  # 10 epochs of 45 draws from 30
+    assert sorted(seen[0].tolist()) != sorted(seen[1].tolist())
+    again = BudgetBatchSampler(natoms, max_atoms=100, quotas=quotas, seed=4)
+    assert [b.tolist() for b in again.batches(7)] == [b.tolist() for b in sampler.batches(7)]
+
+
+def test_counted_edges_are_the_estimate_where_they_are_fewer() -> None:
+    found = estimate_edges([10, 10, 10], [True, True, False], 20, counted=[150, 900, 90])
+    assert found.tolist() == [150, 200, 90]
+    assert estimate_edges([10], [True], None, counted=[900]).tolist() == [900]

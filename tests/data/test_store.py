@@ -223,3 +223,26 @@ def test_bad_manifests(structures: list[AtomicData], tmp_path: Path) -> None:
     file.write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="takes neither keys nor units"):
         list(open_source(tmp_path / "s", units={"energy": "meV"}))
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("fixed_atoms", ["free_only", "all"])
+def test_batches_of_a_store_are_those_of_its_structures(
+    structures: list[AtomicData], tmp_path: Path, rotate: bool, fixed_atoms: str
+) -> None:
+    structures[6].fixed[1] = True
+    store = write(tmp_path / "s", structures, shard_atoms=50)
+    members = np.random.default_rng(0).permutation(40)[:25]
+    fast = AtomicDataset(store, range(20, 60), rotate=rotate, fixed_atoms=fixed_atoms, seed=1)
+    slow = AtomicDataset(list(store), range(20, 60), rotate=rotate, fixed_atoms=fixed_atoms, seed=1)
+    a, b = fast.batch(members, epoch=3), slow.batch(members, epoch=3)
+    assert set(a.keys()) == set(b.keys())
+    for key in (*TENSOR_FIELDS, "batch", "ptr"):
+        assert a[key].dtype == b[key].dtype, key
+        assert torch.allclose(a[key].double(), b[key].double(), rtol=1e-14, atol=1e-13, equal_nan=True), key
+    assert a.structure_id == b.structure_id
+    assert a.group == b.group
+    assert a.num_graphs == b.num_graphs
+    for mine, other in zip(a.to_data_list(), b.to_data_list(), strict=True):
+        assert torch.allclose(mine.positions, other.positions, atol=1e-13)
+        assert mine.num_nodes == other.num_nodes
