@@ -59,7 +59,10 @@ def save_potential(potential: Potential, path: str | os.PathLike[str]) -> None:
 
 
 def load_potential(
-    path: str | os.PathLike[str], device: str | torch.device = "auto", dtype: torch.dtype | str | None = None
+    path: str | os.PathLike[str],
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str | None = None,
+    dataset: str | None = None,
 ) -> Potential:
     """Reads a potential from a ``.escaip`` file or a Lightning ``.ckpt``, weights only.
 
@@ -67,18 +70,22 @@ def load_potential(
         path: the file.
         device: a torch device; ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: ``float32`` or ``float64``; by default as stored.
+        dataset: whose element references to use, for potentials trained on several sets.
 
     Returns:
         The potential, in evaluation mode.
 
     Raises:
         CheckpointError: missing, damaged, unsafe, or of another schema; the message says which.
+        ConfigError: no such set, device or dtype.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"model file {path} does not exist: pass a .ckpt or .escaip file")
     description, weights = _read_lightning(path) if _is_zip(path) else _read_safetensors(path)
     potential = _build(migrate(description, path), weights, path)
+    if dataset is not None:
+        potential.choose_dataset(dataset)
     if dtype is not None:
         potential = potential.to(resolve_dtype(dtype))
     return potential.to(resolve_device(device)).eval()
@@ -182,6 +189,9 @@ def _build(description: dict[str, Any], weights: dict[str, Tensor], path: Path) 
         floating = [tensor.dtype for name, tensor in weights.items() if name.startswith("model.")]
         if floating:
             potential = potential.to(floating[0])
+        # One set of references, or one for each of several: the file says.
+        for name in ("element_references", "scale"):
+            setattr(potential, name, torch.zeros_like(weights[name], dtype=torch.float64))
         potential.load_state_dict(weights)
     except EscaipError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error

@@ -7,7 +7,10 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from escaip.potential import Potential
 
 
 def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -23,7 +26,8 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     potential = load_potential(path, device="cpu")
     description = describe_potential(potential)
     metadata = description["metadata"]
-    shown = metadata["elements"] or [z for z in range(1, 119) if float(potential.element_references[z]) != 0.0]
+    names = potential.datasets or ("",)
+    rows = {name: (row, scale) for name, row, scale in zip(names, *_by_set(potential), strict=True)}
     return {
         "file": os.fspath(path),
         "sha256": _sha256(Path(path)),
@@ -37,11 +41,23 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
         "datasets": metadata["datasets"],
         "units": description["units"],
         "cutoff": potential.cutoff,
-        "force_scale": float(potential.scale),
-        "element_references": {chemical_symbols[z]: float(potential.element_references[z]) for z in shown},
+        "force_scale": {name: scale for name, (_, scale) in rows.items()} if potential.datasets else rows[""][1],
+        "element_references": {name: row for name, (row, _) in rows.items()} if potential.datasets else rows[""][0],
         "config": description["config"],
         "provenance": metadata["provenance"],
     }
+
+
+def _by_set(potential: Potential) -> tuple[list[dict[str, float]], list[float]]:
+    """Element references by symbol, and the scale, of each set."""
+    from ase.data import chemical_symbols
+
+    elements = potential.metadata.elements
+    tables = []
+    for row in potential.element_references.reshape(-1, len(chemical_symbols)).tolist():
+        kept = [z for z in range(1, len(row)) if row[z] == row[z] and (z in elements if elements else row[z] != 0.0)]
+        tables.append({chemical_symbols[z]: row[z] for z in kept})
+    return tables, potential.scale.reshape(-1).tolist()
 
 
 def describe_installation() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +54,20 @@ class PotentialMetadata:
 class Potential(nn.Module):
     """An interatomic potential: model, element references, scale and derivatives.
 
-    ``E = Σ_i (reference[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in
-    float64; forces ``−∂E/∂r`` or, for direct-force models, ``scale ·`` the force head; stress
-    ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in tension. Positions and cells are read in
+    ``E = Σ_i (reference[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in float64.
+    Potentials trained on several sets have references and a scale for each, chosen by ``batch.dataset`` or, where that
+    says nothing, by :meth:`choose_dataset`. Forces are ``−∂E/∂r`` or, for direct-force models, ``scale ·`` the force
+    head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in tension. Positions and cells are read in
     float64, displacements formed in float64 and cast to the model's dtype (float32 or float64).
 
     Args:
         config: the model.
         metadata: what it was trained on; unknown for a fresh model.
+
+    Attributes:
+        element_references: ``(119,)`` eV by atomic number, or ``(S, 119)`` for several sets, NaN for elements that a
+            set does not have.
+        scale: ``()`` or ``(S,)`` eV.
     """
 
     element_references: Tensor
@@ -75,6 +82,31 @@ class Potential(nn.Module):
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
         self.register_buffer("supported", torch.ones(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool), persistent=False)
         self.set_metadata(metadata or PotentialMetadata())
+        self._dataset = -1
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of the sets with references of their own; empty when there is one set of references for all."""
+        return self.metadata.datasets if self.element_references.dim() == 2 else ()
+
+    def choose_dataset(self, name: str | None) -> None:
+        """Says whose references and scale structures get that state no set themselves.
+
+        Raises:
+            ConfigError: no such set; the message lists those there are.
+        """
+        if name is None:
+            self._dataset = -1
+        elif name in self.datasets:
+            self._dataset = self.datasets.index(name)
+        else:
+            known = ", ".join(self.datasets) or "one set of references only: leave it out"
+            raise ConfigError(f"dataset {name!r} has no references in this potential, which has {known}")
+
+    @property
+    def dataset(self) -> str | None:
+        """The set chosen by :meth:`choose_dataset`."""
+        return None if self._dataset < 0 else self.datasets[self._dataset]
 
     @property
     def cutoff(self) -> float:
@@ -103,22 +135,91 @@ class Potential(nn.Module):
         supported[list(metadata.elements) or slice(1, None)] = True
         self.supported = supported.to(self.device)
 
-    def set_statistics(self, statistics: Statistics) -> None:
-        """Takes element references, scale (force RMS) and elements from a training set.
+    def set_statistics(
+        self,
+        statistics: Statistics | Mapping[str, Statistics],
+        *,
+        shares: Mapping[str, float] | None = None,
+        scale: str = "shared",
+    ) -> None:
+        """Takes element references, scale (force RMS) and elements from a training set, or from several.
+
+        Args:
+            statistics: of the set, or of each set by name.
+            shares: of each set in training, for the shared scale; default by structures.
+            scale: for several sets, ``"shared"`` (one force RMS, that of the mixture: the same forces in different
+                sets are the same output of the model) or ``"per_set"``.
 
         Raises:
-            ConfigError: the force RMS is not a positive number (no forces to scale by: it stays 1
-                when the set has none at all).
+            ConfigError: the force RMS of a set is not a positive number (no forces to scale by: the scale stays 1 when
+                no set has any), or an unknown ``scale``.
         """
-        self.element_references.zero_()
+        if scale not in ("shared", "per_set"):
+            raise ConfigError(f"scale: {scale!r} is not shared or per_set")
+        if isinstance(statistics, Mapping):
+            self._set_several(dict(statistics), shares, scale)
+            return
+        references = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
         for number, energy in statistics.element_references.items():
-            self.element_references[int(number)] = energy
-        if statistics.label_counts.get("forces", 0):
-            if not statistics.force_rms > 0:
-                raise ConfigError(f"the training set's force RMS is {statistics.force_rms}: all its forces are zero")
-            self.scale.fill_(statistics.force_rms)
+            references[int(number)] = energy
+        self.element_references = references.to(self.device)
+        self.scale = torch.tensor(_force_scale(statistics), dtype=torch.float64, device=self.device)
         values = {**self.metadata.to_dict(), "elements": sorted(int(z) for z in statistics.elements)}
         self.set_metadata(PotentialMetadata.from_dict(values))
+
+    def _set_several(self, sets: dict[str, Statistics], shares: Mapping[str, float] | None, scale: str) -> None:
+        references = torch.full((len(sets), MAX_ATOMIC_NUMBER + 1), torch.nan, dtype=torch.float64)
+        for row, statistics in zip(references, sets.values(), strict=True):
+            for number, energy in statistics.element_references.items():
+                row[int(number)] = energy
+        scales = torch.tensor([_force_scale(statistics) for statistics in sets.values()], dtype=torch.float64)
+        if scale == "shared":
+            sizes = {name: float(statistics.num_structures) for name, statistics in sets.items()}
+            weights = torch.tensor([(shares or sizes)[name] for name in sets], dtype=torch.float64)
+            with_forces = torch.tensor([bool(item.label_counts.get("forces", 0)) for item in sets.values()])
+            if bool(with_forces.any()):
+                weights, known = weights[with_forces], scales[with_forces]
+                scales = scales.new_full(scales.shape, float(((weights * known**2).sum() / weights.sum()).sqrt()))
+        self.element_references, self.scale = references.to(self.device), scales.to(self.device)
+        elements = sorted({int(z) for statistics in sets.values() for z in statistics.elements})
+        values = {**self.metadata.to_dict(), "elements": elements, "datasets": list(sets)}
+        self.set_metadata(PotentialMetadata.from_dict(values))
+
+    def atomic_references(self, batch: Any) -> Tensor:
+        """``(N,)`` float64 eV, the element reference of each atom.
+
+        Raises:
+            ConfigError: the potential has several sets of references and the batch does not say which.
+            UnsupportedElementError: an element that the set did not have.
+        """
+        if self.element_references.dim() == 1:
+            return self.element_references[batch.atomic_numbers]
+        code = self._dataset_codes(batch)[batch.batch]
+        references = self.element_references[code, batch.atomic_numbers]
+        if bool(torch.isnan(references).any()):
+            from ase.data import chemical_symbols
+
+            first = int(torch.isnan(references).nonzero()[0])
+            symbol, name = chemical_symbols[int(batch.atomic_numbers[first])], self.datasets[int(code[first])]
+            raise UnsupportedElementError(
+                f"the set {name} had no {symbol}, so there is no reference energy for it: use another set's references"
+            )
+        return references
+
+    def atomic_scale(self, batch: Any) -> Tensor:
+        """``()`` or ``(N,)`` float64 eV, what the model's energies are multiplied by."""
+        return self.scale if self.scale.dim() == 0 else self.scale[self._dataset_codes(batch)[batch.batch]]
+
+    def _dataset_codes(self, batch: Any) -> Tensor:
+        """``(B,)`` the set of each structure."""
+        stated = batch.dataset if "dataset" in batch else batch.ptr.new_full((batch.ptr.numel() - 1,), -1)
+        codes = torch.where(stated < 0, self._dataset, stated)
+        if bool((codes < 0).any()) or bool((codes >= len(self.datasets)).any()):
+            raise ConfigError(
+                f"the potential has references for each of {', '.join(self.datasets)}: say whose energies are meant "
+                "(dataset=NAME of load_potential and EScAIPCalculator, --dataset NAME on the command line)"
+            )
+        return codes
 
     def _apply(self, fn: Any, recurse: bool = True) -> Potential:
         """Moves like any module, but keeps references and scale in float64."""
@@ -177,7 +278,8 @@ class Potential(nn.Module):
             output = self.model(
                 batch.atomic_numbers, graph, geometry, batch.batch, batch.charge, batch.spin_multiplicity
             )
-            atomic_energies = self.element_references[batch.atomic_numbers] + self.scale * output.energy.double()
+            scale = self.atomic_scale(batch)
+            atomic_energies = self.atomic_references(batch) + scale * output.energy.double()
             energy = atomic_energies.new_zeros(num_systems).index_add(0, batch.batch, atomic_energies)
 
             forces, stress = None, None
@@ -187,7 +289,7 @@ class Potential(nn.Module):
                 forces = -gradients[0].to(self.dtype) if compute_forces else None
                 stress = _stress(gradients[1], cell, batch.pbc).to(self.dtype) if strain is not None else None
             elif compute_forces and output.forces is not None:
-                forces = (self.scale * output.forces.double()).to(self.dtype)
+                forces = (scale.unsqueeze(-1) * output.forces.double()).to(self.dtype)
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()
         return Prediction(energy, forces, stress, atomic_energies)
@@ -209,6 +311,15 @@ class Potential(nn.Module):
             raise UnsupportedElementError(
                 f"the potential was not trained on {names}: use structures of {seen}, or train on data with {names}"
             )
+
+
+def _force_scale(statistics: Statistics) -> float:
+    """Force RMS; 1 for a set without forces."""
+    if not statistics.label_counts.get("forces", 0):
+        return 1.0
+    if not statistics.force_rms > 0:
+        raise ConfigError(f"the training set's force RMS is {statistics.force_rms}: all its forces are zero")
+    return float(statistics.force_rms)
 
 
 def _attached_neighbors(batch: Any) -> NeighborList | None:

@@ -34,6 +34,7 @@ class EScAIPCalculator(Calculator):
         dtype: ``"float32"`` or ``"float64"``; by default as stored.
         compile: not available in this version.
         skin: Å by which the neighbor search reaches farther than needed; 0 searches at every evaluation.
+        dataset: whose element references give the energies, for potentials trained on several sets.
 
     Raises:
         CheckpointError: the file is missing, damaged or unsafe.
@@ -52,6 +53,7 @@ class EScAIPCalculator(Calculator):
         compile: bool = False,
         *,
         skin: float = _SKIN,
+        dataset: str | None = None,
     ) -> None:
         super().__init__()
         if compile:
@@ -59,6 +61,11 @@ class EScAIPCalculator(Calculator):
         if not skin >= 0.0:
             raise ConfigError(f"skin is {skin}: it must be 0 or more Å")
         self.potential = _own_potential(model, device, dtype)
+        if dataset is not None:
+            self.potential.choose_dataset(dataset)
+        if self.potential.datasets and self.potential.dataset is None:
+            names = ", ".join(self.potential.datasets)
+            raise ConfigError(f"the potential has references for each of {names}: choose one with dataset=NAME")
         self.skin = float(skin)
         if not self.potential.config.is_conservative:
             self.implemented_properties = [name for name in self.implemented_properties if name != "stress"]

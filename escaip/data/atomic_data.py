@@ -32,6 +32,7 @@ TENSOR_FIELDS = (
     "stress",
     "fixed",
     "tags",
+    "dataset",
 )
 TEXT_FIELDS = ("structure_id", "group")
 EDGE_FIELDS = ("edge_index", "edge_shift", "edge_cutoff")
@@ -56,6 +57,8 @@ class AtomicData(Data):
         stress: ``(1, 3, 3)`` float64 eV/Å³, positive in tension.
         fixed: ``(n,)`` bool, atoms held by a constraint.
         tags: ``(n,)`` int64, 0 subsurface, 1 surface, 2 adsorbate in OC20.
+        dataset: ``(1,)`` int64, which of the sets that a potential was trained on, for those with element references
+            of their own; −1 unstated.
         structure_id: unique name, for messages.
         group: key of what must not be split (molecule, material).
         num_nodes: ``n``.
@@ -114,6 +117,7 @@ class AtomicData(Data):
             "stress": torch.from_numpy(tension).reshape(1, 3, 3),
             "fixed": torch.from_numpy(_per_atom(fixed, n, np.bool_, "fixed", name)),
             "tags": torch.from_numpy(_per_atom(tags, n, np.int64, "tags", name)),
+            "dataset": torch.tensor([-1]),
             "structure_id": structure_id,
             "group": group,
             "num_nodes": n,
@@ -205,6 +209,15 @@ def make_batch(fields: dict[str, Any], counts: Tensor) -> Batch:
     }
     batch._inc_dict = {**dict.fromkeys(TENSOR_FIELDS, no_increment), **dict.fromkeys(TEXT_FIELDS)}
     return batch
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """One batch of several that carry no edges, in their order."""
+    if len(batches) == 1:
+        return batches[0]
+    fields: dict[str, Any] = {key: torch.cat([batch._store[key] for batch in batches]) for key in TENSOR_FIELDS}
+    fields.update({key: [name for batch in batches for name in batch._store[key]] for key in TEXT_FIELDS})
+    return make_batch(fields, torch.cat([batch.ptr.diff() for batch in batches]))
 
 
 def _collate_edges(structures: Sequence[AtomicData], batch: Batch) -> None:

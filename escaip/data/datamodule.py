@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from escaip.data.dataset import AtomicDataset
 from escaip.data.loader import START_METHODS, BatchLoader
+from escaip.data.mixing import MixedDataset, Sampling, StructureSet
 from escaip.data.sampler import OVERSIZED, BudgetBatchSampler, estimate_edges
-from escaip.data.sources import ReadReport, expand_paths, open_source
-from escaip.data.splits import SplitSettings, make_split
-from escaip.data.statistics import Statistics, fit_statistics
-from escaip.data.store import Store
-from escaip.errors import ConfigError, DataError
+from escaip.data.sets import DataSpec, SetOpener, has_split, named_sets
+from escaip.data.sources import ReadReport
+from escaip.data.splits import SplitSettings
+from escaip.data.statistics import Statistics, TrainingSums
+from escaip.errors import ConfigError
 
-DataSpec = str | list[str] | dict[str, Any]
 PARTS = ("train", "val", "test", "predict")
 
 _log = logging.getLogger(__name__)
@@ -31,11 +29,14 @@ class AtomicDataModule(LightningDataModule):
     """Training, validation, test and prediction sets.
 
     Each set is a path, a list of paths, or a mapping ``{path, format, keys, units, index, ...}`` of arguments of
-    :func:`escaip.data.sources.open_source`. A prepared store is used in place, anything else is read into memory.
+    :func:`escaip.data.sources.open_source`. A prepared store is used in place (``split`` names a part of a divided
+    one; the parts ``train``, ``val`` and ``test`` are found by themselves), anything else is read into memory. Several
+    sets are mixed when they are given names: ``{A: {path: ...}, B: {path: ...}}``; each then has element references
+    of its own.
 
     Attributes:
-        datasets: the sets that exist, by name, after :meth:`setup`.
-        reports: what was read and skipped, by name, for the sets read from files.
+        datasets: the sets that exist, by part, after :meth:`setup`.
+        scale: how the force scale of a mixture is chosen.
     """
 
     def __init__(
@@ -53,13 +54,16 @@ class AtomicDataModule(LightningDataModule):
         oversized: str = "error",
         required_labels: tuple[str, ...] = ("energy", "forces"),
         fixed_atoms: str = "free_only",
-        isolated_energies: dict[str, float] | None = None,
+        isolated_energies: dict[str, Any] | None = None,
         rotate: bool = False,
         neighbor_cutoff: float | None = None,
         num_workers: int = 0,
         start_method: str | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
+        sampling: dict[str, Any] | None = None,
+        scale: str = "shared",
+        verify: bool | None = None,
     ) -> None:
         """Describes the data; nothing is read before :meth:`setup`.
 
@@ -76,20 +80,33 @@ class AtomicDataModule(LightningDataModule):
             oversized: what to do with a structure larger than the budget: ``error``, ``skip`` or ``own_batch``.
             required_labels: labels that every structure of train, val and test must carry.
             fixed_atoms: ``free_only`` leaves constrained atoms out of losses, metrics and the force scale; ``all`` not.
-            isolated_energies: eV of isolated atoms by symbol or atomic number, as element references.
+            isolated_energies: eV of isolated atoms by symbol or atomic number, as element references; for a mixture by
+                set.
             rotate: random rotations of the training structures, for direct force heads.
             neighbor_cutoff: Å, search neighbors in the loader's workers instead of on the model's device.
             num_workers: loader processes per process.
             start_method: how they start: ``fork``, ``spawn`` or ``forkserver``; default the platform's.
             seed: of split, order and rotations.
-            cache_dir: where statistics are kept; default inside a prepared store, else they are not kept.
+            cache_dir: where statistics are kept; default nowhere (those of a store come from its index at once).
+            sampling: for a mixture, ``{weights: {SET: share}}`` or ``{temperature: T}``, and ``epoch_size``; see
+                :class:`escaip.data.mixing.Sampling`.
+            scale: for a mixture, ``shared`` or ``per_set`` force scale; see :meth:`escaip.Potential.set_statistics`.
+            verify: compare the checksums of stores; default for those up to 4 GiB.
 
         Raises:
             ConfigError: an argument that cannot be used.
         """
         super().__init__()
-        self._specs: dict[str, DataSpec | None] = {"train": train, "val": val, "test": test, "predict": predict}
-        self._split = SplitSettings.parse(split)
+        specs = {"train": train, "val": val, "test": test, "predict": predict}
+        self._specs: dict[str, DataSpec | None] = specs
+        self._sets = {part: named_sets(f"data.{part}", spec) for part, spec in specs.items()}
+        self._split, self._sampling = SplitSettings.parse(split), Sampling.parse(sampling)
+        if scale not in ("shared", "per_set"):
+            raise ConfigError(f"scale: {scale!r} is not shared or per_set")
+        self.scale = scale
+        if sampling is not None and not self._mixed:
+            raise ConfigError("sampling: needs several sets by name (data.train: {A: {path: ...}, B: {path: ...}})")
+        self._sampling.check(list(self._sets["train"]))
         if batch_size is None and max_atoms is None and max_edges is None:
             raise ConfigError("data: give max_atoms (and max_edges), or batch_size")
         if oversized not in OVERSIZED:
@@ -98,15 +115,16 @@ class AtomicDataModule(LightningDataModule):
             raise ConfigError(f"start_method: {start_method!r} is not one of {', '.join(START_METHODS)}")
         self._budget: dict[str, Any] = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
         self._num_neighbors, self._oversized = num_neighbors, oversized
-        self._required, self._fixed_atoms = tuple(required_labels), fixed_atoms
-        self._isolated = parse_isolated_energies(isolated_energies)
+        self._opener = SetOpener(fixed_atoms, seed, tuple(required_labels), verify)
+        self._isolated = isolated_energies
+        if not self._mixed:
+            parse_isolated_energies(isolated_energies)
         self._rotate, self._neighbor_cutoff = rotate, neighbor_cutoff
         self._num_workers, self._start_method = num_workers, start_method
         self._seed, self._cache_dir = seed, cache_dir
-        self._statistics: Statistics | None = None
+        self._statistics: Statistics | dict[str, Statistics] | None = None
         self._divided = False
-        self.datasets: dict[str, AtomicDataset] = {}
-        self.reports: dict[str, ReadReport] = {}
+        self.datasets: dict[str, StructureSet] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Reads what ``stage`` needs (``fit``, ``validate``, ``test``, ``predict``; None for all), once.
@@ -120,13 +138,9 @@ class AtomicDataModule(LightningDataModule):
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
         wanted = needed[stage] if stage is not None else PARTS
         for part in wanted:
-            if self._specs[part] is not None and part not in self.datasets:
-                self.datasets[part] = self._open(part)
-        if any(part not in self.datasets for part in wanted) and self._specs["train"] is not None:
-            self._divide()
-        if "predict" in wanted and "predict" not in self.datasets and stage == "predict":
-            if "test" not in self.datasets and self._specs["test"] is not None:
-                self.datasets["test"] = self._open("test")
+            self._open(part)
+        if stage == "predict" and "predict" not in self.datasets:
+            self._open("test")
             if "test" in self.datasets:
                 self.datasets["predict"] = self.datasets["test"]
         for part in wanted:
@@ -136,8 +150,8 @@ class AtomicDataModule(LightningDataModule):
             self._statistics = self._statistics or self._fit_statistics()
 
     @property
-    def statistics(self) -> Statistics:
-        """Statistics of the training set.
+    def statistics(self) -> Statistics | dict[str, Statistics]:
+        """Statistics of the training set, or of each set of a mixture by name.
 
         Raises:
             ConfigError: before ``setup("fit")``.
@@ -145,6 +159,15 @@ class AtomicDataModule(LightningDataModule):
         if self._statistics is None:
             raise ConfigError("data.statistics: only known after setup('fit') with data.train")
         return self._statistics
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """Structures of each set of a mixture in an epoch; None for a single set."""
+        data = self.datasets.get("train")
+        if not self._mixed or not isinstance(data, MixedDataset):
+            return None
+        sizes = {name: len(member) for name, member in data.members.items()}
+        return {name: float(count) for name, count in (self._sampling.draws(sizes) or sizes).items()}
 
     def train_dataloader(self) -> BatchLoader:
         """Shuffled, repacked every epoch, resumable."""
@@ -167,63 +190,80 @@ class AtomicDataModule(LightningDataModule):
         lines = [
             f"{part}: {len(data)} structures, {int(data.natoms.sum())} atoms" for part, data in self.datasets.items()
         ]
-        left_out = {part: report for part, report in self.reports.items() if report.skipped or report.filtered}
-        lines += [f"{part}: {report.summary()}" for part, report in left_out.items()]
+        left_out = {place: report for place, report in self.reports.items() if report.skipped or report.filtered}
+        lines += [f"{place}: {report.summary()}" for place, report in left_out.items()]
         if self._statistics is not None:
-            counts = ", ".join(f"{count} {label}" for label, count in self._statistics.label_counts.items())
-            lines.append(f"labels in train: {counts}")
+            single = {"train": self._statistics} if isinstance(self._statistics, Statistics) else self._statistics
+            for name, statistics in single.items():
+                counts = ", ".join(f"{count} {label}" for label, count in statistics.label_counts.items())
+                lines.append(f"labels in {name}: {counts}")
+        if self._mixed and self.shares is not None:
+            lines.append("an epoch takes " + ", ".join(f"{int(n)} of {name}" for name, n in self.shares.items()))
         return "\n".join(lines)
 
-    def _open(self, part: str) -> AtomicDataset:
-        spec = self._specs[part]
-        options = {"path": spec} if isinstance(spec, str | list) else dict(spec or {})
-        if "path" not in options:
-            raise ConfigError(f"data.{part}: has no path; write {{path: FILE, ...}}")
-        structures = self._read(part, options)
-        return AtomicDataset(
-            structures, fixed_atoms=self._fixed_atoms, rotate=self._rotate and part == "train", seed=self._seed
-        )
+    @property
+    def reports(self) -> dict[str, ReadReport]:
+        """What was read and skipped, by place in the configuration, for the sets read from files."""
+        return self._opener.reports
 
-    def _read(self, part: str, options: dict[str, Any]) -> Any:
-        path = options["path"]
-        required = () if part == "predict" else self._required
-        files = expand_paths(path)
-        plain = set(options) <= {"path", "format"} and options.get("format") in (None, "store")
-        if plain and len(files) == 1 and files[0].is_dir():
-            store = Store(files[0])
-            for label in required:
-                if store.manifest["labels"][label] < len(store):
-                    raise DataError(
-                        f"{path}: {len(store) - store.manifest['labels'][label]} of {len(store)} structures have no "
-                        f"{label}, which required_labels asks for; drop it from required_labels to train on the others"
-                    )
-            return store
-        report = self.reports[part] = ReadReport()
-        structures = list(open_source(report=report, required_labels=required, **options))
-        if not structures:
-            raise DataError(
-                f"data.{part}: 0 structures in {path} ({report.summary()}); check index, subset and on_error"
-            )
-        _log.info("data.%s: %s", part, report.summary())
-        return structures
+    @property
+    def _mixed(self) -> bool:
+        return "" not in self._sets["train"] and bool(self._sets["train"])
+
+    def _open(self, part: str) -> None:
+        """Opens one part, as it is named or out of the training data."""
+        if part in self.datasets:
+            return
+        named, train = self._sets[part], self._sets["train"]
+        if named:
+            if self._mixed and set(named) - set(train):
+                raise ConfigError(
+                    f"data.{part}: names {', '.join(named) or 'no set'}; the training sets are {', '.join(train)}: "
+                    f"write {{{next(iter(train))}: {{path: ...}}}}"
+                )
+            if part == "train" and self._makes_parts():
+                self._divide()
+            else:
+                self._keep(part, {name: self._open_set(part, name, spec) for name, spec in named.items()})
+        elif part in ("val", "test") and train:
+            if all(has_split(spec, part) for spec in train.values()):
+                self._keep(part, {name: self._open_set(part, name, spec) for name, spec in train.items()})
+            elif self._makes_parts():
+                self._divide()
+
+    def _open_set(self, part: str, name: str, spec: DataSpec) -> StructureSet:
+        rotate = self._rotate and part == "train"
+        return self._opener.open(_place(part, name), spec, part, code=self._code(name), rotate=rotate)
+
+    def _code(self, name: str) -> int:
+        return list(self._sets["train"]).index(name) if self._mixed else -1
+
+    def _makes_parts(self) -> bool:
+        """Whether validation or test sets have to come out of the training data."""
+        return any(self._part_size(part) for part in ("val", "test"))
+
+    def _part_size(self, part: str) -> float:
+        named = self._sets[part] or all(has_split(spec, part) for spec in self._sets["train"].values())
+        return 0 if named else getattr(self._split, part)
 
     def _divide(self) -> None:
-        """Makes the sets that were not named from the training data."""
-        settings = SplitSettings(
-            by=self._split.by,
-            val=0 if self._specs["val"] is not None else self._split.val,
-            test=0 if self._specs["test"] is not None else self._split.test,
-        )
-        if (settings.val == 0 and settings.test == 0) or self._divided:
+        """Makes the sets that were not named from the training data, within each set of a mixture."""
+        if self._divided:
             return
         self._divided = True
-        whole = self.datasets.pop("train", None) or self._open("train")
-        split = make_split(whole.groups, settings, seed=self._seed)
-        self.datasets["train"] = whole.subset(split.train, rotate=self._rotate)
-        for part in ("val", "test"):
-            indices = getattr(split, part)
-            if len(indices):
-                self.datasets[part] = whole.subset(indices)
+        settings = SplitSettings(by=self._split.by, val=self._part_size("val"), test=self._part_size("test"))
+        made: dict[str, dict[str, StructureSet]] = {"train": {}, "val": {}, "test": {}}
+        for name, spec in self._sets["train"].items():
+            place = _place("train", name)
+            parts = self._opener.divide(place, spec, settings, code=self._code(name), rotate=self._rotate)
+            for part, data in parts.items():
+                made[part][name] = data
+        for part, sets in made.items():
+            if sets:
+                self._keep(part, sets)
+
+    def _keep(self, part: str, sets: dict[str, StructureSet]) -> None:
+        self.datasets[part] = MixedDataset(sets) if self._mixed else sets[""]
 
     def _loader(self, part: str, *, shuffle: bool) -> BatchLoader:
         if part not in self.datasets:
@@ -242,6 +282,7 @@ class AtomicDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
             oversized=self._oversized,
+            quotas=data.quotas(self._sampling) if shuffle and self._mixed and isinstance(data, MixedDataset) else None,
             **self._budget,
         )
         if sampler.skipped:
@@ -254,30 +295,47 @@ class AtomicDataModule(LightningDataModule):
             neighbor_cutoff=self._neighbor_cutoff,
         )
 
-    def _fit_statistics(self) -> Statistics:
-        plain = self.datasets["train"].subset(range(len(self.datasets["train"])))
-        cache = self._cache_file(plain)
-        if cache is not None and cache.is_file():
-            return Statistics.load(cache)
-        statistics = fit_statistics(plain, self._isolated)
-        if cache is not None and os.access(cache.parent, os.W_OK):
+    def _fit_statistics(self) -> Statistics | dict[str, Statistics]:
+        data = self.datasets["train"]
+        if not self._mixed or not isinstance(data, MixedDataset):
+            return self._fit_set(data, parse_isolated_energies(self._isolated))
+        isolated = self._isolated or {}
+        unknown = set(isolated) - set(data.members)
+        if unknown:
+            raise ConfigError(
+                f"isolated_energies: {', '.join(map(str, unknown))}: for a mixture write them by set, "
+                f"{{{next(iter(data.members))}: {{H: ...}}}}"
+            )
+        return {
+            name: self._fit_set(member, parse_isolated_energies(isolated.get(name)))
+            for name, member in data.members.items()
+        }
+
+    def _fit_set(self, data: StructureSet, isolated: dict[int, float] | None) -> Statistics:
+        """Statistics of one set, kept in ``cache_dir`` under a hash of the structures."""
+        cache = None
+        if self._cache_dir is not None:
+            key = json.dumps([data.fingerprint, sorted((isolated or {}).items())])
+            cache = Path(self._cache_dir) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+            if cache.is_file():
+                return Statistics.load(cache)
+        sums = TrainingSums()
+        data.accumulate(sums)
+        statistics = sums.statistics(isolated)
+        if cache is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
             statistics.save(cache)
         return statistics
 
-    def _cache_file(self, data: AtomicDataset) -> Path | None:
-        folder = Path(self._cache_dir) if self._cache_dir is not None else data.store_path
-        if folder is None:
-            return None
-        if self._cache_dir is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        key = json.dumps([data.fingerprint, sorted((self._isolated or {}).items())])
-        return folder / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+def _place(part: str, name: str) -> str:
+    return f"data.{part}.{name}" if name else f"data.{part}"
 
 
 class _Names(Sequence[str]):
     """Structure names, read only when a message needs one."""
 
-    def __init__(self, data: AtomicDataset) -> None:
+    def __init__(self, data: StructureSet) -> None:
         self._data = data
 
     def __len__(self) -> int:

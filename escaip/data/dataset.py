@@ -17,11 +17,14 @@ from torch.utils.data import Dataset
 
 from escaip.data.atomic_data import AtomicData, collate
 from escaip.data.gather import gather_batch
+from escaip.data.statistics import TrainingSums
 from escaip.data.store import Store
 from escaip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
+
+    from escaip.data.mixing import StructureSet
 
 FIXED_ATOMS = ("free_only", "all")
 
@@ -49,6 +52,7 @@ class AtomicDataset(Dataset[AtomicData]):
         fixed_atoms: str = "free_only",
         rotate: bool = False,
         seed: int = 0,
+        code: int = -1,
     ) -> None:
         """Chooses structures.
 
@@ -59,6 +63,7 @@ class AtomicDataset(Dataset[AtomicData]):
                 ``"all"`` clears them.
             rotate: turn each structure with its labels by a random rotation, determined by (seed, epoch, position).
             seed: of the rotations.
+            code: what :attr:`AtomicData.dataset` says, for sets that are mixed.
 
         Raises:
             ConfigError: an unknown ``fixed_atoms``.
@@ -70,7 +75,7 @@ class AtomicDataset(Dataset[AtomicData]):
         if len(self.indices) == 0:
             raise DataError("data set: 0 structures; check the source, its filters and the split")
         self._structures = structures
-        self._fixed_atoms, self._rotate, self._seed = fixed_atoms, rotate, seed
+        self._fixed_atoms, self._rotate, self._seed, self._code = fixed_atoms, rotate, seed, code
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -84,6 +89,9 @@ class AtomicDataset(Dataset[AtomicData]):
             data.fixed = torch.zeros_like(data.fixed)
         if self._rotate:
             data = rotate_structure(data, random_rotation(self._seed, epoch, position))
+        if self._code >= 0:
+            data = data.clone()
+            data.dataset = torch.tensor([self._code])
         return data
 
     def batch(self, members: Sequence[int] | NDArray[np.int64], epoch: int = 0) -> Batch:
@@ -94,6 +102,8 @@ class AtomicDataset(Dataset[AtomicData]):
         batch = gather_batch(self._structures, positions)
         if self._fixed_atoms == "all":
             batch.fixed = torch.zeros_like(batch.fixed)
+        if self._code >= 0:
+            batch.dataset = torch.full((len(positions),), self._code)
         if self._rotate:
             turns = [random_rotation(self._seed, epoch, position) for position in positions.tolist()]
             rotate_batch(batch, torch.stack(turns))
@@ -141,7 +151,22 @@ class AtomicDataset(Dataset[AtomicData]):
     def subset(self, indices: NDArray[np.int64] | Sequence[int], *, rotate: bool = False) -> AtomicDataset:
         """Part of this set, by positions in it."""
         chosen = self.indices[np.asarray(indices, dtype=np.int64)]
-        return AtomicDataset(self._structures, chosen, fixed_atoms=self._fixed_atoms, rotate=rotate, seed=self._seed)
+        return AtomicDataset(
+            self._structures,
+            chosen,
+            fixed_atoms=self._fixed_atoms,
+            rotate=rotate,
+            seed=self._seed,
+            code=self._code,
+        )
+
+    def accumulate(self, sums: TrainingSums) -> None:
+        """Adds these structures to sums for statistics; from the index of a store where it answers the question."""
+        if isinstance(self._structures, Store) and self._fixed_atoms == "free_only":
+            sums.add_rows(self._structures.index, self.indices)
+        else:
+            for data in self.subset(range(len(self))):
+                sums.add(data)
 
     @property
     def store_path(self) -> Path | None:
@@ -170,7 +195,7 @@ class BatchDataset(Dataset["Batch"]):
             ``edge_cutoff (B,)``; None leaves the search to the model's device.
     """
 
-    def __init__(self, structures: AtomicDataset, neighbor_cutoff: float | None = None) -> None:
+    def __init__(self, structures: StructureSet, neighbor_cutoff: float | None = None) -> None:
         self._structures, self._neighbor_cutoff = structures, neighbor_cutoff
 
     def __getitem__(self, item: tuple[int, NDArray[np.int64]]) -> Batch:

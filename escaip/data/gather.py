@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escaip.data.atomic_data import PER_ATOM_FIELDS, TENSOR_FIELDS, make_batch
-from escaip.data.shards import read_text
+from escaip.data.atomic_data import PER_ATOM_FIELDS, make_batch
+from escaip.data.shards import STORED_FIELDS, read_text
 from escaip.data.store import TARGET_DTYPES, Store
 
 if TYPE_CHECKING:
@@ -29,13 +29,14 @@ def gather_batch(store: Store, positions: Sequence[int] | NDArray[np.int64]) -> 
     located = store.locate_many(positions)
     spans = [(arrays, *arrays["offsets"][local : local + 2].tolist()) for arrays, local in located]
     fields: dict[str, Any] = {}
-    for key in TENSOR_FIELDS:
+    for key in STORED_FIELDS:
         if key in _PER_ATOM:
             pieces = [arrays[key][start:stop] for arrays, start, stop in spans]
         else:
             pieces = [arrays[key][local : local + 1] for arrays, local in located]
         joined = np.concatenate(pieces)
         fields[key] = torch.from_numpy(joined.astype(TARGET_DTYPES[key], copy=False))
+    fields["dataset"] = torch.full((len(located),), -1)
     fields["structure_id"] = [read_text(arrays, "id", local) for arrays, local in located]
     codes = store.group_codes[np.asarray(positions, dtype=np.int64)].tolist()
     names = {code: read_text(store.index, "group", code) for code in set(codes)}

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
-from escaip.data.dataset import AtomicDataset, BatchDataset
+from escaip.data.dataset import BatchDataset
+from escaip.data.mixing import StructureSet
 from escaip.data.sampler import BudgetBatchSampler
 from escaip.errors import DataError
 
@@ -34,7 +35,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: AtomicDataset,
+        dataset: StructureSet,
         batch_sampler: BudgetBatchSampler,
         *,
         num_workers: int = 0,

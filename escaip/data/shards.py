@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.atomic_data import TENSOR_FIELDS, AtomicData
+from escaip.data.atomic_data import AtomicData
 from escaip.errors import DataError
 
 Arrays = dict[str, NDArray[Any]]
@@ -44,6 +44,7 @@ _STORED = {
     "fixed": "?",
     "tags": "<i4",
 }
+STORED_FIELDS = tuple(_STORED)
 PRECISIONS = ("float64", "float32")
 
 
@@ -57,7 +58,6 @@ def pack_structures(structures: Sequence[AtomicData], precision: str) -> Arrays:
     """Fields of structures end to end, with ``offsets (B+1,)`` of their atoms, and their ids as text."""
     arrays: Arrays = {"offsets": np.concatenate([[0], np.cumsum([d.num_nodes for d in structures])]).astype("<i8")}
     for key, dtype in stored_dtypes(precision).items():
-        assert key in TENSOR_FIELDS
         arrays[key] = np.concatenate([data._store[key].numpy() for data in structures]).astype(dtype)
     arrays.update(pack_text("id", [data.structure_id for data in structures]))
     return arrays

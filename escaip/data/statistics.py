@@ -146,9 +146,7 @@ def fit_index_statistics(
         DataError: as there.
     """
     sums = TrainingSums()
-    compositions = [composition_at(index, code) for code in range(len(index["composition_offsets"]) - 1)]
-    for start in range(0, len(indices), _BLOCK_ROWS):
-        sums.add_rows(index, indices[start : start + _BLOCK_ROWS], compositions)
+    sums.add_rows(index, indices)
     return sums.statistics(isolated_energies, require_energy=require_energy)
 
 
@@ -180,8 +178,13 @@ class TrainingSums:
         self._force_sum += float((forces**2).sum())
         self._force_count += forces.size
 
-    def add_rows(self, index: Arrays, rows: NDArray[np.int64], compositions: Sequence[bytes]) -> None:
+    def add_rows(self, index: Arrays, rows: NDArray[np.int64]) -> None:
         """Adds structures of a store by their rows of its index."""
+        compositions = [composition_at(index, code) for code in range(len(index["composition_offsets"]) - 1)]
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            self._add_block(index, rows[start : start + _BLOCK_ROWS], compositions)
+
+    def _add_block(self, index: Arrays, rows: NDArray[np.int64], compositions: Sequence[bytes]) -> None:
         natoms, codes = index["natoms"][rows], index["composition_codes"][rows]
         self.num_structures += len(rows)
         self.num_atoms += int(natoms.sum(dtype=np.int64))
@@ -206,7 +209,9 @@ class TrainingSums:
             spread = max(float(squares[code] - counts[code] * offset**2), 0.0)
             self._merge(compositions[code], count, float(shift[code] + offset), spread)
 
-    def statistics(self, isolated_energies: Mapping[int, float] | None, *, require_energy: bool) -> Statistics:
+    def statistics(
+        self, isolated_energies: Mapping[int, float] | None = None, *, require_energy: bool = True
+    ) -> Statistics:
         """See :func:`fit_statistics`."""
         if self.num_structures == 0:
             raise DataError("statistics: 0 structures; check the training set, its filters and split")

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escaip.data.atomic_data import PER_ATOM_FIELDS, TENSOR_FIELDS, AtomicData
-from escaip.data.shards import Arrays, map_safetensors, read_text
+from escaip.data.atomic_data import PER_ATOM_FIELDS, AtomicData
+from escaip.data.shards import STORED_FIELDS, Arrays, map_safetensors, read_text
 from escaip.data.store_writer import MANIFEST, SCHEMA_VERSION, StoreWriter
 from escaip.errors import ConfigError, DataError
 
@@ -85,9 +85,10 @@ class Store:
         arrays, local = self.locate(index)
         start, stop = arrays["offsets"][local : local + 2].tolist()
         fields: dict[str, Any] = {}
-        for key in TENSOR_FIELDS:
+        for key in STORED_FIELDS:
             piece = arrays[key][start:stop] if key in _PER_ATOM else arrays[key][local : local + 1]
             fields[key] = torch.from_numpy(piece.astype(TARGET_DTYPES[key]))
+        fields["dataset"] = torch.tensor([-1])
         fields["structure_id"] = read_text(arrays, "id", local)
         fields["group"] = self.group(index)
         fields["num_nodes"] = stop - start
@@ -105,7 +106,7 @@ class Store:
         start, stop = arrays["offsets"][local : local + 2].tolist()
         return {
             key: arrays[key][start:stop] if key in _PER_ATOM else arrays[key][local : local + 1]
-            for key in TENSOR_FIELDS
+            for key in STORED_FIELDS
         }
 
     def structure_id(self, index: int) -> str:

@@ -26,6 +26,7 @@ def evaluate_files(
     plots: bool = True,
     device: str = "auto",
     dtype: str | None = None,
+    dataset: str | None = None,
     **source: Any,
 ) -> EvaluationReport:
     """Evaluates a model file on a data file; writes ``report.json``, ``parity.png`` and ``errors.png``.
@@ -39,6 +40,7 @@ def evaluate_files(
         plots: whether to draw.
         device: a torch device or ``"auto"``.
         dtype: ``"float32"`` or ``"float64"``; by default as stored.
+        dataset: whose element references to use, for potentials trained on several sets.
         **source: ``format``, ``keys``, ``units``, ``limit``, ... of :func:`escaip.data.open_source`.
 
     Raises:
@@ -49,7 +51,7 @@ def evaluate_files(
     from escaip.data import open_source
     from escaip.resources import resolve
 
-    potential = load_potential(model, device=device, dtype=dtype)
+    potential = load_potential(model, device=device, dtype=dtype, dataset=dataset)
     structures = open_source(resolve(Path(data)), **source)
     origin = {"model": os.fspath(model), "data": os.fspath(data)}
     return evaluate_into(

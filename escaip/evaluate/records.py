@@ -49,10 +49,10 @@ class RecordsBuilder:
     _parts: list[dict[str, Any]] = field(default_factory=list)
     _names: list[str] = field(default_factory=list)
 
-    def add(self, batch: Any, prediction: Prediction, element_references: Any) -> None:
-        """Appends a batch and what was predicted for it; nothing keeps device memory alive."""
+    def add(self, batch: Any, prediction: Prediction, atomic_references: Any) -> None:
+        """Appends a batch, what was predicted for it and the ``(N,)`` reference of each atom; all on the CPU."""
         counts = (batch.ptr[1:] - batch.ptr[:-1]).cpu()
-        reference = element_references[batch.atomic_numbers].cpu().numpy()
+        reference = atomic_references.cpu().numpy()
         index = batch.batch.cpu().numpy()
         stress = batch.stress.cpu().numpy()
         predicted_stress = np.full_like(stress, np.nan)

@@ -59,7 +59,7 @@ def evaluate(
         with_stress = potential.config.is_conservative and not bool(torch.isnan(batch.stress).all())
         with torch.no_grad():
             prediction = potential(batch, compute_stress=with_stress, create_graph=False)
-        builder.add(batch, prediction, potential.element_references)
+        builder.add(batch, prediction, potential.atomic_references(batch))
     if not first:
         raise DataError("0 structures to evaluate: check the file, --limit and --format")
     records = builder.build()

@@ -28,6 +28,7 @@ def md_file(
     quiet: bool = False,
     device: str = "auto",
     dtype: str | None = None,
+    dataset: str | None = None,
     **settings: Any,
 ) -> MDResult:
     """Runs molecular dynamics of a structure file with a model file; ``settings`` as in :class:`MDSettings`.
@@ -37,7 +38,7 @@ def md_file(
             :class:`~escaip.EScAIPCalculator`.
     """
     checked = MDSettings(**settings)  # before the model is loaded: a mistyped number should cost no time
-    atoms = _load(model, structure, frame, device, dtype)
+    atoms = _load(model, structure, frame, device, dtype, dataset)
     report = None if quiet else ProgressLine()
     return run_md(atoms, checked, out=out, resume=resume, overwrite=overwrite, report=report)
 
@@ -50,6 +51,7 @@ def relax_file(
     out: str | os.PathLike[str] | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    dataset: str | None = None,
     **settings: Any,
 ) -> tuple[RelaxResult, Path]:
     """Relaxes a structure file with a model file; ``settings`` as in :func:`~escaip.simulate.relaxation`.
@@ -61,7 +63,7 @@ def relax_file(
         SimulationError: not converged; the structure reached is written all the same, and named.
         EscaipError: as in :func:`md_file`.
     """
-    atoms = _load(model, structure, frame, device, dtype)
+    atoms = _load(model, structure, frame, device, dtype, dataset)
     path = Path(out) if out is not None else Path(f"{Path(structure).stem}.relaxed.extxyz")
     result = relax(atoms, **settings)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,10 +77,15 @@ def relax_file(
 
 
 def _load(
-    model: str | os.PathLike[str], structure: str | os.PathLike[str], frame: int, device: str, dtype: str | None
+    model: str | os.PathLike[str],
+    structure: str | os.PathLike[str],
+    frame: int,
+    device: str,
+    dtype: str | None,
+    dataset: str | None,
 ) -> Atoms:
     atoms = read_structure(structure, frame)
     from escaip.calculators.ase import EScAIPCalculator
 
-    atoms.calc = EScAIPCalculator(model, device=device, dtype=dtype)
+    atoms.calc = EScAIPCalculator(model, device=device, dtype=dtype, dataset=dataset)
     return atoms

@@ -41,10 +41,14 @@ class WeightEMA(WeightAveraging):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the buffers, which the module sets after the callback's copy was made."""
+        self._take_buffers(pl_module)
+
+    def _take_buffers(self, pl_module: LightningModule) -> None:
+        """Buffers of the module, whose shapes depend on how many sets there are."""
         assert self._average_model is not None
-        with torch.no_grad():
-            for mine, given in zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True):
-                mine.copy_(given)
+        for name, given in pl_module.named_buffers():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self._average_model.module.get_submodule(owner), attribute, given.detach().clone())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the averaged weights in ``state_dict``; after training they are in the model already."""
@@ -54,4 +58,5 @@ class WeightEMA(WeightAveraging):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores both sets of weights to go on training; otherwise ``state_dict`` is what is wanted."""
         if self._average_model is not None:
+            self._take_buffers(pl_module)
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -71,9 +71,8 @@ def errors_from_sums(sums: Tensor) -> dict[str, float]:
     return errors
 
 
-def baseline_prediction(prediction: Prediction, batch: Any, element_references: Tensor) -> Prediction:
-    """What needs no model: the sum of element references, forces and stress of zero."""
-    atomic = element_references[batch.atomic_numbers]
+def baseline_prediction(prediction: Prediction, batch: Any, atomic: Tensor) -> Prediction:
+    """What needs no model: the sum of the ``(N,)`` element references, forces and stress of zero."""
     energy = atomic.new_zeros(batch.ptr.numel() - 1).index_add(0, batch.batch, atomic)
     forces = None if prediction.forces is None else torch.zeros_like(prediction.forces)
     stress = None if prediction.stress is None else torch.zeros_like(prediction.stress)
@@ -93,9 +92,9 @@ class ErrorMetrics(Metric):
         self.add_state("sums", torch.zeros(2, NUM_SUMS, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("loss", torch.zeros(2, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, prediction: Prediction, batch: Any, element_references: Tensor) -> None:
-        """Adds a batch."""
-        baseline = baseline_prediction(prediction, batch, element_references)
+    def update(self, prediction: Prediction, batch: Any, atomic_references: Tensor) -> None:
+        """Adds a batch, with the ``(N,)`` eV element reference of each atom."""
+        baseline = baseline_prediction(prediction, batch, atomic_references)
         self.sums += torch.stack([error_sums(prediction, batch), error_sums(baseline, batch)])
         terms = loss_sums(prediction, batch, self._settings)
         self.loss += torch.stack([terms.sums.detach(), terms.counts])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,15 +109,21 @@ class PotentialModule(LightningModule):
         if stage != "fit":
             return
         self._dropout_seed = torch.initial_seed() % 2**31
-        statistics = getattr(getattr(self.trainer, "datamodule", None), "statistics", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        statistics = getattr(data, "statistics", None)
         if statistics is not None:
+            several = isinstance(statistics, Mapping)
+            counts = [item.label_counts for item in (statistics.values() if several else [statistics])]
             for name, weight in zip(TERMS, self.losses.weights, strict=True):
-                if weight > 0 and not statistics.label_counts.get(name, 0):
+                if weight > 0 and not any(count.get(name, 0) for count in counts):
                     raise ConfigError(
                         f"losses.{name}.weight is {weight:g}, but no training structure has {name}: "
                         "set it to 0, or name the label's key in data.train"
                     )
-            self.potential.set_statistics(statistics)
+            if several:
+                self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
+            else:
+                self.potential.set_statistics(statistics)
         elif not self.potential.metadata.elements:
             raise ConfigError(
                 "no statistics of the training set: pass a data module, or call module.potential.set_statistics first"
@@ -224,6 +230,11 @@ class PotentialModule(LightningModule):
         """Takes elements, level of theory and the seed from a checkpoint; weights come by themselves."""
         if "escaip" in checkpoint:
             self.potential.set_metadata(PotentialMetadata.from_dict(checkpoint["escaip"]["metadata"]))
+        # One set of references, or one for each of several: the checkpoint says.
+        for name in ("element_references", "scale"):
+            stored = checkpoint["state_dict"].get(f"potential.{name}")
+            if stored is not None:
+                setattr(self.potential, name, stored.to(self.potential.device, copy=True))
         self._loader_state = checkpoint.get("train_loader")
         self._dropout_seed = int(checkpoint.get("dropout_seed", self._dropout_seed))
 
@@ -231,7 +242,7 @@ class PotentialModule(LightningModule):
         stress = self.potential.config.is_conservative and bool((~torch.isnan(batch.stress)).any())
         prediction = self._predict(batch, stress=stress)
         check_prediction(self.trainer, prediction, batch)
-        self.validation_errors.update(prediction, batch, self.potential.element_references)
+        self.validation_errors.update(prediction, batch, self.potential.atomic_references(batch))
 
     def _predict(self, batch: Any, *, stress: bool) -> Prediction:
         """Conservative forces are derivatives, also in Lightning's inference mode."""

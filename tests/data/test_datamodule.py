@@ -97,22 +97,18 @@ def test_named_sets_and_options(xyz_file: Path, structures: list[AtomicData], tm
     assert len(list(module.predict_dataloader())) == 15
 
 
-def test_statistics_are_kept_inside_a_store(structures: list[AtomicData], tmp_path: Path) -> None:
-    with StoreWriter(tmp_path / "store") as writer:
-        for data in structures:
-            writer.write(data)
-
+def test_statistics_are_kept_in_the_folder_named(xyz_file: Path, tmp_path: Path) -> None:
     def module(**options: Any) -> AtomicDataModule:
-        made = AtomicDataModule(str(tmp_path / "store"), batch_size=4, **options)
+        made = AtomicDataModule(str(xyz_file), batch_size=4, cache_dir=str(tmp_path / "cache"), **options)
         made.setup("fit")
         return made
 
     first = module()
-    (file,) = (tmp_path / "store").glob("statistics-*.json")
+    (file,) = (tmp_path / "cache").glob("statistics-*.json")
     file.write_text(file.read_text().replace('"num_structures": ', '"num_structures": 1'))
     assert module().statistics.num_structures != first.statistics.num_structures
     assert module(seed=5).statistics.num_structures == first.statistics.num_structures
-    assert len(list((tmp_path / "store").glob("statistics-*.json"))) == 2
+    assert len(list((tmp_path / "cache").glob("statistics-*.json"))) == 2
 
 
 def test_ranks_share_the_epoch(xyz_file: Path) -> None:
@@ -274,7 +270,7 @@ def test_stores_without_a_required_label(structures: list[AtomicData], tmp_path:
     with StoreWriter(tmp_path / "store") as writer:
         for data in structures:
             writer.write(data)
-    with pytest.raises(DataError, match="1 of 60 structures have no forces"):
+    with pytest.raises(DataError, match=r"1 of 60 structures in .* have no forces, which required_labels asks for"):
         AtomicDataModule(str(tmp_path / "store"), batch_size=2).setup("fit")
     AtomicDataModule(str(tmp_path / "store"), batch_size=2, required_labels=("energy",)).setup("fit")
 

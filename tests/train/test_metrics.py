@@ -29,7 +29,7 @@ def test_errors_and_baseline_against_numpy() -> None:
         batch = collate(part)
         energy = torch.nan_to_num(batch.energy) + torch.from_numpy(rng.normal(0, 0.1, batch.num_graphs))
         force = torch.nan_to_num(batch.forces) + torch.from_numpy(rng.normal(0, 0.1, batch.forces.shape))
-        metrics.update(Prediction(energy, force, None, energy), batch, references)
+        metrics.update(Prediction(energy, force, None, energy), batch, references[batch.atomic_numbers])
         natoms = (batch.ptr[1:] - batch.ptr[:-1]).numpy()
         known = ~np.isnan(batch.energy.numpy())
         energies.append(((energy - batch.energy).numpy() / natoms)[known])

@@ -208,3 +208,34 @@ def test_checkpoints_that_cannot_be_resumed(folder: Path, capsys: pytest.Capture
 def test_a_model_is_needed(folder: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, "--config", "tiny.yaml"]) == 2
     assert "pass --ckpt_path FILE" in capsys.readouterr().err
+
+
+def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_molecules(folder / "a.extxyz", 20, seed=1)
+    write_molecules(folder / "b.extxyz", 8, seed=2)
+    shifted = ase.io.read(folder / "b.extxyz", ":")
+    for atoms in shifted:
+        atoms.calc.results["energy"] -= 7.0 * float((atoms.numbers == 1).sum())
+    ase.io.write(folder / "b.extxyz", shifted)
+    sets = json.dumps({"a": {"path": "a.extxyz"}, "b": {"path": "b.extxyz"}})
+    sampling = json.dumps({"weights": {"a": 1, "b": 1}, "epoch_size": 24})
+    split = json.dumps({"by": "structure", "val": 2})
+    command = ["fit", "--config", "tiny.yaml", "--data.train", sets, "--data.sampling", sampling, "--data.split", split]
+    assert main([*command, "--trainer.max_epochs", "2"]) == 0
+    assert "an epoch takes 12 of a, 12 of b" in capsys.readouterr().out
+    best = folder / "runs" / "tiny" / "latest" / "best.ckpt"
+    potential = load_potential(best, device="cpu")
+    assert potential.datasets == ("a", "b")
+    assert potential.element_references.shape == (2, 119)
+    assert float(potential.element_references[0, 1] - potential.element_references[1, 1]) == pytest.approx(7.0, abs=0.5)
+    assert main([*command, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
+    assert main(["validate", *command[1:], "--ckpt_path", str(best)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(best), "b.extxyz", "--no-plots"]) == 2
+    assert "references for each of a, b" in capsys.readouterr().err
+    assert main(["evaluate", str(best), "b.extxyz", "--no-plots", "--dataset", "b"]) == 0
+    report = json.loads((folder / "evaluation" / "report.json").read_text(encoding="utf-8"))
+    assert report["num_structures"] == 8
+    assert main(["info", str(best)]) == 0
+    shown = capsys.readouterr().out
+    assert "force_scale" in shown

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ase.build
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from escaip import EScAIPConfig, Potential, load_potential
+from escaip.calculators import EScAIPCalculator
+from escaip.data import AtomicData, AtomicDataModule, Store, StoreWriter, collate, fit_statistics
+from escaip.data.prepare import prepare
+from escaip.errors import ConfigError, DataError, UnsupportedElementError
+
+OFFSETS = {"low": {1: -1.0, 6: -7.0}, "high": {1: -13.0, 6: -1000.0, 8: -2000.0}}
+
+
+def molecules(level: str, count: int, seed: int) -> list[AtomicData]:
+    """Molecules whose energies have the zero of a level, and forces four times larger for the high one."""
+    rng = np.random.default_rng(seed)
+    names = ["CH4", "C2H6", "C2H2"] if level == "low" else ["CH4", "CH3OH", "CO2", "H2O"]
+    made = []
+    for k in range(count):
+        atoms = ase.build.molecule(names[k % len(names)])
+        atoms.positions += rng.normal(scale=0.03, size=(len(atoms), 3))
+        energy = sum(OFFSETS[level][z] for z in atoms.numbers) + 0.01 * rng.normal()
+        forces = rng.normal(scale=1.0 if level == "low" else 4.0, size=(len(atoms), 3))
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        made.append(AtomicData.from_ase(atoms, structure_id=f"{level}:{k}"))
+    return made
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> dict[str, dict[str, str]]:
+    """Two stores at different levels of theory."""
+    for level, count in (("low", 60), ("high", 20)):
+        with StoreWriter(tmp_path / level) as writer:
+            for data in molecules(level, count, seed=count):
+                writer.write(data)
+    return {level: {"path": str(tmp_path / level)} for level in ("low", "high")}
+
+
+def module(stores: Any, **options: Any) -> AtomicDataModule:
+    made = AtomicDataModule(stores, max_atoms=60, **{"split": {"by": "structure", "val": 0.2}, **options})
+    made.setup("fit")
+    return made
+
+
+def test_each_set_has_references_of_its_own(stores: dict) -> None:
+    made = module(stores)
+    assert list(made.statistics) == ["low", "high"]
+    for level, statistics in made.statistics.items():
+        for z, energy in statistics.element_references.items():
+            assert energy == pytest.approx(OFFSETS[level][z], abs=0.1)
+    assert made.statistics["high"].elements == (1, 6, 8)
+    seen: dict[int, int] = {0: 0, 1: 0}
+    for batch in made.train_dataloader():
+        for name, code in zip(batch.structure_id, batch.dataset.tolist(), strict=True):
+            assert name.startswith("low" if code == 0 else "high")
+            seen[code] += 1
+    assert seen == {0: 48, 1: 16}
+    assert [len(made.datasets[part]) for part in ("train", "val")] == [64, 16]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({"weights": {"low": 1, "high": 1}}, (32, 32)),
+        ({"weights": {"low": 1, "high": 3}, "epoch_size": 100}, (25, 75)),
+        ({"temperature": 2.0}, (41, 23)),  # 64 · √48 / (√48 + √16) = 40.6
+    ],
+)
+def test_shares_of_an_epoch(stores: dict, sampling: dict, expected: tuple[int, int]) -> None:
+    made = module(stores, sampling=sampling)
+    assert tuple(made.shares.values()) == expected
+    loader = made.train_dataloader()
+    for epoch in range(3):
+        loader.batch_sampler.set_epoch(epoch)
+        codes = torch.cat([batch.dataset for batch in loader])
+        assert (int((codes == 0).sum()), int((codes == 1).sum())) == expected
+    assert f"an epoch takes {expected[0]} of low, {expected[1]} of high" in made.summary()
+
+
+def potential(stores: dict, **options: Any) -> Potential:
+    made = module(stores)
+    config = EScAIPConfig.preset("1m", hidden_size=32, num_heads=2, num_layers=1, angular_channels=None, cutoff=4.0)
+    result = Potential(config).double().eval()
+    result.set_statistics(made.statistics, shares=made.shares, **options)
+    return result
+
+
+def test_energies_follow_the_set_and_forces_do_not(stores: dict, tmp_path: Path) -> None:
+    model = potential(stores)
+    data = [molecules("low", 1, 3)[0] for _ in range(2)]
+    for code, item in enumerate(data):
+        item.dataset = torch.tensor([code])
+    out = model(collate(data))
+    expected = sum(OFFSETS["high"][z] - OFFSETS["low"][z] for z in data[0].atomic_numbers.tolist())
+    assert float(out.energy[1] - out.energy[0]) == pytest.approx(expected, abs=0.5)
+    assert torch.equal(out.forces[:5], out.forces[5:])
+    model.save(tmp_path / "mixed.escaip")
+    for code, name in enumerate(("low", "high")):
+        loaded = load_potential(tmp_path / "mixed.escaip", dataset=name)
+        alone = loaded(collate([molecules("low", 1, 3)[0]]))
+        assert float(alone.energy) == pytest.approx(float(out.energy[code]), rel=1e-14)
+        atoms = molecules("low", 1, 3)[0].to_ase()
+        atoms.calc = EScAIPCalculator(tmp_path / "mixed.escaip", dataset=name)
+        assert atoms.get_potential_energy() == pytest.approx(float(out.energy[code]), rel=1e-12)
+
+
+def test_scale_shared_or_per_set(stores: dict) -> None:
+    made = module(stores)
+    rms = [statistics.force_rms for statistics in made.statistics.values()]
+    each = potential(stores, scale="per_set")
+    assert each.scale.tolist() == pytest.approx(rms)
+    shared = potential(stores)
+    expected = np.sqrt((48 * rms[0] ** 2 + 16 * rms[1] ** 2) / 64)
+    assert shared.scale.tolist() == pytest.approx([expected, expected])
+
+
+@pytest.mark.bad_input
+def test_a_potential_of_several_sets_wants_to_know_which(stores: dict, tmp_path: Path) -> None:
+    model = potential(stores)
+    with pytest.raises(ConfigError, match=r"references for each of low, high: say whose energies are meant"):
+        model(collate(molecules("low", 1, 3)))
+    with pytest.raises(ConfigError, match="dataset 'hihg' has no references in this potential, which has low, high"):
+        model.choose_dataset("hihg")
+    with pytest.raises(ConfigError, match="choose one with dataset=NAME"):
+        EScAIPCalculator(model)
+    model.choose_dataset("low")
+    water = AtomicData.from_ase(ase.build.molecule("H2O"))
+    with pytest.raises(UnsupportedElementError, match="the set low had no O"):
+        model(collate([water]))
+    model.save(tmp_path / "m.escaip")
+    with pytest.raises(ConfigError, match="dataset 'x' has no references"):
+        load_potential(tmp_path / "m.escaip", dataset="x")
+
+
+@pytest.mark.bad_input
+def test_levels_of_theory_are_not_pooled(frames: list[Atoms], xyz_file: Path, tmp_path: Path) -> None:
+    for name, level in (("a", "PBE"), ("b", "PBE"), ("c", "r2SCAN")):
+        prepare(xyz_file, tmp_path / name, facts={"level_of_theory": level})
+    same = AtomicDataModule([str(tmp_path / "a"), str(tmp_path / "b")], max_atoms=60, split={"val": 0})
+    same.setup("fit")
+    assert len(same.datasets["train"]) == 120
+    whole = fit_statistics([*Store(tmp_path / "a"), *Store(tmp_path / "b")])
+    assert same.statistics.element_references == pytest.approx(whole.element_references)
+    assert sum(batch.num_graphs for batch in same.train_dataloader()) == 120
+    other = AtomicDataModule([str(tmp_path / "a"), str(tmp_path / "c")], max_atoms=60, split={"val": 0})
+    with pytest.raises(DataError, match=r"a \(PBE\), .*c \(r2SCAN\): energies of different levels of theory need"):
+        other.setup("fit")
+
+
+def test_a_divided_store_needs_no_split(xyz_file: Path, tmp_path: Path) -> None:
+    prepare(xyz_file, tmp_path / "s", split={"by": "structure", "val": 0.2, "test": 6})
+    made = AtomicDataModule(str(tmp_path / "s"), max_atoms=60)
+    made.setup()
+    assert {part: len(data) for part, data in made.datasets.items()} == {"train": 42, "val": 12, "test": 6}
+    whole = AtomicDataModule({"path": str(tmp_path / "s"), "split": "all"}, max_atoms=60, split={"val": 0})
+    whole.setup("fit")
+    assert len(whole.datasets["train"]) == 60
+    with pytest.raises(ConfigError, match=r"has no split 'extra'; it has train, val, test"):
+        AtomicDataModule({"path": str(tmp_path / "s"), "split": "extra"}, max_atoms=60).setup("fit")
+
+
+@pytest.mark.bad_input
+def test_a_flipped_bit_is_found_before_training(stores: dict) -> None:
+    (shard,) = Path(stores["low"]["path"]).glob("shard-*")
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"shard-00000.safetensors: checksum differs"):
+        module(stores["low"])
+    assert len(module(stores["low"], verify=False).datasets["train"]) == 48
+
+
+@pytest.mark.bad_input
+def test_bad_mixtures(stores: dict) -> None:
+    with pytest.raises(ConfigError, match="sampling: needs several sets by name"):
+        module(stores["low"], sampling={"temperature": 2.0})
+    with pytest.raises(ConfigError, match="sampling: weights name low, but the sets are low, high"):
+        module(stores, sampling={"weights": {"low": 1}})
+    with pytest.raises(ConfigError, match="sampling: unknown setting 'ratio'"):
+        module(stores, sampling={"ratio": 1})
+    with pytest.raises(ConfigError, match="must be positive; leave a set out"):
+        module(stores, sampling={"weights": {"low": 1, "high": 0}})
+    with pytest.raises(ConfigError, match="temperature: 0"):
+        module(stores, sampling={"temperature": 0})
+    with pytest.raises(ConfigError, match=r"data\.train: has no path; .* or sets by name"):
+        module({"low": 3})
+    with pytest.raises(ConfigError, match=r"data.val: names other; the training sets are low, high"):
+        module(stores, val={"other": stores["low"]})
+    with pytest.raises(ConfigError, match="isolated_energies: H: for a mixture write them by set"):
+        module(stores, isolated_energies={"H": -1.0})
+    with pytest.raises(ConfigError, match="scale: 'own'"):
+        module(stores, scale="own")
