@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from escaip.data.inspection import Inspection, inspect_structures, plot_inspection
-from escaip.data.sources import PathLike, ReadReport, open_source
-from escaip.data.store import StoreWriter
+from escaip.data.sources import PathLike, ReadReport, expand_paths, open_source
+from escaip.data.store import Store, StoreWriter
+from escaip.data.store_writer import MANIFEST
 from escaip.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def inspect(
 ) -> Inspection:
     """Counts, ranges and distributions of any supported data; bad structures and implausible units are reported.
 
+    Of a prepared store the checksums are compared first.
+
     Args:
         path: see :func:`open_source`.
         out: directory for ``inspect.json`` and ``inspect.png``; None writes no files.
@@ -59,9 +62,12 @@ def inspect(
         **options: of :func:`open_source` (``format``, ``keys``, ``units``, ``limit``, ``index``, ...).
 
     Raises:
-        DataError: a file that cannot be read, or 0 structures.
+        DataError: a file that cannot be read, a damaged store, or 0 structures.
     """
     report = ReadReport()
+    for file in expand_paths(path):
+        if file.is_dir() and (file / MANIFEST).is_file():
+            Store(file).verify()
     options = {"on_error": "skip", **options, "check_units": False}
     inspection, values = inspect_structures(open_source(path, report=report, **options), report)
     if show:

@@ -51,13 +51,13 @@ class RunReport(Callback):
         if trainer.state.fn == "fit":
             self._history[trainer.global_step] = errors
         else:
-            self._print({"model": errors["model"], BASELINE: errors["baseline"]})
+            self._print(_columns(errors, "model"))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the errors for ``escaip test``."""
         errors = getattr(pl_module, "last_errors", None)
         if errors:
-            self._print({"model": errors["model"], BASELINE: errors["baseline"]})
+            self._print(_columns(errors, "model"))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table and where the checkpoints are."""
@@ -68,9 +68,7 @@ class RunReport(Callback):
         columns = {}
         if best in self._history and best != last:
             columns[f"best (step {best})"] = self._history[best]["model"]
-        columns[f"step {last}"] = self._history[last]["model"]
-        columns[BASELINE] = self._history[last]["baseline"]
-        self._print(columns, trainer)
+        self._print({**columns, **_columns(self._history[last], f"step {last}")}, trainer)
 
     @rank_zero_only
     def _print(self, columns: dict[str, dict[str, float]], trainer: Trainer | None = None) -> None:
@@ -159,3 +157,9 @@ def predicted_structures(prediction: Prediction, batch: Any) -> list[Any]:
         atoms.info["structure_id"] = str(batch.structure_id[index])
         frames.append(atoms)
     return frames
+
+
+def _columns(errors: dict[str, dict[str, float]], name: str) -> dict[str, dict[str, float]]:
+    """The model, the sets of a mixture, the baseline."""
+    sets = {key: value for key, value in errors.items() if key not in ("model", "baseline")}
+    return {name: errors["model"], **sets, BASELINE: errors["baseline"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,27 +34,33 @@ NUM_SUMS = 11
 ERROR_NAMES = tuple(_FORMULAS)
 
 
-def error_sums(prediction: Prediction, batch: Any) -> Tensor:
+def error_sums(prediction: Prediction, batch: Any, only: Tensor | None = None) -> Tensor:
     """Returns ``(11,)`` float64 sums over labelled entries, detached: counts, absolute and squared errors, cosines.
 
     Energy errors are per atom, force and stress errors per component. A force of zero has no direction: atoms whose
     predicted or labelled force vanishes have cosine 0.
+
+    Args:
+        prediction: of the batch.
+        batch: with labels.
+        only: ``(B,)`` bool, the structures that count; default all.
     """
+    counted = torch.ones_like(batch.energy, dtype=torch.bool) if only is None else only
     zero = torch.zeros((), dtype=torch.float64, device=batch.ptr.device)
     sums = [zero] * NUM_SUMS
-    chosen = labelled_energies(batch)
+    chosen = labelled_energies(batch) & counted
     natoms = (batch.ptr[1:] - batch.ptr[:-1])[chosen]
     error = (prediction.energy.detach()[chosen] - batch.energy[chosen]).double() / natoms
     sums[0:3] = [chosen.sum().double(), error.abs().sum(), error.square().sum()]
     if prediction.forces is not None:
-        chosen = labelled_atoms(batch)
+        chosen = labelled_atoms(batch) & counted[batch.batch]
         forces, labels = prediction.forces.detach()[chosen].double(), batch.forces[chosen].double()
         error = forces - labels
         cosine = torch.nn.functional.cosine_similarity(forces, labels, dim=-1, eps=1e-12)
         sums[3:6] = [3.0 * chosen.sum().double(), error.abs().sum(), error.square().sum()]
         sums[6:8] = [chosen.sum().double(), cosine.sum()]
     if prediction.stress is not None:
-        chosen = labelled_stresses(batch)
+        chosen = labelled_stresses(batch) & counted
         error = prediction.stress.detach()[chosen].double() - batch.stress[chosen].double()
         sums[8:11] = [9.0 * chosen.sum().double(), error.abs().sum(), error.square().sum()]
     return torch.stack([value.double() for value in sums])
@@ -80,15 +86,23 @@ def baseline_prediction(prediction: Prediction, batch: Any, atomic: Tensor) -> P
 
 
 class ErrorMetrics(Metric):
-    """Errors and loss over a whole validation, of the model and of the baseline, on any number of processes."""
+    """Errors and loss over a whole validation, of the model and of the baseline, on any number of processes.
+
+    Args:
+        settings: of the loss.
+        datasets: names of the sets of a mixture, whose errors are kept apart as well.
+    """
 
     full_state_update = False
     sums: Tensor
     loss: Tensor
+    by_set: Tensor
 
-    def __init__(self, settings: LossSettings) -> None:
+    def __init__(self, settings: LossSettings, datasets: Sequence[str] = ()) -> None:
         super().__init__()
-        self._settings = settings
+        self._settings, self.datasets = settings, tuple(datasets)
+        shape = (max(len(datasets), 1), NUM_SUMS)
+        self.add_state("by_set", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(2, NUM_SUMS, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("loss", torch.zeros(2, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -96,14 +110,17 @@ class ErrorMetrics(Metric):
         """Adds a batch, with the ``(N,)`` eV element reference of each atom."""
         baseline = baseline_prediction(prediction, batch, atomic_references)
         self.sums += torch.stack([error_sums(prediction, batch), error_sums(baseline, batch)])
+        for code in range(len(self.datasets)):
+            self.by_set[code] += error_sums(prediction, batch, batch.dataset == code)
         terms = loss_sums(prediction, batch, self._settings)
         self.loss += torch.stack([terms.sums.detach(), terms.counts])
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Returns ``{"model": {..., "loss": ...}, "baseline": {...}}``."""
+        """Returns ``{"model": {..., "loss": ...}, "baseline": {...}}`` and, of a mixture, each set by name."""
         model, baseline = errors_from_sums(self.sums[0]), errors_from_sums(self.sums[1])
         model["loss"] = float(LossSums(self.loss[0], self.loss[1]).total(self._settings))
-        return {"model": model, "baseline": baseline}
+        by_set = {name: errors_from_sums(sums) for name, sums in zip(self.datasets, self.by_set, strict=False)}
+        return {**by_set, "model": model, "baseline": baseline}
 
 
 def format_table(columns: Mapping[str, Mapping[str, float]]) -> str:

@@ -41,7 +41,7 @@ class PotentialModule(LightningModule):
     Attributes:
         potential: what is trained.
         learning_rate: peak learning rate; the learning-rate finder writes it.
-        last_errors: of the last validation, ``{"model": ..., "baseline": ...}``.
+        last_errors: of the last validation, ``{"model": ..., "baseline": ...}``, and of a mixture each set by name.
     """
 
     def __init__(
@@ -190,6 +190,15 @@ class PotentialModule(LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._recent = []
 
+    def on_validation_epoch_start(self) -> None:
+        """Keeps the errors of the sets of a mixture apart, once it is known that there are several."""
+        if self.validation_errors.datasets != self.potential.datasets:
+            self.validation_errors = ErrorMetrics(self.losses, self.potential.datasets).to(self.device)
+
+    def on_test_epoch_start(self) -> None:
+        """As before a validation."""
+        self.on_validation_epoch_start()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Adds the errors of a batch."""
         self._evaluate(batch)
@@ -256,7 +265,12 @@ class PotentialModule(LightningModule):
         self.validation_errors.reset()
         model = {f"{stage}/{name}": value for name, value in self.last_errors["model"].items()}
         baseline = {f"{stage}_baseline/{name}": value for name, value in self.last_errors["baseline"].items()}
-        self.log_dict({**model, **baseline}, batch_size=1, sync_dist=True)
+        sets = {
+            f"{stage}/{name}/{dataset}": value
+            for dataset in self.potential.datasets
+            for name, value in self.last_errors[dataset].items()
+        }
+        self.log_dict({**model, **baseline, **sets}, batch_size=1, sync_dist=True)
 
     def _remember(self, batch: Any) -> None:
         """Names of the structures since the last optimizer step."""

@@ -222,7 +222,10 @@ def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: 
     split = json.dumps({"by": "structure", "val": 2})
     command = ["fit", "--config", "tiny.yaml", "--data.train", sets, "--data.sampling", sampling, "--data.split", split]
     assert main([*command, "--trainer.max_epochs", "2"]) == 0
-    assert "an epoch takes 12 of a, 12 of b" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "an epoch takes 12 of a, 12 of b" in shown
+    header = next(line for line in shown.splitlines() if line.startswith("validation error"))
+    assert header.split() == ["validation", "error", "step", "12", "a", "b", "references,", "zero", "forces"]
     best = folder / "runs" / "tiny" / "latest" / "best.ckpt"
     potential = load_potential(best, device="cpu")
     assert potential.datasets == ("a", "b")
@@ -236,6 +239,11 @@ def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: 
     assert main(["evaluate", str(best), "b.extxyz", "--no-plots", "--dataset", "b"]) == 0
     report = json.loads((folder / "evaluation" / "report.json").read_text(encoding="utf-8"))
     assert report["num_structures"] == 8
+    name = "val/force_mae_meV_per_A"
+    a, b, both = (
+        float(*_figures(folder / "runs" / "tiny" / "latest", key).values()) for key in (f"{name}/a", f"{name}/b", name)
+    )
+    assert min(a, b) < both < max(a, b)
     assert main(["info", str(best)]) == 0
     shown = capsys.readouterr().out
     assert "force_scale" in shown
