@@ -207,6 +207,14 @@ class AtomicDataModule(LightningDataModule):
         return self._opener.reports
 
     @property
+    def level_of_theory(self) -> str:
+        """What the training stores state; empty where none does."""
+        stated = {name: self._opener.levels.get(_place("train", name), "") for name in self._sets["train"]}
+        if not self._mixed:
+            return next(iter(stated.values()), "")
+        return "; ".join(f"{name}: {level}" for name, level in stated.items() if level)
+
+    @property
     def _mixed(self) -> bool:
         return "" not in self._sets["train"] and bool(self._sets["train"])
 

@@ -41,7 +41,7 @@ from escaip.data.store_writer import (
     read_part,
 )
 from escaip.errors import ConfigError, DataError
-from escaip.resources import list_datasets, resolve
+from escaip.resources import DATASET_PREFIX, list_datasets, resolve
 
 PART_SIZE = 5_000
 """Structures of a part, where a file can be divided: what a kill can cost each worker."""
@@ -207,7 +207,10 @@ def prepare_named(
     merged = dict(options)
     if name in cards:
         about = cards[name].manifest["dataset"]
-        facts["level_of_theory"] = about.get("level_of_theory", "")
+        # The sample that comes with a card has labels of its own.
+        is_sample = any(DATASET_PREFIX in source for source in sources)
+        described = cards[name].manifest.get("sample", {}) if is_sample else about
+        facts["level_of_theory"] = described.get("level_of_theory", "")
         merged = {**about.get("options", {}), **merged}
         if "keys" in about:
             merged["keys"] = {**about["keys"], **merged.get("keys", {})}

@@ -35,6 +35,7 @@ class SetOpener:
         required: labels that every structure must carry.
         verify: compare the checksums of stores; None for those up to 4 GiB.
         reports: what was read and skipped, by place in the configuration, for sets read from files.
+        levels: level of theory that a store states, by place.
     """
 
     fixed_atoms: str = "free_only"
@@ -42,6 +43,7 @@ class SetOpener:
     required: tuple[str, ...] = ()
     verify: bool | None = None
     reports: dict[str, ReadReport] = field(default_factory=dict)
+    levels: dict[str, str] = field(default_factory=dict)
     _verified: set[str] = field(default_factory=set)
 
     def open(self, place: str, spec: DataSpec, part: str, *, code: int = -1, rotate: bool = False) -> StructureSet:
@@ -73,7 +75,9 @@ class SetOpener:
             members[name] = AtomicDataset(
                 store, chosen, fixed_atoms=self.fixed_atoms, rotate=rotate, seed=self.seed, code=code
             )
-        check_poolable({name: str(store.manifest.get("level_of_theory", "")) for name, store in stores.items()})
+        levels = {name: str(store.manifest.get("level_of_theory", "")) for name, store in stores.items()}
+        check_poolable(levels)
+        self.levels[place] = max(levels.values())
         return next(iter(members.values())) if len(members) == 1 else MixedDataset(members)
 
     def divide(self, place: str, spec: DataSpec, settings: SplitSettings, **how: Any) -> dict[str, StructureSet]:

@@ -65,7 +65,7 @@ class PotentialModule(LightningModule):
             weight_decay: on the weights of linear layers.
             warmup_fraction: part of the steps over which the learning rate rises.
             final_fraction: learning rate of the last step in units of the peak.
-            level_of_theory: of the labels, in words; stored with the model.
+            level_of_theory: of the labels, in words; stored with the model. Default what a prepared store states.
             datasets: names of the training sets; stored with the model.
 
         Raises:
@@ -124,6 +124,9 @@ class PotentialModule(LightningModule):
                 self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
             else:
                 self.potential.set_statistics(statistics)
+            if self.potential.metadata.level_of_theory == "unknown" and data.level_of_theory:
+                values = {**self.potential.metadata.to_dict(), "level_of_theory": data.level_of_theory}
+                self.potential.set_metadata(PotentialMetadata.from_dict(values))
         elif not self.potential.metadata.elements:
             raise ConfigError(
                 "no statistics of the training set: pass a data module, or call module.potential.set_statistics first"

@@ -198,3 +198,18 @@ def test_bad_mixtures(stores: dict) -> None:
         module(stores, isolated_energies={"H": -1.0})
     with pytest.raises(ConfigError, match="scale: 'own'"):
         module(stores, scale="own")
+
+
+def test_the_level_of_theory_comes_from_the_stores(xyz_file: Path, tmp_path: Path) -> None:
+    for name, level in (("a", "PBE"), ("b", "r2SCAN")):
+        prepare(xyz_file, tmp_path / name, facts={"level_of_theory": level})
+    options: dict[str, Any] = {"max_atoms": 60, "split": {"val": 0}}
+    single = AtomicDataModule(str(tmp_path / "a"), **options)
+    mixed = AtomicDataModule({name: {"path": str(tmp_path / name)} for name in ("a", "b")}, **options)
+    for made in (single, mixed):
+        made.setup("fit")
+    assert single.level_of_theory == "PBE"
+    assert mixed.level_of_theory == "a: PBE; b: r2SCAN"
+    plain = AtomicDataModule(str(xyz_file), **options)
+    plain.setup("fit")
+    assert plain.level_of_theory == ""
