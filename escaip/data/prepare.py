@@ -306,10 +306,13 @@ def _splitter(
         assert settings is not None
         if settings.by == "structure":
             count = len(index["natoms"])
-            return list(PARTS), assign_parts([str(k) for k in range(count)], np.ones(count), settings, seed=seed)
-        groups = [read_text(index, "group", code) for code in range(len(index["group_offsets"]) - 1)]
-        counts = np.bincount(index["group_codes"], minlength=len(groups))
-        return list(PARTS), assign_parts(groups, counts, settings, seed=seed)[index["group_codes"]]
+            codes = assign_parts([str(k) for k in range(count)], np.ones(count), settings, seed=seed)
+        else:
+            groups = [read_text(index, "group", code) for code in range(len(index["group_offsets"]) - 1)]
+            counts = np.bincount(index["group_codes"], minlength=len(groups))
+            codes = assign_parts(groups, counts, settings, seed=seed)[index["group_codes"]]
+        kept = np.unique(codes)  # a part that was not asked for has no name
+        return [PARTS[code] for code in kept.tolist()], np.searchsorted(kept, codes).astype(np.uint8)
 
     return named if settings is None else divided
 

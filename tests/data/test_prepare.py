@@ -94,6 +94,10 @@ def test_splits_by_source_and_by_fraction(files: Path, tmp_path: Path) -> None:
     expected = make_split([data.group for data in store], SplitSettings(val=0.2, test=10), seed=3)
     for name in ("train", "val", "test"):
         assert np.array_equal(store.split_indices(name), getattr(expected, name))
+    assert prepare([str(files / "*.extxyz")], tmp_path / "c", split={"test": 0.2, "val": 0}).splits == {
+        "train": 50,
+        "test": 10,
+    }
     with pytest.raises(ConfigError, match="has no split 'x'; it has train, val, test"):
         store.split_indices("x")
 
