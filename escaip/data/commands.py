@@ -69,7 +69,13 @@ def inspect(
         if file.is_dir() and (file / MANIFEST).is_file():
             Store(file).verify()
     options = {"on_error": "skip", **options, "check_units": False}
-    inspection, values = inspect_structures(open_source(path, report=report, **options), report)
+    try:
+        inspection, values = inspect_structures(open_source(path, report=report, **options), report)
+    except DataError as error:
+        if report.read == 0 and report.messages:
+            reason = f"{report.skipped} were skipped, the first: {report.messages[0]}"
+            raise DataError(f"0 structures could be read, {reason}") from error
+        raise
     if show:
         print(inspection.table())
     if out is not None:

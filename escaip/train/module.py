@@ -124,8 +124,9 @@ class PotentialModule(LightningModule):
                 self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
             else:
                 self.potential.set_statistics(statistics)
-            if self.potential.metadata.level_of_theory == "unknown" and data.level_of_theory:
-                values = {**self.potential.metadata.to_dict(), "level_of_theory": data.level_of_theory}
+            level = getattr(data, "level_of_theory", "")
+            if self.potential.metadata.level_of_theory == "unknown" and level:
+                values = {**self.potential.metadata.to_dict(), "level_of_theory": level}
                 self.potential.set_metadata(PotentialMetadata.from_dict(values))
         elif not self.potential.metadata.elements:
             raise ConfigError(
