@@ -96,7 +96,7 @@ def dataset_card(name: str) -> DatasetCard:
 
 
 def resolve(path: str | Path) -> Path:
-    """Turns ``dataset:NAME/FILE`` into the path of a file shipped with a card; other paths stay as they are.
+    """Turns ``dataset:NAME/FILE`` into the path of a file or folder shipped with a card; other paths stay as they are.
 
     Raises:
         ConfigError: no such card.
@@ -107,8 +107,8 @@ def resolve(path: str | Path) -> Path:
         return Path(path)
     name, _, file = text.removeprefix(DATASET_PREFIX).partition("/")
     folder = dataset_card(name).path
-    held = sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file())
-    if file not in held:
+    held = sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.name != "__pycache__")
+    if file.rstrip("/") not in held:
         raise DataError(f"{text} does not exist: the card of {name} holds {', '.join(held)}")
     return folder / file
 

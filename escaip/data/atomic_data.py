@@ -62,6 +62,7 @@ class AtomicData(Data):
         structure_id: unique name, for messages.
         group: key of what must not be split (molecule, material).
         num_nodes: ``n``.
+        magnetic_moments: optional ``(n,)`` float64 μB, kept through stores and conversions; batches leave them out.
         edge_index: optional ``(2, E)`` int64 candidate pairs (center, neighbor).
         edge_shift: optional ``(E, 3)`` int64 cell translations of the neighbor.
         edge_cutoff: optional ``(1,)`` float64 Å up to which the pairs are complete.
@@ -82,6 +83,7 @@ class AtomicData(Data):
         spin_multiplicity: int = 1,
         fixed: ArrayLike | None = None,
         tags: ArrayLike | None = None,
+        magnetic_moments: ArrayLike | None = None,
         structure_id: str = "",
         group: str = "",
         units: Units = _NO_UNITS,
@@ -122,6 +124,9 @@ class AtomicData(Data):
             "group": group,
             "num_nodes": n,
         }
+        if magnetic_moments is not None:
+            moments = _label(magnetic_moments, (n,), "magnetic moments", name, 1.0)
+            fields["magnetic_moments"] = torch.from_numpy(moments)
         return cls.from_fields(fields)
 
     @classmethod

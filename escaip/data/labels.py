@@ -108,6 +108,7 @@ def structure_from_ase(
         spin_multiplicity=spin,
         fixed=_fixed_atoms(atoms),
         tags=atoms.arrays.get("tags"),
+        magnetic_moments=results.get("magmoms"),
         structure_id=name,
         group=group,
         units=units,
@@ -143,6 +144,8 @@ def structure_to_ase(data: AtomicData) -> Atoms:
         results["forces"] = data.forces.numpy().copy()
     if data.has_label("stress"):
         results["stress"] = data.stress[0].numpy()[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+    if "magnetic_moments" in data:
+        results["magmoms"] = data.magnetic_moments.numpy().copy()
     if results:
         atoms.calc = SinglePointCalculator(atoms, **results)
     return atoms

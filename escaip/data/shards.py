@@ -44,6 +44,7 @@ _STORED = {
     "fixed": "?",
     "tags": "<i4",
 }
+MOMENTS = "magnetic_moments"
 STORED_FIELDS = tuple(_STORED)
 PRECISIONS = ("float64", "float32")
 
@@ -59,6 +60,9 @@ def pack_structures(structures: Sequence[AtomicData], precision: str) -> Arrays:
     arrays: Arrays = {"offsets": np.concatenate([[0], np.cumsum([d.num_nodes for d in structures])]).astype("<i8")}
     for key, dtype in stored_dtypes(precision).items():
         arrays[key] = np.concatenate([data._store[key].numpy() for data in structures]).astype(dtype)
+    if any(MOMENTS in data for data in structures):
+        pieces = [data[MOMENTS].numpy() if MOMENTS in data else np.full(data.num_nodes, np.nan) for data in structures]
+        arrays[MOMENTS] = np.concatenate(pieces).astype("<f4")
     arrays.update(pack_text("id", [data.structure_id for data in structures]))
     return arrays
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from escaip.data.atomic_data import PER_ATOM_FIELDS, AtomicData
-from escaip.data.shards import STORED_FIELDS, Arrays, map_safetensors, read_text
+from escaip.data.shards import MOMENTS, STORED_FIELDS, Arrays, map_safetensors, read_text
 from escaip.data.store_writer import MANIFEST, SCHEMA_VERSION, StoreWriter
 from escaip.errors import ConfigError, DataError
 
@@ -88,6 +88,8 @@ class Store:
         for key in STORED_FIELDS:
             piece = arrays[key][start:stop] if key in _PER_ATOM else arrays[key][local : local + 1]
             fields[key] = torch.from_numpy(piece.astype(TARGET_DTYPES[key]))
+        if MOMENTS in arrays and not np.isnan(arrays[MOMENTS][start:stop]).any():
+            fields[MOMENTS] = torch.from_numpy(arrays[MOMENTS][start:stop].astype("f8"))
         fields["dataset"] = torch.tensor([-1])
         fields["structure_id"] = read_text(arrays, "id", local)
         fields["group"] = self.group(index)

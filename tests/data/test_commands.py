@@ -151,7 +151,5 @@ def test_a_full_disk_while_writing_extxyz(xyz_file: Path, tmp_path: Path, monkey
 def test_inspect_says_why_nothing_could_be_read(frames: list[Atoms], tmp_path: Path) -> None:
     frames[0].positions[0] = np.nan
     ase.io.write(tmp_path / "bad.extxyz", frames[:1])
-    with pytest.raises(
-        DataError, match=r"1 were skipped, the first: bad.extxyz:0: coordinates of atom"
-    ):
+    with pytest.raises(DataError, match=r"1 were skipped, the first: bad.extxyz:0: coordinates of atom"):
         commands.inspect(tmp_path / "bad.extxyz", show=False)
