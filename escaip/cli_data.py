@@ -9,7 +9,7 @@ from typing import Any
 from escaip.errors import UsageError
 
 # Spelled out, so that --help imports no reader; a test compares with escaip.data.sources.SOURCES.
-_FORMATS = ("ase", "pymatgen", "spice", "store")
+_FORMATS = ("aselmdb", "ase", "mptrj", "oc20", "ocp_lmdb", "pyg", "pymatgen", "spice", "store", "xyz_zip")
 _LABELS = ("energy", "forces", "stress", "virial", "charge", "spin", "group")
 
 
@@ -22,6 +22,16 @@ def add_data(commands: Any) -> None:
     card = actions.add_parser("info", help="the card of a data set")
     card.add_argument("name", metavar="NAME")
     card.set_defaults(command=_card)
+    download = actions.add_parser("download", help="the published files of a data set; resumes, checks")
+    download.add_argument("name", metavar="NAME", help="a data set (escaip data list)")
+    download.add_argument("--split", metavar="S", help="only files of this split")
+    download.add_argument("--file", action="append", metavar="F", help="only these files, by name or pattern")
+    download.add_argument("--root", metavar="DIR", help="folder of all data sets (default: $ESCAIP_DATA, else data)")
+    download.add_argument("--jobs", type=int, default=4, metavar="N", help="files at a time (default: 4)")
+    download.add_argument("--extract", action="store_true", help="unpack archives")
+    download.add_argument("--verify", action="store_true", help="compare checksums of files that are there again")
+    download.add_argument("--dry-run", action="store_true", help="print files, sizes and free space, fetch nothing")
+    download.set_defaults(command=_download)
     inspect = actions.add_parser("inspect", help="counts, ranges and distributions of any supported data")
     inspect.add_argument("path", metavar="PATH")
     inspect.add_argument("--out", metavar="DIR", help="also write inspect.json and inspect.png there")
@@ -126,6 +136,22 @@ def _card(args: argparse.Namespace) -> None:
     from escaip.resources import dataset_card
 
     print(dataset_card(args.name).text)
+
+
+def _download(args: argparse.Namespace) -> None:
+    from escaip.data.download import download
+
+    report = download(
+        args.name,
+        split=args.split,
+        files=args.file,
+        root=args.root,
+        jobs=args.jobs,
+        dry_run=args.dry_run,
+        extract=args.extract,
+        verify=args.verify,
+    )
+    print(report.table() if args.dry_run else report.summary())
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -211,9 +211,13 @@ def prepare_named(
         is_sample = any(DATASET_PREFIX in source for source in sources)
         described = cards[name].manifest.get("sample", {}) if is_sample else about
         facts["level_of_theory"] = described.get("level_of_theory", "")
-        merged = {**about.get("options", {}), **merged}
-        if "keys" in about:
-            merged["keys"] = {**about["keys"], **merged.get("keys", {})}
+        # What a card says of labels and options is meant for the layout that it names.
+        given = _by_split(sources)
+        listed = [path for paths in given.values() for path in paths] if isinstance(given, dict) else given
+        if {file.source for file in list_files(listed, merged.get("format"))} == {about.get("format")}:
+            merged = {**about.get("options", {}), **merged}
+            if "keys" in about:
+                merged["keys"] = {**about["keys"], **merged.get("keys", {})}
     elif name in SOURCES:
         facts = {"dataset": ""}
         merged["format"] = name

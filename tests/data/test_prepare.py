@@ -98,6 +98,8 @@ def test_splits_by_source_and_by_fraction(files: Path, tmp_path: Path) -> None:
         "train": 50,
         "test": 10,
     }
+    read = [data.structure_id for data in open_source(tmp_path / "b", split="val")]
+    assert read == [store.structure_id(k) for k in store.split_indices("val").tolist()]
     with pytest.raises(ConfigError, match="has no split 'x'; it has train, val, test"):
         store.split_indices("x")
 

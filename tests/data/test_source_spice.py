@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import ase.data
 import ase.units
 import h5py
 import numpy as np
 import pytest
 
 from escaip.data.sources import ReadReport, open_source
-from escaip.data.sources.spice import smiles_charge
+from escaip.data.sources.door import Door
+from escaip.data.sources.spice import SOURCE, divide, read_spice, smiles_charge
 from escaip.errors import ConfigError, DataError
+from escaip.resources import dataset_card
 
 WATER = "[O:1]([H:2])[H:3]"
 
@@ -164,6 +168,7 @@ def test_missing_gradient_is_a_missing_label(tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"subset": "None such"}, DataError, "no molecule of subset .*found .'Subset water'"),
+        ({"subset": ["Subset water", "Typo"]}, DataError, r"no molecule of subset .'Typo'.; found .'Subset water'"),
         ({"energy": "mp2_energy"}, ConfigError, "energy: 'mp2_energy' is not one of"),
         ({"keys": {"energy": "e"}}, ConfigError, "layout fixes its names"),
     ],
@@ -171,6 +176,126 @@ def test_missing_gradient_is_a_missing_label(tmp_path: Path) -> None:
 def test_bad_choices(tmp_path: Path, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         list(open_source(write_spice(tmp_path / "s.hdf5"), **options))
+
+
+def many(path: Path, counts: list[int]) -> Path:
+    """Waters with this many conformations each, one subset after the other."""
+    with h5py.File(path, "w") as file:
+        for k, count in enumerate(counts):
+            place = np.array([[0, 0, 0], [1.8, 0, 0], [-0.5, 1.75, 0]]) + 0.01 * np.arange(count)[:, None, None]
+            datasets = {
+                "subset": ["late" if k == len(counts) - 1 else "early"],
+                "smiles": [WATER],
+                "atomic_numbers": np.array([8, 1, 1], dtype="i2"),
+                "conformations": place.astype("f4"),
+                "dft_total_energy": -76.4 - 1e-3 * np.arange(count),
+                "formation_energy": -0.35 - 1e-3 * np.arange(count),
+                "dft_total_gradient": np.zeros((count, 3, 3), dtype="f4"),
+            }
+            group = file.create_group(f"m{k:03d}")
+            for key, value in datasets.items():
+                group.create_dataset(key, data=value)
+    return path
+
+
+def test_parts_are_the_whole(tmp_path: Path) -> None:
+    path = many(tmp_path / "s.hdf5", [3, 1, 7, 2, 2, 5, 1])
+    whole = [data.structure_id for data in read_spice(path, Door())]
+    assert len(whole) == 21
+    for size in (1, 4, 8, 100):
+        parts = divide(path, size)
+        pieces = [[data.structure_id for data in read_spice(path, Door(), part=part)] for part in parts]
+        assert [name for piece in pieces for name in piece] == whole
+        assert max(map(len, pieces)) <= max(size, 7)
+    assert SOURCE.parts is divide
+    late = [len(list(read_spice(path, Door(), part=part, subset="late"))) for part in divide(path, 4)]
+    assert sum(late) == late[-1] == 1
+    with pytest.raises(DataError, match="no molecule of subset"):
+        list(read_spice(path, Door(), part=(0, 2), subset="None such"))
+
+
+def test_reading_is_linear_in_the_molecules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each object of a file is looked up a fixed number of times, and names are listed once."""
+    counts = {}
+    look = h5py.Group.__getitem__
+    walk = h5py.Group.__iter__
+    for number in (20, 40):
+        path = many(tmp_path / f"{number}.hdf5", [1] * number)
+        calls = {"get": 0, "iter": 0}
+        monkeypatch.setattr(
+            h5py.Group, "__getitem__", lambda self, key, c=calls: (c.update(get=c["get"] + 1), look(self, key))[1]
+        )
+        monkeypatch.setattr(h5py.Group, "__iter__", lambda self, c=calls: (c.update(iter=c["iter"] + 1), walk(self))[1])
+        assert len(list(read_spice(path, Door()))) == number
+        monkeypatch.undo()
+        counts[number] = calls
+    assert counts[40]["get"] == 2 * counts[20]["get"] == 40 * 6
+    assert counts[40]["iter"] == counts[20]["iter"] + 20
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"smiles": ["[O:1]([H:2])[F:3]"]}, "does not have the same atoms"),
+        ({"smiles": np.zeros(0)}, "molecule 'water' has no readable 'smiles'"),
+        ({"conformations": "none"}, "'conformations' cannot be read, is no array of numbers"),
+        ({"atomic_numbers": 8}, "'atomic_numbers' cannot be read, is no array of numbers"),
+    ],
+)
+def test_a_bad_molecule_can_be_left_out(tmp_path: Path, changes: dict, message: str) -> None:
+    path = write_spice(tmp_path / "s.hdf5", **changes)
+    with pytest.raises(DataError, match=message):
+        list(open_source(path))
+    report = ReadReport()
+    assert len(list(open_source(path, on_error="skip", report=report))) == 3
+    assert report.skipped == (1 if "conformations" in changes else 3)
+    assert "s.hdf5:water:0: " in report.messages[0]
+
+
+@pytest.mark.bad_input
+def test_a_shape_without_numbers_and_damaged_numbers(tmp_path: Path) -> None:
+    path = write_spice(tmp_path / "s.hdf5")
+    with h5py.File(path, "a") as file:
+        del file["water/conformations"]
+        file["water"].create_dataset("conformations", shape=(1 << 40, 3, 3), dtype="f4", chunks=(1, 3, 3))
+    with pytest.raises(DataError, match="more than any molecule needs"):
+        list(open_source(path))
+    values = np.random.default_rng(0).normal(size=(50, 3, 3)).astype("f4")
+    with h5py.File(path, "w") as file:
+        group = file.create_group("water")
+        group.create_dataset("conformations", data=values, compression="gzip", chunks=(50, 3, 3))
+        offset = group["conformations"].id.get_chunk_info(0).byte_offset
+        group["atomic_numbers"], group["smiles"] = np.array([8, 1, 1]), [WATER]
+        group["dft_total_energy"] = np.zeros(50)
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 40] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="molecule 'water': 'conformations' cannot be read") as caught:
+        list(open_source(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_mace_off_sample() -> None:
+    """The card's keys read the sample, which is that of the manifest and says what our SPICE sample says."""
+    card = dataset_card("mace_off")
+    manifest, about = card.manifest["sample"], card.manifest["dataset"]
+    content = (card.path / manifest["file"]).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == manifest["sha256"]
+    assert len(content) == manifest["size"]
+    path = f"dataset:mace_off/{manifest['file']}"
+    found = list(open_source(path, format=about["format"], keys=about["keys"], required_labels=("energy", "forces")))
+    assert len(found) == manifest["num_structures"]
+    assert len({data.group for data in found}) == manifest["num_groups"]
+    numbers = sorted({int(z) for data in found for z in data.atomic_numbers})
+    assert [ase.data.chemical_symbols[z] for z in numbers] == manifest["elements"]
+    assert set(manifest["elements"]) <= set(about["elements"])
+    spice = {round(float(data.energy), 6): data for data in open_source("dataset:spice/sample.hdf5")}
+    for data in found:
+        origin = spice[round(float(data.energy), 6)]
+        assert np.allclose(data.positions.numpy(), origin.positions.numpy(), atol=1e-7)
+        assert np.allclose(data.forces.numpy(), origin.forces.numpy(), atol=1e-7)
+        assert int(data.charge) == int(origin.charge) == 0
 
 
 @pytest.mark.bad_input

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escaip.data.labels import LabelKeys
-from escaip.data.sources import ase, pymatgen, spice, store
+from escaip.data.sources import ase, aselmdb, mptrj, oc20, ocp_lmdb, pyg_files, pymatgen, spice, store, xyz_zip
 from escaip.data.sources.door import Door, ReadReport
 from escaip.data.sources.plausibility import WINDOW, check_magnitudes
 from escaip.data.sources.registry import Part, Source
@@ -35,7 +35,18 @@ __all__ = [
 ]
 
 # In the order in which they are asked whether a file is theirs; ASE takes what is left.
-_ORDER = (store.SOURCE, spice.SOURCE, pymatgen.SOURCE, ase.SOURCE)
+_ORDER = (
+    store.SOURCE,
+    aselmdb.SOURCE,
+    ocp_lmdb.SOURCE,
+    oc20.SOURCE,
+    mptrj.SOURCE,
+    xyz_zip.SOURCE,
+    pyg_files.SOURCE,
+    spice.SOURCE,
+    pymatgen.SOURCE,
+    ase.SOURCE,
+)
 SOURCES: dict[str, Source] = {source.name: source for source in _ORDER}
 
 PathLike = str | os.PathLike[str]

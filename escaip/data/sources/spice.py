@@ -5,6 +5,7 @@ Eastman et al., Sci. Data 10, 11 (2023); https://github.com/openmm/spice-dataset
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 ENERGIES = ("dft_total_energy", "formation_energy")
 GRADIENT = "dft_total_gradient"
+MAX_NUMBERS = 1 << 29
+"""Of one dataset, 4 GiB once read: HDF5 lets a small file declare any shape."""
+
 _UNIT_NAMES = {"nanometers": "nm", "nanometer": "nm", "angstroms": "angstrom", "ev": "eV"}
 
 # Bracket atom: isotope, symbol, chirality, hydrogens, charge, map number (OpenSMILES, section 3.1).
@@ -62,14 +66,15 @@ def read_spice(
     """Conformations of every molecule; forces are minus the gradient, charges come from the mapped SMILES.
 
     Ids are ``file:molecule:index`` and groups are molecule names. Malformed conformations (NaN or a wrong shape) are
-    skipped and counted whatever ``on_error`` says, since releases hold a few.
+    skipped and counted whatever ``on_error`` says, since releases hold a few. Multipoles, charges and bond orders are
+    not read.
 
     Args:
         path: HDF5 file.
         door: units (default: those the datasets declare, else bohr and hartree) and error policy.
         name: what ids begin with; default the file's name.
         keys: not used by this source; the layout fixes the names.
-        part: not used yet: files are read whole.
+        part: molecules to read, by their place in the file, from :func:`divide`.
         subset: keep the molecules of these subsets only.
         energy: ``dft_total_energy`` or ``formation_energy``.
 
@@ -77,70 +82,138 @@ def read_spice(
         DataError: a file that is no HDF5, a missing dataset, a SMILES that contradicts the atoms, an absent subset.
         ConfigError: an unknown ``energy``, or label keys.
     """
-    import h5py
-
     if energy not in ENERGIES:
         raise ConfigError(f"energy: {energy!r} is not one of {', '.join(ENERGIES)}")
     if keys is not None:
         raise ConfigError("keys: the SPICE layout fixes its names; choose the energy with energy: formation_energy")
     wanted = None if subset is None else {subset} if isinstance(subset, str) else set(subset)
     name = name or path.name
+    with _opened(path) as file:
+        names = _molecules(file, path)
+        if wanted is not None and (part is None or part[0] == 0):
+            _check_subsets(file, names, wanted, path)
+        for molecule_name in names if part is None else names[part[0] : part[1]]:
+            group = _group(file, molecule_name, path)
+            if wanted is not None and _text(group, "subset", path) not in wanted:
+                continue
+            try:
+                molecule = _read_molecule(group, molecule_name, energy, door, path)
+            except DataError as error:
+                if door.on_error == "raise":
+                    raise
+                _skip_molecule(group, f"{name}:{molecule_name}", error, door)
+                continue
+            yield from _structures(molecule, name, door)
+
+
+def divide(path: Path, size: int) -> list[Part]:
+    """Ranges of molecules with about ``size`` conformations together.
+
+    Raises:
+        DataError: a file that is no HDF5, or of another layout.
+    """
+    parts: list[Part] = []
+    start, held = 0, 0
+    with _opened(path) as file:
+        names = _molecules(file, path)
+        for place, molecule in enumerate(names):
+            count = _count(_group(file, molecule, path))
+            if place > start and held + count > size:
+                parts.append((start, place))
+                start, held = place, 0
+            held += count
+    return [*parts, (start, len(names))]
+
+
+def _opened(path: Path) -> Any:
+    import h5py
+
     try:
-        file = h5py.File(path, "r")
+        return h5py.File(path, "r")
     except OSError as error:
         raise DataError(f"{path}: not a readable HDF5 file, or truncated ({error})") from error
+
+
+def _molecules(file: Any, path: Path) -> list[str]:
+    names = list(file)
+    if not names:
+        raise DataError(f"{path}: holds no molecules")
+    return names
+
+
+def _group(file: Any, name: str, path: Path) -> Any:
+    import h5py
+
+    try:
+        group = file[name]
+    except (KeyError, OSError, RuntimeError) as error:
+        raise DataError(f"{path}: molecule {name!r} cannot be read, the file is damaged ({error})") from error
+    if not isinstance(group, h5py.Group):
+        raise DataError(f"{path}: {name!r} is a dataset, expected one group per molecule (SPICE layout)")
+    return group
+
+
+def _count(group: Any) -> int:
+    """Conformations of a molecule; 0 where it has none that could be counted."""
+    shape = getattr(group.get("conformations"), "shape", ())
+    return int(shape[0]) if shape else 0
+
+
+def _skip_molecule(group: Any, name: str, error: DataError, door: Door) -> None:
+    """Counts each conformation of a molecule that is left out."""
+    for index in range(max(_count(group), 1)):
+        door.report.skip(f"{name}:{index}: {error}")
+
+
+def _check_subsets(file: Any, names: Sequence[str], wanted: set[str], path: Path) -> None:
+    """Refuses a subset that no molecule belongs to, before anything is read."""
+    missing = set(wanted)
     seen: set[str] = set()
-    matched = False
-    with file:
-        for molecule_name in file:
-            group = file[molecule_name]
-            if not isinstance(group, h5py.Group):
-                raise DataError(
-                    f"{path}: {molecule_name!r} is a dataset, expected one group per molecule (SPICE layout)"
-                )
-            if wanted is not None:
-                kind = _text(group, "subset", path)
-                seen.add(kind)
-                if kind not in wanted:
-                    continue
-            matched = True
-            yield from _structures(_read_molecule(group, molecule_name, energy, door, path), name, door)
-    if not matched:
-        detail = (
-            f"no molecule of subset {sorted(wanted)}; found {sorted(seen)[:20]}" if wanted else "holds no molecules"
-        )
-        raise DataError(f"{path}: {detail}")
+    for name in names:
+        kind = _text(_group(file, name, path), "subset", path)
+        seen.add(kind)
+        missing.discard(kind)
+        if not missing:
+            return
+    raise DataError(f"{path}: no molecule of subset {sorted(missing)}; found {sorted(seen)[:20]}")
 
 
 def _read_molecule(group: Any, name: str, energy: str, door: Door, path: Path) -> _Molecule:
+    found = list(group)
     for needed in ("atomic_numbers", "conformations", energy, "smiles"):
-        if needed not in group:
+        if needed not in found:
             raise DataError(
-                f"{path}: molecule {name!r} has no dataset {needed!r}; found {_listed(group)} "
+                f"{path}: molecule {name!r} has no dataset {needed!r}; found {_listed(found)} "
                 "(the released SPICE-x.y.z.hdf5 has it; input files without labels cannot be trained on)"
             )
-    numbers = np.asarray(group["atomic_numbers"][()], dtype=np.int64)
-    units = door.stated_units or Units.parse(
-        {
-            "length": _unit(group["conformations"], "bohr"),
-            "energy": _unit(group[energy], "hartree"),
-            "forces": _unit(group[GRADIENT], "hartree/bohr") if GRADIENT in group else "hartree/bohr",
-        }
-    )
+    where = f"{path}: molecule {name!r}"
+    # Each object is looked up once: that is what reading many small molecules costs.
+    numbers, _ = _values(group, "atomic_numbers", np.int64, where)
+    conformations, length = _values(group, "conformations", np.float64, where, "bohr")
+    energies, unit = _values(group, energy, np.float64, where, "hartree")
+    gradients, force = None, "hartree/bohr"
+    if GRADIENT in found:
+        gradients, force = _values(group, GRADIENT, np.float64, where, force)
     try:
         charge = smiles_charge(_text(group, "smiles", path), numbers)
     except DataError as error:
-        raise DataError(f"{path}: molecule {name!r}: {error}") from error
-    return _Molecule(
-        name=name,
-        numbers=numbers,
-        charge=charge,
-        conformations=np.asarray(group["conformations"][()], dtype=np.float64),
-        energies=np.asarray(group[energy][()], dtype=np.float64),
-        gradients=np.asarray(group[GRADIENT][()], dtype=np.float64) if GRADIENT in group else None,
-        units=units,
-        datasets=_listed(group),
-    )
+        raise DataError(f"{where}: {error}") from error
+    units = door.stated_units or Units.parse({"length": length, "energy": unit, "forces": force})
+    return _Molecule(name, numbers, charge, conformations, energies, gradients, units, _listed(found))
+
+
+def _values(group: Any, name: str, dtype: type, where: str, unit: str = "") -> tuple[np.ndarray, str]:
+    """Numbers of a dataset, which has at least one axis, and their unit: the one it declares, else ``unit``."""
+    try:
+        dataset = group[name]
+        kind, shape = dataset.dtype.kind, dataset.shape
+        if not shape or kind not in "iuf":
+            raise TypeError("is no array of numbers")
+        if math.prod(shape) > MAX_NUMBERS:
+            raise ValueError(f"has shape {shape}, more than any molecule needs")
+        return np.asarray(dataset[()], dtype=dtype), _unit(dataset, unit) if unit else ""
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: {name!r} cannot be read, {' '.join(str(error).split())}") from error
 
 
 def _structures(molecule: _Molecule, file_name: str, door: Door) -> Iterator[AtomicData]:
@@ -220,9 +293,11 @@ def _charge(text: str | None) -> int:
 
 
 def _text(group: Any, dataset: str, path: Path) -> str:
-    if dataset not in group or group[dataset].size == 0:
-        raise DataError(f"{path}: molecule {group.name!r} has no {dataset!r}; found {_listed(group)}")
-    value = group[dataset][0]
+    try:
+        value = group[dataset][0]
+    except (KeyError, ValueError, IndexError, OSError, RuntimeError, AttributeError, TypeError) as error:
+        name = group.name.lstrip("/")
+        raise DataError(f"{path}: molecule {name!r} has no readable {dataset!r}; found {_listed(group)}") from error
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -246,4 +321,4 @@ def matches(path: Path, head: bytes) -> bool:
     return head.startswith(b"\x89HDF\r\n\x1a\n")
 
 
-SOURCE = Source("spice", "SPICE HDF5, one group per molecule", read_spice, matches)
+SOURCE = Source("spice", "SPICE HDF5, one group per molecule", read_spice, matches, parts=divide)

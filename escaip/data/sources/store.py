@@ -17,21 +17,27 @@ if TYPE_CHECKING:
 
 
 def read_store(
-    path: Path, door: Door, *, name: str | None = None, keys: LabelKeys | None = None, part: Part | None = None
+    path: Path,
+    door: Door,
+    *,
+    name: str | None = None,
+    keys: LabelKeys | None = None,
+    part: Part | None = None,
+    split: str | None = None,
 ) -> Iterator[AtomicData]:
-    """Structures of a prepared store, all or those of a ``part``; ids are those stored, units always Å and eV.
+    """Structures of a prepared store, all or those of a ``part`` or ``split``; ids are those stored, in Å and eV.
 
     Raises:
         DataError: a damaged store.
-        ConfigError: units or label keys were stated.
+        ConfigError: units or label keys were stated, or there is no such split.
     """
     from escaip.data.store import Store
 
     if keys is not None or door.stated_units is not None:
         raise ConfigError(f"{path}: a prepared store takes neither keys nor units; state them when preparing it")
     store = Store(path)
-    start, stop = part or (0, len(store))
-    for index in range(start, stop):
+    chosen = range(*(part or (0, len(store)))) if split is None else store.split_indices(split).tolist()
+    for index in chosen:
         data = door.admit(partial(store.__getitem__, index))
         if data is not None:
             yield data

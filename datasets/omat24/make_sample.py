@@ -1,0 +1,98 @@
+"""Makes the OMat24 sample: rattled and strained metals and alloys, labelled by EMT, in an ASE database in LMDB.
+
+Displacements are drawn as OMat24 draws them for its rattled parts, with a spread that grows with temperature; here
+it is chosen and not derived. Labels are those of ASE's EMT calculator, not DFT: see the card beside this file.
+
+Writes ``sample.aselmdb``:
+
+    OMP_NUM_THREADS=1 python datasets/omat24/make_sample.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from escaip.data.aselmdb_writer import write_aselmdb
+
+FOLDER = Path(__file__).parent
+SPREADS = {"rattled-300": 0.06, "rattled-500": 0.10, "rattled-1000": 0.15}
+"""Å, standard deviation of the displacements of each part."""
+
+STRAIN = 0.04
+FRAMES_PER_PART = 5
+LATTICE = {"Al": 4.00, "Ni": 3.52, "Cu": 3.59, "Pd": 3.88, "Ag": 4.06, "Pt": 3.92, "Au": 4.05}
+"""Å at which the energy of the EMT crystal is lowest, to 0.01 Å."""
+
+PARENTS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au", "CuAu", "NiPt", "AgPd", "AlNi", "CuPd")
+
+
+def parent(name: str) -> Atoms:
+    """A face-centred cubic cell of four atoms; of an alloy in layers (L1₀)."""
+    if name in LATTICE:
+        return bulk(name, "fcc", a=LATTICE[name], cubic=True)
+    first, second = name[:2], name[2:]
+    atoms = bulk(first, "fcc", a=(LATTICE[first] + LATTICE[second]) / 2, cubic=True)
+    atoms.symbols[:] = [first, first, second, second]
+    return atoms
+
+
+def children(number: int, name: str) -> list[Atoms]:
+    """Labelled structures of one parent."""
+    rng = np.random.default_rng(number)
+    found = []
+    for part, spread in SPREADS.items():
+        for index in range(FRAMES_PER_PART):
+            atoms = parent(name)
+            strain = rng.uniform(-STRAIN, STRAIN, size=(3, 3))
+            atoms.set_cell(np.round(atoms.cell.array @ (np.eye(3) + 0.5 * (strain + strain.T)), 8), scale_atoms=True)
+            atoms.positions = np.round(atoms.positions + rng.normal(scale=spread, size=(len(atoms), 3)), 8)
+            atoms.calc = EMT()
+            labels = {
+                "energy": round(float(atoms.get_potential_energy()), 8),
+                "forces": np.round(atoms.get_forces(), 8),
+                "stress": np.round(atoms.get_stress(), 10),
+            }
+            atoms.calc = SinglePointCalculator(atoms, **labels)
+            atoms.info = {
+                "sid": f"sample-{number:02d}-{part}-{index}",
+                "calc_id": part,
+                "parent_id": f"sample-{number:02d}",
+            }
+            found.append(atoms)
+    return found
+
+
+def main() -> None:
+    """Makes and writes the sample; prints what the manifest and the card say of it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=FOLDER / "sample.aselmdb", help="file to write")
+    path = parser.parse_args().out
+    structures = []
+    for number, name in enumerate(PARENTS, start=1):
+        held = children(number, name)
+        structures.extend(held)
+        energies = [atoms.get_potential_energy() / len(atoms) for atoms in held]
+        force = np.sqrt(np.mean([np.square(atoms.get_forces()).sum(axis=1).mean() for atoms in held]))
+        print(
+            f"| sample-{number:02d} | {name} | {len(held)} | {min(energies):.3f} to {max(energies):.3f} | {force:.2f} |"
+        )
+    metadata = {
+        "level_of_theory": "EMT of ASE, NOT OMat24's PBE",
+        "origin": "datasets/omat24/make_sample.py of escaip; no structure or label is OMat24's",
+        "licence": "CC0-1.0",
+    }
+    write_aselmdb(path, structures, metadata=metadata, overwrite=True)
+    written = path.read_bytes()
+    print(len(structures), "rows;", len(written), hashlib.sha256(written).hexdigest())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""A web server on 127.0.0.1 with every fault that a download must survive, and a count of what it sent."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+PIECE = 1 << 14
+
+
+@dataclass
+class Page:
+    """What the server does with one path.
+
+    Attributes:
+        content: of the file.
+        etag: as in the header, quotes included; None sends none.
+        modified: Last-Modified; None sends none.
+        ranges: understands Range.
+        if_range: understands If-Range; else continues any version.
+        cuts: the connection breaks after so many bytes, once for each number.
+        statuses: answered instead, once each: a code, or a code and headers.
+        redirect: code and address, always.
+        content_type: of it.
+        headers: further ones.
+        length: Content-Length that is claimed; "none" sends none and closes, "chunked" sends chunks.
+        wrong_range: answers a Range with one from the beginning.
+        pause: seconds between pieces.
+        allow_head: else 405.
+        sent_before: contents sent, once each, instead of ``content``.
+    """
+
+    content: bytes = b""
+    etag: str | None = '"one"'
+    modified: str | None = None
+    ranges: bool = True
+    if_range: bool = True
+    cuts: list[int] = field(default_factory=list)
+    statuses: list[int | tuple[int, dict[str, str]]] = field(default_factory=list)
+    redirect: tuple[int, str] | None = None
+    content_type: str = "application/octet-stream"
+    headers: dict[str, str] = field(default_factory=dict)
+    length: int | str | None = None
+    wrong_range: bool = False
+    pause: float = 0.0
+    allow_head: bool = True
+    sent_before: list[bytes] = field(default_factory=list)
+
+
+@dataclass
+class Asked:
+    """A request and what was sent in answer."""
+
+    method: str
+    path: str
+    start: int
+    headers: dict[str, str]
+    proxied: bool
+    status: int = 0
+    sent: int = 0
+
+
+class FileServer:
+    """Pages by path, and what was asked for, in order.
+
+    ``most_busy`` is how many answers were on their way at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.busy = self.most_busy = 0
+        self.pages: dict[str, Page] = {}
+        self.asked: list[Asked] = []
+        self.lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def got(self, path: str, method: str = "GET") -> list[Asked]:
+        """Requests for a path."""
+        with self.lock:
+            return [item for item in self.asked if item.path == path and item.method == method]
+
+    def sent(self, path: str) -> int:
+        """Bytes of a path that were sent, all requests together."""
+        return sum(item.sent for item in self.got(path))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@contextmanager
+def file_server() -> Iterator[FileServer]:
+    """A running server."""
+    server = FileServer()
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def _handler(owner: FileServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            # What is sent should be what is on its way, not what a large buffer holds.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def do_HEAD(self) -> None:
+            self._answer(body=False)
+
+        def _answer(self, body: bool) -> None:
+            self.close_connection = True
+            proxied = self.path.startswith("http://")
+            path = urlsplit(self.path).path
+            asked = Asked(self.command, path, 0, {k.lower(): v for k, v in self.headers.items()}, proxied)
+            with owner.lock:
+                owner.asked.append(asked)
+                page = owner.pages.get(path)
+                instead = page.statuses.pop(0) if page and page.statuses and body else None
+                cut = page.cuts.pop(0) if page and page.cuts and body and not instead else None
+                content = (
+                    page.sent_before.pop(0) if page and page.sent_before and body else page.content if page else b""
+                )
+            if page is None:
+                self._head(asked, 404, {})
+            elif instead is not None:
+                code, headers = (instead, {}) if isinstance(instead, int) else instead
+                self._head(asked, code, headers)
+            elif not body and not page.allow_head:
+                self._head(asked, 405, {})
+            elif page.redirect is not None:
+                self._head(asked, page.redirect[0], {"Location": page.redirect[1]})
+            else:
+                self._file(asked, page, content, cut, body)
+
+        def _file(self, asked: Asked, page: Page, content: bytes, cut: int | None, body: bool) -> None:
+            match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            condition = self.headers.get("If-Range")
+            current = condition is None or condition in (page.etag, page.modified) or not page.if_range
+            headers = {"Content-Type": page.content_type, **page.headers}
+            if page.etag:
+                headers["ETag"] = page.etag
+            if page.modified:
+                headers["Last-Modified"] = page.modified
+            status = 200
+            if match and page.ranges and current:
+                asked.start = 0 if page.wrong_range else int(match[1])
+                if asked.start >= len(content):
+                    self._head(asked, 416, {"Content-Range": f"bytes */{len(content)}"})
+                    return
+                status = 206
+                headers["Content-Range"] = f"bytes {asked.start}-{len(content) - 1}/{len(content)}"
+            if page.length == "chunked":
+                headers["Transfer-Encoding"] = "chunked"
+            elif page.length != "none":
+                claimed = page.length if isinstance(page.length, int) else len(content)
+                headers["Content-Length"] = str(claimed - asked.start)
+            self._head(asked, status, headers)
+            if not body:
+                return
+            with owner.lock:
+                owner.busy += 1
+                owner.most_busy = max(owner.most_busy, owner.busy)
+            try:
+                self._send(asked, content[asked.start :], cut, page)
+            except OSError:  # the client has gone
+                pass
+            finally:
+                with owner.lock:
+                    owner.busy -= 1
+
+        def _head(self, asked: Asked, status: int, headers: dict[str, str]) -> None:
+            asked.status = status
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            if status not in (200, 206):
+                self.send_header("Content-Length", "0")
+            self.send_header("Connection", "close")
+            self.end_headers()
+
+        def _send(self, asked: Asked, content: bytes, cut: int | None, page: Page) -> None:
+            for begin in range(0, len(content) if cut is None else min(cut, len(content)), PIECE):
+                piece = content[begin : begin + PIECE] if cut is None else content[begin : min(begin + PIECE, cut)]
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if page.length == "chunked" else piece)
+                asked.sent += len(piece)
+                if page.pause:
+                    time.sleep(page.pause)
+            if page.length == "chunked" and cut is None:
+                self.wfile.write(b"0\r\n\r\n")
+
+    return Handler

@@ -1,0 +1,126 @@
+"""Zips of extxyz files, and databases of others that the ``ase`` source reads."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import ase.db
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+
+from escaip.data import open_source
+from escaip.data.labels import LabelKeys
+from escaip.data.sources import xyz_zip
+from escaip.data.sources.door import Door
+from escaip.data.sources.xyz_zip import divide, matches, read_xyz_zip
+from escaip.errors import DataError
+
+LABELS = ("energy", "forces", "stress")
+
+
+def zipped(path: Path, members: dict[str, str]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return path
+
+
+def xyz(*frames: Atoms) -> str:
+    buffer = io.StringIO()
+    ase.io.write(buffer, frames, format="extxyz")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def archive(tmp_path: Path, frames: list[Atoms]) -> Path:
+    for k, atoms in enumerate(frames[50:]):
+        atoms.info.update(material_id=f"mp-{k % 3}", corrected=float(-k))
+    members = {f"b/mp-{k}.extxyz": xyz(*frames[50 + k :: 3]) for k in range(3)}
+    noise = {"README.md": "not read", "__MACOSX/._mp-1.extxyz": "junk", "a.xyz": xyz(*frames[:4])}
+    return zipped(tmp_path / "m.zip", {**members, **noise})
+
+
+def test_zip_equals_ase(archive: Path, frames: list[Atoms]) -> None:
+    found = list(read_xyz_zip(archive, Door()))
+    expected = frames[:4] + [atoms for k in range(3) for atoms in frames[50 + k :: 3]]
+    assert [data.structure_id for data in found][3:6] == [
+        "m.zip:a.xyz:3",
+        "m.zip:b/mp-0.extxyz:0",
+        "m.zip:b/mp-0.extxyz:1",
+    ]
+    assert len(found) == len(expected) == 14
+    for data, atoms in zip(found, expected, strict=True):
+        assert float(data.energy) == pytest.approx(atoms.get_potential_energy(), abs=1e-12)
+        assert np.allclose(data.forces.numpy(), atoms.get_forces(), atol=1e-7)
+        if atoms.pbc.all():
+            assert np.allclose(data.stress[0].numpy(), atoms.get_stress(voigt=False), atol=1e-12)
+        assert data.group == atoms.info.get("material_id", "a.xyz")
+    keys = LabelKeys(energy="corrected", forces="forces")
+    for size in (1, 3, 100):
+        parts = divide(archive, size)
+        pieces = [data for part in parts for data in read_xyz_zip(archive, Door(), part=part)]
+        assert [data.structure_id for data in pieces] == [data.structure_id for data in found]
+    assert [len(divide(archive, size)) for size in (1, 8, 100)] == [4, 2, 1]
+    part = (1, 2)
+    assert [float(d.energy) for d in read_xyz_zip(archive, Door(), part=part, keys=keys)] == [-0.0, -3.0, -6.0, -9.0]
+    assert matches(archive, archive.read_bytes()[:4096])
+    assert not matches(Path("m.json"), b"PK\x03\x04")
+
+
+@pytest.mark.bad_input
+def test_bad_zips(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xyz_zip, "MAX_LINE", 1 << 12)
+    monkeypatch.setattr(xyz_zip, "MAX_FRAME", 1 << 16)
+    content = archive.read_bytes()
+    cases = {
+        "cut": content[: len(content) // 2],
+        "none": zipped(tmp_path / "n.zip", {"README.md": "x"}).read_bytes(),
+        "short": zipped(tmp_path / "n.zip", {"a.xyz": "3\n\nH 0 0 0\n"}).read_bytes(),
+        "words": zipped(tmp_path / "n.zip", {"a.xyz": "1\n\nH 0 0 0\n\nand more\n"}).read_bytes(),
+        "line": zipped(tmp_path / "n.zip", {"a.xyz": "1\n" + " " * (1 << 20)}).read_bytes(),
+        "atoms": zipped(tmp_path / "n.zip", {"a.xyz": "9999999\n" + "\n" * (1 << 20)}).read_bytes(),
+        "bytes": content.replace(zipped(tmp_path / "n.zip", {"x": ""}).read_bytes()[:2], b"PK", 1),
+    }
+    damaged = bytearray(content)
+    damaged[120:140] = bytes(20)
+    cases["bytes"] = bytes(damaged)
+    messages = {
+        "cut": "not a readable zip, or truncated",
+        "none": r"holds no .xyz or .extxyz member; it holds README.md",
+        "short": "member a.xyz is damaged after 0 frames .the last frame has 1 atoms, expected 3",
+        "words": "a blank line where a frame should begin",
+        "line": "larger than any structure needs",
+        "atoms": "larger than any structure needs",
+        "bytes": "member .* is damaged",
+    }
+    for case, text in cases.items():
+        path = tmp_path / f"{case}.zip"
+        path.write_bytes(text)
+        with pytest.raises(DataError, match=messages[case]) as caught:
+            list(read_xyz_zip(path, Door()))
+        assert "\n" not in str(caught.value)
+
+
+def test_ase_databases_of_others(shared_data: Callable[[str], Path]) -> None:
+    """What the ``ase`` source reads of two published databases, against plain ase.db."""
+    path = shared_data("native_formats/ase_db_genuine/10_mptraj_systems.db")
+    with ase.db.connect(path) as database:
+        rows = list(database.select())
+    for data, row in zip(open_source(path, required_labels=LABELS), rows, strict=True):
+        assert (float(data.energy), data.atomic_numbers.tolist()) == (row.energy, row.numbers.tolist())
+        assert np.array_equal(data.forces.numpy(), row.forces)
+    path = shared_data("native_formats/ase_db_genuine/ase_carbene_2200.db")
+    keys = {"energy": "energy", "forces": "forces", "charge": "total_charge", "spin": "spin_multiplicity"}
+    found = list(open_source(path, keys=keys))
+    with ase.db.connect(path) as database:
+        for data, row in zip(found[::100], list(database.select())[::100], strict=True):
+            assert float(data.energy) == row.data["energy"][0]
+            assert np.array_equal(data.forces.numpy(), row.data["forces"])
+            assert int(data.charge) == row.data["total_charge"][0]
+            assert int(data.spin_multiplicity) == row.data["spin_multiplicity"][0]
+    assert len(found) == 2200
