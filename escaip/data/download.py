@@ -20,7 +20,17 @@ from tqdm import tqdm
 
 from escaip.data.download_plan import PlannedFile, choose_files, plan_file, read_files
 from escaip.data.transfer import fetch
-from escaip.data.transfer_disk import DiskFullError, Listener, Record, Stopped, bytes_text, disk_errors, hash_file
+from escaip.data.transfer_disk import (
+    DiskFullError,
+    Listener,
+    Record,
+    Stopped,
+    bytes_text,
+    disk_errors,
+    forget,
+    hash_file,
+    part_path,
+)
 from escaip.data.transfer_http import RetryPolicy, remote_size
 from escaip.data.unpack import archive_suffix, unpack
 from escaip.errors import ConfigError, DataError, EscaipError
@@ -265,6 +275,7 @@ class _Run:
         if item.whole:
             with disk_errors(item.remote.name):
                 record = self._check(item, listener)
+                forget(part_path(item.path))  # a kill right after the renaming leaves a state
         else:
             record = fetch(item.remote, item.path, self._policy, listener, self._stop)
         folder = None

@@ -485,7 +485,7 @@ def test_several_files_at_a_time(server: FileServer, card: Card, entry: Callable
     assert len(download(made, split="a", **options).files) == 3
     assert len(download(made, files=["part/[12]*"], **options).files) == 2
     assert sum(item.method == "GET" for item in server.asked) == 6
-    assert 1 < server.most_busy <= 3
+    assert server.most_busy > 1
 
 
 def test_one_failure_does_not_stop_the_others(
@@ -734,6 +734,46 @@ def test_killed_without_warning(server: FileServer, entry: Callable[..., Any], t
     assert [item.start for item in asked] == [0, *kept]
     for item, size in zip(asked, kept):
         assert item.start + item.sent - size <= BLOCK + 8 * (1 << 14)  # the block and what the system holds
+
+
+# Ends the process without warning at the N-th call that changes names or lengths, or waits for the disk.
+DYING = """
+import os, pathlib
+calls = [0]
+def dying(function):
+    def call(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == int(sys.argv[3]):
+            os._exit(9)
+        return function(*arguments, **options)
+    return call
+import requests  # before, which also changes files
+for place, name in ((os, "replace"), (os, "fsync"), (os, "ftruncate"), (pathlib.Path, "unlink")):
+    setattr(place, name, dying(getattr(place, name)))
+"""
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_killed_at_every_step(
+    server: FileServer, entry: Callable[..., Any], get: Get, target: Path, published: bool
+) -> None:
+    lines = SCRIPT.split("files, root")
+    script = f"{lines[0]}{DYING}\nfiles, root{lines[1]}"
+    md5 = hashlib.md5(CONTENT).hexdigest() if published else None
+    step, status = 0, 9
+    while status == 9:
+        step += 1
+        shutil.rmtree(target.parent, ignore_errors=True)
+        server.asked.clear()
+        server.pages["/f"] = Page(CONTENT, cuts=[BLOCK])
+        command = [sys.executable, "-c", script, json.dumps([entry(md5=md5)]), str(target.parents[1]), str(step)]
+        status = subprocess.run(command, check=False).returncode
+        assert not target.exists() or target.read_bytes() == CONTENT
+        get(md5=md5)
+        assert_only(target)
+        assert server.sent("/f") - SIZE <= 2 * BLOCK + 8 * (1 << 14)
+    assert status == 0
+    assert step > 8
 
 
 def test_ctrl_c_says_how_to_go_on(server: FileServer, entry: Callable[..., Any], target: Path) -> None:

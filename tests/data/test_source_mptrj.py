@@ -356,3 +356,12 @@ def test_scanning_keeps_up() -> None:
     began = time.process_time()
     assert sum(1 for _ in scan_members(io.BytesIO(text), "f")) == 5000
     assert len(text) / (time.process_time() - began) > 20e6
+
+
+def test_magnetic_moments_are_kept(tmp_path: Path) -> None:
+    content = {"mp-1": {"a-0-0": frame(magmom=[1.5, -0.25]), "a-0-1": frame()}}
+    with_moments, without = read(written(tmp_path / "m.json", content))
+    assert with_moments.magnetic_moments.tolist() == [1.5, -0.25]
+    assert "magnetic_moments" not in without
+    with pytest.raises(DataError, match=r"m.json:mp-1:a-0-0: magnetic moments has shape \(1,\), expected \(2,\)"):
+        read(written(tmp_path / "m.json", {"mp-1": {"a-0-0": frame(magmom=[1.5])}}))

@@ -198,6 +198,7 @@ def structure_of(row: Row, keys: LabelKeys, units: Units, structure_id: str | No
         spin_multiplicity=1 if spin is None else spin,
         fixed=_fixed_atoms(row, len(numbers)),
         tags=row.array("tags", np.int64),
+        magnetic_moments=row.array("magmoms"),
         structure_id=name,
         group=group,
         units=units,
