@@ -154,9 +154,7 @@ def main() -> None:
         "block": BLOCK,
         "files_at_a_time": JOBS,
     }
-    print(
-        f"{len(trials)} downloads, {kills} kills before the end, {bad} bad; at most {again:.0f} bytes fetched again per kill"
-    )
+    print(f"{len(trials)} downloads, {kills} kills before the end, {bad} bad; {again:.0f} bytes again per kill at most")
     if options.out:
         write_json(options.out, {"provenance": provenance(), "summary": summary, "trials": trials})
     if bad:

@@ -113,7 +113,7 @@ class AtomicData(Data):
             "cell": torch.from_numpy(box).reshape(1, 3, 3),
             "pbc": torch.from_numpy(periodic).reshape(1, 3),
             "charge": torch.tensor([integer(charge, "charge", name)]),
-            "spin_multiplicity": torch.tensor([integer(spin_multiplicity, "spin multiplicity", name)]),
+            "spin_multiplicity": torch.tensor([_multiplicity(spin_multiplicity, name)]),
             "energy": torch.from_numpy(_label(energy, (1,), "energy", name, units.energy)),
             "forces": torch.from_numpy(_label(forces, (n, 3), "forces", name, units.forces)),
             "stress": torch.from_numpy(tension).reshape(1, 3, 3),
@@ -280,6 +280,16 @@ def integer(value: Any, what: str, name: str) -> int:
     if not np.isfinite(number) or abs(number - round(number)) > 1e-6:
         raise DataError(f"{name}: {what} is {value!r}, expected an integer")
     return round(number)
+
+
+def _multiplicity(value: Any, name: str) -> int:
+    multiplicity = integer(value, "spin multiplicity", name)
+    if multiplicity < 1:
+        raise DataError(
+            f"{name}: spin multiplicity is {multiplicity}, which looks like a number of unpaired electrons; "
+            "write that plus 1, or leave it aside with keys: {spin: ignore}"
+        )
+    return multiplicity
 
 
 def _label(value: ArrayLike | None, shape: tuple[int, ...], what: str, name: str, factor: float) -> NDArray[np.float64]:

@@ -326,7 +326,9 @@ class _Bar(Listener):
 
     def begin(self, there: int, size: int | None) -> None:
         self._bar.reset(size)
-        self._bar.update(there)
+        # What was there before does not count as speed.
+        self._bar.initial = self._bar.n = self._bar.last_print_n = there
+        self._bar.refresh()
 
     def advance(self, count: int) -> None:
         self._bar.update(count)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from escaip.data.atomic_data import AtomicData
 
 
+IGNORE = "ignore"
+
+
 @dataclass(frozen=True)
 class LabelKeys:
     """Names under which a file keeps its labels, in ``atoms.info``, ``atoms.arrays`` or the attached calculator.
@@ -30,7 +33,7 @@ class LabelKeys:
         stress: ``(3, 3)``, ``(9,)`` or Voigt ``(6,)``, positive in tension.
         virial: ``(3, 3)``, ``(9,)`` or Voigt ``(6,)``; ``stress = −virial / V``, in energy units.
         charge: total charge; default ``charge`` where present.
-        spin: spin multiplicity; default ``spin_multiplicity`` or ``spin`` where present.
+        spin: spin multiplicity; default ``spin_multiplicity`` or ``spin`` where present; ``ignore`` leaves it 1.
         group: molecule or material, the unit of splits; default the chemical formula.
         structure_id: unique name; default file name and index.
     """
@@ -90,9 +93,10 @@ def structure_from_ase(
     else:
         energy, forces, stress = (results.get(key) for key in ("energy", "forces", "stress"))
     charge = _find(atoms, results, keys.charge, "charge", name) if keys.charge else atoms.info.get("charge", 0)
-    if keys.spin:
+    spin: Any = 1
+    if keys.spin and keys.spin != IGNORE:
         spin = _find(atoms, results, keys.spin, "spin", name)
-    else:
+    elif not keys.spin:
         spin = atoms.info.get("spin_multiplicity", atoms.info.get("spin", 1))
     if group is None:
         group = _text(atoms, keys.group) if keys.group else _formula(atoms)

@@ -173,7 +173,7 @@ class _Transfer:
                         f"{bytes_text(self._offset)} are kept: run the same command again to continue"
                     ) from error
                 wait = self._policy.delay(failures) if error.wait is None else error.wait
-                self._listener.say(f"{self._remote.name}: {error}; next attempt in {wait:.0f} s")
+                self._listener.say(f"{self._remote.name}: {error}; next attempt in {wait:.3g} s")
                 if self._stop.wait(wait):
                     raise Stopped from error
 

@@ -54,7 +54,7 @@ def test_real_files_equal_ase(shared_data: Callable[[str], Path], name: str) -> 
 
 
 def test_constraints_and_tags_of_oc20(shared_data: Callable[[str], Path]) -> None:
-    data = next(open_source(shared_data("native_formats/oc20_s2ef_extxyz_derived/0.extxyz.xz")))
+    data = next(open_source(shared_data("native_formats/oc20_s2ef_extxyz_derived/0.extxyz.xz"), format="ase"))
     assert int(data.fixed.sum()) == 17
     assert set(data.tags.tolist()) == {0, 1, 2}
     assert bool((data.fixed == (data.tags == 0)).all())
@@ -62,15 +62,18 @@ def test_constraints_and_tags_of_oc20(shared_data: Callable[[str], Path]) -> Non
 
 def test_database_with_labels_in_data(shared_data: Callable[[str], Path]) -> None:
     path = shared_data("native_formats/ase_db_genuine/ase_carbene_2200.db")
-    keys = {"energy": "energy", "forces": "forces", "charge": "total_charge", "spin": "spin_multiplicity"}
-    ours = list(open_source(path, keys=keys, index="::500"))
+    keys = {"energy": "energy", "forces": "forces", "charge": "total_charge"}
+    # It keeps the number of unpaired electrons under this name.
+    with pytest.raises(DataError, match="spin multiplicity is 0, which looks like a number of unpaired electrons"):
+        list(open_source(path, keys=keys))
+    ours = list(open_source(path, keys={**keys, "spin": "ignore"}, index="::500"))
     assert len(ours) == 5
     with ase.db.connect(path) as database:
         for data in ours:
             row = database.get(id=int(data.structure_id.rsplit(":", 1)[1]))
             assert float(data.energy) == row.data["energy"][0]
             assert np.array_equal(data.forces.numpy(), row.data["forces"])
-            assert int(data.spin_multiplicity) == row.data["spin_multiplicity"][0]
+            assert int(data.charge) == row.data["total_charge"][0]
 
 
 def test_named_keys(shared_data: Callable[[str], Path]) -> None:
@@ -338,3 +341,18 @@ def test_parts_of_a_database_make_the_whole(frames: list[Atoms], tmp_path: Path)
     assert len(parts) == -(-(len(frames) - 2) // 7)
     pieces = [data.structure_id for part in parts for data in read_file(file, Door(), part=part)]
     assert pieces == [data.structure_id for data in open_source(path)]
+
+
+@pytest.mark.bad_input
+def test_a_blank_line_between_frames_loses_nothing_silently(
+    xyz_file: Path, write_xyz: Callable[[str, str], Path]
+) -> None:
+    text = xyz_file.read_text()
+    lines = text.splitlines(keepends=True)
+    count = int(lines[0]) + 2
+    path = write_xyz("blank.xyz", "".join([*lines[:count], "\n", *lines[count:]]))
+    with pytest.raises(
+        DataError, match=r"blank.xyz: damaged or truncated after 1 .*a blank line stands between frames"
+    ):
+        list(open_source(path))
+    assert len(list(open_source(write_xyz("end.xyz", text + "\n\n")))) == 60

@@ -33,7 +33,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("stores")
     for name, source in SOURCES.items():
         out = str(root / name)
-        assert main(["data", "prepare", name, *source, "--out", out, "--val", "0.2", "--limit", "400"]) == 0
+        command = ["data", "prepare", name, *source, "--out", out, "--val", "0.2", "--split-by", "structure"]
+        assert main([*command, "--limit", "400"]) == 0
     return {name: root / name for name in SOURCES}
 
 

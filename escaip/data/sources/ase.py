@@ -182,6 +182,8 @@ def _xyz_frames(file: Any) -> Iterator[list[str]]:
             lines.append(line)
             line = file.readline()
         yield lines
+    if any(rest.strip() for rest in file):
+        raise ValueError("a blank line stands between frames; remove it")
 
 
 def _database(path: Path, index: str | int | None, with_atoms: bool = True) -> Iterator[tuple[int, Any]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from escaip.data.labels import LabelKeys, hill_formula
+from escaip.data.labels import IGNORE, LabelKeys, hill_formula
 from escaip.errors import DataError
 
 if TYPE_CHECKING:
@@ -187,7 +187,11 @@ def structure_of(row: Row, keys: LabelKeys, units: Units, structure_id: str | No
     if group is None:
         group = str(row.find(keys.group, "group")) if keys.group else hill_formula(numbers)
     charge = row.find(keys.charge, "charge") if keys.charge else row.optional("charge")
-    spin = row.find(keys.spin, "spin") if keys.spin else row.optional("spin_multiplicity", "spin")
+    spin = None
+    if keys.spin and keys.spin != IGNORE:
+        spin = row.find(keys.spin, "spin")
+    elif not keys.spin:
+        spin = row.optional("spin_multiplicity", "spin")
     periodic = row.array("pbc", np.bool_)
     return AtomicData.from_arrays(
         numbers,
