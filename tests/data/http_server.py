@@ -35,6 +35,7 @@ class Page:
         wrong_range: answers a Range with one from the beginning.
         pause: seconds between pieces.
         allow_head: else 405.
+        meeting: waits for other answers before it sends the body.
         sent_before: contents sent, once each, instead of ``content``.
     """
 
@@ -52,6 +53,7 @@ class Page:
     wrong_range: bool = False
     pause: float = 0.0
     allow_head: bool = True
+    meeting: threading.Barrier | None = None
     sent_before: list[bytes] = field(default_factory=list)
 
 
@@ -69,13 +71,9 @@ class Asked:
 
 
 class FileServer:
-    """Pages by path, and what was asked for, in order.
-
-    ``most_busy`` is how many answers were on their way at the same time.
-    """
+    """Pages by path, and what was asked for, in order."""
 
     def __init__(self) -> None:
-        self.busy = self.most_busy = 0
         self.pages: dict[str, Page] = {}
         self.asked: list[Asked] = []
         self.lock = threading.Lock()
@@ -184,16 +182,12 @@ def _handler(owner: FileServer) -> type[BaseHTTPRequestHandler]:
             self._head(asked, status, headers)
             if not body:
                 return
-            with owner.lock:
-                owner.busy += 1
-                owner.most_busy = max(owner.most_busy, owner.busy)
             try:
+                if page.meeting is not None:
+                    page.meeting.wait(timeout=10.0)
                 self._send(asked, content[asked.start :], cut, page)
-            except OSError:  # the client has gone
+            except (OSError, threading.BrokenBarrierError):  # the client has gone, or nobody else came
                 pass
-            finally:
-                with owner.lock:
-                    owner.busy -= 1
 
         def _head(self, asked: Asked, status: int, headers: dict[str, str]) -> None:
             asked.status = status

@@ -140,8 +140,6 @@ def _texts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Itera
                 lines.used = 0
                 yield "".join(frame)
                 count += 1
-            if any(line.strip() for line in lines):
-                raise ValueError("a blank line where a frame should begin")
     except (GeneratorExit, DataError):
         raise
     except Exception as error:
