@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from escaip.data.loader import START_METHODS, BatchLoader
 from escaip.data.mixing import MixedDataset, Sampling, StructureSet
 from escaip.data.sampler import OVERSIZED, BudgetBatchSampler, estimate_edges
-from escaip.data.sets import DataSpec, SetOpener, has_split, named_sets
+from escaip.data.sets import DataSpec, SetOpener, named_sets
 from escaip.data.sources import ReadReport
 from escaip.data.splits import SplitSettings
 from escaip.data.statistics import Statistics, TrainingSums
@@ -234,7 +234,7 @@ class AtomicDataModule(LightningDataModule):
             else:
                 self._keep(part, {name: self._open_set(part, name, spec) for name, spec in named.items()})
         elif part in ("val", "test") and train:
-            if all(has_split(spec, part) for spec in train.values()):
+            if all(self._opener.has_split(spec, part) for spec in train.values()):
                 self._keep(part, {name: self._open_set(part, name, spec) for name, spec in train.items()})
             elif self._makes_parts():
                 self._divide()
@@ -251,7 +251,7 @@ class AtomicDataModule(LightningDataModule):
         return any(self._part_size(part) for part in ("val", "test"))
 
     def _part_size(self, part: str) -> float:
-        named = self._sets[part] or all(has_split(spec, part) for spec in self._sets["train"].values())
+        named = self._sets[part] or all(self._opener.has_split(spec, part) for spec in self._sets["train"].values())
         return 0 if named else getattr(self._split, part)
 
     def _divide(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class SetOpener:
     reports: dict[str, ReadReport] = field(default_factory=dict)
     levels: dict[str, str] = field(default_factory=dict)
     _verified: set[str] = field(default_factory=set)
+    _opened: dict[str, Store] = field(default_factory=dict)
 
     def open(self, place: str, spec: DataSpec, part: str, *, code: int = -1, rotate: bool = False) -> StructureSet:
         """The structures of one set.
@@ -80,6 +82,20 @@ class SetOpener:
         self.levels[place] = max(levels.values())
         return next(iter(members.values())) if len(members) == 1 else MixedDataset(members)
 
+    def has_split(self, spec: DataSpec, part: str) -> bool:
+        """Whether a set is a divided store that has a split of this name, so that nothing else need be named."""
+        options: dict[str, Any] = {"path": spec} if isinstance(spec, str | list) else dict(spec)
+        if "path" not in options or set(options) - {"path", "format"}:
+            return False
+        files = expand_paths(options["path"])
+        return all(_is_store(file) and part in self._store(file).splits for file in files)
+
+    def _store(self, path: Path) -> Store:
+        """A store, opened once: training, validation and test sets share its maps."""
+        if str(path) not in self._opened:
+            self._opened[str(path)] = Store(path)
+        return self._opened[str(path)]
+
     def divide(self, place: str, spec: DataSpec, settings: SplitSettings, **how: Any) -> dict[str, StructureSet]:
         """Training, validation and test sets out of one; those of size 0 are left out."""
         rotate = how.pop("rotate", False)
@@ -95,7 +111,7 @@ class SetOpener:
     def _stores(self, place: str, options: Mapping[str, Any]) -> dict[str, Store] | None:
         """The prepared stores that the paths are, by name; None when they are files to read."""
         files = expand_paths(options["path"])
-        prepared = [file.is_dir() and (file / MANIFEST).is_file() for file in files]
+        prepared = [_is_store(file) for file in files]
         others = set(options) - {"path", "format", "split"}
         if not any(prepared) or others or options.get("format") not in (None, "store"):
             if "split" in options:
@@ -103,7 +119,7 @@ class SetOpener:
             return None
         if not all(prepared):
             raise ConfigError(f"{place}: mixes prepared stores with other files; prepare those as well")
-        stores = {str(file): Store(file) for file in files}
+        stores = {str(file): self._store(file) for file in files}
         for name, store in stores.items():
             wanted = store.nbytes <= _MAX_VERIFIED if self.verify is None else self.verify
             if wanted and name not in self._verified:
@@ -120,6 +136,10 @@ class SetOpener:
             )
         _log.info("%s: %s", place, report.summary())
         return structures
+
+
+def _is_store(path: Path) -> bool:
+    return path.is_dir() and (path / MANIFEST).is_file()
 
 
 def store_split(place: str, store: Store, split: str | None, part: str) -> np.ndarray | None:
@@ -143,16 +163,6 @@ def store_split(place: str, store: Store, split: str | None, part: str) -> np.nd
             f"{{path: {store.path}, split: NAME}}, or split: all for everything"
         )
     return store.split_indices(name)
-
-
-def has_split(spec: DataSpec | None, part: str) -> bool:
-    """Whether a set is a divided store that has a split of this name, so that nothing else need be named."""
-    options = {"path": spec} if isinstance(spec, str | list) else dict(spec or {})
-    if "path" not in options or "split" in options or set(options) - {"path", "format"}:
-        return False
-    files = expand_paths(options["path"])
-    stores = [Store(file) for file in files if file.is_dir() and (file / MANIFEST).is_file()]
-    return len(stores) == len(files) and all(part in store.splits for store in stores)
 
 
 def named_sets(place: str, spec: DataSpec | None) -> dict[str, DataSpec]:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from escaip.data.atomic_data import AtomicData
@@ -146,17 +147,23 @@ def write_bytes(path: Path, content: bytes) -> None:
 def map_safetensors(path: Path) -> Arrays:
     """The arrays of a safetensors file, as read-only views of one memory map.
 
+    The map is torch's, which keeps no file descriptor: a large store has more shards than a process may have of those.
+
     Raises:
         DataError: a header that is damaged or points outside the file.
     """
     try:
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        size = path.stat().st_size
+        if size < 8:
+            raise ValueError(f"{size} bytes")
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        data.flags.writeable = False
         length = int.from_bytes(data[:8].tobytes(), "little")
         if not 2 <= length <= min(len(data) - 8, _MAX_HEADER):
             raise ValueError("impossible header length")
         header = json.loads(data[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
-        body = np.asarray(data[8 + length :])
+        body = data[8 + length :]
         arrays: Arrays = {}
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
@@ -164,13 +171,13 @@ def map_safetensors(path: Path) -> Arrays:
                 raise ValueError(f"array {name!r} lies outside the file")
             dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
             arrays[name] = body[start:stop].view(dtype).reshape(entry["shape"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged shard ({error}); prepare the store again") from error
     return arrays
 
 
 class disk_errors:
-    """Turns an OSError into one line that names the path."""
+    """Turns an OSError into one line that names the path, or the file elsewhere that the error names."""
 
     def __init__(self, path: Path, kept: str = "nothing was kept") -> None:
         self.path, self.kept = path, kept
@@ -184,4 +191,7 @@ class disk_errors:
         if isinstance(value, OSError):
             if value.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DataError(f"{self.path}: the disk is full, {self.kept}; free space or write elsewhere") from value
+            named = Path(os.fsdecode(value.filename)) if value.filename is not None else self.path
+            if self.path.parent not in (named, *named.parents):  # a source, not what is written
+                raise DataError(f"{named}: cannot be read ({value.strerror or value})") from value
             raise DataError(f"{self.path}: cannot be written ({value.strerror or value})") from value

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,6 @@ TARGET_DTYPES = {
     "tags": np.dtype("i8"),
 }
 _PER_ATOM = frozenset(PER_ATOM_FIELDS)
-_MAX_OPEN = 256
-"""Shards mapped at a time: each holds a file descriptor, of which a process commonly may have 1024."""
 
 
 class Store:
@@ -71,11 +68,11 @@ class Store:
                 state = "is missing" if size < 0 else f"has {size} bytes instead of {entry['bytes']} (truncated?)"
                 raise DataError(f"{self.path / entry['file']}: {state}; prepare the store again or restore this file")
         self._starts = np.cumsum([0] + [entry["num_structures"] for entry in self.manifest["shards"]])
-        self._shards: OrderedDict[int, Arrays] = OrderedDict()
+        self._shards: dict[int, Arrays] = {}
         self._index: Arrays | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": OrderedDict(), "_index": None}
+        return {**self.__dict__, "_shards": {}, "_index": None}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -212,8 +209,6 @@ class Store:
         arrays = self._shards.get(shard)
         if arrays is None:
             arrays = self._shards[shard] = map_safetensors(self.path / self.manifest["shards"][shard]["file"])
-            if len(self._shards) > _MAX_OPEN:
-                self._shards.popitem(last=False)
         return arrays
 
 

@@ -119,10 +119,9 @@ def assemble(
         raise DataError(f"{source}: 0 structures to write; check the source, its filters and on_error")
     columns = dict(merge_indices([folder / INDEX for folder, _ in filled]))
     names = ["all"]
-    save_arrays(target / INDEX, columns)
     if split is not None:
-        names, codes = split(map_safetensors(target / INDEX))
-        columns["split"] = codes
+        save_arrays(target / INDEX, columns)
+        names, columns["split"] = split(map_safetensors(target / INDEX))
     index = save_arrays(target / INDEX, columns)
     shards: list[dict[str, Any]] = []
     for folder, part in filled:

@@ -248,3 +248,10 @@ def test_a_structure_from_a_prepared_store(model: Path, labelled: Path, tmp_path
     out = tmp_path / "r.extxyz"
     assert main(["relax", str(model), str(store), "--frame", "1", "--fmax", "1", "--out", str(out)]) == 0
     assert len(ase.io.read(out)) == 3
+
+
+def test_the_formats_listed_are_those_that_exist() -> None:
+    from escaip.cli_data import _FORMATS
+    from escaip.data.sources import SOURCES
+
+    assert sorted(_FORMATS) == sorted(SOURCES)

@@ -266,3 +266,13 @@ def test_bad_settings(files: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="0 structures to write"):
         prepare(files / "0.extxyz", out, reading=Reading(options={"index": "99:"}))
     assert [entry.name for entry in tmp_path.iterdir() if entry.name != "native"] == []
+
+
+@pytest.mark.bad_input
+def test_a_source_that_cannot_be_read_is_named(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Any, item: Any, report: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/0.extxyz")
+
+    monkeypatch.setattr(Reading, "stream", refused)
+    with pytest.raises(DataError, match=r"^/elsewhere/0.extxyz: cannot be read \(Permission denied\)"):
+        prepare(files / "0.extxyz", tmp_path / "s")
