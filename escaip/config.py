@@ -184,7 +184,7 @@ class EScAIPConfig:
 
     def _check_choices(self) -> None:
         from escaip.nn.layers import NORMS, SMOOTH_ACTIVATIONS, make_activation
-        from escaip.ops.dispatch import check_backend
+        from escaip.ops.backends import check_backend
 
         choices = {
             "forces": ("conservative", "direct"),

@@ -1,5 +1,6 @@
-"""Neighborhood attention behind one function (docs/attention.md)."""
+"""Neighborhood attention and node attention, each behind one function (docs/attention.md)."""
 
-from escaip.ops.dispatch import BackendInfo, available_backends, neighborhood_attention
+from escaip.ops.backends import BackendInfo, available_backends
+from escaip.ops.dispatch import neighborhood_attention, node_attention
 
-__all__ = ["BackendInfo", "available_backends", "neighborhood_attention"]
+__all__ = ["BackendInfo", "available_backends", "neighborhood_attention", "node_attention"]

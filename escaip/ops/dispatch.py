@@ -1,58 +1,16 @@
-"""One function for neighborhood attention, and the table of what each backend can do."""
+"""The two functions of this floor: attention within neighborhoods, and among all atoms of a system."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
 
+import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.ops.dense import dense_attention
+from escaip.ops.backends import HALF_TYPES, BackendInfo, Request, choose_backend
 from escaip.ops.legendre import MAX_L
-from escaip.ops.reference import reference_attention
-
-
-@dataclass(frozen=True)
-class BackendInfo:
-    """What a backend supports.
-
-    Attributes:
-        name: what to pass as ``backend``.
-        derivatives: how often it can be differentiated; None for any number of times.
-        devices: device types it runs on; empty for every device.
-        angular: whether it takes ``angular_channels``.
-        description: one line for tables.
-    """
-
-    name: str
-    derivatives: int | None
-    devices: tuple[str, ...]
-    angular: bool
-    description: str
-
-
-_BACKENDS: dict[str, tuple[BackendInfo, Callable[..., Tensor]]] = {
-    "reference": (
-        BackendInfo("reference", None, (), True, "plain PyTorch over pairs of tokens: the specification"),
-        reference_attention,
-    ),
-    "dense": (
-        BackendInfo("dense", None, (), True, "plain PyTorch on padded matrices: fast on CPU"),
-        dense_attention,
-    ),
-}
-
-
-def available_backends() -> tuple[BackendInfo, ...]:
-    """Returns the backends usable on this machine, each with what it supports."""
-    return tuple(info for info, _ in _BACKENDS.values())
-
-
-def check_backend(name: str) -> None:
-    """Raises ConfigError when ``name`` is neither ``"auto"`` nor an available backend."""
-    if name != "auto" and name not in _BACKENDS:
-        raise ConfigError(f"attention backend {name!r} does not exist: choose auto, {', '.join(_BACKENDS)}")
+from escaip.ops.operator import FAMILIES, attention
 
 
 def neighborhood_attention(
@@ -68,6 +26,7 @@ def neighborhood_attention(
     *,
     self_queries_only: bool = False,
     dropout: float = 0.0,
+    derivatives: int | None = None,
 ) -> Tensor:
     """Attention of each token over the tokens of the same atom, with bond-angle logits.
 
@@ -76,6 +35,9 @@ def neighborhood_attention(
     ``angular_channels[l]`` channels and ``P_l`` is the Legendre polynomial, ``δ_l0`` where either
     token is a self token (zero direction). By the addition theorem this equals multiplying each
     channel by the ``2l + 1`` spherical harmonics of its bond (EScAIP, arXiv 2410.24169, section 4).
+
+    Under autocast q, k and v are taken in autocast's dtype; log envelope, directions and all sums
+    stay in float32 (float64 where q is).
 
     Args:
         q: ``(T, h, d)`` queries; ``(N, h, d)`` with ``self_queries_only``.
@@ -91,23 +53,148 @@ def neighborhood_attention(
         self_queries_only: compute the ``N`` self tokens' rows alone (their logits involve the
             group ``l = 0`` only).
         dropout: probability of dropping an attention weight.
+        derivatives: how often the result will be differentiated, which ``"auto"`` must allow for; by
+            default twice where the log envelope or the directions require gradients (forces by
+            differentiation), once where only q, k or v do.
 
     Returns:
-        ``(T, h, d)``, or ``(N, h, d)`` with ``self_queries_only``.
+        ``(T, h, d)``, or ``(N, h, d)`` with ``self_queries_only``, in the dtype of q.
 
     Raises:
-        ConfigError: the backend does not exist, or ``angular_channels`` does not fit ``d``.
+        ConfigError: the backend does not exist, is not usable here or cannot do what is asked; q, k
+            and v differ in dtype; or ``angular_channels`` does not fit ``d``.
     """
-    check_backend(backend)
-    if angular_channels is not None:
-        if sum(angular_channels) != q.shape[-1] or min(angular_channels) < 0 or angular_channels[0] == 0:
-            raise ConfigError(
-                f"angular_channels {tuple(angular_channels)} must be non-negative, start above 0 and sum to the "
-                f"head dimension {q.shape[-1]}"
-            )
-        if len(angular_channels) > MAX_L + 1:
-            raise ConfigError(f"angular_channels has {len(angular_channels)} groups: l goes up to {MAX_L} at most")
+    _check_channels(angular_channels, q.shape[-1])
+    q, k, v = _one_dtype(q, k, v)
+    geometry = (log_envelope, direction)
+    if derivatives is None:
+        derivatives = _expected_derivatives((q, k, v), geometry)
+    request = Request(
+        q.device.type, q.dtype, q.shape[-1], derivatives, angular_channels is not None, dropout > 0.0, False
+    )
+    info = choose_backend(backend, request)
     if k.shape[0] == 0:
         return q.new_zeros(q.shape)
-    _, function = _BACKENDS["dense" if backend == "auto" else backend]
-    return function(q, k, v, log_envelope, direction, offsets, angular_channels, scale, self_queries_only, dropout)
+    if backend == "auto" and _too_long(info, offsets):
+        info = choose_backend("blocked", request)
+    log_envelope, direction = (x.to(_accumulation(q)) for x in geometry)
+    if info.name not in FAMILIES:
+        return _run(
+            info, q, k, v, log_envelope, direction, offsets, angular_channels, scale, self_queries_only, dropout
+        )
+    widths = (q.shape[-1],) if angular_channels is None else tuple(angular_channels)
+    query_offsets = offsets
+    if self_queries_only:  # the direction of a self token is zero: group 0 alone
+        widths, query_offsets = widths[:1], torch.arange(offsets.numel(), device=offsets.device)
+    angles = direction if len(widths) > 1 else None
+    return attention(q, k, v, log_envelope, angles, query_offsets, offsets, list(widths), scale, info.name)[0]
+
+
+def node_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    scale: float,
+    backend: str = "auto",
+    *,
+    derivatives: int | None = None,
+) -> Tensor:
+    """Attention of each atom over all atoms of its system (AllScAIP, arXiv 2603.06567).
+
+    ``out_i = Σ_j softmax_j(scale · q_i·k_j) v_j`` over the atoms ``j`` of the system of ``i``. Systems are
+    packed; memory is linear in the atoms with the backends that ``"auto"`` takes.
+
+    Args:
+        q: ``(N, h, d)`` queries.
+        k: ``(N, h, d)`` keys.
+        v: ``(N, h, d)`` values.
+        offsets: ``(B + 1,)`` int64; atoms of system ``b`` are ``offsets[b] : offsets[b + 1]``.
+        scale: factor on the products.
+        backend: ``"auto"`` or a name from :func:`available_backends`.
+        derivatives: how often the result will be differentiated; by default twice where q, k or v
+            require gradients.
+
+    Returns:
+        ``(N, h, d)`` in the dtype of q.
+
+    Raises:
+        ConfigError: the backend does not exist, is not usable here or cannot do what is asked, or q, k and v
+            differ in dtype.
+    """
+    q, k, v = _one_dtype(q, k, v)
+    if derivatives is None:
+        derivatives = _expected_derivatives((), (q, k, v))
+    request = Request(q.device.type, q.dtype, q.shape[-1], derivatives, False, False, True)
+    info = choose_backend(backend, request)
+    if k.shape[0] == 0:
+        return q.new_zeros(q.shape)
+    if info.name in FAMILIES:
+        return attention(q, k, v, None, None, offsets, offsets, [q.shape[-1]], scale, info.name)[0]
+    nothing = q.new_zeros(k.shape[0], 4, dtype=_accumulation(q))
+    occupied = torch.cat([offsets[:1], offsets[1:][offsets.diff() > 0]])
+    return _run(info, q, k, v, nothing[:, 0], nothing[:, 1:], occupied, None, scale, False, 0.0)
+
+
+def _run(
+    info: BackendInfo,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor,
+    direction: Tensor,
+    offsets: Tensor,
+    angular_channels: tuple[int, ...] | None,
+    scale: float,
+    self_queries_only: bool,
+    dropout: float,
+) -> Tensor:
+    """Calls a backend that is one differentiable function."""
+    module = importlib.import_module(f"escaip.ops.{info.name}")
+    function = getattr(module, f"{info.name}_attention")
+    rest = (log_envelope, direction, offsets, angular_channels, scale, self_queries_only, dropout)
+    with torch.autocast(q.device.type, enabled=False):  # dtypes are settled
+        if info.name in ("reference", "dense") and q.dtype in HALF_TYPES:  # sums in float32, as every kernel does
+            return function(q.float(), k.float(), v.float(), *rest).to(q.dtype)
+        return function(q, k, v, *rest)
+
+
+def _check_channels(angular_channels: tuple[int, ...] | None, head_size: int) -> None:
+    if angular_channels is None:
+        return
+    if sum(angular_channels) != head_size or min(angular_channels) < 0 or angular_channels[0] == 0:
+        raise ConfigError(
+            f"angular_channels {tuple(angular_channels)} must be non-negative, start above 0 and sum to the "
+            f"head dimension {head_size}"
+        )
+    if len(angular_channels) > MAX_L + 1:
+        raise ConfigError(f"angular_channels has {len(angular_channels)} groups: l goes up to {MAX_L} at most")
+
+
+def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ConfigError(f"attention takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    return q, k, v
+
+
+def _expected_derivatives(features: tuple[Tensor, ...], geometry: tuple[Tensor, ...]) -> int:
+    if not torch.is_grad_enabled():
+        return 0
+    if any(x.requires_grad for x in geometry):
+        return 2
+    return int(any(x.requires_grad for x in features))
+
+
+def _accumulation(q: Tensor) -> torch.dtype:
+    return torch.float32 if q.dtype in HALF_TYPES else q.dtype
+
+
+def _too_long(info: BackendInfo, offsets: Tensor) -> bool:
+    """Whether a neighborhood is longer than the backend takes; under torch.compile the kernel itself says so."""
+    if info.max_tokens is None or torch.compiler.is_compiling():
+        return False
+    return int(offsets.diff().max()) > info.max_tokens

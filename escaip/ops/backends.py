@@ -1,0 +1,177 @@
+"""The capability table: what each attention backend supports, and which one serves a request best."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+
+import torch
+
+from escaip.errors import ConfigError
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+_ANY_TYPE = (torch.float64, torch.float32, *HALF_TYPES)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a backend supports.
+
+    Attributes:
+        name: what to pass as ``backend``.
+        derivatives: how often it can be differentiated; None for any number of times.
+        devices: device types it runs on; empty for every device.
+        dtypes: dtypes of q, k and v.
+        head_sizes: head dimensions ``d``; empty for every one.
+        max_tokens: longest neighborhood; None for any.
+        angular: whether it takes ``angular_channels``.
+        dropout: whether it drops attention weights in training.
+        node_attention: whether it serves :func:`escaip.ops.node_attention` too.
+        description: one line for tables.
+    """
+
+    name: str
+    derivatives: int | None
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    head_sizes: tuple[int, ...]
+    max_tokens: int | None
+    angular: bool
+    dropout: bool
+    node_attention: bool
+    description: str
+
+    def unusable_here(self) -> str | None:
+        """Why this machine cannot run it and what would help, in one line; None where it can."""
+        return _unusable(self.name)
+
+    def refuses(self, request: Request) -> str | None:
+        """What of a request it cannot do, in words; None when it can do all."""
+        if self.devices and request.device not in self.devices:
+            return f"does not run on {request.device}"
+        if request.dtype not in self.dtypes:
+            return f"does not take {_name(request.dtype)}"
+        if self.head_sizes and request.head_size not in self.head_sizes:
+            return f"takes head sizes {', '.join(map(str, self.head_sizes))}, not {request.head_size}"
+        if request.angular and not self.angular:
+            return "takes no angular_channels"
+        if request.dropout and not self.dropout:
+            return "has no dropout of attention weights"
+        if request.node_attention and not self.node_attention:
+            return "does no attention among all atoms of a system"
+        if self.derivatives is not None and request.derivatives > self.derivatives:
+            return f"has {self.derivatives} derivative{'s' * (self.derivatives != 1)}, not {request.derivatives}"
+        return None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for."""
+
+    device: str
+    dtype: torch.dtype
+    head_size: int
+    derivatives: int
+    angular: bool
+    dropout: bool
+    node_attention: bool
+
+
+# Fastest first: "auto" takes the first that is usable and refuses nothing (docs/attention.md says what was measured).
+BACKENDS = (
+    BackendInfo("triton", 2, ("cuda",), (torch.float32, *HALF_TYPES), (), None, True, False, True,
+                "fused GPU kernels with two derivatives"),
+    BackendInfo("native", 2, ("cpu",), _ANY_TYPE, (), 1024, True, False, False,
+                "fused C++ for the CPU with two derivatives, compiled on first use"),
+    BackendInfo("blocked", 2, (), _ANY_TYPE, (), None, True, False, True,
+                "plain PyTorch in blocks of like sizes, written-out derivatives, memory linear in the tokens"),
+    BackendInfo("dense", None, (), _ANY_TYPE, (), None, True, True, True,
+                "plain PyTorch on padded matrices, differentiable without end"),
+    BackendInfo("sdpa", 1, (), _ANY_TYPE, (), None, True, False, True,
+                "PyTorch's scaled_dot_product_attention on padded, expanded channels"),
+    BackendInfo("xformers", 1, ("cuda",), (torch.float32, *HALF_TYPES), (), None, True, False, True,
+                "xformers' memory-efficient attention on packed, expanded channels"),
+    BackendInfo("reference", None, (), _ANY_TYPE, (), None, True, True, True,
+                "plain PyTorch over pairs of tokens: the specification"),
+)  # fmt: skip
+_BY_NAME = {info.name: info for info in BACKENDS}
+
+
+def available_backends() -> tuple[BackendInfo, ...]:
+    """Returns the backends usable on this machine, each with what it supports."""
+    return tuple(info for info in BACKENDS if info.unusable_here() is None)
+
+
+def check_backend(name: str) -> None:
+    """Raises ConfigError when ``name`` is neither ``"auto"`` nor a backend."""
+    if name != "auto" and name not in _BY_NAME:
+        raise ConfigError(f"attention backend {name!r} does not exist: choose auto, {', '.join(_BY_NAME)}")
+
+
+def choose_backend(name: str, request: Request) -> BackendInfo:
+    """The backend that serves a request.
+
+    Raises:
+        ConfigError: it does not exist, is not usable here or cannot do what is asked; names those that can.
+    """
+    check_backend(name)
+    if name == "auto":
+        for info in BACKENDS:
+            if info.refuses(request) is None and info.unusable_here() is None:
+                return info
+        raise ConfigError(f"no attention backend can do what is asked: {_reasons(request)}")
+    info = _BY_NAME[name]
+    refused = info.refuses(request) or info.unusable_here()
+    if refused is not None and not (name == "triton" and _interpreted(request)):
+        able = [o.name for o in BACKENDS if o.refuses(request) is None and o.unusable_here() is None]
+        raise ConfigError(f"attention backend {name!r} {refused}: choose auto, {', '.join(able)}")
+    return info
+
+
+def _interpreted(request: Request) -> bool:
+    """Triton's interpreter runs the kernels on CPU tensors, slowly: for tests, asked for by name only."""
+    from dataclasses import replace
+
+    return (
+        _BY_NAME["triton"].refuses(replace(request, device="cuda")) is None and _unusable("triton-interpreter") is None
+    )
+
+
+@torch.compiler.assume_constant_result
+def _unusable(name: str) -> str | None:
+    return _look(name)
+
+
+@functools.cache
+def _look(name: str) -> str | None:
+    if name == "triton":
+        return None if torch.cuda.is_available() and _look("triton-package") is None else (
+            _look("triton-package") or "needs a CUDA device, and none is usable here"
+        )  # fmt: skip
+    if name == "triton-package":
+        try:
+            importlib.import_module("triton")
+        except ImportError:
+            return "needs Triton: pip install 'escaip[cuda]'"
+        return None
+    if name == "triton-interpreter":
+        if _look("triton-package") is not None:
+            return _look("triton-package")
+        from triton import knobs
+
+        return None if knobs.runtime.interpret else "set TRITON_INTERPRET=1 before Python starts"
+    if name in ("native", "sdpa", "xformers"):
+        try:
+            return importlib.import_module(f"escaip.ops.{name}").availability()
+        except ModuleNotFoundError:
+            return "TODO"
+    return None
+
+
+def _reasons(request: Request) -> str:
+    return "; ".join(f"{info.name} {info.refuses(request) or info.unusable_here()}" for info in BACKENDS)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

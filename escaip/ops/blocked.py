@@ -1,0 +1,376 @@
+"""Attention with written-out first and second derivatives, in blocks that fit a cache: plain PyTorch, any device.
+
+Neighborhoods of like size share a block, padded to the longest among them; a neighborhood too large for a block is cut
+into runs of queries, so that memory stays linear in the tokens however long it is. Nothing but the output and the
+softmax normaliser is kept for the derivatives: logits are computed again from q and k. Symbols and derivation as in
+docs/attention.md: a dot is the tangent along the cotangents ``tq, tk, tv, tb, tn`` of the first derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from escaip.ops.legendre import legendre_derivatives
+
+# Elements of one (queries × keys × heads) matrix; about a dozen of them are alive at a time.
+BLOCK_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some neighborhoods, or a run of queries of one: ``G`` neighborhoods, ``R`` query rows and ``C`` keys each.
+
+    Attributes:
+        query: ``(G, R)`` rows of q; padding repeats a row of the same neighborhood.
+        key: ``(G, C)`` tokens; padding likewise.
+        query_exists, key_exists: ``(G, R)`` and ``(G, C)`` bool, or None where nothing is padded.
+    """
+
+    query: Tensor
+    key: Tensor
+    query_exists: Tensor | None
+    key_exists: Tensor | None
+
+    def rows(self, x: Tensor, padding: float | None = None) -> Tensor:
+        """``(Q, h, ...)`` to ``(G, h, R, ...)`` in the accumulation dtype."""
+        return _gather(x, self.query, self.query_exists, padding)
+
+    def columns(self, x: Tensor, padding: float | None = None) -> Tensor:
+        """``(T, h, ...)`` to ``(G, h, C, ...)`` in the accumulation dtype."""
+        return _gather(x, self.key, self.key_exists, padding)
+
+    def put_rows(self, total: Tensor, x: Tensor) -> None:
+        """Writes ``(G, h, R, ...)`` to rows of ``total (Q, h, ...)``."""
+        x = x.transpose(1, 2)
+        if self.query_exists is None:
+            total.index_copy_(0, self.query.flatten(), x.flatten(0, 1).to(total.dtype))
+        else:
+            total.index_copy_(0, self.query[self.query_exists], x[self.query_exists].to(total.dtype))
+
+    def add_columns(self, total: Tensor, x: Tensor) -> None:
+        """Adds ``(G, h, C, ...)`` to rows of ``total (T, h, ...)``, in the accumulation dtype."""
+        x = x.transpose(1, 2)
+        if self.key_exists is None:
+            total.index_add_(0, self.key.flatten(), x.flatten(0, 1))
+        else:
+            total.index_add_(0, self.key[self.key_exists], x[self.key_exists])
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    widths: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns the attended ``(Q, h, d)`` and the log of the softmax normaliser ``(Q, h)``."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_accumulation(q))
+    for block in _blocks(query_offsets, key_offsets, q.shape[1]):
+        logits = _Logits(block, q, k, log_envelope, direction, widths, scale)
+        normaliser = torch.logsumexp(logits.value, -1)  # (G, h, R)
+        probability = logits.value.sub_(normaliser.unsqueeze(-1)).exp_()
+        block.put_rows(out, probability @ block.columns(v))
+        block.put_rows(lse, normaliser)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    widths: tuple[int, ...],
+    scale: float,
+    with_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns ``dq, dk, dv, db, dn`` for the cotangent ``grad_out``."""
+    dq, (dk, dv, db, dn) = torch.zeros_like(q), _accumulators(k, log_envelope, direction)
+    for block in _blocks(query_offsets, key_offsets, q.shape[1]):
+        logits = _Logits(block, q, k, log_envelope, direction, widths, scale)
+        p = (logits.value - block.rows(lse).unsqueeze(-1)).exp_()
+        g = block.rows(grad_out, 0.0)
+        d = (g * block.rows(out)).sum(-1, keepdim=True)  # (G, h, R, 1)
+        r = (g @ block.columns(v).mT).sub_(d).mul_(p)  # dS
+        block.add_columns(dv, p.mT @ g)
+        row, column = logits.products_with([(r, logits.polynomial)])
+        block.put_rows(dq, row(logits.k))
+        block.add_columns(dk, column(logits.q))
+        if db is not None:
+            block.add_columns(db, r.sum(-2))
+        if dn is not None and with_direction:
+            _add_direction_gradient(block, dn, logits, logits.cosine_gradient([(r, logits.slope, logits.groups)]))
+    return dq, *_finish(q, dk, dv, db, dn if with_direction else None)
+
+
+def double_backward(
+    tq: Tensor,
+    tk: Tensor,
+    tv: Tensor,
+    tb: Tensor | None,
+    tn: Tensor | None,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    widths: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns the cotangents of ``grad_out, q, k, v, log_envelope, direction``: the tangent of :func:`backward`."""
+    g_out, gq, (gk, gv, gb, gn) = torch.empty_like(q), torch.zeros_like(q), _accumulators(k, log_envelope, direction)
+    for block in _blocks(query_offsets, key_offsets, q.shape[1]):
+        logits = _Logits(block, q, k, log_envelope, direction, widths, scale)
+        tangent = _Tangent(logits, tq, tk, tb, tn)
+        values, value_tangents = block.columns(v), block.columns(tv)
+        p = (logits.value - block.rows(lse).unsqueeze(-1)).exp_()
+        g, attended = block.rows(grad_out, 0.0), block.rows(out)
+        mu = (p * tangent.value).sum(-1, keepdim=True)
+        dot_p = p * (tangent.value - mu)
+        dot_out = dot_p @ values + p @ value_tangents
+        centred = (g @ values.mT).sub_((g * attended).sum(-1, keepdim=True))  # E − D
+        dot_e = (g @ value_tangents.mT).sub_((g * dot_out).sum(-1, keepdim=True))
+        r, dot_r = p * centred, dot_p * centred + p * dot_e
+        block.put_rows(g_out, dot_out)
+        block.add_columns(gv, dot_p.mT @ g)
+        if gb is not None:
+            block.add_columns(gb, dot_r.sum(-2))
+        terms = [(dot_r, logits.polynomial)]
+        if tangent.cosine is not None:
+            terms.append((r * tangent.cosine, logits.slope))
+        row, column = logits.products_with(terms)
+        row_tangent, column_tangent = logits.products_with([(r, logits.polynomial)])
+        block.put_rows(gq, row(logits.k) + row_tangent(tangent.k))
+        block.add_columns(gk, column(logits.q) + column_tangent(tangent.q))
+        if gn is not None:
+            cosine_terms = [(dot_r, logits.slope, logits.groups), (r, logits.slope, tangent.groups)]
+            if tangent.cosine is not None:
+                cosine_terms.append((r * tangent.cosine, logits.curvature, logits.groups))
+            _add_direction_gradient(block, gn, logits, logits.cosine_gradient(cosine_terms))
+            if tangent.direction is not None:
+                c = logits.cosine_gradient([(r, logits.slope, logits.groups)])
+                _add_direction_gradient(block, gn, logits, c, tangent.direction)
+    return g_out, gq, *_finish(q, gk, gv, gb, gn)
+
+
+class _Logits:
+    """Logits ``S`` of a block ``(G, h, R, C)``, and the pieces that their derivatives need."""
+
+    def __init__(
+        self,
+        block: _Block,
+        q: Tensor,
+        k: Tensor,
+        log_envelope: Tensor | None,
+        direction: Tensor | None,
+        widths: tuple[int, ...],
+        scale: float,
+    ) -> None:
+        self.block, self.widths, self.scale = block, widths, scale
+        self.q, self.k = block.rows(q), block.columns(k)
+        self.groups = _group_products(self.q, self.k, widths)  # A^l
+        self.direction: tuple[Tensor, Tensor] | None = None  # of queries (G, 1, R, 3) and keys (G, 1, C, 3)
+        self.polynomial: list[Tensor | None] = [None]  # P_l; None for one
+        self.slope: list[Tensor | None] = [None]  # P_l'
+        self.curvature: list[Tensor | None] = [None]  # P_l''
+        if direction is not None:
+            rows, columns = block.rows(direction.unsqueeze(1)), block.columns(direction.unsqueeze(1))
+            self.direction = rows, columns
+            both = (rows != 0).any(-1).unsqueeze(-1) & (columns != 0).any(-1).unsqueeze(-2)
+            for value, first, second in legendre_derivatives(rows @ columns.mT, len(widths) - 1)[1:]:
+                self.polynomial.append(value * both)
+                self.slope.append(first * both)
+                self.curvature.append(second * both)
+        self.value = _weighted_sum(self.groups, self.polynomial).mul_(scale)
+        if log_envelope is not None:
+            self.value = self.value + block.columns(log_envelope.unsqueeze(1), -torch.inf).unsqueeze(-2)
+        elif block.key_exists is not None:
+            self.value = self.value.masked_fill(~block.key_exists[:, None, None, :], -torch.inf)
+
+    def products_with(self, terms: list[tuple[Tensor, list[Tensor | None]]]) -> tuple[_Product, _Product]:
+        """Per degree ``M_l = s Σ_terms x w_l``; applies ``M_l`` to keys (row sums) or its transpose to queries."""
+        matrices: list[Tensor | None] = []
+        for degree, width in enumerate(self.widths):
+            total = None
+            for x, weights in terms if width else ():
+                weight = weights[degree]
+                if degree == 0 and weights is not self.polynomial:
+                    continue  # derivatives of P_0 vanish
+                product = x if weight is None else x * weight
+                total = product if total is None else total + product
+            matrices.append(total)
+        return _Product(matrices, self.widths, self.scale, False), _Product(matrices, self.widths, self.scale, True)
+
+    def cosine_gradient(self, terms: list[tuple[Tensor, list[Tensor | None], list[Tensor | None]]]) -> Tensor:
+        """``s Σ_heads Σ_l Σ_terms x w_l A^l``, ``(G, 1, R, C)``."""
+        total = None
+        for x, weights, groups in terms:
+            inner = _weighted_sum(groups[1:], weights[1:])
+            product = (x * inner).sum(1, keepdim=True)
+            total = product if total is None else total + product
+        assert total is not None
+        return total.mul_(self.scale)
+
+
+class _Tangent:
+    """Tangents of the logits and of what they are made of, along ``tq, tk, tb, tn``."""
+
+    def __init__(self, logits: _Logits, tq: Tensor, tk: Tensor, tb: Tensor | None, tn: Tensor | None) -> None:
+        block, widths = logits.block, logits.widths
+        self.q, self.k = block.rows(tq), block.columns(tk)
+        first, second = _group_products(self.q, logits.k, widths), _group_products(logits.q, self.k, widths)
+        self.groups = [a if a is None or b is None else a + b for a, b in zip(first, second, strict=True)]
+        self.value = _weighted_sum(self.groups, logits.polynomial)
+        self.direction: tuple[Tensor, Tensor] | None = None
+        self.cosine: Tensor | None = None
+        if tn is not None and logits.direction is not None:
+            rows, columns = block.rows(tn.unsqueeze(1)), block.columns(tn.unsqueeze(1))
+            self.direction = rows, columns
+            self.cosine = rows @ logits.direction[1].mT + logits.direction[0] @ columns.mT
+            self.value = self.value + self.cosine * _weighted_sum(logits.groups[1:], logits.slope[1:])
+        self.value = self.value * logits.scale
+        if tb is not None:
+            self.value = self.value + block.columns(tb.unsqueeze(1)).unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Applies one matrix per degree to the channels of that degree."""
+
+    matrices: list[Tensor | None]
+    widths: tuple[int, ...]
+    scale: float
+    transposed: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(G, h, C or R, d)`` to ``(G, h, R or C, d)``; zero in channels that take no part in the logits."""
+        parts = []
+        for matrix, part in zip(self.matrices, x[..., : sum(self.widths)].split(self.widths, -1), strict=True):
+            if matrix is not None:
+                parts.append((matrix.mT if self.transposed else matrix) @ part)
+        rest = x.shape[-1] - sum(self.widths)
+        joined = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return torch.nn.functional.pad(joined.mul_(self.scale), (0, rest))
+
+
+def _group_products(q: Tensor, k: Tensor, widths: tuple[int, ...]) -> list[Tensor | None]:
+    """``A^l = q^l · k^l``, ``(G, h, R, C)`` for each degree; None for a degree without channels."""
+    used = sum(widths)
+    groups = zip(q[..., :used].split(widths, -1), k[..., :used].split(widths, -1), strict=True)
+    return [a @ b.mT if a.shape[-1] else None for a, b in groups]
+
+
+def _weighted_sum(groups: list[Tensor | None], weights: list[Tensor | None]) -> Tensor:
+    """``Σ_l w_l A^l``; a weight of None is one."""
+    total = None
+    for group, weight in zip(groups, weights, strict=True):
+        if group is not None:
+            product = group if weight is None else group * weight
+            total = product if total is None else total + product
+    if total is None:  # angles asked for, no channel has any
+        return torch.zeros(())
+    return total
+
+
+def _add_direction_gradient(
+    block: _Block, total: Tensor, logits: _Logits, c: Tensor, direction: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Adds ``Σ_k c_jk n_k`` to the queries and ``Σ_j c_jk n_j`` to the keys, with ``c (G, 1, R, C)``."""
+    direction = direction if direction is not None else logits.direction
+    assert direction is not None
+    rows, columns = direction
+    if block.query_exists is not None:
+        c = c * block.query_exists[:, None, :, None]
+    if block.key_exists is not None:
+        c = c * block.key_exists[:, None, None, :]
+    block.add_columns(total, c.mT @ rows)
+    # Queries are the tokens wherever there are directions.
+    _Block(block.key, block.query, block.key_exists, block.query_exists).add_columns(total, c @ columns)
+
+
+def _accumulators(
+    k: Tensor, log_envelope: Tensor | None, direction: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Zeros for the gradients of k, v ``(T, h, d)``, log envelope ``(T, h)`` and direction ``(T, 1, 3)``."""
+    dtype = _accumulation(k)
+    of_bias = None if log_envelope is None else k.new_zeros(k.shape[:2], dtype=dtype)
+    of_direction = None if direction is None else k.new_zeros((k.shape[0], 1, 3), dtype=dtype)
+    return k.new_zeros(k.shape, dtype=dtype), k.new_zeros(k.shape, dtype=dtype), of_bias, of_direction
+
+
+def _finish(
+    q: Tensor, dk: Tensor, dv: Tensor, db: Tensor | None, dn: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return dk.to(q.dtype), dv.to(q.dtype), None if db is None else db.sum(1), None if dn is None else dn.squeeze(1)
+
+
+def _accumulation(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def _gather(x: Tensor, index: Tensor, exists: Tensor | None, padding: float | None) -> Tensor:
+    """``(T, h, ...)`` to ``(G, h, M, ...)``; padded places get ``padding``, or what the repeated row holds."""
+    heads = x.shape[1]
+    per_head = index.unsqueeze(1) * heads + torch.arange(heads, device=index.device).unsqueeze(-1)  # (G, h, M)
+    found = x.reshape(-1, *x.shape[2:]).index_select(0, per_head.flatten()).unflatten(0, per_head.shape)
+    if exists is not None and padding is not None:
+        mask = ~exists.unsqueeze(1)
+        found = found.masked_fill(mask if found.ndim == 3 else mask.unsqueeze(-1), padding)
+    return found.to(_accumulation(x))
+
+
+def _blocks(query_offsets: Tensor, key_offsets: Tensor, heads: int) -> Iterator[_Block]:
+    """Cuts the neighborhoods into blocks of about ``BLOCK_ELEMENTS``, like sizes together."""
+    device = key_offsets.device
+    query_sizes, key_sizes = query_offsets.diff().cpu(), key_offsets.diff().cpu()
+    order = torch.argsort(key_sizes, stable=True)
+    order = order[(key_sizes[order] > 0) & (query_sizes[order] > 0)]
+    longest_first = list(reversed(order.tolist()))
+    query_list, key_list = query_sizes.tolist(), key_sizes.tolist()
+    place = 0
+    while place < len(longest_first):
+        first = longest_first[place]
+        rows, columns = query_list[first], key_list[first]
+        if rows * columns * heads > BLOCK_ELEMENTS:
+            start, first_key = int(query_offsets[first]), int(key_offsets[first])
+            key = torch.arange(first_key, first_key + columns, device=device).unsqueeze(0)
+            step = max(1, BLOCK_ELEMENTS // (columns * heads))
+            for low in range(0, rows, step):
+                run = torch.arange(start + low, start + min(rows, low + step), device=device)
+                yield _Block(run.unsqueeze(0), key, None, None)
+            place += 1
+            continue
+        count = max(1, BLOCK_ELEMENTS // (rows * columns * heads))
+        members = longest_first[place : place + count]
+        place += len(members)
+        chosen = torch.tensor(members)
+        rows = int(query_sizes[chosen].max())
+        query, query_exists = _padded_rows(query_offsets, chosen, query_sizes, rows)
+        key, key_exists = _padded_rows(key_offsets, chosen, key_sizes, columns)
+        yield _Block(query, key, query_exists, key_exists)
+
+
+def _padded_rows(offsets: Tensor, chosen: Tensor, sizes: Tensor, longest: int) -> tuple[Tensor, Tensor | None]:
+    """``(G, longest)`` rows of the chosen neighborhoods, and which exist (None for all)."""
+    size = sizes[chosen].unsqueeze(1)
+    place = torch.arange(longest).unsqueeze(0)
+    exists = None if int(size.min()) == longest else (place < size).to(offsets.device)
+    return offsets[chosen.to(offsets.device)].unsqueeze(1) + torch.minimum(place, size - 1).to(offsets.device), exists

@@ -1,0 +1,231 @@
+"""Attention as registered PyTorch operators: value, first and second derivative, each an operator of its own.
+
+A kernel family (``blocked``, ``native``, ``triton``) is three functions, ``forward``, ``backward`` and
+``double_backward``. Registered as custom operators they are opaque to ``torch.compile``, which sees shapes only, and
+autograd goes from each to the next; a third derivative is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from escaip.errors import ConfigError
+
+FAMILIES = ("blocked", "native", "triton")
+
+
+def kernel_family(name: str) -> ModuleType:
+    """The module with ``forward``, ``backward``, ``double_backward``; imported when first asked for."""
+    return importlib.import_module(f"escaip.ops.{name}")
+
+
+@torch.library.custom_op("escaip::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    widths: list[int],
+    scale: float,
+    family: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query over the keys of its neighborhood.
+
+    Args:
+        q: ``(Q, h, d)``.
+        k: ``(T, h, d)``.
+        v: ``(T, h, d)``.
+        log_envelope: ``(T,)`` added to the logits of a key, or None.
+        direction: ``(T, 3)``, zero for self tokens; given if and only if there is more than one group. Queries are the
+            tokens then.
+        query_offsets: ``(N + 1,)`` int64, queries of each neighborhood.
+        key_offsets: ``(N + 1,)`` int64, keys of each neighborhood.
+        widths: channels per angular degree; channels beyond their sum take no part in the logits.
+        scale: factor on the products.
+        family: kernel family.
+
+    Returns:
+        ``(Q, h, d)``, and the log of the softmax normaliser ``(Q, h)``, which carries no gradient.
+    """
+    arguments = (q, k, v, log_envelope, direction, query_offsets, key_offsets, tuple(widths), scale)
+    with _full_precision(q):
+        return kernel_family(family).forward(*arguments)
+
+
+@torch.library.custom_op("escaip::attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    widths: list[int],
+    scale: float,
+    family: str,
+    with_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log envelope and direction; the last two are empty where there is none."""
+    arguments = (grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, out, lse, tuple(widths), scale)
+    with _full_precision(q):
+        dq, dk, dv, db, dn = kernel_family(family).backward(*arguments, with_direction)
+    return dq, dk, dv, _or_empty(db, q), _or_empty(dn, q)
+
+
+@torch.library.custom_op("escaip::attention_double_backward", mutates_args=())
+def attention_double_backward(
+    tq: Tensor,
+    tk: Tensor,
+    tv: Tensor,
+    tb: Tensor | None,
+    tn: Tensor | None,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    widths: list[int],
+    scale: float,
+    family: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``grad_out``, q, k, v, log envelope and direction for cotangents of what the backward returns."""
+    arguments = (tq, tk, tv, tb, tn, grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, out, lse)
+    with _full_precision(q):
+        g_out, gq, gk, gv, gb, gn = kernel_family(family).double_backward(*arguments, tuple(widths), scale)
+    return g_out, gq, gk, gv, _or_empty(gb, q), _or_empty(gn, q)
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_envelope: Tensor | None, direction: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return _like(q), q.new_empty(q.shape[:2], dtype=_statistics_dtype(q))
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    widths: list[int],
+    scale: float,
+    family: str,
+    with_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_dn = direction if with_direction else None
+    return _like(q), _like(k), _like(v), _like_or_empty(log_envelope, q), _like_or_empty(with_dn, q)
+
+
+@attention_double_backward.register_fake
+def _(
+    tq: Tensor,
+    tk: Tensor,
+    tv: Tensor,
+    tb: Tensor | None,
+    tn: Tensor | None,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    geometry = _like_or_empty(log_envelope, q), _like_or_empty(direction, q)
+    return _like(grad_out), _like(q), _like(k), _like(v), *geometry
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale, family = inputs
+    ctx.save_for_backward(q, k, v, log_envelope, direction, query_offsets, key_offsets, *output)
+    ctx.constants = (widths, scale, family)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_of_forward(ctx: Any, grad_out: Tensor, grad_lse: None) -> tuple[Tensor | None, ...]:
+    log_envelope, direction = ctx.saved_tensors[3:5]
+    with_direction = direction is not None and ctx.needs_input_grad[4]
+    dq, dk, dv, db, dn = attention_backward(grad_out, *ctx.saved_tensors, *ctx.constants, with_direction)
+    geometry = (None if log_envelope is None else db, dn if with_direction else None)
+    return dq, dk, dv, *geometry, None, None, None, None, None
+
+
+attention.register_autograd(_backward_of_forward, setup_context=_setup_forward)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.constants, ctx.with_direction = inputs[10:13], inputs[13]
+
+
+def _backward_of_backward(ctx: Any, tq: Tensor, tk: Tensor, tv: Tensor, tb: Tensor, tn: Tensor) -> tuple[Any, ...]:
+    log_envelope, direction = ctx.saved_tensors[4:6]
+    g_out, gq, gk, gv, gb, gn = attention_double_backward(
+        tq, tk, tv, None if log_envelope is None else tb, tn if ctx.with_direction else None, *ctx.saved_tensors,
+        *ctx.constants,
+    )  # fmt: skip
+    geometry = (None if log_envelope is None else gb, None if direction is None else gn)
+    # out and lse are functions of the others: the gradients include what passes through them.
+    return g_out, gq, gk, gv, *geometry, *(None,) * 8
+
+
+attention_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)
+
+
+def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.family = inputs[-1]
+
+
+def _third_derivative(ctx: Any, *_: Any) -> None:
+    raise ConfigError(
+        f"attention backend {ctx.family!r} has two derivatives, and a third was asked for: "
+        "use backend='reference' or 'dense' (attention_backend in the model's config)"
+    )
+
+
+attention_double_backward.register_autograd(_third_derivative, setup_context=_setup_double_backward)
+
+
+def _full_precision(q: Tensor) -> torch.autocast:
+    """Inside a kernel the dtypes are settled: autocast must not round its sums."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
+def _statistics_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+def _like_or_empty(x: Tensor | None, q: Tensor) -> Tensor:
+    return q.new_empty(0) if x is None else _like(x)

@@ -1,0 +1,447 @@
+"""Backends that call attention of a library on expanded channels: against the reference, once differentiated."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from escaip.errors import ConfigError
+from escaip.ops import expanded
+from escaip.ops import xformers as xformers_backend
+from escaip.ops.legendre import legendre_polynomials
+from escaip.ops.reference import reference_attention
+from escaip.ops.sdpa import availability as sdpa_availability
+from escaip.ops.sdpa import sdpa_attention
+from escaip.ops.xformers import xformers_attention
+
+CHANNELS = [None, (2, 2, 1, 1, 2), (5, 3), (3, 0, 5), (8,)]
+SIZES = [[3, 1, 5, 2], [1], [4, 4], [1, 1, 17]]
+WIDTH = 8
+
+Attention = Callable[..., Tensor]
+
+
+def make_inputs(
+    sizes: list[int], dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2
+) -> dict[str, Tensor]:
+    """Random tokens; the first of each neighborhood is the self token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    total = sum(sizes)
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    direction = torch.nn.functional.normalize(normal(total, 3), dim=-1)
+    log_envelope = -normal(total).square()
+    direction[offsets[:-1]] = 0.0
+    log_envelope[offsets[:-1]] = 0.0
+    geometry = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "q": normal(total, heads, WIDTH).to(dtype),
+        "k": normal(total, heads, WIDTH).to(dtype),
+        "v": normal(total, heads, WIDTH).to(dtype),
+        "log_envelope": log_envelope.to(geometry),
+        "direction": direction.to(geometry),
+        "offsets": offsets,
+    }
+
+
+class StandInMask:
+    """What we use of xformers' mask of the same name."""
+
+    def __init__(self, q_sizes: list[int], k_sizes: list[int]) -> None:
+        self.q_sizes, self.k_sizes = q_sizes, k_sizes
+
+    @classmethod
+    def from_seqlens(
+        cls, q_seqlen: list[int], kv_seqlen: list[int] | None = None, *, device: torch.device | None = None
+    ) -> StandInMask:
+        kv_seqlen = q_seqlen if kv_seqlen is None else kv_seqlen
+        assert len(q_seqlen) == len(kv_seqlen)
+        assert all(type(size) is int and size > 0 for size in (*q_seqlen, *kv_seqlen))
+        return cls(q_seqlen, kv_seqlen)
+
+    def materialize(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        blocks = [torch.zeros(rows, columns, dtype=dtype) for rows, columns in zip(self.q_sizes, self.k_sizes)]
+        same = torch.block_diag(*[block + 1 for block in blocks]) == 1
+        assert same.shape == shape
+        return torch.zeros(shape, dtype=dtype).masked_fill(~same, -math.inf)
+
+
+def stand_in_kernel(calls: list[dict[str, Any]]) -> Callable[..., Tensor]:
+    def memory_efficient_attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0, scale: float | None = None,
+        *, op: Any = None, output_dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``(1, M, H, K)``, as the CUTLASS kernel demands it, in plain PyTorch, sums in float32."""
+        assert query.ndim == key.ndim == value.ndim == 4
+        assert query.shape[0] == key.shape[0] == value.shape[0] == 1
+        assert query.shape[-1] == key.shape[-1]
+        assert key.shape[1] == value.shape[1]
+        for x in (query, key, value):
+            assert x.dtype == query.dtype
+            assert x.stride(-1) == 1
+            assert x.shape[-1] % 8 == x.stride(1) % 8 == x.stride(2) % 8 == x.storage_offset() % 8 == 0
+            assert x.isfinite().all()
+        assert p == 0.0
+        assert scale is not None
+        calls.append({"attn_bias": attn_bias, "op": op, "widths": (query.shape[-1], value.shape[-1])})
+        sums = torch.float64 if query.dtype == torch.float64 else torch.float32
+        q, k, v = (x[0].transpose(0, 1).to(sums) for x in (query, key, value))
+        logits = scale * (q @ k.mT) + attn_bias.materialize((query.shape[1], key.shape[1]), dtype=sums)
+        return (torch.softmax(logits, -1) @ v).transpose(0, 1).unsqueeze(0).to(query.dtype)
+
+    return memory_efficient_attention
+
+
+def installed(home: str) -> bool:
+    return importlib.util.find_spec(home.partition(".")[0]) is not None
+
+
+LIBRARIES = [
+    "stand-in",
+    *(
+        pytest.param(home, marks=pytest.mark.skipif(not installed(home), reason=f"{home} is not installed"))
+        for home in ("xformers.ops.fmha", "mslk.attention.fmha")
+    ),
+]
+
+
+@pytest.fixture(params=LIBRARIES)
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Masks of the library where it is installed, of a stand-in otherwise; the kernel a stand-in in any case."""
+    calls: list[dict[str, Any]] = []
+    kernel = stand_in_kernel(calls)
+    if request.param == "stand-in":
+        library: Any = SimpleNamespace(
+            memory_efficient_attention=kernel,
+            BlockDiagonalMask=StandInMask,
+            MemoryEfficientAttentionCutlassOp=("forward", "backward"),
+        )
+    else:
+        monkeypatch.setenv("MSLK_PYTHON_ONLY", "1")
+        real = importlib.import_module(request.param)
+        signature = inspect.signature(real.memory_efficient_attention)
+
+        def checked(*args: Any, **kwargs: Any) -> Tensor:
+            signature.bind(*args, **kwargs)
+            real.Inputs(*args, **{k: v for k, v in kwargs.items() if k != "op"}).validate_inputs()
+            return kernel(*args, **kwargs)
+
+        library = SimpleNamespace(
+            memory_efficient_attention=checked,
+            BlockDiagonalMask=real.BlockDiagonalMask,
+            MemoryEfficientAttentionCutlassOp=real.MemoryEfficientAttentionCutlassOp,
+        )
+    monkeypatch.setattr(xformers_backend, "_library", lambda: library)
+    return calls
+
+
+@pytest.fixture(params=["sdpa", "xformers"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attention:
+    if request.param == "sdpa":
+        return sdpa_attention
+    library = SimpleNamespace(
+        memory_efficient_attention=stand_in_kernel([]),
+        BlockDiagonalMask=StandInMask,
+        MemoryEfficientAttentionCutlassOp=("forward", "backward"),
+    )
+    monkeypatch.setattr(xformers_backend, "_library", lambda: library)
+    return xformers_attention
+
+
+def tangential(vector: Tensor, direction: Tensor) -> Tensor:
+    return vector - (vector * direction).sum(-1, keepdim=True) * direction
+
+
+def gradients(function: Attention, inputs: dict[str, Tensor], weight: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    """The result, and gradients of q, k, v, log envelope and direction, that along the sphere."""
+    names = ("q", "k", "v", "log_envelope", "direction")
+    leaves = [inputs[name].detach().clone().requires_grad_() for name in names]
+    out = function(*leaves, inputs["offsets"], **arguments)
+    found = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
+    found = [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves)]
+    for leaf, gradient in zip(leaves, found):
+        assert gradient.dtype == leaf.dtype
+    direction = inputs["direction"]
+    moved = (direction != 0).any(-1, keepdim=True)
+    return out, *found[:4], tangential(found[4], direction) * moved
+
+
+def test_harmonics_multiply_to_legendre_polynomials() -> None:
+    direction = make_inputs([30])["direction"]
+    products = [h @ h.T for h in expanded.unit_harmonics(direction, 4)]
+    cosine = direction @ direction.T
+    for degree, (found, expected) in enumerate(zip(products, legendre_polynomials(cosine, 4), strict=True)):
+        torch.testing.assert_close(found[1:, 1:], expected[1:, 1:], rtol=0, atol=1e-13)
+        assert (found[0] == float(degree == 0)).all()  # a self token
+
+
+def test_expanded_channels_multiply_to_angular_products() -> None:
+    inputs, channels = make_inputs([9]), (2, 2, 1, 1, 2)
+    harmonics = expanded.unit_harmonics(inputs["direction"], 4)
+    q, k = (expanded.expand_channels(inputs[name], harmonics, channels) for name in "qk")
+    width = sum((2 * degree + 1) * count for degree, count in enumerate(channels))
+    assert q.shape == k.shape == (9, 2, width)
+    polynomials = legendre_polynomials(inputs["direction"] @ inputs["direction"].T, 4)
+    expected, start = torch.zeros(9, 9, 2, dtype=torch.float64), 0
+    for polynomial, count in zip(polynomials, channels):
+        part = slice(start, start + count)
+        product = torch.einsum("jhc,khc->jkh", inputs["q"][..., part], inputs["k"][..., part])
+        expected[1:, 1:] += (polynomial[..., None] * product)[1:, 1:]
+        if start == 0:
+            expected[0], expected[:, 0] = product[0], product[:, 0]
+        start += count
+    torch.testing.assert_close(torch.einsum("jhc,khc->jkh", q, k), expected, rtol=1e-12, atol=1e-12)
+    assert (q[0, :, channels[0] :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_value_and_first_derivative(
+    attention: Attention, sizes: list[int], channels: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(sizes, dtype)
+    weight = torch.randn_like(inputs["q"])
+    arguments = {"angular_channels": channels, "scale": 0.37}
+    precise = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    expected = gradients(reference_attention, precise, weight.double(), **arguments)
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    for found, value in zip(gradients(attention, inputs, weight, **arguments), expected, strict=True):
+        torch.testing.assert_close(found.double(), value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_self_queries_only(attention: Attention, channels: tuple[int, ...] | None) -> None:
+    inputs = make_inputs([4, 1, 6])
+    inputs["q"] = inputs["q"][inputs["offsets"][:-1]]
+    weight = torch.randn_like(inputs["q"])
+    arguments = {"angular_channels": channels, "scale": 0.5, "self_queries_only": True}
+    expected = gradients(reference_attention, inputs, weight, **arguments)
+    for found, value in zip(gradients(attention, inputs, weight, **arguments), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("channels", [None, (2, 2, 1, 1, 2)])
+def test_gradient_of_positions(attention: Attention, channels: tuple[int, ...] | None) -> None:
+    """All of it: off the sphere the two continue differently, and normalised bonds do not see it."""
+    inputs = make_inputs([6, 1, 8])
+    bonds = (inputs["direction"] != 0).any(-1)
+    generator = torch.Generator().manual_seed(1)
+    vectors = 2.0 * torch.randn(int(bonds.sum()), 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(inputs["q"].shape, generator=generator, dtype=torch.float64)
+
+    def force(function: Attention) -> Tensor:
+        leaf = vectors.clone().requires_grad_()
+        length = leaf.norm(dim=-1)
+        direction = torch.zeros(len(bonds), 3, dtype=torch.float64).index_put((bonds,), leaf / length[:, None])
+        envelope = torch.zeros(len(bonds), dtype=torch.float64).index_put((bonds,), -0.1 * length.square())
+        out = function(inputs["q"], inputs["k"], inputs["v"], envelope, direction, inputs["offsets"], channels, 0.5)
+        return torch.autograd.grad((out * weight).sum(), leaf)[0]
+
+    expected = force(reference_attention)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(force(attention), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [None, (5, 3)])
+@pytest.mark.parametrize("sizes", [[5, 2], [4, 4]])
+def test_removed_keys_have_no_influence(
+    attention: Attention, sizes: list[int], channels: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(sizes, dtype)
+    inputs["log_envelope"][2] = -math.inf
+    weight = torch.randn_like(inputs["q"])
+    arguments = {"angular_channels": channels, "scale": 0.37}
+    found = gradients(attention, inputs, weight, **arguments)
+    assert all(x.isfinite().all() for x in found)
+    for name, gradient in zip(("k", "v", "log_envelope"), found[2:5]):
+        assert (gradient[2] == 0).all(), name
+    changed = {**inputs, "k": inputs["k"].clone(), "v": inputs["v"].clone()}
+    changed["k"][2] += 5.0
+    changed["v"][2] -= 5.0
+    others = [0, 1, 3, 4, 5, 6]  # its own row as query stays, too, but it is not asked for anywhere
+    assert torch.equal(gradients(attention, changed, weight, **arguments)[0][others], found[0][others])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [None, (2, 2, 1, 1, 2)])
+def test_half_precision(attention: Attention, channels: tuple[int, ...] | None, dtype: torch.dtype) -> None:
+    """Against the reference of the rounded tokens: what is lost is the rounding of expanded channels and results."""
+    inputs = make_inputs([9, 1, 14], dtype)
+    weight = torch.randn_like(inputs["q"])
+    arguments = {"angular_channels": channels, "scale": 0.37}
+    precise = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    expected = gradients(reference_attention, precise, weight.double(), **arguments)
+    found = gradients(attention, inputs, weight, **arguments)
+    limit = 0.02 if dtype == torch.bfloat16 else 0.003
+    for name, value, exact in zip(("out", "q", "k", "v", "bias", "direction"), found, expected, strict=True):
+        assert (value.double() - exact).norm() <= limit * exact.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.125, 0.37, 3.0])
+def test_key_bias_is_not_rounded_to_half_precision(attention: Attention, scale: float, dtype: torch.dtype) -> None:
+    """A bias of −7.3 in bfloat16 would be off by up to 0.016, and the weight with it."""
+    inputs = make_inputs([8], dtype)
+    inputs["q"].zero_()
+    inputs["log_envelope"] = -torch.tensor([0.0, 7.31, 6.83, 5.571, 7.93, 4.107, 7.777, 6.1])
+    inputs["v"] = torch.eye(8, dtype=dtype).unsqueeze(1).expand(-1, 2, -1).contiguous()
+    out = attention(**inputs, angular_channels=(5, 3), scale=scale)
+    expected = torch.softmax(inputs["log_envelope"].double(), 0).expand(8, 2, -1)
+    relative = ((out.double() - expected) / expected).abs().max()
+    assert relative <= torch.finfo(dtype).eps  # rounding of weights or results, no more
+
+
+@pytest.mark.parametrize("input_name", ["q", "k", "v", "log_envelope", "direction"])
+@pytest.mark.parametrize("channels", [None, (5, 3)])
+def test_second_derivative_is_refused(
+    attention: Attention, channels: tuple[int, ...] | None, input_name: str, request: pytest.FixtureRequest
+) -> None:
+    """Whichever input it goes through; creating the graph of the first is no error yet."""
+    if channels is None and input_name == "direction":
+        pytest.skip("without angles nothing depends on directions")
+    inputs = make_inputs([4, 2])
+    leaf = inputs[input_name].requires_grad_()
+    weight = torch.ones_like(inputs["q"], requires_grad=True)
+    out = attention(**inputs, angular_channels=channels, scale=0.5)
+    (first,) = torch.autograd.grad((out * weight).square().sum(), leaf, create_graph=True)
+    plain = torch.autograd.grad((attention(**inputs, angular_channels=channels, scale=0.5) * weight).square().sum(), leaf)
+    torch.testing.assert_close(first, plain[0])
+    for target in (leaf, weight):
+        with pytest.raises(ConfigError, match=r"has one derivative, and a second.*reference"):
+            torch.autograd.grad(first.square().sum(), target, retain_graph=True)
+
+
+@pytest.mark.bad_input
+def test_dropout_is_refused(attention: Attention) -> None:
+    with pytest.raises(ConfigError, match="no dropout of attention weights"):
+        attention(**make_inputs([3]), angular_channels=None, scale=1.0, dropout=0.1)
+
+
+@pytest.mark.parametrize("channels", [None, (2, 2, 1, 1, 2)])
+def test_xformers_is_called_as_it_demands(calls: list[dict[str, Any]], channels: tuple[int, ...] | None) -> None:
+    inputs = make_inputs([3, 1, 5])
+    found = xformers_attention(**inputs, angular_channels=channels, scale=0.37)
+    torch.testing.assert_close(found, reference_attention(**inputs, angular_channels=channels, scale=0.37))
+    rows = {**inputs, "q": inputs["q"][inputs["offsets"][:-1]]}
+    few = xformers_attention(**rows, angular_channels=channels, scale=0.37, self_queries_only=True)
+    torch.testing.assert_close(few, found[inputs["offsets"][:-1]])
+    assert len(calls) == 2
+    assert calls[0]["widths"] == ((16 if channels is None else 40), 8)
+    assert all(len(call["op"]) == 2 for call in calls)
+
+
+def test_xformers_takes_any_number_of_neighborhoods(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xformers_backend, "MAX_SEQUENCES", 3)
+    inputs = make_inputs([2, 1, 4, 3, 1, 2, 5])
+    arguments = {"angular_channels": (5, 3), "scale": 0.37}
+    expected = reference_attention(**inputs, **arguments)
+    torch.testing.assert_close(xformers_attention(**inputs, **arguments), expected)
+    assert len(calls) == 3
+    first = inputs["offsets"][:-1]
+    rows = {**inputs, "q": inputs["q"][first]}
+    torch.testing.assert_close(xformers_attention(**rows, **arguments, self_queries_only=True), expected[first])
+
+
+def test_values_of_any_stride_and_width(attention: Attention) -> None:
+    """Head size no multiple of eight, values a slice of a larger tensor."""
+    inputs = make_inputs([3, 5])
+    inputs = {name: x[..., :6] if name in "qk" else x for name, x in inputs.items()}
+    inputs["v"] = torch.cat([inputs["v"], inputs["v"]], -1)[..., 3:9]
+    arguments = {"angular_channels": (4, 2), "scale": 0.37}
+    torch.testing.assert_close(attention(**inputs, **arguments), reference_attention(**inputs, **arguments))
+
+
+def test_sdpa_takes_the_flash_kernel_where_widths_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU it serves attention without angles, bias and padding included; only it is allowed here."""
+    inputs = {name: x.requires_grad_(x.is_floating_point()) for name, x in make_inputs([3, 5]).items()}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        found = sdpa_attention(**inputs, angular_channels=None, scale=0.37)
+    torch.testing.assert_close(found, reference_attention(**inputs, angular_channels=None, scale=0.37))
+
+
+def test_availability(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sdpa_availability() is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'escaip[cuda]'" in str(xformers_backend.availability())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a CUDA device" in str(xformers_backend.availability())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def broken() -> None:
+        raise OSError("libc10_cuda.so: no such file\nand more")
+
+    monkeypatch.setattr(xformers_backend, "_library", broken)
+    reason = str(xformers_backend.availability())
+    assert "libc10_cuda.so" in reason
+    assert "\n" not in reason
+    monkeypatch.setattr(xformers_backend, "_library", lambda: None)
+    monkeypatch.setattr(xformers_backend, "_refusals", lambda fmha, device: ["GPU too new"])
+    assert "GPU too new" in str(xformers_backend.availability())
+    monkeypatch.setattr(xformers_backend, "_refusals", lambda fmha, device: [])
+    assert xformers_backend.availability() is None
+
+
+@pytest.mark.parametrize("home", LIBRARIES[1:])
+def test_the_library_says_what_it_refuses(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSLK_PYTHON_ONLY", "1")
+    reasons = xformers_backend._refusals(importlib.import_module(home), torch.device("cpu"))
+    assert any("device=cpu" in reason for reason in reasons)
+
+
+@pytest.mark.skipif(xformers_backend.availability() is not None, reason=f"xformers {xformers_backend.availability()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("self_queries_only", [False, True])
+def test_xformers_on_cuda(channels: tuple[int, ...] | None, dtype: torch.dtype, self_queries_only: bool) -> None:
+    check_on_cuda(xformers_attention, channels, dtype, self_queries_only)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("self_queries_only", [False, True])
+def test_sdpa_on_cuda(channels: tuple[int, ...] | None, dtype: torch.dtype, self_queries_only: bool) -> None:
+    check_on_cuda(sdpa_attention, channels, dtype, self_queries_only)
+
+
+def check_on_cuda(
+    function: Attention, channels: tuple[int, ...] | None, dtype: torch.dtype, self_queries_only: bool
+) -> None:
+    inputs = make_inputs([9, 1, 33, 70], dtype)
+    inputs["log_envelope"][5] = -math.inf
+    if self_queries_only:
+        inputs["q"] = inputs["q"][inputs["offsets"][:-1]]
+    weight = torch.randn_like(inputs["q"])
+    arguments = {"angular_channels": channels, "scale": 0.37, "self_queries_only": self_queries_only}
+    precise = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    expected = gradients(reference_attention, precise, weight.double(), **arguments)
+    on_device = {name: x.cuda() for name, x in inputs.items()}
+    found = gradients(function, on_device, weight.cuda(), **arguments)
+    limit = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.005}[dtype]
+    for value, exact in zip(found, expected, strict=True):
+        assert (value.double().cpu() - exact).norm() <= limit * exact.norm() + 1e-12
+
+
+def test_stand_in_blocks_are_those_of_the_offsets() -> None:
+    mask = StandInMask.from_seqlens([2, 1], [3, 2])
+    seen = mask.materialize((3, 5), dtype=torch.float32) == 0
+    assert seen.tolist() == [[True] * 3 + [False] * 2] * 2 + [[False] * 3 + [True] * 2]
+    assert [last - first for first, last in pairwise([0, 3, 5])] == mask.k_sizes
