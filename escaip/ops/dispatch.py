@@ -68,7 +68,7 @@ def neighborhood_attention(
     q, k, v = _one_dtype(q, k, v)
     geometry = (log_envelope, direction)
     if derivatives is None:
-        derivatives = _expected_derivatives((q, k, v), geometry)
+        derivatives = _expected_derivatives((q, k, v), geometry) if backend == "auto" else 0
     request = Request(
         q.device.type, q.dtype, q.shape[-1], derivatives, angular_channels is not None, dropout > 0.0, False
     )
@@ -124,7 +124,7 @@ def node_attention(
     """
     q, k, v = _one_dtype(q, k, v)
     if derivatives is None:
-        derivatives = _expected_derivatives((), (q, k, v))
+        derivatives = _expected_derivatives((), (q, k, v)) if backend == "auto" else 0
     request = Request(q.device.type, q.dtype, q.shape[-1], derivatives, False, False, True)
     info = choose_backend(backend, request)
     if k.shape[0] == 0:
