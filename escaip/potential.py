@@ -14,6 +14,7 @@ from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
 from escaip.errors import ConfigError, UnsupportedElementError
 from escaip.graph import build_graph, compute_geometry, search_cutoff
 from escaip.model import EScAIP
+from escaip.ops import sum_rows
 from escaip.types import NeighborList, Prediction
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ class Potential(nn.Module):
             )
             scale = self.atomic_scale(batch)
             atomic_energies = self.atomic_references(batch) + scale * output.energy.double()
-            energy = atomic_energies.new_zeros(num_systems).index_add(0, batch.batch, atomic_energies)
+            energy = sum_rows(atomic_energies, batch.batch, num_systems)
 
             forces, stress = None, None
             if differentiate:

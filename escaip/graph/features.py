@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
+from escaip.ops import sum_rows
 
 _FLOOR = 1e-6
 _MAX_DEGREE = 16
@@ -43,8 +44,8 @@ def bond_orientational_order(
     if not 0 <= l_max <= _MAX_DEGREE:
         raise ConfigError(f"l_max is {l_max}: it must be in 0 .. {_MAX_DEGREE}")
     harmonics = real_harmonics(direction, l_max)  # (T, (l_max + 1)²)
-    total = weight.new_zeros(num_atoms).index_add(0, center, weight)
-    sums = harmonics.new_zeros(num_atoms, harmonics.shape[1]).index_add(0, center, harmonics * weight[:, None])
+    total = sum_rows(weight, center, num_atoms)
+    sums = sum_rows(harmonics * weight[:, None], center, num_atoms)
     squares = (sums / total[:, None]).square()
     sizes = [2 * degree + 1 for degree in range(l_max + 1)]
     power = torch.stack([part.sum(dim=1) for part in squares.split(sizes, dim=1)], dim=1)

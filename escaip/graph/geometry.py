@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from escaip.graph.step import rank_step
+from escaip.ops import sum_rows, take_rows
 from escaip.types import Geometry, Graph, GraphSettings
 
 
@@ -48,11 +49,11 @@ def compute_geometry(
 
 def _displacement(positions: Tensor, cell: Tensor, batch_index: Tensor, graph: Graph) -> Tensor:
     """``(T + X, 3)`` Å: ``r_j + S·cell − r_i``."""
-    vector = positions.index_select(0, graph.neighbor) - positions.index_select(0, graph.center)
+    vector = take_rows(positions, graph.neighbor) - take_rows(positions, graph.center)
     shift = graph.shift.to(positions.dtype)
     if len(cell) == 1:
         return vector + shift @ cell[0]
-    row_cell = cell.index_select(0, batch_index.index_select(0, graph.center))  # (T + X, 3, 3)
+    row_cell = take_rows(cell, batch_index.index_select(0, graph.center))  # (T + X, 3, 3)
     return vector + (shift[:, :, None] * row_cell).sum(dim=1)
 
 
@@ -71,8 +72,9 @@ def _envelope_coordinate(distance: Tensor, graph: Graph, settings: GraphSettings
         return radial
     rank = graph.rank_base.to(distance.dtype)
     if graph.rank_token.numel():
-        gap = distance.index_select(0, graph.rank_token) - distance.index_select(0, graph.rank_other)
-        rank = rank.index_add(0, graph.rank_token, rank_step(gap / settings.rank_scale, settings.rank_step))
+        gap = take_rows(distance, graph.rank_token) - take_rows(distance, graph.rank_other)
+        steps = rank_step(gap / settings.rank_scale, settings.rank_step)
+        rank = rank + sum_rows(steps, graph.rank_token, graph.num_tokens)
     rank = rank / settings.num_neighbors
     scale = settings.envelope_scale
     return scale * torch.logsumexp(torch.stack([rank, rank[graph.reverse], radial], dim=1) / scale, dim=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from escaip.nn.layers import FeedForward, StochasticDepth, make_activation, make_norm
-from escaip.ops import neighborhood_attention
+from escaip.ops import neighborhood_attention, sum_rows, take_rows
 from escaip.types import Geometry, Graph
 
 
@@ -33,9 +33,7 @@ class Message(nn.Module):
     def forward(self, node: Tensor, edge: Tensor, attributes: Tensor, graph: Graph) -> Tensor:
         """``(N, H)``, ``(T, H)``, ``(T, H)`` to ``(T, H)``."""
         sender, receiver = self.sender(node), self.receiver(node)  # per atom, then gathered
-        node_hidden = self.activation(
-            sender.index_select(0, graph.token_neighbor) + receiver.index_select(0, graph.token_center)
-        )
+        node_hidden = self.activation(take_rows(sender, graph.token_neighbor) + take_rows(receiver, graph.token_center))
         node_hidden = self.dropout(node_hidden)
         edge_hidden = self.dropout(self.activation(self.edge_hidden(edge)))
         if self.is_gated:
@@ -115,11 +113,9 @@ class NeighborhoodAttention(nn.Module):
         largest = logits.detach().new_full((graph.num_atoms, self.num_heads), -torch.inf)
         largest = largest.scatter_reduce(0, center.unsqueeze(-1).expand_as(logits), logits.detach(), "amax")
         exponential = (logits - largest[center]).exp()
-        total = torch.zeros_like(largest).index_add(0, center, exponential)
-        share = (exponential / total[center]).unsqueeze(-1)
-        return (
-            per_head.new_zeros(graph.num_atoms, *per_head.shape[1:]).index_add(0, center, share * per_head).flatten(1)
-        )
+        total = sum_rows(exponential, center, graph.num_atoms)
+        share = (exponential / take_rows(total, center)).unsqueeze(-1)
+        return sum_rows(share * per_head, center, graph.num_atoms).flatten(1)
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from escaip.errors import DataError
 from escaip.nn.layers import make_activation, make_norm
+from escaip.ops import take_rows
 
 
 class GaussianBasis(nn.Module):
@@ -51,7 +52,7 @@ class AtomFeatures(nn.Module):
     def forward(self, atomic_numbers: Tensor, orientational_order: Tensor) -> Tensor:
         """``(N,)`` and ``(N, boo_degrees)`` to ``(N, H)``."""
         order = self.activation(self.order(orientational_order))
-        return self.project(torch.cat([order, self.element(atomic_numbers)], -1))
+        return self.project(torch.cat([order, take_rows(self.element.weight, atomic_numbers)], -1))
 
 
 class EdgeAttributes(nn.Module):
@@ -107,7 +108,7 @@ class EdgeAttributes(nn.Module):
         source = self.source(atomic_numbers, orientational_order)  # (N, H)
         target = self.target(atomic_numbers, orientational_order)  # (N, H)
         distance = self.distance_project(self.activation(self.distance_embedding(radial)))  # (T, H)
-        mixed = distance + source.index_select(0, neighbor) + target.index_select(0, center)
+        mixed = distance + take_rows(source, neighbor) + take_rows(target, center)
         return self.norm(self.dropout(self.activation(mixed)))
 
 
@@ -140,10 +141,10 @@ class SystemEmbedding(nn.Module):
         """
         if self.charge is not None:
             self._check("total charge", charge, -self.MAX_CHARGE, self.MAX_CHARGE)
-            token = token + self.charge(charge + self.MAX_CHARGE)[system]
+            token = token + take_rows(take_rows(self.charge.weight, charge + self.MAX_CHARGE), system)
         if self.spin is not None:
             self._check("spin multiplicity", spin_multiplicity, 0, self.MAX_SPIN)
-            token = token + self.spin(spin_multiplicity)[system]
+            token = token + take_rows(take_rows(self.spin.weight, spin_multiplicity), system)
         return token
 
     @staticmethod

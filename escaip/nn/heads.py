@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from escaip.nn.layers import FeedForward, make_activation, make_norm
+from escaip.ops import sum_rows
 
 
 class Readout(nn.Module):
@@ -93,5 +94,5 @@ class DirectForceHead(nn.Module):
         vectors = self.vector(self.norm_edge(edge)) * direction  # (T, 3)
         if not self.uniform:
             vectors = vectors * log_envelope.exp().unsqueeze(-1)
-        summed = vectors.new_zeros(node.shape[0], 3).index_add(0, center, vectors)
+        summed = sum_rows(vectors, center, node.shape[0])
         return summed * self.magnitude(self.norm_node(node))

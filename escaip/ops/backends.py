@@ -164,7 +164,7 @@ def _look(name: str) -> str | None:
     if name in ("native", "sdpa", "xformers"):
         try:
             return importlib.import_module(f"escaip.ops.{name}").availability()
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, AttributeError):
             return "TODO"
     return None
 

@@ -8,7 +8,7 @@ docs/attention.md: a dot is the tangent along the cotangents ``tq, tk, tv, tb, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,46 +18,58 @@ from escaip.ops.legendre import legendre_derivatives
 
 # Elements of one (queries × keys × heads) matrix; about a dozen of them are alive at a time.
 BLOCK_ELEMENTS = 1 << 16
+# Fewer query rows at a time would read all keys of a long neighborhood too often.
+MIN_ROWS = 64
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of ``G`` neighborhoods, ``M`` each: queries or keys of a block.
+
+    Attributes:
+        index: ``(G, M)``, padded by repeating a row of the same neighborhood; or one run of rows, ``G = 1``.
+        exists: ``(G, M)`` bool, or None where nothing is padded.
+    """
+
+    index: Tensor | slice
+    exists: Tensor | None = None
+
+    def take(self, x: Tensor, padding: float | None = None) -> Tensor:
+        """``(T, h, ...)`` to ``(G, h, M, ...)`` in the accumulation dtype; ``padding`` goes where no row exists."""
+        if isinstance(self.index, slice):
+            return x[self.index].transpose(0, 1).unsqueeze(0).to(_accumulation(x))
+        heads = x.shape[1]
+        per_head = self.index.unsqueeze(1) * heads + torch.arange(heads, device=x.device).unsqueeze(-1)  # (G, h, M)
+        found = x.reshape(-1, *x.shape[2:]).index_select(0, per_head.flatten()).unflatten(0, per_head.shape)
+        if self.exists is not None and padding is not None:
+            mask = ~self.exists.unsqueeze(1)
+            found = found.masked_fill(mask if found.ndim == 3 else mask.unsqueeze(-1), padding)
+        return found.to(_accumulation(x))
+
+    def put(self, total: Tensor, x: Tensor) -> None:
+        """Writes ``(G, h, M, ...)`` to rows of ``total (T, h, ...)``."""
+        self._combine(total, x, torch.Tensor.copy_, torch.Tensor.index_copy_)
+
+    def add(self, total: Tensor, x: Tensor) -> None:
+        """Adds ``(G, h, M, ...)`` to rows of ``total (T, h, ...)``."""
+        self._combine(total, x, torch.Tensor.add_, torch.Tensor.index_add_)
+
+    def _combine(self, total: Tensor, x: Tensor, whole: Callable[..., Tensor], indexed: Callable[..., Tensor]) -> None:
+        x = x.transpose(1, 2).to(total.dtype)
+        if isinstance(self.index, slice):
+            whole(total[self.index], x[0])
+        elif self.exists is None:
+            indexed(total, 0, self.index.flatten(), x.flatten(0, 1))
+        else:
+            indexed(total, 0, self.index[self.exists], x[self.exists])
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some neighborhoods, or a run of queries of one: ``G`` neighborhoods, ``R`` query rows and ``C`` keys each.
+    """Some neighborhoods, or a run of queries of one: ``G`` neighborhoods, ``R`` query rows and ``C`` keys each."""
 
-    Attributes:
-        query: ``(G, R)`` rows of q; padding repeats a row of the same neighborhood.
-        key: ``(G, C)`` tokens; padding likewise.
-        query_exists, key_exists: ``(G, R)`` and ``(G, C)`` bool, or None where nothing is padded.
-    """
-
-    query: Tensor
-    key: Tensor
-    query_exists: Tensor | None
-    key_exists: Tensor | None
-
-    def rows(self, x: Tensor, padding: float | None = None) -> Tensor:
-        """``(Q, h, ...)`` to ``(G, h, R, ...)`` in the accumulation dtype."""
-        return _gather(x, self.query, self.query_exists, padding)
-
-    def columns(self, x: Tensor, padding: float | None = None) -> Tensor:
-        """``(T, h, ...)`` to ``(G, h, C, ...)`` in the accumulation dtype."""
-        return _gather(x, self.key, self.key_exists, padding)
-
-    def put_rows(self, total: Tensor, x: Tensor) -> None:
-        """Writes ``(G, h, R, ...)`` to rows of ``total (Q, h, ...)``."""
-        x = x.transpose(1, 2)
-        if self.query_exists is None:
-            total.index_copy_(0, self.query.flatten(), x.flatten(0, 1).to(total.dtype))
-        else:
-            total.index_copy_(0, self.query[self.query_exists], x[self.query_exists].to(total.dtype))
-
-    def add_columns(self, total: Tensor, x: Tensor) -> None:
-        """Adds ``(G, h, C, ...)`` to rows of ``total (T, h, ...)``, in the accumulation dtype."""
-        x = x.transpose(1, 2)
-        if self.key_exists is None:
-            total.index_add_(0, self.key.flatten(), x.flatten(0, 1))
-        else:
-            total.index_add_(0, self.key[self.key_exists], x[self.key_exists])
+    query: _Rows
+    key: _Rows
 
 
 def forward(
@@ -77,8 +89,8 @@ def forward(
         logits = _Logits(block, q, k, log_envelope, direction, widths, scale)
         normaliser = torch.logsumexp(logits.value, -1)  # (G, h, R)
         probability = logits.value.sub_(normaliser.unsqueeze(-1)).exp_()
-        block.put_rows(out, probability @ block.columns(v))
-        block.put_rows(lse, normaliser)
+        block.query.put(out, probability @ block.key.take(v))
+        block.query.put(lse, normaliser)
     return out, lse
 
 
@@ -101,16 +113,16 @@ def backward(
     dq, (dk, dv, db, dn) = torch.zeros_like(q), _accumulators(k, log_envelope, direction)
     for block in _blocks(query_offsets, key_offsets, q.shape[1]):
         logits = _Logits(block, q, k, log_envelope, direction, widths, scale)
-        p = (logits.value - block.rows(lse).unsqueeze(-1)).exp_()
-        g = block.rows(grad_out, 0.0)
-        d = (g * block.rows(out)).sum(-1, keepdim=True)  # (G, h, R, 1)
-        r = (g @ block.columns(v).mT).sub_(d).mul_(p)  # dS
-        block.add_columns(dv, p.mT @ g)
+        p = (logits.value - block.query.take(lse).unsqueeze(-1)).exp_()
+        g = block.query.take(grad_out, 0.0)
+        d = (g * block.query.take(out)).sum(-1, keepdim=True)  # (G, h, R, 1)
+        r = (g @ block.key.take(v).mT).sub_(d).mul_(p)  # dS
+        block.key.add(dv, p.mT @ g)
         row, column = logits.products_with([(r, logits.polynomial)])
-        block.put_rows(dq, row(logits.k))
-        block.add_columns(dk, column(logits.q))
+        block.query.put(dq, row(logits.k))
+        block.key.add(dk, column(logits.q))
         if db is not None:
-            block.add_columns(db, r.sum(-2))
+            block.key.add(db, r.sum(-2))
         if dn is not None and with_direction:
             _add_direction_gradient(block, dn, logits, logits.cosine_gradient([(r, logits.slope, logits.groups)]))
     return dq, *_finish(q, dk, dv, db, dn if with_direction else None)
@@ -140,26 +152,26 @@ def double_backward(
     for block in _blocks(query_offsets, key_offsets, q.shape[1]):
         logits = _Logits(block, q, k, log_envelope, direction, widths, scale)
         tangent = _Tangent(logits, tq, tk, tb, tn)
-        values, value_tangents = block.columns(v), block.columns(tv)
-        p = (logits.value - block.rows(lse).unsqueeze(-1)).exp_()
-        g, attended = block.rows(grad_out, 0.0), block.rows(out)
+        values, value_tangents = block.key.take(v), block.key.take(tv)
+        p = (logits.value - block.query.take(lse).unsqueeze(-1)).exp_()
+        g, attended = block.query.take(grad_out, 0.0), block.query.take(out)
         mu = (p * tangent.value).sum(-1, keepdim=True)
         dot_p = p * (tangent.value - mu)
         dot_out = dot_p @ values + p @ value_tangents
         centred = (g @ values.mT).sub_((g * attended).sum(-1, keepdim=True))  # E − D
         dot_e = (g @ value_tangents.mT).sub_((g * dot_out).sum(-1, keepdim=True))
         r, dot_r = p * centred, dot_p * centred + p * dot_e
-        block.put_rows(g_out, dot_out)
-        block.add_columns(gv, dot_p.mT @ g)
+        block.query.put(g_out, dot_out)
+        block.key.add(gv, dot_p.mT @ g)
         if gb is not None:
-            block.add_columns(gb, dot_r.sum(-2))
+            block.key.add(gb, dot_r.sum(-2))
         terms = [(dot_r, logits.polynomial)]
         if tangent.cosine is not None:
             terms.append((r * tangent.cosine, logits.slope))
         row, column = logits.products_with(terms)
         row_tangent, column_tangent = logits.products_with([(r, logits.polynomial)])
-        block.put_rows(gq, row(logits.k) + row_tangent(tangent.k))
-        block.add_columns(gk, column(logits.q) + column_tangent(tangent.q))
+        block.query.put(gq, row(logits.k) + row_tangent(tangent.k))
+        block.key.add(gk, column(logits.q) + column_tangent(tangent.q))
         if gn is not None:
             cosine_terms = [(dot_r, logits.slope, logits.groups), (r, logits.slope, tangent.groups)]
             if tangent.cosine is not None:
@@ -185,14 +197,14 @@ class _Logits:
         scale: float,
     ) -> None:
         self.block, self.widths, self.scale = block, widths, scale
-        self.q, self.k = block.rows(q), block.columns(k)
+        self.q, self.k = block.query.take(q), block.key.take(k)
         self.groups = _group_products(self.q, self.k, widths)  # A^l
         self.direction: tuple[Tensor, Tensor] | None = None  # of queries (G, 1, R, 3) and keys (G, 1, C, 3)
         self.polynomial: list[Tensor | None] = [None]  # P_l; None for one
         self.slope: list[Tensor | None] = [None]  # P_l'
         self.curvature: list[Tensor | None] = [None]  # P_l''
         if direction is not None:
-            rows, columns = block.rows(direction.unsqueeze(1)), block.columns(direction.unsqueeze(1))
+            rows, columns = block.query.take(direction.unsqueeze(1)), block.key.take(direction.unsqueeze(1))
             self.direction = rows, columns
             both = (rows != 0).any(-1).unsqueeze(-1) & (columns != 0).any(-1).unsqueeze(-2)
             for value, first, second in legendre_derivatives(rows @ columns.mT, len(widths) - 1)[1:]:
@@ -201,9 +213,9 @@ class _Logits:
                 self.curvature.append(second * both)
         self.value = _weighted_sum(self.groups, self.polynomial).mul_(scale)
         if log_envelope is not None:
-            self.value = self.value + block.columns(log_envelope.unsqueeze(1), -torch.inf).unsqueeze(-2)
-        elif block.key_exists is not None:
-            self.value = self.value.masked_fill(~block.key_exists[:, None, None, :], -torch.inf)
+            self.value = self.value + block.key.take(log_envelope.unsqueeze(1), -torch.inf).unsqueeze(-2)
+        elif block.key.exists is not None:
+            self.value = self.value.masked_fill(~block.key.exists[:, None, None, :], -torch.inf)
 
     def products_with(self, terms: list[tuple[Tensor, list[Tensor | None]]]) -> tuple[_Product, _Product]:
         """Per degree ``M_l = s Σ_terms x w_l``; applies ``M_l`` to keys (row sums) or its transpose to queries."""
@@ -235,20 +247,20 @@ class _Tangent:
 
     def __init__(self, logits: _Logits, tq: Tensor, tk: Tensor, tb: Tensor | None, tn: Tensor | None) -> None:
         block, widths = logits.block, logits.widths
-        self.q, self.k = block.rows(tq), block.columns(tk)
+        self.q, self.k = block.query.take(tq), block.key.take(tk)
         first, second = _group_products(self.q, logits.k, widths), _group_products(logits.q, self.k, widths)
         self.groups = [a if a is None or b is None else a + b for a, b in zip(first, second, strict=True)]
         self.value = _weighted_sum(self.groups, logits.polynomial)
         self.direction: tuple[Tensor, Tensor] | None = None
         self.cosine: Tensor | None = None
         if tn is not None and logits.direction is not None:
-            rows, columns = block.rows(tn.unsqueeze(1)), block.columns(tn.unsqueeze(1))
+            rows, columns = block.query.take(tn.unsqueeze(1)), block.key.take(tn.unsqueeze(1))
             self.direction = rows, columns
             self.cosine = rows @ logits.direction[1].mT + logits.direction[0] @ columns.mT
             self.value = self.value + self.cosine * _weighted_sum(logits.groups[1:], logits.slope[1:])
         self.value = self.value * logits.scale
         if tb is not None:
-            self.value = self.value + block.columns(tb.unsqueeze(1)).unsqueeze(-2)
+            self.value = self.value + block.key.take(tb.unsqueeze(1)).unsqueeze(-2)
 
 
 @dataclass(frozen=True)
@@ -297,13 +309,13 @@ def _add_direction_gradient(
     direction = direction if direction is not None else logits.direction
     assert direction is not None
     rows, columns = direction
-    if block.query_exists is not None:
-        c = c * block.query_exists[:, None, :, None]
-    if block.key_exists is not None:
-        c = c * block.key_exists[:, None, None, :]
-    block.add_columns(total, c.mT @ rows)
+    if block.query.exists is not None:
+        c = c * block.query.exists[:, None, :, None]
+    if block.key.exists is not None:
+        c = c * block.key.exists[:, None, None, :]
+    block.key.add(total, c.mT @ rows)
     # Queries are the tokens wherever there are directions.
-    _Block(block.key, block.query, block.key_exists, block.query_exists).add_columns(total, c @ columns)
+    block.query.add(total, c @ columns)
 
 
 def _accumulators(
@@ -326,20 +338,8 @@ def _accumulation(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def _gather(x: Tensor, index: Tensor, exists: Tensor | None, padding: float | None) -> Tensor:
-    """``(T, h, ...)`` to ``(G, h, M, ...)``; padded places get ``padding``, or what the repeated row holds."""
-    heads = x.shape[1]
-    per_head = index.unsqueeze(1) * heads + torch.arange(heads, device=index.device).unsqueeze(-1)  # (G, h, M)
-    found = x.reshape(-1, *x.shape[2:]).index_select(0, per_head.flatten()).unflatten(0, per_head.shape)
-    if exists is not None and padding is not None:
-        mask = ~exists.unsqueeze(1)
-        found = found.masked_fill(mask if found.ndim == 3 else mask.unsqueeze(-1), padding)
-    return found.to(_accumulation(x))
-
-
 def _blocks(query_offsets: Tensor, key_offsets: Tensor, heads: int) -> Iterator[_Block]:
     """Cuts the neighborhoods into blocks of about ``BLOCK_ELEMENTS``, like sizes together."""
-    device = key_offsets.device
     query_sizes, key_sizes = query_offsets.diff().cpu(), key_offsets.diff().cpu()
     order = torch.argsort(key_sizes, stable=True)
     order = order[(key_sizes[order] > 0) & (query_sizes[order] > 0)]
@@ -351,11 +351,10 @@ def _blocks(query_offsets: Tensor, key_offsets: Tensor, heads: int) -> Iterator[
         rows, columns = query_list[first], key_list[first]
         if rows * columns * heads > BLOCK_ELEMENTS:
             start, first_key = int(query_offsets[first]), int(key_offsets[first])
-            key = torch.arange(first_key, first_key + columns, device=device).unsqueeze(0)
-            step = max(1, BLOCK_ELEMENTS // (columns * heads))
-            for low in range(0, rows, step):
-                run = torch.arange(start + low, start + min(rows, low + step), device=device)
-                yield _Block(run.unsqueeze(0), key, None, None)
+            step = max(MIN_ROWS, BLOCK_ELEMENTS // (columns * heads))
+            for low in range(start, start + rows, step):
+                run = slice(low, min(start + rows, low + step))
+                yield _Block(_Rows(run), _Rows(slice(first_key, first_key + columns)))
             place += 1
             continue
         count = max(1, BLOCK_ELEMENTS // (rows * columns * heads))
@@ -363,14 +362,14 @@ def _blocks(query_offsets: Tensor, key_offsets: Tensor, heads: int) -> Iterator[
         place += len(members)
         chosen = torch.tensor(members)
         rows = int(query_sizes[chosen].max())
-        query, query_exists = _padded_rows(query_offsets, chosen, query_sizes, rows)
-        key, key_exists = _padded_rows(key_offsets, chosen, key_sizes, columns)
-        yield _Block(query, key, query_exists, key_exists)
+        query = _padded_rows(query_offsets, chosen, query_sizes, rows)
+        yield _Block(query, _padded_rows(key_offsets, chosen, key_sizes, columns))
 
 
-def _padded_rows(offsets: Tensor, chosen: Tensor, sizes: Tensor, longest: int) -> tuple[Tensor, Tensor | None]:
-    """``(G, longest)`` rows of the chosen neighborhoods, and which exist (None for all)."""
+def _padded_rows(offsets: Tensor, chosen: Tensor, sizes: Tensor, longest: int) -> _Rows:
+    """``(G, longest)`` rows of the chosen neighborhoods."""
     size = sizes[chosen].unsqueeze(1)
     place = torch.arange(longest).unsqueeze(0)
     exists = None if int(size.min()) == longest else (place < size).to(offsets.device)
-    return offsets[chosen.to(offsets.device)].unsqueeze(1) + torch.minimum(place, size - 1).to(offsets.device), exists
+    first = offsets[chosen.to(offsets.device)].unsqueeze(1)
+    return _Rows(first + torch.minimum(place, size - 1).to(offsets.device), exists)

@@ -1,8 +1,9 @@
 """Angles and key bias as further channels, so that an attention kernel of any library computes both.
 
-By the addition theorem, ``P_l(n·n') = Σ_m Y_lm(n) Y_lm(n')``: with every channel of group ``l`` multiplied by the ``2l + 1``
-harmonics of its bond, plain dot products of queries and keys are the angular logits (EScAIP, arXiv 2410.24169, section
-4). The key bias is a dot product as well, of a constant channel of the queries with a channel of the keys.
+By the addition theorem, ``P_l(n·n') = Σ_m Y_lm(n) Y_lm(n')``: with every channel of group ``l`` multiplied by the
+``2l + 1`` harmonics of its bond, plain dot products of queries and keys are the angular logits (EScAIP, arXiv
+2410.24169, section 4). The key bias is a dot product as well, of a constant channel of the queries with a channel of
+the keys.
 
 The harmonics are those of the solid kind, ``|v|^l Y_lm(v/|v|)``. On the unit sphere their products are the Legendre
 polynomials of the other backends and off it they are not; nor is the radial part of the derivative with respect to the
@@ -124,7 +125,7 @@ def plain_operands(
 
 
 def padding_key(width: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A key ``(width,)`` that no query sees, given that of :func:`plain_operands` the first ``channels`` are no bias."""
+    """A key ``(width,)`` that no query sees; ``channels`` of :func:`logit_channels` come before its bias."""
     key = torch.zeros(width, dtype=dtype, device=device)
     key[channels] = _floor(dtype)
     return key
@@ -183,7 +184,7 @@ class _DifferentiableOnce(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Refusing.apply(grad, ctx.backend), None
 
 

@@ -10,9 +10,9 @@ logits. Which kernel runs is PyTorch's choice:
 * Without angles the values are padded to the width of the keys, and flash kernels serve too, on the CPU as well.
 * Otherwise (float64 on CUDA, angles on the CPU) it is PyTorch's own composition, which holds all logits.
 
-The fused kernels have no second derivative, the composition has; so that it does not depend on device and dtype, a second
-derivative is refused always. Nested (jagged) tensors are no way around padding in PyTorch 2.13: they take no
-mask, and their memory-efficient kernel trains not.
+The fused kernels have no second derivative, the composition has; so that nothing hangs on device and dtype, a second
+derivative is always refused. Nested (jagged) tensors are no way around padding in PyTorch 2.13: with gradients they
+are kept from the memory-efficient kernel.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Neighborhood attention by xformers' ``memory_efficient_attention`` on packed tokens: one derivative, CUDA only.
 
-Nothing is padded: a ``BlockDiagonalMask`` tells the neighborhoods apart. That mask takes no bias beside it, so the key bias
-is a channel, as the angles are (:mod:`escaip.ops.expanded`). Of the kernels only the CUTLASS one, which is PyTorch's
-own memory-efficient kernel, takes queries and keys wider than values; it is named, so that no other is tried. It wants
-a compute capability from 5.0 to 9.0.
+Nothing is padded: a ``BlockDiagonalMask`` tells the neighborhoods apart. That mask takes no bias beside it, so the key
+bias is a channel, as the angles are (:mod:`escaip.ops.expanded`). Of the kernels only the CUTLASS one, which is
+PyTorch's own memory-efficient kernel, takes 320 channels of queries and keys beside 64 of values; it is named, so that
+no other is tried. It wants a compute capability from 5.0 to 9.0.
 
 The attention lives in ``xformers.ops.fmha`` (xformers 0.0.35 holds it), and in ``mslk.attention.fmha``, where it moves
-(package ``mslk-cuda``; ``mslk`` on PyPI is an empty placeholder); either serves.
+(package ``mslk-cuda``; ``mslk`` on PyPI is an empty placeholder); the first that works is taken. The wheels on PyPI are
+for one CUDA each, 12 of xformers 0.0.35 and 13 of mslk-cuda 1.1.0, and one for another CUDA than PyTorch's refuses.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from escaip.errors import ConfigError
 from escaip.ops.expanded import (
     CHANNEL_MULTIPLE,
     first_derivative_only,
@@ -42,11 +44,10 @@ def availability() -> str | None:
     if not torch.cuda.is_available():
         return "needs a CUDA device, and none is usable here"
     try:
-        fmha = _library()
-    except Exception as error:  # compiled code of a third party, against another PyTorch maybe
-        return f"cannot import xformers ({_first_line(error)}): {_REMEDY}, and mslk-cuda where xformers asks for mslk"
-    reasons = _refusals(fmha, torch.device("cuda"))
-    return f"finds no kernel for this GPU ({'; '.join(reasons)}): use sdpa instead" if reasons else None
+        _library()
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def xformers_attention(
@@ -97,15 +98,19 @@ def xformers_attention(
 
 @functools.cache
 def _library() -> Any:
-    """The module with ``memory_efficient_attention``, from whichever package has it."""
-    missing: Exception | None = None
+    """The module with ``memory_efficient_attention``, from the first package whose kernel can run here."""
+    problems = []
     for home in _HOMES:
         try:
-            return importlib.import_module(home)
-        except (ImportError, OSError) as error:  # mslk raises OSError where its library does not load
-            missing = missing or error
-    assert missing is not None
-    raise missing
+            fmha = importlib.import_module(home)
+            reasons = _refusals(fmha, torch.device("cuda"))
+        except Exception as error:  # compiled code of a third party, for another PyTorch or CUDA maybe
+            reasons = [(str(error).splitlines() or [type(error).__name__])[0]]
+        if not reasons:
+            return fmha
+        problems.append(f"{home}: {', '.join(reasons)}")
+    found = "; ".join(problems)
+    raise ConfigError(f"finds no usable kernel ({found}): {_REMEDY} for the CUDA of this PyTorch, or use sdpa")
 
 
 def _refusals(fmha: Any, device: torch.device) -> list[str]:
@@ -115,7 +120,3 @@ def _refusals(fmha: Any, device: torch.device) -> list[str]:
     inputs = fmha.Inputs(query=wide, key=wide, value=narrow, attn_bias=mask, scale=1.0)
     reasons = [reason for op in fmha.MemoryEfficientAttentionCutlassOp for reason in op.not_supported_reasons(inputs)]
     return list(dict.fromkeys(map(str, reasons)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

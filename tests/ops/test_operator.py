@@ -79,6 +79,7 @@ def test_blocks_of_any_size_agree(
 ) -> None:
     """Runs of queries of one neighborhood, single neighborhoods, and padded groups of several."""
     monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(blocked, "MIN_ROWS", 1)
     inputs = make_inputs([4, 1, 6, 3, 5, 5])
     if only_self:
         inputs["q"] = inputs["q"][inputs["offsets"][:-1]]
