@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from dataclasses import dataclass
@@ -131,11 +132,8 @@ def choose_backend(name: str, request: Request) -> BackendInfo:
 
 def _interpreted(request: Request) -> bool:
     """Triton's interpreter runs the kernels on CPU tensors, slowly: for tests, asked for by name only."""
-    from dataclasses import replace
-
-    return (
-        _BY_NAME["triton"].refuses(replace(request, device="cuda")) is None and _unusable("triton-interpreter") is None
-    )
+    on_gpu = dataclasses.replace(request, device="cuda")
+    return _BY_NAME["triton"].refuses(on_gpu) is None and _unusable("triton") is None
 
 
 @torch.compiler.assume_constant_result
@@ -145,27 +143,8 @@ def _unusable(name: str) -> str | None:
 
 @functools.cache
 def _look(name: str) -> str | None:
-    if name == "triton":
-        return None if torch.cuda.is_available() and _look("triton-package") is None else (
-            _look("triton-package") or "needs a CUDA device, and none is usable here"
-        )  # fmt: skip
-    if name == "triton-package":
-        try:
-            importlib.import_module("triton")
-        except ImportError:
-            return "needs Triton: pip install 'escaip[cuda]'"
-        return None
-    if name == "triton-interpreter":
-        if _look("triton-package") is not None:
-            return _look("triton-package")
-        from triton import knobs
-
-        return None if knobs.runtime.interpret else "set TRITON_INTERPRET=1 before Python starts"
-    if name in ("native", "sdpa", "xformers"):
-        try:
-            return importlib.import_module(f"escaip.ops.{name}").availability()
-        except (ModuleNotFoundError, AttributeError):
-            return "TODO"
+    if name in ("native", "sdpa", "triton", "xformers"):
+        return importlib.import_module(f"escaip.ops.{name}").availability()
     return None
 
 

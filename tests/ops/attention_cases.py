@@ -8,6 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from escaip.ops import available_backends
+
+# Those that take float64 on the CPU; the GPU kernels have tests of their own.
+CPU_BACKENDS = [info for info in available_backends() if not info.devices or "cpu" in info.devices]
 LEAVES = ("q", "k", "v", "log_envelope", "direction")
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import LEAVES, derivatives, make_inputs, relative_errors
+from attention_cases import CPU_BACKENDS, LEAVES, derivatives, make_inputs, relative_errors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from escaip.errors import ConfigError
-from escaip.ops import available_backends, backends, blocked, neighborhood_attention
+from escaip.ops import backends, blocked, neighborhood_attention
 from escaip.ops.operator import FAMILIES, attention, attention_backward, attention_double_backward
 
 CHANNELS = (2, 1, 1, 1, 1)
-USABLE_FAMILIES = [info.name for info in available_backends() if info.name in FAMILIES]
+USABLE_FAMILIES = [info.name for info in CPU_BACKENDS if info.name in FAMILIES]
 
 
 def call(inputs: dict[str, Tensor], backend: str, **changes: Any) -> Tensor:
@@ -131,7 +131,7 @@ def test_half_types_sum_in_float32(backend: str, dtype: torch.dtype) -> None:
     assert relative_errors([found], [exact])[0] < (4e-3 if dtype == torch.bfloat16 else 5e-4)
 
 
-@pytest.mark.parametrize("backend", [info.name for info in available_backends()])
+@pytest.mark.parametrize("backend", [info.name for info in CPU_BACKENDS])
 def test_autocast_takes_features_in_its_dtype_and_keeps_the_geometry(backend: str) -> None:
     inputs = make_inputs([9, 4], width=16)
     single = {name: inputs[name].float().requires_grad_() for name in LEAVES}

@@ -1,0 +1,284 @@
+"""The kernel family: forward, backward and double backward on packed tokens (see ``escaip.ops.operator``).
+
+No step waits for the GPU: sizes known on the host are shapes alone, so all of it can be captured in a CUDA graph. Sums
+over heads and over the two halves of the directions' gradient are PyTorch's, in a fixed order: same bits on every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from escaip.ops.triton.backward_kernels import backward_columns, backward_rows
+from escaip.ops.triton.chunks import Chunks, cut
+from escaip.ops.triton.double_backward_kernels import double_backward_columns, double_backward_rows
+from escaip.ops.triton.forward_kernels import forward_rows
+from escaip.ops.triton.pieces import assign_tiles
+from escaip.ops.triton.tiles import choose_tile, padded_columns
+
+# Up to this mean size a program serves a whole neighborhood, where sizes are alike: those with an envelope.
+WHOLE = 128
+SLOTS_PER_PROGRAM = 128
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the three functions have in common: contiguous inputs, and constants of the kernels.
+
+    Attributes:
+        tensors: arguments of every kernel by name.
+        logits: chunks of q and k.
+        values: chunks of v.
+        precision: of float32 matrix products, in Triton's words.
+    """
+
+    tensors: dict[str, Tensor | None]
+    scale: float
+    logits: Chunks
+    values: Chunks
+    precision: str
+
+    def launch(self, kernel: Any, by_key: bool, **arguments: Any) -> None:
+        """Runs a kernel over all tiles of queries, or of keys."""
+        q, k, bias = self["q"], self["k"], self.tensors["log_envelope"]
+        own, other = (k, q) if by_key else (q, k)
+        offsets = self["key_offsets"] if by_key else self["query_offsets"]
+        neighborhoods = offsets.shape[0] - 1
+        own_mean, other_mean = own.shape[0] / neighborhoods, other.shape[0] / neighborhoods
+        angles, columns = self.tensors["direction"] is not None, padded_columns(self.logits, self.values)
+        tile = choose_tile(kernel.__name__, angles, q.element_size(), columns, own_mean, other_mean)
+        split = bias is None or own_mean > WHOLE
+        programs, owners = neighborhoods, None
+        if split:
+            programs, owners = tile_owners(offsets, own.shape[0], tile.own)
+        kernel[(programs, q.shape[1])](
+            **self.tensors, **arguments, owners=owners, scale=self.scale, H=q.shape[1], D=q.shape[2],
+            LOGITS=self.logits, VALUES=self.values, ANGLES=angles,
+            BIAS=bias is not None, SPLIT=split, PRECISION=self.precision, OWN=tile.own, OTHER=tile.other,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        assert tensor is not None
+        return tensor
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is no pair, hence nothing to run."""
+        return self["q"].shape[0] == 0 or self["k"].shape[0] == 0
+
+    @property
+    def all_channels(self) -> bool:
+        """Whether every channel of q and k takes part in the logits."""
+        return sum(chunk[1] for chunk in self.logits) == self["q"].shape[2]
+
+    def gradient(self, name: str) -> Tensor:
+        """Where a kernel writes the gradient of q or k: zero in channels that take no part."""
+        like = self[name]
+        return torch.empty_like(like) if self.all_channels and not self.nothing else torch.zeros_like(like)
+
+
+def pose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    widths: tuple[int, ...],
+    scale: float,
+) -> Problem:
+    """Collects what every kernel takes."""
+    tensors = {
+        "q": q, "k": k, "v": v, "log_envelope": log_envelope, "direction": direction,
+        "query_offsets": query_offsets, "key_offsets": key_offsets,
+    }  # fmt: skip
+    contiguous = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
+    return Problem(contiguous, scale, cut(tuple(widths)), cut((q.shape[2],)), matmul_precision(q))
+
+
+def matmul_precision(x: Tensor) -> str:
+    """How products of float32 tiles are taken for tensors like ``x``.
+
+    Three TF32 products keep float32's digits on tensor cores; one where the user allows PyTorch as much. Float16
+    tensors meet float32 tiles too, which TF32 rounds as float16 would.
+    """
+    if torch.version.hip or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return "ieee"
+    exact = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "tf32x3" if exact else "tf32"
+
+
+def tile_owners(offsets: Tensor, count: int, own: int) -> tuple[int, Tensor]:
+    """Cuts neighborhoods into tiles of ``own`` tokens without knowing their sizes on the host.
+
+    Neighborhood ``i`` has the slots from ``offsets[i] // own + i`` on. They are enough: ``ceil(n / own)`` is at most
+    ``(o + n) // own − o // own + 1``. A few slots stay empty.
+
+    Returns:
+        The number of slots, and the neighborhood of each, int32.
+    """
+    neighborhoods = offsets.shape[0] - 1
+    slots = count // own + neighborhoods
+    owners = offsets.new_empty(slots, dtype=torch.int32)
+    assign_tiles[(triton.cdiv(slots, SLOTS_PER_PROGRAM),)](
+        offsets, owners, slots, neighborhoods, neighborhoods.bit_length(), OWN=own, BLOCK=SLOTS_PER_PROGRAM
+    )
+    return slots, owners
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    widths: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query over the keys of its neighborhood.
+
+    Args:
+        q: ``(Q, h, d)`` float32, bfloat16 or float16.
+        k: ``(T, h, d)``.
+        v: ``(T, h, d)``.
+        log_envelope: ``(T,)`` float32 or None.
+        direction: ``(T, 3)`` float32, zero for self tokens; None where ``widths`` has one entry. With it, queries
+            are the tokens.
+        query_offsets: ``(N + 1,)`` int64, queries of each neighborhood.
+        key_offsets: ``(N + 1,)`` int64, keys of each neighborhood.
+        widths: channels per angular degree.
+        scale: factor on the products.
+
+    Returns:
+        ``out (Q, h, d)`` in the dtype of q, and ``lse (Q, h)`` float32, the log of the softmax normaliser.
+    """
+    problem = pose(q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale)
+    out = torch.empty_like(problem["q"])
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    if problem.nothing:
+        return out.zero_(), lse.zero_()
+    with torch.cuda.device_of(q):
+        problem.launch(forward_rows, by_key=False, out=out, lse=lse)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    widths: tuple[int, ...],
+    scale: float,
+    with_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, log envelope and direction; None for the last two where there is none.
+
+    Takes what :func:`forward` takes and returns, ``grad_out (Q, h, d)``, and whether the gradient of the direction is
+    wanted (``with_direction``).
+    """
+    problem = pose(q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale)
+    dq, dk, dv = problem.gradient("q"), problem.gradient("k"), torch.empty_like(problem["v"])
+    heads_db, halves_dn = _partial_sums(problem, with_direction)
+    if problem.nothing:
+        return dq, dk, dv.zero_(), _sum_bias(heads_db), _sum_direction(halves_dn)
+    dots = lse.new_empty(lse.shape[::-1])
+    rows_dn, columns_dn = (None, None) if halves_dn is None else halves_dn.unbind(0)
+    common = {
+        "grad_out": grad_out.contiguous(), "lse": lse.contiguous(), "dots": dots, "num_queries": q.shape[0],
+        "WITH_DN": halves_dn is not None,
+    }  # fmt: skip
+    with torch.cuda.device_of(q):
+        problem.launch(backward_rows, by_key=False, out=out.contiguous(), dq=dq, dn=rows_dn, **common)
+        problem.launch(
+            backward_columns, by_key=True, dk=dk, dv=dv, db=heads_db, dn=columns_dn, num_keys=k.shape[0], **common
+        )
+    return dq, dk, dv, _sum_bias(heads_db), _sum_direction(halves_dn)
+
+
+def double_backward(
+    tq: Tensor,
+    tk: Tensor,
+    tv: Tensor,
+    tb: Tensor | None,
+    tn: Tensor | None,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_envelope: Tensor | None,
+    direction: Tensor | None,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    widths: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of ``grad_out``, q, k, v, log envelope and direction; None for the last two where there is none.
+
+    Takes what :func:`backward` takes, and the cotangents ``tq, tk, tv, tb, tn`` of what it returns; ``tb`` and ``tn``
+    may be None for zero.
+    """
+    problem = pose(q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale)
+    gq, gk, gv = problem.gradient("q"), problem.gradient("k"), torch.empty_like(problem["v"])
+    grad_grad_out = torch.empty_like(problem["q"])
+    heads_gb, halves_gn = _partial_sums(problem, True)
+    if problem.nothing:
+        return grad_grad_out.zero_(), gq, gk, gv.zero_(), _sum_bias(heads_gb), _sum_direction(halves_gn)
+    dots, means, dots_t = (lse.new_empty(lse.shape[::-1]) for _ in range(3))
+    rows_gn, columns_gn = (None, None) if halves_gn is None else halves_gn.unbind(0)
+    common = {
+        "tq": tq.contiguous(), "tk": tk.contiguous(), "tv": tv.contiguous(), "tb": _tangent(tb, log_envelope),
+        "tn": _tangent(tn, direction), "grad_out": grad_out.contiguous(), "lse": lse.contiguous(), "dots": dots,
+        "means": means, "dots_t": dots_t, "num_queries": q.shape[0],
+    }  # fmt: skip
+    with torch.cuda.device_of(q):
+        problem.launch(
+            double_backward_rows, by_key=False, out=out.contiguous(), grad_grad_out=grad_grad_out, gq=gq, gn=rows_gn,
+            **common,
+        )  # fmt: skip
+        problem.launch(
+            double_backward_columns, by_key=True, gk=gk, gv=gv, gb=heads_gb, gn=columns_gn, num_keys=k.shape[0],
+            **common,
+        )  # fmt: skip
+    return grad_grad_out, gq, gk, gv, _sum_bias(heads_gb), _sum_direction(halves_gn)
+
+
+def _partial_sums(problem: Problem, with_direction: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Each head's share of db, ``(h, T)``, and of the rows and the columns to dn, ``(2, h, T, 3)``."""
+    k, bias, direction = problem["k"], problem.tensors["log_envelope"], problem.tensors["direction"]
+    empty = torch.zeros if problem.nothing else torch.empty
+    shape = (k.shape[1], k.shape[0])
+    heads_db = None if bias is None else empty(shape, dtype=torch.float32, device=k.device)
+    if direction is None or not with_direction:
+        return heads_db, None
+    return heads_db, empty((2, *shape, 3), dtype=torch.float32, device=k.device)
+
+
+def _sum_bias(heads_db: Tensor | None) -> Tensor | None:
+    return None if heads_db is None else heads_db.sum(0)
+
+
+def _sum_direction(halves_dn: Tensor | None) -> Tensor | None:
+    return None if halves_dn is None else halves_dn.sum((0, 1))
+
+
+def _tangent(tangent: Tensor | None, of: Tensor | None) -> Tensor | None:
+    if of is None:
+        return None
+    return torch.zeros_like(of) if tangent is None else tangent.contiguous()

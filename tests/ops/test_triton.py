@@ -1,0 +1,262 @@
+"""The Triton kernels against the specification in float64: value, first and second derivative.
+
+Without a GPU they run in Triton's interpreter, on CPU tensors; that they compile to GPU code is a test of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+triton = pytest.importorskip("triton")
+
+from triton_cases import Case, cotangents, errors, make_case, run_family, run_reference, with_zero_key  # noqa: E402
+
+from escaip.ops.triton import is_usable, launch  # noqa: E402
+from escaip.ops.triton.chunks import cut  # noqa: E402
+from escaip.ops.triton.launch import backward, double_backward, forward  # noqa: E402
+from escaip.ops.triton.tiles import OVERRIDES, Tile  # noqa: E402
+
+PUBLISHED = (20, 10, 4, 10, 20)
+# float32: accumulated rounding. Half types: every computed operand of a matrix product and every result is rounded,
+# by 2^-9 in bfloat16 and 2^-12 in float16; second derivatives chain twice as many of those as first ones.
+TOLERANCE = {torch.float32: (1e-5, 1e-5, 1e-5), torch.bfloat16: (4e-3, 6e-3, 8e-3), torch.float16: (5e-4, 1e-3, 1e-3)}
+KERNELS = ("forward_rows", "backward_rows", "backward_columns", "double_backward_rows", "double_backward_columns")
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a small tile as for a large one; tests of the tiles choose their own."""
+    for kernel in KERNELS:
+        monkeypatch.setitem(OVERRIDES, kernel, Tile(32, 32, 4))
+
+
+def check(case: Case, with_direction: bool = True) -> None:
+    grad_out, tangents = cotangents(case)
+    found = run_family(case, grad_out, tangents, with_direction)
+    expected = run_reference(case, grad_out, tangents, with_direction)
+    value, first, second = TOLERANCE[case.q.dtype]
+    for name, error in errors(found, expected).items():
+        limit = value if name == "out" else first if name[0] == "d" else second
+        assert error < limit, f"{name}: {error:.2e}"
+    for name, x in found.items():
+        assert x is None or torch.isfinite(x).all(), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("use", ["all", "self", "node"])
+def test_published_channels(dtype: torch.dtype, use: str) -> None:
+    widths = (64,) if use == "node" else PUBLISHED
+    check(make_case([3, 18], d=64, widths=widths, dtype=dtype, use=use))
+
+
+@pytest.mark.parametrize(
+    ("d", "widths"),
+    [
+        (16, (5, 3, 1, 3, 4)),
+        (32, (10, 5, 2, 5, 10)),
+        (80, (25, 12, 5, 13, 25)),
+        (128, (40, 20, 8, 20, 40)),
+        (16, (4, 0, 12)),  # an empty group
+        (16, (16, 0, 0)),  # angles that nothing depends on
+        (24, (4, 5, 3)),  # channels that take no part
+        (12, (2, 10)),
+    ],
+)
+def test_head_sizes(d: int, widths: tuple[int, ...]) -> None:
+    check(make_case([2, 18], d=d, widths=widths))
+
+
+@pytest.mark.parametrize("d", [16, 48, 80])
+def test_no_angles(d: int) -> None:
+    check(make_case([3, 18], heads=2, d=d, widths=(d,)))
+
+
+def test_long_neighborhood_and_many_tiles() -> None:
+    check(make_case([100, 2], widths=(9, 7)))
+
+
+def test_systems_of_very_different_sizes_some_empty() -> None:
+    check(make_case([0, 70, 0, 1, 16, 0], widths=(16,), use="node"))
+
+
+def test_without_gradient_of_the_direction() -> None:
+    check(make_case([4, 18], heads=2, widths=(9, 7)), with_direction=False)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 36), min_size=1, max_size=3),
+    heads=st.integers(1, 2),
+    widths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    use=st.sampled_from(["all", "self", "node"]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=6)
+def test_any_shape(sizes: list[int], heads: int, widths: list[int], use: str, seed: int) -> None:
+    groups = (widths[0] + 1, *widths[1:]) if use != "node" else (16,)
+    check(make_case(sizes, heads, sum(groups), groups, use=use, seed=seed))
+
+
+def test_one_token_neighborhoods() -> None:
+    """A softmax over one key is constant: all gradients but that of the value vanish."""
+    case = make_case([1, 1, 1])
+    grad_out, tangents = cotangents(case)
+    found = run_family(case, grad_out, tangents)
+    torch.testing.assert_close(found["out"], case.v)
+    torch.testing.assert_close(found["dv"], grad_out)
+    for name in ("dq", "dk", "db", "dn", "gq", "gk", "gv", "gb", "gn"):
+        assert found[name].abs().max() < 1e-5, name
+
+
+def test_coincident_and_antiparallel_directions() -> None:
+    case = make_case([6, 5])
+    case.direction[2] = case.direction[1]
+    case.direction[3] = -case.direction[1]
+    case.direction[7:] = case.direction[7]
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_removed_key_is_as_if_absent(dtype: torch.dtype) -> None:
+    """Minus infinity in a tile of its own too: finite numbers everywhere, zero at the key, the rest unchanged."""
+    case = make_case([4, 40], widths=(8, 8), dtype=dtype)
+    gone = torch.tensor([2, *range(4, 36), 40])  # among them the first tile of the second neighborhood
+    for token in gone.tolist():
+        case = with_zero_key(case, token)
+    grad_out, tangents = cotangents(case)
+    found = run_family(case, grad_out, tangents)
+    assert all(x is None or torch.isfinite(x).all() for x in found.values())
+    for name in ("dk", "dv", "db", "gk", "gv", "gb"):
+        assert (found[name][gone].double().abs() < 1e-30).all(), (
+            name
+        )  # the interpreter's bfloat16 zero is 1e-38 at times
+    case.k[gone], case.v[gone] = 3.0, -2.0
+    again = run_family(case, grad_out, tangents)
+    for name in ("out", "dq", "gG", "gq"):
+        torch.testing.assert_close(again[name], found[name])
+
+
+def test_a_constant_added_to_the_bias_tangent_changes_nothing() -> None:
+    """Softmax does not see it, and no digits are lost to it."""
+    case = make_case([20], d=32, widths=(16, 16), dtype=torch.bfloat16)
+    grad_out, tangents = cotangents(case)
+    plain = run_family(case, grad_out, tangents)
+    tangents[3] = tangents[3] + 64.0
+    shifted = run_family(case, grad_out, tangents)
+    for name in ("gG", "gq", "gv"):
+        error = (shifted[name] - plain[name]).float().norm() / plain[name].float().norm()
+        assert error < 5e-3, name
+
+
+def test_usable_in_the_interpreter() -> None:
+    assert is_usable()
+
+
+def test_nothing_to_do() -> None:
+    case = make_case([])
+    found = run_family(case, *cotangents(case))
+    assert found["out"].shape == (0, 1, 16)
+    assert found["gn"].shape == (0, 3)
+
+
+def test_same_bits_twice_and_inputs_untouched() -> None:
+    case = make_case([7, 33], widths=(8, 8))
+    grad_out, tangents = cotangents(case)
+    inputs = [x for x in (*case.arguments, grad_out, *tangents) if x is not None]
+    before = [x.clone() for x in inputs]
+    first, second = run_family(case, grad_out, tangents), run_family(case, grad_out, tangents)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+def test_strided_inputs() -> None:
+    case = make_case([5, 9], heads=2, widths=(8, 8))
+    whole = torch.stack([case.q, case.k, case.v], 2)
+    expected = forward(*case.arguments, case.widths, case.scale)
+    q, k, v = whole.unbind(2)
+    found = forward(q, k, v, *case.arguments[3:], case.widths, case.scale)
+    assert torch.equal(found[0], expected[0])
+    rest = (*expected, case.widths, case.scale)
+    grad = torch.randn(16, 2, 14).transpose(0, 2)
+    a = backward(grad.contiguous(), *case.arguments, *rest, True)
+    b = backward(grad, q, k, v, *case.arguments[3:], *rest, True)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    c = double_backward(*a, grad.contiguous(), *case.arguments, *rest)
+    e = double_backward(*b, grad, q, k, v, *case.arguments[3:], *rest)
+    assert all(torch.equal(x, y) for x, y in zip(c, e, strict=True))
+
+
+def test_lse() -> None:
+    case = make_case([6], widths=(16,))
+    lse = forward(*case.arguments, case.widths, case.scale)[1]
+    logits = case.scale * torch.einsum("jhd,khd->jkh", case.q, case.k) + case.log_envelope[None, :, None]
+    torch.testing.assert_close(lse, logits.logsumexp(1))
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 32, 4), Tile(32, 16, 2), Tile(64, 64, 4)])
+def test_any_tile_gives_the_same(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in KERNELS:
+        monkeypatch.setitem(OVERRIDES, kernel, tile)
+    check(make_case([21, 3, 40], widths=(8, 0, 8)))
+    check(make_case([21, 0, 40], widths=(16,), use="node"))
+
+
+COMPILE = """
+import json, attention_compile as tool
+chosen = [
+    (80, "forward_rows", "bf16", 64, "angles", "tf32"),
+    (90, "backward_rows", "bf16", 64, "angles", "tf32"),
+    (80, "backward_columns", "bf16", 64, "angles", "tf32"),
+    (90, "double_backward_columns", "bf16", 64, "angles", "tf32"),
+    (90, "forward_rows", "fp32", 64, "angles", "tf32x3"),
+    (80, "backward_columns", "fp16", 80, "envelope", "tf32"),
+    (80, "double_backward_rows", "fp32", 16, "node", "tf32x3"),
+]
+records = [tool.compile_one(tool.Configuration(*rest), arch) for arch, *rest in chosen]
+print(json.dumps([(record.kernel, record.spilled, record.shared) for record in records]))
+"""
+
+
+@pytest.mark.slow
+def test_compiles_for_gpus_without_one(tmp_path: Path) -> None:
+    """For compute capability 8.0 and 9.0; next to nothing is spilled and consumer GPUs have the shared memory."""
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    if not (benchmarks / "attention_compile.py").exists():
+        pytest.skip("needs a checkout")
+    # A process of its own: here the kernels are the interpreter's.
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environment, cwd=benchmarks, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for kernel, spilled, shared in json.loads(done.stdout):
+        assert spilled <= 64, kernel
+        assert shared <= 99 * 1024, kernel
+
+
+def test_tile_owners_cover_every_token_once() -> None:
+    sizes = [0, 5, 16, 17, 0, 33, 1, 0]
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    slots, owners = launch.tile_owners(offsets, int(offsets[-1]), 16)
+    covered: list[int] = []
+    for slot in range(slots):
+        owner = int(owners[slot])
+        begin, end = int(offsets[owner]), int(offsets[owner + 1])
+        first = begin + (slot - begin // 16 - owner) * 16
+        covered += range(first, min(end, first + 16))
+    assert covered == list(range(sum(sizes)))
+
+
+def test_chunks_cover_the_channels() -> None:
+    groups = ((0, 20, 32, 0), (20, 10, 16, 1), (30, 4, 16, 2), (34, 10, 16, 3), (44, 20, 32, 4))
+    assert cut(PUBLISHED) == groups
+    assert cut((80,)) == ((0, 64, 64, 0), (64, 16, 32, 0))
+    assert cut((200, 0, 3)) == ((0, 128, 128, 0), (128, 64, 64, 0), (192, 8, 16, 0), (200, 3, 32, 2))
