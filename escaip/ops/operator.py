@@ -21,7 +21,7 @@ FAMILIES = ("blocked", "native", "triton")
 
 def kernel_family(name: str) -> ModuleType:
     """The module with ``forward``, ``backward``, ``double_backward``; imported when first asked for."""
-    return importlib.import_module("escaip.ops.triton.launch" if name == "triton" else f"escaip.ops.{name}")
+    return importlib.import_module(f"escaip.ops.{name}")
 
 
 @torch.library.custom_op("escaip::attention", mutates_args=())
