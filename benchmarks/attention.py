@@ -11,8 +11,8 @@ share of the machine's own limits (measured first: a large copy and a large matr
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
-import os
 import resource
 import statistics
 import time
@@ -20,8 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines would bury the table
 
 import torch
 from common import markdown_table, provenance, write_json
@@ -194,21 +192,28 @@ def median_seconds(function: Callable[[], Any], device: str, repeats: int) -> fl
 
 
 def peak_bytes(function: Callable[[], Any], device: str) -> float | None:
-    """Most memory in use above what was there; on the CPU through the allocator's own trace."""
+    """Most memory in use above what was there; on the CPU resident memory, None where Linux does not tell."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed must not serve this one unseen
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # starts the high-water mark anew
+        before = _resident("VmRSS")
         function()
-    total = most = 0
-    for event in sorted(profile.events(), key=lambda e: e.time_range.start):
-        if event.name == "[memory]":
-            total += event.cpu_memory_usage if hasattr(event, "cpu_memory_usage") else event.self_cpu_memory_usage
-            most = max(most, total)
-    return float(most)
+        return _resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(what: str) -> float:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(what):
+            return 1024.0 * float(line.split()[1])
+    raise OSError(f"{what} is not told")
 
 
 def measure_case(case: Case, names: list[str] | None, repeats: int, peaks: tuple[float, float]) -> list[dict[str, Any]]:
@@ -227,7 +232,8 @@ def measure_case(case: Case, names: list[str] | None, repeats: int, peaks: tuple
                 seconds = median_seconds(lambda f=function, s=step: run(f, inputs, s), case.device, repeats)
                 row |= {"ms": 1e3 * seconds, "of_least_time": least / seconds}
                 row["bandwidth_bound"] = work[0] / peaks[0] > work[1] / peaks[1]
-                row["peak_MiB"] = (peak_bytes(lambda f=function, s=step: run(f, inputs, s), case.device) or 0.0) / 2**20
+                peak = peak_bytes(lambda f=function, s=step: run(f, inputs, s), case.device)
+                row["peak_MiB"] = None if peak is None else peak / 2**20
             except (RuntimeError, EscaipError) as error:  # out of memory, no kernel, no second derivative
                 row |= {"ms": None, "why": str(error).splitlines()[0][:160]}
             rows.append(row)
