@@ -24,8 +24,9 @@ def losses(backend: str, steps: int) -> list[float]:
     molecule = ase.build.molecule("CO")
     molecule.rattle(0.1, seed=1)
     batch = collate([AtomicData.from_ase(molecule)]).to(DEVICE)
-    target = torch.randn(2, 3, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    optimizer = torch.optim.Adam(potential.parameters(), lr=1e-2)
+    bond = batch.positions[1] - batch.positions[0]
+    target = 0.5 * torch.stack([bond, -bond]).float()  # what a gradient of an energy can be
+    optimizer = torch.optim.Adam(potential.parameters(), lr=1e-3)
     seen = []
     for _ in range(steps):
         prediction = potential(batch, create_graph=True)
@@ -41,5 +42,5 @@ def losses(backend: str, steps: int) -> list[float]:
 def test_fifty_steps_give_the_losses_of_the_reference() -> None:
     fused, plain = losses("triton", 50), losses("reference", 50)
     assert plain[-1] < 0.8 * plain[0]
-    # float32 in another order of sums: rounding, which fifty steps of Adam do not blow up.
-    assert fused == pytest.approx(plain, rel=2e-3)
+    # float32 in another order of sums: rounding, which fifty small steps of Adam do not blow up.
+    assert fused == pytest.approx(plain, abs=1e-3 * plain[0])
