@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from escaip.errors import EscaipError
 from escaip.ops import available_backends, neighborhood_attention
 from escaip.ops.expanded import unit_harmonics
+from escaip.ops.padding import Padding
 
 CHANNELS = {32: (10, 5, 2, 5, 10), 64: (20, 10, 4, 10, 20)}
 LEAVES = ("q", "k", "v", "log_envelope", "direction")
@@ -76,25 +77,14 @@ class Case:
         tensors = {**features, "log_envelope": log_envelope, "direction": direction, "offsets": offsets}
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
-
-def padded(inputs: dict[str, Tensor]) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
-    """``(T, ...)`` to ``(N, M, ...)`` with ``M`` the longest neighborhood, and ``(N, h, M, d)`` back to tokens."""
-    offsets = inputs["offsets"]
-    sizes = offsets.diff()
-    atoms, longest = len(sizes), int(sizes.max())
-    owner = torch.repeat_interleave(torch.arange(atoms, device=offsets.device), sizes)
-    slot = owner * longest + torch.arange(len(owner), device=offsets.device) - offsets[owner]
-
-    def pad(x: Tensor, fill: float = 0.0) -> Tensor:
-        flat = x.new_full((atoms * longest, *x.shape[1:]), fill)
-        return flat.index_copy(0, slot, x).unflatten(0, (atoms, longest))
-
-    return pad, lambda x: x.transpose(1, 2).flatten(0, 1).index_select(0, slot)
+    def exact(self) -> dict[str, Tensor]:
+        """The same numbers, as rounded to the type of the case, in float64."""
+        return {name: x.double() if x.is_floating_point() else x for name, x in self.inputs().items()}
 
 
 def expanded_operands(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Padded q, k, v, bias with every channel of degree ``l`` times the ``2l + 1`` harmonics of its bond."""
-    pad, _ = padded(inputs)
+    pad = Padding.of(inputs["offsets"], len(inputs["k"])).pad
     degrees = [y.to(case.dtype) for y in unit_harmonics(inputs["direction"], len(case.channels) - 1)]  # (T, 2l + 1)
 
     def expand(x: Tensor) -> Tensor:
@@ -110,7 +100,7 @@ def published(case: Case, inputs: dict[str, Tensor]) -> Tensor:
     """The attention of the published code as it must be for a second derivative: expanded, padded, unfused."""
     q, k, v, bias = expanded_operands(case, inputs)
     probability = torch.softmax(case.scale * (q @ k.transpose(-1, -2)) + bias, -1)
-    return padded(inputs)[1](probability @ v)
+    return Padding.of(inputs["offsets"], len(inputs["k"])).unpad((probability @ v).transpose(1, 2))
 
 
 def with_sdpa(case: Case, inputs: dict[str, Tensor], kernel: SDPBackend) -> Tensor:
@@ -119,18 +109,26 @@ def with_sdpa(case: Case, inputs: dict[str, Tensor], kernel: SDPBackend) -> Tens
     mask = bias.expand(-1, 1, q.shape[2], -1)
     with sdpa_kernel(kernel):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=case.scale)
-    return padded(inputs)[1](out)
+    return Padding.of(inputs["offsets"], len(inputs["k"])).unpad(out.transpose(1, 2))
 
 
-def run(function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], step: str) -> None:
+def run(function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], step: str) -> list[Tensor]:
     """The value; its gradient; or a gradient of the gradient, as a force loss takes it."""
     leaves = {name: inputs[name].detach().requires_grad_(step != "value") for name in LEAVES}
     out = function({**inputs, **leaves})
     if step == "value":
-        return
-    first = torch.autograd.grad(out.float().square().sum(), list(leaves.values()), create_graph=step == "double")
-    if step == "double":
-        torch.autograd.grad(sum(g.float().square().sum() for g in first), list(leaves.values()))
+        return [out]
+    first = torch.autograd.grad(project(out), list(leaves.values()), create_graph=step == "double")
+    if step == "gradient":
+        return list(first)
+    total = torch.stack([project(g) for g in first]).sum()
+    return list(torch.autograd.grad(total, list(leaves.values())))
+
+
+def project(x: Tensor) -> Tensor:
+    """A scalar whose cotangents are of order one, the same in every type: half types would over- or underflow."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.cos(torch.arange(x.numel(), device=x.device, dtype=wide.dtype)).view_as(x)).sum()
 
 
 def candidates(case: Case, names: list[str] | None) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_suite.py [--minutes 8] [--out DIR]
 
-Every attention backend against float64 in value, first and second derivative; its time and peak memory beside the
-expanded-channel attention that the published implementation computes; the graph; whole conservative training
+Every attention backend against float64 in value, first and second derivative; the main cases of attention.py, with
+the expanded channels of the published implementation beside; the graph; whole conservative training
 steps of the presets; and the quickstart recipe, in the time that is left. Writes ``gpu_suite.json`` under ``--out``
 (by default the folder named by the variable OUT, else runs/bench). ``--device cpu --small`` runs it all tiny.
 """
@@ -11,82 +11,22 @@ steps of the presets; and the quickstart recipe, in the time that is left. Write
 from __future__ import annotations
 
 import argparse
-import functools
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attention as bench
 import torch
 from common import markdown_table, measure, provenance, write_json
 from torch import Tensor
 
 from escaip import EScAIPConfig, Potential
 from escaip.graph import build_graph
-from escaip.graph.features import real_harmonics
-from escaip.ops import available_backends, neighborhood_attention
-
-CHANNELS = (20, 10, 4, 10, 20)
-
-
-def attention_inputs(atoms: int, neighbors: int, heads: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Random tokens; neighborhoods of ``neighbors`` on average, ragged by a third."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(2 * neighbors // 3, 4 * neighbors // 3 + 1, (atoms,), generator=generator)
-    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    total = int(offsets[-1])
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    direction = torch.nn.functional.normalize(normal(total, 3), dim=-1)
-    log_envelope = -normal(total).square()
-    direction[offsets[:-1]] = 0.0
-    log_envelope[offsets[:-1]] = 0.0
-    width = sum(CHANNELS)
-    tensors = {name: normal(total, heads, width) for name in ("q", "k", "v")}
-    tensors |= {"log_envelope": log_envelope, "direction": direction}
-    return {n: t.to(device, dtype) for n, t in tensors.items()} | {"offsets": offsets.to(device)}
-
-
-def expanded_attention(inputs: dict[str, Tensor], scale: float) -> Tensor:
-    """The published way: channels times spherical harmonics (64 become 320), padded, unfused."""
-    offsets = inputs["offsets"]
-    sizes = offsets.diff()
-    longest, atoms = int(sizes.max()), len(sizes)
-    owner = torch.repeat_interleave(torch.arange(atoms, device=offsets.device), sizes)
-    slot = owner * longest + torch.arange(len(owner), device=offsets.device) - offsets[owner]
-    harmonics = real_harmonics(inputs["direction"], len(CHANNELS) - 1).split(
-        [2 * i + 1 for i in range(len(CHANNELS))], 1
-    )
-    frequency = torch.cat([h.repeat(1, count) for h, count in zip(harmonics, CHANNELS, strict=True)], 1)
-    widths = torch.tensor([2 * i + 1 for i, c in enumerate(CHANNELS) for _ in range(c)], device=offsets.device)
-
-    def pad(x: Tensor, fill: float = 0.0) -> Tensor:
-        flat = x.new_full((atoms * longest, *x.shape[1:]), fill)
-        return flat.index_copy(0, slot, x).unflatten(0, (atoms, longest))
-
-    q, k = (pad(inputs[n].repeat_interleave(widths, -1) * frequency.unsqueeze(1)).transpose(1, 2) for n in "qk")
-    bias = pad(inputs["log_envelope"], -torch.inf)[:, None, None, :]
-    probability = torch.softmax(scale * (q @ k.transpose(-1, -2)) + bias, -1)
-    out = probability @ pad(inputs["v"]).transpose(1, 2)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, slot)
-
-
-def derivatives(function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], order: int) -> list[Tensor]:
-    """Value, and up to second derivatives of a fixed scalar of it."""
-    names = ("q", "k", "v", "log_envelope", "direction")
-    leaves = {n: inputs[n].detach().requires_grad_(order > 0) for n in names}
-    out = function({**inputs, **leaves})
-    if order == 0:
-        return [out]
-    first = torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=order > 1)
-    if order == 1:
-        return list(first)
-    return list(torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values())))
+from escaip.ops import available_backends
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -95,44 +35,42 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def attention(device: str, small: bool) -> list[dict[str, Any]]:
-    """Errors against float64 and times, for each backend and for the expanded channels."""
-    scale = sum(CHANNELS) ** -0.5
-    shapes = [(60, 8)] if small else [(1000, 16), (1000, 32), (1000, 48), (10000, 32)]
-    candidates: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {"expanded": lambda x: expanded_attention(x, scale)}
-    orders = {"expanded": 2}
-    for info in available_backends():
-        if info.devices and device not in info.devices:
-            continue
-        orders[info.name] = 2 if info.derivatives is None else info.derivatives
-        candidates[info.name] = lambda x, name=info.name: neighborhood_attention(
-            **x, angular_channels=CHANNELS, scale=scale, backend=name
-        )
+    """Errors against float64 of every backend, dtype and derivative, on ragged neighborhoods."""
+    shapes = [(60, 8, 64)] if small else [(500, 16, 64), (500, 33, 64), (500, 48, 32), (20, 300, 64)]
     rows = []
-    for atoms, neighbors in shapes:
-        exact = attention_inputs(min(atoms, 500), neighbors, 8, torch.float64, device)
-        single = {n: t.float() if t.is_floating_point() else t for n, t in exact.items()}
-        timed = attention_inputs(atoms, neighbors, 8, torch.float32, device)
-        for name, function in candidates.items():
-            row: dict[str, Any] = {"atoms": atoms, "neighbors": neighbors, "backend": name}
-            for order in range(3):
-                row |= {f"error_{order}": None, f"ms_{order}": None, f"peak_MiB_{order}": None}
-                if order > orders[name]:
+    for atoms, neighbors, head_size in shapes:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            case = bench.Case(atoms, neighbors, head_size, 8, dtype, device)
+            inputs, exact = case.inputs(), case.exact()
+            functions = bench.candidates(case, None)
+            expected = {step: bench.run(functions["reference"], exact, step) for step in bench.STEPS}
+            for info in available_backends():
+                if info.name not in functions:
                     continue
-                try:
-                    # Expanded channels are solid harmonics, which differ from P_l off the unit sphere.
-                    if order == 0 or name not in ("expanded", "sdpa", "xformers"):
-                        expected = derivatives(candidates["reference"], exact, order)
-                        row[f"error_{order}"] = relative_error(derivatives(function, single, order), expected)
-                    if device == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
-                    step = functools.partial(derivatives, function, timed, order)
-                    row[f"ms_{order}"] = 1e3 * measure(step, device=device)
-                    if device == "cuda":
-                        row[f"peak_MiB_{order}"] = torch.cuda.max_memory_allocated() / 2**20
-                except Exception as error:  # one kernel that fails, or finds no memory, must not end the suite
-                    row["failed"] = f"order {order}: {type(error).__name__} {str(error)[:160]!r}"
-            row.setdefault("failed", None)
-            rows.append(row)
+                row: dict[str, Any] = {"atoms": atoms, "neighbors": neighbors, "d": head_size, "dtype": str(dtype)[6:]}
+                row |= {"backend": info.name, **dict.fromkeys(bench.STEPS), "failed": None}
+                # Expanded channels are solid harmonics: their derivative by the direction differs off the unit sphere.
+                compared = 4 if info.derivatives == 1 else 5
+                for step in bench.STEPS[: None if info.derivatives is None else info.derivatives + 1]:
+                    try:
+                        found = bench.run(functions[info.name], inputs, step)
+                        error = relative_error(found[:compared], expected[step][:compared])
+                        row |= {step: error} if math.isfinite(error) else {"failed": f"{step}: not finite"}
+                    except Exception as error:  # a kernel that fails is a row, not the end of the suite
+                        row["failed"] = f"{step}: {type(error).__name__} {str(error)[:120]!r}"
+                rows.append(row)
+    return rows
+
+
+def attention_times(device: str, small: bool) -> list[dict[str, Any]]:
+    """The cases of attention.py that matter most: a radius of 6 Å, both precisions."""
+    cases = [(60, 8)] if small else [(1000, 16), (1000, 32), (1000, 48), (10000, 32)]
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        peaks = bench.limits(device, dtype)
+        for atoms, neighbors in cases:
+            case = bench.Case(atoms, neighbors, 64, 8, dtype, device)
+            rows += bench.measure_case(case, None, 3, peaks)
     return rows
 
 
@@ -208,7 +146,7 @@ def main() -> None:
 
     start = time.perf_counter()
     report: dict[str, Any] = {"provenance": provenance()}
-    parts = {"attention": attention, "training_steps": training_steps}
+    parts = {"attention": attention, "attention_times": attention_times, "training_steps": training_steps}
     for name, part in parts.items():
         report[name] = part(args.device, args.small)
         write_json(args.out / "gpu_suite.json", report)  # what is measured is kept if the next part fails
@@ -223,7 +161,10 @@ def main() -> None:
     for name in parts:
         rows = report[name]
         print(f"\n{name}")
-        print(markdown_table(list(rows[0]), [[show(v) for v in row.values()] for row in rows]))
+        if name == "attention_times":
+            print(bench.table(rows))
+        else:
+            print(markdown_table(list(rows[0]), [[show(v) for v in row.values()] for row in rows]))
     if "quickstart" in report:
         print(report["quickstart"]["output"])
 

@@ -67,7 +67,7 @@ def describe_installation() -> dict[str, Any]:
     import torch
 
     from escaip import __version__
-    from escaip.ops import available_backends
+    from escaip.ops.backends import BACKENDS
 
     versions = {}
     for name in ("torch", "lightning", "torch-geometric", "ase", "pymatgen", "vesin", "numpy"):
@@ -82,7 +82,7 @@ def describe_installation() -> dict[str, Any]:
         "packages": versions,
         "cuda": devices or "none usable",
         "cpu_threads": torch.get_num_threads(),
-        "attention_backends": {info.name: info.description for info in available_backends()},
+        "attention_backends": {info.name: info.summary() for info in BACKENDS},
     }
 
 

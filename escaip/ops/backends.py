@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from escaip.errors import ConfigError
+from escaip.ops.problem import HALF_TYPES
 
-HALF_TYPES = (torch.float16, torch.bfloat16)
 _ANY_TYPE = (torch.float64, torch.float32, *HALF_TYPES)
 
 
@@ -24,9 +24,6 @@ class BackendInfo:
         derivatives: how often it can be differentiated; None for any number of times.
         devices: device types it runs on; empty for every device.
         dtypes: dtypes of q, k and v.
-        head_sizes: head dimensions ``d``; empty for every one.
-        max_tokens: longest neighborhood; None for any.
-        angular: whether it takes ``angular_channels``.
         dropout: whether it drops attention weights in training.
         node_attention: whether it serves :func:`escaip.ops.node_attention` too.
         description: one line for tables.
@@ -36,12 +33,19 @@ class BackendInfo:
     derivatives: int | None
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    head_sizes: tuple[int, ...]
-    max_tokens: int | None
-    angular: bool
     dropout: bool
     node_attention: bool
     description: str
+
+    def summary(self) -> str:
+        """What it is and supports, or why it is not usable here, in one line."""
+        reason = self.unusable_here()
+        if reason is not None:
+            return f"not usable here: {reason}"
+        parts = [self.description, _derivatives(self.derivatives), "on " + (" and ".join(self.devices) or "any device")]
+        parts.append(" ".join(_name(dtype) for dtype in self.dtypes))
+        parts += [name for has, name in ((self.dropout, "dropout"), (self.node_attention, "node attention")) if has]
+        return "; ".join(parts)
 
     def unusable_here(self) -> str | None:
         """Why this machine cannot run it and what would help, in one line; None where it can."""
@@ -53,16 +57,12 @@ class BackendInfo:
             return f"does not run on {request.device}"
         if request.dtype not in self.dtypes:
             return f"does not take {_name(request.dtype)}"
-        if self.head_sizes and request.head_size not in self.head_sizes:
-            return f"takes head sizes {', '.join(map(str, self.head_sizes))}, not {request.head_size}"
-        if request.angular and not self.angular:
-            return "takes no angular_channels"
         if request.dropout and not self.dropout:
             return "has no dropout of attention weights"
         if request.node_attention and not self.node_attention:
             return "does no attention among all atoms of a system"
         if self.derivatives is not None and request.derivatives > self.derivatives:
-            return f"has {self.derivatives} derivative{'s' * (self.derivatives != 1)}, not {request.derivatives}"
+            return f"has {_derivatives(self.derivatives)}, not {request.derivatives}"
         return None
 
 
@@ -72,28 +72,26 @@ class Request:
 
     device: str
     dtype: torch.dtype
-    head_size: int
     derivatives: int
-    angular: bool
     dropout: bool
     node_attention: bool
 
 
 # Fastest first: "auto" takes the first that is usable and refuses nothing (docs/attention.md says what was measured).
 BACKENDS = (
-    BackendInfo("triton", 2, ("cuda",), (torch.float32, *HALF_TYPES), (), None, True, False, True,
-                "fused GPU kernels with two derivatives"),
-    BackendInfo("native", 2, ("cpu",), _ANY_TYPE, (), 1024, True, False, False,
-                "fused C++ for the CPU with two derivatives, compiled on first use"),
-    BackendInfo("blocked", 2, (), _ANY_TYPE, (), None, True, False, True,
-                "plain PyTorch in blocks of like sizes, written-out derivatives, memory linear in the tokens"),
-    BackendInfo("dense", None, (), _ANY_TYPE, (), None, True, True, True,
-                "plain PyTorch on padded matrices, differentiable without end"),
-    BackendInfo("sdpa", 1, (), _ANY_TYPE, (), None, True, False, True,
+    BackendInfo("triton", 2, ("cuda",), (torch.float32, *HALF_TYPES), False, True,
+                "fused GPU kernels"),
+    BackendInfo("native", 2, ("cpu",), _ANY_TYPE, False, False,
+                "fused C++, compiled on first use"),
+    BackendInfo("blocked", 2, (), _ANY_TYPE, False, True,
+                "plain PyTorch in blocks of like sizes, memory linear in the tokens"),
+    BackendInfo("dense", None, (), _ANY_TYPE, True, True,
+                "plain PyTorch on padded matrices"),
+    BackendInfo("sdpa", 1, (), _ANY_TYPE, False, True,
                 "PyTorch's scaled_dot_product_attention on padded, expanded channels"),
-    BackendInfo("xformers", 1, ("cuda",), (torch.float32, *HALF_TYPES), (), None, True, False, True,
+    BackendInfo("xformers", 1, ("cuda",), (torch.float32, *HALF_TYPES), False, True,
                 "xformers' memory-efficient attention on packed, expanded channels"),
-    BackendInfo("reference", None, (), _ANY_TYPE, (), None, True, True, True,
+    BackendInfo("reference", None, (), _ANY_TYPE, True, True,
                 "plain PyTorch over pairs of tokens: the specification"),
 )  # fmt: skip
 _BY_NAME = {info.name: info for info in BACKENDS}
@@ -143,13 +141,17 @@ def _unusable(name: str) -> str | None:
 
 @functools.cache
 def _look(name: str) -> str | None:
-    if name in ("native", "sdpa", "triton", "xformers"):
+    if name in ("native", "triton", "xformers"):
         return importlib.import_module(f"escaip.ops.{name}").availability()
     return None
 
 
 def _reasons(request: Request) -> str:
     return "; ".join(f"{info.name} {info.refuses(request) or info.unusable_here()}" for info in BACKENDS)
+
+
+def _derivatives(count: int | None) -> str:
+    return "any derivative" if count is None else f"{count} derivative{'' if count == 1 else 's'}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from escaip.ops.legendre import legendre_derivatives
+from escaip.ops.problem import Gradients, Problem, Result, accumulation_dtype
 
 # Elements of one (queries × keys × heads) matrix; about a dozen of them are alive at a time.
 BLOCK_ELEMENTS = 1 << 16
@@ -37,14 +38,14 @@ class _Rows:
     def take(self, x: Tensor, padding: float | None = None) -> Tensor:
         """``(T, h, ...)`` to ``(G, h, M, ...)`` in the accumulation dtype; ``padding`` goes where no row exists."""
         if isinstance(self.index, slice):
-            return x[self.index].transpose(0, 1).unsqueeze(0).to(_accumulation(x))
+            return x[self.index].transpose(0, 1).unsqueeze(0).to(accumulation_dtype(x))
         heads = x.shape[1]
         per_head = self.index.unsqueeze(1) * heads + torch.arange(heads, device=x.device).unsqueeze(-1)  # (G, h, M)
         found = x.reshape(-1, *x.shape[2:]).index_select(0, per_head.flatten()).unflatten(0, per_head.shape)
         if self.exists is not None and padding is not None:
             mask = ~self.exists.unsqueeze(1)
             found = found.masked_fill(mask if found.ndim == 3 else mask.unsqueeze(-1), padding)
-        return found.to(_accumulation(x))
+        return found.to(accumulation_dtype(x))
 
     def put(self, total: Tensor, x: Tensor) -> None:
         """Writes ``(G, h, M, ...)`` to rows of ``total (T, h, ...)``."""
@@ -72,89 +73,50 @@ class _Block:
     key: _Rows
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Returns the attended ``(Q, h, d)`` and the log of the softmax normaliser ``(Q, h)``."""
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_accumulation(q))
-    for block in _blocks(query_offsets, key_offsets, q.shape[1]):
-        logits = _Logits(block, q, k, log_envelope, direction, widths, scale)
+def forward(problem: Problem) -> Result:
+    """See :class:`escaip.ops.problem.Family`."""
+    q = problem.q
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
+    for block in _blocks(problem):
+        logits = _Logits(block, problem)
         normaliser = torch.logsumexp(logits.value, -1)  # (G, h, R)
         probability = logits.value.sub_(normaliser.unsqueeze(-1)).exp_()
-        block.query.put(out, probability @ block.key.take(v))
+        block.query.put(out, probability @ block.key.take(problem.v))
         block.query.put(lse, normaliser)
-    return out, lse
+    return Result(out, lse)
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-    with_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns ``dq, dk, dv, db, dn`` for the cotangent ``grad_out``."""
-    dq, (dk, dv, db, dn) = torch.zeros_like(q), _accumulators(k, log_envelope, direction)
-    for block in _blocks(query_offsets, key_offsets, q.shape[1]):
-        logits = _Logits(block, q, k, log_envelope, direction, widths, scale)
-        p = (logits.value - block.query.take(lse).unsqueeze(-1)).exp_()
+def backward(problem: Problem, result: Result, grad_out: Tensor, with_direction: bool) -> Gradients:
+    """See :class:`escaip.ops.problem.Family`."""
+    sums = _Sums(problem, with_direction)
+    for block in _blocks(problem):
+        logits = _Logits(block, problem)
+        p = (logits.value - block.query.take(result.lse).unsqueeze(-1)).exp_()
         g = block.query.take(grad_out, 0.0)
-        d = (g * block.query.take(out)).sum(-1, keepdim=True)  # (G, h, R, 1)
-        r = (g @ block.key.take(v).mT).sub_(d).mul_(p)  # dS
-        block.key.add(dv, p.mT @ g)
+        d = (g * block.query.take(result.out)).sum(-1, keepdim=True)  # (G, h, R, 1)
+        r = (g @ block.key.take(problem.v).mT).sub_(d).mul_(p)  # dS
+        block.key.add(sums.v, p.mT @ g)
         row, column = logits.products_with([(r, logits.polynomial)])
-        block.query.put(dq, row(logits.k))
-        block.key.add(dk, column(logits.q))
-        if db is not None:
-            block.key.add(db, r.sum(-2))
-        if dn is not None and with_direction:
-            _add_direction_gradient(block, dn, logits, logits.cosine_gradient([(r, logits.slope, logits.groups)]))
-    return dq, *_finish(q, dk, dv, db, dn if with_direction else None)
+        block.query.put(sums.q, row(logits.k))
+        block.key.add(sums.k, column(logits.q))
+        if sums.log_envelope is not None:
+            block.key.add(sums.log_envelope, r.sum(-2))
+        if sums.direction is not None:
+            logits.add_direction_gradient(sums.direction, logits.cosine_gradient([(r, logits.slope, logits.groups)]))
+    return sums.finish()
 
 
 def double_backward(
-    tq: Tensor,
-    tk: Tensor,
-    tv: Tensor,
-    tb: Tensor | None,
-    tn: Tensor | None,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns the cotangents of ``grad_out, q, k, v, log_envelope, direction``: the tangent of :func:`backward`."""
-    g_out, gq, (gk, gv, gb, gn) = torch.empty_like(q), torch.zeros_like(q), _accumulators(k, log_envelope, direction)
-    for block in _blocks(query_offsets, key_offsets, q.shape[1]):
-        logits = _Logits(block, q, k, log_envelope, direction, widths, scale)
-        tangent = _Tangent(logits, tq, tk, tb, tn)
-        values, value_tangents = block.key.take(v), block.key.take(tv)
-        p = (logits.value - block.query.take(lse).unsqueeze(-1)).exp_()
-        g, attended = block.query.take(grad_out, 0.0), block.query.take(out)
+    problem: Problem, result: Result, grad_out: Tensor, tangents: Gradients
+) -> tuple[Tensor, Gradients]:
+    """The tangent of :func:`backward`; see :class:`escaip.ops.problem.Family`."""
+    g_out, sums = torch.empty_like(problem.q), _Sums(problem, True)
+    for block in _blocks(problem):
+        logits = _Logits(block, problem)
+        tangent = _Tangent(logits, tangents)
+        values, value_tangents = block.key.take(problem.v), block.key.take(tangents.v)
+        p = (logits.value - block.query.take(result.lse).unsqueeze(-1)).exp_()
+        g, attended = block.query.take(grad_out, 0.0), block.query.take(result.out)
         mu = (p * tangent.value).sum(-1, keepdim=True)
         dot_p = p * (tangent.value - mu)
         dot_out = dot_p @ values + p @ value_tangents
@@ -162,42 +124,48 @@ def double_backward(
         dot_e = (g @ value_tangents.mT).sub_((g * dot_out).sum(-1, keepdim=True))
         r, dot_r = p * centred, dot_p * centred + p * dot_e
         block.query.put(g_out, dot_out)
-        block.key.add(gv, dot_p.mT @ g)
-        if gb is not None:
-            block.key.add(gb, dot_r.sum(-2))
+        block.key.add(sums.v, dot_p.mT @ g)
+        if sums.log_envelope is not None:
+            block.key.add(sums.log_envelope, dot_r.sum(-2))
         terms = [(dot_r, logits.polynomial)]
         if tangent.cosine is not None:
             terms.append((r * tangent.cosine, logits.slope))
         row, column = logits.products_with(terms)
         row_tangent, column_tangent = logits.products_with([(r, logits.polynomial)])
-        block.query.put(gq, row(logits.k) + row_tangent(tangent.k))
-        block.key.add(gk, column(logits.q) + column_tangent(tangent.q))
-        if gn is not None:
-            cosine_terms = [(dot_r, logits.slope, logits.groups), (r, logits.slope, tangent.groups)]
-            if tangent.cosine is not None:
-                cosine_terms.append((r * tangent.cosine, logits.curvature, logits.groups))
-            _add_direction_gradient(block, gn, logits, logits.cosine_gradient(cosine_terms))
-            if tangent.direction is not None:
-                c = logits.cosine_gradient([(r, logits.slope, logits.groups)])
-                _add_direction_gradient(block, gn, logits, c, tangent.direction)
-    return g_out, gq, *_finish(q, gk, gv, gb, gn)
+        block.query.put(sums.q, row(logits.k) + row_tangent(tangent.k))
+        block.key.add(sums.k, column(logits.q) + column_tangent(tangent.q))
+        if sums.direction is not None:
+            tangent.add_direction_gradient(sums.direction, r, dot_r)
+    return g_out, sums.finish()
+
+
+class _Sums:
+    """Accumulators of the gradients, in the accumulation dtype but for q, whose rows are written once."""
+
+    def __init__(self, problem: Problem, with_direction: bool) -> None:
+        k, dtype = problem.k, accumulation_dtype(problem.k)
+        self.dtype = k.dtype
+        self.q = torch.zeros_like(problem.q)
+        self.k, self.v = k.new_zeros(k.shape, dtype=dtype), k.new_zeros(k.shape, dtype=dtype)
+        self.log_envelope = None if problem.log_envelope is None else k.new_zeros(k.shape[:2], dtype=dtype)  # (T, h)
+        self.direction: Tensor | None = None
+        if with_direction and problem.direction is not None:
+            self.direction = k.new_zeros((k.shape[0], 1, 3), dtype=dtype)
+
+    def finish(self) -> Gradients:
+        """In the dtypes of the inputs, heads summed."""
+        db = None if self.log_envelope is None else self.log_envelope.sum(1)
+        dn = None if self.direction is None else self.direction.squeeze(1)
+        return Gradients(self.q, self.k.to(self.dtype), self.v.to(self.dtype), db, dn)
 
 
 class _Logits:
     """Logits ``S`` of a block ``(G, h, R, C)``, and the pieces that their derivatives need."""
 
-    def __init__(
-        self,
-        block: _Block,
-        q: Tensor,
-        k: Tensor,
-        log_envelope: Tensor | None,
-        direction: Tensor | None,
-        widths: tuple[int, ...],
-        scale: float,
-    ) -> None:
-        self.block, self.widths, self.scale = block, widths, scale
-        self.q, self.k = block.query.take(q), block.key.take(k)
+    def __init__(self, block: _Block, problem: Problem) -> None:
+        widths, direction, log_envelope = problem.widths, problem.direction, problem.log_envelope
+        self.block, self.widths, self.scale = block, widths, problem.scale
+        self.q, self.k = block.query.take(problem.q), block.key.take(problem.k)
         self.groups = _group_products(self.q, self.k, widths)  # A^l
         self.direction: tuple[Tensor, Tensor] | None = None  # of queries (G, 1, R, 3) and keys (G, 1, C, 3)
         self.polynomial: list[Tensor | None] = [None]  # P_l; None for one
@@ -211,7 +179,7 @@ class _Logits:
                 self.polynomial.append(value * both)
                 self.slope.append(first * both)
                 self.curvature.append(second * both)
-        self.value = _weighted_sum(self.groups, self.polynomial).mul_(scale)
+        self.value = _weighted_sum(self.groups, self.polynomial).mul_(self.scale)
         if log_envelope is not None:
             self.value = self.value + block.key.take(log_envelope.unsqueeze(1), -torch.inf).unsqueeze(-2)
         elif block.key.exists is not None:
@@ -241,13 +209,27 @@ class _Logits:
         assert total is not None
         return total.mul_(self.scale)
 
+    def add_direction_gradient(self, total: Tensor, c: Tensor, direction: tuple[Tensor, Tensor] | None = None) -> None:
+        """Adds ``Σ_k c_jk n_k`` to the queries and ``Σ_j c_jk n_j`` to the keys, with ``c (G, 1, R, C)``."""
+        direction = direction if direction is not None else self.direction
+        assert direction is not None
+        rows, columns = direction
+        query, key = self.block.query, self.block.key
+        if query.exists is not None:
+            c = c * query.exists[:, None, :, None]
+        if key.exists is not None:
+            c = c * key.exists[:, None, None, :]
+        key.add(total, c.mT @ rows)
+        query.add(total, c @ columns)  # queries are the tokens wherever there are directions
+
 
 class _Tangent:
     """Tangents of the logits and of what they are made of, along ``tq, tk, tb, tn``."""
 
-    def __init__(self, logits: _Logits, tq: Tensor, tk: Tensor, tb: Tensor | None, tn: Tensor | None) -> None:
-        block, widths = logits.block, logits.widths
-        self.q, self.k = block.query.take(tq), block.key.take(tk)
+    def __init__(self, logits: _Logits, tangents: Gradients) -> None:
+        block, widths, tb, tn = logits.block, logits.widths, tangents.log_envelope, tangents.direction
+        self.logits = logits
+        self.q, self.k = block.query.take(tangents.q), block.key.take(tangents.k)
         first, second = _group_products(self.q, logits.k, widths), _group_products(logits.q, self.k, widths)
         self.groups = [a if a is None or b is None else a + b for a, b in zip(first, second, strict=True)]
         self.value = _weighted_sum(self.groups, logits.polynomial)
@@ -261,6 +243,17 @@ class _Tangent:
         self.value = self.value * logits.scale
         if tb is not None:
             self.value = self.value + block.key.take(tb.unsqueeze(1)).unsqueeze(-2)
+
+    def add_direction_gradient(self, total: Tensor, r: Tensor, dot_r: Tensor) -> None:
+        """Adds the gradient of the directions for ``R`` and its tangent."""
+        logits = self.logits
+        terms = [(dot_r, logits.slope, logits.groups), (r, logits.slope, self.groups)]
+        if self.cosine is not None:
+            terms.append((r * self.cosine, logits.curvature, logits.groups))
+        logits.add_direction_gradient(total, logits.cosine_gradient(terms))
+        if self.direction is not None:
+            c = logits.cosine_gradient([(r, logits.slope, logits.groups)])
+            logits.add_direction_gradient(total, c, self.direction)
 
 
 @dataclass(frozen=True)
@@ -302,44 +295,9 @@ def _weighted_sum(groups: list[Tensor | None], weights: list[Tensor | None]) -> 
     return total
 
 
-def _add_direction_gradient(
-    block: _Block, total: Tensor, logits: _Logits, c: Tensor, direction: tuple[Tensor, Tensor] | None = None
-) -> None:
-    """Adds ``Σ_k c_jk n_k`` to the queries and ``Σ_j c_jk n_j`` to the keys, with ``c (G, 1, R, C)``."""
-    direction = direction if direction is not None else logits.direction
-    assert direction is not None
-    rows, columns = direction
-    if block.query.exists is not None:
-        c = c * block.query.exists[:, None, :, None]
-    if block.key.exists is not None:
-        c = c * block.key.exists[:, None, None, :]
-    block.key.add(total, c.mT @ rows)
-    # Queries are the tokens wherever there are directions.
-    block.query.add(total, c @ columns)
-
-
-def _accumulators(
-    k: Tensor, log_envelope: Tensor | None, direction: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Zeros for the gradients of k, v ``(T, h, d)``, log envelope ``(T, h)`` and direction ``(T, 1, 3)``."""
-    dtype = _accumulation(k)
-    of_bias = None if log_envelope is None else k.new_zeros(k.shape[:2], dtype=dtype)
-    of_direction = None if direction is None else k.new_zeros((k.shape[0], 1, 3), dtype=dtype)
-    return k.new_zeros(k.shape, dtype=dtype), k.new_zeros(k.shape, dtype=dtype), of_bias, of_direction
-
-
-def _finish(
-    q: Tensor, dk: Tensor, dv: Tensor, db: Tensor | None, dn: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return dk.to(q.dtype), dv.to(q.dtype), None if db is None else db.sum(1), None if dn is None else dn.squeeze(1)
-
-
-def _accumulation(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-def _blocks(query_offsets: Tensor, key_offsets: Tensor, heads: int) -> Iterator[_Block]:
+def _blocks(problem: Problem) -> Iterator[_Block]:
     """Cuts the neighborhoods into blocks of about ``BLOCK_ELEMENTS``, like sizes together."""
+    query_offsets, key_offsets, heads = problem.query_offsets, problem.key_offsets, problem.q.shape[1]
     query_sizes, key_sizes = query_offsets.diff().cpu(), key_offsets.diff().cpu()
     order = torch.argsort(key_sizes, stable=True)
     order = order[(key_sizes[order] > 0) & (query_sizes[order] > 0)]

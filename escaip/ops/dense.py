@@ -1,4 +1,4 @@
-"""Neighborhood attention on padded, batched matrices: the CPU path, all derivatives.
+"""Neighborhood attention on padded, batched matrices: all derivatives.
 
 Tokens are laid out as ``(N, h, M, d)`` with ``M`` the longest neighborhood; padding carries a
 log envelope of −inf, so it takes no part as key, and its rows as query are dropped.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from escaip.ops.legendre import legendre_polynomials
+from escaip.ops.padding import Padding
 
 
 def dense_attention(
@@ -25,33 +26,24 @@ def dense_attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """See :func:`escaip.ops.neighborhood_attention`; differentiable any number of times."""
-    num_atoms = offsets.numel() - 1
-    sizes = offsets.diff()
-    longest = int(sizes.max())
-    atoms = torch.repeat_interleave(torch.arange(num_atoms, device=offsets.device), sizes)
-    slot = atoms * longest + torch.arange(k.shape[0], device=offsets.device) - offsets[:-1][atoms]  # (T,)
-
-    def pad(tokens: Tensor, fill: float = 0.0) -> Tensor:
-        """``(T, ...)`` to ``(N, M, ...)``."""
-        padded = tokens.new_full((num_atoms * longest, *tokens.shape[1:]), fill)
-        return padded.index_copy(0, slot, tokens).unflatten(0, (num_atoms, longest))
-
-    keys = pad(k).transpose(1, 2)  # (N, h, M, d)
-    values = pad(v).transpose(1, 2)
-    bias = pad(log_envelope, -torch.inf)[:, None, None, :]  # (N, 1, 1, M)
+    padding = Padding.of(offsets, k.shape[0])
+    keys = padding.pad(k).transpose(1, 2)  # (N, h, M, d)
+    values = padding.pad(v).transpose(1, 2)
+    bias = padding.pad(log_envelope, -torch.inf)[:, None, None, :]  # (N, 1, 1, M)
     if self_queries_only:
         width = q.shape[-1] if angular_channels is None else angular_channels[0]
         logits = q[:, :, None, :width] @ keys[..., :width].transpose(-1, -2)  # (N, h, 1, M)
     else:
-        queries = pad(q).transpose(1, 2)
-        logits = _angular_logits(queries, keys, None if angular_channels is None else pad(direction), angular_channels)
+        queries = padding.pad(q).transpose(1, 2)
+        bonds = None if angular_channels is None else padding.pad(direction)
+        logits = _angular_logits(queries, keys, bonds, angular_channels)
     probability = torch.softmax(scale * logits + bias, -1)
     if dropout > 0.0:
         probability = torch.nn.functional.dropout(probability, dropout)
     attended = probability @ values  # (N, h, M or 1, d)
     if self_queries_only:
         return attended.squeeze(2)
-    return attended.transpose(1, 2).flatten(0, 1).index_select(0, slot)
+    return padding.unpad(attended.transpose(1, 2))
 
 
 def _angular_logits(

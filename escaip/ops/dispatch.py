@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.ops.backends import HALF_TYPES, BackendInfo, Request, choose_backend
+from escaip.ops.backends import BackendInfo, Request, choose_backend
 from escaip.ops.legendre import MAX_L
 from escaip.ops.operator import FAMILIES, attention
+from escaip.ops.problem import HALF_TYPES, accumulation_dtype
 
 
 def neighborhood_attention(
@@ -69,15 +71,11 @@ def neighborhood_attention(
     geometry = (log_envelope, direction)
     if derivatives is None:
         derivatives = _expected_derivatives((q, k, v), geometry) if backend == "auto" else 0
-    request = Request(
-        q.device.type, q.dtype, q.shape[-1], derivatives, angular_channels is not None, dropout > 0.0, False
-    )
+    request = Request(q.device.type, q.dtype, derivatives, dropout > 0.0, False)
     info = choose_backend(backend, request)
     if k.shape[0] == 0:
         return q.new_zeros(q.shape)
-    if backend == "auto" and _too_long(info, offsets):
-        info = choose_backend("blocked", request)
-    log_envelope, direction = (x.to(_accumulation(q)) for x in geometry)
+    log_envelope, direction = (x.to(accumulation_dtype(q)) for x in geometry)
     if info.name not in FAMILIES:
         return _run(
             info, q, k, v, log_envelope, direction, offsets, angular_channels, scale, self_queries_only, dropout
@@ -125,13 +123,13 @@ def node_attention(
     q, k, v = _one_dtype(q, k, v)
     if derivatives is None:
         derivatives = _expected_derivatives((), (q, k, v)) if backend == "auto" else 0
-    request = Request(q.device.type, q.dtype, q.shape[-1], derivatives, False, False, True)
+    request = Request(q.device.type, q.dtype, derivatives, False, True)
     info = choose_backend(backend, request)
     if k.shape[0] == 0:
         return q.new_zeros(q.shape)
     if info.name in FAMILIES:
         return attention(q, k, v, None, None, offsets, offsets, [q.shape[-1]], scale, info.name)[0]
-    nothing = q.new_zeros(k.shape[0], 4, dtype=_accumulation(q))
+    nothing = q.new_zeros(k.shape[0], 4, dtype=accumulation_dtype(q))
     occupied = torch.cat([offsets[:1], offsets[1:][offsets.diff() > 0]])
     return _run(info, q, k, v, nothing[:, 0], nothing[:, 1:], occupied, None, scale, False, 0.0)
 
@@ -152,7 +150,9 @@ def _run(
     """Calls a backend that is one differentiable function."""
     module = importlib.import_module(f"escaip.ops.{info.name}")
     function = getattr(module, f"{info.name}_attention")
-    rest = (log_envelope, direction, offsets, angular_channels, scale, self_queries_only, dropout)
+    rest: tuple[Any, ...] = (log_envelope, direction, offsets, angular_channels, scale, self_queries_only)
+    if info.dropout:
+        rest = (*rest, dropout)
     with torch.autocast(q.device.type, enabled=False):  # dtypes are settled
         if info.name in ("reference", "dense") and q.dtype in HALF_TYPES:  # sums in float32, as every kernel does
             return function(q.float(), k.float(), v.float(), *rest).to(q.dtype)
@@ -187,14 +187,3 @@ def _expected_derivatives(features: tuple[Tensor, ...], geometry: tuple[Tensor, 
     if any(x.requires_grad for x in geometry):
         return 2
     return int(any(x.requires_grad for x in features))
-
-
-def _accumulation(q: Tensor) -> torch.dtype:
-    return torch.float32 if q.dtype in HALF_TYPES else q.dtype
-
-
-def _too_long(info: BackendInfo, offsets: Tensor) -> bool:
-    """Whether a neighborhood is longer than the backend takes; under torch.compile the kernel itself says so."""
-    if info.max_tokens is None or torch.compiler.is_compiling():
-        return False
-    return int(offsets.diff().max()) > info.max_tokens

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
+from escaip.ops.problem import HALF_TYPES
 
 # CUDA kernels read rows in units of 16 bytes.
 CHANNEL_MULTIPLE = 8
 # Where a logit is exactly without influence: far below what exp() rounds to zero, far above where sums overflow.
 _FLOOR = -1e30
-_HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def unit_harmonics(direction: Tensor, l_max: int) -> tuple[Tensor, ...]:
@@ -145,12 +145,6 @@ def first_derivative_only(backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(_DifferentiableOnce.apply(x, backend) if x.requires_grad else x for x in tensors)
 
 
-def refuse_dropout(backend: str, dropout: float) -> None:
-    """Raises ConfigError where attention weights are to be dropped."""
-    if dropout > 0.0:
-        raise ConfigError(f"attention backend {backend!r} has no dropout of attention weights: use reference or dense")
-
-
 def pad_channels(x: Tensor, width: int) -> Tensor:
     """``(..., d)`` to ``(..., width)`` by zeros."""
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
@@ -165,7 +159,7 @@ def _bias_channels(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """``(T, h)`` to ``(T, h, n)`` of ``dtype`` whose sum is the bias: parts of few bits each, so that none is lost."""
     bias = bias.clamp(min=_floor(dtype))  # passes no gradient where it acts
     parts = [bias.to(dtype)]
-    if dtype in _HALF_TYPES:
+    if dtype in HALF_TYPES:
         rest = bias.detach()
         for _ in range(2):
             rest = rest - parts[-1].detach()

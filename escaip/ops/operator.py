@@ -1,27 +1,27 @@
 """Attention as registered PyTorch operators: value, first and second derivative, each an operator of its own.
 
-A kernel family (``blocked``, ``native``, ``triton``) is three functions, ``forward``, ``backward`` and
-``double_backward``. Registered as custom operators they are opaque to ``torch.compile``, which sees shapes only, and
-autograd goes from each to the next; a third derivative is refused.
+A kernel family (``blocked``, ``native``, ``triton``) is three functions (:class:`escaip.ops.problem.Family`). Behind
+custom operators they are opaque to ``torch.compile``, which sees shapes only, and autograd goes from each to the next;
+a third derivative is refused.
 """
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
+from escaip.ops.problem import Family, Gradients, Problem, Result, accumulation_dtype
 
 FAMILIES = ("blocked", "native", "triton")
 
 
-def kernel_family(name: str) -> ModuleType:
-    """The module with ``forward``, ``backward``, ``double_backward``; imported when first asked for."""
-    return importlib.import_module(f"escaip.ops.{name}")
+def kernel_family(name: str) -> Family:
+    """The module with the three functions; imported when first asked for."""
+    return cast(Family, importlib.import_module(f"escaip.ops.{name}"))
 
 
 @torch.library.custom_op("escaip::attention", mutates_args=())
@@ -37,27 +37,10 @@ def attention(
     scale: float,
     family: str,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each query over the keys of its neighborhood.
-
-    Args:
-        q: ``(Q, h, d)``.
-        k: ``(T, h, d)``.
-        v: ``(T, h, d)``.
-        log_envelope: ``(T,)`` added to the logits of a key, or None.
-        direction: ``(T, 3)``, zero for self tokens; given if and only if there is more than one group. Queries are the
-            tokens then.
-        query_offsets: ``(N + 1,)`` int64, queries of each neighborhood.
-        key_offsets: ``(N + 1,)`` int64, keys of each neighborhood.
-        widths: channels per angular degree; channels beyond their sum take no part in the logits.
-        scale: factor on the products.
-        family: kernel family.
-
-    Returns:
-        ``(Q, h, d)``, and the log of the softmax normaliser ``(Q, h)``, which carries no gradient.
-    """
-    arguments = (q, k, v, log_envelope, direction, query_offsets, key_offsets, tuple(widths), scale)
+    """The attended values and the log of the softmax normaliser, which carries no gradient; arguments of `Problem`."""
+    problem = Problem(q, k, v, log_envelope, direction, query_offsets, key_offsets, tuple(widths), scale)
     with _full_precision(q):
-        return kernel_family(family).forward(*arguments)
+        return kernel_family(family).forward(problem)
 
 
 @torch.library.custom_op("escaip::attention_backward", mutates_args=())
@@ -78,10 +61,10 @@ def attention_backward(
     with_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log envelope and direction; the last two are empty where there is none."""
-    arguments = (grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, out, lse, tuple(widths), scale)
+    problem = Problem(q, k, v, log_envelope, direction, query_offsets, key_offsets, tuple(widths), scale)
     with _full_precision(q):
-        dq, dk, dv, db, dn = kernel_family(family).backward(*arguments, with_direction)
-    return dq, dk, dv, _or_empty(db, q), _or_empty(dn, q)
+        gradients = kernel_family(family).backward(problem, Result(out, lse), grad_out, with_direction)
+    return _without_none(gradients)
 
 
 @torch.library.custom_op("escaip::attention_double_backward", mutates_args=())
@@ -106,38 +89,24 @@ def attention_double_backward(
     family: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``grad_out``, q, k, v, log envelope and direction for cotangents of what the backward returns."""
-    arguments = (tq, tk, tv, tb, tn, grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, out, lse)
+    problem = Problem(q, k, v, log_envelope, direction, query_offsets, key_offsets, tuple(widths), scale)
+    tangents = Gradients(tq, tk, tv, tb, tn)
     with _full_precision(q):
-        g_out, gq, gk, gv, gb, gn = kernel_family(family).double_backward(*arguments, tuple(widths), scale)
-    return g_out, gq, gk, gv, _or_empty(gb, q), _or_empty(gn, q)
+        g_out, gradients = kernel_family(family).double_backward(problem, Result(out, lse), grad_out, tangents)
+    return g_out, *_without_none(gradients)
 
 
 @attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, log_envelope: Tensor | None, direction: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return _like(q), q.new_empty(q.shape[:2], dtype=_statistics_dtype(q))
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(q), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
 
 
 @attention_backward.register_fake
 def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    widths: list[int],
-    scale: float,
-    family: str,
-    with_direction: bool,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, log_envelope: Tensor | None, direction: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with_dn = direction if with_direction else None
-    return _like(q), _like(k), _like(v), _like_or_empty(log_envelope, q), _like_or_empty(with_dn, q)
+    with_direction = rest[-1]
+    return _shapes(q, k, v, log_envelope, direction if with_direction else None)
 
 
 @attention_double_backward.register_fake
@@ -148,15 +117,9 @@ def _(
     tb: Tensor | None,
     tn: Tensor | None,
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    *_: Any,
+    *inputs: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    geometry = _like_or_empty(log_envelope, q), _like_or_empty(direction, q)
-    return _like(grad_out), _like(q), _like(k), _like(v), *geometry
+    return _like(grad_out), *_shapes(*inputs[:5])
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -215,17 +178,22 @@ def _full_precision(q: Tensor) -> torch.autocast:
     return torch.autocast(q.device.type, enabled=False)
 
 
-def _statistics_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _shapes(
+    q: Tensor, k: Tensor, v: Tensor, log_envelope: Tensor | None, direction: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    db, dn = (None if x is None else _like(x) for x in (log_envelope, direction))
+    return _without_none(Gradients(_like(q), _like(k), _like(v), db, dn))
+
+
+def _without_none(gradients: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Operators return tensors only: an empty one stands for none."""
+    q, k, v, log_envelope, direction = gradients
+    return q, k, v, _or_empty(log_envelope, q), _or_empty(direction, q)
+
+
 def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
-
-
-def _like_or_empty(x: Tensor | None, q: Tensor) -> Tensor:
-    return q.new_empty(0) if x is None else _like(x)

@@ -27,13 +27,8 @@ from escaip.ops.expanded import (
     pad_channels,
     padding_key,
     plain_operands,
-    refuse_dropout,
 )
-
-
-def availability() -> str | None:
-    """Why it is not usable here; None: it always is."""
-    return None
+from escaip.ops.padding import Padding
 
 
 def sdpa_attention(
@@ -46,46 +41,25 @@ def sdpa_attention(
     angular_channels: tuple[int, ...] | None,
     scale: float,
     self_queries_only: bool = False,
-    dropout: float = 0.0,
 ) -> Tensor:
     """See :func:`escaip.ops.neighborhood_attention`; differentiable once.
 
     Reads the longest neighborhood from the device.
 
     Raises:
-        ConfigError: attention weights are to be dropped; or when differentiated a second time.
+        ConfigError: when differentiated a second time.
     """
-    refuse_dropout("sdpa", dropout)
     q, k, v, log_envelope, direction = first_derivative_only("sdpa", q, k, v, log_envelope, direction)
     queries, keys = plain_operands(q, k, log_envelope, direction, angular_channels, scale, self_queries_only)
     width, head_size = keys.shape[-1], v.shape[-1]
     equal_widths = angular_channels is None and not self_queries_only
     values = pad_channels(v, width if equal_widths else head_size + -head_size % CHANNEL_MULTIPLE)
-    sizes = offsets.diff()
-    longest = int(sizes.max())
-    slot = _slots(offsets, sizes, longest, k.shape[0])
-    places = (sizes.numel(), longest)
+    padding = Padding.of(offsets, k.shape[0])
     unseen = padding_key(width, logit_channels(q.shape[-1], angular_channels, self_queries_only), k.dtype, k.device)
-    keys = _pad(keys, slot, places, unseen)
-    values = _pad(values, slot, places, values.new_zeros(values.shape[-1]))
-    queries = queries.unsqueeze(2) if self_queries_only else _pad(queries, slot, places, queries.new_zeros(width))
+    keys, values = padding.pad(keys, unseen).transpose(1, 2), padding.pad(values).transpose(1, 2)
+    queries = queries.unsqueeze(2) if self_queries_only else padding.pad(queries).transpose(1, 2)
     attended = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=scale)
     attended = attended[..., :head_size]
     if self_queries_only:
         return attended.squeeze(2)
-    return attended.transpose(1, 2).flatten(0, 1).index_select(0, slot)
-
-
-def _slots(offsets: Tensor, sizes: Tensor, longest: int, num_tokens: int) -> Tensor:
-    """``(T,)`` places of the tokens among ``N * longest``."""
-    shift = torch.arange(sizes.numel(), device=offsets.device) * longest - offsets[:-1]
-    tokens = torch.arange(num_tokens, device=offsets.device)
-    return tokens + torch.repeat_interleave(shift, sizes, output_size=num_tokens)
-
-
-def _pad(tokens: Tensor, slot: Tensor, places: tuple[int, int], padding: Tensor) -> Tensor:
-    """``(T, h, D)`` to ``(N, h, M, D)``, ``padding`` ``(D,)`` where there is no token."""
-    count = places[0] * places[1]
-    if count > tokens.shape[0]:
-        tokens = padding.expand(count, tokens.shape[1], -1).index_copy(0, slot, tokens)
-    return tokens.unflatten(0, places).transpose(1, 2)
+    return padding.unpad(attended.transpose(1, 2))

@@ -27,7 +27,6 @@ from escaip.ops.expanded import (
     first_derivative_only,
     pad_channels,
     plain_operands,
-    refuse_dropout,
 )
 
 # A CUDA grid is at most this long in the dimension that counts sequences (facebookresearch/xformers#845).
@@ -60,16 +59,14 @@ def xformers_attention(
     angular_channels: tuple[int, ...] | None,
     scale: float,
     self_queries_only: bool = False,
-    dropout: float = 0.0,
 ) -> Tensor:
     """See :func:`escaip.ops.neighborhood_attention`; differentiable once.
 
     Reads the sizes of the neighborhoods from the device, which the mask must know on the host.
 
     Raises:
-        ConfigError: attention weights are to be dropped; or when differentiated a second time.
+        ConfigError: when differentiated a second time.
     """
-    refuse_dropout("xformers", dropout)
     fmha = _library()
     q, k, v, log_envelope, direction = first_derivative_only("xformers", q, k, v, log_envelope, direction)
     queries, keys = plain_operands(q, k, log_envelope, direction, angular_channels, scale, self_queries_only)

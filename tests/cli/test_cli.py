@@ -151,6 +151,15 @@ def test_warnings_of_ours_are_one_line_and_those_of_others_are_silent(
     assert capsys.readouterr().err == "escaip: warning: ours in two lines\n"
 
 
+def test_info_without_a_model_shows_what_each_attention_backend_supports(capsys: Capture) -> None:
+    assert main(["info", "--json"]) == 0
+    backends = json.loads(capsys.readouterr().out)["attention_backends"]
+    assert backends["dense"].endswith(
+        "any derivative; on any device; float64 float32 float16 bfloat16; dropout; node attention"
+    )
+    assert backends["sdpa"].split("; ")[1] == "1 derivative"
+
+
 def test_info_of_a_model_and_of_the_installation(model: Path, capsys: Capture) -> None:
     assert main(["info", str(model), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

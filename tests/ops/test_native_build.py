@@ -15,6 +15,7 @@ import torch
 from escaip.errors import ConfigError
 from escaip.ops import native
 from escaip.ops.native import build
+from escaip.ops.problem import Problem
 
 pytestmark = pytest.mark.skipif(native.availability() is not None, reason=f"native {native.availability()}")
 
@@ -185,7 +186,7 @@ def test_without_openmp_the_library_has_threads_of_its_own(workshop: Workshop, m
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(native.forward(q, k, v, None, None, offsets, offsets, (6,), 0.5)[0])
+            results.append(native.forward(Problem(q, k, v, None, None, offsets, offsets, (6,), 0.5)).out)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)

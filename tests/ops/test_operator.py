@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from escaip.errors import ConfigError
 from escaip.ops import backends, blocked, neighborhood_attention
 from escaip.ops.operator import FAMILIES, attention, attention_backward, attention_double_backward
+from escaip.ops.problem import Gradients, Problem
 
 CHANNELS = (2, 1, 1, 1, 1)
 USABLE_FAMILIES = [info.name for info in CPU_BACKENDS if info.name in FAMILIES]
@@ -110,11 +111,11 @@ def test_blocked_memory_is_linear_in_the_tokens() -> None:
     atoms = 3000
     q, k, v = torch.randn(3, atoms, 1, 8)
     offsets = torch.tensor([0, atoms])
-    layout = (offsets, offsets)
+    problem = Problem(q, k, v, None, None, offsets, offsets, (8,), 0.3)
     with Largest() as largest:
-        out, lse = blocked.forward(q, k, v, None, None, *layout, (8,), 0.3)
-        blocked.backward(q, q, k, v, None, None, *layout, out, lse, (8,), 0.3, False)
-        blocked.double_backward(q, k, v, None, None, q, q, k, v, None, None, *layout, out, lse, (8,), 0.3)
+        result = blocked.forward(problem)
+        blocked.backward(problem, result, q, False)
+        blocked.double_backward(problem, result, q, Gradients(q, k, v, None, None))
     assert largest.elements <= max(blocked.BLOCK_ELEMENTS, q.numel() * 8)
 
 
@@ -168,8 +169,8 @@ def test_compiles_in_one_graph_for_all_sizes(backend: str) -> None:
 
 def test_auto_takes_the_first_that_can() -> None:
     def chosen(**changes: Any) -> str:
-        values = {"device": "cpu", "dtype": torch.float32, "head_size": 64, "derivatives": 2, "angular": True,
-                  "dropout": False, "node_attention": False} | changes  # fmt: skip
+        values = {"device": "cpu", "dtype": torch.float32, "derivatives": 2, "dropout": False, "node_attention": False}
+        values |= changes
         return backends.choose_backend("auto", backends.Request(**values)).name
 
     assert chosen() == USABLE_FAMILIES[0]
@@ -183,6 +184,7 @@ def test_auto_takes_the_first_that_can() -> None:
     ("backend", "changes", "message"),
     [
         ("blocked", {"dropout": 0.1}, "'blocked' has no dropout of attention weights: choose auto, dense"),
+        ("sdpa", {"dropout": 0.1}, "'sdpa' has no dropout of attention weights: choose auto, dense"),
         ("sdpa", {"derivatives": 2}, "'sdpa' has 1 derivative, not 2: choose auto, .*blocked"),
         ("blocked", {"derivatives": 3}, "'blocked' has 2 derivatives, not 3: choose auto, dense, reference"),
         ("triton", {}, "'triton' does not run on cpu: choose auto, "),

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton")
 
-from triton_cases import Case, cotangents, errors, make_case, run_family, run_reference, with_zero_key  # noqa: E402
+from family_cases import Case, errors, make_case, run_family, run_reference, without_keys  # noqa: E402
 
-from escaip.ops.triton import is_usable, launch  # noqa: E402
+from escaip.ops import triton as triton_family  # noqa: E402
+from escaip.ops.triton import launch  # noqa: E402
 from escaip.ops.triton.chunks import cut  # noqa: E402
-from escaip.ops.triton.launch import backward, double_backward, forward  # noqa: E402
 from escaip.ops.triton.tiles import OVERRIDES, Tile  # noqa: E402
 
 PUBLISHED = (20, 10, 4, 10, 20)
 # float32: accumulated rounding. Half types: every computed operand of a matrix product and every result is rounded,
-# by 2^-9 in bfloat16 and 2^-12 in float16; second derivatives chain twice as many of those as first ones.
-TOLERANCE = {torch.float32: (1e-5, 1e-5, 1e-5), torch.bfloat16: (4e-3, 6e-3, 8e-3), torch.float16: (5e-4, 1e-3, 1e-3)}
+# by 2^-9 in bfloat16 and 2^-12 in float16. Second derivatives chain twice as many of those as first ones and take
+# D from the rounded output, which weighs where E − D is small.
+TOLERANCE = {torch.float32: (1e-5, 1e-5, 1e-5), torch.bfloat16: (4e-3, 6e-3, 1e-2), torch.float16: (5e-4, 1e-3, 3e-3)}
 KERNELS = ("forward_rows", "backward_rows", "backward_columns", "double_backward_rows", "double_backward_columns")
 
 
@@ -41,10 +42,8 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(case: Case, with_direction: bool = True) -> None:
-    grad_out, tangents = cotangents(case)
-    found = run_family(case, grad_out, tangents, with_direction)
-    expected = run_reference(case, grad_out, tangents, with_direction)
-    value, first, second = TOLERANCE[case.q.dtype]
+    found, expected = run_family(launch, case, with_direction), run_reference(case, with_direction)
+    value, first, second = TOLERANCE[case.problem.q.dtype]
     for name, error in errors(found, expected).items():
         limit = value if name == "out" else first if name[0] == "d" else second
         assert error < limit, f"{name}: {error:.2e}"
@@ -109,19 +108,17 @@ def test_any_shape(sizes: list[int], heads: int, widths: list[int], use: str, se
 def test_one_token_neighborhoods() -> None:
     """A softmax over one key is constant: all gradients but that of the value vanish."""
     case = make_case([1, 1, 1])
-    grad_out, tangents = cotangents(case)
-    found = run_family(case, grad_out, tangents)
-    torch.testing.assert_close(found["out"], case.v)
-    torch.testing.assert_close(found["dv"], grad_out)
+    found = run_family(launch, case)
+    torch.testing.assert_close(found["out"], case.problem.v)
+    torch.testing.assert_close(found["dv"], case.grad_out)
     for name in ("dq", "dk", "db", "dn", "gq", "gk", "gv", "gb", "gn"):
         assert found[name].abs().max() < 1e-5, name
 
 
 def test_coincident_and_antiparallel_directions() -> None:
     case = make_case([6, 5])
-    case.direction[2] = case.direction[1]
-    case.direction[3] = -case.direction[1]
-    case.direction[7:] = case.direction[7]
+    n = case.problem.direction
+    n[2], n[3], n[7:] = n[1], -n[1], n[7]
     check(case)
 
 
@@ -130,17 +127,14 @@ def test_removed_key_is_as_if_absent(dtype: torch.dtype) -> None:
     """Minus infinity in a tile of its own too: finite numbers everywhere, zero at the key, the rest unchanged."""
     case = make_case([4, 40], widths=(8, 8), dtype=dtype)
     gone = torch.tensor([2, *range(4, 36), 40])  # among them the first tile of the second neighborhood
-    for token in gone.tolist():
-        case = with_zero_key(case, token)
-    grad_out, tangents = cotangents(case)
-    found = run_family(case, grad_out, tangents)
+    case = without_keys(case, gone)
+    found = run_family(launch, case)
     assert all(x is None or torch.isfinite(x).all() for x in found.values())
     for name in ("dk", "dv", "db", "gk", "gv", "gb"):
-        assert (found[name][gone].double().abs() < 1e-30).all(), (
-            name
-        )  # the interpreter's bfloat16 zero is 1e-38 at times
-    case.k[gone], case.v[gone] = 3.0, -2.0
-    again = run_family(case, grad_out, tangents)
+        # The interpreter's bfloat16 zero is 1e-38 at times.
+        assert (found[name][gone].double().abs() < 1e-30).all(), name
+    case.problem.k[gone], case.problem.v[gone] = 3.0, -2.0
+    again = run_family(launch, case)
     for name in ("out", "dq", "gG", "gq"):
         torch.testing.assert_close(again[name], found[name])
 
@@ -148,57 +142,53 @@ def test_removed_key_is_as_if_absent(dtype: torch.dtype) -> None:
 def test_a_constant_added_to_the_bias_tangent_changes_nothing() -> None:
     """Softmax does not see it, and no digits are lost to it."""
     case = make_case([20], d=32, widths=(16, 16), dtype=torch.bfloat16)
-    grad_out, tangents = cotangents(case)
-    plain = run_family(case, grad_out, tangents)
-    tangents[3] = tangents[3] + 64.0
-    shifted = run_family(case, grad_out, tangents)
+    plain = run_family(launch, case)
+    tangents = case.tangents._replace(log_envelope=case.tangents.log_envelope + 64.0)
+    shifted = run_family(launch, replace(case, tangents=tangents))
     for name in ("gG", "gq", "gv"):
         error = (shifted[name] - plain[name]).float().norm() / plain[name].float().norm()
         assert error < 5e-3, name
 
 
 def test_usable_in_the_interpreter() -> None:
-    assert is_usable()
+    assert triton_family.availability() is None
 
 
 def test_nothing_to_do() -> None:
     case = make_case([])
-    found = run_family(case, *cotangents(case))
+    found = run_family(launch, case)
     assert found["out"].shape == (0, 1, 16)
     assert found["gn"].shape == (0, 3)
 
 
 def test_same_bits_twice_and_inputs_untouched() -> None:
     case = make_case([7, 33], widths=(8, 8))
-    grad_out, tangents = cotangents(case)
-    inputs = [x for x in (*case.arguments, grad_out, *tangents) if x is not None]
+    given = (*vars(case.problem).values(), case.grad_out, *case.tangents)
+    inputs = [x for x in given if isinstance(x, torch.Tensor)]
     before = [x.clone() for x in inputs]
-    first, second = run_family(case, grad_out, tangents), run_family(case, grad_out, tangents)
+    first, second = run_family(launch, case), run_family(launch, case)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
 
 
 def test_strided_inputs() -> None:
     case = make_case([5, 9], heads=2, widths=(8, 8))
-    whole = torch.stack([case.q, case.k, case.v], 2)
-    expected = forward(*case.arguments, case.widths, case.scale)
+    problem, tangents = case.problem, case.tangents
+    whole = torch.stack([problem.q, problem.k, problem.v], 2)
     q, k, v = whole.unbind(2)
-    found = forward(q, k, v, *case.arguments[3:], case.widths, case.scale)
-    assert torch.equal(found[0], expected[0])
-    rest = (*expected, case.widths, case.scale)
-    grad = torch.randn(16, 2, 14).transpose(0, 2)
-    a = backward(grad.contiguous(), *case.arguments, *rest, True)
-    b = backward(grad, q, k, v, *case.arguments[3:], *rest, True)
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    c = double_backward(*a, grad.contiguous(), *case.arguments, *rest)
-    e = double_backward(*b, grad, q, k, v, *case.arguments[3:], *rest)
-    assert all(torch.equal(x, y) for x, y in zip(c, e, strict=True))
+    grad = case.grad_out.transpose(0, 2).contiguous().transpose(0, 2)
+    assert not any(x.is_contiguous() for x in (q, k, v, grad))
+    strided = Case(replace(problem, q=q, k=k, v=v), grad, tangents._replace(q=grad, k=grad, v=grad))
+    plain = replace(case, tangents=tangents._replace(q=case.grad_out, k=case.grad_out, v=case.grad_out))
+    found, expected = run_family(launch, strided), run_family(launch, plain)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_lse() -> None:
     case = make_case([6], widths=(16,))
-    lse = forward(*case.arguments, case.widths, case.scale)[1]
-    logits = case.scale * torch.einsum("jhd,khd->jkh", case.q, case.k) + case.log_envelope[None, :, None]
+    x = case.problem
+    lse = launch.forward(x).lse
+    logits = x.scale * torch.einsum("jhd,khd->jkh", x.q, x.k) + x.log_envelope[None, :, None]
     torch.testing.assert_close(lse, logits.logsumexp(1))
 
 

@@ -1,12 +1,13 @@
 """Fused C++ attention for the CPU with two derivatives, compiled on first use.
 
-Neighborhoods of 1 to 1024 tokens, float32 and float64; half types are computed in float32. Every sum is made by one
-thread in one order: results have the same bits however many threads there are. Formulas in docs/attention.md.
+Float32 and float64; half types are computed in float32. A neighborhood is one thread's, which makes every sum of it in
+one order: results have the same bits however many threads there are. Formulas in docs/attention.md.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ from torch import Tensor
 from escaip.errors import ConfigError
 from escaip.ops.legendre import MAX_L
 from escaip.ops.native.build import availability, library
+from escaip.ops.problem import Gradients, Problem, Result, accumulation_dtype
 
-__all__ = ["MAX_KEYS", "availability", "backward", "double_backward", "forward"]
+__all__ = ["availability", "backward", "double_backward", "forward"]
 
-MAX_KEYS = 1024
 _INPUTS = ("q", "k", "v", "log_envelope", "direction", "grad_out", "out", "lse", "tq", "tk", "tv", "tb", "tn")
 _RESULTS = ("to_out", "to_lse", "to_q", "to_k", "to_v", "to_b", "to_n")
-_SIZES = ("neighborhoods", "queries", "tokens", "heads", "head_size", "groups", "threads", "most_keys")
+_SIZES = ("neighborhoods", "queries", "tokens", "heads", "head_size", "groups", "threads")
 
 
 class _Problem(ctypes.Structure):
@@ -34,132 +35,82 @@ class _Problem(ctypes.Structure):
     )
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Returns the attended ``(Q, h, d)`` and the log of the softmax normaliser ``(Q, h)``.
+def forward(problem: Problem) -> Result:
+    """See :class:`escaip.ops.problem.Family`.
 
     Raises:
-        ConfigError: a neighborhood of more than ``MAX_KEYS`` tokens, or the kernels do not compile.
+        ConfigError: the kernels do not compile, or the offsets do not fit the tensors.
     """
-    dtype = _accumulation(q)
-    out, lse = _new(q), q.new_empty(q.shape[:2], dtype=dtype)
-    inputs: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "log_envelope": log_envelope, "direction": direction}
-    _call("forward", dtype, inputs, {"to_out": out, "to_lse": lse}, query_offsets, key_offsets, widths, scale)
-    return out.to(q.dtype), lse
+    q = problem.q
+    out, lse = _new(q), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
+    _call("forward", problem, {}, {"to_out": out, "to_lse": lse})
+    return Result(out.to(q.dtype), lse)
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-    with_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns ``dq, dk, dv, db, dn`` for the cotangent ``grad_out``; errors as :func:`forward`."""
-    dtype = _accumulation(q)
-    db = None if log_envelope is None else _new(log_envelope)
-    dn = _new(direction) if with_direction and direction is not None else None
-    results = {"to_q": _new(q), "to_k": _new(k), "to_v": _new(v), "to_b": db, "to_n": dn}
-    inputs = {"q": q, "k": k, "v": v, "log_envelope": log_envelope, "direction": direction, "grad_out": grad_out,
-              "out": out, "lse": lse}  # fmt: skip
-    _call("backward", dtype, inputs, results, query_offsets, key_offsets, widths, scale)
-    return (*(_cast(results[f"to_{name}"], q) for name in "qkv"), db, dn)  # type: ignore[return-value]
+def backward(problem: Problem, result: Result, grad_out: Tensor, with_direction: bool) -> Gradients:
+    """See :class:`escaip.ops.problem.Family`; errors as :func:`forward`."""
+    gradients = _new_gradients(problem, with_direction)
+    _call("backward", problem, {"grad_out": grad_out, **result._asdict()}, _named("to_", gradients))
+    return _cast(gradients, problem)
 
 
 def double_backward(
-    tq: Tensor,
-    tk: Tensor,
-    tv: Tensor,
-    tb: Tensor | None,
-    tn: Tensor | None,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns the cotangents of ``grad_out, q, k, v, log_envelope, direction``; errors as :func:`forward`."""
-    dtype = _accumulation(q)
-    gb = None if log_envelope is None else _new(log_envelope)
-    gn = None if direction is None else _new(direction)
-    results = {"to_out": _new(q), "to_q": _new(q), "to_k": _new(k), "to_v": _new(v), "to_b": gb, "to_n": gn}
-    inputs = {"q": q, "k": k, "v": v, "log_envelope": log_envelope, "direction": direction, "grad_out": grad_out,
-              "out": out, "lse": lse, "tq": tq, "tk": tk, "tv": tv, "tb": tb, "tn": tn}  # fmt: skip
-    _call("double_backward", dtype, inputs, results, query_offsets, key_offsets, widths, scale)
-    return (*(_cast(results[f"to_{name}"], q) for name in ("out", "q", "k", "v")), gb, gn)  # type: ignore[return-value]
+    problem: Problem, result: Result, grad_out: Tensor, tangents: Gradients
+) -> tuple[Tensor, Gradients]:
+    """See :class:`escaip.ops.problem.Family`; errors as :func:`forward`."""
+    g_out, gradients = _new(problem.q), _new_gradients(problem, True)
+    inputs = {"grad_out": grad_out, **result._asdict(), **_named("t", tangents)}
+    _call("double_backward", problem, inputs, {"to_out": g_out, **_named("to_", gradients)})
+    return g_out.to(problem.q.dtype), _cast(gradients, problem)
 
 
 def _call(
-    name: str,
-    dtype: torch.dtype,
-    inputs: dict[str, Tensor | None],
-    results: dict[str, Tensor | None],
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
+    name: str, problem: Problem, inputs: Mapping[str, Tensor | None], results: Mapping[str, Tensor | None]
 ) -> None:
-    """Calls ``escaip_<name>_<scalar>``, which writes the results; contiguous copies live until it returns."""
-    q, k = inputs["q"], inputs["k"]
-    assert q is not None
-    assert k is not None
-    held: dict[str, Tensor] = {x: t.to(dtype).contiguous() for x, t in inputs.items() if t is not None}
+    """Calls ``escaip_<name>``, which writes the results; contiguous copies live until it returns."""
+    q, k, widths = problem.q, problem.k, problem.widths
+    dtype = accumulation_dtype(q)
+    features = {x: getattr(problem, x) for x in ("q", "k", "v", "log_envelope", "direction")}
+    held = {x: t.to(dtype).contiguous() for x, t in {**features, **inputs}.items() if t is not None}
     held |= {x: t for x, t in results.items() if t is not None}
-    held |= {"query_offsets": query_offsets.contiguous(), "key_offsets": key_offsets.contiguous()}
-    problem = _Problem(
-        query_offsets.numel() - 1, q.shape[0], k.shape[0], q.shape[1], q.shape[2], len(widths),
-        torch.get_num_threads(), MAX_KEYS,
+    held |= {x: getattr(problem, x).contiguous() for x in ("query_offsets", "key_offsets")}
+    structure = _Problem(
+        problem.query_offsets.numel() - 1, q.shape[0], k.shape[0], q.shape[1], q.shape[2], len(widths),
+        torch.get_num_threads(),
     )  # fmt: skip
-    problem.widths[: len(widths)] = widths
-    problem.scale = scale
+    structure.widths[: len(widths)] = widths
+    structure.scale = problem.scale
     for field, tensor in held.items():
-        setattr(problem, field, tensor.data_ptr())
+        setattr(structure, field, tensor.data_ptr())
     scalar = "double" if dtype == torch.float64 else "float"
-    status = getattr(library(scalar), f"escaip_{name}")(ctypes.byref(problem))
+    status = getattr(library(scalar), f"escaip_{name}")(ctypes.byref(structure))
     if status:
         raise ConfigError(_MESSAGES[status])
 
 
 _MESSAGES = {
     1: "attention offsets must start at 0, never fall, and end at the number of queries and of tokens",
-    2: f"attention backend 'native' takes at most {MAX_KEYS} tokens in a neighborhood: use backend='blocked'",
-    3: "attention backend 'native' found no memory for its tiles: use fewer threads or backend='blocked'",
+    2: "attention backend 'native' found no memory for its tiles: use fewer threads or backend='blocked'",
 }
-
-
-def _accumulation(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _new(like: Tensor) -> Tensor:
     """Contiguous memory for a result, in the accumulation dtype."""
-    return torch.empty(like.shape, dtype=_accumulation(like), device=like.device)
+    return torch.empty(like.shape, dtype=accumulation_dtype(like), device=like.device)
 
 
-def _cast(x: Tensor | None, like: Tensor) -> Tensor:
-    assert x is not None
-    return x.to(like.dtype)
+def _new_gradients(problem: Problem, with_direction: bool) -> Gradients:
+    b, n = problem.log_envelope, problem.direction if with_direction else None
+    geometry = (None if x is None else _new(x) for x in (b, n))
+    return Gradients(_new(problem.q), _new(problem.k), _new(problem.v), *geometry)
+
+
+def _named(prefix: str, gradients: Gradients) -> dict[str, Tensor | None]:
+    """By the names of the C++ side."""
+    return {f"{prefix}{name}": x for name, x in zip("qkvbn", gradients, strict=True)}
+
+
+def _cast(gradients: Gradients, problem: Problem) -> Gradients:
+    """Those of q, k and v in their dtype."""
+    q, k, v, *geometry = gradients
+    return Gradients(*(x.to(problem.q.dtype) for x in (q, k, v)), *geometry)

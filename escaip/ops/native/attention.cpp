@@ -15,7 +15,7 @@
 namespace escaip {
 namespace {
 
-enum Status { DONE = 0, BAD_OFFSETS = 1, TOO_MANY_KEYS = 2, NO_MEMORY = 3 };
+enum Status { DONE = 0, BAD_OFFSETS = 1, NO_MEMORY = 2 };
 
 // Kept by a thread from call to call, since fresh memory costs a page fault every 4 KiB; given back when large.
 struct Memory {
@@ -47,7 +47,6 @@ int measure(const Problem<T>& p, Extent& extent) {
     for (long i = 0; i < p.neighborhoods; ++i) {
         const long queries = p.query_offsets[i + 1] - p.query_offsets[i], keys = p.key_offsets[i + 1] - p.key_offsets[i];
         if (queries < 0 || keys < 0) return BAD_OFFSETS;
-        if (std::max(keys, queries) > p.most_keys) return TOO_MANY_KEYS;
         const long rows = std::min(block_rows<T>(queries, padded<T>(keys)), queries);
         extent.most_keys = std::max({extent.most_keys, keys, queries});
         extent.most_tile = std::max(extent.most_tile, padded<T>(rows) * padded<T>(keys));

@@ -21,7 +21,7 @@ constexpr long LEAST_ROWS = 32;
 // The arguments of a call, as Python lays them out. Unused pointers are null.
 template <class T>
 struct Problem {
-    int64_t neighborhoods, queries, tokens, heads, head_size, groups, threads, most_keys;
+    int64_t neighborhoods, queries, tokens, heads, head_size, groups, threads;
     int64_t widths[MOST_GROUPS];
     double scale;
     const int64_t *query_offsets, *key_offsets;

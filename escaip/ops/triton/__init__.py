@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["availability", "backward", "double_backward", "forward", "is_usable"]
+__all__ = ["availability", "backward", "double_backward", "forward"]
 
 
 def availability() -> str | None:
@@ -24,11 +24,6 @@ def availability() -> str | None:
     if torch.cuda.is_available() or triton.knobs.runtime.interpret:
         return None
     return "needs a CUDA device, and none is usable here"
-
-
-def is_usable() -> bool:
-    """Whether the kernels can run here: on a GPU, or slowly in Triton's interpreter (``TRITON_INTERPRET=1``)."""
-    return availability() is None
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The kernel family: forward, backward and double backward on packed tokens (see ``escaip.ops.operator``).
+"""The kernel family: forward, backward and double backward on packed tokens (:class:`escaip.ops.problem.Family`).
 
 No step waits for the GPU: sizes known on the host are shapes alone, so all of it can be captured in a CUDA graph. Sums
 over heads and over the two halves of the directions' gradient are PyTorch's, in a fixed order: same bits on every run.
@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from escaip.ops.problem import Gradients, Problem, Result
 from escaip.ops.triton.backward_kernels import backward_columns, backward_rows
 from escaip.ops.triton.chunks import Chunks, cut
 from escaip.ops.triton.double_backward_kernels import double_backward_columns, double_backward_rows
@@ -26,7 +27,7 @@ SLOTS_PER_PROGRAM = 128
 
 
 @dataclass(frozen=True)
-class Problem:
+class _Launcher:
     """What the three functions have in common: contiguous inputs, and constants of the kernels.
 
     Attributes:
@@ -83,24 +84,12 @@ class Problem:
         return torch.empty_like(like) if self.all_channels and not self.nothing else torch.zeros_like(like)
 
 
-def pose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-) -> Problem:
-    """Collects what every kernel takes."""
-    tensors = {
-        "q": q, "k": k, "v": v, "log_envelope": log_envelope, "direction": direction,
-        "query_offsets": query_offsets, "key_offsets": key_offsets,
-    }  # fmt: skip
-    contiguous = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
-    return Problem(contiguous, scale, cut(tuple(widths)), cut((q.shape[2],)), matmul_precision(q))
+def _launcher(problem: Problem) -> _Launcher:
+    names = ("q", "k", "v", "log_envelope", "direction", "query_offsets", "key_offsets")
+    given = {name: getattr(problem, name) for name in names}
+    contiguous = {name: None if x is None else x.contiguous() for name, x in given.items()}
+    logits, values = cut(tuple(problem.widths)), cut((problem.q.shape[2],))
+    return _Launcher(contiguous, problem.scale, logits, values, matmul_precision(problem.q))
 
 
 def matmul_precision(x: Tensor) -> str:
@@ -133,136 +122,74 @@ def tile_owners(offsets: Tensor, count: int, own: int) -> tuple[int, Tensor]:
     return slots, owners
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention of each query over the keys of its neighborhood.
-
-    Args:
-        q: ``(Q, h, d)`` float32, bfloat16 or float16.
-        k: ``(T, h, d)``.
-        v: ``(T, h, d)``.
-        log_envelope: ``(T,)`` float32 or None.
-        direction: ``(T, 3)`` float32, zero for self tokens; None where ``widths`` has one entry. With it, queries
-            are the tokens.
-        query_offsets: ``(N + 1,)`` int64, queries of each neighborhood.
-        key_offsets: ``(N + 1,)`` int64, keys of each neighborhood.
-        widths: channels per angular degree.
-        scale: factor on the products.
-
-    Returns:
-        ``out (Q, h, d)`` in the dtype of q, and ``lse (Q, h)`` float32, the log of the softmax normaliser.
-    """
-    problem = pose(q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale)
-    out = torch.empty_like(problem["q"])
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    if problem.nothing:
-        return out.zero_(), lse.zero_()
-    with torch.cuda.device_of(q):
-        problem.launch(forward_rows, by_key=False, out=out, lse=lse)
-    return out, lse
+def forward(problem: Problem) -> Result:
+    """See :class:`escaip.ops.problem.Family`."""
+    launcher = _launcher(problem)
+    out = torch.empty_like(launcher["q"])
+    lse = out.new_empty(out.shape[:2], dtype=torch.float32)
+    if launcher.nothing:
+        return Result(out.zero_(), lse.zero_())
+    with torch.cuda.device_of(out):
+        launcher.launch(forward_rows, by_key=False, out=out, lse=lse)
+    return Result(out, lse)
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-    with_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, log envelope and direction; None for the last two where there is none.
-
-    Takes what :func:`forward` takes and returns, ``grad_out (Q, h, d)``, and whether the gradient of the direction is
-    wanted (``with_direction``).
-    """
-    problem = pose(q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale)
-    dq, dk, dv = problem.gradient("q"), problem.gradient("k"), torch.empty_like(problem["v"])
-    heads_db, halves_dn = _partial_sums(problem, with_direction)
-    if problem.nothing:
-        return dq, dk, dv.zero_(), _sum_bias(heads_db), _sum_direction(halves_dn)
-    dots = lse.new_empty(lse.shape[::-1])
+def backward(problem: Problem, result: Result, grad_out: Tensor, with_direction: bool) -> Gradients:
+    """See :class:`escaip.ops.problem.Family`."""
+    launcher = _launcher(problem)
+    dq, dk, dv = launcher.gradient("q"), launcher.gradient("k"), torch.empty_like(launcher["v"])
+    heads_db, halves_dn = _partial_sums(launcher, with_direction)
+    if launcher.nothing:
+        return Gradients(dq, dk, dv.zero_(), _sum_bias(heads_db), _sum_direction(halves_dn))
+    out, lse = (x.contiguous() for x in result)
     rows_dn, columns_dn = (None, None) if halves_dn is None else halves_dn.unbind(0)
     common = {
-        "grad_out": grad_out.contiguous(), "lse": lse.contiguous(), "dots": dots, "num_queries": q.shape[0],
-        "WITH_DN": halves_dn is not None,
+        "grad_out": grad_out.contiguous(), "lse": lse, "dots": lse.new_empty(lse.shape[::-1]),
+        "num_queries": dq.shape[0], "WITH_DN": halves_dn is not None,
     }  # fmt: skip
-    with torch.cuda.device_of(q):
-        problem.launch(backward_rows, by_key=False, out=out.contiguous(), dq=dq, dn=rows_dn, **common)
-        problem.launch(
-            backward_columns, by_key=True, dk=dk, dv=dv, db=heads_db, dn=columns_dn, num_keys=k.shape[0], **common
+    with torch.cuda.device_of(dq):
+        launcher.launch(backward_rows, by_key=False, out=out, dq=dq, dn=rows_dn, **common)
+        launcher.launch(
+            backward_columns, by_key=True, dk=dk, dv=dv, db=heads_db, dn=columns_dn, num_keys=dk.shape[0], **common
         )
-    return dq, dk, dv, _sum_bias(heads_db), _sum_direction(halves_dn)
+    return Gradients(dq, dk, dv, _sum_bias(heads_db), _sum_direction(halves_dn))
 
 
 def double_backward(
-    tq: Tensor,
-    tk: Tensor,
-    tv: Tensor,
-    tb: Tensor | None,
-    tn: Tensor | None,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor | None,
-    direction: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    widths: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of ``grad_out``, q, k, v, log envelope and direction; None for the last two where there is none.
-
-    Takes what :func:`backward` takes, and the cotangents ``tq, tk, tv, tb, tn`` of what it returns; ``tb`` and ``tn``
-    may be None for zero.
-    """
-    problem = pose(q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale)
-    gq, gk, gv = problem.gradient("q"), problem.gradient("k"), torch.empty_like(problem["v"])
-    grad_grad_out = torch.empty_like(problem["q"])
-    heads_gb, halves_gn = _partial_sums(problem, True)
-    if problem.nothing:
-        return grad_grad_out.zero_(), gq, gk, gv.zero_(), _sum_bias(heads_gb), _sum_direction(halves_gn)
+    problem: Problem, result: Result, grad_out: Tensor, tangents: Gradients
+) -> tuple[Tensor, Gradients]:
+    """See :class:`escaip.ops.problem.Family`."""
+    launcher = _launcher(problem)
+    gq, gk, gv = launcher.gradient("q"), launcher.gradient("k"), torch.empty_like(launcher["v"])
+    grad_grad_out = torch.empty_like(launcher["q"])
+    heads_gb, halves_gn = _partial_sums(launcher, True)
+    if launcher.nothing:
+        sums = _sum_bias(heads_gb), _sum_direction(halves_gn)
+        return grad_grad_out.zero_(), Gradients(gq, gk, gv.zero_(), *sums)
+    out, lse = (x.contiguous() for x in result)
     dots, means, dots_t = (lse.new_empty(lse.shape[::-1]) for _ in range(3))
     rows_gn, columns_gn = (None, None) if halves_gn is None else halves_gn.unbind(0)
     common = {
-        "tq": tq.contiguous(), "tk": tk.contiguous(), "tv": tv.contiguous(), "tb": _tangent(tb, log_envelope),
-        "tn": _tangent(tn, direction), "grad_out": grad_out.contiguous(), "lse": lse.contiguous(), "dots": dots,
-        "means": means, "dots_t": dots_t, "num_queries": q.shape[0],
+        "tq": tangents.q.contiguous(), "tk": tangents.k.contiguous(), "tv": tangents.v.contiguous(),
+        "tb": _tangent(tangents.log_envelope, problem.log_envelope),
+        "tn": _tangent(tangents.direction, problem.direction), "grad_out": grad_out.contiguous(), "lse": lse,
+        "dots": dots, "means": means, "dots_t": dots_t, "num_queries": gq.shape[0],
     }  # fmt: skip
-    with torch.cuda.device_of(q):
-        problem.launch(
-            double_backward_rows, by_key=False, out=out.contiguous(), grad_grad_out=grad_grad_out, gq=gq, gn=rows_gn,
+    with torch.cuda.device_of(gq):
+        launcher.launch(
+            double_backward_rows, by_key=False, out=out, grad_grad_out=grad_grad_out, gq=gq, gn=rows_gn, **common
+        )
+        launcher.launch(
+            double_backward_columns, by_key=True, gk=gk, gv=gv, gb=heads_gb, gn=columns_gn, num_keys=gk.shape[0],
             **common,
         )  # fmt: skip
-        problem.launch(
-            double_backward_columns, by_key=True, gk=gk, gv=gv, gb=heads_gb, gn=columns_gn, num_keys=k.shape[0],
-            **common,
-        )  # fmt: skip
-    return grad_grad_out, gq, gk, gv, _sum_bias(heads_gb), _sum_direction(halves_gn)
+    return grad_grad_out, Gradients(gq, gk, gv, _sum_bias(heads_gb), _sum_direction(halves_gn))
 
 
-def _partial_sums(problem: Problem, with_direction: bool) -> tuple[Tensor | None, Tensor | None]:
+def _partial_sums(launcher: _Launcher, with_direction: bool) -> tuple[Tensor | None, Tensor | None]:
     """Each head's share of db, ``(h, T)``, and of the rows and the columns to dn, ``(2, h, T, 3)``."""
-    k, bias, direction = problem["k"], problem.tensors["log_envelope"], problem.tensors["direction"]
-    empty = torch.zeros if problem.nothing else torch.empty
+    k, bias, direction = launcher["k"], launcher.tensors["log_envelope"], launcher.tensors["direction"]
+    empty = torch.zeros if launcher.nothing else torch.empty
     shape = (k.shape[1], k.shape[0])
     heads_db = None if bias is None else empty(shape, dtype=torch.float32, device=k.device)
     if direction is None or not with_direction:
