@@ -14,15 +14,13 @@ import argparse
 import ctypes
 import gc
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import markdown_table, provenance, write_json
+from common import markdown_table, measure, provenance, write_json
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -170,23 +168,9 @@ def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
     y = torch.empty_like(x)
     side = 8192 if device == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(dtype)
-    copy = median_seconds(lambda: y.copy_(x), device, 7)
-    product = median_seconds(lambda: a @ a, device, 7)
+    copy = measure(lambda: y.copy_(x), 7, device=device)
+    product = measure(lambda: a @ a, 7, device=device)
     return 2 * x.numel() * 4 / copy, 2 * side**3 / product
-
-
-def median_seconds(function: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median after one run to warm up; waits for the device."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    function()
-    seconds = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        function()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def peak_bytes(function: Callable[[], Any], device: str) -> float | None:
@@ -227,7 +211,7 @@ def measure_case(case: Case, names: list[str] | None, repeats: int, peaks: tuple
                 "dtype": str(case.dtype).removeprefix("torch."), "step": step, "name": name,
             }  # fmt: skip
             try:
-                seconds = median_seconds(lambda f=function, s=step: run(f, inputs, s), case.device, repeats)
+                seconds = measure(lambda f=function, s=step: run(f, inputs, s), repeats, device=case.device)
                 row |= {"ms": 1e3 * seconds, "of_least_time": least / seconds}
                 row["bandwidth_bound"] = work[0] / peaks[0] > work[1] / peaks[1]
                 peak = peak_bytes(lambda f=function, s=step: run(f, inputs, s), case.device)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import attention_cases
 import pytest
 import torch
 from torch import Tensor
@@ -34,27 +35,11 @@ Attention = Callable[..., Tensor]
 def make_inputs(
     sizes: list[int], dtype: torch.dtype = torch.float64, seed: int = 0, heads: int = 2
 ) -> dict[str, Tensor]:
-    """Random tokens; the first of each neighborhood is the self token."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    total = sum(sizes)
-    offsets = torch.tensor([0, *sizes]).cumsum(0)
-    direction = torch.nn.functional.normalize(normal(total, 3), dim=-1)
-    log_envelope = -normal(total).square()
-    direction[offsets[:-1]] = 0.0
-    log_envelope[offsets[:-1]] = 0.0
+    """Inputs with q, k and v in ``dtype`` and the geometry in what sums are in."""
+    inputs = attention_cases.make_inputs(sizes, heads, WIDTH, seed)
     geometry = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        "q": normal(total, heads, WIDTH).to(dtype),
-        "k": normal(total, heads, WIDTH).to(dtype),
-        "v": normal(total, heads, WIDTH).to(dtype),
-        "log_envelope": log_envelope.to(geometry),
-        "direction": direction.to(geometry),
-        "offsets": offsets,
-    }
+    types = {**dict.fromkeys("qkv", dtype), "log_envelope": geometry, "direction": geometry}
+    return {name: x.to(types.get(name, x.dtype)) for name, x in inputs.items()}
 
 
 class StandInMask:
