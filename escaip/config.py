@@ -26,12 +26,15 @@ class EScAIPConfig:
         attention_scale: ``"head"`` for ``1/√d``, ``"expanded"`` for one over the root of the
             expanded width ``Σ_l (2l+1) c_l`` rounded up to a multiple of 8, as published.
         attention_backend: ``"auto"`` or a name from ``escaip.ops.available_backends()``.
-        cutoff, num_neighbors, soft, rank_scale, envelope_scale, rank_step: the graph, see
+        cutoff, num_neighbors, soft, rank_scale, envelope_scale, rank_step, rank_truncation, periodic: the graph, see
             :class:`~escaip.types.GraphSettings`; lengths in Å.
         forces: ``"conservative"`` (−∂E/∂r) or ``"direct"`` (a head of its own, not equivariant).
         num_radial: Gaussians on ``[0, cutoff]``.
         radial_width: width of a Gaussian in spacings.
         distance_size: width of the distance embedding.
+        distance_table: whether the distance embeddings are read from a spline table instead of evaluated for every
+            token: ``"always"``, ``"inference"`` (where the weights do not change) or ``"never"``.
+        distance_knots: intervals of the table on ``[0, cutoff]``; its error falls with their sixth power.
         element_size: width of each element embedding.
         boo_degrees: bond-orientational order for ``l = 0 .. boo_degrees − 1``.
         boo_size: width of its embedding.
@@ -65,10 +68,14 @@ class EScAIPConfig:
     rank_scale: float = 0.2
     envelope_scale: float = 0.1
     rank_step: str = "sine"
+    rank_truncation: int | None = None
+    periodic: bool = True
     forces: str = "conservative"
     num_radial: int = 600
     radial_width: float = 2.0
     distance_size: int = 512
+    distance_table: str = "never"
+    distance_knots: int = 4096
     element_size: int = 128
     boo_degrees: int = 10
     boo_size: int = 64
@@ -163,10 +170,17 @@ class EScAIPConfig:
                 raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be above 0")
         if self.num_radial < 2:
             raise ConfigError(f"model setting num_radial is {self.num_radial}: it must be at least 2")
+        if self.distance_knots < 8:
+            raise ConfigError(f"model setting distance_knots is {self.distance_knots}: it must be at least 8")
         if self.boo_degrees > 10:
             raise ConfigError(f"model setting boo_degrees is {self.boo_degrees}: it must be at most 10")
         if self.num_neighbors is not None and self.num_neighbors < 1:
             raise ConfigError("model setting num_neighbors must be at least 1, or null for a plain radius graph")
+        if self.rank_truncation is not None and not (self.soft and self.num_neighbors and self.rank_truncation >= 0):
+            raise ConfigError(
+                f"model setting rank_truncation is {self.rank_truncation}: it must be null, or at least 0 with soft "
+                "ranks and num_neighbors"
+            )
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: change one of them"
@@ -193,6 +207,7 @@ class EScAIPConfig:
             "force_weighting": ("envelope", "uniform"),
             "aggregation": ("self", "graph_attention"),
             "rank_step": ("sine", "bump"),
+            "distance_table": ("always", "inference", "never"),
             "norm": NORMS,
         }
         for name, allowed in choices.items():
@@ -214,6 +229,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1m": {
         "hidden_size": 96, "num_layers": 3, "num_heads": 4, "angular_channels": (8, 4, 2, 4, 6),
         "num_radial": 32, "radial_width": 1.0, "distance_size": 64, "element_size": 64, "boo_size": 32,
+        "distance_table": "always", "distance_knots": 256,
     },
     "5m": {
         "hidden_size": 192, "num_layers": 4, "num_heads": 6, "angular_channels": (10, 5, 2, 5, 10),

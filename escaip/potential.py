@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from escaip.compile import CompiledEvaluation, EvaluationInputs, compile_example, evaluate
 from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
 from escaip.errors import ConfigError, UnsupportedElementError
-from escaip.graph import build_graph, compute_geometry, search_cutoff
+from escaip.graph import build_graph, displacements, search_cutoff
 from escaip.model import EScAIP
 from escaip.ops import sum_rows
-from escaip.types import NeighborList, Prediction
+from escaip.types import AtomInputs, Graph, ModelOutput, NeighborList, Prediction
 
 if TYPE_CHECKING:
     from escaip.data import Statistics
@@ -84,6 +85,8 @@ class Potential(nn.Module):
         self.register_buffer("supported", torch.ones(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool), persistent=False)
         self.set_metadata(metadata or PotentialMetadata())
         self._dataset = -1
+        self._is_compiled = False
+        self._compiled: dict[tuple[bool, ...], CompiledEvaluation] = {}
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -256,44 +259,87 @@ class Potential(nn.Module):
             ConfigError: stress of a direct-force model, or a neighbor list that is too short.
         """
         self._check_elements(batch.atomic_numbers)
+        self.model.system_embedding.check(batch.charge, batch.spin_multiplicity)
         if compute_stress and not self.config.is_conservative:
             raise ConfigError("a direct-force model has no stress: train with forces: conservative")
         create_graph = self.training if create_graph is None else create_graph
         differentiate = self.config.is_conservative and (compute_forces or compute_stress)
         num_systems = batch.ptr.numel() - 1
-        settings = self.config.graph
-        graph = build_graph(batch, settings, neighbors if neighbors is not None else _attached_neighbors(batch))
+        graph = build_graph(batch, self.config.graph, neighbors or _attached_neighbors(batch))
+        positions, cell = batch.positions.to(torch.float64), batch.cell.to(torch.float64)
+        scale = self.atomic_scale(batch)
+        learning = torch.is_grad_enabled() and (create_graph or not differentiate)
 
         with torch.enable_grad() if differentiate else torch.set_grad_enabled(torch.is_grad_enabled()):
-            positions, cell = batch.positions.to(torch.float64), batch.cell.to(torch.float64)
-            strain = None
-            if differentiate and not positions.requires_grad:
-                positions = positions.detach().requires_grad_()
-            strained, strained_cell = positions, cell
-            if compute_stress:
-                strain = positions.new_zeros(num_systems, 3, 3).requires_grad_()
-                symmetric = 0.5 * (strain + strain.transpose(1, 2))
-                strained = positions + torch.einsum("ni,nij->nj", positions, symmetric[batch.batch])
-                strained_cell = cell + cell @ symmetric
-            geometry = compute_geometry(strained, strained_cell, batch.batch, graph, settings, self.dtype)
-            output = self.model(
-                batch.atomic_numbers, graph, geometry, batch.batch, batch.charge, batch.spin_multiplicity
+            vectors = displacements(positions, cell, batch.batch, graph)  # (T + X, 3)
+            output, gradient = self._evaluate(
+                vectors, graph, AtomInputs.of_batch(batch), scale, differentiate, create_graph, learning
             )
-            scale = self.atomic_scale(batch)
             atomic_energies = self.atomic_references(batch) + scale * output.energy.double()
             energy = sum_rows(atomic_energies, batch.batch, num_systems)
-
             forces, stress = None, None
-            if differentiate:
-                inputs = [positions] if strain is None else [positions, strain]
-                gradients = torch.autograd.grad(energy.sum(), inputs, create_graph=create_graph)
-                forces = -gradients[0].to(self.dtype) if compute_forces else None
-                stress = _stress(gradients[1], cell, batch.pbc).to(self.dtype) if strain is not None else None
-            elif compute_forces and output.forces is not None:
+            if gradient is not None and compute_forces:
+                forces = _forces(gradient, graph).to(self.dtype)
+            if gradient is not None and compute_stress:
+                virial = sum_rows(vectors.unsqueeze(2) * gradient.unsqueeze(1), batch.batch[graph.center], num_systems)
+                stress = _stress(virial, cell, batch.pbc).to(self.dtype)
+            if output.forces is not None and compute_forces:
                 forces = (scale.unsqueeze(-1) * output.forces.double()).to(self.dtype)
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()
         return Prediction(energy, forces, stress, atomic_energies)
+
+    def _evaluate(
+        self,
+        vectors: Tensor,
+        graph: Graph,
+        atoms: AtomInputs,
+        scale: Tensor,
+        differentiate: bool,
+        create_graph: bool,
+        learning: bool,
+    ) -> tuple[ModelOutput, Tensor | None]:
+        """Runs the model on displacements.
+
+        Args:
+            vectors: ``(T + X, 3)`` Å, float64.
+            graph: whose rows they are.
+            atoms: all of them.
+            scale: ``()`` or ``(N,)``, of the atomic energies.
+            differentiate: whether the gradient is wanted.
+            create_graph: whether the gradient will be differentiated.
+            learning: whether weights need gradients.
+
+        Returns:
+            The model's output, and the gradient of the scaled energy with respect to ``vectors`` in float64, eV/Å.
+        """
+        weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
+        inputs = EvaluationInputs.of_graph(vectors.to(self.dtype), weight, atoms, graph)
+        if self._is_compiled and not vectors.requires_grad:
+            output, gradient = self._compiled_evaluation(differentiate, learning)(self.model, inputs)
+        else:
+            tables = self.model.tables(learning)
+            output, gradient = evaluate(self.model, self.config.graph, inputs, tables, differentiate, create_graph)
+        return output, None if gradient is None else gradient.double()
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.
+
+        Answers are those of the uncompiled potential to rounding, for batches of any size without compiling again.
+        Where positions require gradients (for Hessians), evaluations are not compiled.
+        """
+        self._is_compiled = True
+
+    def _compiled_evaluation(self, differentiate: bool, learning: bool) -> CompiledEvaluation:
+        key = (differentiate, learning, self.training)
+        if key not in self._compiled or not self._compiled[key].fits(self.model):
+            example = compile_example(self.config.graph, self.dtype, self.device)
+            self._compiled[key] = CompiledEvaluation(self.model, self.config.graph, example, differentiate, learning)
+        return self._compiled[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code: a copy compiles its own."""
+        return {**self.__dict__, "_compiled": {}}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, config, units, references and provenance to one file (docs/checkpoints.md)."""
@@ -335,9 +381,16 @@ def _attached_neighbors(batch: Any) -> NeighborList | None:
     )
 
 
-def _stress(strain_gradient: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
-    """``(1/V) ∂E/∂ε`` in eV/Å³, ``(B, 3, 3)``; NaN for systems without a periodic cell."""
+def _forces(gradient: Tensor, graph: Graph) -> Tensor:
+    """``−∂E/∂r``, ``(N, 3)``, from the gradient with respect to each displacement ``r_j − r_i``."""
+    on_center = sum_rows(gradient, graph.center, graph.num_atoms)
+    return on_center - sum_rows(gradient, graph.neighbor, graph.num_atoms)
+
+
+def _stress(virial: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
+    """``(1/V) ∂E/∂ε`` in eV/Å³, ``(B, 3, 3)``, from ``Σ d ⊗ ∂E/∂d``; NaN for systems without a periodic cell."""
     volume = torch.linalg.det(cell).abs()
     has_volume = (volume > 0) & pbc.any(-1)
-    divided = strain_gradient / torch.where(has_volume, volume, 1.0)[:, None, None]
+    symmetric = 0.5 * (virial + virial.transpose(1, 2))  # the strain is symmetric
+    divided = symmetric / torch.where(has_volume, volume, 1.0)[:, None, None]
     return torch.where(has_volume[:, None, None], divided, torch.nan)

@@ -40,6 +40,9 @@ class GraphSettings:
         rank_scale: ``s`` in Å, the distance over which two neighbors swap rank.
         envelope_scale: ``tau`` of the log-sum-exp that joins ranks and distance.
         rank_step: ``"sine"`` (EScAIP) or ``"bump"`` (AllScAIP), the step between two ranks.
+        rank_truncation: None for exact ranks; else only the ``num_neighbors + rank_truncation`` nearest, the atom
+            itself included, are ranked, and farther ones are no neighbors. 20 as published, for imported weights.
+        periodic: False for models that know no periodicity: structures with a periodic axis are refused.
     """
 
     cutoff: float = 6.0
@@ -48,6 +51,8 @@ class GraphSettings:
     rank_scale: float = 0.2
     envelope_scale: float = 0.1
     rank_step: str = "sine"
+    rank_truncation: int | None = None
+    periodic: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,64 @@ class Geometry(_Movable):
     distance: Tensor
     direction: Tensor
     log_envelope: Tensor
+
+
+@dataclass(frozen=True)
+class Tokens(_Movable):
+    """The tokens of ``n`` consecutive atoms, layout and geometry: what a block reads at once.
+
+    Attributes:
+        first: index of the first of these atoms in the batch.
+        offsets: ``(n + 1,)`` int64, from 0.
+        self_token: ``(n,)`` int64, equal to ``offsets[:-1]``.
+        center: ``(t,)`` int64, atom in the batch.
+        neighbor: ``(t,)`` int64, atom in the batch.
+        distance: ``(t,)`` Å.
+        direction: ``(t, 3)``.
+        log_envelope: ``(t,)``.
+    """
+
+    first: int
+    offsets: Tensor
+    self_token: Tensor
+    center: Tensor
+    neighbor: Tensor
+    distance: Tensor
+    direction: Tensor
+    log_envelope: Tensor
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms ``n``."""
+        return self.self_token.shape[0]
+
+    def of_atoms(self, x: Tensor) -> Tensor:
+        """The rows of these atoms among those of all: ``(N, ...)`` to ``(n, ...)``."""
+        return x.narrow(0, self.first, self.num_atoms)
+
+
+@dataclass(frozen=True)
+class AtomInputs(_Movable):
+    """What a model knows of each atom besides where it is.
+
+    Attributes:
+        atomic_numbers: ``(N,)`` int64.
+        charge: ``(N,)`` int64, total charge of the atom's system.
+        spin_multiplicity: ``(N,)`` int64, of the atom's system.
+        first_of_system: ``(N,)`` int64, index of the first atom of the atom's system.
+    """
+
+    atomic_numbers: Tensor
+    charge: Tensor
+    spin_multiplicity: Tensor
+    first_of_system: Tensor
+
+    @classmethod
+    def of_batch(cls, batch: Any) -> AtomInputs:
+        """From a PyG batch of structures."""
+        first = batch.ptr[:-1][batch.batch]
+        charge, spin = batch.charge[batch.batch], batch.spin_multiplicity[batch.batch]
+        return cls(batch.atomic_numbers, charge, spin, first)
 
 
 @dataclass(frozen=True)

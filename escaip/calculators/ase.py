@@ -32,13 +32,14 @@ class EScAIPCalculator(Calculator):
         model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
         device: a torch device; ``"auto"`` takes CUDA where there is one.
         dtype: ``"float32"`` or ``"float64"``; by default as stored.
-        compile: not available in this version.
+        compile: compile energy and forces into one graph at the first evaluation, which then takes a minute or two;
+            worth it for runs of thousands of steps.
         skin: Å by which the neighbor search reaches farther than needed; 0 searches at every evaluation.
         dataset: whose element references give the energies, for potentials trained on several sets.
 
     Raises:
         CheckpointError: the file is missing, damaged or unsafe.
-        ConfigError: no such device or dtype, a negative skin, or ``compile=True``.
+        ConfigError: no such device or dtype, or a negative skin.
     """
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - ASE's name
@@ -56,11 +57,11 @@ class EScAIPCalculator(Calculator):
         dataset: str | None = None,
     ) -> None:
         super().__init__()
-        if compile:
-            raise ConfigError("compile=True is not available in this version: leave it out")
         if not skin >= 0.0:
             raise ConfigError(f"skin is {skin}: it must be 0 or more Å")
         self.potential = _own_potential(model, device, dtype)
+        if compile:
+            self.potential.compile()
         if dataset is not None:
             self.potential.choose_dataset(dataset)
         if self.potential.datasets and self.potential.dataset is None:

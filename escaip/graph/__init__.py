@@ -1,8 +1,17 @@
 """Topology and geometry of a batch: neighbor search, soft k-nearest neighbors, tokens, invariant features."""
 
 from escaip.graph.features import bond_orientational_order
-from escaip.graph.geometry import compute_geometry
+from escaip.graph.geometry import compute_geometry, displacements, split_tokens, token_geometry
 from escaip.graph.knn import build_graph, search_cutoff
 from escaip.graph.neighbors import neighbor_list
 
-__all__ = ["bond_orientational_order", "build_graph", "compute_geometry", "neighbor_list", "search_cutoff"]
+__all__ = [
+    "bond_orientational_order",
+    "build_graph",
+    "compute_geometry",
+    "displacements",
+    "neighbor_list",
+    "search_cutoff",
+    "split_tokens",
+    "token_geometry",
+]

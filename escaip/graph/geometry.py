@@ -10,7 +10,7 @@ from torch import Tensor
 
 from escaip.graph.step import rank_step
 from escaip.ops import sum_rows, take_rows
-from escaip.types import Geometry, Graph, GraphSettings
+from escaip.types import Geometry, Graph, GraphSettings, Tokens
 
 
 def compute_geometry(
@@ -34,7 +34,11 @@ def compute_geometry(
     Returns:
         Displacement, distance, direction and log envelope (model notes, section 2) of the ``T`` tokens.
     """
-    vector = _displacement(positions, cell, batch_index, graph).to(dtype)  # (T + X, 3)
+    return token_geometry(displacements(positions, cell, batch_index, graph).to(dtype), graph, settings)
+
+
+def token_geometry(vector: Tensor, graph: Graph, settings: GraphSettings) -> Geometry:
+    """Evaluates the geometry of a graph's tokens from the displacements of all its rows, ``(T + X, 3)`` Å."""
     distance, inverse = _safe_norm(vector)
     num_tokens = graph.num_tokens
     displacement, token_distance = vector[:num_tokens], distance[:num_tokens]
@@ -47,8 +51,48 @@ def compute_geometry(
     )
 
 
-def _displacement(positions: Tensor, cell: Tensor, batch_index: Tensor, graph: Graph) -> Tensor:
-    """``(T + X, 3)`` Å: ``r_j + S·cell − r_i``."""
+def split_tokens(graph: Graph, geometry: Geometry, max_tokens: int | None = None) -> list[Tokens]:
+    """Divides the tokens into runs of whole neighborhoods.
+
+    Args:
+        graph: token layout.
+        geometry: of the same tokens.
+        max_tokens: of a run, unless one neighborhood alone has more; None for a single run.
+
+    Returns:
+        The runs in order; together they are all atoms and all tokens.
+    """
+    center, neighbor = graph.token_center, graph.token_neighbor
+    if max_tokens is None or graph.num_tokens <= max_tokens:
+        layout = (graph.offsets, graph.self_token, center, neighbor)
+        return [Tokens(0, *layout, geometry.distance, geometry.direction, geometry.log_envelope)]
+    ends = _cuts(graph.offsets.tolist(), max_tokens)
+    starts = [0, *ends[:-1]]
+    bounds = graph.offsets[[0, *ends]]
+    # The derivative of a split is one concatenation; that of a slice would be as large as the whole.
+    rows = [
+        x.split(bounds.diff().tolist())
+        for x in (center, neighbor, geometry.distance, geometry.direction, geometry.log_envelope)
+    ]
+    layouts = [
+        (first, graph.offsets[first : end + 1] - offset, graph.self_token[first:end] - offset)
+        for first, end, offset in zip(starts, ends, bounds, strict=False)
+    ]
+    return [Tokens(*layout, *parts) for layout, *parts in zip(layouts, *rows, strict=True)]
+
+
+def _cuts(offsets: list[int], max_tokens: int) -> list[int]:
+    """Ends of runs of neighborhoods with at most ``max_tokens`` tokens, or one neighborhood, each."""
+    ends, start = [], 0
+    for atom in range(1, len(offsets)):
+        if offsets[atom] - start > max_tokens and offsets[atom - 1] > start:
+            ends.append(atom - 1)
+            start = offsets[atom - 1]
+    return [*ends, len(offsets) - 1]
+
+
+def displacements(positions: Tensor, cell: Tensor, batch_index: Tensor, graph: Graph) -> Tensor:
+    """``(T + X, 3)`` Å: ``r_j + S·cell − r_i`` of every row of a graph, see :func:`compute_geometry`."""
     vector = take_rows(positions, graph.neighbor) - take_rows(positions, graph.center)
     shift = graph.shift.to(positions.dtype)
     if len(cell) == 1:

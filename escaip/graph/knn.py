@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escaip.errors import ConfigError, UsageError
+from escaip.errors import ConfigError, DataError, UsageError
 from escaip.graph.neighbors import Systems, UndirectedPairs, find_pairs, pairs_from
 from escaip.graph.step import rank_step, step_support
 from escaip.types import Graph, GraphSettings, NeighborList
@@ -54,11 +54,16 @@ def build_graph(batch: Any, settings: GraphSettings, neighbors: NeighborList | N
 
     Raises:
         ConfigError: a setting is out of range.
-        DataError: see :func:`escaip.graph.neighbor_list`.
+        DataError: see :func:`escaip.graph.neighbor_list`; or a periodic structure for settings that know none.
         UsageError: ``neighbors`` does not reach far enough.
     """
     cutoff = search_cutoff(settings)
     systems = Systems.from_batch(batch)
+    if not settings.periodic and bool(systems.pbc.any()):
+        raise DataError(
+            f"system {int(systems.pbc.any(dim=1).nonzero()[0])} is periodic, but the model treats every structure as "
+            "open (periodic: false): set its pbc to False, or use another model"
+        )
     if neighbors is None:
         pairs = find_pairs(systems, cutoff)
     elif neighbors.cutoff < cutoff:
@@ -184,6 +189,9 @@ def _select_soft(lists: _Lists, settings: GraphSettings) -> _Windows:
         found.append((entry[keep], before[keep], low[keep]))
     entry, before, low = (torch.cat(parts) for parts in zip(*found, strict=True))
     high = torch.searchsorted(lists.key, lists.key[entry] + support)
+    if settings.rank_truncation is not None:
+        ranked = settings.num_neighbors + settings.rank_truncation
+        high = torch.minimum(high, lists.start[lists.center[entry]] + ranked)
     windows = _pair(lists, entry, before, low, high)
     windows = windows.choose(_coordinate(lists, windows, 0.5 * (windows.base + windows.not_farther), settings) < 1.0)
     # ... and of those farther, whoever is in the window adds at most ½.
@@ -195,7 +203,7 @@ def _select_soft(lists: _Lists, settings: GraphSettings) -> _Windows:
 
 
 def _within_reach(lists: _Lists, settings: GraphSettings) -> Iterator[tuple[Tensor, Tensor]]:
-    """Entries inside the cutoff with fewer than ``2k`` not farther, each of which adds at least half a rank.
+    """Entries that are ranked, inside the cutoff with fewer than ``2k`` not farther: each adds at least half a rank.
 
     Yields, for some atoms at a time, the entries and the starts of their lists.
     """
@@ -205,7 +213,10 @@ def _within_reach(lists: _Lists, settings: GraphSettings) -> Iterator[tuple[Tens
         start = lists.start.index_select(0, lists.center[begin:end])
         entry = torch.arange(begin, end, device=start.device)
         keep = (lists.distance[begin:end] < settings.cutoff) & (lists.edge[begin:end] >= 0)
-        keep &= entry - start + 1 < 2 * settings.num_neighbors
+        place = entry - start
+        keep &= place + 1 < 2 * settings.num_neighbors
+        if settings.rank_truncation is not None:
+            keep &= place < settings.num_neighbors + settings.rank_truncation
         yield entry[keep], start[keep]
 
 
@@ -327,4 +338,6 @@ def _check_settings(settings: GraphSettings) -> None:
             f"graph setting num_neighbors is {settings.num_neighbors}: it must be at least 1, or None for a plain "
             "radius graph"
         )
+    if settings.rank_truncation is not None and settings.rank_truncation < 0:
+        raise ConfigError(f"graph setting rank_truncation is {settings.rank_truncation}: it must be None or at least 0")
     step_support(settings.rank_step)

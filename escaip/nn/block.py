@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from escaip.nn.embedding import Curve, EdgeAttributes
 from escaip.nn.layers import FeedForward, StochasticDepth, make_activation, make_norm
 from escaip.ops import neighborhood_attention, sum_rows, take_rows
-from escaip.types import Geometry, Graph
+from escaip.types import AtomInputs, Tokens
+
+# Calls a function with its arguments; may keep the arguments only, and call again when the derivative is taken.
+Run: TypeAlias = Callable[..., Any]
 
 
 class Message(nn.Module):
@@ -30,10 +36,13 @@ class Message(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = make_norm(norm, hidden_size)
 
-    def forward(self, node: Tensor, edge: Tensor, attributes: Tensor, graph: Graph) -> Tensor:
-        """``(N, H)``, ``(T, H)``, ``(T, H)`` to ``(T, H)``."""
-        sender, receiver = self.sender(node), self.receiver(node)  # per atom, then gathered
-        node_hidden = self.activation(take_rows(sender, graph.token_neighbor) + take_rows(receiver, graph.token_center))
+    def ends(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """What an atom contributes as a neighbor and as a center: ``(N, H)`` to two of ``(N, H)``."""
+        return self.sender(node), self.receiver(node)
+
+    def forward(self, edge: Tensor, attributes: Tensor, ends: tuple[Tensor, Tensor], tokens: Tokens) -> Tensor:
+        """``(t, H)``, ``(t, H)`` and :meth:`ends` of all atoms to ``(t, H)``."""
+        node_hidden = self.activation(take_rows(ends[0], tokens.neighbor) + take_rows(ends[1], tokens.center))
         node_hidden = self.dropout(node_hidden)
         edge_hidden = self.dropout(self.activation(self.edge_hidden(edge)))
         if self.is_gated:
@@ -81,17 +90,17 @@ class NeighborhoodAttention(nn.Module):
                 torch.empty(num_heads, hidden_size // num_heads).uniform_(-bound, bound)
             )
 
-    def forward(self, message: Tensor, graph: Graph, geometry: Geometry) -> tuple[Tensor, Tensor | None]:
-        """``(T, H)`` to the node update ``(N, H)`` and the edge update ``(T, H)``, None where nothing reads it."""
+    def forward(self, message: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """``(t, H)`` to the node update ``(n, H)`` and the edge update ``(t, H)``, None where nothing reads it."""
         heads = (self.num_heads, -1)
-        asking = message.index_select(0, graph.self_token) if self.self_queries_only else message
+        asking = take_rows(message, tokens.self_token) if self.self_queries_only else message
         attended = neighborhood_attention(
             self.query(asking).unflatten(-1, heads),
             self.key(message).unflatten(-1, heads),
             self.value(message).unflatten(-1, heads),
-            geometry.log_envelope,
-            geometry.direction,
-            graph.offsets,
+            tokens.log_envelope,
+            tokens.direction,
+            tokens.offsets,
             self.angular_channels,
             self.scale,
             self.backend,
@@ -102,20 +111,20 @@ class NeighborhoodAttention(nn.Module):
         if self.self_queries_only:
             return edge, None
         if self.aggregation_weight is None:
-            return edge.index_select(0, graph.self_token), edge
-        return self._aggregate(edge, self.aggregation_weight, graph, geometry), edge
+            return take_rows(edge, tokens.self_token), edge
+        return self._aggregate(edge, self.aggregation_weight, tokens), edge
 
-    def _aggregate(self, edge: Tensor, weight: Tensor, graph: Graph, geometry: Geometry) -> Tensor:
+    def _aggregate(self, edge: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
         """Softmax-weighted mean of the tokens of each atom, per head."""
-        per_head = edge.unflatten(-1, (self.num_heads, -1))  # (T, h, d)
-        logits = nn.functional.leaky_relu((per_head * weight).sum(-1), 0.2) + geometry.log_envelope.unsqueeze(-1)
-        center = graph.token_center
-        largest = logits.detach().new_full((graph.num_atoms, self.num_heads), -torch.inf)
+        per_head = edge.unflatten(-1, (self.num_heads, -1))  # (t, h, d)
+        logits = nn.functional.leaky_relu((per_head * weight).sum(-1), 0.2) + tokens.log_envelope.unsqueeze(-1)
+        center = tokens.center - tokens.first
+        largest = logits.detach().new_full((tokens.num_atoms, self.num_heads), -torch.inf)
         largest = largest.scatter_reduce(0, center.unsqueeze(-1).expand_as(logits), logits.detach(), "amax")
         exponential = (logits - largest[center]).exp()
-        total = sum_rows(exponential, center, graph.num_atoms)
+        total = sum_rows(exponential, center, tokens.num_atoms)
         share = (exponential / take_rows(total, center)).unsqueeze(-1)
-        return sum_rows(share * per_head, center, graph.num_atoms).flatten(1)
+        return sum_rows(share * per_head, center, tokens.num_atoms).flatten(1)
 
 
 class Block(nn.Module):
@@ -123,7 +132,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        attributes: nn.Module,
+        attributes: EdgeAttributes,
         message: Message,
         attention: NeighborhoodAttention,
         hidden_size: int,
@@ -152,25 +161,56 @@ class Block(nn.Module):
     def forward(
         self,
         node: Tensor,
-        edge: Tensor,
-        radial: Tensor,
-        atomic_numbers: Tensor,
+        edges: Sequence[Tensor],
+        atoms: AtomInputs,
         orientational_order: Tensor,
-        graph: Graph,
-        geometry: Geometry,
-        system: Tensor,
-        num_systems: int,
+        parts: Sequence[Tokens],
+        encoded: Sequence[Tensor],
+        curve: Curve,
+        run: Run,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Updates all atoms and tokens, some neighborhoods at a time.
+
+        Args:
+            node: ``(N, H)``.
+            edges: ``(t, H)`` for each part.
+            atoms: all of them.
+            orientational_order: ``(N, boo_degrees)``.
+            parts: of the tokens.
+            encoded: distances of each part, see :class:`~escaip.nn.embedding.DistanceCurves`.
+            curve: turns them into what this block sees of them, ``(t, H)``.
+            run: calls a function; may keep its arguments only and call it again for the derivative.
+
+        Returns:
+            The updated ``(N, H)`` and ``(t, H)`` of each part; edges unchanged where nothing reads them.
+        """
+        attribute_ends = self.attributes.ends(atoms.atomic_numbers, orientational_order)  # per atom, gathered later
+        message_ends = self.message.ends(self.norm_node(node))
+        ends = (attribute_ends, message_ends)
+        done = [
+            run(self._part, node, edge, part, distance, atoms, ends, curve)
+            for edge, part, distance in zip(edges, parts, encoded, strict=True)
+        ]
+        return torch.cat([node for node, _ in done]), [edge for _, edge in done]
+
+    def _part(
+        self,
+        node: Tensor,
+        edge: Tensor,
+        tokens: Tokens,
+        distance: Tensor,
+        atoms: AtomInputs,
+        ends: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+        curve: Curve,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the updated ``(N, H)`` and ``(T, H)``; edges unchanged where nothing reads them."""
-        attributes = self.attributes(
-            radial, atomic_numbers, orientational_order, graph.token_neighbor, graph.token_center
-        )
-        message = self.message(self.norm_node(node), self.norm_edge(edge), attributes, graph)
-        node_update, edge_update = self.attention(message, graph, geometry)
-        node = node + self.drop_path(node_update, system, num_systems)
-        node = node + self.drop_path(self.node_ffn(self.norm_node_ffn(node)), system, num_systems)
+        attributes = self.attributes(curve(distance), ends[0], tokens)  # (t, H)
+        message = self.message(self.norm_edge(edge), attributes, ends[1], tokens)
+        node_update, edge_update = self.attention(message, tokens)
+        system, center = atoms.first_of_system, tokens.center
+        here = center.index_select(0, tokens.self_token)
+        node = tokens.of_atoms(node) + self.drop_path(node_update, system, here)
+        node = node + self.drop_path(self.node_ffn(self.norm_node_ffn(node)), system, here)
         if self.needs_edges and edge_update is not None:
-            token_system = system[graph.token_center]
-            edge = edge + self.drop_path(edge_update, token_system, num_systems)
-            edge = edge + self.drop_path(self.edge_ffn(self.norm_edge_ffn(edge)), token_system, num_systems)
+            edge = edge + self.drop_path(edge_update, system, center)
+            edge = edge + self.drop_path(self.edge_ffn(self.norm_edge_ffn(edge)), system, center)
         return node, edge

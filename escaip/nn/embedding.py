@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 
 from escaip.errors import DataError
 from escaip.nn.layers import make_activation, make_norm
-from escaip.ops import take_rows
+from escaip.ops import spline, take_rows
+from escaip.types import AtomInputs, Tokens
+
+# A function of the distances, given their basis: (R, num_radial) to (R, H).
+Curve: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class GaussianBasis(nn.Module):
@@ -85,31 +92,66 @@ class EdgeAttributes(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = make_norm(norm, hidden_size)
 
-    def forward(
-        self,
-        radial: Tensor,
-        atomic_numbers: Tensor,
-        orientational_order: Tensor,
-        neighbor: Tensor,
-        center: Tensor,
-    ) -> Tensor:
-        """Computes the attributes of every token.
+    def curve(self, radial: Tensor) -> Tensor:
+        """The distance's part of the product, a function of the distance alone: ``(R, num_radial)`` to ``(R, H)``."""
+        return self.distance_project(self.activation(self.distance_embedding(radial)))
+
+    @property
+    def curve_weights(self) -> list[Tensor]:
+        """What :meth:`curve` depends on."""
+        return [*self.distance_embedding.parameters(), *self.distance_project.parameters()]
+
+    def ends(self, atomic_numbers: Tensor, orientational_order: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts of the neighbor's and the center's end, per atom: ``(N,)``, ``(N, boo_degrees)`` to ``(N, H)``."""
+        return self.source(atomic_numbers, orientational_order), self.target(atomic_numbers, orientational_order)
+
+    def forward(self, distance: Tensor, ends: tuple[Tensor, Tensor], tokens: Tokens) -> Tensor:
+        """Computes the attributes of tokens.
 
         Args:
-            radial: ``(T, num_radial)`` basis of the distances.
-            atomic_numbers: ``(N,)``.
-            orientational_order: ``(N, boo_degrees)``.
-            neighbor: ``(T,)`` atom at the far end.
-            center: ``(T,)`` atom whose neighborhood it is.
+            distance: ``(t, H)``, :meth:`curve` at the tokens' distances.
+            ends: of all atoms, from :meth:`ends`.
+            tokens: whose attributes.
 
         Returns:
-            ``(T, H)``.
+            ``(t, H)``.
         """
-        source = self.source(atomic_numbers, orientational_order)  # (N, H)
-        target = self.target(atomic_numbers, orientational_order)  # (N, H)
-        distance = self.distance_project(self.activation(self.distance_embedding(radial)))  # (T, H)
-        mixed = distance + take_rows(source, neighbor) + take_rows(target, center)
+        mixed = distance + take_rows(ends[0], tokens.neighbor) + take_rows(ends[1], tokens.center)
         return self.norm(self.dropout(self.activation(mixed)))
+
+
+class DistanceCurves(nn.Module):
+    """Functions of the distance alone at many distances: exactly, or through a spline table (docs/performance.md).
+
+    A table takes the ``K + 9`` rows of its knots through the layers instead of a row for every token, and what is left
+    for a token is a sum of six rows. Energies stay conserved: forces are the exact derivative of the spline.
+
+    Args:
+        basis: of the distances.
+        num_intervals: ``K``, intervals of a table on ``[0, cutoff]``.
+        cutoff: in Å.
+    """
+
+    def __init__(self, basis: GaussianBasis, num_intervals: int, cutoff: float) -> None:
+        super().__init__()
+        self.basis = basis
+        self.num_intervals = num_intervals
+        self.cutoff = cutoff
+
+    def table(self, curve: Curve) -> Tensor:
+        """Coefficients of a curve given as a function of the basis, ``(K + 5, H)``."""
+        centers = self.basis.centers
+        # In float64, where a knot is where it should be: the table is the curve's, not that of rounded distances.
+        knots = spline.knots(self.num_intervals, self.cutoff, dtype=torch.float64, device=centers.device)
+        return spline.coefficients(curve(self.basis(knots).to(centers.dtype)))
+
+    def encode(self, distance: Tensor, tabulated: bool) -> Tensor:
+        """``(t,)`` Å to what :meth:`forward` takes: ``(t,)`` places in the table, or the ``(t, num_radial)`` basis."""
+        return distance * (self.num_intervals / self.cutoff) if tabulated else self.basis(distance)
+
+    def forward(self, encoded: Tensor, curve: Curve, table: Tensor | None) -> Tensor:
+        """Encoded distances to ``(t, H)``: from the table, or by the curve itself where there is none."""
+        return curve(encoded) if table is None else spline.interpolate(table, encoded)
 
 
 class SystemEmbedding(nn.Module):
@@ -124,28 +166,33 @@ class SystemEmbedding(nn.Module):
         self.charge = nn.Embedding(2 * self.MAX_CHARGE + 1, hidden_size) if charge else None
         self.spin = nn.Embedding(self.MAX_SPIN + 1, hidden_size) if spin else None
 
-    def forward(self, token: Tensor, charge: Tensor, spin_multiplicity: Tensor, system: Tensor) -> Tensor:
+    def forward(self, token: Tensor, atoms: AtomInputs, center: Tensor) -> Tensor:
         """Adds the features of each token's system.
 
         Args:
-            token: ``(T, H)``.
-            charge: ``(B,)`` int64.
-            spin_multiplicity: ``(B,)`` int64.
-            system: ``(T,)`` int64, system of each token.
+            token: ``(t, H)``.
+            atoms: all of them.
+            center: ``(t,)`` int64, atom of each token.
 
         Returns:
-            ``(T, H)``, the input itself for a model that is not conditioned.
+            ``(t, H)``, the input itself for a model that is not conditioned.
+        """
+        if self.charge is not None:
+            token = token + take_rows(self.charge.weight, atoms.charge[center] + self.MAX_CHARGE)
+        if self.spin is not None:
+            token = token + take_rows(self.spin.weight, atoms.spin_multiplicity[center])
+        return token
+
+    def check(self, charge: Tensor, spin_multiplicity: Tensor) -> None:
+        """Checks the ``(B,)`` charges and multiplicities of a batch that the model is conditioned on.
 
         Raises:
-            DataError: a charge or multiplicity is out of range.
+            DataError: one is out of range.
         """
         if self.charge is not None:
             self._check("total charge", charge, -self.MAX_CHARGE, self.MAX_CHARGE)
-            token = token + take_rows(take_rows(self.charge.weight, charge + self.MAX_CHARGE), system)
         if self.spin is not None:
             self._check("spin multiplicity", spin_multiplicity, 0, self.MAX_SPIN)
-            token = token + take_rows(take_rows(self.spin.weight, spin_multiplicity), system)
-        return token
 
     @staticmethod
     def _check(name: str, values: Tensor, low: int, high: int) -> None:

@@ -74,15 +74,16 @@ class StochasticDepth(nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, branch: Tensor, system: Tensor, num_systems: int) -> Tensor:
+    def forward(self, branch: Tensor, first_of_system: Tensor, atom: Tensor) -> Tensor:
         """Scales rows by 0 or ``1/(1−p)``.
 
         Args:
             branch: ``(R, H)``.
-            system: ``(R,)`` int64, system of each row.
-            num_systems: ``B``.
+            first_of_system: ``(N,)`` int64, index of the first atom of each atom's system, which stands for the system.
+            atom: ``(R,)`` int64, the atom to which each row belongs.
         """
         if self.probability == 0.0 or not self.training:
             return branch
-        keep = torch.rand(num_systems, device=branch.device) >= self.probability
-        return branch * (keep.to(branch.dtype) / (1.0 - self.probability))[system].unsqueeze(-1)
+        keep = torch.rand(first_of_system.shape[0], device=branch.device) >= self.probability
+        factor = keep.to(branch.dtype) / (1.0 - self.probability)
+        return branch * factor[first_of_system[atom]].unsqueeze(-1)

@@ -2,15 +2,35 @@
 
 In eager mode these are ``index_select`` and ``index_add``. Under ``torch.compile`` the sum is an opaque operator: on
 one thread, Inductor (PyTorch 2.13, CPU) turns a sum over repeated indices into a loop marked ``#pragma GCC ivdep``, a
-promise that no index repeats, and GCC then reorders loads and stores into wrong sums.
+promise that no index repeats, and GCC then reorders loads and stores into wrong sums. A graph that is traced first and
+differentiated by the compiler afterwards must keep the pair together, so there the gather is opaque as well.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_traced: ContextVar[str] = ContextVar("escaip_rows_traced", default="")
+
+
+@contextlib.contextmanager
+def traced_rows(differentiable: bool) -> Iterator[None]:
+    """While a graph is traced for a compiler: the sum, and where it will be differentiated the gather, stay operators.
+
+    Args:
+        differentiable: whether the compiler will differentiate what is traced.
+    """
+    token = _traced.set("differentiable" if differentiable else "plain")
+    try:
+        yield
+    finally:
+        _traced.reset(token)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -23,7 +43,12 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     Returns:
         ``(T, ...)``.
     """
-    return _TakeRows.apply(x, index) if torch.compiler.is_compiling() else x.index_select(0, index)
+    if torch.compiler.is_compiling():
+        return _TakeRows.apply(x, index)
+    traced = _traced.get()
+    if traced:
+        return _take_rows(x, index) if traced == "differentiable" else _TakeRows.apply(x, index)
+    return x.index_select(0, index)
 
 
 def sum_rows(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
@@ -37,7 +62,8 @@ def sum_rows(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
     Returns:
         ``(N, ...)``, zero where no row belongs.
     """
-    return _sum_rows(x, index, num_rows) if torch.compiler.is_compiling() else _index_add(x, index, num_rows)
+    opaque = torch.compiler.is_compiling() or _traced.get()
+    return _sum_rows(x, index, num_rows) if opaque else _index_add(x, index, num_rows)
 
 
 def _index_add(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
@@ -78,3 +104,25 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 
 
 _sum_rows.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("escaip::take_rows", mutates_args=())
+def _take_rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
+
+
+@_take_rows.register_fake
+def _(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(index.shape[0], *x.shape[1:])
+
+
+def _setup_take(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.num_rows = inputs[0].shape[0]
+
+
+def _take_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return sum_rows(gradient, ctx.saved_tensors[0], ctx.num_rows), None
+
+
+_take_rows.register_autograd(_take_backward, setup_context=_setup_take)

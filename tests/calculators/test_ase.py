@@ -318,8 +318,6 @@ def test_stress_where_there_is_none(make_potential: Make) -> None:
 
 @pytest.mark.bad_input
 def test_arguments_that_cannot_be(make_potential: Make, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="compile=True is not available"):
-        EScAIPCalculator(make_potential(), compile=True)
     with pytest.raises(ConfigError, match="skin is -1"):
         EScAIPCalculator(make_potential(), skin=-1.0)
     with pytest.raises(ConfigError, match="dtype 'float16' is not supported"):

@@ -8,6 +8,7 @@ import torch
 from escaip.errors import DataError
 from escaip.nn.embedding import AtomFeatures, EdgeAttributes, GaussianBasis, SystemEmbedding
 from escaip.nn.layers import NORM_EPS, RMSNorm, StochasticDepth
+from escaip.types import AtomInputs, Tokens
 
 
 def test_gaussian_basis_formula() -> None:
@@ -45,33 +46,38 @@ def test_edge_attributes_equal_the_concatenated_linear_layer() -> None:
         [gelu(layer.distance_embedding(radial)), raw(layer.source)[neighbor], raw(layer.target)[center]], 1
     )
     expected = layer.norm(gelu(joined @ weight.T + layer.target.project.bias))
-    torch.testing.assert_close(layer(radial, numbers, order, neighbor, center), expected)
+    none = torch.empty(0)
+    tokens = Tokens(0, none, none, center, neighbor, none, none, none)
+    torch.testing.assert_close(layer(layer.curve(radial), layer.ends(numbers, order), tokens), expected)
 
 
 def test_stochastic_depth_drops_whole_systems_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     drop = StochasticDepth(0.25).train()
-    system = torch.arange(4000).repeat_interleave(2)
-    kept = drop(torch.ones(8000, 1), system, 4000).view(4000, 2)
+    first, atom = 2 * torch.arange(4000).repeat_interleave(2), torch.arange(8000)
+    kept = drop(torch.ones(8000, 1), first, atom).view(4000, 2)
     assert (kept[:, 0] == kept[:, 1]).all()
     assert sorted(kept.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
     assert kept.mean().item() == pytest.approx(1.0, abs=0.05)
-    assert (drop.eval()(torch.ones(8, 1), system[:8], 4) == 1).all()
+    rows = drop(torch.ones(4, 1), torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1, 0]))
+    assert (rows == rows[0]).all()
+    assert (drop.eval()(torch.ones(8, 1), first[:8], atom[:8]) == 1).all()
 
 
 def test_system_embedding_distinguishes_charges_and_spins() -> None:
     torch.manual_seed(0)
     embed = SystemEmbedding(4, charge=True, spin=True)
-    token, system = torch.zeros(3, 4), torch.tensor([0, 1, 1])
-    out = embed(token, torch.tensor([-1, 2]), torch.tensor([1, 2]), system)
+    token, zeros = torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)
+    atoms, center = AtomInputs(zeros, torch.tensor([-1, 2]), torch.tensor([1, 2]), zeros), torch.tensor([0, 1, 1])
+    out = embed(token, atoms, center)
     assert not torch.equal(out[0], out[1])
     assert torch.equal(out[1], out[2])
     unused = SystemEmbedding(4, charge=False, spin=False)
-    assert unused(token, torch.tensor([-1, 2]), torch.tensor([1, 2]), system) is token
+    assert unused(token, atoms, center) is token
 
 
 @pytest.mark.bad_input
 def test_charge_out_of_range_is_named() -> None:
     embed = SystemEmbedding(4, charge=True, spin=False)
     with pytest.raises(DataError, match="total charge outside"):
-        embed(torch.zeros(1, 4), torch.tensor([99]), torch.tensor([1]), torch.tensor([0]))
+        embed.check(torch.tensor([99]), torch.tensor([1]))
