@@ -10,10 +10,8 @@ them as such, so that no later batch, whatever its size, compiles again; what a 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,111 +19,11 @@ import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.graph import build_graph, displacements, split_tokens, token_geometry
+from escaip.evaluation import EvaluationInputs, evaluate
+from escaip.graph import build_graph, displacements
 from escaip.model import EScAIP
 from escaip.ops.rows import traced_rows
-from escaip.types import AtomInputs, Graph, GraphSettings, ModelOutput
-
-_LAYOUT = ("offsets", "center", "neighbor", "reverse", "self_token", "rank_base", "rank_token", "rank_other")
-_ATOMS = tuple(field.name for field in dataclasses.fields(AtomInputs))
-
-
-@dataclass(frozen=True)
-class EvaluationInputs:
-    """What a graph of the model depends on besides its weights: first dimensions are sizes of the batch.
-
-    Attributes:
-        vectors: ``(R, 3)`` Å, displacements of the ``R = T + X`` rows of the graph, in the model's dtype.
-        weight: ``(N,)`` factor of each atomic energy in the sum that is differentiated.
-        atoms: ``(N,)`` each.
-        layout: ``offsets, center, neighbor, reverse, self_token, rank_base, rank_token, rank_other`` of the graph.
-    """
-
-    vectors: Tensor
-    weight: Tensor
-    atoms: AtomInputs
-    layout: tuple[Tensor, ...]
-
-    @classmethod
-    def of_graph(cls, vectors: Tensor, weight: Tensor, atoms: AtomInputs, graph: Graph) -> EvaluationInputs:
-        """Of a batch, see :class:`~escaip.types.Graph`."""
-        return cls(vectors, weight, atoms, tuple(getattr(graph, name) for name in _LAYOUT))
-
-    @property
-    def graph(self) -> Graph:
-        """The graph; without the cell translations, which the displacements hold."""
-        layout = dict(zip(_LAYOUT, self.layout, strict=True))
-        num_tokens = layout["reverse"].shape[0]
-        return Graph(**layout, shift=layout["center"], num_tokens=num_tokens, max_neighborhood=0)
-
-    def flat(self) -> list[Tensor]:
-        """All tensors in one order."""
-        return [self.vectors, self.weight, *(getattr(self.atoms, name) for name in _ATOMS), *self.layout]
-
-    @classmethod
-    def from_flat(cls, tensors: Sequence[Tensor]) -> EvaluationInputs:
-        """The inverse of :meth:`flat`."""
-        end = 2 + len(_ATOMS)
-        return cls(tensors[0], tensors[1], AtomInputs(*tensors[2:end]), tuple(tensors[end:]))
-
-    def padded(self) -> EvaluationInputs:
-        """At least two of everything: atoms, tokens, rows beyond the tokens, compared ranks."""
-        inputs = self._with_atom() if self.weight.shape[0] < 2 else self
-        layout = dict(zip(_LAYOUT, inputs.layout, strict=True))
-        vectors = inputs.vectors
-        if vectors.shape[0] - layout["reverse"].shape[0] < 2:
-            vectors = torch.cat([vectors, vectors.new_zeros(2, 3)])
-            layout |= {name: _more(layout[name], 2, 0) for name in ("center", "neighbor")}
-        if layout["rank_token"].shape[0] < 2:
-            # The self token's own rank is not read.
-            layout |= {name: _more(layout[name], 2, 0) for name in ("rank_token", "rank_other")}
-        return EvaluationInputs(vectors, inputs.weight, inputs.atoms, tuple(layout.values()))
-
-    def _with_atom(self) -> EvaluationInputs:
-        """With a second atom that has no neighbors, its token after those of the first."""
-        layout = dict(zip(_LAYOUT, self.layout, strict=True))
-        tokens, rows = layout["reverse"].shape[0], self.vectors.shape[0]
-
-        def insert(x: Tensor, value: int) -> Tensor:
-            return torch.cat([x[:tokens], x.new_full((1, *x.shape[1:]), value), x[tokens:]])
-
-        moved = torch.where(layout["rank_other"] < tokens, layout["rank_other"], layout["rank_other"] + 1)
-        layout |= {
-            "offsets": _more(layout["offsets"], 1, tokens + 1),
-            "center": insert(layout["center"], 1),
-            "neighbor": insert(layout["neighbor"], 1),
-            "reverse": insert(layout["reverse"], tokens),
-            "self_token": _more(layout["self_token"], 1, tokens),
-            "rank_base": insert(layout["rank_base"], 0),
-            "rank_other": moved if rows > tokens else layout["rank_other"],
-        }
-        atoms = AtomInputs(*(torch.cat([x, x]) for x in (getattr(self.atoms, name) for name in _ATOMS)))
-        return EvaluationInputs(
-            insert(self.vectors, 0), torch.cat([self.weight, self.weight]), atoms, tuple(layout.values())
-        )
-
-
-def evaluate(
-    model: EScAIP,
-    settings: GraphSettings,
-    inputs: EvaluationInputs,
-    tables: Sequence[Tensor] | None,
-    differentiate: bool,
-    create_graph: bool,
-) -> tuple[ModelOutput, Tensor | None]:
-    """Runs a model, and differentiates the weighted sum of its energies with respect to the displacements.
-
-    Returns:
-        The output, and the gradient ``(R, 3)`` in the dtype of the displacements if it was asked for.
-    """
-    graph, vectors = inputs.graph, inputs.vectors
-    if differentiate and not vectors.requires_grad:
-        vectors = vectors.detach().requires_grad_()
-    output = model(inputs.atoms, split_tokens(graph, token_geometry(vectors, graph, settings)), tables)
-    if not differentiate:
-        return output, None
-    (gradient,) = torch.autograd.grad(output.energy, vectors, inputs.weight, create_graph=create_graph)
-    return output, gradient
+from escaip.types import AtomInputs, GraphSettings, ModelOutput
 
 
 class CompiledEvaluation:
@@ -181,7 +79,7 @@ class CompiledEvaluation:
             return ModelOutput(energy, forces), None
         gradient = results[0]
         if num_atoms < padded.weight.shape[0]:  # the second atom's token stands after those of the first
-            tokens = inputs.layout[_LAYOUT.index("reverse")].shape[0]
+            tokens = inputs.graph.num_tokens
             gradient = torch.cat([gradient[:tokens], gradient[tokens + 1 :]])
         return ModelOutput(energy, forces), gradient[:num_rows]
 
@@ -236,21 +134,10 @@ def compile_example(settings: GraphSettings, dtype: torch.dtype, device: torch.d
 
 
 def _check_distinct(inputs: EvaluationInputs) -> None:
-    layout = dict(zip(_LAYOUT, inputs.layout, strict=True))
-    num_atoms = inputs.weight.shape[0]
-    sizes = [
-        num_atoms,
-        num_atoms + 1,
-        layout["reverse"].shape[0],
-        inputs.vectors.shape[0],
-        layout["rank_token"].shape[0],
-    ]
+    num_atoms, graph = inputs.weight.shape[0], inputs.graph
+    sizes = [num_atoms, num_atoms + 1, graph.num_tokens, len(inputs.vectors), len(graph.rank_token)]
     if len(set(sizes)) < len(sizes):
         raise ConfigError(f"the example for the compiler has equal sizes {sizes}: choose another")
-
-
-def _more(x: Tensor, count: int, value: int) -> Tensor:
-    return torch.cat([x, x.new_full((count, *x.shape[1:]), value)])
 
 
 @contextlib.contextmanager

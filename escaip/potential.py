@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from escaip.compile import CompiledEvaluation, EvaluationInputs, compile_example, evaluate
+from escaip.compile import CompiledEvaluation, compile_example
 from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
 from escaip.errors import ConfigError, UnsupportedElementError
+from escaip.evaluation import EvaluationInputs, evaluate, plan_parts
 from escaip.graph import build_graph, displacements, search_cutoff
 from escaip.model import EScAIP
 from escaip.ops import sum_rows
@@ -70,6 +71,8 @@ class Potential(nn.Module):
         element_references: ``(119,)`` eV by atomic number, or ``(S, 119)`` for several sets, NaN for elements that a
             set does not have.
         scale: ``()`` or ``(S,)`` eV.
+        recompute: keep only what enters each layer and compute the rest again for derivatives: less memory for about a
+            third more time. None, the default: where a prediction would otherwise keep several GiB; never in training.
     """
 
     element_references: Tensor
@@ -85,6 +88,7 @@ class Potential(nn.Module):
         self.register_buffer("supported", torch.ones(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool), persistent=False)
         self.set_metadata(metadata or PotentialMetadata())
         self._dataset = -1
+        self.recompute: bool | None = None
         self._is_compiled = False
         self._compiled: dict[tuple[bool, ...], CompiledEvaluation] = {}
 
@@ -315,18 +319,23 @@ class Potential(nn.Module):
         """
         weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
         inputs = EvaluationInputs.of_graph(vectors.to(self.dtype), weight, atoms, graph)
-        if self._is_compiled and not vectors.requires_grad:
+        predicting = not (learning or create_graph)
+        most, recompute = plan_parts(self.config, graph.num_tokens, self.device) if predicting else (None, False)
+        recompute = recompute if self.recompute is None else self.recompute
+        if self._is_compiled and not recompute and not vectors.requires_grad:
             output, gradient = self._compiled_evaluation(differentiate, learning)(self.model, inputs)
         else:
-            tables = self.model.tables(learning)
-            output, gradient = evaluate(self.model, self.config.graph, inputs, tables, differentiate, create_graph)
+            output, gradient = evaluate(
+                self.model, self.config.graph, inputs, self.model.tables(learning), differentiate, create_graph,
+                max_tokens=most, recompute=recompute and torch.is_grad_enabled(),
+            )  # fmt: skip
         return output, None if gradient is None else gradient.double()
 
     def compile(self, *_: Any, **__: Any) -> None:
         """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.
 
         Answers are those of the uncompiled potential to rounding, for batches of any size without compiling again.
-        Where positions require gradients (for Hessians), evaluations are not compiled.
+        Evaluations that recompute, and those whose positions require gradients (for Hessians), are not compiled.
         """
         self._is_compiled = True
 

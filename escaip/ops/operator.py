@@ -130,9 +130,10 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward_of_forward(ctx: Any, grad_out: Tensor, grad_lse: None) -> tuple[Tensor | None, ...]:
-    log_envelope, direction = ctx.saved_tensors[3:5]
+    saved = ctx.saved_tensors  # once: with recomputation each is given out once
+    log_envelope, direction = saved[3:5]
     with_direction = direction is not None and ctx.needs_input_grad[4]
-    dq, dk, dv, db, dn = attention_backward(grad_out, *ctx.saved_tensors, *ctx.constants, with_direction)
+    dq, dk, dv, db, dn = attention_backward(grad_out, *saved, *ctx.constants, with_direction)
     geometry = (None if log_envelope is None else db, dn if with_direction else None)
     return dq, dk, dv, *geometry, None, None, None, None, None
 
@@ -146,10 +147,10 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _backward_of_backward(ctx: Any, tq: Tensor, tk: Tensor, tv: Tensor, tb: Tensor, tn: Tensor) -> tuple[Any, ...]:
-    log_envelope, direction = ctx.saved_tensors[4:6]
+    saved = ctx.saved_tensors
+    log_envelope, direction = saved[4:6]
     g_out, gq, gk, gv, gb, gn = attention_double_backward(
-        tq, tk, tv, None if log_envelope is None else tb, tn if ctx.with_direction else None, *ctx.saved_tensors,
-        *ctx.constants,
+        tq, tk, tv, None if log_envelope is None else tb, tn if ctx.with_direction else None, *saved, *ctx.constants,
     )  # fmt: skip
     geometry = (None if log_envelope is None else gb, None if direction is None else gn)
     # out and lse are functions of the others: the gradients include what passes through them.

@@ -1,0 +1,173 @@
+"""How an evaluation is carried out does not change what it gives: parts, recomputation, spline tables."""
+
+from __future__ import annotations
+
+import copy
+
+import ase.build
+import pytest
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch
+
+import escaip.evaluation
+from escaip.config import EScAIPConfig
+from escaip.data import AtomicData, collate
+from escaip.graph import build_graph, compute_geometry, split_tokens
+from escaip.potential import Potential
+
+SMALL = {
+    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 12,
+    "radial_width": 1.0, "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0,
+    "num_neighbors": 8, "distance_table": "always", "distance_knots": 192,
+}  # fmt: skip
+
+
+def make_potential(**overrides: object) -> Potential:
+    torch.manual_seed(0)
+    return Potential(EScAIPConfig.from_dict({**SMALL, **overrides})).double()
+
+
+def make_batch() -> Batch:
+    crystal = ase.build.bulk("Cu", cubic=True).repeat((2, 1, 1))
+    structures = [crystal, ase.build.molecule("C6H6"), ase.Atoms("He")]
+    for atoms in structures:
+        atoms.rattle(0.05, seed=0)
+    return collate([AtomicData.from_ase(atoms) for atoms in structures])
+
+
+def answers(potential: Potential, batch: Batch) -> list[Tensor]:
+    """Energy, forces and stress, and in training the gradients of a loss on them."""
+    stress = potential.config.is_conservative
+    prediction = potential(batch, compute_stress=stress)
+    found = [prediction.energy, prediction.forces]
+    if stress:
+        found.append(prediction.stress[:1])
+    if potential.training:
+        loss = sum(x.square().sum() for x in found)
+        weights = [w for w in potential.parameters() if w.requires_grad]
+        found += [g for g in torch.autograd.grad(loss, weights, allow_unused=True) if g is not None]
+    return [x.detach() for x in found]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-11) -> None:
+    assert len(found) == len(expected)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"forces": "direct"}, {"aggregation": "graph_attention", "charge": True}])
+@pytest.mark.parametrize("max_tokens", [1, 40])
+def test_parts_do_not_change_predictions(
+    options: dict[str, object], max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    potential, batch = make_potential(**options).eval(), make_batch()
+    monkeypatch.setattr(escaip.evaluation, "_PART", None)
+    expected = answers(potential, batch)
+    monkeypatch.setattr(escaip.evaluation, "_PART", max_tokens)
+    for recompute in (None, True):
+        potential.recompute = recompute
+        assert_equal(answers(potential, batch), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"forces": "direct"}])
+def test_recomputation_does_not_change_training(options: dict[str, object]) -> None:
+    potential, batch = make_potential(**options).train(), make_batch()
+    expected = answers(potential, batch)
+    potential.recompute = True
+    assert_equal(answers(potential, batch), expected)
+
+
+def test_recomputation_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What autograd holds after the forward, counted by the hooks that see every saved tensor."""
+    potential = make_potential().eval()
+    batch = make_batch()
+    monkeypatch.setattr(escaip.evaluation, "_PART", 40)
+    held: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        held[x.data_ptr()] = x.numel()
+        return x
+
+    sizes = []
+    for recompute in (False, True):
+        potential.recompute = recompute
+        held.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            potential(batch)
+        sizes.append(sum(held.values()))
+    assert sizes[1] < sizes[0] / 2
+
+
+def test_parts_are_whole_neighborhoods_in_order() -> None:
+    batch, settings = make_batch(), EScAIPConfig.from_dict(SMALL).graph
+    graph = build_graph(batch, settings)
+    geometry = compute_geometry(batch.positions, batch.cell, batch.batch, graph, settings, torch.float64)
+    sizes = graph.offsets.diff()
+    for max_tokens in (None, 1, 20, 10_000):
+        parts = split_tokens(graph, geometry, max_tokens)
+        assert [part.first for part in parts] == [0, *torch.tensor([part.num_atoms for part in parts]).cumsum(0)[:-1]]
+        assert torch.equal(torch.cat([part.offsets.diff() for part in parts]), sizes)
+        assert torch.equal(torch.cat([part.center for part in parts]), graph.token_center)
+        assert torch.equal(torch.cat([part.distance for part in parts]), geometry.distance)
+        for part in parts:
+            assert part.offsets[0] == 0
+            assert torch.equal(part.neighbor[part.self_token], part.center[part.self_token])
+            assert max_tokens is None or len(part.center) <= max_tokens or part.num_atoms == 1
+    assert len(split_tokens(graph, geometry, 20)) > 3
+
+
+@pytest.mark.parametrize("kind", ["always", "inference"])
+def test_a_table_gives_the_exact_answers_within_its_bound(kind: str) -> None:
+    """Spacing a seventeenth of a Gaussian's width; docs/performance.md states the bound."""
+    exact, tabulated = make_potential(distance_table="never").eval(), make_potential(distance_table=kind).eval()
+    batch = make_batch()
+    for found, expected in zip(answers(tabulated, batch), answers(exact, batch), strict=True):
+        scale = expected.abs().max()
+        assert (found - expected).abs().max() < 2e-6 * scale
+        assert (found - expected).abs().max() > 0.0
+    if kind == "inference":  # in training the weights are read themselves
+        assert_equal(answers(tabulated.train(), batch), answers(exact.train(), batch))
+
+
+@pytest.mark.parametrize("change", ["in place", "assigned", "loaded", "moved"])
+def test_kept_tables_follow_the_weights(change: str) -> None:
+    potential, batch = make_potential().eval(), make_batch()
+    before = answers(potential, batch)
+    weight = potential.model.blocks[0].attributes.distance_project.weight
+    with torch.no_grad():
+        if change == "in place":
+            weight.mul_(2.0)
+        elif change == "assigned":
+            weight.data = 2.0 * weight
+        elif change == "loaded":
+            state = copy.deepcopy(potential.state_dict())
+            state["model.blocks.0.attributes.distance_project.weight"] *= 2.0
+            potential.load_state_dict(state, assign=True)
+        else:
+            potential.float()
+    found = answers(potential, batch)
+    fresh = make_potential().to(potential.dtype).eval()
+    fresh.load_state_dict(potential.state_dict())
+    assert_equal(found, answers(fresh, batch))
+    if change != "moved":
+        assert (found[0] - before[0]).abs().max() > 1e-6
+
+
+def test_tables_are_made_once_for_fixed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    potential, batch = make_potential().eval(), make_batch()
+    made = 0
+    original = type(potential.model.distances).table
+
+    def count(self: object, curve: object) -> Tensor:
+        nonlocal made
+        made += 1
+        return original(self, curve)
+
+    monkeypatch.setattr(type(potential.model.distances), "table", count)
+    for _ in range(3):
+        potential(batch)
+    assert made == 3  # the input layer's and two blocks'
+    potential.train()
+    potential(batch)
+    assert made == 6
