@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_relax(commands)
     _add_md(commands)
+    _add_import(commands)
     _add_info(commands)
     return parser
 
@@ -109,7 +110,9 @@ def _add_evaluate(commands: Any) -> None:
         "--out", default="evaluation", metavar="DIR", help="where report and plots go (default: evaluation)"
     )
     parser.add_argument("--free-atoms", action="store_true", help="count forces of unconstrained atoms only")
-    parser.add_argument("--max-atoms", type=int, default=1000, metavar="N", help="atoms per batch (default: 1000)")
+    parser.add_argument(
+        "--max-atoms", type=int, metavar="N", help="atoms evaluated at once (default: what pays and fits into memory)"
+    )
     parser.add_argument("--no-plots", action="store_true", help="write the JSON report only")
     add_source_options(parser)
     _add_model_options(parser)
@@ -165,6 +168,19 @@ def _add_md(commands: Any) -> None:
     parser.set_defaults(command=_md)
 
 
+def _add_import(commands: Any) -> None:
+    parser = commands.add_parser("import", help="a model of another program as one of this")
+    programs = parser.add_subparsers(title="programs", metavar="PROGRAM", required=True)
+    parser = programs.add_parser("fairchem", help="an EScAIP of fairchem-core")
+    parser.add_argument("file", metavar="FILE", help="inference checkpoint (inference_ckpt.pt); no code in it is run")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .escaip file to write")
+    parser.add_argument(
+        "--distance-table", choices=("never", "inference", "always"), default="never",
+        help="never computes what was published (default); the others are faster, equal to about 1e-7",
+    )  # fmt: skip
+    parser.set_defaults(command=_import_fairchem)
+
+
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="what a model is; without a model, what this installation is")
     parser.add_argument("model", metavar="MODEL", nargs="?", help=".ckpt or .escaip file")
@@ -177,8 +193,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     report = evaluate_files(
         args.model, args.data, args.out, free_atoms_only=args.free_atoms, max_atoms=args.max_atoms,
-        plots=not args.no_plots, device=args.device, dtype=args.dtype, dataset=args.dataset,
-        **source_options(args),
+        plots=not args.no_plots, progress=sys.stderr.isatty(), device=args.device, dtype=args.dtype,
+        dataset=args.dataset, **source_options(args),
     )  # fmt: skip
     print(report.table())
     print(f"wrote {args.out}")
@@ -211,6 +227,16 @@ def _md(args: argparse.Namespace) -> int:
         trajectory_interval=args.trajectory_interval or args.interval, restart_interval=args.restart_interval,
     )  # fmt: skip
     print(result.summary())
+    return 0
+
+
+def _import_fairchem(args: argparse.Namespace) -> int:
+    from escaip.interop.fairchem import read_fairchem
+
+    potential = read_fairchem(args.file, distance_table=args.distance_table)
+    potential.save(args.out)
+    sets = ", ".join(potential.metadata.datasets) or "no data set named"
+    print(f"wrote {args.out}: {potential.config.forces} forces, {len(potential.metadata.elements)} elements, {sets}")
     return 0
 
 

@@ -126,7 +126,7 @@ def compile_example(settings: GraphSettings, dtype: torch.dtype, device: torch.d
         ptr=torch.tensor([0, 8, 13]),
     )
     graph = build_graph(batch, settings)
-    vectors = displacements(positions, batch.cell, system, graph).to(dtype)
+    vectors = displacements(positions, batch.cell, system, graph)
     ones = torch.ones_like(system)
     atoms = AtomInputs(6 * ones, 0 * ones, ones, 8 * system)
     inputs = EvaluationInputs.of_graph(vectors, torch.ones(13, dtype=dtype), atoms, graph)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from escaip.config import EScAIPConfig
 from escaip.graph import split_tokens, token_geometry
 from escaip.model import EScAIP, call
+from escaip.ops import sum_rows
 from escaip.types import AtomInputs, Graph, GraphSettings, ModelOutput
 
 # What autograd keeps for one feature of one token in one block: 29 numbers of four bytes, as measured.
@@ -30,8 +31,8 @@ class EvaluationInputs:
     """What a graph of the model depends on besides its weights: first dimensions are sizes of the batch.
 
     Attributes:
-        vectors: ``(R, 3)`` Å, displacements of the ``R = T + X`` rows of the graph, in the model's dtype.
-        weight: ``(N,)`` factor of each atomic energy in the sum that is differentiated.
+        vectors: ``(R, 3)`` Å, float64, displacements of the ``R = T + X`` rows of the graph.
+        weight: ``(N,)`` factor of each atomic energy in the sum that is differentiated, in the model's dtype.
         atoms: ``(N,)`` each.
         layout: ``offsets, center, neighbor, reverse, self_token, rank_base, rank_token, rank_other`` of the graph.
     """
@@ -129,7 +130,7 @@ def evaluate(
     graph, vectors = inputs.graph, inputs.vectors
     if differentiate and not vectors.requires_grad:
         vectors = vectors.detach().requires_grad_()
-    parts = split_tokens(graph, token_geometry(vectors, graph, settings), max_tokens)
+    parts = split_tokens(graph, token_geometry(vectors, graph, settings, inputs.weight.dtype), max_tokens)
     output = model(inputs.atoms, parts, tables, _recomputed if recompute else call)
     if not differentiate:
         return output, None
@@ -154,3 +155,18 @@ def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _more(x: Tensor, count: int, value: int) -> Tensor:
     return torch.cat([x, x.new_full((count, *x.shape[1:]), value)])
+
+
+def forces_of(gradient: Tensor, graph: Graph) -> Tensor:
+    """``−∂E/∂r``, ``(N, 3)``, from the gradient with respect to each displacement ``r_j − r_i``."""
+    on_center = sum_rows(gradient, graph.center, graph.num_atoms)
+    return on_center - sum_rows(gradient, graph.neighbor, graph.num_atoms)
+
+
+def stress_of(virial: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
+    """``(1/V) ∂E/∂ε`` in eV/Å³, ``(B, 3, 3)``, from ``Σ d ⊗ ∂E/∂d``; NaN for systems without a periodic cell."""
+    volume = torch.linalg.det(cell).abs()
+    has_volume = (volume > 0) & pbc.any(-1)
+    symmetric = 0.5 * (virial + virial.transpose(1, 2))  # the strain is symmetric
+    divided = symmetric / torch.where(has_volume, volume, 1.0)[:, None, None]
+    return torch.where(has_volume[:, None, None], divided, torch.nan)

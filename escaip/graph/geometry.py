@@ -34,20 +34,27 @@ def compute_geometry(
     Returns:
         Displacement, distance, direction and log envelope (model notes, section 2) of the ``T`` tokens.
     """
-    return token_geometry(displacements(positions, cell, batch_index, graph).to(dtype), graph, settings)
+    return token_geometry(displacements(positions, cell, batch_index, graph), graph, settings, dtype)
 
 
-def token_geometry(vector: Tensor, graph: Graph, settings: GraphSettings) -> Geometry:
-    """Evaluates the geometry of a graph's tokens from the displacements of all its rows, ``(T + X, 3)`` Å."""
-    distance, inverse = _safe_norm(vector)
+def token_geometry(vector: Tensor, graph: Graph, settings: GraphSettings, dtype: torch.dtype) -> Geometry:
+    """Evaluates the geometry of a graph's tokens.
+
+    Args:
+        vector: ``(T + X, 3)`` Å, displacements of all rows. Lengths and directions are formed in their dtype: in
+            float64 a float32 model's stress is several times more accurate.
+        graph: token layout.
+        settings: what the graph was built with.
+        dtype: of the results.
+    """
+    length, inverse = _safe_norm(vector)
     num_tokens = graph.num_tokens
-    displacement, token_distance = vector[:num_tokens], distance[:num_tokens]
-    x = _envelope_coordinate(distance, graph, settings)
+    distance, displacement = length.to(dtype), vector[:num_tokens]
     return Geometry(
-        displacement=displacement,
-        distance=token_distance,
-        direction=displacement * inverse[:num_tokens, None],
-        log_envelope=_log_envelope(x, graph.self_token),
+        displacement=displacement.to(dtype),
+        distance=distance[:num_tokens],
+        direction=(displacement * inverse[:num_tokens, None]).to(dtype),
+        log_envelope=_log_envelope(_envelope_coordinate(distance, graph, settings), graph.self_token),
     )
 
 
