@@ -3,19 +3,22 @@
     python benchmarks/gpu_suite.py [--minutes 8] [--out DIR]
 
 Every attention backend against float64 in value, first and second derivative; the main cases of attention.py, with
-the expanded channels of the published implementation beside; the graph; whole conservative training
-steps of the presets; and the quickstart recipe, in the time that is left. Writes ``gpu_suite.json`` under ``--out``
-(by default the folder named by the variable OUT, else runs/bench). ``--device cpu --small`` runs it all tiny.
+the expanded channels of the published implementation beside; energy and forces of 64 to 100 000 atoms, and training
+steps, of the presets and the published size, in float32, TF32 and bfloat16, eager and compiled; and the quickstart
+recipe, in the time that is left. What there was no time for is a row that says so. Writes ``gpu_suite.json`` under
+``--out`` (by default the folder named by the variable OUT, else runs/bench). ``--device cpu --small`` runs it all tiny.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,38 +89,127 @@ def random_batch(atoms: int, device: str) -> Any:
     return collate([AtomicData.from_ase(crystal)]).to(device)
 
 
-def training_steps(device: str, small: bool) -> list[dict[str, Any]]:
-    """Graph, prediction and conservative training step of the presets."""
+# The published size of the runs on OC20 and SPICE: 600 Gaussians through a table, which every size may use.
+PUBLISHED = {
+    "hidden_size": 512, "num_layers": 10, "num_heads": 8, "angular_channels": (20, 10, 4, 10, 20),
+    "distance_table": "always", "distance_knots": 2048,
+}  # fmt: skip
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+def make_config(name: str, forces: str) -> EScAIPConfig:
+    if name == "published":
+        return EScAIPConfig.from_dict({**PUBLISHED, "forces": forces})
+    return EScAIPConfig.preset(name, forces=forces)
+
+
+@contextlib.contextmanager
+def precision(name: str, device: str) -> Iterator[None]:
+    """Float32 products as they are, through TF32, or bfloat16 autocast."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=name == "bfloat16"):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def timed(function: Callable[[], Any], device: str) -> dict[str, Any]:
+    """Median milliseconds and peak memory, or why there are none."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    row: dict[str, Any] = {"first_s": None, "ms": None, "peak_MiB": None, "failed": None}
+    try:
+        start = time.perf_counter()
+        function()
+        row["first_s"] = time.perf_counter() - start
+        row["ms"] = 1e3 * measure(function, repeats=3, device=device)
+    except Exception as error:  # out of memory, a kernel, the compiler: a row, not the end of the suite
+        row["failed"] = f"{type(error).__name__} {str(error).splitlines()[0][:120] if str(error) else ''}"
+    if device == "cuda":
+        row["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
+    return row
+
+
+def training_steps(device: str, small: bool, deadline: float) -> list[dict[str, Any]]:
+    """Training steps: presets and the published size, conservative and direct, eager and compiled."""
+    sizes = [("1m", 100)] if small else [("1m", 1000), ("5m", 1000), ("published", 500), ("20m", 500)]
+    cases = [
+        (name, atoms, forces, kind, compiled)
+        for compiled in ((False,) if small else (False, True))
+        for name, atoms in sizes
+        for forces in ("conservative", "direct")
+        for kind in PRECISIONS[:: 1 if device == "cuda" else 2]
+        if not (compiled and (kind == "tf32" or (forces == "direct" and name != "published")))
+    ]
     rows = []
-    for preset, atoms in [("1m", 100)] if small else [("1m", 1000), ("5m", 1000), ("20m", 500), ("45m", 500)]:
-        torch.manual_seed(0)
-        potential = Potential(EScAIPConfig.preset(preset)).to(device)
-        batch = random_batch(atoms, device)
-
-        def train(potential: Potential = potential, batch: Any = batch) -> None:
-            potential.zero_grad()
-            prediction = potential(batch, create_graph=True)
-            (prediction.energy.mean() + prediction.forces.square().mean()).backward()
-
-        def predict(potential: Potential = potential, batch: Any = batch) -> None:
-            potential(batch, create_graph=False)
-
-        def graph(potential: Potential = potential, batch: Any = batch) -> None:
-            build_graph(batch, potential.config.graph)
-
-        row: dict[str, Any] = {"preset": preset, "atoms": batch.positions.shape[0]}
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for name, function in (("graph", graph), ("predict", predict), ("train", train)):
-            try:
-                row[f"{name}_ms"] = 1e3 * measure(function, repeats=3, device=device)
-            except torch.OutOfMemoryError:
-                row[f"{name}_ms"] = None
-        row["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
-        single = potential(batch, create_graph=False)
-        double = potential.double()(batch, create_graph=False)
-        row["force_error"] = relative_error([single.forces], [double.forces])
+    for name, atoms, forces, kind, compiled in cases:
+        row: dict[str, Any] = {"model": name, "forces": forces, "precision": kind, "compiled": compiled, "atoms": None}
+        row |= {"atoms_per_s": None, "first_s": None, "ms": None, "peak_MiB": None, "failed": "no time left"}
         rows.append(row)
+        if time.perf_counter() > deadline:
+            continue
+        torch.manual_seed(0)
+        potential, batch = Potential(make_config(name, forces)).to(device).train(), random_batch(atoms, device)
+        if compiled:
+            potential.compile()
+
+        def train(potential: Potential = potential, batch: Any = batch, kind: str = kind) -> None:
+            potential.zero_grad()
+            with precision(kind, device):
+                prediction = potential(batch, create_graph=True)
+                loss = prediction.energy.mean() + prediction.forces.square().mean()
+            loss.backward()
+
+        row |= {"atoms": len(batch.positions), **timed(train, device)}
+        if row["ms"]:
+            row["atoms_per_s"] = 1e3 * row["atoms"] / row["ms"]
+    return rows
+
+
+def predictions(device: str, small: bool, deadline: float) -> list[dict[str, Any]]:
+    """Energy and forces from 64 to 100 000 atoms of copper, the graph apart, and the error of float32."""
+    sizes = [64] if small else [64, 1_000, 10_000, 100_000]
+    cases = [
+        (name, atoms, kind, compiled)
+        for name in (("1m",) if small else ("5m", "1m", "published"))
+        for compiled in ((False,) if small else (False, True))
+        for kind in PRECISIONS[:: 1 if device == "cuda" else 2]
+        for atoms in sizes
+        if not (compiled and (kind == "tf32" or atoms > 10_000))
+    ]
+    rows, made = [], {}
+    for name, atoms, kind, compiled in cases:
+        row: dict[str, Any] = {"model": name, "precision": kind, "compiled": compiled, "atoms": atoms, "graph_ms": None}
+        row |= {"first_s": None, "ms": None, "peak_MiB": None, "failed": "no time left", "force_error": None}
+        rows.append(row)
+        if time.perf_counter() > deadline:
+            continue
+        key = (name, kind, compiled)
+        if key not in made:
+            torch.manual_seed(0)
+            made = {key: Potential(make_config(name, "conservative")).to(device).eval().requires_grad_(False)}
+            if compiled:
+                made[key].compile()
+        potential, batch = made[key], random_batch(atoms, device)
+
+        def predict(potential: Potential = potential, batch: Any = batch, kind: str = kind) -> Any:
+            with precision(kind, device):
+                return potential(batch, create_graph=False)
+
+        row |= {"atoms": len(batch.positions), **timed(predict, device)}
+
+        def graph(potential: Potential = potential, batch: Any = batch) -> Any:
+            return build_graph(batch, potential.config.graph)
+
+        row["graph_ms"] = 1e3 * measure(graph, repeats=3, device=device)
+        if row["ms"] and atoms <= 1_000:
+            torch.manual_seed(0)
+            exact = Potential(potential.config).to(device).double().eval()
+            exact.load_state_dict(potential.state_dict())
+            row["force_error"] = relative_error([predict().forces], [exact(batch, create_graph=False).forces])
     return rows
 
 
@@ -138,6 +230,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; training takes what is left")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("attention", "attention_times", "predictions", "training_steps"),
+        help="only these; a second run for what the first had no time for",
+    )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="tiny sizes, no training: does the suite itself work?")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/bench")))
     args = parser.parse_args()
@@ -146,19 +242,25 @@ def main() -> None:
 
     start = time.perf_counter()
     report: dict[str, Any] = {"provenance": provenance()}
-    parts = {"attention": attention, "attention_times": attention_times, "training_steps": training_steps}
-    for name, part in parts.items():
-        report[name] = part(args.device, args.small)
+    deadline = start + 60.0 * args.minutes - (0.0 if args.small else 60.0)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "attention": lambda: attention(args.device, args.small),
+        "attention_times": lambda: attention_times(args.device, args.small),
+        "predictions": lambda: predictions(args.device, args.small, (time.perf_counter() + deadline) / 2),
+        "training_steps": lambda: training_steps(args.device, args.small, deadline),
+    }
+    for name in args.parts or parts:
+        report[name] = parts[name]()
         write_json(args.out / "gpu_suite.json", report)  # what is measured is kept if the next part fails
     left = 60.0 * args.minutes - (time.perf_counter() - start)
-    if not args.small and left > 30.0:
+    if not args.small and not args.parts and left > 30.0:
         report["quickstart"] = quickstart(left, args.out, args.device)
         write_json(args.out / "gpu_suite.json", report)
 
     def show(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
 
-    for name in parts:
+    for name in args.parts or parts:
         rows = report[name]
         print(f"\n{name}")
         if name == "attention_times":
