@@ -222,23 +222,31 @@ class EScAIPConfig:
             )
 
 
-# Sizes by number of parameters of the conservative model. Head dimension 24, 32 and 64; the angular
-# groups of the larger ones are the published (20, 10, 4, 10, 20).
+# Sizes by number of parameters of the conservative model. Head dimension 24, 32 and 64; the angular groups of the
+# larger ones are the published (20, 10, 4, 10, 20). Of 32 to 300 Gaussians, 32 of one spacing gave the least error after equal
+# steps on two sets (docs/performance.md); the two largest keep the published 600.
 _PUBLISHED_CHANNELS = (20, 10, 4, 10, 20)
+_COARSE_BASIS: dict[str, Any] = {
+    "num_radial": 32, "radial_width": 1.0, "distance_table": "always", "distance_knots": 256,
+}  # fmt: skip
+_FINE_BASIS: dict[str, Any] = {"num_radial": 600, "distance_table": "always", "distance_knots": 2048}
 PRESETS: dict[str, dict[str, Any]] = {
     "1m": {
         "hidden_size": 96, "num_layers": 3, "num_heads": 4, "angular_channels": (8, 4, 2, 4, 6),
-        "num_radial": 32, "radial_width": 1.0, "distance_size": 64, "element_size": 64, "boo_size": 32,
-        "distance_table": "always", "distance_knots": 256,
+        "distance_size": 64, "element_size": 64, "boo_size": 32, **_COARSE_BASIS,
     },
     "5m": {
         "hidden_size": 192, "num_layers": 4, "num_heads": 6, "angular_channels": (10, 5, 2, 5, 10),
-        "num_radial": 300, "distance_size": 256, "element_size": 64, "boo_size": 32,
+        "distance_size": 128, "element_size": 64, "boo_size": 32, **_COARSE_BASIS,
     },
     "20m": {
         "hidden_size": 384, "num_layers": 5, "num_heads": 6, "angular_channels": _PUBLISHED_CHANNELS,
-        "num_radial": 600, "distance_size": 384,
+        "distance_size": 384, **_COARSE_BASIS,
     },
-    "45m": {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "angular_channels": _PUBLISHED_CHANNELS},
-    "85m": {"hidden_size": 640, "num_layers": 8, "num_heads": 10, "angular_channels": _PUBLISHED_CHANNELS},
+    "45m": {
+        "hidden_size": 512, "num_layers": 6, "num_heads": 8, "angular_channels": _PUBLISHED_CHANNELS, **_FINE_BASIS,
+    },
+    "85m": {
+        "hidden_size": 640, "num_layers": 8, "num_heads": 10, "angular_channels": _PUBLISHED_CHANNELS, **_FINE_BASIS,
+    },
 }  # fmt: skip

@@ -15,12 +15,16 @@ its product with a cotangent ``D_n = Σ_H g · I_n``, and its transpose ``S_n`` 
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
+from escaip.ops.native.build import availability, library
 from escaip.ops.rows import sum_rows, take_rows
 
 DEGREE = 5
@@ -112,21 +116,63 @@ def _plain(table: Tensor, point: Tensor, order: int) -> Tensor:
     return value
 
 
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the C++ kernels take a tensor: on the CPU, in single or double precision."""
+    return x.device.type == "cpu" and x.dtype in _SCALARS and _compiled(_SCALARS[x.dtype])
+
+
+@functools.cache
+def _compiled(scalar: str) -> bool:
+    """Whether this machine compiles the kernels; without them the same sums are made by plain operations."""
+    if availability() is not None:
+        return False
+    try:
+        library(scalar, "spline")
+    except ConfigError as error:
+        warnings.warn(f"spline tables are read without compiled kernels, which is slower: {error}", stacklevel=2)
+        return False
+    return True
+
+
+_SCALARS = {torch.float32: "float", torch.float64: "double"}
+
+
+def _call(name: str, inputs: tuple[Tensor, ...], order: int, shape: tuple[int, ...], out: Tensor) -> None:
+    """Calls ``escaip_spline_<name>``, which writes ``out``; contiguous copies live until it returns."""
+    held = [x.to(out.dtype).contiguous() for x in inputs]
+    sizes = (order, *shape, len(inputs[-1]), torch.get_num_threads())
+    function = getattr(library(_SCALARS[out.dtype], "spline"), f"escaip_spline_{name}")
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in held]
+    function(*pointers, *map(ctypes.c_int64, sizes), ctypes.c_void_p(out.data_ptr()))
+
+
 @torch.library.custom_op("escaip::spline_values", mutates_args=())
 def spline_values(table: Tensor, point: Tensor, order: int) -> Tensor:
     """``I_n``: ``(K + 5, H)``, ``(T,)`` to ``(T, H)``."""
-    return _plain(table, point, order)
+    if not _has_kernels(table):
+        return _plain(table, point, order)
+    out = table.new_empty(point.shape[0], table.shape[1])
+    _call("values", (table, point), order, table.shape, out)
+    return out
 
 
 @torch.library.custom_op("escaip::spline_products", mutates_args=())
 def spline_products(cotangent: Tensor, table: Tensor, point: Tensor, order: int) -> Tensor:
     """``D_n``: ``(T, H)``, ``(K + 5, H)``, ``(T,)`` to ``(T,)``."""
-    return (cotangent * _plain(table, point, order)).sum(1)
+    if not _has_kernels(table):
+        return (cotangent * _plain(table, point, order)).sum(1)
+    out = table.new_empty(point.shape[0])
+    _call("products", (cotangent, table, point), order, table.shape, out)
+    return out
 
 
 @torch.library.custom_op("escaip::spline_transpose", mutates_args=())
 def spline_transpose(cotangent: Tensor, point: Tensor, order: int, num_rows: int) -> Tensor:
     """``S_n``: ``(T, H)``, ``(T,)`` to ``(num_rows, H)``."""
+    if _has_kernels(cotangent):
+        out = cotangent.new_zeros(num_rows, cotangent.shape[1])
+        _call("transpose", (cotangent, point), order, out.shape, out)
+        return out
     interval, u = _locate(num_rows, point)
     basis = _basis(u, order)
     table = cotangent.new_zeros(num_rows, cotangent.shape[1])

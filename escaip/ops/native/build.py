@@ -46,40 +46,45 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def library(scalar: str) -> ctypes.CDLL:
-    """The compiled kernels for ``"float"`` or ``"double"``, from memory, from the cache, or compiled now.
+def library(scalar: str, kernels: str = "attention") -> ctypes.CDLL:
+    """The compiled kernels of one source for ``"float"`` or ``"double"``, from memory, the cache, or compiled now.
+
+    Args:
+        scalar: their type.
+        kernels: name of the source, ``"attention"`` or ``"spline"``.
 
     Raises:
         ConfigError: no compiler, or it fails, or the cache belongs to another user.
     """
     with _lock:
-        if scalar not in _loaded:
-            _loaded[scalar] = _load(scalar)
-        return _loaded[scalar]
+        name = f"{kernels}-{scalar}"
+        if name not in _loaded:
+            _loaded[name] = _load(scalar, kernels)
+        return _loaded[name]
 
 
-def _load(scalar: str) -> ctypes.CDLL:
+def _load(scalar: str, kernels: str) -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise ConfigError(f"attention backend 'native' {availability()}")
-    name = f"attention-{scalar}-{_key(compiler)}.so"
+    name = f"{kernels}-{scalar}-{_key(compiler)}.so"
     folder = _cache_folder()
     if folder is not None and (folder / name).is_file():
         with contextlib.suppress(OSError):  # damaged (a full disk, a copied home folder): compiled again
             return ctypes.CDLL(str(folder / name))
     if folder is not None and os.access(folder, os.W_OK | os.X_OK):
-        return _compile(compiler, scalar, folder / name)
+        return _compile(compiler, scalar, kernels, folder / name)
     # Nowhere to keep it: compiled for this process alone. A loaded library stays mapped after its file is gone.
     with tempfile.TemporaryDirectory(prefix="escaip-") as private:
-        return _compile(compiler, scalar, Path(private) / name)
+        return _compile(compiler, scalar, kernels, Path(private) / name)
 
 
-def _compile(compiler: list[str], scalar: str, path: Path) -> ctypes.CDLL:
+def _compile(compiler: list[str], scalar: str, kernels: str, path: Path) -> ctypes.CDLL:
     """Writes aside, then renames: processes that race each put a whole file there."""
     handle, aside = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        source = str(SOURCES / "attention.cpp")
+        source = str(SOURCES / f"{kernels}.cpp")
         flags = [*_FLAGS, *_accepted(tuple(compiler)), f"-DESCAIP_SCALAR={scalar}"]
         done = _run([*compiler, *flags, source, *_openmp(compiler), "-o", aside])
         what = f"attention backend 'native': {' '.join(compiler)}"

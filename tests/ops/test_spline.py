@@ -1,0 +1,179 @@
+"""Splines in feature space: exact for polynomials, of sixth order, smooth, closed under derivatives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from escaip.errors import ConfigError
+from escaip.ops import spline
+
+END = 6.0
+ORDERS = range(spline.DEGREE + 2)  # one beyond the last that is not zero
+
+
+def table_of(function: Callable[[Tensor], Tensor], intervals: int) -> Tensor:
+    return spline.coefficients(function(spline.knots(intervals, END, dtype=torch.float64)).unsqueeze(1))
+
+
+def gaussian(x: Tensor, width: float = 0.2) -> Tensor:
+    return torch.exp(-((x - 3.1) ** 2) / (2.0 * width**2))
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of making the sums; where there is no compiler they are one."""
+    if request.param == "plain":
+        monkeypatch.setattr(spline, "_has_kernels", lambda x: False)
+    return str(request.param)
+
+
+def errors(intervals: int) -> tuple[float, float]:
+    """Of the value and of the slope, in units of the function's own size and of one over its width."""
+    point = torch.linspace(0.0, END, 5001, dtype=torch.float64, requires_grad=True)
+    value = spline.interpolate(table_of(gaussian, intervals), point * (intervals / END)).squeeze(1)
+    (slope,) = torch.autograd.grad(value.sum(), point)
+    exact = -(point - 3.1) / 0.04 * gaussian(point)
+    off, off_slope = (value - gaussian(point)).detach().abs(), (slope - exact).detach().abs()
+    return float(off.max()), 0.2 * float(off_slope.max())
+
+
+@pytest.mark.usefixtures("version")
+def test_polynomials_of_degree_five_are_exact_with_all_their_derivatives() -> None:
+    powers = torch.tensor([0.3, -1.0, 0.7, 0.2, -0.05, 0.01], dtype=torch.float64)
+
+    def polynomial(x: Tensor) -> Tensor:
+        return sum(c * x**p for p, c in enumerate(powers))
+
+    table = table_of(polynomial, 24)
+    point = torch.linspace(0.0, END, 77, dtype=torch.float64, requires_grad=True)
+    found = spline.interpolate(table, point * (24 / END)).squeeze(1)
+    expected = polynomial(point)
+    for _ in range(5):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+        (found,) = torch.autograd.grad(found.sum(), point, create_graph=True)
+        (expected,) = torch.autograd.grad(expected.sum(), point, create_graph=True)
+
+
+def test_error_falls_with_the_sixth_power_and_stays_below_its_bound() -> None:
+    """The bound that docs/performance.md states: an eighth of a width between knots."""
+    coarse, fine = errors(120), errors(240)
+    assert coarse[0] / fine[0] > 2**5.5
+    assert coarse[1] / fine[1] > 2**4.5
+    assert fine[0] < 1e-6
+    assert fine[1] < 5e-6
+
+
+def test_four_derivatives_are_continuous_at_knots() -> None:
+    table = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    knots = torch.arange(1.0, 14.0, dtype=torch.float64)
+    for order, step in itertools.product(range(5), [1e-9]):
+        before, after = (spline.spline_values(table, knots + sign * step, order) for sign in (-1, 1))
+        torch.testing.assert_close(before, after, rtol=0.0, atol=1e-6)
+    jump = spline.spline_values(table, knots - 1e-9, 5) - spline.spline_values(table, knots + 1e-9, 5)
+    assert jump.abs().max() > 0.1
+
+
+@pytest.mark.usefixtures("version")
+def test_derivatives_of_every_operator() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(11, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    point = (6.0 * torch.rand(5, dtype=torch.float64, generator=generator)).requires_grad_()
+    cotangent = torch.randn(5, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    cases: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (spline.interpolate, (table, point)),
+        (lambda g, c, t: spline.spline_products(g, c, t, 1), (cotangent, table, point)),
+        (lambda g, t: spline.spline_transpose(g, t, 1, 11), (cotangent, point)),
+    ]
+    for function, inputs in cases:
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("points", "rows", "columns"), [(0, 8, 3), (1, 6, 1), (700, 40, 96), (300, 200, 33)])
+def test_kernels_equal_plain_operations(
+    points: int, rows: int, columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(rows, columns, dtype=dtype, generator=generator)
+    # Both ends, a knot, and places outside, where the nearest polynomial goes on.
+    point = (torch.rand(points, dtype=dtype, generator=generator) * (rows - 5) * 1.1) - 0.2
+    special = torch.tensor([0.0, rows - 5.0, 1.0])[:points]
+    point[: len(special)] = special.to(dtype)
+    cotangent = torch.randn(columns, points, dtype=dtype, generator=generator).T  # not contiguous
+
+    def everything() -> list[Tensor]:
+        found = [spline.spline_values(table, point, order) for order in ORDERS]
+        found += [spline.spline_products(cotangent, table, point, order) for order in ORDERS]
+        found += [spline.spline_products(torch.ones_like(point)[:, None].expand(-1, columns), table, point, 0)]
+        return found + [spline.spline_transpose(cotangent, point, order, rows) for order in ORDERS]
+
+    with_kernels = everything()
+    monkeypatch.setattr(spline, "_has_kernels", lambda x: False)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-13
+    for found, expected in zip(with_kernels, everything(), strict=True):
+        size = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance * size)
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table, point = torch.randn(50, 96, generator=generator), 45.0 * torch.rand(4000, generator=generator)
+    cotangent = torch.randn(4000, 96, generator=generator)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(
+                [
+                    spline.spline_values(table, point, 0),
+                    spline.spline_products(cotangent, table, point, 1),
+                    spline.spline_transpose(cotangent, point, 0, 50),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_operators_keep_the_contract_of_the_dispatcher() -> None:
+    table, point = torch.randn(9, 3, requires_grad=True), (4.0 * torch.rand(5)).requires_grad_()
+    cotangent = torch.randn(5, 3, requires_grad=True)
+    torch.library.opcheck(spline.spline_values, (table, point, 0))
+    torch.library.opcheck(spline.spline_products, (cotangent, table, point, 1))
+    torch.library.opcheck(spline.spline_transpose, (cotangent, point, 0, 9))
+
+
+@pytest.mark.bad_input
+def test_a_table_that_is_too_short_is_refused() -> None:
+    with pytest.raises(ConfigError, match="5 rows: it must have at least 6"):
+        spline.interpolate(torch.zeros(5, 2), torch.zeros(1))
+
+
+def test_a_place_that_is_no_number_stays_none() -> None:
+    assert torch.isnan(spline.interpolate(torch.ones(9, 2), torch.tensor([torch.nan]))).all()
+
+
+def test_without_a_working_compiler_the_answers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, point = torch.randn(9, 3), 4.0 * torch.rand(5)
+    expected = spline.interpolate(table, point)
+
+    def fails(*_: object) -> None:
+        raise ConfigError("the compiler fails")
+
+    spline._compiled.cache_clear()
+    monkeypatch.setattr(spline, "library", fails)
+    try:
+        if spline.availability() is None:
+            with pytest.warns(UserWarning, match="without compiled kernels.*the compiler fails"):
+                found = spline.interpolate(table, point)
+        else:
+            found = spline.interpolate(table, point)
+    finally:
+        spline._compiled.cache_clear()
+    torch.testing.assert_close(found, expected)
