@@ -100,8 +100,10 @@ class EScAIP(nn.Module):
         """``(n, boo_degrees)``: smooth by the envelope's weights, or ``uniform`` and clamped as published."""
         uniform = self.config.boo_weighting == "uniform"
         weight = torch.ones_like(part.distance) if uniform else part.log_envelope.exp()
-        floor, center, l_max = "clamp" if uniform else "smooth", part.center - part.first, self.config.boo_degrees - 1
-        return bond_orientational_order(part.direction, weight, center, part.num_atoms, l_max, floor=floor)
+        return bond_orientational_order(
+            part.direction, weight, part.center - part.first, part.num_atoms, self.config.boo_degrees - 1,
+            floor="clamp" if uniform else "smooth", offsets=part.offsets,
+        )  # fmt: skip
 
     def _embed(
         self, part: Tokens, distance: Tensor, atoms: AtomInputs, ends: tuple[Tensor, Tensor], curve: Curve

@@ -9,13 +9,21 @@ from torch import Tensor
 
 from escaip.errors import ConfigError
 from escaip.ops import sum_rows
+from escaip.ops.orientation import has_kernels, pair_power
 
 _FLOOR = 1e-6
 _MAX_DEGREE = 16
 
 
 def bond_orientational_order(
-    direction: Tensor, weight: Tensor, center: Tensor, num_atoms: int, l_max: int, *, floor: str = "smooth"
+    direction: Tensor,
+    weight: Tensor,
+    center: Tensor,
+    num_atoms: int,
+    l_max: int,
+    *,
+    floor: str = "smooth",
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Computes ``BOO_l(i) = |Σ_j w_j Ŷ_l(n_j) / Σ_j w_j|`` of every atom, the norm over ``m``, for ``l = 0 .. l_max``.
 
@@ -32,6 +40,8 @@ def bond_orientational_order(
         num_atoms: ``N``.
         l_max: highest degree.
         floor: ``"smooth"`` or ``"clamp"``.
+        offsets: ``(N + 1,)`` int64 where the tokens of an atom are consecutive: on the CPU the sums are then made by
+            one kernel, with two derivatives. None for plain operations, with any number of them.
 
     Returns:
         ``(N, l_max + 1)``, without unit, differentiable twice in ``direction`` and ``weight``.
@@ -43,12 +53,15 @@ def bond_orientational_order(
         raise ConfigError(f"floor {floor!r} does not exist: choose smooth or clamp")
     if not 0 <= l_max <= _MAX_DEGREE:
         raise ConfigError(f"l_max is {l_max}: it must be in 0 .. {_MAX_DEGREE}")
-    harmonics = real_harmonics(direction, l_max)  # (T, (l_max + 1)²)
     total = sum_rows(weight, center, num_atoms)
-    sums = sum_rows(harmonics * weight[:, None], center, num_atoms)
-    squares = (sums / total[:, None]).square()
-    sizes = [2 * degree + 1 for degree in range(l_max + 1)]
-    power = torch.stack([part.sum(dim=1) for part in squares.split(sizes, dim=1)], dim=1)
+    if offsets is not None and has_kernels(direction):
+        power = pair_power(direction, weight, offsets, l_max) / total.square()[:, None]
+    else:
+        harmonics = real_harmonics(direction, l_max)  # (T, (l_max + 1)²)
+        sums = sum_rows(harmonics * weight[:, None], center, num_atoms)
+        squares = (sums / total[:, None]).square()
+        sizes = [2 * degree + 1 for degree in range(l_max + 1)]
+        power = torch.stack([part.sum(dim=1) for part in squares.split(sizes, dim=1)], dim=1)
     if floor == "clamp":
         return power.clamp(min=_FLOOR).sqrt()
     return ((power + _FLOOR) / (1.0 + _FLOOR)).sqrt()

@@ -16,15 +16,13 @@ its product with a cotangent ``D_n = Σ_H g · I_n``, and its transpose ``S_n`` 
 from __future__ import annotations
 
 import ctypes
-import functools
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.ops.native.build import availability, library
+from escaip.ops.native.build import SCALARS, compiled, library
 from escaip.ops.rows import sum_rows, take_rows
 
 DEGREE = 5
@@ -118,30 +116,14 @@ def _plain(table: Tensor, point: Tensor, order: int) -> Tensor:
 
 def _has_kernels(x: Tensor) -> bool:
     """Whether the C++ kernels take a tensor: on the CPU, in single or double precision."""
-    return x.device.type == "cpu" and x.dtype in _SCALARS and _compiled(_SCALARS[x.dtype])
-
-
-@functools.cache
-def _compiled(scalar: str) -> bool:
-    """Whether this machine compiles the kernels; without them the same sums are made by plain operations."""
-    if availability() is not None:
-        return False
-    try:
-        library(scalar, "spline")
-    except ConfigError as error:
-        warnings.warn(f"spline tables are read without compiled kernels, which is slower: {error}", stacklevel=2)
-        return False
-    return True
-
-
-_SCALARS = {torch.float32: "float", torch.float64: "double"}
+    return x.device.type == "cpu" and x.dtype in SCALARS and compiled(SCALARS[x.dtype], "spline")
 
 
 def _call(name: str, inputs: tuple[Tensor, ...], order: int, shape: tuple[int, ...], out: Tensor) -> None:
     """Calls ``escaip_spline_<name>``, which writes ``out``; contiguous copies live until it returns."""
     held = [x.to(out.dtype).contiguous() for x in inputs]
     sizes = (order, *shape, len(inputs[-1]), torch.get_num_threads())
-    function = getattr(library(_SCALARS[out.dtype], "spline"), f"escaip_spline_{name}")
+    function = getattr(library(SCALARS[out.dtype], "spline"), f"escaip_spline_{name}")
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in held]
     function(*pointers, *map(ctypes.c_int64, sizes), ctypes.c_void_p(out.data_ptr()))
 

@@ -13,10 +13,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
+
+import torch
 
 from escaip.errors import ConfigError
 
+# What the kernels are compiled for.
+SCALARS = {torch.float32: "float", torch.float64: "double"}
 SOURCES = Path(__file__).resolve().parent
 _REMEDY = "install g++ or clang++, name one in CXX, or use backend='blocked'"
 # Of the arithmetic no more is asked than fused multiply-adds and no errno: infinities must stay.
@@ -51,7 +56,7 @@ def library(scalar: str, kernels: str = "attention") -> ctypes.CDLL:
 
     Args:
         scalar: their type.
-        kernels: name of the source, ``"attention"`` or ``"spline"``.
+        kernels: name of the source: ``"attention"``, ``"spline"`` or ``"orientation"``.
 
     Raises:
         ConfigError: no compiler, or it fails, or the cache belongs to another user.
@@ -61,6 +66,19 @@ def library(scalar: str, kernels: str = "attention") -> ctypes.CDLL:
         if name not in _loaded:
             _loaded[name] = _load(scalar, kernels)
         return _loaded[name]
+
+
+@functools.cache
+def compiled(scalar: str, kernels: str) -> bool:
+    """Whether this machine compiles kernels that plain operations can replace; warns once where a compiler fails."""
+    if availability() is not None:
+        return False
+    try:
+        library(scalar, kernels)
+    except ConfigError as error:
+        warnings.warn(f"the {kernels} kernels are replaced by plain operations, which is slower: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _load(scalar: str, kernels: str) -> ctypes.CDLL:
