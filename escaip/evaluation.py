@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
+import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +154,31 @@ def plan_parts(config: EScAIPConfig, num_tokens: int, device: torch.device) -> t
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    return checkpoint(function, *arguments, use_reentrant=False)
+    return checkpoint(_trimmed, function, *arguments, use_reentrant=False)
+
+
+def _trimmed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls, after giving free memory back to the system.
+
+    What a part leaves behind lies scattered between what is kept, and the C library would hold twice as much (copper, 5m
+    preset: 1.6 against 0.8 GB for 7 000 atoms). Before the call, since a second call ends as soon as it has what is
+    needed.
+    """
+    trim = _malloc_trim()
+    if trim is not None and next(_calls) % _CALLS_PER_TRIM == 0:
+        trim(0)
+    return function(*arguments)
+
+
+# Fresh pages cost time, too.
+_CALLS_PER_TRIM = 4
+_calls = itertools.count()
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Of the GNU C library, where the process has it."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def _more(x: Tensor, count: int, value: int) -> Tensor:
