@@ -35,15 +35,22 @@ class CompiledEvaluation:
         example: a batch whose sizes are all different and above one.
         differentiate: whether the gradient is wanted.
         learning: whether results will be differentiated with respect to the weights.
+        backend: of ``torch.compile``.
 
     Raises:
         ConfigError: the model or the machine cannot be compiled.
     """
 
     def __init__(
-        self, model: EScAIP, settings: GraphSettings, example: EvaluationInputs, differentiate: bool, learning: bool
+        self,
+        model: EScAIP,
+        settings: GraphSettings,
+        example: EvaluationInputs,
+        differentiate: bool,
+        learning: bool,
+        backend: str = "inductor",
     ) -> None:
-        self._weights = tuple(model.parameters())
+        self._weights = [(weight, weight.dtype, weight.device) for weight in model.parameters()]
         self._tables_given = not learning and model.tables(learning) is not None
         self._learning = learning
 
@@ -58,7 +65,7 @@ class CompiledEvaluation:
         tensors, tables = example.padded().flat(), self._tables(model)
         _check_distinct(example.padded())
         self.graph_module = trace(function, [tables, *tensors], learning)
-        self._function = torch.compile(self.graph_module, fullgraph=True)
+        self._function = torch.compile(self.graph_module, fullgraph=True, backend=backend)
         marked = [x.clone() for x in tensors]
         for x in marked:
             torch._dynamo.mark_dynamic(x, 0)
@@ -67,7 +74,8 @@ class CompiledEvaluation:
 
     def fits(self, model: EScAIP) -> bool:
         """Whether the weights are those that were compiled."""
-        return all(a is b for a, b in zip(self._weights, model.parameters(), strict=True))
+        pairs = zip(self._weights, model.parameters(), strict=True)
+        return all(a is b and (dtype, device) == (b.dtype, b.device) for (a, dtype, device), b in pairs)
 
     def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
         """As :func:`evaluate`."""

@@ -160,8 +160,8 @@ def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 def _trimmed(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls, after giving free memory back to the system.
 
-    What a part leaves behind lies scattered between what is kept, and the C library would hold twice as much (copper, 5m
-    preset: 1.6 against 0.8 GB for 7 000 atoms). Before the call, since a second call ends as soon as it has what is
+    What a part leaves behind lies scattered between what is kept, and the C library would hold twice as much (copper,
+    5m preset: 1.6 against 0.8 GB for 7 000 atoms). Before the call, since a second call ends as soon as it has what is
     needed.
     """
     trim = _malloc_trim()
