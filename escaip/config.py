@@ -223,8 +223,8 @@ class EScAIPConfig:
 
 
 # Sizes by number of parameters of the conservative model. Head dimension 24, 32 and 64; the angular groups of the
-# larger ones are the published (20, 10, 4, 10, 20). Of 32 to 300 Gaussians, 32 of one spacing gave the least error after
-# equal steps on two sets (docs/performance.md); the two largest keep the published 600.
+# larger ones are the published (20, 10, 4, 10, 20). Of 32 to 300 Gaussians, 32 of one spacing gave the least error
+# after equal steps on two sets (docs/performance.md); the two largest keep the published 600.
 _PUBLISHED_CHANNELS = (20, 10, 4, 10, 20)
 _COARSE_BASIS: dict[str, Any] = {
     "num_radial": 32, "radial_width": 1.0, "distance_table": "always", "distance_knots": 256,
