@@ -21,6 +21,7 @@ from torch import Tensor
 from escaip.config import EScAIPConfig
 from escaip.errors import CheckpointError, ConfigError, EscaipError
 from escaip.potential import Potential, PotentialMetadata
+from escaip.precision import PRECISIONS, check_precision
 
 SCHEMA_VERSION = 2
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
@@ -63,6 +64,7 @@ def load_potential(
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
     dataset: str | None = None,
+    precision: str = "highest",
 ) -> Potential:
     """Reads a potential from a ``.escaip`` file or a Lightning ``.ckpt``, weights only.
 
@@ -71,13 +73,14 @@ def load_potential(
         device: a torch device; ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: ``float32`` or ``float64``; by default as stored.
         dataset: whose element references to use, for potentials trained on several sets.
+        precision: ``highest``, ``tf32``, ``float16`` or ``bfloat16`` (docs/precision.md).
 
     Returns:
         The potential, in evaluation mode.
 
     Raises:
         CheckpointError: missing, damaged, unsafe, or of another schema; the message says which.
-        ConfigError: no such set, device or dtype.
+        ConfigError: no such set, device or dtype, or a precision that they do not have.
     """
     path = Path(path)
     if not path.is_file():
@@ -88,7 +91,10 @@ def load_potential(
         potential.choose_dataset(dataset)
     if dtype is not None:
         potential = potential.to(resolve_dtype(dtype))
-    return potential.to(resolve_device(device)).eval()
+    potential = potential.to(resolve_device(device)).eval()
+    check_precision(precision, potential.dtype, potential.device)
+    potential.precision = precision
+    return potential
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -224,9 +230,9 @@ def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
     Raises:
         ConfigError: another one.
     """
-    if isinstance(dtype, torch.dtype):
-        return dtype
     choices = {"float32": torch.float32, "float64": torch.float64}
-    if dtype not in choices:
-        raise ConfigError(f"dtype {dtype!r} is not supported: choose {' or '.join(choices)}")
-    return choices[dtype]
+    name = str(dtype).removeprefix("torch.")
+    if name not in choices:
+        hint = f", with precision {name} for the products" if name in PRECISIONS else ""
+        raise ConfigError(f"dtype {name!r} is not supported: choose {' or '.join(choices)}{hint}")
+    return choices[name]

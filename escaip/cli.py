@@ -99,7 +99,15 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", choices=("float32", "float64"), help="precision (default: as stored)")
+    parser.add_argument(
+        "--precision", choices=("highest", "tf32", "float16", "bfloat16"), default="highest",
+        help="of matrix products, for speed on GPUs; costs digits (default: highest, that of --dtype)",
+    )  # fmt: skip
     parser.add_argument("--dataset", metavar="NAME", help="whose references, for a model trained on several sets")
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("device", "dtype", "precision", "dataset")}
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -193,8 +201,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     report = evaluate_files(
         args.model, args.data, args.out, free_atoms_only=args.free_atoms, max_atoms=args.max_atoms,
-        plots=not args.no_plots, progress=sys.stderr.isatty(), device=args.device, dtype=args.dtype,
-        dataset=args.dataset, **source_options(args),
+        plots=not args.no_plots, progress=sys.stderr.isatty(), **_model_options(args), **source_options(args),
     )  # fmt: skip
     print(report.table())
     print(f"wrote {args.out}")
@@ -206,8 +213,7 @@ def _relax(args: argparse.Namespace) -> int:
 
     result, written = relax_file(
         args.model, args.structure, fmax=args.fmax, steps=args.steps, optimizer=args.optimizer, cell=args.cell,
-        pressure=args.pressure, frame=args.frame, out=args.out, device=args.device, dtype=args.dtype,
-        dataset=args.dataset,
+        pressure=args.pressure, frame=args.frame, out=args.out, **_model_options(args),
     )  # fmt: skip
     print(result.summary())
     print(f"wrote {written}")
@@ -219,8 +225,7 @@ def _md(args: argparse.Namespace) -> int:
 
     result = md_file(
         args.model, args.structure, frame=args.frame, out=args.out, resume=args.resume, overwrite=args.overwrite,
-        quiet=args.quiet, device=args.device, dtype=args.dtype, dataset=args.dataset, ensemble=args.ensemble,
-        steps=args.steps,
+        quiet=args.quiet, **_model_options(args), ensemble=args.ensemble, steps=args.steps,
         temperature=args.temperature, timestep=args.timestep, pressure=args.pressure, thermostat=args.thermostat,
         thermostat_time=args.thermostat_time, barostat=args.barostat, barostat_time=args.barostat_time,
         velocities=args.velocities, seed=args.seed, log_interval=args.interval,

@@ -19,6 +19,7 @@ from escaip.config import EScAIPConfig
 from escaip.graph import split_tokens, token_geometry
 from escaip.model import EScAIP, call
 from escaip.ops import sum_rows
+from escaip.precision import in_precision, rounding
 from escaip.types import AtomInputs, Graph, GraphSettings, ModelOutput
 
 # What autograd keeps for one feature of one token in one block: 29 numbers of four bytes, as measured.
@@ -131,14 +132,17 @@ def evaluate(
     Returns:
         The output, and the gradient ``(R, 3)`` in the dtype of the displacements if it was asked for.
     """
-    graph, vectors = inputs.graph, inputs.vectors
+    graph, vectors, dtype = inputs.graph, inputs.vectors, inputs.weight.dtype
     if differentiate and not vectors.requires_grad:
         vectors = vectors.detach().requires_grad_()
-    parts = split_tokens(graph, token_geometry(vectors, graph, settings, inputs.weight.dtype), max_tokens)
-    output = model(inputs.atoms, parts, tables, _recomputed if recompute else call)
-    if not differentiate:
-        return output, None
-    (gradient,) = torch.autograd.grad(output.energy, vectors, inputs.weight, create_graph=create_graph)
+    with in_precision("highest", vectors.device) as rounded:
+        parts = split_tokens(graph, token_geometry(vectors, graph, settings, dtype), max_tokens)
+        # Torch's autocast leaves float64 alone, too.
+        run = rounding(_recomputed if recompute else call, None if dtype == torch.float64 else rounded, vectors.device)
+        output = model(inputs.atoms, parts, tables, run)
+        if not differentiate:
+            return output, None
+        (gradient,) = torch.autograd.grad(output.energy, vectors, inputs.weight, create_graph=create_graph)
     return output, gradient
 
 

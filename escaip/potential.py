@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,45 +12,19 @@ from torch import Tensor, nn
 from escaip.compile import CompiledEvaluation, compile_example
 from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
 from escaip.errors import ConfigError, UnsupportedElementError
-from escaip.evaluation import EvaluationInputs, evaluate, plan_parts
+from escaip.evaluation import EvaluationInputs, evaluate, forces_of, plan_parts, stress_of
 from escaip.graph import build_graph, displacements, search_cutoff
+from escaip.metadata import PotentialMetadata
 from escaip.model import EScAIP
 from escaip.ops import sum_rows
+from escaip.precision import check_precision, in_precision
 from escaip.types import AtomInputs, Graph, ModelOutput, NeighborList, Prediction
 
 if TYPE_CHECKING:
+    from escaip.batching import StructurePrediction
     from escaip.data import Statistics
 
-
-@dataclass(frozen=True)
-class PotentialMetadata:
-    """What a potential was trained on; stored with it.
-
-    Attributes:
-        elements: atomic numbers it has seen; empty accepts every element (untrained models).
-        level_of_theory: of the labels, in words.
-        datasets: names of the training sets.
-        provenance: anything else worth keeping: versions, seeds, command lines; plain JSON values.
-    """
-
-    elements: tuple[int, ...] = ()
-    level_of_theory: str = "unknown"
-    datasets: tuple[str, ...] = ()
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values."""
-        return {**asdict(self), "elements": list(self.elements), "datasets": list(self.datasets)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PotentialMetadata:
-        """Inverse of :meth:`to_dict`."""
-        return cls(
-            elements=tuple(int(z) for z in values["elements"]),
-            level_of_theory=str(values["level_of_theory"]),
-            datasets=tuple(str(name) for name in values["datasets"]),
-            provenance=dict(values["provenance"]),
-        )
+__all__ = ["Potential", "PotentialMetadata"]
 
 
 class Potential(nn.Module):
@@ -73,6 +46,8 @@ class Potential(nn.Module):
         scale: ``()`` or ``(S,)`` eV.
         recompute: keep only what enters each layer and compute the rest again for derivatives: less memory for about a
             third more time. None, the default: where a prediction would otherwise keep several GiB; never in training.
+        precision: ``"highest"``, the model's own; ``"tf32"`` for products of float32 matrices on CUDA; ``"float16"`` or
+            ``"bfloat16"`` for products and attention of tokens, the rest in float32 (docs/precision.md).
     """
 
     element_references: Tensor
@@ -89,8 +64,9 @@ class Potential(nn.Module):
         self.set_metadata(metadata or PotentialMetadata())
         self._dataset = -1
         self.recompute: bool | None = None
+        self.precision = "highest"
         self._is_compiled = False
-        self._compiled: dict[tuple[bool, ...], CompiledEvaluation] = {}
+        self._compiled: dict[tuple[Any, ...], CompiledEvaluation] = {}
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -283,10 +259,10 @@ class Potential(nn.Module):
             energy = sum_rows(atomic_energies, batch.batch, num_systems)
             forces, stress = None, None
             if gradient is not None and compute_forces:
-                forces = _forces(gradient, graph).to(self.dtype)
+                forces = forces_of(gradient, graph).to(self.dtype)
             if gradient is not None and compute_stress:
                 virial = sum_rows(vectors.unsqueeze(2) * gradient.unsqueeze(1), batch.batch[graph.center], num_systems)
-                stress = _stress(virial, cell, batch.pbc).to(self.dtype)
+                stress = stress_of(virial, cell, batch.pbc).to(self.dtype)
             if output.forces is not None and compute_forces:
                 forces = (scale.unsqueeze(-1) * output.forces.double()).to(self.dtype)
         if differentiate and not create_graph:
@@ -318,18 +294,18 @@ class Potential(nn.Module):
             The model's output, and the gradient of the scaled energy with respect to ``vectors`` in float64, eV/Å.
         """
         weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
-        inputs = EvaluationInputs.of_graph(vectors.to(self.dtype), weight, atoms, graph)
+        inputs = EvaluationInputs.of_graph(vectors, weight, atoms, graph)
         predicting = not (learning or create_graph)
         most, recompute = plan_parts(self.config, graph.num_tokens, self.device) if predicting else (None, False)
         recompute = recompute if self.recompute is None else self.recompute
-        if self._is_compiled and not recompute and not vectors.requires_grad:
-            output, gradient = self._compiled_evaluation(differentiate, learning)(self.model, inputs)
-        else:
-            output, gradient = evaluate(
+        check_precision(self.precision, self.dtype, self.device)
+        with in_precision(self.precision, self.device) as rounded:
+            if self._is_compiled and not recompute and not vectors.requires_grad:
+                return self._compiled_evaluation(differentiate, learning, rounded)(self.model, inputs)
+            return evaluate(
                 self.model, self.config.graph, inputs, self.model.tables(learning), differentiate, create_graph,
                 max_tokens=most, recompute=recompute and torch.is_grad_enabled(),
             )  # fmt: skip
-        return output, None if gradient is None else gradient.double()
 
     def compile(self, *_: Any, **__: Any) -> None:
         """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.
@@ -339,8 +315,10 @@ class Potential(nn.Module):
         """
         self._is_compiled = True
 
-    def _compiled_evaluation(self, differentiate: bool, learning: bool) -> CompiledEvaluation:
-        key = (differentiate, learning, self.training)
+    def _compiled_evaluation(
+        self, differentiate: bool, learning: bool, rounded: torch.dtype | None
+    ) -> CompiledEvaluation:
+        key = (differentiate, learning, self.training, rounded, self.precision == "tf32")
         if key not in self._compiled or not self._compiled[key].fits(self.model):
             example = compile_example(self.config.graph, self.dtype, self.device)
             self._compiled[key] = CompiledEvaluation(self.model, self.config.graph, example, differentiate, learning)
@@ -349,6 +327,30 @@ class Potential(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code: a copy compiles its own."""
         return {**self.__dict__, "_compiled": {}}
+
+    def predict(
+        self,
+        structures: Iterable[Any],
+        *,
+        compute_forces: bool = True,
+        compute_stress: bool = False,
+        max_atoms: int | None = None,
+        progress: bool = False,
+    ) -> list[StructurePrediction]:
+        """Predicts each of any number of structures, in the order given, as many at once as pay and fit into memory.
+
+        Each result has ``energy`` (eV), ``forces (n, 3)`` (eV/Å), ``stress (3, 3)`` (eV/Å³) and ``atomic_energies
+        (n,)`` on the CPU. Arguments and errors: :func:`escaip.batching.predict_pairs`; for streams,
+        :func:`escaip.batching.iter_predict`.
+        """
+        from escaip.batching import iter_predict
+
+        return list(
+            iter_predict(
+                self, structures, compute_forces=compute_forces, compute_stress=compute_stress, max_atoms=max_atoms,
+                progress=progress,
+            )
+        )  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, config, units, references and provenance to one file (docs/checkpoints.md)."""
@@ -388,18 +390,3 @@ def _attached_neighbors(batch: Any) -> NeighborList | None:
         shift=batch.edge_shift,
         cutoff=float(batch.edge_cutoff.min()),
     )
-
-
-def _forces(gradient: Tensor, graph: Graph) -> Tensor:
-    """``−∂E/∂r``, ``(N, 3)``, from the gradient with respect to each displacement ``r_j − r_i``."""
-    on_center = sum_rows(gradient, graph.center, graph.num_atoms)
-    return on_center - sum_rows(gradient, graph.neighbor, graph.num_atoms)
-
-
-def _stress(virial: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
-    """``(1/V) ∂E/∂ε`` in eV/Å³, ``(B, 3, 3)``, from ``Σ d ⊗ ∂E/∂d``; NaN for systems without a periodic cell."""
-    volume = torch.linalg.det(cell).abs()
-    has_volume = (volume > 0) & pbc.any(-1)
-    symmetric = 0.5 * (virial + virial.transpose(1, 2))  # the strain is symmetric
-    divided = symmetric / torch.where(has_volume, volume, 1.0)[:, None, None]
-    return torch.where(has_volume[:, None, None], divided, torch.nan)

@@ -16,6 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from escaip.calculators.topology import SkinnedNeighbors
 from escaip.errors import ConfigError, DataError
 from escaip.potential import Potential
+from escaip.precision import check_precision
 
 _SKIN = 0.5
 
@@ -36,10 +37,12 @@ class EScAIPCalculator(Calculator):
             worth it for runs of thousands of steps.
         skin: Å by which the neighbor search reaches farther than needed; 0 searches at every evaluation.
         dataset: whose element references give the energies, for potentials trained on several sets.
+        precision: ``"highest"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"`` (docs/precision.md); by default the
+            potential's, which of a file is the highest.
 
     Raises:
         CheckpointError: the file is missing, damaged or unsafe.
-        ConfigError: no such device or dtype, or a negative skin.
+        ConfigError: no such device or dtype, a precision that they do not have, or a negative skin.
     """
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - ASE's name
@@ -55,11 +58,15 @@ class EScAIPCalculator(Calculator):
         *,
         skin: float = _SKIN,
         dataset: str | None = None,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         if not skin >= 0.0:
             raise ConfigError(f"skin is {skin}: it must be 0 or more Å")
         self.potential = _own_potential(model, device, dtype)
+        if precision is not None:
+            check_precision(precision, self.potential.dtype, self.potential.device)
+            self.potential.precision = precision
         if compile:
             self.potential.compile()
         if dataset is not None:

@@ -21,12 +21,14 @@ def evaluate_files(
     data: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    max_atoms: int = 1000,
+    max_atoms: int | None = None,
     free_atoms_only: bool = False,
     plots: bool = True,
+    progress: bool = False,
     device: str = "auto",
     dtype: str | None = None,
     dataset: str | None = None,
+    precision: str = "highest",
     **source: Any,
 ) -> EvaluationReport:
     """Evaluates a model file on a data file; writes ``report.json``, ``parity.png`` and ``errors.png``.
@@ -35,12 +37,14 @@ def evaluate_files(
         model: ``.ckpt`` or ``.escaip``.
         data: see :func:`escaip.data.open_source`.
         out: folder, made when needed.
-        max_atoms: in a batch.
+        max_atoms: evaluated at once; by default as many as pay, or fit into memory.
         free_atoms_only: leave forces of constrained atoms out.
         plots: whether to draw.
+        progress: show a bar.
         device: a torch device or ``"auto"``.
         dtype: ``"float32"`` or ``"float64"``; by default as stored.
         dataset: whose element references to use, for potentials trained on several sets.
+        precision: ``"highest"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"`` (docs/precision.md).
         **source: ``format``, ``keys``, ``units``, ``limit``, ... of :func:`escaip.data.open_source`.
 
     Raises:
@@ -51,12 +55,13 @@ def evaluate_files(
     from escaip.data import open_source
     from escaip.resources import resolve
 
-    potential = load_potential(model, device=device, dtype=dtype, dataset=dataset)
+    potential = load_potential(model, device=device, dtype=dtype, dataset=dataset, precision=precision)
     structures = open_source(resolve(Path(data)), **source)
     origin = {"model": os.fspath(model), "data": os.fspath(data)}
     return evaluate_into(
-        Path(out), potential, structures, origin, max_atoms=max_atoms, free_atoms_only=free_atoms_only, plots=plots
-    )
+        Path(out), potential, structures, origin, max_atoms=max_atoms, free_atoms_only=free_atoms_only, plots=plots,
+        progress=progress,
+    )  # fmt: skip
 
 
 def evaluate_into(
@@ -65,9 +70,10 @@ def evaluate_into(
     structures: Iterable[AtomicData],
     origin: dict[str, Any],
     *,
-    max_atoms: int = 1000,
+    max_atoms: int | None = None,
     free_atoms_only: bool = False,
     plots: bool = True,
+    progress: bool = False,
 ) -> EvaluationReport:
     """Evaluates a potential; writes ``report.json``, ``parity.png`` and ``errors.png``.
 
@@ -76,17 +82,20 @@ def evaluate_into(
         potential: in evaluation mode.
         structures: with labels.
         origin: what model and data are, in words; goes to the top of the report.
-        max_atoms: in a batch.
+        max_atoms: evaluated at once; by default as many as pay, or fit into memory.
         free_atoms_only: leave forces of constrained atoms out.
         plots: whether to draw.
+        progress: show a bar.
 
     Raises:
         DataError: no labels, or the folder cannot be written.
     """
     from escaip.evaluate.run import evaluate
 
-    report, records = evaluate(potential, structures, max_atoms=max_atoms, free_atoms_only=free_atoms_only)
-    values = {**origin, "dtype": str(potential.dtype), **report.to_dict()}
+    report, records = evaluate(
+        potential, structures, max_atoms=max_atoms, free_atoms_only=free_atoms_only, progress=progress
+    )
+    values = {**origin, "dtype": str(potential.dtype), "precision": potential.precision, **report.to_dict()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / "report.json", json.dumps(values, indent=1, ensure_ascii=False).encode())

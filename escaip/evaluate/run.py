@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from escaip.batching import StructurePrediction, join_structures, predict_pairs
 from escaip.data import collate
 from escaip.data.dataset import random_rotation, rotate_structure
-from escaip.errors import ConfigError, DataError
+from escaip.errors import DataError
 from escaip.evaluate.records import Records, RecordsBuilder
 from escaip.evaluate.report import EvaluationReport, compute_report
 from escaip.potential import Potential
+from escaip.types import Prediction
 
 if TYPE_CHECKING:
     from escaip.data import AtomicData
 
+_RECORDED_TOGETHER = 256
 _NUM_ROTATED = 10
 _NUM_ROTATIONS = 5
 
@@ -27,39 +31,40 @@ def evaluate(
     potential: Potential,
     structures: Iterable[AtomicData],
     *,
-    max_atoms: int = 1000,
+    max_atoms: int | None = None,
     free_atoms_only: bool = False,
+    progress: bool = False,
 ) -> tuple[EvaluationReport, Records]:
     """Compares predictions with labels.
 
-    Structures are taken in order and packed while the sum of their atoms stays within ``max_atoms``; a larger one is
-    a batch of its own. Results do not depend on the packing beyond rounding.
+    Structures are evaluated some at a time, see :func:`escaip.batching.predict_pairs`; results do not depend on that
+    beyond rounding. Records are in the order of the structures.
 
     Args:
         potential: in evaluation mode.
         structures: with labels; NaN marks those that are missing.
-        max_atoms: in a batch.
+        max_atoms: evaluated at once; a larger structure is alone. By default as many as pay, or fit into memory.
         free_atoms_only: leave forces of constrained atoms out.
+        progress: show a bar.
 
     Returns:
         The report, and labels beside predictions.
 
     Raises:
-        DataError: no structures, or none with a label.
+        DataError: no structures, none with a label, or one that alone does not fit into memory.
         UnsupportedElementError: an element that the potential was not trained on.
+        UsageError: ``max_atoms`` below 1, or a potential in training mode.
     """
-    if max_atoms < 1:
-        raise ConfigError(f"max_atoms is {max_atoms}: it must be at least 1")
     builder = RecordsBuilder()
     first: list[AtomicData] = []
     started = time.perf_counter()
-    for members in _pack(structures, max_atoms):
-        first.extend(members[: _NUM_ROTATED - len(first)])
-        batch = collate(members).to(potential.device)
-        with_stress = potential.config.is_conservative and not bool(torch.isnan(batch.stress).all())
-        with torch.no_grad():
-            prediction = potential(batch, compute_stress=with_stress, create_graph=False)
-        builder.add(batch, prediction, potential.atomic_references(batch))
+    pairs = predict_pairs(
+        potential, structures, compute_stress=potential.config.is_conservative, max_atoms=max_atoms, progress=progress
+    )
+    while members := list(islice(pairs, _RECORDED_TOGETHER)):
+        first.extend(data for data, _ in members[: _NUM_ROTATED - len(first)])
+        batch = join_structures([data for data, _ in members]).to(potential.device)
+        builder.add(batch, _join([found for _, found in members]), potential.atomic_references(batch))
     if not first:
         raise DataError("0 structures to evaluate: check the file, --limit and --format")
     records = builder.build()
@@ -95,14 +100,13 @@ def _forces(potential: Potential, data: AtomicData) -> torch.Tensor:
     return prediction.forces.detach().cpu().double()
 
 
-def _pack(structures: Iterable[AtomicData], max_atoms: int) -> Iterator[list[AtomicData]]:
-    members: list[AtomicData] = []
-    total = 0
-    for data in structures:
-        if members and total + data.num_nodes > max_atoms:
-            yield members
-            members, total = [], 0
-        members.append(data)
-        total += data.num_nodes
-    if members:
-        yield members
+def _join(found: Sequence[StructurePrediction]) -> Prediction:
+    """As of one batch, with forces."""
+    forces = [each.forces for each in found if each.forces is not None]
+    stresses = [each.stress for each in found if each.stress is not None]
+    return Prediction(
+        energy=torch.tensor([each.energy for each in found], dtype=torch.float64),
+        forces=torch.cat(forces),
+        stress=torch.stack(stresses) if stresses else None,
+        atomic_energies=torch.cat([each.atomic_energies for each in found]),
+    )

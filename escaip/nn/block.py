@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from escaip.nn.embedding import Curve, EdgeAttributes
-from escaip.nn.layers import FeedForward, StochasticDepth, make_activation, make_norm
+from escaip.nn.layers import FeedForward, StochasticDepth, full_precision, make_activation, make_norm
 from escaip.ops import neighborhood_attention, sum_rows, take_rows
 from escaip.types import AtomInputs, Tokens
 
@@ -209,7 +209,8 @@ class Block(nn.Module):
         system, center = atoms.first_of_system, tokens.center
         here = center.index_select(0, tokens.self_token)
         node = tokens.of_atoms(node) + self.drop_path(node_update, system, here)
-        node = node + self.drop_path(self.node_ffn(self.norm_node_ffn(node)), system, here)
+        with full_precision(node):
+            node = node + self.drop_path(self.node_ffn(self.norm_node_ffn(node)), system, here)
         if self.needs_edges and edge_update is not None:
             edge = edge + self.drop_path(edge_update, system, center)
             edge = edge + self.drop_path(self.edge_ffn(self.norm_edge_ffn(edge)), system, center)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from escaip.nn.layers import FeedForward, make_activation, make_norm
+from escaip.nn.layers import FeedForward, full_precision, make_activation, make_norm
 from escaip.ops import sum_rows
 
 
@@ -95,4 +95,5 @@ class DirectForceHead(nn.Module):
         if not self.uniform:
             vectors = vectors * log_envelope.exp().unsqueeze(-1)
         summed = sum_rows(vectors, center, node.shape[0])
-        return summed * self.magnitude(self.norm_node(node))
+        with full_precision(node):
+            return summed * self.magnitude(self.norm_node(node))

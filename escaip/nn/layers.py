@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from escaip.errors import ConfigError
+from escaip.ops.problem import accumulation_dtype
 
 # Machine epsilon of float32, the floor of the published norms, in every precision.
 NORM_EPS = 1.1920928955078125e-07
@@ -37,8 +38,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., H)`` to ``(..., H)``."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS) * self.weight
+        """``(..., H)`` to ``(..., H)`` in the dtype of the input, computed in float32 or more."""
+        wide = x.to(accumulation_dtype(x))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS) * self.weight).to(x.dtype)
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Autocast off, for rows of atoms among those of tokens: they cost nothing beside them."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def make_norm(name: str, hidden_size: int) -> nn.Module:

@@ -29,6 +29,7 @@ def md_file(
     device: str = "auto",
     dtype: str | None = None,
     dataset: str | None = None,
+    precision: str | None = None,
     **settings: Any,
 ) -> MDResult:
     """Runs molecular dynamics of a structure file with a model file; ``settings`` as in :class:`MDSettings`.
@@ -38,7 +39,7 @@ def md_file(
             :class:`~escaip.EScAIPCalculator`.
     """
     checked = MDSettings(**settings)  # before the model is loaded: a mistyped number should cost no time
-    atoms = _load(model, structure, frame, device, dtype, dataset)
+    atoms = _load(model, structure, frame, device=device, dtype=dtype, dataset=dataset, precision=precision)
     report = None if quiet else ProgressLine()
     return run_md(atoms, checked, out=out, resume=resume, overwrite=overwrite, report=report)
 
@@ -52,6 +53,7 @@ def relax_file(
     device: str = "auto",
     dtype: str | None = None,
     dataset: str | None = None,
+    precision: str | None = None,
     **settings: Any,
 ) -> tuple[RelaxResult, Path]:
     """Relaxes a structure file with a model file; ``settings`` as in :func:`~escaip.simulate.relaxation`.
@@ -63,7 +65,7 @@ def relax_file(
         SimulationError: not converged; the structure reached is written all the same, and named.
         EscaipError: as in :func:`md_file`.
     """
-    atoms = _load(model, structure, frame, device, dtype, dataset)
+    atoms = _load(model, structure, frame, device=device, dtype=dtype, dataset=dataset, precision=precision)
     path = Path(out) if out is not None else Path(f"{Path(structure).stem}.relaxed.extxyz")
     result = relax(atoms, **settings)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,16 +78,9 @@ def relax_file(
     return result, path
 
 
-def _load(
-    model: str | os.PathLike[str],
-    structure: str | os.PathLike[str],
-    frame: int,
-    device: str,
-    dtype: str | None,
-    dataset: str | None,
-) -> Atoms:
+def _load(model: str | os.PathLike[str], structure: str | os.PathLike[str], frame: int, **options: Any) -> Atoms:
     atoms = read_structure(structure, frame)
     from escaip.calculators.ase import EScAIPCalculator
 
-    atoms.calc = EScAIPCalculator(model, device=device, dtype=dtype, dataset=dataset)
+    atoms.calc = EScAIPCalculator(model, **options)
     return atoms

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import ase.io
 import numpy as np
 import pytest
+import torch
 from cli_models import make_potential
 
 from escaip import EScAIPCalculator
 from escaip.cli import main
-from escaip.data import open_source
+from escaip.data import collate, open_source
 from escaip.errors import DataError
 from escaip.evaluate import evaluate, evaluate_files
 from escaip.evaluate.plots import draw_errors, draw_parity
 from escaip.evaluate.records import Records
 from escaip.evaluate.report import compute_report
+from escaip.potential import Potential
 
 
 def by_hand(model: Path, data: Path) -> list[dict[str, Any]]:
@@ -90,11 +93,47 @@ def test_free_atoms_only(model: Path, labelled: Path, tmp_path: Path) -> None:
 
 
 def test_packing_does_not_change_the_numbers(labelled: Path) -> None:
-    reports = [evaluate(make_potential(), open_source(labelled), max_atoms=size)[0].to_dict() for size in (1, 7, 1000)]
+    sizes = (1, 7, 1000, None)
+    reports = [evaluate(make_potential(), open_source(labelled), max_atoms=size)[0].to_dict() for size in sizes]
     for report in reports:
         del report["seconds"]
     for other in reports[1:]:
         assert json.dumps(_rounded(other)) == json.dumps(_rounded(reports[0]))
+
+
+def test_records_are_in_the_order_of_the_file(labelled: Path) -> None:
+    """Larger than what is recorded together, and smaller ones in between: packing reorders them."""
+    potential, once = make_potential(), list(open_source(labelled))
+    structures = [data for _ in range(60) for data in once]
+    _, records = evaluate(potential, iter(structures))
+    assert records.structure_id == tuple(data.structure_id for data in structures)
+    assert records.numbers.tolist() == [z for data in structures for z in data.atomic_numbers.tolist()]
+    start = 0
+    for index, data in enumerate(once):
+        with torch.no_grad():
+            alone = potential(collate([data]), compute_stress=True, create_graph=False)
+        stop = start + data.num_nodes
+        assert records.predicted_energy[index] == pytest.approx(float(alone.energy[0]), abs=1e-10)
+        np.testing.assert_allclose(records.predicted_forces[start:stop], alone.forces, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(records.predicted_stress[index], alone.stress[0], rtol=0, atol=1e-10)
+        assert records.reference_energy[index] == float(potential.element_references[data.atomic_numbers].sum())
+        start = stop
+
+
+def test_less_at_once_where_memory_runs_out(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = evaluate(make_potential(), open_source(labelled))[0].to_dict()
+    forward = Potential.forward
+
+    def limited(self: Potential, batch: Any, **options: Any) -> Any:
+        if len(batch.atomic_numbers) > 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch, **options)
+
+    monkeypatch.setattr(Potential, "forward", limited)
+    with pytest.warns(UserWarning, match=r"out of memory with \d structures"):
+        found = evaluate(make_potential(), open_source(labelled))[0].to_dict()
+    del found["seconds"], expected["seconds"]
+    assert json.dumps(_rounded(found)) == json.dumps(_rounded(expected))
 
 
 def _rounded(value: Any) -> Any:
@@ -142,6 +181,17 @@ def test_the_command(model: Path, labelled: Path, tmp_path: Path, capsys: pytest
     report = json.loads((out / "report.json").read_text())
     assert report["forces"]["errors"]["count"] == 3 * 18
     assert report["num_structures"] == 5
+
+
+def test_the_command_takes_atoms_at_once_and_shows_progress_on_a_terminal(
+    model: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["evaluate", str(model), str(labelled), "--out", str(tmp_path / "out"), "--no-plots", "--max-atoms"]
+    assert main([*command, "0"]) == 2
+    assert capsys.readouterr().err == "escaip: error: max_atoms is 0: it must be at least 1\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*command, "7"]) == 0
+    assert "structure" in capsys.readouterr().err
 
 
 def test_direct_forces_have_a_rotation_error(direct_model: Path, labelled: Path, tmp_path: Path) -> None:

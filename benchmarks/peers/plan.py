@@ -1,0 +1,105 @@
+"""Who is measured, and which of them are compared with each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SUITES = ("inference", "training", "cost")
+REFERENCE = "escaip 1m"
+WEIGHTS = "@weights/"  # stands before the name of a folder in which a worker leaves weights for another
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the tables.
+
+    Attributes:
+        name: in the tables.
+        peer: whose environment and adapter it needs.
+        options: of the adapter.
+        suites: that it takes part in.
+    """
+
+    name: str
+    peer: str
+    options: dict[str, Any] = field(default_factory=dict)
+    suites: tuple[str, ...] = ("inference",)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One line per case: how many times as fast ``ours`` is as ``theirs``.
+
+    Attributes:
+        same_function: both have the same weights, so their energies are compared too.
+    """
+
+    ours: str
+    theirs: str
+    same_function: bool = False
+
+
+_TRAINED = ("inference", "training")
+_CONSERVATIVE = {"architecture": "escaip", "direct": False, "export": f"{WEIGHTS}conservative"}
+_DIRECT = {"architecture": "escaip", "direct": True, "export": f"{WEIGHTS}direct"}
+_OURS = {"weights": f"{WEIGHTS}conservative"}
+_OURS_DIRECT = {"weights": f"{WEIGHTS}direct"}
+
+# fairchem's come first: they leave the weights that escaip's at the published size take.
+VARIANTS: tuple[Variant, ...] = (
+    Variant("fairchem EScAIP", "fairchem", _CONSERVATIVE, SUITES),
+    Variant("fairchem EScAIP direct", "fairchem", _DIRECT),
+    Variant("fairchem EScAIP direct, compiled", "fairchem",
+            {"architecture": "escaip", "direct": True, "compiled": True}),
+    Variant("fairchem AllScAIP", "fairchem", {"architecture": "allscaip", "direct": False}),
+    Variant("fairchem AllScAIP direct", "fairchem", {"architecture": "allscaip", "direct": True}),
+    Variant("escaip published size", "escaip", _OURS, SUITES),
+    Variant("escaip published size, compiled", "escaip", {**_OURS, "compiled": True}, _TRAINED),
+    Variant("escaip published size, table", "escaip", {**_OURS, "distance_table": "inference"}, ("inference", "cost")),
+    Variant("escaip published size, table, compiled", "escaip",
+            {**_OURS, "distance_table": "inference", "compiled": True}),
+    Variant("escaip published size direct", "escaip", _OURS_DIRECT),
+    Variant("escaip published size direct, compiled", "escaip", {**_OURS_DIRECT, "compiled": True}),
+    Variant("escaip 1m", "escaip", {"preset": "1m"}, SUITES),
+    Variant("escaip 1m, compiled", "escaip", {"preset": "1m", "compiled": True}, SUITES),
+    Variant("escaip 5m", "escaip", {"preset": "5m"}, _TRAINED),
+    Variant("escaip 5m, compiled", "escaip", {"preset": "5m", "compiled": True}, _TRAINED),
+    Variant("MACE-MP-0 small", "mace", {"size": "mp-small"}, _TRAINED),
+    Variant("MACE-MP-0 medium", "mace", {"size": "mp-medium"}, _TRAINED),
+    Variant("MACE-MP-0 small, compiled", "mace", {"size": "mp-small", "compiled": True}),
+    Variant("MACE-OFF23 small", "mace", {"size": "off-small"}, _TRAINED),
+    Variant("MACE-OFF23 medium", "mace", {"size": "off-medium"}, _TRAINED),
+    Variant("NequIP small", "nequip", {"size": "small"}),
+    Variant("NequIP small, compiled", "nequip", {"size": "small", "compiled": True}),
+    Variant("NequIP medium", "nequip", {"size": "medium"}),
+    Variant("NequIP medium, compiled", "nequip", {"size": "medium", "compiled": True}),
+    Variant("ORB v3 20", "orb", {"neighbors": 20}),
+    Variant("ORB v3 20, compiled", "orb", {"neighbors": 20, "compiled": True}),
+    Variant("ORB v3 120, compiled", "orb", {"neighbors": 120, "compiled": True}),
+    Variant("CHGNet 0.3.0", "chgnet"),
+)  # fmt: skip
+
+RELATIONS: tuple[Relation, ...] = (
+    Relation("escaip published size", "fairchem EScAIP", same_function=True),
+    Relation("escaip published size, compiled", "fairchem EScAIP", same_function=True),
+    Relation("escaip published size, table, compiled", "fairchem EScAIP", same_function=True),
+    Relation("escaip published size direct", "fairchem EScAIP direct", same_function=True),
+    Relation("escaip published size direct, compiled", "fairchem EScAIP direct, compiled"),
+    Relation("escaip 1m", "MACE-MP-0 small"),
+    Relation("escaip 1m, compiled", "NequIP medium, compiled"),
+)
+
+
+def chosen(peers: list[str], suites: list[str], names: list[str] | None = None) -> list[Variant]:
+    """The variants of some peers that take part in some suites, in the order of the plan."""
+    return [
+        variant
+        for variant in VARIANTS
+        if variant.peer in peers and set(variant.suites) & set(suites) and (names is None or variant.name in names)
+    ]
+
+
+def exporter(weights: str) -> str:
+    """The variant that leaves the weights of this name."""
+    return next(v.name for v in VARIANTS if v.options.get("export") == weights)

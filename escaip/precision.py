@@ -1,0 +1,80 @@
+"""The precision of an evaluation, set around it and restored (docs/precision.md)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+
+from escaip.errors import ConfigError
+from escaip.nn.block import Run
+
+PRECISIONS = ("highest", "tf32", "float16", "bfloat16")
+_HALF_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# What products of tokens are rounded to, while torch's own autocast is off.
+_rounded: ContextVar[torch.dtype | None] = ContextVar("escaip_rounded", default=None)
+
+
+@contextlib.contextmanager
+def in_precision(name: str, device: torch.device) -> Iterator[torch.dtype | None]:
+    """Sets the precision of evaluations within.
+
+    Torch's autocast is off within: it would round what atoms alone need, and derivatives, and what is compiled once
+    more. A half type asked for, or the one autocast was set to, is what products and attention of tokens are rounded to.
+
+    Args:
+        name: of :data:`PRECISIONS`; ``"highest"`` rounds where autocast is on around it.
+        device: of the evaluation.
+
+    Returns:
+        That type, or None where nothing is rounded.
+    """
+    around = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else _rounded.get()
+    rounded = _HALF_TYPES.get(name, around)
+    token = _rounded.set(rounded)
+    try:
+        with torch.autocast(device.type, enabled=False), _tf32() if name == "tf32" else contextlib.nullcontext():
+            yield rounded
+    finally:
+        _rounded.reset(token)
+
+
+def rounding(run: Run, rounded: torch.dtype | None, device: torch.device) -> Run:
+    """How parts of tokens are run: as by ``run``, with autocast where something is rounded."""
+    return run if rounded is None else partial(_run_rounded, rounded, device.type, run)
+
+
+def check_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ConfigError for a precision that does not exist, or not for a model of this dtype on this device."""
+    if name not in PRECISIONS:
+        raise ConfigError(f"precision {name!r} does not exist: choose {', '.join(PRECISIONS)}")
+    if name != "highest" and dtype != torch.float32:
+        given = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"precision {name!r} is for float32 models, and this one is {given}: use dtype float32")
+    if name == "tf32" and device.type != "cuda":
+        raise ConfigError(f"precision 'tf32' exists on CUDA devices, and the model is on {device.type}: use 'highest'")
+
+
+def _run_rounded(dtype: torch.dtype, device: str, run: Run, function: Callable[..., Any], *arguments: Any) -> Any:
+    with torch.autocast(device, dtype):
+        return run(function, *arguments)
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Products of float32 matrices on CUDA through TF32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before == "tf32":
+        yield
+        return
+    matmul.allow_tf32 = True  # sets fp32_precision as well; the other way round, reading this one would raise
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before
