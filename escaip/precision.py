@@ -24,7 +24,7 @@ def in_precision(name: str, device: torch.device) -> Iterator[torch.dtype | None
     """Sets the precision of evaluations within.
 
     Torch's autocast is off within: it would round what atoms alone need, and derivatives, and what is compiled once
-    more. A half type asked for, or the one autocast was set to, is what products and attention of tokens are rounded to.
+    more. Products and attention of tokens are rounded to the half type asked for, or to the one autocast was set to.
 
     Args:
         name: of :data:`PRECISIONS`; ``"highest"`` rounds where autocast is on around it.
@@ -50,10 +50,12 @@ def rounding(run: Run, rounded: torch.dtype | None, device: torch.device) -> Run
 
 def check_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Raises ConfigError for a precision that does not exist, or not for a model of this dtype on this device."""
+    given = str(dtype).removeprefix("torch.")
     if name not in PRECISIONS:
         raise ConfigError(f"precision {name!r} does not exist: choose {', '.join(PRECISIONS)}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ConfigError(f"a model with weights in {given} is not supported: use float32, and precision {given!r}")
     if name != "highest" and dtype != torch.float32:
-        given = str(dtype).removeprefix("torch.")
         raise ConfigError(f"precision {name!r} is for float32 models, and this one is {given}: use dtype float32")
     if name == "tf32" and device.type != "cuda":
         raise ConfigError(f"precision 'tf32' exists on CUDA devices, and the model is on {device.type}: use 'highest'")
