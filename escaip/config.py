@@ -237,7 +237,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "5m": {
         "hidden_size": 192, "num_layers": 4, "num_heads": 6, "angular_channels": (10, 5, 2, 5, 10),
-        "distance_size": 128, "element_size": 64, "boo_size": 32, **_COARSE_BASIS,
+        "distance_size": 256, "element_size": 96, "boo_size": 32, **_COARSE_BASIS,
     },
     "20m": {
         "hidden_size": 384, "num_layers": 5, "num_heads": 6, "angular_channels": _PUBLISHED_CHANNELS,
