@@ -2,6 +2,7 @@
 //
 // A thread takes whole atoms, in double precision throughout: the same bits however many threads there are.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -59,7 +60,10 @@ struct Bonds {
             if (ta) total_a += ta[t];
             if (v[0] == 0 && v[1] == 0 && v[2] == 0) continue;
             token.push_back(t);
-            x.push_back(v[0]), y.push_back(v[1]), z.push_back(v[2]), w.push_back(weight[t]);
+            // A length that is 1 up to rounding to float32 would show where symmetry makes the sums cancel.
+            const double a0 = v[0], a1 = v[1], a2 = v[2];
+            const double scale = sizeof(Scalar) == 4 ? 1.0 / std::sqrt(a0 * a0 + a1 * a1 + a2 * a2) : 1.0;
+            x.push_back(scale * a0), y.push_back(scale * a1), z.push_back(scale * a2), w.push_back(weight[t]);
             if (ta) {
                 a.push_back(ta[t]);
                 bx.push_back(tn[3 * t]), by.push_back(tn[3 * t + 1]), bz.push_back(tn[3 * t + 2]);
