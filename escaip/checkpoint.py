@@ -2,7 +2,8 @@
 
 A ``.escaip`` file is a safetensors file whose metadata entry ``escaip`` is the JSON description of
 the potential (schema version, config, metadata, units); its tensors are the weights. Neither
-format can carry code; ``torch.load`` is called with ``weights_only=True`` and nothing else.
+format can carry code; ``torch.load`` is called with ``weights_only=True`` and nothing else. Packages of machine code
+(:mod:`escaip.packaged`) are run by :func:`load_potential` alone, and only from files named ``.pt2``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from escaip.errors import CheckpointError, ConfigError, EscaipError
 from escaip.potential import Potential, PotentialMetadata
 from escaip.precision import PRECISIONS, check_precision
 
+PotentialKind = TypeVar("PotentialKind", bound=Potential)
 SCHEMA_VERSION = 2
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
 
@@ -66,10 +68,10 @@ def load_potential(
     dataset: str | None = None,
     precision: str = "highest",
 ) -> Potential:
-    """Reads a potential from a ``.escaip`` file or a Lightning ``.ckpt``, weights only.
+    """Reads a potential from a ``.escaip`` file or a Lightning ``.ckpt``, weights only, or a package of ours.
 
     Args:
-        path: the file.
+        path: the file. A package (``.pt2``, docs/export.md) is machine code, which is run: load only those you made.
         device: a torch device; ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: ``float32`` or ``float64``; by default as stored.
         dataset: whose element references to use, for potentials trained on several sets.
@@ -82,11 +84,12 @@ def load_potential(
         CheckpointError: missing, damaged, unsafe, or of another schema; the message says which.
         ConfigError: no such set, device or dtype, or a precision that they do not have.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"model file {path} does not exist: pass a .ckpt or .escaip file")
-    description, weights = _read_lightning(path) if _is_zip(path) else _read_safetensors(path)
-    potential = _build(migrate(description, path), weights, path)
+    from escaip.packaged import is_package, load_package
+
+    _check_exists(path)
+    if is_package(path):
+        return load_package(path, device, dtype, dataset, precision)
+    potential = read_potential(path)
     if dataset is not None:
         potential.choose_dataset(dataset)
     if dtype is not None:
@@ -97,13 +100,34 @@ def load_potential(
     return potential
 
 
+def read_potential(path: str | os.PathLike[str]) -> Potential:
+    """Reads a potential as stored, on the CPU, in evaluation mode; of a package its weights: nothing in it is run.
+
+    Raises:
+        CheckpointError: as :func:`load_potential`.
+    """
+    return build_potential(*_read(path), Path(path), Potential).eval()
+
+
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the migrated description in a model file, without building the model."""
+    return migrate(_read(path)[0], path)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and weights."""
+    from escaip.packaged import is_package, read_packaged
+
+    _check_exists(path)
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"model file {path} does not exist: pass a .ckpt or .escaip file")
-    description, _ = _read_lightning(path) if _is_zip(path) else _read_safetensors(path)
-    return migrate(description, path)
+    if is_package(path):
+        return read_packaged(path)
+    return _read_lightning(path) if _is_zip(path) else _read_safetensors(path)
+
+
+def _check_exists(path: str | os.PathLike[str]) -> None:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"model file {os.fspath(path)} does not exist: pass a .ckpt or .escaip file")
 
 
 def migrate(description: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -187,9 +211,23 @@ def _read_lightning(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return checkpoint["escaip"], weights
 
 
-def _build(description: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Potential:
+def build_potential(
+    description: dict[str, Any], weights: dict[str, Tensor], path: Path, kind: type[PotentialKind]
+) -> PotentialKind:
+    """A potential from what a file holds, on the CPU, in training mode as any new module.
+
+    Args:
+        description: of any schema.
+        weights: by name.
+        path: of the file, for messages.
+        kind: class of the potential.
+
+    Raises:
+        CheckpointError: they do not fit each other.
+    """
+    description = migrate(description, path)
     try:
-        potential = Potential(
+        potential = kind(
             EScAIPConfig.from_dict(description["config"]), metadata=PotentialMetadata.from_dict(description["metadata"])
         )
         floating = [tensor.dtype for name, tensor in weights.items() if name.startswith("model.")]

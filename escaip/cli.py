@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_relax(commands)
     _add_md(commands)
     _add_import(commands)
+    _add_export(commands)
     _add_info(commands)
     return parser
 
@@ -189,6 +190,19 @@ def _add_import(commands: Any) -> None:
     parser.set_defaults(command=_import_fairchem)
 
 
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser("export", help="a model in another format, or compiled ahead of time")
+    parser.add_argument("model", metavar="MODEL", help=".ckpt or .escaip file")
+    parser.add_argument(
+        "--format", choices=("escaip", "aoti"), required=True,
+        help="escaip: weights and description, for every machine; aoti: machine code beside them, for this one",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write; of aoti it ends in .pt2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="of aoti (default: cpu)")
+    parser.add_argument("--dtype", choices=("float32", "float64"), help="precision (default: as stored)")
+    parser.set_defaults(command=_export)
+
+
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="what a model is; without a model, what this installation is")
     parser.add_argument("model", metavar="MODEL", nargs="?", help=".ckpt or .escaip file")
@@ -242,6 +256,15 @@ def _import_fairchem(args: argparse.Namespace) -> int:
     potential.save(args.out)
     sets = ", ".join(potential.metadata.datasets) or "no data set named"
     print(f"wrote {args.out}: {potential.config.forces} forces, {len(potential.metadata.elements)} elements, {sets}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from escaip.export import check_request, export_model
+
+    if check_request(args.out, args.format, args.device) == "aoti":
+        print("compiling takes a minute or two", file=sys.stderr)
+    print("\n".join(export_model(args.model, args.out, args.format, device=args.device, dtype=args.dtype)))
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,20 +56,17 @@ class CompiledEvaluation:
 
         def function(tables: list[Tensor], *tensors: Tensor) -> list[Tensor]:
             known = tables if self._tables_given else model.tables(learning)
-            with torch.enable_grad() if differentiate or learning else torch.no_grad():
-                inputs = EvaluationInputs.from_flat(tensors)
-                output, gradient = evaluate(model, settings, inputs, known, differentiate, learning)
-            return [x for x in (output.energy, output.forces, gradient) if x is not None]
+            return flat_evaluation(model, settings, known, tensors, differentiate, learning)
 
         self._has_forces = not model.config.is_conservative
         tensors, tables = example.padded().flat(), self._tables(model)
-        _check_distinct(example.padded())
+        check_distinct(example.padded())
         self.graph_module = trace(function, [tables, *tensors], learning)
         self._function = torch.compile(self.graph_module, fullgraph=True, backend=backend)
         marked = [x.clone() for x in tensors]
         for x in marked:
             torch._dynamo.mark_dynamic(x, 0)
-        with _quiet_compiler():
+        with quiet_compiler():
             self._run(tables, marked)
 
     def fits(self, model: EScAIP) -> bool:
@@ -79,17 +76,7 @@ class CompiledEvaluation:
 
     def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
         """As :func:`evaluate`."""
-        padded = inputs.padded()
-        results = self._run(self._tables(model), padded.flat())
-        num_atoms, num_rows = inputs.weight.shape[0], inputs.vectors.shape[0]
-        energy, forces = results.pop(0)[:num_atoms], results.pop(0)[:num_atoms] if self._has_forces else None
-        if not results:
-            return ModelOutput(energy, forces), None
-        gradient = results[0]
-        if num_atoms < padded.weight.shape[0]:  # the second atom's token stands after those of the first
-            tokens = inputs.graph.num_tokens
-            gradient = torch.cat([gradient[:tokens], gradient[tokens + 1 :]])
-        return ModelOutput(energy, forces), gradient[:num_rows]
+        return run_padded(lambda tensors: self._run(self._tables(model), tensors), inputs, self._has_forces)
 
     def _tables(self, model: EScAIP) -> list[Tensor]:
         return (model.tables(False) or []) if self._tables_given else []
@@ -99,6 +86,44 @@ class CompiledEvaluation:
             return list(self._function(tables, *tensors))
 
 
+def flat_evaluation(
+    model: EScAIP,
+    settings: GraphSettings,
+    tables: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor],
+    differentiate: bool,
+    learning: bool,
+) -> list[Tensor]:
+    """:func:`evaluate` of :meth:`EvaluationInputs.flat`; what there is of energy, direct forces and gradient."""
+    with torch.enable_grad() if differentiate or learning else torch.no_grad():
+        inputs = EvaluationInputs.from_flat(tensors)
+        output, gradient = evaluate(model, settings, inputs, tables, differentiate, learning)
+    return [x for x in (output.energy, output.forces, gradient) if x is not None]
+
+
+def run_padded(
+    run: Callable[[list[Tensor]], list[Tensor]], inputs: EvaluationInputs, has_forces: bool
+) -> tuple[ModelOutput, Tensor | None]:
+    """Runs compiled code on padded inputs and takes from its results what belongs to the inputs.
+
+    Args:
+        run: as :func:`flat_evaluation`.
+        inputs: of a batch.
+        has_forces: whether the model has direct forces.
+    """
+    padded = inputs.padded()
+    results = run(padded.flat())
+    num_atoms, num_rows = inputs.weight.shape[0], inputs.vectors.shape[0]
+    energy, forces = results.pop(0)[:num_atoms], results.pop(0)[:num_atoms] if has_forces else None
+    if not results:
+        return ModelOutput(energy, forces), None
+    gradient = results[0]
+    if num_atoms < padded.weight.shape[0]:  # the second atom's token stands after those of the first
+        tokens = inputs.graph.num_tokens
+        gradient = torch.cat([gradient[:tokens], gradient[tokens + 1 :]])
+    return ModelOutput(energy, forces), gradient[:num_rows]
+
+
 def trace(function: Callable[..., list[Tensor]], arguments: list[Any], learning: bool) -> torch.fx.GraphModule:
     """Traces a function that differentiates into one graph of plain operations, with symbols for sizes.
 
@@ -106,7 +131,7 @@ def trace(function: Callable[..., list[Tensor]], arguments: list[Any], learning:
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with traced_rows(differentiable=learning), _quiet_compiler():
+    with traced_rows(differentiable=learning), quiet_compiler():
         graph_module = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments)
     # What autograd saved for the derivative was traced as detached, which would cut the second derivative.
     for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
@@ -141,7 +166,8 @@ def compile_example(settings: GraphSettings, dtype: torch.dtype, device: torch.d
     return EvaluationInputs.from_flat([x.to(device) for x in inputs.flat()])
 
 
-def _check_distinct(inputs: EvaluationInputs) -> None:
+def check_distinct(inputs: EvaluationInputs) -> None:
+    """Raises ConfigError for an example from which a tracer would learn that two sizes are always equal."""
     num_atoms, graph = inputs.weight.shape[0], inputs.graph
     sizes = [num_atoms, num_atoms + 1, graph.num_tokens, len(inputs.vectors), len(graph.rank_token)]
     if len(set(sizes)) < len(sizes):
@@ -149,9 +175,10 @@ def _check_distinct(inputs: EvaluationInputs) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_compiler() -> Iterator[None]:
+def quiet_compiler() -> Iterator[None]:
     """Without the remarks that the compiler makes to its own developers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         yield

@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 
 
 def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Everything a model file says of itself, as plain JSON values; no data is loaded.
+    """Everything a model file says of itself, as plain JSON values; no data is loaded, and no code of a package is run.
 
     Raises:
         CheckpointError: missing, damaged, unsafe, or of another schema.
     """
     from ase.data import chemical_symbols
 
-    from escaip.checkpoint import describe_potential, load_potential
+    from escaip.checkpoint import describe_potential, read_potential
+    from escaip.packaged import describe_package, is_package
 
-    potential = load_potential(path, device="cpu")
+    potential = read_potential(path)
     description = describe_potential(potential)
     metadata = description["metadata"]
     names = potential.datasets or ("",)
@@ -45,6 +46,7 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
         "element_references": {name: row for name, (row, _) in rows.items()} if potential.datasets else rows[""][0],
         "config": description["config"],
         "provenance": metadata["provenance"],
+        **({"package": describe_package(path)} if is_package(path) else {}),
     }
 
 

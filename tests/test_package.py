@@ -30,7 +30,7 @@ FLOORS: dict[str, int] = {
     "graph": 2,
     "nn": 3,
     "config": 4, "model": 4, "metadata": 4, "precision": 4, "evaluation": 4, "compile": 4, "data": 4,
-    "batching": 5, "potential": 5, "checkpoint": 5, "interop": 5,
+    "batching": 5, "potential": 5, "checkpoint": 5, "interop": 5, "export": 5, "packaged": 5,
     "train": 6, "calculators": 6, "simulate": 6, "evaluate": 6, "info": 6, "testing": 6,
     "cli_data": 7, "cli": 7, "__main__": 7,
 }  # fmt: skip
@@ -122,7 +122,7 @@ def test_version_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", escaip.__version__)
 
 
-@pytest.mark.parametrize("command", ["", "data", "data inspect", "evaluate", "relax", "md", "info"])
+@pytest.mark.parametrize("command", ["", "data", "data inspect", "evaluate", "relax", "md", "export", "info"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: escaip {command}".rstrip())

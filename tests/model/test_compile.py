@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import ase.build
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
 import escaip.potential
-from escaip import EScAIPConfig, Potential
+from escaip import EScAIPCalculator, EScAIPConfig, Potential
 from escaip.compile import CompiledEvaluation
 from escaip.data import AtomicData, collate
 
@@ -117,6 +118,13 @@ def test_inductor_gives_eager_answers(use_backend: Callable[[str], None]) -> Non
     for batch in batches():
         assert_equal(answers(compiled, batch), answers(eager, batch))
     assert 1 <= num_graphs() <= 2  # Inductor compares sizes with widths of this tiny model
+    before = num_graphs()
+    for potential in (compiled, eager):  # biases begin as zeros, which a compiler may take for constants
+        with torch.no_grad():
+            for weight in potential.parameters():
+                weight.add_(0.1)
+    assert_equal(answers(compiled, batches()[6]), answers(eager, batches()[6]))
+    assert num_graphs() == before
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["prediction", "training"])
@@ -146,6 +154,36 @@ def test_another_precision_is_compiled_anew_and_copies_compile_their_own(use_bac
     single = answers(potential.float(), batch)
     assert single[1].dtype == torch.float32
     torch.testing.assert_close(single[1].double(), expected[1], rtol=1e-3, atol=1e-5)
+
+
+def test_other_weights_are_taken(use_backend: Callable[[str], None]) -> None:
+    use_backend("eager")
+    potential, batch = make_potential().eval(), batches()[5]
+    potential.compile()
+    answers(potential, batch)
+    torch.manual_seed(1)
+    other = Potential(potential.config).double().eval()
+    potential.load_state_dict(other.state_dict())
+    assert_equal(answers(potential, batch), answers(other, batch))
+    for weight in potential.parameters():  # new tensors, which compiled code does not know
+        weight.data = weight.detach() * 1.1
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.1)
+    assert_equal(answers(potential, batch), answers(other, batch))
+
+
+def test_the_calculator_compiles(use_backend: Callable[[str], None]) -> None:
+    use_backend("eager")
+    results = []
+    for is_compiled in (True, False):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.05, seed=0)
+        atoms.calc = EScAIPCalculator(make_potential(), compile=is_compiled)
+        results.append([atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()])
+        assert num_graphs() == 1
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_positions_that_require_gradients_are_evaluated_without_compiling(use_backend: Callable[[str], None]) -> None:
