@@ -28,6 +28,7 @@ class Row:
         first: seconds of the first evaluation, compilation included.
         answer: of the first evaluation, at positions that are the same for all.
         why: it has no turns, in one line.
+        group: that was alive with it.
     """
 
     suite: str
@@ -42,6 +43,7 @@ class Row:
     growth_MiB: float | None = None
     answer: dict[str, float] = field(default_factory=dict)
     why: str | None = None
+    group: str = ""
 
     @property
     def seconds(self) -> float | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SUITES = ("inference", "training", "cost")
+GROUPS = ("published", "others")  # whose processes are alive at the same time, REFERENCE in each
 REFERENCE = "escaip 1m"
 WEIGHTS = "@weights/"  # stands before the name of a folder in which a worker leaves weights for another
 
@@ -25,6 +26,11 @@ class Variant:
     peer: str
     options: dict[str, Any] = field(default_factory=dict)
     suites: tuple[str, ...] = ("inference",)
+
+    @property
+    def group(self) -> str:
+        """Of GROUPS; relations are between members of one, or with REFERENCE."""
+        return "published" if self.peer == "fairchem" or "weights" in self.options else "others"
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ VARIANTS: tuple[Variant, ...] = (
             {**_OURS, "distance_table": "inference", "compiled": True}),
     Variant("escaip published size direct", "escaip", _OURS_DIRECT),
     Variant("escaip published size direct, compiled", "escaip", {**_OURS_DIRECT, "compiled": True}),
+    Variant("escaip published size direct, table", "escaip", {**_OURS_DIRECT, "distance_table": "inference"}),
+    Variant("escaip published size direct, table, compiled", "escaip",
+            {**_OURS_DIRECT, "distance_table": "inference", "compiled": True}),
     Variant("escaip 1m", "escaip", {"preset": "1m"}, SUITES),
     Variant("escaip 1m, compiled", "escaip", {"preset": "1m", "compiled": True}, SUITES),
     Variant("escaip 5m", "escaip", {"preset": "5m"}, _TRAINED),
@@ -85,7 +94,9 @@ RELATIONS: tuple[Relation, ...] = (
     Relation("escaip published size, compiled", "fairchem EScAIP", same_function=True),
     Relation("escaip published size, table, compiled", "fairchem EScAIP", same_function=True),
     Relation("escaip published size direct", "fairchem EScAIP direct", same_function=True),
-    Relation("escaip published size direct, compiled", "fairchem EScAIP direct, compiled"),
+    Relation("escaip published size direct, table", "fairchem EScAIP direct", same_function=True),
+    Relation("escaip published size direct, table, compiled", "fairchem EScAIP direct", same_function=True),
+    Relation("escaip published size direct, table, compiled", "fairchem EScAIP direct, compiled"),
     Relation("escaip 1m", "MACE-MP-0 small"),
     Relation("escaip 1m, compiled", "NequIP medium, compiled"),
 )
@@ -98,6 +109,17 @@ def chosen(peers: list[str], suites: list[str], names: list[str] | None = None) 
         for variant in VARIANTS
         if variant.peer in peers and set(variant.suites) & set(suites) and (names is None or variant.name in names)
     ]
+
+
+def grouped(variants: list[Variant]) -> dict[str, list[Variant]]:
+    """The variants of each group that has any, and REFERENCE with them where it is among the variants at all."""
+    reference = [variant for variant in variants if variant.name == REFERENCE]
+    found = {}
+    for group in GROUPS:
+        members = [variant for variant in variants if variant.group == group]
+        if members:
+            found[group] = members + [variant for variant in reference if variant not in members]
+    return found
 
 
 def exporter(weights: str) -> str:

@@ -65,11 +65,11 @@ def relate(rows: Sequence[Row], relation: Relation) -> dict[str, Any] | None:
 
 def relations(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every relation in every case."""
-    cases = dict.fromkeys((row.suite, row.case) for row in rows)
+    cases = dict.fromkeys((row.group, row.suite, row.case) for row in rows)
     found = []
     for relation in RELATIONS:
-        for suite, case in cases:
-            item = relate([row for row in rows if (row.suite, row.case) == (suite, case)], relation)
+        for case in cases:
+            item = relate([row for row in rows if (row.group, row.suite, row.case) == case], relation)
             if item is not None:
                 found.append(item)
     return found

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from common import provenance, write_json
 from peers import report
 from peers.environments import PEERS, EnvironmentFailure, default_folder, interpreter
 from peers.measure import Contender, Row, measure_case
-from peers.plan import SUITES, VARIANTS, WEIGHTS, Variant, chosen, exporter
+from peers.plan import SUITES, VARIANTS, WEIGHTS, Variant, chosen, exporter, grouped
 from peers.structures import COST_ATOMS, Structure, cost_case, inference_cases, training_cases
 from peers.workers import Worker, WorkerFailure
 
@@ -35,40 +37,33 @@ Case = tuple[str, str, list[Structure]]
 
 
 def cases(suites: list[str]) -> list[Case]:
-    """Suite, name and structures."""
+    """Suite, name and structures; training comes last, since it changes the weights."""
     found: list[Case] = []
     if "inference" in suites:
         found += [("inference", name, [structure]) for name, structure in inference_cases().items()]
-    if "training" in suites:
-        found += [("training", name, structures) for name, structures in training_cases().items()]
     if "cost" in suites:
         found += [("cost", f"{atoms} Cu", [cost_case(atoms)]) for atoms in COST_ATOMS]
+    if "training" in suites:
+        found += [("training", name, structures) for name, structures in training_cases().items()]
     return found
 
 
 class Run:
-    """Processes of one run, and the folder for what they leave.
+    """Processes of one group, and the folder for what they leave.
 
     Args:
         args: of the command line.
         stack: that ends them.
+        pythons: of each peer's environment.
+        failures: why a peer has none.
     """
 
-    def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
-        self.args, self.stack = args, stack
+    def __init__(
+        self, args: argparse.Namespace, stack: ExitStack, pythons: dict[str, Path], failures: dict[str, str]
+    ) -> None:
+        self.args, self.stack, self.pythons, self.failures = args, stack, pythons, failures
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="escaip-peers-")))
-        self.pythons: dict[str, Path] = {}
-        self.failures: dict[str, str] = {}
         self.packages: dict[str, dict[str, str]] = {}
-
-    def make_environments(self, peers: list[str]) -> None:
-        for peer in peers:
-            try:
-                self.pythons[peer] = interpreter(peer, self.args.environments, self.args.torch_index)
-                print(f"{peer}: {self.pythons[peer]}", flush=True)
-            except EnvironmentFailure as error:
-                self.failures[peer] = f"no environment: {error}"
-                print(f"{peer}: {self.failures[peer]}", flush=True)
 
     def start(self, variants: list[Variant]) -> list[Contender]:
         """Starts a process for each variant, one after another, and builds its model."""
@@ -132,6 +127,25 @@ class Run:
         }
 
 
+def make_environments(peers: list[str], args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, str]]:
+    """The Python of each peer's environment, and the reasons of those that could not be made."""
+    pythons, failures = {}, {}
+    for peer in peers:
+        try:
+            pythons[peer] = interpreter(peer, args.environments, args.torch_index)
+            print(f"{peer}: {pythons[peer]}", flush=True)
+        except EnvironmentFailure as error:
+            failures[peer] = f"no environment: {error}"
+            print(f"{peer}: {failures[peer]}", flush=True)
+    return pythons, failures
+
+
+def describe(contender: Contender) -> dict[str, Any]:
+    """A model, for the file of results."""
+    found = {"peer": contender.variant.peer, "options": contender.variant.options, **contender.built}
+    return found | ({"why": contender.why} if contender.why else {})
+
+
 def free_GiB() -> float | None:
     """Memory that can be had without swapping; None where Linux does not tell."""
     try:
@@ -141,18 +155,17 @@ def free_GiB() -> float | None:
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), None)
 
 
-def measure_all(contenders: list[Contender], planned: list[Case], repeats: int, save: Any) -> list[Row]:
+def measure_group(group: str, contenders: list[Contender], planned: list[Case], repeats: int) -> Iterator[list[Row]]:
     """Every case, with a table as soon as it is done."""
-    rows: list[Row] = []
     for suite, name, structures in planned:
         taking_part = [item for item in contenders if suite in item.variant.suites]
         if not taking_part:
             continue
         found = measure_case(taking_part, suite, name, structures, repeats)
+        for row in found:
+            row.group = group
         print(f"\n{suite}: {name}, {found[0].atoms} atoms\n{report.case_table(found)}", flush=True)
-        rows += found
-        save(rows)
-    return rows
+        yield found
 
 
 def arguments() -> argparse.Namespace:
@@ -167,6 +180,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--torch-index", metavar="URL", help="package index with builds of PyTorch for the CPU")
     parser.add_argument("--memory", type=float, metavar="GiB", help="limit of each process; half of the machine")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds that one request may take")
+    parser.add_argument("--together", action="store_true", help="one group: 28 processes need some 15 GiB")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     for name in ("threads", "repeats"):
@@ -186,35 +200,34 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # ends the workers, removes the folder
+    variants = chosen(args.peers, args.suites, args.variants)
     result: dict[str, Any] = {
         "provenance": {**provenance(), "threads": args.threads},
         "repeats": args.repeats,
         "memory_limit_GiB": args.memory,
+        "packages": {},
+        "models": {},
     }
-    with ExitStack() as stack:
-        run = Run(args, stack)
-        variants = chosen(args.peers, args.suites, args.variants)
-        run.make_environments(list(dict.fromkeys(variant.peer for variant in variants)))
-        contenders = run.start(variants)
-        result["packages"] = run.packages
-        result["models"] = {
-            item.variant.name: {"peer": item.variant.peer, "options": item.variant.options, **item.built}
-            | ({"why": item.why} if item.why else {})
-            for item in contenders
-        }
-
-        def save(rows: list[Row]) -> None:
-            result["rows"] = [report.to_json(row) for row in rows]
-            result["relations"] = report.relations(rows)
-            result["slopes"] = report.slopes(rows)
-            result["minutes"] = (time.monotonic() - start) / 60.0
-            if args.out:
-                write_json(args.out, result)
-
-        rows = measure_all(contenders, args.planned, args.repeats, save)
+    rows: list[Row] = []
+    pythons, failures = make_environments(list(dict.fromkeys(v.peer for v in variants)), args)
+    for group, members in ({"together": variants} if args.together else grouped(variants)).items():
+        with ExitStack() as stack:
+            run = Run(args, stack, pythons, failures)
+            contenders = run.start(members)
+            result["packages"] |= run.packages
+            result["models"] |= {item.variant.name: describe(item) for item in contenders}
+            for found in measure_group(group, contenders, args.planned, args.repeats):
+                rows += found
+                result["rows"] = [report.to_json(row) for row in rows]
+                result["relations"] = report.relations(rows)
+                result["slopes"] = report.slopes(rows)
+                result["minutes"] = (time.monotonic() - start) / 60.0
+                if args.out:
+                    write_json(args.out, result)
     print("", *(report.relation_line(item) for item in report.relations(rows)), sep="\n")
-    if found := report.slopes(rows):
-        print(f"\n{report.slope_table(found)}")
+    if slopes := report.slopes(rows):
+        print(f"\n{report.slope_table(slopes)}")
     print(f"\n{(time.monotonic() - start) / 60.0:.1f} min")
 
 

@@ -117,6 +117,17 @@ def test_plan_covers_what_was_asked() -> None:
     ]
 
 
+def test_groups_hold_relations_and_the_reference() -> None:
+    groups = plan.grouped(list(plan.VARIANTS))
+    assert tuple(groups) == plan.GROUPS
+    names = [{variant.name for variant in members} for members in groups.values()]
+    assert names[0] & names[1] == {plan.REFERENCE}
+    assert names[0] | names[1] == {variant.name for variant in plan.VARIANTS}
+    for relation in plan.RELATIONS:
+        assert sum({relation.ours, relation.theirs} <= members for members in names) == 1
+    assert list(plan.grouped(plan.chosen(["mace"], ["inference"]))) == ["others"]
+
+
 def test_structures_are_those_promised() -> None:
     cases = structures.inference_cases()
     assert [len(item["numbers"]) for item in cases.values()] == [21, 216, 500, 512, 648]
@@ -132,6 +143,13 @@ def test_structures_are_those_promised() -> None:
     ]
     for atoms in structures.COST_ATOMS:
         assert len(structures.copper(atoms)) == atoms
+
+
+def test_training_comes_last() -> None:
+    """It changes the weights that the other suites compare."""
+    suites = [suite for suite, _, _ in run.cases(list(plan.SUITES))]
+    assert suites == sorted(suites, key="inference cost training".split().index)
+    assert len(suites) == 5 + len(structures.COST_ATOMS) + 2
 
 
 def nearest(structure: dict[str, Any]) -> float:
