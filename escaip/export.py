@@ -11,14 +11,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from escaip.ahead import INFO, compile_code, environment
 from escaip.checkpoint import describe_potential, read_potential, resolve_device, resolve_dtype
-from escaip.compile import check_distinct, compile_example, flat_evaluation, quiet_compiler, trace
 from escaip.errors import CheckpointError, ConfigError
-from escaip.ops.native.build import availability
-from escaip.packaged import INFO, SUFFIX, WEIGHTS, constants_of, environment, first_line
+from escaip.packaged import SUFFIX, VERSION, WEIGHTS
 from escaip.potential import Potential
 from escaip.precision import in_precision
 
@@ -27,12 +23,6 @@ _WARNING = (
     "a package is machine code for this kind of processor and this torch version: exchange .escaip files instead, and "
     "load only packages that you made"
 )
-_OPTIONS = {
-    "aot_inductor.compile_wrapper_opt_level": "O0",  # of what calls the kernels: half the compile time, no slower
-    "aot_inductor.enable_line_tables": False,
-    "aot_inductor.package_constants_in_so": False,
-    "cpp.dynamic_threads": True,  # as many as the process has that loads it
-}
 
 
 def check_request(out: str | os.PathLike[str], format: str, device: str | None) -> str:
@@ -108,8 +98,9 @@ def save_package(potential: Potential, path: str | os.PathLike[str]) -> dict[str
         aside.touch()  # a folder that is not there should cost no minutes
         with tempfile.TemporaryDirectory(prefix="escaip-") as folder:
             code = Path(folder) / f"model{SUFFIX}"
-            constants, has_native = _compile(potential, code)
-            made = {**environment(potential), "native_kernels": has_native}
+            with in_precision("highest", potential.device):
+                constants, has_native = compile_code(potential.model, potential.config.is_conservative, code)
+            made = {"version": VERSION, **environment(potential.model), "native_kernels": has_native}
             info = {"package": made, "model": describe_potential(potential), "constants": constants}
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
             with zipfile.ZipFile(code, "a") as archive:
@@ -123,32 +114,3 @@ def save_package(potential: Potential, path: str | os.PathLike[str]) -> dict[str
     finally:
         aside.unlink(missing_ok=True)
     return made
-
-
-def _compile(potential: Potential, path: Path) -> tuple[dict[str, str], bool]:
-    """Writes the code; returns the weight that each of its constants is, and whether it calls our C++."""
-    model, settings, differentiate = potential.model, potential.config.graph, potential.config.is_conservative
-    tables = model.tables(False)
-
-    def function(*tensors: Tensor) -> list[Tensor]:
-        return flat_evaluation(model, settings, tables, tensors, differentiate, False)
-
-    example = compile_example(settings, potential.dtype, potential.device).padded()
-    check_distinct(example)
-    inputs = tuple(example.flat())
-    sizes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
-    problem = availability() if potential.device.type == "cpu" else None
-    if problem is not None:
-        raise ConfigError(f"a package {problem.split(':')[0]}: install g++ or clang++, or name one in CXX")
-    try:
-        with in_precision("highest", potential.device), quiet_compiler():
-            graph = trace(function, list(inputs), False)
-            exported = torch.export.export(graph, inputs, dynamic_shapes=sizes, strict=False)
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_OPTIONS)
-    except RuntimeError as error:  # Inductor's errors, and the C++ compiler's, are such
-        raise ConfigError(f"the evaluation does not compile ({first_line(error)}): use the .escaip file") from error
-    known = {id(tensor): name for name, tensor in constants_of(model).items()}
-    found = {node.target: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
-    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    native = any("native" in node.args or "escaip.orientation" in str(node.target) for node in calls)
-    return {name: known[id(tensor)] for name, tensor in found.items()}, native

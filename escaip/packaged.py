@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from escaip import __version__
+from escaip.ahead import INFO, CodeEvaluation, first_line, instructions, state_of
 from escaip.checkpoint import build_potential, resolve_device, resolve_dtype
-from escaip.compile import compile_example, flat_evaluation, run_padded
 from escaip.errors import CheckpointError, ConfigError
 from escaip.evaluation import EvaluationInputs
 from escaip.model import EScAIP
@@ -29,17 +28,9 @@ from escaip.potential import Potential
 from escaip.types import ModelOutput
 
 SUFFIX = ".pt2"
-INFO, WEIGHTS = "escaip.json", "weights.safetensors"
-_VERSION = 1
+WEIGHTS = "weights.safetensors"
+VERSION = 1
 _LOAD_INSTEAD = "load the .escaip file (escaip export PACKAGE --format escaip writes it)"
-# Instruction sets in /proc/cpuinfo, among other features that compilers do not use.
-_INSTRUCTIONS = re.compile(r"(avx|sse|ssse|fma|f16c|bmi|amx|vaes|vpclmul|gfni|adx|abm|movbe|popcnt)\w*|pni")
-
-
-def constants_of(model: EScAIP) -> dict[str, Tensor]:
-    """Weights and spline tables by name: what constants of the code may be."""
-    tables = {f"tables.{index}": table for index, table in enumerate(model.tables(False) or [])}
-    return {**dict(model.named_parameters()), **dict(model.named_buffers()), **tables}
 
 
 def is_package(path: str | os.PathLike[str]) -> bool:
@@ -83,49 +74,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is no package, or is damaged ({first_line(error)}): export it again") from error
 
 
-def environment(potential: Potential) -> dict[str, Any]:
-    """What code is compiled for."""
-    device = potential.device.type
-    return {
-        "version": _VERSION,
-        "escaip": __version__,
-        "torch": torch.__version__,
-        "platform": sys.platform,
-        "machine": platform.machine(),
-        "instructions": _instructions(),
-        "device": device,
-        "capability": list(torch.cuda.get_device_capability(potential.device)) if device == "cuda" else None,
-        "dtype": str(potential.dtype).removeprefix("torch."),
-    }
-
-
-def _instructions() -> list[str]:
-    """Instruction sets of this processor that compilers use."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    words: set[str] = set()
-    for line in text.splitlines():
-        name, _, values = line.partition(":")
-        if name.strip() == "Features":  # ARM: instruction sets only
-            words.update(values.split())
-        elif name.strip() == "flags":
-            words.update(word for word in values.split() if _INSTRUCTIONS.fullmatch(word))
-    return sorted(words)
-
-
 def _check_environment(path: Path, made: dict[str, Any]) -> None:
     """Raises CheckpointError where the code of a package cannot run."""
     remedy = "export it again from its .escaip file here"
     for what, here in (
-        ("version", _VERSION), ("escaip", __version__), ("torch", torch.__version__), ("platform", sys.platform),
+        ("version", VERSION), ("escaip", __version__), ("torch", torch.__version__), ("platform", sys.platform),
         ("machine", platform.machine()),
     ):  # fmt: skip
         if made.get(what) != here:
             name = "format version" if what == "version" else what
             raise CheckpointError(f"{path} is a package for {name} {made.get(what)}, and this is {here}: {remedy}")
-    missing = sorted(set(made.get("instructions", [])) - set(_instructions()))
+    missing = sorted(set(made.get("instructions", [])) - set(instructions()))
     if missing:
         raise CheckpointError(f"{path} needs a processor with {', '.join(missing)}, which this one lacks: {remedy}")
     problem = availability() if made.get("native_kernels") else None
@@ -178,12 +137,12 @@ def _check_request(
         raise ConfigError(f"{path} is a package, which has no precision {precision!r}: {remedy}")
 
 
-class PackagedEvaluation:
-    """The compiled evaluation in a package, given the weights of a potential; copies share it.
+class PackagedEvaluation(CodeEvaluation):
+    """The compiled evaluation in a package, given the weights of a potential, which stay; copies share it.
 
     Args:
         path: of the package.
-        potential: of its weights, where they stay.
+        potential: of its weights.
         constants: the weight that each constant of the code is.
 
     Raises:
@@ -191,43 +150,17 @@ class PackagedEvaluation:
     """
 
     def __init__(self, path: Path, potential: Potential, constants: dict[str, str]) -> None:
-        self.path = path
-        self._has_forces = not potential.config.is_conservative
-        self._held = constants_of(potential.model)
-        self._state = _state(potential.model)
-        device = potential.device
-        try:
-            self._code = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, device.index or -1)
-            needed = {name: self._held[constants[name]].detach() for name in self._code.get_constant_fqns()}
-            self._code.load_constants(needed, False, True, True)
-            self._check(potential)
-        except (RuntimeError, KeyError) as error:
-            raise CheckpointError(
-                f"the code in {path} cannot be used ({first_line(error)}): export it again from its .escaip file"
-            ) from error
+        super().__init__(path, potential.model, constants)
+        self.check(potential.model, not self._has_forces, 1e-3 if potential.dtype == torch.float32 else 1e-8)
 
     def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
         """As :func:`escaip.evaluation.evaluate`; the gradient is there whether asked for or not."""
-        if _state(model) != self._state:
+        if state_of(model) != self._state:
             raise ConfigError(f"weights of the package {self.path} were changed: {_LOAD_INSTEAD}")
-        return run_padded(self._run, inputs, self._has_forces)
+        return super().__call__(model, inputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackagedEvaluation:
         return self
-
-    def _run(self, tensors: list[Tensor]) -> list[Tensor]:
-        return list(self._code.run(tensors))
-
-    def _check(self, potential: Potential) -> None:
-        """Compares with the weights on one structure: whatever the code depends on is still as it was."""
-        model, settings = potential.model, potential.config.graph
-        tensors = compile_example(settings, potential.dtype, potential.device).padded().flat()
-        differentiate = not self._has_forces
-        expected = flat_evaluation(model, settings, model.tables(False), tensors, differentiate, False)
-        tolerance = 1e-3 if potential.dtype == torch.float32 else 1e-8
-        for found, right in zip(self._run(tensors), expected, strict=True):
-            if not bool((found - right).abs().max() <= tolerance * (right.abs().max() + 1e-3)):
-                raise RuntimeError("its answers are not those of its weights")
 
 
 class PackagedPotential(Potential):
@@ -296,12 +229,3 @@ class PackagedPotential(Potential):
         assert self._code is not None
         chosen = {"_dataset": self._dataset, "recompute": self.recompute, "precision": self.precision}
         return load_package, (str(self._code.path.resolve()), str(self.device)), chosen
-
-
-def _state(model: EScAIP) -> list[tuple[int, int]]:
-    """Changes when a weight is replaced or changed in place."""
-    return [(weight.data_ptr(), weight._version) for weight in model.parameters()]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

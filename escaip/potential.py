@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from escaip.ahead import CodeEvaluation, kept_code, serves
 from escaip.compile import CompiledEvaluation, compile_example
 from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
 from escaip.errors import ConfigError, UnsupportedElementError
@@ -66,7 +67,7 @@ class Potential(nn.Module):
         self.recompute: bool | None = None
         self.precision = "highest"
         self._is_compiled = False
-        self._compiled: dict[tuple[Any, ...], CompiledEvaluation] = {}
+        self._compiled: dict[tuple[Any, ...], CompiledEvaluation | CodeEvaluation] = {}
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -310,6 +311,7 @@ class Potential(nn.Module):
     def compile(self, *_: Any, **__: Any) -> None:
         """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.
 
+        On a CPU what predictions need is compiled once per configuration, user and machine, and kept.
         Answers are those of the uncompiled potential to rounding, for batches of any size without compiling again.
         Evaluations that recompute, and those whose positions require gradients (for Hessians), are not compiled.
         """
@@ -317,11 +319,15 @@ class Potential(nn.Module):
 
     def _compiled_evaluation(
         self, differentiate: bool, learning: bool, rounded: torch.dtype | None
-    ) -> CompiledEvaluation:
+    ) -> CompiledEvaluation | CodeEvaluation:
         key = (differentiate, learning, self.training, rounded, self.precision == "tf32")
         if key not in self._compiled or not self._compiled[key].fits(self.model):
-            example = compile_example(self.config.graph, self.dtype, self.device)
-            self._compiled[key] = CompiledEvaluation(self.model, self.config.graph, example, differentiate, learning)
+            if not learning and not self.training and serves(self.device):
+                self._compiled[key] = kept_code(self.model, differentiate, rounded)
+            else:
+                example = compile_example(self.config.graph, self.dtype, self.device)
+                made = CompiledEvaluation(self.model, self.config.graph, example, differentiate, learning)
+                self._compiled[key] = made
         return self._compiled[key]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -122,9 +122,21 @@ class Run:
         return {
             **dict.fromkeys(names, threads),
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            "ESCAIP_CACHE": str(self._escaip_cache()),
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONWARNINGS": "ignore",
         }
+
+    def _escaip_cache(self) -> Path:
+        """A cache without compiled evaluations, but with the kernels that this machine has compiled before."""
+        folder = self.folder / "escaip-cache"
+        if not folder.exists():
+            folder.mkdir()
+            shared = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+            native = Path(os.environ.get("ESCAIP_CACHE") or os.path.join(shared, "escaip")) / "native"
+            if native.is_dir():
+                (folder / "native").symlink_to(native)
+        return folder
 
 
 def make_environments(peers: list[str], args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, str]]:

@@ -33,8 +33,8 @@ class EScAIPCalculator(Calculator):
         model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
         device: a torch device; ``"auto"`` takes CUDA where there is one.
         dtype: ``"float32"`` or ``"float64"``; by default as stored.
-        compile: compile energy and forces into one graph at the first evaluation, which then takes a minute or two;
-            worth it for runs of thousands of steps.
+        compile: compile energy and forces into one graph at the first evaluation, which then takes a minute or two (on
+            a CPU once per configuration, user and machine); worth it for runs of thousands of steps.
         skin: Å by which the neighbor search reaches farther than needed; 0 searches at every evaluation.
         dataset: whose element references give the energies, for potentials trained on several sets.
         precision: ``"highest"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"`` (docs/precision.md); by default the

@@ -23,13 +23,14 @@ from ase import Atoms
 from safetensors.torch import save
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential, export, load_potential, packaged
+from escaip.ahead import INFO, environment
 from escaip.checkpoint import describe_potential, read_description, read_potential
 from escaip.cli import main
 from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
 from escaip.export import export_model
 from escaip.info import describe_model
-from escaip.packaged import INFO, WEIGHTS, PackagedPotential, environment
+from escaip.packaged import VERSION, WEIGHTS, PackagedPotential
 from escaip.potential import PotentialMetadata
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def batch_of(*made: Atoms) -> Any:
 def fake_package(path: Path, potential: Potential, **changes: Any) -> Path:
     """A package as far as it is read before its code is run, which this one does not have."""
     info = {
-        "package": {**environment(potential), "native_kernels": True, **changes},
+        "package": {"version": VERSION, **environment(potential.model), "native_kernels": True, **changes},
         "model": describe_potential(potential),
         "constants": {},
     }
@@ -190,7 +191,7 @@ def test_damaged_packages_are_refused_in_one_line(damage: str, tmp_path: Path) -
 
 @pytest.mark.bad_input
 def test_a_folder_that_is_not_there_costs_no_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(export, "compile_code", lambda *_: pytest.fail("compiled"))
     make_potential().save(tmp_path / "made.escaip")
     with pytest.raises(CheckpointError, match=r"cannot write .*model\.pt2: No such file"):
         export_model(tmp_path / "made.escaip", tmp_path / "missing" / "model.pt2", "aoti")
@@ -336,5 +337,5 @@ def test_code_that_does_not_belong_to_its_weights_is_refused(package: Path, tmp_
                 info["model"]["config"]["cutoff"] = 5.0
                 content = json.dumps(info).encode()
             new.writestr(item, content)
-    with pytest.raises(CheckpointError, match="not those of its weights"):
+    with pytest.raises(CheckpointError, match="does not give what its weights give"):
         load_potential(changed)

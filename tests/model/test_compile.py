@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import ase.build
 import numpy as np
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 import escaip.potential
-from escaip import EScAIPCalculator, EScAIPConfig, Potential
+from escaip import EScAIPCalculator, EScAIPConfig, Potential, ahead
 from escaip.compile import CompiledEvaluation
 from escaip.data import AtomicData, collate
+from escaip.model import EScAIP
 
 TINY = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": [3, 3, 2], "num_radial": 8,
@@ -56,6 +58,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
     """Compiles by another backend: tracing, where mistakes are made, is the same and fifty times as fast."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(escaip.potential, "serves", lambda _: False)  # nothing ahead of time
     yield lambda name: monkeypatch.setattr(
         escaip.potential, "CompiledEvaluation", partial(CompiledEvaluation, backend=name)
     )
@@ -108,23 +111,57 @@ def test_traced_graphs_give_eager_answers_for_every_size(
     assert num_graphs() == 1
 
 
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(ahead, "cache_folder", lambda _: tmp_path)
+    return tmp_path
+
+
 @pytest.mark.slow
-def test_inductor_gives_eager_answers(use_backend: Callable[[str], None]) -> None:
+def test_code_compiled_ahead_gives_eager_answers_and_is_kept(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On one thread as all tests here run, where Inductor's own sums over repeated indices are wrong (ops/rows.py)."""
-    use_backend("inductor")
     eager = make_potential(num_layers=1).eval()
     compiled = copy.deepcopy(eager)
     compiled.compile()
     for batch in batches():
         assert_equal(answers(compiled, batch), answers(eager, batch))
-    assert 1 <= num_graphs() <= 2  # Inductor compares sizes with widths of this tiny model
-    before = num_graphs()
+    (file,) = empty_cache.iterdir()
+    written = file.stat().st_ino
+
     for potential in (compiled, eager):  # biases begin as zeros, which a compiler may take for constants
         with torch.no_grad():
             for weight in potential.parameters():
                 weight.add_(0.1)
     assert_equal(answers(compiled, batches()[6]), answers(eager, batches()[6]))
-    assert num_graphs() == before
+    for potential in (compiled, eager):
+        for index, weight in enumerate(potential.parameters()):  # other tensors
+            weight.data = weight.detach() * (1.0 + 0.01 * index)
+    assert_equal(answers(compiled, batches()[6]), answers(eager, batches()[6]))
+
+    other = make_potential(num_layers=1).eval()
+    other.compile()
+    assert_equal(answers(other, batches()[6]), answers(make_potential(num_layers=1).eval(), batches()[6]))
+    assert [path.stat().st_ino for path in empty_cache.iterdir()] == [written]
+
+    whole, constants, made = file.read_bytes(), next(iter(other._compiled.values()))._constants, []
+
+    def write(model: EScAIP, differentiate: bool, path: Path) -> dict[str, str]:
+        made.append(path)
+        path.write_bytes(whole)
+        return constants
+
+    monkeypatch.setattr(ahead, "_write", write)
+    file.write_bytes(whole[:-100])  # a full disk
+    other._compiled.clear()
+    assert_equal(answers(other, batches()[6]), answers(make_potential(num_layers=1).eval(), batches()[6]))
+    assert len(made) == 1
+    assert [path.read_bytes() for path in empty_cache.iterdir()] == [whole]
+    monkeypatch.setattr(ahead, "_tolerance", lambda *_: -1.0)  # what is kept gives other answers than the weights
+    other._compiled.clear()
+    answers(other, batches()[6])
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["prediction", "training"])

@@ -177,6 +177,7 @@ class Eager:
 
 def test_compiled_evaluations_are_kept_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("escaip.potential.CompiledEvaluation", Eager)
+    monkeypatch.setattr("escaip.potential.serves", lambda _: False)  # nothing ahead of time
     eager, batch = make_potential().requires_grad_(False), make_batch()
     compiled = copy.deepcopy(eager)
     compiled.compile()

@@ -86,7 +86,7 @@ def _load(scalar: str, kernels: str) -> ctypes.CDLL:
     if compiler is None:
         raise ConfigError(f"attention backend 'native' {availability()}")
     name = f"{kernels}-{scalar}-{_key(compiler)}.so"
-    folder = _cache_folder()
+    folder = cache_folder("native")
     if folder is not None and (folder / name).is_file():
         with contextlib.suppress(OSError):  # damaged (a full disk, a copied home folder): compiled again
             return ctypes.CDLL(str(folder / name))
@@ -125,8 +125,11 @@ def _compile(compiler: list[str], scalar: str, kernels: str, path: Path) -> ctyp
             os.unlink(aside)
 
 
-def _cache_folder() -> Path | None:
-    """The folder that keeps compiled kernels; None where it neither exists nor can be made.
+def cache_folder(name: str) -> Path | None:
+    """The user's folder that keeps compiled code; None where it neither exists nor can be made.
+
+    Args:
+        name: of the folder within the cache: ``"native"`` for kernels, ``"compiled"`` for whole evaluations.
 
     Raises:
         ConfigError: others own it or may write to it, so that what lies there must not be run.
@@ -135,7 +138,7 @@ def _cache_folder() -> Path | None:
     if not root:
         shared = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         root = os.path.join(shared, "escaip")
-    folder = Path(root) / "native"
+    folder = Path(root) / name
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
