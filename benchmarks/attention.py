@@ -200,8 +200,14 @@ def _resident(what: str) -> float:
 
 def measure_case(case: Case, names: list[str] | None, repeats: int, peaks: tuple[float, float]) -> list[dict[str, Any]]:
     """A row per candidate and step; what cannot run says why."""
-    inputs = case.inputs()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    try:
+        inputs = case.inputs()
+    except RuntimeError:  # out of memory
+        print(
+            f"{case.atoms} atoms, {case.neighbors} neighbors, d = {case.head_size}: the tokens do not fit", flush=True
+        )
+        return rows
     for step in STEPS:
         work = least_work(case, inputs, step)
         least = max(work[0] / peaks[0], work[1] / peaks[1])
@@ -283,7 +289,10 @@ def main() -> None:
                     case = Case(atoms, neighbors, head_size, args.heads, DTYPES[dtype], args.device)
                     rows = measure_case(case, args.names, args.repeats, peaks)
                     result["rows"] += rows
-                    print(table(rows), flush=True)
+                    if rows:
+                        print(table(rows), flush=True)
+                    else:
+                        result["left_out"].append([dtype, head_size, atoms, neighbors])
                     if args.out:
                         write_json(args.out, result)
     result["peak_process_GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
