@@ -22,6 +22,7 @@ from escaip.errors import ConfigError
 from escaip.evaluation import EvaluationInputs, evaluate
 from escaip.graph import build_graph
 from escaip.model import EScAIP
+from escaip.nn.layers import RMSNorm
 from escaip.precision import PRECISIONS, in_precision
 from escaip.types import GraphSettings, ModelOutput
 
@@ -145,6 +146,13 @@ def test_the_option_is_autocast_around_the_evaluation(kind: str) -> None:
     # Tables kept from a rounded evaluation are those of any other.
     potential.precision = "highest"
     assert torch.equal(potential(batch).forces, highest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x, norm = (4.0 * torch.randn(50, 96)).to(dtype), RMSNorm(96)
+    assert norm(x).dtype == dtype
+    assert torch.equal(norm(x), norm(x.float()).to(dtype))
 
 
 def test_float64_is_left_alone() -> None:
