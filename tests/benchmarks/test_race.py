@@ -192,3 +192,9 @@ def test_commands_ask_for_the_epochs_and_no_stress() -> None:
     theirs = race.mace_command("average", 7)
     assert theirs[theirs.index("--max_num_epochs") + 1] == "7"
     assert not [word for word in theirs if "stress" in word]
+
+
+@pytest.mark.parametrize(("epochs", "start"), [(1, 1), (2, 1), (3, 2), (7, 5), (20, 15)])
+def test_stage_two_is_the_last_quarter(epochs: int, start: int) -> None:
+    command = race.mace_command("average", epochs)
+    assert command[command.index("--start_swa") + 1] == str(start)
