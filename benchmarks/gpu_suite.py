@@ -4,9 +4,10 @@
 
 Every attention backend against float64 in value, first and second derivative; the main cases of attention.py, with
 the expanded channels of the published implementation beside; energy and forces of 64 to 100 000 atoms, and training
-steps, of the presets and the published size, in float32, TF32 and bfloat16, eager and compiled; and the quickstart
-recipe, in the time that is left. What there was no time for is a row that says so. Writes ``gpu_suite.json`` under
-``--out`` (by default the folder named by the variable OUT, else runs/bench). ``--device cpu --small`` runs it all tiny.
+steps, of the presets and the published size, in float32, TF32 and bfloat16, eager and compiled; molecular dynamics,
+compiled, with a kept graph and recorded in CUDA graphs; and the quickstart recipe, in the time that is left. What there
+was no time for is a row that says so. Writes ``gpu_suite.json`` under ``--out`` (by default the folder named by the
+variable OUT, else runs/bench). ``--device cpu --small`` runs it all tiny.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import attention as bench
+import numpy as np
 import torch
 from common import markdown_table, measure, provenance, write_json
 from torch import Tensor
@@ -213,6 +215,58 @@ def predictions(device: str, small: bool, deadline: float) -> list[dict[str, Any
     return rows
 
 
+# Of EScAIPCalculator; what each adds to the one before.
+MD = {
+    "eager": {}, "compiled": {"compile": True}, "kept graph": {"compile": True, "graph_skin": 0.3},
+    "CUDA graphs": {"compile": True, "graph_skin": 0.3, "cuda_graphs": True},
+}  # fmt: skip
+
+
+def dynamics(device: str, small: bool, deadline: float) -> list[dict[str, Any]]:
+    """Steps of 1 fs of copper at 300 K in ASE, 5m preset: speed, topologies made, and the energy beside eager's."""
+    import ase.build
+    from ase import units
+    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+    from ase.md.verlet import VelocityVerlet
+
+    from escaip import EScAIPCalculator
+
+    torch.manual_seed(0)
+    potential = Potential(make_config("1m" if small else "5m", "conservative")).to(device).eval()
+    rows, ends = [], {}
+    for atoms in (32,) if small else (64, 1_000, 10_000, 100_000):
+        for name, options in MD.items():
+            if device == "cpu" and ("cuda_graphs" in options or (small and "compile" in options)):
+                continue
+            row: dict[str, Any] = {"atoms": None, "calculator": name, "ms": None, "ns_per_day": None, "first_s": None}
+            row |= {"graphs": None, "steps": None, "energy_off_meV_per_atom": None, "failed": "no time left"}
+            rows.append(row)
+            if time.perf_counter() > deadline:
+                continue
+            crystal = ase.build.bulk("Cu", "fcc", a=3.6, cubic=True).repeat(
+                (max(2, round((atoms / 4) ** (1 / 3))),) * 3
+            )
+            MaxwellBoltzmannDistribution(crystal, temperature_K=300, rng=np.random.default_rng(0))
+            try:
+                calculator = EScAIPCalculator(potential, device=device, **options)
+                crystal.calc = calculator
+                start = time.perf_counter()
+                crystal.get_forces()
+                first, run = time.perf_counter() - start, VelocityVerlet(crystal, 1.0 * units.fs)
+                run.run(5)
+                start, steps = time.perf_counter(), 5 if small else max(5, min(200, 200_000 // len(crystal)))
+                run.run(steps)
+                ms = 1e3 * (time.perf_counter() - start) / steps
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__} {str(error).splitlines()[0][:120] if str(error) else ''}"
+                continue
+            row |= {"atoms": len(crystal), "ms": ms, "ns_per_day": 86.4 / ms, "first_s": first, "failed": None}
+            row |= {"graphs": calculator.num_graph_builds, "steps": steps}
+            ends.setdefault(atoms, crystal.get_total_energy())
+            row["energy_off_meV_per_atom"] = 1e3 * (crystal.get_total_energy() - ends[atoms]) / len(crystal)
+    return rows
+
+
 def quickstart(seconds: float, out: Path, device: str) -> dict[str, Any]:
     """Trains the quickstart recipe for at most so long; the end of its output tells how far it came."""
     command = [sys.executable, "-m", "escaip", "fit", "--config", "quickstart", "--out", str(out / "quickstart")]
@@ -231,7 +285,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; training takes what is left")
     parser.add_argument(
-        "--parts", nargs="+", choices=("attention", "attention_times", "predictions", "training_steps"),
+        "--parts", nargs="+", choices=("attention", "attention_times", "predictions", "dynamics", "training_steps"),
         help="only these; a second run for what the first had no time for",
     )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="tiny sizes, no training: does the suite itself work?")
@@ -246,7 +300,8 @@ def main() -> None:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "attention": lambda: attention(args.device, args.small),
         "attention_times": lambda: attention_times(args.device, args.small),
-        "predictions": lambda: predictions(args.device, args.small, (time.perf_counter() + deadline) / 2),
+        "predictions": lambda: predictions(args.device, args.small, (2 * time.perf_counter() + deadline) / 3),
+        "dynamics": lambda: dynamics(args.device, args.small, (time.perf_counter() + deadline) / 2),
         "training_steps": lambda: training_steps(args.device, args.small, deadline),
     }
     for name in args.parts or parts:

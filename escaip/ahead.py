@@ -106,7 +106,7 @@ def compile_code(model: EScAIP, differentiate: bool, path: Path) -> tuple[dict[s
     def function(*tensors: Tensor) -> list[Tensor]:
         return flat_evaluation(model, settings, tables, tensors, differentiate, False)
 
-    example = compile_example(settings, weight.dtype, weight.device).padded()
+    example = compile_example(settings, weight.dtype, weight.device)
     check_distinct(example)
     inputs = tuple(example.flat())
     sizes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
@@ -181,7 +181,7 @@ class CodeEvaluation:
             CheckpointError: it is not.
         """
         settings, weight = model.config.graph, next(model.parameters())
-        tensors = compile_example(settings, weight.dtype, weight.device).padded().flat()
+        tensors = compile_example(settings, weight.dtype, weight.device).flat()
         expected = flat_evaluation(model, settings, model.tables(False), tensors, differentiate, False)
         for found, right in zip(self._run(tensors), expected, strict=True):
             if not bool((found - right).abs().max() <= tolerance * (right.abs().max() + 1e-3)):

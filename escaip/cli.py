@@ -107,6 +107,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="NAME", help="whose references, for a model trained on several sets")
 
 
+def _add_compile_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="compile the model, a minute once per configuration and machine: for more than some hundred steps",
+    )  # fmt: skip
+
+
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("device", "dtype", "precision", "dataset")}
 
@@ -140,6 +147,7 @@ def _add_relax(commands: Any) -> None:
     parser.add_argument("--frame", type=int, default=-1, help="which structure of the file (default: the last)")
     parser.add_argument("--out", metavar="FILE", help="default: STRUCTURE's name with .relaxed.extxyz")
     _add_model_options(parser)
+    _add_compile_option(parser)
     parser.set_defaults(command=_relax)
 
 
@@ -174,6 +182,12 @@ def _add_md(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an unfinished run in --out")
     parser.add_argument("--quiet", action="store_true", help="no progress line")
     _add_model_options(parser)
+    _add_compile_option(parser)
+    parser.add_argument(
+        "--graph-skin", type=float, default=0.0, metavar="A",
+        help="keep the graph while distances change by less: 0.3 for small systems on a GPU (default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--cuda-graphs", action="store_true", help="with --compile, on CUDA: one launch per evaluation")
     parser.set_defaults(command=_md)
 
 
@@ -227,7 +241,7 @@ def _relax(args: argparse.Namespace) -> int:
 
     result, written = relax_file(
         args.model, args.structure, fmax=args.fmax, steps=args.steps, optimizer=args.optimizer, cell=args.cell,
-        pressure=args.pressure, frame=args.frame, out=args.out, **_model_options(args),
+        pressure=args.pressure, frame=args.frame, out=args.out, compile=args.compile, **_model_options(args),
     )  # fmt: skip
     print(result.summary())
     print(f"wrote {written}")
@@ -239,7 +253,8 @@ def _md(args: argparse.Namespace) -> int:
 
     result = md_file(
         args.model, args.structure, frame=args.frame, out=args.out, resume=args.resume, overwrite=args.overwrite,
-        quiet=args.quiet, **_model_options(args), ensemble=args.ensemble, steps=args.steps,
+        quiet=args.quiet, compile=args.compile, graph_skin=args.graph_skin, cuda_graphs=args.cuda_graphs,
+        **_model_options(args), ensemble=args.ensemble, steps=args.steps,
         temperature=args.temperature, timestep=args.timestep, pressure=args.pressure, thermostat=args.thermostat,
         thermostat_time=args.thermostat_time, barostat=args.barostat, barostat_time=args.barostat_time,
         velocities=args.velocities, seed=args.seed, log_interval=args.interval,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from escaip.evaluation import EvaluationInputs, evaluate
 from escaip.graph import build_graph, displacements
 from escaip.model import EScAIP
 from escaip.ops.rows import traced_rows
+from escaip.padding import Sizes, pad, unpad
 from escaip.types import AtomInputs, GraphSettings, ModelOutput
 
 
@@ -58,9 +60,9 @@ class CompiledEvaluation:
             known = tables if self._tables_given else model.tables(learning)
             return flat_evaluation(model, settings, known, tensors, differentiate, learning)
 
-        self._has_forces = not model.config.is_conservative
-        tensors, tables = example.padded().flat(), self._tables(model)
-        check_distinct(example.padded())
+        self.has_forces = not model.config.is_conservative
+        check_distinct(example)
+        tensors, tables = example.flat(), self._tables(model)
         self.graph_module = trace(function, [tables, *tensors], learning)
         self._function = torch.compile(self.graph_module, fullgraph=True, backend=backend)
         marked = [x.clone() for x in tensors]
@@ -76,7 +78,11 @@ class CompiledEvaluation:
 
     def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
         """As :func:`evaluate`."""
-        return run_padded(lambda tensors: self._run(self._tables(model), tensors), inputs, self._has_forces)
+        return run_padded(partial(self.run, model), inputs, self.has_forces)
+
+    def run(self, model: EScAIP, tensors: list[Tensor]) -> list[Tensor]:
+        """As :func:`flat_evaluation`, for inputs of at least two of everything."""
+        return self._run(self._tables(model), tensors)
 
     def _tables(self, model: EScAIP) -> list[Tensor]:
         return (model.tables(False) or []) if self._tables_given else []
@@ -111,17 +117,9 @@ def run_padded(
         inputs: of a batch.
         has_forces: whether the model has direct forces.
     """
-    padded = inputs.padded()
-    results = run(padded.flat())
-    num_atoms, num_rows = inputs.weight.shape[0], inputs.vectors.shape[0]
-    energy, forces = results.pop(0)[:num_atoms], results.pop(0)[:num_atoms] if has_forces else None
-    if not results:
-        return ModelOutput(energy, forces), None
-    gradient = results[0]
-    if num_atoms < padded.weight.shape[0]:  # the second atom's token stands after those of the first
-        tokens = inputs.graph.num_tokens
-        gradient = torch.cat([gradient[:tokens], gradient[tokens + 1 :]])
-    return ModelOutput(energy, forces), gradient[:num_rows]
+    own = Sizes.of(inputs)
+    padded = own.at_least_two()
+    return unpad(run(pad(inputs, padded).flat()), padded, own, has_forces)
 
 
 def trace(function: Callable[..., list[Tensor]], arguments: list[Any], learning: bool) -> torch.fx.GraphModule:
@@ -163,7 +161,8 @@ def compile_example(settings: GraphSettings, dtype: torch.dtype, device: torch.d
     ones = torch.ones_like(system)
     atoms = AtomInputs(6 * ones, 0 * ones, ones, 8 * system)
     inputs = EvaluationInputs.of_graph(vectors, torch.ones(13, dtype=dtype), atoms, graph)
-    return EvaluationInputs.from_flat([x.to(device) for x in inputs.flat()])
+    inputs = EvaluationInputs.from_flat([x.to(device) for x in inputs.flat()])
+    return pad(inputs, Sizes.of(inputs).at_least_two())
 
 
 def check_distinct(inputs: EvaluationInputs) -> None:

@@ -99,6 +99,19 @@ class EScAIPConfig:
     vector_dropout: float = 0.0
     stochastic_depth: float = 0.0
 
+    def check_slack(self, slack: float) -> None:
+        """Raises ConfigError where a graph cannot be kept while distances change by so many Å.
+
+        It can where neighbors enter and leave with weight zero, so that some more beyond the envelope change nothing.
+        """
+        ranks_fade = self.num_neighbors is None or (self.soft and self.rank_truncation is None)
+        forces_fade = self.is_conservative or self.force_weighting == "envelope"
+        if slack > 0.0 and not (ranks_fade and forces_fade and self.boo_weighting == "envelope"):
+            raise ConfigError(
+                "the graph of this model cannot be kept while atoms move: its neighbors enter and leave with a jump "
+                "(hard or truncated ranks, or uniform weights), so leave graph_skin out"
+            )
+
     def __post_init__(self) -> None:
         if self.angular_channels is not None:
             object.__setattr__(self, "angular_channels", tuple(self.angular_channels))

@@ -27,8 +27,8 @@ _BYTES_PER_FEATURE = 120
 _MOST_KEPT = (4 * 2**30, 16 * 2**30)  # CPU, CUDA
 _PART, _LARGE_PART = 6_000, 200_000
 
-_LAYOUT = ("offsets", "center", "neighbor", "reverse", "self_token", "rank_base", "rank_token", "rank_other")
-_ATOMS = tuple(field.name for field in dataclasses.fields(AtomInputs))
+LAYOUT = ("offsets", "center", "neighbor", "reverse", "self_token", "rank_base", "rank_token", "rank_other")
+ATOMS = tuple(field.name for field in dataclasses.fields(AtomInputs))
 
 
 @dataclass(frozen=True)
@@ -50,60 +50,24 @@ class EvaluationInputs:
     @classmethod
     def of_graph(cls, vectors: Tensor, weight: Tensor, atoms: AtomInputs, graph: Graph) -> EvaluationInputs:
         """Of a batch, see :class:`~escaip.types.Graph`."""
-        return cls(vectors, weight, atoms, tuple(getattr(graph, name) for name in _LAYOUT))
+        return cls(vectors, weight, atoms, tuple(getattr(graph, name) for name in LAYOUT))
 
     @property
     def graph(self) -> Graph:
         """The graph; without the cell translations, which the displacements hold."""
-        layout = dict(zip(_LAYOUT, self.layout, strict=True))
+        layout = dict(zip(LAYOUT, self.layout, strict=True))
         num_tokens = layout["reverse"].shape[0]
         return Graph(**layout, shift=layout["center"], num_tokens=num_tokens, max_neighborhood=0)
 
     def flat(self) -> list[Tensor]:
         """All tensors in one order."""
-        return [self.vectors, self.weight, *(getattr(self.atoms, name) for name in _ATOMS), *self.layout]
+        return [self.vectors, self.weight, *(getattr(self.atoms, name) for name in ATOMS), *self.layout]
 
     @classmethod
     def from_flat(cls, tensors: Sequence[Tensor]) -> EvaluationInputs:
         """The inverse of :meth:`flat`."""
-        end = 2 + len(_ATOMS)
+        end = 2 + len(ATOMS)
         return cls(tensors[0], tensors[1], AtomInputs(*tensors[2:end]), tuple(tensors[end:]))
-
-    def padded(self) -> EvaluationInputs:
-        """At least two of everything: atoms, tokens, rows beyond the tokens, compared ranks."""
-        inputs = self._with_atom() if self.weight.shape[0] < 2 else self
-        layout = dict(zip(_LAYOUT, inputs.layout, strict=True))
-        vectors = inputs.vectors
-        if vectors.shape[0] - layout["reverse"].shape[0] < 2:
-            vectors = torch.cat([vectors, vectors.new_zeros(2, 3)])
-            layout |= {name: _more(layout[name], 2, 0) for name in ("center", "neighbor")}
-        if layout["rank_token"].shape[0] < 2:
-            # The self token's own rank is not read.
-            layout |= {name: _more(layout[name], 2, 0) for name in ("rank_token", "rank_other")}
-        return EvaluationInputs(vectors, inputs.weight, inputs.atoms, tuple(layout.values()))
-
-    def _with_atom(self) -> EvaluationInputs:
-        """With a second atom that has no neighbors, its token after those of the first."""
-        layout = dict(zip(_LAYOUT, self.layout, strict=True))
-        tokens, rows = layout["reverse"].shape[0], self.vectors.shape[0]
-
-        def insert(x: Tensor, value: int) -> Tensor:
-            return torch.cat([x[:tokens], x.new_full((1, *x.shape[1:]), value), x[tokens:]])
-
-        moved = torch.where(layout["rank_other"] < tokens, layout["rank_other"], layout["rank_other"] + 1)
-        layout |= {
-            "offsets": _more(layout["offsets"], 1, tokens + 1),
-            "center": insert(layout["center"], 1),
-            "neighbor": insert(layout["neighbor"], 1),
-            "reverse": insert(layout["reverse"], tokens),
-            "self_token": _more(layout["self_token"], 1, tokens),
-            "rank_base": insert(layout["rank_base"], 0),
-            "rank_other": moved if rows > tokens else layout["rank_other"],
-        }
-        atoms = AtomInputs(*(torch.cat([x, x]) for x in (getattr(self.atoms, name) for name in _ATOMS)))
-        return EvaluationInputs(
-            insert(self.vectors, 0), torch.cat([self.weight, self.weight]), atoms, tuple(layout.values())
-        )
 
 
 def evaluate(
@@ -183,10 +147,6 @@ _calls = itertools.count()
 def _malloc_trim() -> Callable[[int], int] | None:
     """Of the GNU C library, where the process has it."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-
-
-def _more(x: Tensor, count: int, value: int) -> Tensor:
-    return torch.cat([x, x.new_full((count, *x.shape[1:]), value)])
 
 
 def forces_of(gradient: Tensor, graph: Graph) -> Tensor:

@@ -177,8 +177,14 @@ class PackagedPotential(Potential):
         self._code = code
         self._is_compiled = True
 
-    def compile(self, *_: Any, **__: Any) -> None:
-        """It is compiled."""
+    def compile(self, *_: Any, cuda_graphs: bool = False, **__: Any) -> None:
+        """It is compiled.
+
+        Raises:
+            ConfigError: ``cuda_graphs``.
+        """
+        if cuda_graphs:
+            raise ConfigError(f"a package is not recorded in CUDA graphs: {_LOAD_INSTEAD}")
 
     def train(self, mode: bool = True) -> PackagedPotential:
         """As any module's.

@@ -19,6 +19,8 @@ from escaip.metadata import PotentialMetadata
 from escaip.model import EScAIP
 from escaip.ops import sum_rows
 from escaip.precision import check_precision, in_precision
+from escaip.recorded import RecordedEvaluation
+from escaip.references import references_of
 from escaip.types import AtomInputs, Graph, ModelOutput, NeighborList, Prediction
 
 if TYPE_CHECKING:
@@ -66,8 +68,8 @@ class Potential(nn.Module):
         self._dataset = -1
         self.recompute: bool | None = None
         self.precision = "highest"
-        self._is_compiled = False
-        self._compiled: dict[tuple[Any, ...], CompiledEvaluation | CodeEvaluation] = {}
+        self._is_compiled = self._is_recorded = False
+        self._compiled: dict[tuple[Any, ...], CompiledEvaluation | CodeEvaluation | RecordedEvaluation] = {}
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -139,36 +141,14 @@ class Potential(nn.Module):
             ConfigError: the force RMS of a set is not a positive number (no forces to scale by: the scale stays 1 when
                 no set has any), or an unknown ``scale``.
         """
-        if scale not in ("shared", "per_set"):
-            raise ConfigError(f"scale: {scale!r} is not shared or per_set")
-        if isinstance(statistics, Mapping):
-            self._set_several(dict(statistics), shares, scale)
-            return
-        references = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
-        for number, energy in statistics.element_references.items():
-            references[int(number)] = energy
-        self.element_references = references.to(self.device)
-        self.scale = torch.tensor(_force_scale(statistics), dtype=torch.float64, device=self.device)
-        values = {**self.metadata.to_dict(), "elements": sorted(int(z) for z in statistics.elements)}
-        self.set_metadata(PotentialMetadata.from_dict(values))
-
-    def _set_several(self, sets: dict[str, Statistics], shares: Mapping[str, float] | None, scale: str) -> None:
-        references = torch.full((len(sets), MAX_ATOMIC_NUMBER + 1), torch.nan, dtype=torch.float64)
-        for row, statistics in zip(references, sets.values(), strict=True):
-            for number, energy in statistics.element_references.items():
-                row[int(number)] = energy
-        scales = torch.tensor([_force_scale(statistics) for statistics in sets.values()], dtype=torch.float64)
-        if scale == "shared":
-            sizes = {name: float(statistics.num_structures) for name, statistics in sets.items()}
-            weights = torch.tensor([(shares or sizes)[name] for name in sets], dtype=torch.float64)
-            with_forces = torch.tensor([bool(item.label_counts.get("forces", 0)) for item in sets.values()])
-            if bool(with_forces.any()):
-                weights, known = weights[with_forces], scales[with_forces]
-                scales = scales.new_full(scales.shape, float(((weights * known**2).sum() / weights.sum()).sqrt()))
+        found = statistics if isinstance(statistics, Mapping) else {"": statistics}
+        references, scales = references_of(found, shares, scale)
+        if not isinstance(statistics, Mapping):
+            references, scales = references[0].nan_to_num(0.0), scales[0]
         self.element_references, self.scale = references.to(self.device), scales.to(self.device)
-        elements = sorted({int(z) for statistics in sets.values() for z in statistics.elements})
-        values = {**self.metadata.to_dict(), "elements": elements, "datasets": list(sets)}
-        self.set_metadata(PotentialMetadata.from_dict(values))
+        elements = sorted({int(z) for item in found.values() for z in item.elements})
+        names = {"datasets": list(found)} if isinstance(statistics, Mapping) else {}
+        self.set_metadata(PotentialMetadata.from_dict({**self.metadata.to_dict(), "elements": elements, **names}))
 
     def atomic_references(self, batch: Any) -> Tensor:
         """``(N,)`` float64 eV, the element reference of each atom.
@@ -220,6 +200,7 @@ class Potential(nn.Module):
         batch: Any,
         *,
         neighbors: NeighborList | None = None,
+        graph: Graph | None = None,
         compute_forces: bool = True,
         compute_stress: bool = False,
         create_graph: bool | None = None,
@@ -230,6 +211,8 @@ class Potential(nn.Module):
             batch: what :func:`escaip.data.collate` returns, on the potential's device.
             neighbors: candidate pairs complete up to at least ``search_cutoff`` (with a skin, for
                 instance); by default those attached to the batch, or a fresh list.
+            graph: of :meth:`graph_of` with some slack, for positions and cells that have not used it up; the batch is
+                then taken as it is, and nothing waits for the device.
             compute_forces: whether forces are wanted.
             compute_stress: whether stress is wanted; conservative models only.
             create_graph: keep the graph of the derivatives, for training on them; default: in
@@ -239,14 +222,12 @@ class Potential(nn.Module):
             UnsupportedElementError: an element the potential was not trained on.
             ConfigError: stress of a direct-force model, or a neighbor list that is too short.
         """
-        self._check_elements(batch.atomic_numbers)
-        self.model.system_embedding.check(batch.charge, batch.spin_multiplicity)
         if compute_stress and not self.config.is_conservative:
             raise ConfigError("a direct-force model has no stress: train with forces: conservative")
         create_graph = self.training if create_graph is None else create_graph
         differentiate = self.config.is_conservative and (compute_forces or compute_stress)
         num_systems = batch.ptr.numel() - 1
-        graph = build_graph(batch, self.config.graph, neighbors or _attached_neighbors(batch))
+        graph = self.graph_of(batch, neighbors) if graph is None else graph
         positions, cell = batch.positions.to(torch.float64), batch.cell.to(torch.float64)
         scale = self.atomic_scale(batch)
         learning = torch.is_grad_enabled() and (create_graph or not differentiate)
@@ -269,6 +250,19 @@ class Potential(nn.Module):
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()
         return Prediction(energy, forces, stress, atomic_energies)
+
+    def graph_of(self, batch: Any, neighbors: NeighborList | None = None, slack: float = 0.0) -> Graph:
+        """Checks a batch and builds its graph: see :func:`escaip.graph.build_graph`.
+
+        Raises:
+            UnsupportedElementError: an element the potential was not trained on.
+            ConfigError: ``slack`` for a model in which a neighbor counts as soon as it is there (as published).
+            DataError: a structure that no potential can mean.
+        """
+        self.config.check_slack(slack)
+        self._check_elements(batch.atomic_numbers)
+        self.model.system_embedding.check(batch.charge, batch.spin_multiplicity)
+        return build_graph(batch, self.config.graph, neighbors or _attached_neighbors(batch), slack)
 
     def _evaluate(
         self,
@@ -308,18 +302,29 @@ class Potential(nn.Module):
                 max_tokens=most, recompute=recompute and torch.is_grad_enabled(),
             )  # fmt: skip
 
-    def compile(self, *_: Any, **__: Any) -> None:
+    def compile(self, *_: Any, cuda_graphs: bool = False, **__: Any) -> None:
         """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.
 
         On a CPU what predictions need is compiled once per configuration, user and machine, and kept.
         Answers are those of the uncompiled potential to rounding, for batches of any size without compiling again.
         Evaluations that recompute, and those whose positions require gradients (for Hessians), are not compiled.
+
+        Args:
+            cuda_graphs: record predictions on CUDA in CUDA graphs: one launch instead of hundreds, which is what small
+                systems wait for. For simulations: sizes far from all that were met before are recorded anew.
+
+        Raises:
+            ConfigError: ``cuda_graphs`` for a potential that is not on CUDA.
         """
-        self._is_compiled = True
+        if cuda_graphs and self.device.type != "cuda":
+            raise ConfigError(f"cuda_graphs: the potential is on {self.device}: move it to CUDA, or leave them out")
+        if cuda_graphs != self._is_recorded:
+            self._compiled = {}
+        self._is_compiled, self._is_recorded = True, cuda_graphs
 
     def _compiled_evaluation(
         self, differentiate: bool, learning: bool, rounded: torch.dtype | None
-    ) -> CompiledEvaluation | CodeEvaluation:
+    ) -> CompiledEvaluation | CodeEvaluation | RecordedEvaluation:
         key = (differentiate, learning, self.training, rounded, self.precision == "tf32")
         if key not in self._compiled or not self._compiled[key].fits(self.model):
             if not learning and not self.training and serves(self.device):
@@ -327,7 +332,8 @@ class Potential(nn.Module):
             else:
                 example = compile_example(self.config.graph, self.dtype, self.device)
                 made = CompiledEvaluation(self.model, self.config.graph, example, differentiate, learning)
-                self._compiled[key] = made
+                recorded = self._is_recorded and not learning and not self.training
+                self._compiled[key] = RecordedEvaluation(made) if recorded else made
         return self._compiled[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -375,15 +381,6 @@ class Potential(nn.Module):
             raise UnsupportedElementError(
                 f"the potential was not trained on {names}: use structures of {seen}, or train on data with {names}"
             )
-
-
-def _force_scale(statistics: Statistics) -> float:
-    """Force RMS; 1 for a set without forces."""
-    if not statistics.label_counts.get("forces", 0):
-        return 1.0
-    if not statistics.force_rms > 0:
-        raise ConfigError(f"the training set's force RMS is {statistics.force_rms}: all its forces are zero")
-    return float(statistics.force_rms)
 
 
 def _attached_neighbors(batch: Any) -> NeighborList | None:

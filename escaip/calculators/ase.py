@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from escaip.calculators.topology import SkinnedNeighbors
+from escaip.calculators.topology import Place, SkinnedGraph, SkinnedNeighbors
 from escaip.errors import ConfigError, DataError
 from escaip.potential import Potential
 from escaip.precision import check_precision
@@ -25,6 +25,7 @@ class EScAIPCalculator(Calculator):
     """Energies, forces and stress of a potential for :class:`ase.Atoms`.
 
     The candidate neighbor list is kept with a skin and rebuilt exactly when it must be; answers do not depend on it.
+    With ``graph_skin`` so is the graph itself, and an evaluation then waits for the device once, for its results.
     Charge and spin multiplicity are read from ``atoms.info`` (``"charge"``, ``"spin_multiplicity"`` or ``"spin"``)
     by potentials that use them. Every evaluation gives forces and, with a periodic cell, stress: its cost beside the
     forces is within the noise, and constant-pressure runs then evaluate once per step.
@@ -39,10 +40,15 @@ class EScAIPCalculator(Calculator):
         dataset: whose element references give the energies, for potentials trained on several sets.
         precision: ``"highest"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"`` (docs/precision.md); by default the
             potential's, which of a file is the highest.
+        graph_skin: Å by which distances may change before the tokens are chosen again; 0 chooses them at every
+            evaluation. Some more tokens than needed are evaluated meanwhile, so that it is for CUDA and small systems,
+            where building the graph takes longer than evaluating it. Answers depend on it by rounding.
+        cuda_graphs: with ``compile``, on CUDA: one launch for each evaluation (:meth:`~escaip.Potential.compile`).
 
     Raises:
         CheckpointError: the file is missing, damaged or unsafe.
-        ConfigError: no such device or dtype, a precision that they do not have, or a negative skin.
+        ConfigError: no such device or dtype, a precision that they do not have, a negative skin, or a graph skin for
+            a model whose neighbors enter with a jump.
     """
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - ASE's name
@@ -59,31 +65,49 @@ class EScAIPCalculator(Calculator):
         skin: float = _SKIN,
         dataset: str | None = None,
         precision: str | None = None,
+        graph_skin: float = 0.0,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
-        if not skin >= 0.0:
-            raise ConfigError(f"skin is {skin}: it must be 0 or more Å")
+        for name, value in (("skin", skin), ("graph_skin", graph_skin)):
+            if not value >= 0.0:
+                raise ConfigError(f"{name} is {value}: it must be 0 or more Å")
         self.potential = _own_potential(model, device, dtype)
         if precision is not None:
             check_precision(precision, self.potential.dtype, self.potential.device)
             self.potential.precision = precision
         if compile:
-            self.potential.compile()
+            self.potential.compile(cuda_graphs=cuda_graphs)
+        elif cuda_graphs:
+            raise ConfigError("cuda_graphs records compiled code: set compile=True as well")
         if dataset is not None:
             self.potential.choose_dataset(dataset)
         if self.potential.datasets and self.potential.dataset is None:
             names = ", ".join(self.potential.datasets)
             raise ConfigError(f"the potential has references for each of {names}: choose one with dataset=NAME")
-        self.skin = float(skin)
+        self.skin, self.graph_skin = float(skin), float(graph_skin)
+        self.potential.config.check_slack(self.graph_skin)
         if not self.potential.config.is_conservative:
             self.implemented_properties = [name for name in self.implemented_properties if name != "stress"]
-        self._neighbors = SkinnedNeighbors(self.potential.search_cutoff, self.skin)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Of what the next evaluation makes anew."""
+        reach = self.potential.search_cutoff + self.graph_skin
+        self._neighbors = SkinnedNeighbors(reach, self.skin)
+        self._graph = SkinnedGraph(self.potential.graph_of, reach, self.graph_skin)
         self._batch: Any = None
+        self._place: Place | None = None
 
     @property
     def num_neighbor_builds(self) -> int:
         """Neighbor searches made so far."""
         return self._neighbors.num_builds
+
+    @property
+    def num_graph_builds(self) -> int:
+        """Graphs built so far."""
+        return self._graph.num_builds
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Says what changed since the last evaluation; total charge and spin count where the potential uses them."""
@@ -125,40 +149,55 @@ class EScAIPCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         with_stress = self.potential.config.is_conservative and _has_volume(self.atoms)
-        batch = self._to_batch(self.atoms, system_changes)
+        batch, place = self._to_batch(self.atoms, system_changes)
         with torch.no_grad():
-            prediction = self.potential(
-                batch, neighbors=self._neighbors.get(batch), compute_stress=with_stress, create_graph=False
-            )
-        energy = float(prediction.energy[0])
+            graph = self._graph.get(batch, place, lambda: self._neighbors.get(batch, place))
+            prediction = self.potential(batch, graph=graph, compute_stress=with_stress, create_graph=False)
+        assert prediction.forces is not None
+        parts = [prediction.energy, prediction.atomic_energies, prediction.forces]
+        if with_stress:
+            assert prediction.stress is not None
+            parts.append(prediction.stress)
+        # One copy from the device, and one wait.
+        values = torch.cat([part.detach().double().reshape(-1) for part in parts]).cpu().numpy()
+        count = len(batch.positions)
+        energy, energies, forces, stress = np.split(values, np.cumsum([1, count, 3 * count]))
         self.results = {
-            "energy": energy,
-            "free_energy": energy,
-            "energies": _array(prediction.atomic_energies),
-            "forces": _array(prediction.forces),
+            "energy": float(energy[0]),
+            "free_energy": float(energy[0]),
+            "energies": energies,
+            "forces": forces.reshape(-1, 3),
         }
         if with_stress:
-            self.results["stress"] = full_3x3_to_voigt_6_stress(_array(prediction.stress[0]))
+            self.results["stress"] = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what the next evaluation rebuilds."""
-        neighbors = SkinnedNeighbors(self.potential.search_cutoff, self.skin)
-        return {**self.__dict__, "_batch": None, "_neighbors": neighbors}
+        own = EScAIPCalculator.__new__(EScAIPCalculator)
+        own.__dict__.update(self.__dict__)
+        own._forget()
+        return own.__dict__
 
-    def _to_batch(self, atoms: Atoms, changes: Sequence[str]) -> Any:
-        """The structure on the device; only what changed is made anew."""
+    def _to_batch(self, atoms: Atoms, changes: Sequence[str]) -> tuple[Any, Place]:
+        """The structure on the device, where only what changed is made anew, and where its atoms are, on the host."""
         from escaip.data import AtomicData, collate
 
         if self._batch is None or not set(changes) <= {"positions", "cell"}:
-            self._batch = collate([AtomicData.from_ase(_bare(atoms))]).to(self.potential.device)
+            batch = collate([AtomicData.from_ase(_bare(atoms))])
+            self._place = Place.of(batch)
+            self._batch = batch.to(self.potential.device)
             self._neighbors.reset()
-            return self._batch
+            self._graph.reset()
+            return self._batch, self._place
         if not np.isfinite(atoms.positions).all():
             index = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
             raise DataError(f"{atoms.symbols}: coordinates of atom {index} are NaN or infinite: repair the structure")
-        self._batch.positions = torch.from_numpy(atoms.positions.copy()).to(self.potential.device)
-        self._batch.cell = torch.from_numpy(atoms.cell.array[None].copy()).to(self.potential.device)
-        return self._batch
+        assert self._place is not None
+        positions, cell = torch.from_numpy(atoms.positions.copy()), torch.from_numpy(atoms.cell.array.copy())
+        self._place = Place(positions, cell, self._place.pbc)
+        self._batch.positions = positions.to(self.potential.device)
+        self._batch.cell = cell[None].to(self.potential.device)
+        return self._batch, self._place
 
     def _charge_and_spin(self, atoms: Atoms) -> tuple[Any, Any]:
         config = self.potential.config
@@ -192,7 +231,3 @@ def _bare(atoms: Atoms) -> Atoms:
 
 def _has_volume(atoms: Atoms) -> bool:
     return bool(atoms.pbc.any()) and abs(np.linalg.det(atoms.cell.array)) > 0
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy().astype(np.float64)

@@ -41,23 +41,28 @@ def search_cutoff(settings: GraphSettings) -> float:
 
 
 @torch.no_grad()
-def build_graph(batch: Any, settings: GraphSettings, neighbors: NeighborList | None = None) -> Graph:
+def build_graph(
+    batch: Any, settings: GraphSettings, neighbors: NeighborList | None = None, slack: float = 0.0
+) -> Graph:
     """Builds the packed token layout of a batch.
 
     Args:
         batch: PyG batch (or one structure) with ``positions (N, 3)`` Å, ``cell (B, 3, 3)`` Å, ``pbc (B, 3)``,
             ``batch (N,)`` and ``ptr (B + 1,)``.
         settings: radius, k and the shape of the ranks.
-        neighbors: a list that is complete up to ``search_cutoff(settings)`` or beyond at the present positions
+        neighbors: a list that is complete up to ``search_cutoff(settings) + slack`` or beyond at the present positions
             (so one with a skin stays valid until it is used up); re-filtered by present distances, so the
             result is that of a fresh build. None to search.
+        slack: Å by which distances may change before the graph must be built again: it then has every token and every
+            comparison of ranks that may come to count, and the geometry of those that do not says so (``−inf``).
 
     Raises:
         ConfigError: a setting is out of range.
         DataError: see :func:`escaip.graph.neighbor_list`; or a periodic structure for settings that know none.
-        UsageError: ``neighbors`` does not reach far enough.
+        UsageError: ``neighbors`` does not reach far enough, or ``slack`` is negative, or positive for settings whose
+            ranks are hard or truncated, and so may change with any distance.
     """
-    cutoff = search_cutoff(settings)
+    cutoff = search_cutoff(settings) + _check_slack(slack, settings)
     systems = Systems.from_batch(batch)
     if not settings.periodic and bool(systems.pbc.any()):
         raise DataError(
@@ -69,13 +74,15 @@ def build_graph(batch: Any, settings: GraphSettings, neighbors: NeighborList | N
     elif neighbors.cutoff < cutoff:
         raise UsageError(
             f"neighbor list reaches {neighbors.cutoff:g} Å but these settings need {cutoff:g} Å: build it with "
-            "escaip.graph.neighbor_list(batch, search_cutoff(settings))"
+            f"escaip.graph.neighbor_list(batch, {cutoff:g})"
         )
     else:
         pairs = pairs_from(neighbors, systems, cutoff)
     lists = _make_lists(pairs, len(systems.positions))
     if settings.num_neighbors is None:
         windows = _select_radius(lists)
+    elif slack > 0.0:
+        windows = _select_soft_within(lists, settings, slack)
     elif settings.soft:
         windows = _select_soft(lists, settings)
     else:
@@ -202,6 +209,25 @@ def _select_soft(lists: _Lists, settings: GraphSettings) -> _Windows:
     return windows.choose(keep)
 
 
+def _select_soft_within(lists: _Lists, settings: GraphSettings, slack: float) -> _Windows:
+    """As :func:`_select_soft`, for all distances that differ from these by at most ``slack`` Å.
+
+    A gap of two distances then differs by twice as much at most, and so do the windows; whoever may come to be in one
+    is in it. An edge is kept if it is a token at the smallest distance and the smallest rank that it may get.
+    """
+    assert settings.num_neighbors is not None
+    reach = _support(settings) + 2.0 * slack
+    entry = ((lists.distance < settings.cutoff + slack) & (lists.edge >= 0)).nonzero().squeeze(1)
+    key, start = lists.key[entry], lists.start[lists.center[entry]]
+    low = torch.searchsorted(lists.key, key - reach, right=True)
+    surely_nearer = torch.searchsorted(lists.key, key - 2.0 * slack) - start
+    possible = (low - start) + surely_nearer + 1 < 2 * settings.num_neighbors
+    entry, key, low, start = entry[possible], key[possible], low[possible], start[possible]
+    windows = _pair(lists, entry, low - start, low, torch.searchsorted(lists.key, key + reach))
+    rank = _exact_ranks(lists, windows, settings, 2.0 * slack)
+    return windows.choose(_coordinate(lists, windows, rank, settings, slack) < 1.0)
+
+
 def _within_reach(lists: _Lists, settings: GraphSettings) -> Iterator[tuple[Tensor, Tensor]]:
     """Entries that are ranked, inside the cutoff with fewer than ``2k`` not farther: each adds at least half a rank.
 
@@ -230,8 +256,8 @@ def _pair(lists: _Lists, entry: Tensor, base: Tensor, low: Tensor, high: Tensor)
     return _Windows(entry, reverse, base.to(torch.float64), low, high).choose(reverse >= 0)
 
 
-def _coordinate(lists: _Lists, windows: _Windows, rank: Tensor, settings: GraphSettings) -> Tensor:
-    """``(C,)`` envelope coordinate ``x``, given ranks or bounds of them.
+def _coordinate(lists: _Lists, windows: _Windows, rank: Tensor, settings: GraphSettings, slack: float = 0.0) -> Tensor:
+    """``(C,)`` envelope coordinate ``x``, given ranks or bounds of them, at distances less ``slack`` Å.
 
     The same, to the last bit, for an edge and its reverse, so that what is decided by it is symmetric.
     """
@@ -239,17 +265,17 @@ def _coordinate(lists: _Lists, windows: _Windows, rank: Tensor, settings: GraphS
     scale = settings.envelope_scale
     own = rank / (settings.num_neighbors * scale)
     other = own[windows.reverse]
-    radial = lists.distance[windows.entry] / (settings.cutoff * scale)
+    radial = (lists.distance[windows.entry] - slack) / (settings.cutoff * scale)
     top = torch.maximum(torch.maximum(own, other), radial)
     total = (torch.exp(own - top) + torch.exp(other - top)) + torch.exp(radial - top)
     return scale * (top + torch.log(total))
 
 
-def _exact_ranks(lists: _Lists, windows: _Windows, settings: GraphSettings) -> Tensor:
-    """``(C,)`` float64: base plus the step over each window."""
+def _exact_ranks(lists: _Lists, windows: _Windows, settings: GraphSettings, less: float = 0.0) -> Tensor:
+    """``(C,)`` float64: base plus the step over each window, of gaps less ``less`` Å."""
     rank, distance = windows.base.clone(), lists.distance[windows.entry]
     for of, other in _window_pairs(windows):
-        gap = distance.index_select(0, of) - lists.distance.index_select(0, other)
+        gap = distance.index_select(0, of) - lists.distance.index_select(0, other) - less
         rank.index_add_(0, of, rank_step(gap / settings.rank_scale, settings.rank_step))
     return rank
 
@@ -319,6 +345,17 @@ def _pack(pairs: UndirectedPairs, lists: _Lists, windows: _Windows) -> Graph:
         num_tokens=num_tokens,
         max_neighborhood=int(count.max()) if num_atoms else 0,
     )
+
+
+def _check_slack(slack: float, settings: GraphSettings) -> float:
+    if not (slack >= 0.0 and math.isfinite(slack)):
+        raise UsageError(f"slack is {slack}: it must be 0 or more Å")
+    if slack > 0.0 and settings.num_neighbors is not None:
+        if not settings.soft:
+            raise UsageError(f"slack is {slack:g} Å, but hard ranks change with any distance: build without slack")
+        if settings.rank_truncation is not None:
+            raise UsageError(f"slack is {slack:g} Å, but truncated ranks change with any distance: build without slack")
+    return slack
 
 
 def _support(settings: GraphSettings) -> float:

@@ -152,7 +152,10 @@ class DistanceCurves(nn.Module):
 
     def encode(self, distance: Tensor, tabulated: bool) -> Tensor:
         """``(t,)`` Å to what :meth:`forward` takes: ``(t,)`` places in the table, or the ``(t, num_radial)`` basis."""
-        return distance * (self.num_intervals / self.cutoff) if tabulated else self.basis(distance)
+        if not tabulated:
+            return self.basis(distance)
+        # Tokens beyond the cutoff count for nothing, but a polynomial far from its interval is no finite nothing.
+        return distance.clamp(max=self.cutoff) * (self.num_intervals / self.cutoff)
 
     def forward(self, encoded: Tensor, curve: Curve, table: Tensor | None) -> Tensor:
         """Encoded distances to ``(t, H)``: from the table, or by the curve itself where there is none."""

@@ -30,16 +30,24 @@ def md_file(
     dtype: str | None = None,
     dataset: str | None = None,
     precision: str | None = None,
+    compile: bool = False,
+    graph_skin: float = 0.0,
+    cuda_graphs: bool = False,
     **settings: Any,
 ) -> MDResult:
-    """Runs molecular dynamics of a structure file with a model file; ``settings`` as in :class:`MDSettings`.
+    """Runs molecular dynamics of a structure file with a model file.
+
+    ``device`` to ``cuda_graphs`` as in :class:`~escaip.EScAIPCalculator`, ``settings`` as in :class:`MDSettings`.
 
     Raises:
         EscaipError: see :func:`~escaip.simulate.run_md`, :func:`~escaip.simulate.read_structure` and
             :class:`~escaip.EScAIPCalculator`.
     """
     checked = MDSettings(**settings)  # before the model is loaded: a mistyped number should cost no time
-    atoms = _load(model, structure, frame, device=device, dtype=dtype, dataset=dataset, precision=precision)
+    atoms = _load(
+        model, structure, frame, device=device, dtype=dtype, dataset=dataset, precision=precision, compile=compile,
+        graph_skin=graph_skin, cuda_graphs=cuda_graphs,
+    )  # fmt: skip
     report = None if quiet else ProgressLine()
     return run_md(atoms, checked, out=out, resume=resume, overwrite=overwrite, report=report)
 
@@ -54,6 +62,7 @@ def relax_file(
     dtype: str | None = None,
     dataset: str | None = None,
     precision: str | None = None,
+    compile: bool = False,
     **settings: Any,
 ) -> tuple[RelaxResult, Path]:
     """Relaxes a structure file with a model file; ``settings`` as in :func:`~escaip.simulate.relaxation`.
@@ -65,7 +74,9 @@ def relax_file(
         SimulationError: not converged; the structure reached is written all the same, and named.
         EscaipError: as in :func:`md_file`.
     """
-    atoms = _load(model, structure, frame, device=device, dtype=dtype, dataset=dataset, precision=precision)
+    atoms = _load(
+        model, structure, frame, device=device, dtype=dtype, dataset=dataset, precision=precision, compile=compile
+    )
     path = Path(out) if out is not None else Path(f"{Path(structure).stem}.relaxed.extxyz")
     result = relax(atoms, **settings)
     path.parent.mkdir(parents=True, exist_ok=True)

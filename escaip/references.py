@@ -1,0 +1,56 @@
+"""Element references and scale from the statistics of training sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from escaip.config import MAX_ATOMIC_NUMBER
+from escaip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from escaip.data import Statistics
+
+
+def references_of(
+    sets: Mapping[str, Statistics], shares: Mapping[str, float] | None, scale: str
+) -> tuple[Tensor, Tensor]:
+    """Of each of ``S`` sets.
+
+    Args:
+        sets: statistics by name.
+        shares: of each set in training, for the shared scale; default by structures.
+        scale: ``"shared"``, the force RMS of the mixture, or ``"per_set"``.
+
+    Returns:
+        References ``(S, 119)`` eV, NaN for elements that a set does not have, and scales ``(S,)`` eV, both float64.
+
+    Raises:
+        ConfigError: the force RMS of a set is not a positive number, or an unknown ``scale``.
+    """
+    if scale not in ("shared", "per_set"):
+        raise ConfigError(f"scale: {scale!r} is not shared or per_set")
+    references = torch.full((len(sets), MAX_ATOMIC_NUMBER + 1), torch.nan, dtype=torch.float64)
+    for row, statistics in zip(references, sets.values(), strict=True):
+        for number, energy in statistics.element_references.items():
+            row[int(number)] = energy
+    scales = torch.tensor([_force_scale(statistics) for statistics in sets.values()], dtype=torch.float64)
+    with_forces = torch.tensor([bool(item.label_counts.get("forces", 0)) for item in sets.values()])
+    if scale == "shared" and len(sets) > 1 and bool(with_forces.any()):
+        sizes = {name: float(statistics.num_structures) for name, statistics in sets.items()}
+        weights = torch.tensor([(shares or sizes)[name] for name in sets], dtype=torch.float64)[with_forces]
+        mean = (weights * scales[with_forces] ** 2).sum() / weights.sum()
+        scales = scales.new_full(scales.shape, float(mean.sqrt()))
+    return references, scales
+
+
+def _force_scale(statistics: Statistics) -> float:
+    """Force RMS; 1 for a set without forces."""
+    if not statistics.label_counts.get("forces", 0):
+        return 1.0
+    if not statistics.force_rms > 0:
+        raise ConfigError(f"the training set's force RMS is {statistics.force_rms}: all its forces are zero")
+    return float(statistics.force_rms)

@@ -1,0 +1,72 @@
+"""A graph with slack is that of every structure whose distances differ by no more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from graph_reference import KINDS, make_batch, random_system
+from test_graph_brute_force import SETTINGS, check_layout, edges_of, geometry_of
+
+from escaip.errors import UsageError
+from escaip.graph import build_graph, neighbor_list, search_cutoff
+from escaip.types import GraphSettings
+
+FADING = [settings for settings in SETTINGS if settings.soft or settings.num_neighbors is None]
+
+
+@pytest.mark.parametrize("settings", FADING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_gives_the_envelopes_of_a_fresh_build(settings: GraphSettings, kind: str) -> None:
+    rng = np.random.default_rng(300 + KINDS.index(kind))
+    for trial in range(4):
+        system = random_system(rng, kind, settings.cutoff)
+        slack = (0.1, 0.4)[trial % 2]
+        batch = make_batch(system)
+        graph = build_graph(batch, settings, slack=slack)
+        check_layout(graph)
+        listed = neighbor_list(batch, search_cutoff(settings) + slack)
+        assert edges_of(build_graph(batch, settings, listed, slack)) == edges_of(graph)
+        for _ in range(3):
+            step = torch.tensor(rng.normal(size=batch.positions.shape))
+            step = step / step.norm(dim=1, keepdim=True) * (0.5 * slack)  # towards each other: as far as it holds
+            moved = make_batch((batch.positions.numpy() + step.numpy(), *system[1:]))
+            fresh = build_graph(moved, settings)
+            expected = geometry_of(moved, fresh, settings).log_envelope.tolist()
+            found = geometry_of(moved, graph, settings).log_envelope.tolist()
+            kept = dict(zip(edges_of(graph, graph.num_tokens), found, strict=True))
+            for edge, value in zip(edges_of(fresh, fresh.num_tokens), expected, strict=True):
+                assert np.exp(kept.pop(edge)) == pytest.approx(np.exp(value), abs=1e-12)
+            assert max(map(np.exp, kept.values()), default=0.0) < 1e-12  # the others count for nothing
+
+
+def test_it_costs_some_tokens_and_no_more() -> None:
+    rng = np.random.default_rng(0)
+    settings = GraphSettings(cutoff=4.0, num_neighbors=8, rank_scale=0.2)
+    positions = rng.uniform(0.0, 9.0, (60, 3))
+    batch = make_batch((positions, np.eye(3) * 9.0, np.ones(3, bool)))
+    sizes = [build_graph(batch, settings, slack=slack).num_tokens for slack in (0.0, 0.05, 0.2)]
+    assert sizes[0] < sizes[1] < sizes[2] < 2.5 * sizes[0]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("settings", "slack", "message"),
+    [
+        (GraphSettings(cutoff=4.0, num_neighbors=8), -0.1, "slack is -0.1: it must be 0 or more"),
+        (GraphSettings(cutoff=4.0, num_neighbors=8), float("nan"), "slack is nan"),
+        (GraphSettings(cutoff=4.0, num_neighbors=8, soft=False), 0.1, "hard ranks"),
+        (GraphSettings(cutoff=4.0, num_neighbors=8, rank_truncation=20), 0.1, "truncated ranks"),
+    ],
+)
+def test_slack_that_means_nothing(settings: GraphSettings, slack: float, message: str) -> None:
+    batch = make_batch((np.zeros((1, 3)), np.zeros((3, 3)), np.zeros(3, bool)))
+    with pytest.raises(UsageError, match=message):
+        build_graph(batch, settings, slack=slack)
+
+
+def test_a_list_without_the_slack_is_refused() -> None:
+    settings = GraphSettings(cutoff=4.0, num_neighbors=8)
+    batch = make_batch((np.zeros((1, 3)), np.zeros((3, 3)), np.zeros(3, bool)))
+    with pytest.raises(UsageError, match="but these settings need"):
+        build_graph(batch, settings, neighbor_list(batch, search_cutoff(settings)), 0.2)
