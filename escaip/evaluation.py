@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import itertools
+import mmap
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from escaip.types import AtomInputs, Graph, GraphSettings, ModelOutput
 _BYTES_PER_FEATURE = 120
 _MOST_KEPT = (4 * 2**30, 16 * 2**30)  # CPU, CUDA
 _PART, _LARGE_PART = 6_000, 200_000
+_MOST_HELD = 2**30  # bytes that the C library may hold between parts
 
 LAYOUT = ("offsets", "center", "neighbor", "reverse", "self_token", "rank_base", "rank_token", "rank_other")
 ATOMS = tuple(field.name for field in dataclasses.fields(AtomInputs))
@@ -114,7 +115,8 @@ def plan_parts(config: EScAIPConfig, num_tokens: int, device: torch.device) -> t
     """How a prediction is divided: ``max_tokens`` and ``recompute`` of :func:`evaluate`.
 
     On a CPU parts that stay in its caches are the faster ones (2 048 atoms of copper, 1m preset: 1.1 against 1.5 ms per
-    atom). Beyond a few GiB what is kept for the derivative is computed again instead, for about a fifth more time.
+    atom). Beyond a few GiB what is kept for the derivative is computed again instead, for about half as much time
+    more.
     """
     kept = num_tokens * config.num_layers * config.hidden_size * _BYTES_PER_FEATURE
     recompute = kept > _MOST_KEPT[device.type == "cuda"]
@@ -126,27 +128,43 @@ def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _trimmed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls, after giving free memory back to the system.
+    """Calls, after giving free memory back to the system where there is much of it.
 
     What a part leaves behind lies scattered between what is kept, and the C library would hold twice as much (copper,
-    5m preset: 1.6 against 0.8 GB for 7 000 atoms). Before the call, since a second call ends as soon as it has what is
-    needed.
+    5m preset: 1.6 against 0.8 GB for 7 000 atoms). Fresh pages cost as much time as the computing, so it may hold a GiB
+    (docs/performance.md). Before the call, since a second call ends as soon as it has what is needed.
     """
-    trim = _malloc_trim()
-    if trim is not None and next(_calls) % _CALLS_PER_TRIM == 0:
-        trim(0)
+    library = _c_library()
+    if library is not None:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            resident = int(statm.read().split()[1]) * mmap.PAGESIZE
+        held = library.mallinfo2()
+        if resident - held.uordblks - held.hblkhd > _MOST_HELD:
+            library.malloc_trim(0)
     return function(*arguments)
 
 
-# Fresh pages cost time, too.
-_CALLS_PER_TRIM = 4
-_calls = itertools.count()
+class _MallocInfo(ctypes.Structure):
+    """``struct mallinfo2``: bytes in use are ``uordblks``, and ``hblkhd`` in mappings of their own."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
 
 
 @functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """Of the GNU C library, where the process has it."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+def _c_library() -> ctypes.CDLL | None:
+    """That of GNU, where the process has it, of version 2.33 or newer."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    if not (hasattr(library, "mallinfo2") and hasattr(library, "malloc_trim")):
+        return None
+    library.mallinfo2.restype = _MallocInfo
+    return library
 
 
 def forces_of(gradient: Tensor, graph: Graph) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from escaip.ahead import state_of
 from escaip.compile import CompiledEvaluation
 from escaip.errors import ConfigError
 from escaip.evaluation import EvaluationInputs
@@ -88,7 +89,7 @@ class RecordedEvaluation:
 
     def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
         """As :func:`escaip.evaluation.evaluate`."""
-        state = [(weight.data_ptr(), weight._version) for weight in model.parameters()]
+        state = state_of(model)
         if state != self._state:  # what is made of weights once, as tables of the distance, is another tensor now
             self._recordings, self._state = [], state
         own = Sizes.of(inputs)

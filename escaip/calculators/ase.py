@@ -92,7 +92,7 @@ class EScAIPCalculator(Calculator):
         self._forget()
 
     def _forget(self) -> None:
-        """Of what the next evaluation makes anew."""
+        """Forgets what the next evaluation makes anew."""
         reach = self.potential.search_cutoff + self.graph_skin
         self._neighbors = SkinnedNeighbors(reach, self.skin)
         self._graph = SkinnedGraph(self.potential.graph_of, reach, self.graph_skin)
@@ -172,11 +172,13 @@ class EScAIPCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what the next evaluation rebuilds."""
-        own = EScAIPCalculator.__new__(EScAIPCalculator)
-        own.__dict__.update(self.__dict__)
-        own._forget()
-        return own.__dict__
+        """Leaves out what the next evaluation makes anew."""
+        made = ("_batch", "_place", "_neighbors", "_graph")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def _to_batch(self, atoms: Atoms, changes: Sequence[str]) -> tuple[Any, Place]:
         """The structure on the device, where only what changed is made anew, and where its atoms are, on the host."""

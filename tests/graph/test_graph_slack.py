@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,27 @@ def test_it_gives_the_envelopes_of_a_fresh_build(settings: GraphSettings, kind: 
             for edge, value in zip(edges_of(fresh, fresh.num_tokens), expected, strict=True):
                 assert np.exp(kept.pop(edge)) == pytest.approx(np.exp(value), abs=1e-12)
             assert max(map(np.exp, kept.values()), default=0.0) < 1e-12  # the others count for nothing
+
+
+def test_the_farthest_of_a_shell_may_become_the_nearest() -> None:
+    """Each of the others may move away: none is surely nearer."""
+    settings = GraphSettings(cutoff=4.0, num_neighbors=3, rank_scale=0.05)
+    corners = np.array(list(itertools.product((-1.0, 1.0), repeat=3))) / np.sqrt(3.0)
+
+    def star(radii: np.ndarray):
+        return make_batch(
+            (np.concatenate([np.zeros((1, 3)), corners * radii[:, None]]), np.zeros((3, 3)), np.zeros(3, bool))
+        )
+
+    radii = 3.0 + 0.06 * np.arange(8)
+    assert (0, 8, 0, 0, 0) not in edges_of(build_graph(star(radii), settings))
+    kept = build_graph(star(radii), settings, slack=0.4)
+    moved = star(radii + np.array([0.2] * 7 + [-0.2]))
+    fresh = build_graph(moved, settings)
+    place = edges_of(fresh, fresh.num_tokens).index((0, 8, 0, 0, 0))
+    expected = geometry_of(moved, fresh, settings).log_envelope[place]
+    found = geometry_of(moved, kept, settings).log_envelope[edges_of(kept, kept.num_tokens).index((0, 8, 0, 0, 0))]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0.0)
 
 
 def test_it_costs_some_tokens_and_no_more() -> None:

@@ -111,6 +111,19 @@ def test_traced_graphs_give_eager_answers_for_every_size(
     assert num_graphs() == 1
 
 
+@pytest.mark.slow
+def test_inductor_gives_eager_answers_in_the_process(use_backend: Callable[[str], None]) -> None:
+    """As where nothing is compiled ahead of time; on one thread, as below."""
+    use_backend("inductor")
+    eager = make_potential(num_layers=1).eval()
+    compiled = copy.deepcopy(eager)
+    compiled.compile()
+    assert len(batches()) == 10
+    for batch in batches():
+        assert_equal(answers(compiled, batch), answers(eager, batch))
+    assert 1 <= num_graphs() <= 2  # Inductor compares sizes with widths of this tiny model
+
+
 @pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(ahead, "cache_folder", lambda _: tmp_path)
