@@ -115,8 +115,8 @@ def plan_parts(config: EScAIPConfig, num_tokens: int, device: torch.device) -> t
     """How a prediction is divided: ``max_tokens`` and ``recompute`` of :func:`evaluate`.
 
     On a CPU parts that stay in its caches are the faster ones (2 048 atoms of copper, 1m preset: 1.1 against 1.5 ms per
-    atom). Beyond a few GiB what is kept for the derivative is computed again instead, for about half as much time
-    more.
+    atom). Beyond a few GiB what is kept for the derivative is computed again instead, for half as much time again
+    to twice the time (docs/performance.md).
     """
     kept = num_tokens * config.num_layers * config.hidden_size * _BYTES_PER_FEATURE
     recompute = kept > _MOST_KEPT[device.type == "cuda"]
