@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import mmap
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,12 @@ from escaip.ops import sum_rows
 from escaip.precision import in_precision, rounding
 from escaip.types import AtomInputs, Graph, GraphSettings, ModelOutput
 
-# What autograd keeps for one feature of one token in one block: 29 numbers of four bytes, as measured.
-_BYTES_PER_FEATURE = 120
+# What autograd keeps for one feature of one token in one block of a prediction: 60 to 64 (benchmarks/kept.py).
+_BYTES_PER_FEATURE = 64
 _MOST_KEPT = (4 * 2**30, 16 * 2**30)  # CPU, CUDA
 _PART, _LARGE_PART = 6_000, 200_000
 _MOST_HELD = 2**30  # bytes that the C library may hold between parts
+_ABOUT = 2**28  # as near to the peak of the process as this counts as there
 
 LAYOUT = ("offsets", "center", "neighbor", "reverse", "self_token", "rank_base", "rank_token", "rank_other")
 ATOMS = tuple(field.name for field in dataclasses.fields(AtomInputs))
@@ -80,7 +82,7 @@ def evaluate(
     create_graph: bool,
     *,
     max_tokens: int | None = None,
-    recompute: bool = False,
+    recompute: float = 0.0,
 ) -> tuple[ModelOutput, Tensor | None]:
     """Runs a model, and differentiates the weighted sum of its energies with respect to the displacements.
 
@@ -92,7 +94,8 @@ def evaluate(
         differentiate: whether the gradient is wanted.
         create_graph: whether the gradient will be differentiated.
         max_tokens: process whole neighborhoods of at most so many tokens at a time; None for all at once.
-        recompute: keep only what enters a part of a layer, and run it again for the derivative (arXiv 1604.06174).
+        recompute: share of the parts of layers of which only what enters is kept, to be run again for the derivative
+            (arXiv 1604.06174).
 
     Returns:
         The output, and the gradient ``(R, 3)`` in the dtype of the displacements if it was asked for.
@@ -103,7 +106,7 @@ def evaluate(
     with in_precision("highest", vectors.device) as rounded:
         parts = split_tokens(graph, token_geometry(vectors, graph, settings, dtype), max_tokens)
         # Torch's autocast leaves float64 alone, too.
-        run = rounding(_recomputed if recompute else call, None if dtype == torch.float64 else rounded, vectors.device)
+        run = rounding(_keeping(recompute), None if dtype == torch.float64 else rounded, vectors.device)
         output = model(inputs.atoms, parts, tables, run)
         if not differentiate:
             return output, None
@@ -111,16 +114,46 @@ def evaluate(
     return output, gradient
 
 
-def plan_parts(config: EScAIPConfig, num_tokens: int, device: torch.device) -> tuple[int | None, bool]:
+@contextlib.contextmanager
+def frozen(model: EScAIP) -> Iterator[None]:
+    """Weights need no derivatives within: what only they would ask for is not kept, which is half of all."""
+    learned = [weight for weight in model.parameters() if weight.requires_grad and weight.is_leaf]
+    for weight in learned:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in learned:
+            weight.requires_grad_()
+
+
+def plan_parts(config: EScAIPConfig, num_tokens: int, device: torch.device) -> tuple[int | None, float]:
     """How a prediction is divided: ``max_tokens`` and ``recompute`` of :func:`evaluate`.
 
     On a CPU parts that stay in its caches are the faster ones (2 048 atoms of copper, 1m preset: 1.1 against 1.5 ms per
-    atom). Beyond a few GiB what is kept for the derivative is computed again instead, for half as much time again
-    to twice the time (docs/performance.md).
+    atom). A few GiB are kept for the derivative, and what goes beyond is computed again, so that the time grows with the
+    share that does not fit (docs/performance.md).
     """
     kept = num_tokens * config.num_layers * config.hidden_size * _BYTES_PER_FEATURE
-    recompute = kept > _MOST_KEPT[device.type == "cuda"]
+    recompute = max(0.0, 1.0 - _MOST_KEPT[device.type == "cuda"] / max(kept, 1))
     return (_PART if device.type == "cpu" else _LARGE_PART if recompute else None), recompute
+
+
+def _keeping(recompute: float) -> Callable[..., Any]:
+    """How parts are run: as they are, or a share of them, evenly spread, by :func:`_recomputed`."""
+    if not 0.0 < recompute < 1.0:
+        return _recomputed if recompute else call
+    due = 0.0
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        nonlocal due
+        due += recompute
+        if due < 1.0:
+            return function(*arguments)
+        due -= 1.0
+        return _recomputed(function, *arguments)
+
+    return run
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -128,19 +161,23 @@ def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _trimmed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls, after giving free memory back to the system where there is much of it.
+    """Calls, after giving free memory back to the system where the process would outgrow itself with much of it free.
 
     What a part leaves behind lies scattered between what is kept, and the C library would hold twice as much (copper,
-    5m preset: 1.6 against 0.8 GB for 7 000 atoms). Fresh pages cost as much time as the computing, so it may hold a GiB
-    (docs/performance.md). Before the call, since a second call ends as soon as it has what is needed.
+    5m preset: 1.6 against 0.8 GB for 7 000 atoms). Fresh pages cost as much time as the computing, so it may hold a GiB,
+    and all that the process has held before (docs/performance.md). Before the call, since a second call ends as soon as
+    it has what is needed.
     """
     library = _c_library()
     if library is not None:
+        import resource  # of Unix only
+
         with open("/proc/self/statm", encoding="ascii") as statm:
             resident = int(statm.read().split()[1]) * mmap.PAGESIZE
-        held = library.mallinfo2()
-        if resident - held.uordblks - held.hblkhd > _MOST_HELD:
-            library.malloc_trim(0)
+        if resident > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - _ABOUT:
+            held = library.mallinfo2()
+            if resident - held.uordblks - held.hblkhd > _MOST_HELD:
+                library.malloc_trim(0)
     return function(*arguments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from escaip.ahead import CodeEvaluation, kept_code, serves
 from escaip.compile import CompiledEvaluation, compile_example
 from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
 from escaip.errors import ConfigError, UnsupportedElementError
-from escaip.evaluation import EvaluationInputs, evaluate, forces_of, plan_parts, stress_of
+from escaip.evaluation import EvaluationInputs, evaluate, forces_of, frozen, plan_parts, stress_of
 from escaip.graph import build_graph, displacements, search_cutoff
 from escaip.metadata import PotentialMetadata
 from escaip.model import EScAIP
@@ -291,16 +292,17 @@ class Potential(nn.Module):
         weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
         inputs = EvaluationInputs.of_graph(vectors, weight, atoms, graph)
         predicting = not (learning or create_graph)
-        most, recompute = plan_parts(self.config, graph.num_tokens, self.device) if predicting else (None, False)
-        recompute = recompute if self.recompute is None else self.recompute
+        most, recompute = plan_parts(self.config, graph.num_tokens, self.device) if predicting else (None, 0.0)
+        recompute = recompute if self.recompute is None else float(self.recompute)
         check_precision(self.precision, self.dtype, self.device)
         with in_precision(self.precision, self.device) as rounded:
             if self._is_compiled and not recompute and not vectors.requires_grad:
                 return self._compiled_evaluation(differentiate, learning, rounded)(self.model, inputs)
-            return evaluate(
-                self.model, self.config.graph, inputs, self.model.tables(learning), differentiate, create_graph,
-                max_tokens=most, recompute=recompute and torch.is_grad_enabled(),
-            )  # fmt: skip
+            with frozen(self.model) if predicting else contextlib.nullcontext():
+                return evaluate(
+                    self.model, self.config.graph, inputs, self.model.tables(learning), differentiate, create_graph,
+                    max_tokens=most, recompute=recompute if torch.is_grad_enabled() else 0.0,
+                )  # fmt: skip
 
     def compile(self, *_: Any, cuda_graphs: bool = False, **__: Any) -> None:
         """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import ase.build
 import pytest
@@ -78,25 +79,70 @@ def test_recomputation_does_not_change_training(options: dict[str, object]) -> N
     assert_equal(answers(potential, batch), expected)
 
 
-def test_recomputation_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What autograd holds after the forward, counted by the hooks that see every saved tensor."""
-    potential = make_potential().eval()
-    batch = make_batch()
-    monkeypatch.setattr(escaip.evaluation, "_PART", 40)
+def kept_for(potential: Potential, monkeypatch: pytest.MonkeyPatch, most_kept: int | None) -> int:
+    """Numbers that autograd holds after the forward, counted by the hooks that see every saved tensor."""
     held: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
         held[x.data_ptr()] = x.numel()
         return x
 
-    sizes = []
-    for recompute in (False, True):
-        potential.recompute = recompute
-        held.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(escaip.evaluation, "_PART", 40)
+        if most_kept is not None:
+            patch.setattr(escaip.evaluation, "_MOST_KEPT", (most_kept, most_kept))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            potential(batch)
-        sizes.append(sum(held.values()))
-    assert sizes[1] < sizes[0] / 2
+            potential(make_batch())
+    return sum(held.values())
+
+
+def test_recomputation_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    potential = make_potential().eval()
+    all_of_it = kept_for(potential, monkeypatch, None)
+    potential.recompute = True
+    assert kept_for(potential, monkeypatch, None) < all_of_it / 2
+
+
+def test_what_does_not_fit_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more: the time of large predictions grows with the share that does not fit."""
+    potential, batch = make_potential().eval(), make_batch()
+    c, num_tokens = potential.config, potential.graph_of(batch).num_tokens
+    bytes_kept = num_tokens * c.num_layers * c.hidden_size * escaip.evaluation._BYTES_PER_FEATURE
+    nothing, half, everything = (kept_for(potential, monkeypatch, n) for n in (0, bytes_kept // 2, bytes_kept))
+    assert everything == kept_for(potential, monkeypatch, None)
+    assert nothing + 0.25 * (everything - nothing) < half < nothing + 0.75 * (everything - nothing)
+    expected = answers(potential, batch)
+    monkeypatch.setattr(escaip.evaluation, "_MOST_KEPT", (bytes_kept // 2,) * 2)
+    assert_equal(answers(potential, batch), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_the_share_computed_again_is_spread_evenly(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[int] = []
+
+    def recomputed(function: Callable[[int], int], i: int) -> int:
+        again.append(i)
+        return function(i)
+
+    monkeypatch.setattr(escaip.evaluation, "_recomputed", recomputed)
+    run = escaip.evaluation._keeping(share)
+    assert [run(lambda i: i + 1, i) for i in range(100)] == list(range(1, 101))
+    for start in range(0, 100, 20):
+        assert abs(sum(start <= i < start + 20 for i in again) - 20 * share) <= 1
+
+
+def test_a_prediction_keeps_nothing_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that could learn and weights that cannot are the same to it, and what could learn still can."""
+    potential = make_potential().eval()
+    frozen = make_potential().eval().requires_grad_(False)
+    assert kept_for(potential, monkeypatch, None) == kept_for(frozen, monkeypatch, None)
+    assert all(weight.requires_grad for weight in potential.parameters())
+    potential.model.energy_head.requires_grad_(False)
+    potential(make_batch())
+    assert not any(weight.requires_grad for weight in potential.model.energy_head.parameters())
+    with pytest.raises(RuntimeError, match="broken"), escaip.evaluation.frozen(potential.model):
+        raise RuntimeError("broken")
+    assert sum(weight.requires_grad for weight in potential.parameters()) > 10
 
 
 def test_parts_are_whole_neighborhoods_in_order() -> None:
