@@ -131,8 +131,8 @@ def plan_parts(config: EScAIPConfig, num_tokens: int, device: torch.device) -> t
     """How a prediction is divided: ``max_tokens`` and ``recompute`` of :func:`evaluate`.
 
     On a CPU parts that stay in its caches are the faster ones (2 048 atoms of copper, 1m preset: 1.1 against 1.5 ms per
-    atom). A few GiB are kept for the derivative, and what goes beyond is computed again, so that the time grows with the
-    share that does not fit (docs/performance.md).
+    atom). A few GiB are kept for the derivative, and what goes beyond is computed again, so that the time grows with
+    the share that does not fit (docs/performance.md).
     """
     kept = num_tokens * config.num_layers * config.hidden_size * _BYTES_PER_FEATURE
     recompute = max(0.0, 1.0 - _MOST_KEPT[device.type == "cuda"] / max(kept, 1))
@@ -164,9 +164,9 @@ def _trimmed(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls, after giving free memory back to the system where the process would outgrow itself with much of it free.
 
     What a part leaves behind lies scattered between what is kept, and the C library would hold twice as much (copper,
-    5m preset: 1.6 against 0.8 GB for 7 000 atoms). Fresh pages cost as much time as the computing, so it may hold a GiB,
-    and all that the process has held before (docs/performance.md). Before the call, since a second call ends as soon as
-    it has what is needed.
+    5m preset: 1.6 against 0.8 GB for 7 000 atoms). Fresh pages cost as much time as the computing, so it may hold a
+    GiB, and all that the process has held before (docs/performance.md). Before the call, since a second call ends as
+    soon as it has what is needed.
     """
     library = _c_library()
     if library is not None:
