@@ -51,9 +51,9 @@ def token_budget(potential: Potential, derivatives: bool = True) -> int:
 def bytes_per_token(config: EScAIPConfig, dtype: torch.dtype, differentiate: bool) -> int:
     """Memory that a token takes while a pack is evaluated, from above.
 
-    Measured on a CPU, in numbers per token and feature, beside what is returned here: kept for a derivative 45 of 64, 60
-    of 80, 77 of 96, 95 of 112 and 129 of 144 (presets 1m to 85m, benchmarks/kept.py); without, 20 of 27 and 39 of 42
-    (1m and 45m with direct forces).
+    Measured on a CPU, in numbers per token and feature, beside what is returned here: kept for a derivative 45 of 64,
+    60 of 80, 77 of 96, 95 of 112 and 129 of 144 (presets 1m to 85m, benchmarks/kept.py); without, 20 of 27 and 39 of
+    42 (1m and 45m with direct forces).
     """
     numbers = 16 * (config.num_layers + 1) if differentiate else 12 + 5 * config.num_layers
     return numbers * config.hidden_size * dtype.itemsize
