@@ -51,6 +51,7 @@ _CONSERVATIVE = {"architecture": "escaip", "direct": False, "export": f"{WEIGHTS
 _DIRECT = {"architecture": "escaip", "direct": True, "export": f"{WEIGHTS}direct"}
 _OURS = {"weights": f"{WEIGHTS}conservative"}
 _OURS_DIRECT = {"weights": f"{WEIGHTS}direct"}
+_SMALLER = {"preset": "1m", "hidden_size": 64, "angular_channels": [5, 3, 1, 3, 4]}  # about as many as CHGNet has
 
 # fairchem's come first: they leave the weights that escaip's at the published size take.
 VARIANTS: tuple[Variant, ...] = (
@@ -70,10 +71,14 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("escaip published size direct, table", "escaip", {**_OURS_DIRECT, "distance_table": "inference"}),
     Variant("escaip published size direct, table, compiled", "escaip",
             {**_OURS_DIRECT, "distance_table": "inference", "compiled": True}),
+    Variant("escaip 0.45 M", "escaip", _SMALLER),
+    Variant("escaip 0.45 M, compiled", "escaip", {**_SMALLER, "compiled": True}),
     Variant("escaip 1m", "escaip", {"preset": "1m"}, SUITES),
     Variant("escaip 1m, compiled", "escaip", {"preset": "1m", "compiled": True}, SUITES),
     Variant("escaip 5m", "escaip", {"preset": "5m"}, _TRAINED),
     Variant("escaip 5m, compiled", "escaip", {"preset": "5m", "compiled": True}, _TRAINED),
+    Variant("escaip 20m, compiled", "escaip", {"preset": "20m", "compiled": True}),
+    Variant("MACE medium, 8 elements", "mace", {"size": "medium-few"}),
     Variant("MACE-MP-0 small", "mace", {"size": "mp-small"}, _TRAINED),
     Variant("MACE-MP-0 medium", "mace", {"size": "mp-medium"}, _TRAINED),
     Variant("MACE-MP-0 small, compiled", "mace", {"size": "mp-small", "compiled": True}),
@@ -97,8 +102,15 @@ RELATIONS: tuple[Relation, ...] = (
     Relation("escaip published size direct, table", "fairchem EScAIP direct", same_function=True),
     Relation("escaip published size direct, table, compiled", "fairchem EScAIP direct", same_function=True),
     Relation("escaip published size direct, table, compiled", "fairchem EScAIP direct, compiled"),
+    Relation("escaip published size, table, compiled", "fairchem AllScAIP"),
     Relation("escaip 1m", "MACE-MP-0 small"),
+    # About as many parameters each:
+    Relation("escaip 0.45 M, compiled", "CHGNet 0.3.0"),
     Relation("escaip 1m, compiled", "NequIP medium, compiled"),
+    Relation("escaip 1m, compiled", "MACE medium, 8 elements"),
+    Relation("escaip 5m, compiled", "MACE-MP-0 small"),
+    Relation("escaip 5m, compiled", "MACE-MP-0 medium"),
+    Relation("escaip 20m, compiled", "ORB v3 20, compiled"),
 )
 
 

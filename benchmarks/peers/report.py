@@ -45,6 +45,22 @@ def case_table(rows: Sequence[Row], reference: str = REFERENCE) -> str:
     return markdown_table(header, lines)
 
 
+def summary_table(rows: Sequence[Row], suite: str) -> str:
+    """µs per atom of every variant in every case of a suite, by the number of parameters."""
+    chosen = [row for row in rows if row.suite == suite]
+    cases = list(dict.fromkeys(row.case for row in chosen))
+    cells: dict[tuple[str, str], Row] = {}
+    for row in chosen:  # the reference is in every group: its first row stands for it
+        cells.setdefault((row.variant, row.case), row)
+    sizes = {row.variant: row.parameters or 0 for row in chosen}
+    lines = []
+    for name in sorted(sizes, key=lambda name: sizes[name]):
+        found = [cells.get((name, case)) for case in cases]
+        each = ["—" if row is None or row.seconds is None else digits(1e6 * row.seconds / row.atoms) for row in found]
+        lines.append([name, f"{sizes[name] / 1e6:.2f} M" if sizes[name] else "—", *each])
+    return markdown_table(["µs per atom", "parameters", *cases], lines)
+
+
 def relate(rows: Sequence[Row], relation: Relation) -> dict[str, Any] | None:
     """How many times as fast; None where one of the two took no part in the case."""
     by = {row.variant: row for row in rows}

@@ -237,6 +237,8 @@ def main() -> None:
                 result["minutes"] = (time.monotonic() - start) / 60.0
                 if args.out:
                     write_json(args.out, result)
+    for suite in dict.fromkeys(row.suite for row in rows):
+        print(f"\n{suite}\n{report.summary_table(rows, suite)}")
     print("", *(report.relation_line(item) for item in report.relations(rows)), sep="\n")
     if slopes := report.slopes(rows):
         print(f"\n{report.slope_table(slopes)}")

@@ -8,7 +8,7 @@ reach a gradient (``0 · NaN`` is NaN). Atoms flagged ``fixed`` carry no force l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,17 +32,20 @@ class LossTerm:
         kind: ``"mae"``, ``"mse"`` or ``"huber"``.
         delta: where Huber turns from quadratic to linear, in the unit of the label. Huber is divided by ``delta``, so
             that it has the slope of the MAE for large errors.
+        final_weight: what ``weight`` becomes towards the end of a training, see :meth:`LossSettings.at`; default the
+            same.
 
     Raises:
-        ConfigError: an unknown kind, a negative weight, a ``delta`` not above 0.
+        ConfigError: an unknown kind, a negative weight, a ``delta`` not above 0, a final weight for a term left out.
     """
 
     weight: float = 0.0
     kind: str = "mae"
     delta: float = 0.01
+    final_weight: float | None = None
 
     def __post_init__(self) -> None:
-        _check_term(self.weight, self.kind, self.delta, SCALAR_KINDS)
+        _check_term(self, SCALAR_KINDS)
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,20 @@ class ForceTerm:
         delta: as in :class:`LossTerm`.
         average: ``"structure"`` averages over the atoms of each structure, then over structures; ``"atom"`` over all
             atoms at once.
+        final_weight: as in :class:`LossTerm`.
 
     Raises:
-        ConfigError: an unknown kind or average, a negative weight, a ``delta`` not above 0.
+        ConfigError: as :class:`LossTerm`, or an unknown average.
     """
 
     weight: float = 10.0
     kind: str = "l2"
     delta: float = 0.01
     average: str = "structure"
+    final_weight: float | None = None
 
     def __post_init__(self) -> None:
-        _check_term(self.weight, self.kind, self.delta, FORCE_KINDS)
+        _check_term(self, FORCE_KINDS)
         if self.average not in AVERAGES:
             raise ConfigError(f"force loss average {self.average!r} does not exist: choose {' or '.join(AVERAGES)}")
 
@@ -76,22 +81,55 @@ class ForceTerm:
 class LossSettings:
     """Total loss ``Σ weight · term`` over the terms ``energy``, ``forces`` and ``stress``.
 
+    Attributes:
+        energy: per atom.
+        forces: of atoms that are free to move.
+        stress: of periodic structures.
+        change_after: part of a training after which weights begin to move to the final ones.
+
     Raises:
-        ConfigError: every weight is 0.
+        ConfigError: every weight is 0, or ``change_after`` is outside [0, 1].
     """
 
     energy: LossTerm = field(default_factory=lambda: LossTerm(weight=1.0))
     forces: ForceTerm = field(default_factory=ForceTerm)
     stress: LossTerm = field(default_factory=LossTerm)
+    change_after: float = 0.5
 
     def __post_init__(self) -> None:
+        if not 0 <= self.change_after <= 1:
+            raise ConfigError(f"losses.change_after is {self.change_after}: it must be in [0, 1]")
         if not any(weight > 0 for weight in self.weights):
             raise ConfigError("every loss weight is 0: set losses.energy.weight, losses.forces.weight or both")
 
     @property
     def weights(self) -> tuple[float, float, float]:
-        """Weights in the order of ``TERMS``."""
-        return self.energy.weight, self.forces.weight, self.stress.weight
+        """Weights at the end of a training, those of a validation, in the order of ``TERMS``."""
+        energy, forces, stress = (
+            term.weight if term.final_weight is None else term.final_weight
+            for term in (self.energy, self.forces, self.stress)
+        )
+        return energy, forces, stress
+
+    def at(self, progress: float) -> LossSettings:
+        """Returns the settings with the weights of a moment of the training.
+
+        After ``change_after`` each weight moves to its final one by equal factors in equal times, so that energies gain
+        on forces while the learning rate falls (the idea is that of the prefactors of DeePMD, arXiv 1707.09571).
+
+        Args:
+            progress: part of the training that is done, in [0, 1].
+        """
+        late = max(0.0, progress - self.change_after) / max(1.0 - self.change_after, 1e-12)
+
+        def moved(term: Any) -> Any:
+            if term.final_weight is None:
+                return term
+            return replace(
+                term, weight=term.weight * (term.final_weight / term.weight) ** min(1.0, late), final_weight=None
+            )
+
+        return replace(self, energy=moved(self.energy), forces=moved(self.forces), stress=moved(self.stress))
 
 
 @dataclass(frozen=True)
@@ -199,10 +237,18 @@ def _penalty(error: Tensor, kind: str, delta: float) -> Tensor:
     return torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta) / delta
 
 
-def _check_term(weight: float, kind: str, delta: float, kinds: tuple[str, ...]) -> None:
-    if kind not in kinds:
-        raise ConfigError(f"loss kind {kind!r} does not exist: choose {' or '.join(kinds)}")
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ConfigError(f"loss weight {weight} is not usable: it must be a number of at least 0")
-    if not delta > 0:
-        raise ConfigError(f"loss delta {delta} is not usable: it must be above 0")
+def _check_term(term: LossTerm | ForceTerm, kinds: tuple[str, ...]) -> None:
+    if term.kind not in kinds:
+        raise ConfigError(f"loss kind {term.kind!r} does not exist: choose {' or '.join(kinds)}")
+    if not (math.isfinite(term.weight) and term.weight >= 0):
+        raise ConfigError(f"loss weight {term.weight} is not usable: it must be a number of at least 0")
+    if not term.delta > 0:
+        raise ConfigError(f"loss delta {term.delta} is not usable: it must be above 0")
+    if term.final_weight is None:
+        return
+    if not (math.isfinite(term.final_weight) and term.final_weight > 0):
+        raise ConfigError(f"loss final_weight {term.final_weight} is not usable: it must be a number above 0")
+    if term.weight == 0:
+        raise ConfigError(
+            f"loss final_weight is {term.final_weight}, but weight is 0: set a small weight to start from"
+        )

@@ -108,6 +108,7 @@ class PotentialModule(LightningModule):
         self.validation_errors = ErrorMetrics(losses)
         self.last_errors: dict[str, dict[str, float]] = {}
         self._dropout_seed = 0
+        self._total_steps = 1
         self._loader_state: dict[str, Any] | None = None
         self._recent: list[str] = []
 
@@ -171,14 +172,15 @@ class PotentialModule(LightningModule):
         Raises:
             TrainingError: the loss is NaN or Inf.
         """
-        _, forces, stress = self.losses.weights
+        losses = self.losses.at(self.trainer.global_step / self._total_steps)
+        _, forces, stress = losses.weights
         prediction = self.potential(batch, compute_forces=forces > 0, compute_stress=stress > 0, create_graph=True)
-        terms = loss_sums(prediction, batch, self.losses)
+        terms = loss_sums(prediction, batch, losses)
         local = torch.cat([terms.sums.detach(), terms.counts, error_sums(prediction, batch)])
         total = sum_over_processes(local)
         counts = total[3:6]
-        loss = terms.total(self.losses, counts) * self.trainer.world_size
-        logged = LossSums(total[:3], counts).total(self.losses)
+        loss = terms.total(losses, counts) * self.trainer.world_size
+        logged = LossSums(total[:3], counts).total(losses)
         self._remember(batch)
         if not torch.isfinite(logged):
             raise loss_failure(self.trainer, float(logged), local[:3], batch)
@@ -242,6 +244,7 @@ class PotentialModule(LightningModule):
         optimizer = make_optimizer(self, self.learning_rate, self.weight_decay)
         total = self.trainer.estimated_stepping_batches
         schedule = make_schedule(optimizer, total, self.warmup_fraction, self.final_fraction)
+        self._total_steps = max(1, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -285,6 +285,22 @@ def test_table_has_medians_ratios_and_reasons() -> None:
     assert lines[4][-1] == "RuntimeError: no/way"
 
 
+def test_summary_is_ordered_by_size_and_counts_atoms() -> None:
+    rows = [
+        row("large", [0.4], 200),
+        row("small", [0.1, 0.2, 0.3], 200),
+        row("small", [0.9], 200),  # of another group
+        row("large", [], 400, "training", why="no training"),
+    ]
+    for item in rows:
+        item.parameters = 2_000_000 if item.variant == "large" else 500_000
+    table = report.summary_table(rows, "inference")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert lines[2] == ["small", "0.50 M", "1000"]
+    assert lines[3] == ["large", "2.00 M", "2000"]
+    assert "—" in report.summary_table(rows, "training").splitlines()[2]
+
+
 def test_relations_compare_turn_by_turn() -> None:
     relation = plan.Relation("ours", "theirs", same_function=True)
     rows = [

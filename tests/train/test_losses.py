@@ -127,6 +127,18 @@ def test_sums_add_up_over_batches() -> None:
     assert together == pytest.approx(float(loss_sums(shift(whole), whole, settings).total(settings)), rel=1e-13)
 
 
+def test_weights_move_to_the_final_ones() -> None:
+    settings = LossSettings(LossTerm(1.0, final_weight=100.0), ForceTerm(10.0, final_weight=5.0), LossTerm(3.0), 0.6)
+    assert settings.weights == (100.0, 5.0, 3.0)  # what a validation counts
+    for progress in (0.0, 0.3, 0.6):
+        assert settings.at(progress).weights == pytest.approx((1.0, 10.0, 3.0))
+    assert settings.at(0.8).weights == pytest.approx((10.0, 50.0**0.5, 3.0))
+    for progress in (1.0, 1.2):
+        assert settings.at(progress).weights == pytest.approx(settings.weights)
+    assert LossSettings(LossTerm(1.0, final_weight=4.0), change_after=1.0).at(0.99).weights[0] == 1.0
+    assert LossSettings().at(0.9) == LossSettings()
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("make", "text"),
@@ -138,6 +150,10 @@ def test_sums_add_up_over_batches() -> None:
         (lambda: LossTerm(1.0, "huber", 0.0), "delta 0.0"),
         (lambda: ForceTerm(average="batch"), "'batch'"),
         (lambda: LossSettings(LossTerm(0.0), ForceTerm(0.0)), "every loss weight is 0"),
+        (lambda: LossTerm(1.0, final_weight=0.0), "final_weight 0.0"),
+        (lambda: ForceTerm(1.0, final_weight=math.inf), "final_weight inf"),
+        (lambda: LossTerm(0.0, final_weight=2.0), "final_weight is 2.0, but weight is 0"),
+        (lambda: LossSettings(change_after=1.5), "change_after is 1.5"),
     ],
 )
 def test_settings_that_mean_nothing(make, text: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 RESIDUAL, PLAIN = "RealAgnosticResidualInteractionBlock", "RealAgnosticInteractionBlock"
 ORGANIC = (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)
+FEW = (1, 6, 7, 8, 11, 14, 17, 29)  # of the structures here: every element costs parameters
 EVERY = (*range(1, 84), *range(89, 95))
 # As published for MACE-MP-0 (arXiv 2401.00096) and MACE-OFF23 (arXiv 2312.15211); the numbers of parameters are theirs.
 SIZES: dict[str, dict[str, Any]] = {
@@ -23,6 +24,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mp-medium": {"irreps": "128x0e + 128x1o", "cutoff": 6.0, "bessel": 10, "first": RESIDUAL, "elements": EVERY},
     "off-small": {"irreps": "96x0e", "cutoff": 4.5, "bessel": 8, "first": PLAIN, "elements": ORGANIC},
     "off-medium": {"irreps": "128x0e + 128x1o", "cutoff": 5.0, "bessel": 8, "first": PLAIN, "elements": ORGANIC},
+    "medium-few": {"irreps": "128x0e + 128x1o", "cutoff": 6.0, "bessel": 10, "first": RESIDUAL, "elements": FEW},
 }
 
 
