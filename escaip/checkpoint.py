@@ -21,11 +21,11 @@ from torch import Tensor
 
 from escaip.config import EScAIPConfig
 from escaip.errors import CheckpointError, ConfigError, EscaipError
-from escaip.potential import Potential, PotentialMetadata
+from escaip.potential import ENERGY_BUFFERS, Potential, PotentialMetadata
 from escaip.precision import PRECISIONS, check_precision
 
 PotentialKind = TypeVar("PotentialKind", bound=Potential)
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
 
 
@@ -163,7 +163,12 @@ def _from_version_1(description: dict[str, Any]) -> dict[str, Any]:
     return upgraded
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+def _from_version_2(description: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 had no shifts of the element references: they are zero (see :func:`build_potential`)."""
+    return {**description, "schema": 3}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1, 2: _from_version_2}
 
 
 def _is_zip(path: Path) -> bool:
@@ -234,7 +239,9 @@ def build_potential(
         if floating:
             potential = potential.to(floating[0])
         # One set of references, or one for each of several: the file says.
-        for name in ("element_references", "scale"):
+        shifts = torch.zeros_like(weights["element_references"], dtype=torch.float64)
+        weights = {"element_shifts": shifts, **weights}  # before version 3 there were none
+        for name in ENERGY_BUFFERS:
             setattr(potential, name, torch.zeros_like(weights[name], dtype=torch.float64))
         potential.load_state_dict(weights)
     except EscaipError as error:

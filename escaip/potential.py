@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from escaip.ahead import CodeEvaluation, kept_code, serves
 from escaip.compile import CompiledEvaluation, compile_example
 from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
-from escaip.errors import ConfigError, UnsupportedElementError
+from escaip.errors import ConfigError
 from escaip.evaluation import EvaluationInputs, evaluate, forces_of, frozen, plan_parts, stress_of
 from escaip.graph import build_graph, displacements, search_cutoff
 from escaip.metadata import PotentialMetadata
@@ -21,7 +21,7 @@ from escaip.model import EScAIP
 from escaip.ops import sum_rows
 from escaip.precision import check_precision, in_precision
 from escaip.recorded import RecordedEvaluation
-from escaip.references import references_of
+from escaip.references import check_elements, dataset_codes, missing_reference, references_of
 from escaip.types import AtomInputs, Graph, ModelOutput, NeighborList, Prediction
 
 if TYPE_CHECKING:
@@ -30,13 +30,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Potential", "PotentialMetadata"]
 
+ENERGY_BUFFERS = ("element_references", "element_shifts", "scale")
+"""Of a potential: one set of each, or one for each of several data sets."""
+
 
 class Potential(nn.Module):
     """An interatomic potential: model, element references, scale and derivatives.
 
-    ``E = Σ_i (reference[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in float64.
-    Potentials trained on several sets have references and a scale for each, chosen by ``batch.dataset`` or, where that
-    says nothing, by :meth:`choose_dataset`. Forces are ``−∂E/∂r`` or, for direct-force models, ``scale ·`` the force
+    ``E = Σ_i (reference[Z_i] + shift[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in
+    float64. Potentials trained on several sets have all three for each, chosen by ``batch.dataset`` or, where that says
+    nothing, by :meth:`choose_dataset`. Forces are ``−∂E/∂r`` or, for direct-force models, ``scale ·`` the force
     head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in tension. Positions and cells are read in
     float64, displacements formed in float64 and cast to the model's dtype (float32 or float64).
 
@@ -47,6 +50,7 @@ class Potential(nn.Module):
     Attributes:
         element_references: ``(119,)`` eV by atomic number, or ``(S, 119)`` for several sets, NaN for elements that a
             set does not have.
+        element_shifts: of the same shape, eV, what training adds to them (docs/training.md).
         scale: ``()`` or ``(S,)`` eV.
         recompute: keep only what enters each layer and compute the rest again for derivatives: less memory for about a
             third more time. None, the default: where a prediction would otherwise keep several GiB; never in training.
@@ -55,6 +59,7 @@ class Potential(nn.Module):
     """
 
     element_references: Tensor
+    element_shifts: Tensor
     scale: Tensor
     supported: Tensor
 
@@ -62,7 +67,8 @@ class Potential(nn.Module):
         super().__init__()
         self.config = config
         self.model = EScAIP(config)
-        self.register_buffer("element_references", torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
+        for name in ("element_references", "element_shifts"):
+            self.register_buffer(name, torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
         self.register_buffer("supported", torch.ones(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool), persistent=False)
         self.set_metadata(metadata or PotentialMetadata())
@@ -146,10 +152,15 @@ class Potential(nn.Module):
         references, scales = references_of(found, shares, scale)
         if not isinstance(statistics, Mapping):
             references, scales = references[0].nan_to_num(0.0), scales[0]
-        self.element_references, self.scale = references.to(self.device), scales.to(self.device)
+        self.set_references(references, scales)
         elements = sorted({int(z) for item in found.values() for z in item.elements})
         names = {"datasets": list(found)} if isinstance(statistics, Mapping) else {}
         self.set_metadata(PotentialMetadata.from_dict({**self.metadata.to_dict(), "elements": elements, **names}))
+
+    def set_references(self, references: Tensor, scale: Tensor) -> None:
+        """Sets references, ``(119,)`` or ``(S, 119)`` eV, and scale, ``()`` or ``(S,)`` eV; shifts are zero then."""
+        self.element_references, self.scale = references.to(self.device), scale.to(self.device)
+        self.element_shifts = torch.zeros_like(self.element_references)
 
     def atomic_references(self, batch: Any) -> Tensor:
         """``(N,)`` float64 eV, the element reference of each atom.
@@ -158,42 +169,35 @@ class Potential(nn.Module):
             ConfigError: the potential has several sets of references and the batch does not say which.
             UnsupportedElementError: an element that the set did not have.
         """
-        if self.element_references.dim() == 1:
-            return self.element_references[batch.atomic_numbers]
-        code = self._dataset_codes(batch)[batch.batch]
-        references = self.element_references[code, batch.atomic_numbers]
-        if bool(torch.isnan(references).any()):
-            from ase.data import chemical_symbols
-
-            first = int(torch.isnan(references).nonzero()[0])
-            symbol, name = chemical_symbols[int(batch.atomic_numbers[first])], self.datasets[int(code[first])]
-            raise UnsupportedElementError(
-                f"the set {name} had no {symbol}, so there is no reference energy for it: use another set's references"
-            )
+        references = self._of_atoms(self.element_references, batch)
+        if self.element_references.dim() == 2 and bool(torch.isnan(references).any()):
+            raise missing_reference(references, batch, self._dataset_codes(batch), self.datasets)
         return references
+
+    def atomic_shifts(self, batch: Any) -> Tensor:
+        """``(N,)`` float64 eV, what training adds to the reference of each atom."""
+        return self._of_atoms(self.element_shifts, batch)
 
     def atomic_scale(self, batch: Any) -> Tensor:
         """``()`` or ``(N,)`` float64 eV, what the model's energies are multiplied by."""
         return self.scale if self.scale.dim() == 0 else self.scale[self._dataset_codes(batch)[batch.batch]]
 
+    def _of_atoms(self, table: Tensor, batch: Any) -> Tensor:
+        if table.dim() == 1:
+            return table[batch.atomic_numbers]
+        return table[self._dataset_codes(batch)[batch.batch], batch.atomic_numbers]
+
     def _dataset_codes(self, batch: Any) -> Tensor:
         """``(B,)`` the set of each structure."""
-        stated = batch.dataset if "dataset" in batch else batch.ptr.new_full((batch.ptr.numel() - 1,), -1)
-        codes = torch.where(stated < 0, self._dataset, stated)
-        if bool((codes < 0).any()) or bool((codes >= len(self.datasets)).any()):
-            raise ConfigError(
-                f"the potential has references for each of {', '.join(self.datasets)}: say whose energies are meant "
-                "(dataset=NAME of load_potential and EScAIPCalculator, --dataset NAME on the command line)"
-            )
-        return codes
+        return dataset_codes(batch, self._dataset, self.datasets)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Potential:
-        """Moves like any module, but keeps references and scale in float64."""
-        references, scale = self.element_references, self.scale
+        """Moves like any module, but keeps references, shifts and scale in float64."""
+        kept = {name: getattr(self, name) for name in ENERGY_BUFFERS}
         super()._apply(fn, recurse)
         device = self.element_references.device
-        self.element_references = references.to(device)
-        self.scale = scale.to(device)
+        for name, values in kept.items():
+            setattr(self, name, values.to(device))
         return self
 
     def forward(
@@ -238,7 +242,8 @@ class Potential(nn.Module):
             output, gradient = self._evaluate(
                 vectors, graph, AtomInputs.of_batch(batch), scale, differentiate, create_graph, learning
             )
-            atomic_energies = self.atomic_references(batch) + scale * output.energy.double()
+            offsets = self.atomic_references(batch) + self.atomic_shifts(batch)
+            atomic_energies = offsets + scale * output.energy.double()
             energy = sum_rows(atomic_energies, batch.batch, num_systems)
             forces, stress = None, None
             if gradient is not None and compute_forces:
@@ -261,7 +266,7 @@ class Potential(nn.Module):
             DataError: a structure that no potential can mean.
         """
         self.config.check_slack(slack)
-        self._check_elements(batch.atomic_numbers)
+        check_elements(batch.atomic_numbers, self.supported, self.metadata.elements)
         self.model.system_embedding.check(batch.charge, batch.spin_multiplicity)
         return build_graph(batch, self.config.graph, neighbors or _attached_neighbors(batch), slack)
 
@@ -371,18 +376,6 @@ class Potential(nn.Module):
         from escaip.checkpoint import save_potential
 
         save_potential(self, path)
-
-    def _check_elements(self, atomic_numbers: Tensor) -> None:
-        known = self.supported[atomic_numbers]
-        if not bool(known.all()):
-            from ase.data import chemical_symbols
-
-            unseen = sorted(set(atomic_numbers[~known].tolist()))
-            names = ", ".join(chemical_symbols[z] for z in unseen)
-            seen = " ".join(chemical_symbols[z] for z in self.metadata.elements)
-            raise UnsupportedElementError(
-                f"the potential was not trained on {names}: use structures of {seen}, or train on data with {names}"
-            )
 
 
 def _attached_neighbors(batch: Any) -> NeighborList | None:

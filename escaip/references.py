@@ -1,15 +1,15 @@
-"""Element references and scale from the statistics of training sets."""
+"""Element references and scale: from the statistics of training sets, and whose are meant."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from escaip.config import MAX_ATOMIC_NUMBER
-from escaip.errors import ConfigError
+from escaip.errors import ConfigError, UnsupportedElementError
 
 if TYPE_CHECKING:
     from escaip.data import Statistics
@@ -54,3 +54,55 @@ def _force_scale(statistics: Statistics) -> float:
     if not statistics.force_rms > 0:
         raise ConfigError(f"the training set's force RMS is {statistics.force_rms}: all its forces are zero")
     return float(statistics.force_rms)
+
+
+def dataset_codes(batch: Any, chosen: int, names: Sequence[str]) -> Tensor:
+    """``(B,)`` int64, the set of each structure.
+
+    Args:
+        batch: which may state some, −1 where it does not.
+        chosen: for those, or −1.
+        names: of the sets.
+
+    Raises:
+        ConfigError: neither says which.
+    """
+    stated = batch.dataset if "dataset" in batch else batch.ptr.new_full((batch.ptr.numel() - 1,), -1)
+    codes = torch.where(stated < 0, chosen, stated)
+    if bool((codes < 0).any()) or bool((codes >= len(names)).any()):
+        raise ConfigError(
+            f"the potential has references for each of {', '.join(names)}: say whose energies are meant "
+            "(dataset=NAME of load_potential and EScAIPCalculator, --dataset NAME on the command line)"
+        )
+    return codes
+
+
+def missing_reference(references: Tensor, batch: Any, codes: Tensor, names: Sequence[str]) -> UnsupportedElementError:
+    """The error for the first of the ``(N,)`` references that is NaN."""
+    from ase.data import chemical_symbols
+
+    first = int(torch.isnan(references).nonzero()[0])
+    symbol, name = chemical_symbols[int(batch.atomic_numbers[first])], names[int(codes[batch.batch[first]])]
+    return UnsupportedElementError(
+        f"the set {name} had no {symbol}, so there is no reference energy for it: use another set's references"
+    )
+
+
+def check_elements(atomic_numbers: Tensor, supported: Tensor, elements: Sequence[int]) -> None:
+    """Raises UnsupportedElementError for atoms that a potential was not trained on.
+
+    Args:
+        atomic_numbers: ``(N,)``.
+        supported: ``(119,)`` bool by atomic number.
+        elements: the same as numbers, for the message.
+    """
+    known = supported[atomic_numbers]
+    if not bool(known.all()):
+        from ase.data import chemical_symbols
+
+        unseen = sorted(set(atomic_numbers[~known].tolist()))
+        names = ", ".join(chemical_symbols[z] for z in unseen)
+        seen = " ".join(chemical_symbols[z] for z in elements)
+        raise UnsupportedElementError(
+            f"the potential was not trained on {names}: use structures of {seen}, or train on data with {names}"
+        )

@@ -42,6 +42,7 @@ class Statistics:
         references_unique: False when the compositions do not determine the references (a single molecule, a fixed
             stoichiometry): the references are then those of least norm, their sum still right for such compositions.
         mean_neighbors: neighbors per atom, where it was measured.
+        references_fitted: False when the references are given energies of isolated atoms.
     """
 
     element_references: dict[int, float]
@@ -53,6 +54,7 @@ class Statistics:
     label_counts: dict[str, int] = field(default_factory=dict)
     references_unique: bool = True
     mean_neighbors: float | None = None
+    references_fitted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; NaN becomes None."""
@@ -240,6 +242,7 @@ class TrainingSums:
             statistics,
             element_references=references,
             references_unique=unique,
+            references_fitted=isolated_energies is None,
             energy_residual_rms_per_atom=self._residual_rms(factor, references),
         )
 

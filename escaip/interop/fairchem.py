@@ -156,7 +156,7 @@ def _normalize(
                 potential.model.force_head.magnitude.output.weight.mul_(factors[0])
         if len(sets) == 1:
             references, scale = references[0].nan_to_num(0.0), scale[0]
-        potential.element_references, potential.scale = references, scale
+        potential.set_references(references, scale)
     values = {name: value for name, value in options.items() if isinstance(value, bool | int | float | str | list)}
     provenance = {"imported_from": "fairchem-core EScAIP", "fairchem_options": values}
     potential.set_metadata(PotentialMetadata(tuple(elements), datasets=tuple(sets), provenance=provenance))

@@ -12,12 +12,13 @@ from torch import Tensor
 from escaip.checkpoint import describe_potential
 from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError
-from escaip.potential import Potential, PotentialMetadata
+from escaip.potential import ENERGY_BUFFERS, Potential, PotentialMetadata
 from escaip.train.guard import check_prediction, gradient_failure, loss_failure
 from escaip.train.losses import TERMS, LossSettings, LossSums, loss_sums
-from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums
+from escaip.train.metrics import NUM_SUMS, ErrorMetrics, error_sums, errors_from_sums
 from escaip.train.optim import make_optimizer, make_schedule
 from escaip.train.reduction import sum_over_processes, trained_with_scaler
+from escaip.train.references import ReferenceFit
 from escaip.train.settings import plain_values
 from escaip.types import Prediction
 
@@ -56,6 +57,7 @@ class PotentialModule(LightningModule):
         datasets: Sequence[str] = (),
         compile: bool = False,
         recompute: bool = False,
+        refit_references: bool = True,
     ) -> None:
         """Builds the potential.
 
@@ -73,6 +75,8 @@ class PotentialModule(LightningModule):
                 takes minutes, the others half as long as without.
             recompute: keep only what enters each block and compute the rest again for the derivatives: a fraction of
                 the memory for about a third more time (arXiv 1604.06174).
+            refit_references: after each epoch shift the element references by a fit to what the energies are still off
+                (docs/training.md); those given as energies of isolated atoms stay.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
@@ -95,6 +99,7 @@ class PotentialModule(LightningModule):
             "datasets": list(datasets),
             "compile": compile,
             "recompute": recompute,
+            "refit_references": refit_references,
         }
         self.save_hyperparameters(plain_values(settings), logger=False)
         self.losses = losses
@@ -107,6 +112,8 @@ class PotentialModule(LightningModule):
             self.potential.compile()
         self.validation_errors = ErrorMetrics(losses)
         self.last_errors: dict[str, dict[str, float]] = {}
+        self.refit_references = refit_references
+        self._reference_fit: ReferenceFit | None = None
         self._dropout_seed = 0
         self._total_steps = 1
         self._loader_state: dict[str, Any] | None = None
@@ -138,6 +145,9 @@ class PotentialModule(LightningModule):
                 self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
             else:
                 self.potential.set_statistics(statistics)
+            if self.refit_references:
+                fitted = [item.references_fitted for item in (statistics.values() if several else [statistics])]
+                self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)
             level = getattr(data, "level_of_theory", "")
             if self.potential.metadata.level_of_theory == "unknown" and level:
                 values = {**self.potential.metadata.to_dict(), "level_of_theory": level}
@@ -177,6 +187,8 @@ class PotentialModule(LightningModule):
         prediction = self.potential(batch, compute_forces=forces > 0, compute_stress=stress > 0, create_graph=True)
         terms = loss_sums(prediction, batch, losses)
         local = torch.cat([terms.sums.detach(), terms.counts, error_sums(prediction, batch)])
+        if self._reference_fit is not None:
+            local = torch.cat([local, self._reference_fit.of_batch(prediction, batch)])
         total = sum_over_processes(local)
         counts = total[3:6]
         loss = terms.total(losses, counts) * self.trainer.world_size
@@ -184,7 +196,8 @@ class PotentialModule(LightningModule):
         self._remember(batch)
         if not torch.isfinite(logged):
             raise loss_failure(self.trainer, float(logged), local[:3], batch)
-        errors = errors_from_sums(total[6:])
+        self._refit(total[6 + NUM_SUMS :])
+        errors = errors_from_sums(total[6 : 6 + NUM_SUMS])
         shown = {f"train/{name}": errors[name] for name in _SHOWN if name in errors}
         self.log_dict({"train/loss": float(logged), **shown}, batch_size=1)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
@@ -251,6 +264,8 @@ class PotentialModule(LightningModule):
         """Adds what :func:`escaip.load_potential` reads, the seed of dropout and the place in the data."""
         checkpoint["escaip"] = describe_potential(self.potential)
         checkpoint["dropout_seed"] = self._dropout_seed
+        if self._reference_fit is not None:
+            checkpoint["reference_fit"] = self._reference_fit.sums
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "state_dict"):
             checkpoint["train_loader"] = loader.state_dict()
@@ -259,11 +274,17 @@ class PotentialModule(LightningModule):
         """Takes elements, level of theory and the seed from a checkpoint; weights come by themselves."""
         if "escaip" in checkpoint:
             self.potential.set_metadata(PotentialMetadata.from_dict(checkpoint["escaip"]["metadata"]))
+        for weights in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
+            if "potential.element_references" in weights:  # before schema 3 there were no shifts
+                shifts = torch.zeros_like(weights["potential.element_references"])
+                weights.setdefault("potential.element_shifts", shifts)
         # One set of references, or one for each of several: the checkpoint says.
-        for name in ("element_references", "scale"):
+        for name in ENERGY_BUFFERS:
             stored = checkpoint["state_dict"].get(f"potential.{name}")
             if stored is not None:
                 setattr(self.potential, name, stored.to(self.potential.device, copy=True))
+        if self._reference_fit is not None and "reference_fit" in checkpoint:
+            self._reference_fit.restore(checkpoint["reference_fit"].to(self.potential.device))
         self._loader_state = checkpoint.get("train_loader")
         self._dropout_seed = int(checkpoint.get("dropout_seed", self._dropout_seed))
 
@@ -291,6 +312,18 @@ class PotentialModule(LightningModule):
             for name, value in self.last_errors[dataset].items()
         }
         self.log_dict({**model, **baseline, **sets}, batch_size=1, sync_dist=True)
+
+    def _refit(self, sums: Tensor) -> None:
+        """Adds a batch of all processes, and after the last of an epoch shifts the references.
+
+        Before the optimizer's step, so that averaged weights and checkpoints go with them.
+        """
+        if self._reference_fit is None:
+            return
+        self._reference_fit.add(sums)
+        if self.trainer.is_last_batch:
+            shifts = self.potential.element_shifts
+            self.potential.element_shifts = shifts + self._reference_fit.solve().view_as(shifts)
 
     def _remember(self, batch: Any) -> None:
         """Names of the structures since the last optimizer step."""

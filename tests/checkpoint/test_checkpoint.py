@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from ase.build import molecule
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from escaip import checkpoint as checkpoint_module
 from escaip.checkpoint import describe_potential, load_potential, migrate
 from escaip.config import EScAIPConfig
+from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
 from escaip.potential import Potential, PotentialMetadata
 
@@ -94,6 +96,23 @@ def test_version_1_is_migrated(potential: Potential, tmp_path: Path) -> None:
     assert loaded.metadata == PotentialMetadata((1, 8), "GFN2-xTB")
     assert loaded.config == potential.config
     assert torch.equal(loaded.element_references, potential.element_references)
+
+
+def test_version_2_had_no_shifts(potential: Potential, tmp_path: Path) -> None:
+    description = {**describe_potential(potential), "schema": 2}
+    weights = {name: value for name, value in potential.state_dict().items() if name != "element_shifts"}
+    save_file(weights, tmp_path / "old.escaip", metadata={"escaip": json.dumps(description)})
+    assert_same(load_potential(tmp_path / "old.escaip", device="cpu"), potential)
+
+
+def test_shifts_add_to_references(potential: Potential, tmp_path: Path) -> None:
+    batch = collate([AtomicData.from_ase(molecule("H2O"))])
+    before = potential(batch, create_graph=False).energy.item()
+    potential.element_shifts[1], potential.element_shifts[8] = 2.0, -0.5
+    potential.save(tmp_path / "model.escaip")
+    loaded = load_potential(tmp_path / "model.escaip", device="cpu", dtype="float64")
+    assert loaded.element_shifts.dtype == torch.float64
+    assert loaded(batch, create_graph=False).energy.item() == pytest.approx(before + 3.5, abs=1e-4)
 
 
 class Attack:
