@@ -155,6 +155,7 @@ class CodeEvaluation:
         weight = next(model.parameters())
         self._dtype, self._device = weight.dtype, weight.device
         self._state: list[tuple[int, int]] = []
+        self._state_of = WeightState()
         index = -1 if self._device.index is None else self._device.index
         try:
             self._code = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
@@ -191,7 +192,7 @@ class CodeEvaluation:
 
     def _give(self, model: EScAIP) -> None:
         """Hands over weights and tables, where they are others than before."""
-        state = state_of(model)
+        state = self._state_of(model)
         if state != self._state:
             self._held = constants_of(model)  # for as long as the code points to them
             needed = {name: self._held[self._constants[name]].detach() for name in self._code.get_constant_fqns()}
@@ -199,12 +200,27 @@ class CodeEvaluation:
             self._state = state
 
     def _run(self, tensors: list[Tensor]) -> list[Tensor]:
-        return list(self._code.run(tensors))
+        # Our operators are called from the code; what PyTorch puts before them for gradients takes as long as they do.
+        with torch._C._AutoDispatchBelowAutograd():
+            return list(self._code.run(tensors))
 
 
-def state_of(model: EScAIP) -> list[tuple[int, int]]:
-    """Changes when a weight is replaced or changed in place."""
-    return [(weight.data_ptr(), weight._version) for weight in model.parameters()]
+class WeightState:
+    """Addresses and versions of a model's weights, which change when one is replaced or changed in place.
+
+    Asked for at every evaluation, so that where the weights are is looked up once.
+    """
+
+    def __init__(self) -> None:
+        self._of: EScAIP | None = None
+        self._places: list[tuple[dict[str, Any], str]] = []
+
+    def __call__(self, model: EScAIP) -> list[tuple[int, int]]:
+        if self._of is not model:
+            self._of = model
+            self._places = [(m._parameters, name) for m in model.modules() for name in m._parameters]
+        weights = [place[name] for place, name in self._places]
+        return [(weight.data_ptr(), weight._version) for weight in weights if weight is not None]
 
 
 def kept_code(model: EScAIP, differentiate: bool, rounded: torch.dtype | None) -> CodeEvaluation:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from escaip import __version__
-from escaip.ahead import INFO, CodeEvaluation, first_line, instructions, state_of
+from escaip.ahead import INFO, CodeEvaluation, first_line, instructions
 from escaip.checkpoint import build_potential, resolve_device, resolve_dtype
 from escaip.errors import CheckpointError, ConfigError
 from escaip.evaluation import EvaluationInputs
@@ -155,7 +155,7 @@ class PackagedEvaluation(CodeEvaluation):
 
     def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
         """As :func:`escaip.evaluation.evaluate`; the gradient is there whether asked for or not."""
-        if state_of(model) != self._state:
+        if self._state_of(model) != self._state:
             raise ConfigError(f"weights of the package {self.path} were changed: {_LOAD_INSTEAD}")
         return super().__call__(model, inputs)
 

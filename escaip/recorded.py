@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from escaip.ahead import state_of
+from escaip.ahead import WeightState
 from escaip.compile import CompiledEvaluation
 from escaip.errors import ConfigError
 from escaip.evaluation import EvaluationInputs
@@ -81,6 +81,7 @@ class RecordedEvaluation:
         self._record = record
         self._recordings: list[_Recording] = []  # the one used last stands last
         self._state: list[tuple[int, int]] = []
+        self._state_of = WeightState()
         self.num_recordings = 0
 
     def fits(self, model: EScAIP) -> bool:
@@ -89,7 +90,7 @@ class RecordedEvaluation:
 
     def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
         """As :func:`escaip.evaluation.evaluate`."""
-        state = state_of(model)
+        state = self._state_of(model)
         if state != self._state:  # what is made of weights once, as tables of the distance, is another tensor now
             self._recordings, self._state = [], state
         own = Sizes.of(inputs)

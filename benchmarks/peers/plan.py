@@ -71,6 +71,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("escaip published size direct, table", "escaip", {**_OURS_DIRECT, "distance_table": "inference"}),
     Variant("escaip published size direct, table, compiled", "escaip",
             {**_OURS_DIRECT, "distance_table": "inference", "compiled": True}),
+    Variant("escaip 300k", "escaip", {"preset": "300k"}),
+    Variant("escaip 300k, compiled", "escaip", {"preset": "300k", "compiled": True}),
     Variant("escaip 0.45 M", "escaip", _SMALLER),
     Variant("escaip 0.45 M, compiled", "escaip", {**_SMALLER, "compiled": True}),
     Variant("escaip 1m", "escaip", {"preset": "1m"}, SUITES),
@@ -106,6 +108,8 @@ RELATIONS: tuple[Relation, ...] = (
     Relation("escaip 1m", "MACE-MP-0 small"),
     # About as many parameters each:
     Relation("escaip 0.45 M, compiled", "CHGNet 0.3.0"),
+    Relation("escaip 300k, compiled", "NequIP small, compiled"),
+    Relation("escaip 0.45 M, compiled", "NequIP small, compiled"),
     Relation("escaip 1m, compiled", "NequIP medium, compiled"),
     Relation("escaip 1m, compiled", "MACE medium, 8 elements"),
     Relation("escaip 5m, compiled", "MACE-MP-0 small"),

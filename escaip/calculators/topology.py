@@ -103,8 +103,10 @@ class SkinnedNeighbors(_Kept[NeighborList]):
         self.cutoff = cutoff
         self.skin = skin
 
-    def get(self, batch: Any, place: Place | None = None) -> NeighborList:
+    def get(self, batch: Any, place: Place | None = None) -> NeighborList | None:
         """Returns a list that is complete up to ``cutoff`` for a batch of one structure.
+
+        None without a skin, where nothing is kept: whoever builds a graph then searches on the way.
 
         Args:
             batch: of one structure.
@@ -113,11 +115,12 @@ class SkinnedNeighbors(_Kept[NeighborList]):
         Raises:
             DataError: see :func:`escaip.graph.neighbor_list`.
         """
+        if self.skin == 0.0:
+            self.num_builds += 1
+            return None
         return self._get(place or Place.of(batch), self._holds, lambda: neighbor_list(batch, self.cutoff + self.skin))
 
     def _holds(self, farthest: float, strain: Tensor | None) -> bool:
-        if self.skin == 0.0:
-            return False
         shrinkage = 1.0 if strain is None else _norm(torch.linalg.inv(strain))
         return (self.cutoff + 2.0 * farthest) * shrinkage * _ROUNDING <= self.cutoff + self.skin
 
@@ -138,18 +141,18 @@ class SkinnedGraph(_Kept[Graph]):
         num_builds: graphs made so far.
     """
 
-    def __init__(self, build: Callable[[Any, NeighborList, float], Graph], reach: float, skin: float) -> None:
+    def __init__(self, build: Callable[[Any, NeighborList | None, float], Graph], reach: float, skin: float) -> None:
         super().__init__()
         self.skin = skin
         self._build, self._reach = build, reach
 
-    def get(self, batch: Any, place: Place, neighbors: Callable[[], NeighborList]) -> Graph:
+    def get(self, batch: Any, place: Place, neighbors: Callable[[], NeighborList | None]) -> Graph:
         """Returns a graph that is complete for a batch of one structure.
 
         Args:
             batch: of one structure.
             place: its own; it must not change afterwards.
-            neighbors: complete up to ``reach``.
+            neighbors: complete up to ``reach``; None to search for them.
 
         Raises:
             DataError: see :func:`escaip.graph.build_graph`.

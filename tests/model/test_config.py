@@ -9,7 +9,7 @@ import pytest
 from escaip.errors import ConfigError
 from escaip.model import EScAIP, EScAIPConfig
 
-SIZES = {"1m": 1e6, "5m": 5e6, "20m": 20e6, "45m": 45e6, "85m": 85e6}
+SIZES = {"300k": 3e5, "1m": 1e6, "5m": 5e6, "20m": 20e6, "45m": 45e6, "85m": 85e6}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -39,7 +39,7 @@ def test_expanded_scale_is_one_over_the_root_of_the_padded_width() -> None:
     ("values", "message"),
     [
         ({"hiden_size": 64}, "did you mean 'hidden_size'"),
-        ({"preset": "2m"}, "choose 1m, 5m"),
+        ({"preset": "2m"}, "choose 300k, 1m, 5m"),
         ({"hidden_size": 100, "num_heads": 3, "angular_channels": None}, "not a multiple of num_heads"),
         ({"angular_channels": (1, 2, 3)}, "must sum to"),
         ({"cutoff": -1.0}, "cutoff is -1.0"),
