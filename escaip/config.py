@@ -245,7 +245,7 @@ _COARSE_BASIS: dict[str, Any] = {
 _FINE_BASIS: dict[str, Any] = {"num_radial": 600, "distance_table": "always", "distance_knots": 2048}
 PRESETS: dict[str, dict[str, Any]] = {
     "300k": {
-        "hidden_size": 64, "num_layers": 2, "num_heads": 4, "angular_channels": (5, 3, 1, 3, 4),
+        "hidden_size": 64, "num_layers": 2, "num_heads": 4, "angular_channels": (5, 3, 1, 3, 4), "num_neighbors": 20,
         "distance_size": 64, "element_size": 64, "boo_size": 32, **_COARSE_BASIS,
     },
     "1m": {
