@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,8 @@ class AtomicDataModule(LightningDataModule):
             key = json.dumps([data.fingerprint, sorted((isolated or {}).items())])
             cache = Path(self._cache_dir) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
             if cache.is_file():
-                return Statistics.load(cache)
+                # Earlier versions did not write whether references were given.
+                return replace(Statistics.load(cache), references_fitted=isolated is None)
         sums = TrainingSums()
         data.accumulate(sums)
         statistics = sums.statistics(isolated)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,20 @@ def test_named_sets_and_options(xyz_file: Path, structures: list[AtomicData], tm
     module.setup("predict")
     assert len(module.datasets["predict"]) == 60
     assert len(list(module.predict_dataloader())) == 15
+
+
+def test_kept_statistics_know_whether_references_were_given(xyz_file: Path, tmp_path: Path) -> None:
+    """Files of earlier versions do not say so."""
+    for isolated in (None, {str(number): -1.0 for number in range(1, 119)}):
+        options: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "isolated_energies": isolated}
+        for _ in range(2):  # fitted, then read
+            module = AtomicDataModule(str(xyz_file), batch_size=4, **options)
+            module.setup("fit")
+            assert module.statistics.references_fitted == (isolated is None)
+            for path in (tmp_path / "cache").iterdir():
+                values = json.loads(path.read_text(encoding="utf-8"))
+                values.pop("references_fitted", None)
+                path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def test_statistics_are_kept_in_the_folder_named(xyz_file: Path, tmp_path: Path) -> None:
