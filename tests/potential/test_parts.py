@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections import Counter
 from collections.abc import Callable
 
 import ase.build
@@ -79,21 +81,38 @@ def test_recomputation_does_not_change_training(options: dict[str, object]) -> N
     assert_equal(answers(potential, batch), expected)
 
 
+class Held:
+    """Counts the bytes that autograd holds at a time: each storage once, as long as one saved tensor uses it."""
+
+    def __init__(self) -> None:
+        self.uses: Counter[int] = Counter()
+        self.now = self.most = 0
+
+    def keep(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        self.uses[address] += 1
+        self.now += size if self.uses[address] == 1 else 0
+        self.most = max(self.most, self.now)
+        kept = x.detach()
+        weakref.finalize(kept, self.drop, address, size)
+        return kept
+
+    def drop(self, address: int, size: int) -> None:
+        self.uses[address] -= 1
+        self.now -= size if self.uses[address] == 0 else 0
+
+
 def kept_for(potential: Potential, monkeypatch: pytest.MonkeyPatch, most_kept: int | None) -> int:
-    """Numbers that autograd holds after the forward, counted by the hooks that see every saved tensor."""
-    held: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        held[x.data_ptr()] = x.numel()
-        return x
-
+    """The most bytes that autograd holds at a time, counted by the hooks that see every saved tensor."""
+    held = Held()
     with monkeypatch.context() as patch:
         patch.setattr(escaip.evaluation, "_PART", 40)
         if most_kept is not None:
             patch.setattr(escaip.evaluation, "_MOST_KEPT", (most_kept, most_kept))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda x: x):
             potential(make_batch())
-    return sum(held.values())
+    return held.most
 
 
 def test_recomputation_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
