@@ -29,6 +29,7 @@ from escaip.errors import CheckpointError, ConfigError
 from escaip.evaluation import EvaluationInputs
 from escaip.model import EScAIP
 from escaip.ops.native.build import availability, cache_folder
+from escaip.ops.native.operators import register_operators
 from escaip.types import ModelOutput
 
 INFO = "escaip.json"
@@ -157,6 +158,8 @@ class CodeEvaluation:
         self._state: list[tuple[int, int]] = []
         self._state_of = WeightState()
         index = -1 if self._device.index is None else self._device.index
+        if self._device.type == "cpu":
+            register_operators()
         try:
             self._code = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
             self._give(model)

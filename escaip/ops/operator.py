@@ -24,8 +24,7 @@ def kernel_family(name: str) -> Family:
     return cast(Family, importlib.import_module(f"escaip.ops.{name}"))
 
 
-@torch.library.custom_op("escaip::attention", mutates_args=())
-def attention(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -43,8 +42,7 @@ def attention(
         return kernel_family(family).forward(problem)
 
 
-@torch.library.custom_op("escaip::attention_backward", mutates_args=())
-def attention_backward(
+def _attend_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -65,6 +63,13 @@ def attention_backward(
     with _full_precision(q):
         gradients = kernel_family(family).backward(problem, Result(out, lse), grad_out, with_direction)
     return _without_none(gradients)
+
+
+attention = torch.library.custom_op("escaip::attention", _attend, mutates_args=())
+attention_backward = torch.library.custom_op("escaip::attention_backward", _attend_backward, mutates_args=())
+# Where kernels of the dispatcher have taken their place (escaip.ops.native.operators), these serve the other families.
+torch.library.custom_op("escaip::attention_in_python", _attend, mutates_args=())
+torch.library.custom_op("escaip::attention_backward_in_python", _attend_backward, mutates_args=())
 
 
 @torch.library.custom_op("escaip::attention_double_backward", mutates_args=())

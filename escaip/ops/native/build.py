@@ -56,7 +56,7 @@ def library(scalar: str, kernels: str = "attention") -> ctypes.CDLL:
 
     Args:
         scalar: their type.
-        kernels: name of the source: ``"attention"``, ``"spline"`` or ``"orientation"``.
+        kernels: name of the source: ``"attention"``, ``"spline"``, ``"orientation"`` or ``"operators"``.
 
     Raises:
         ConfigError: no compiler, or it fails, or the cache belongs to another user.
@@ -104,7 +104,7 @@ def _compile(compiler: list[str], scalar: str, kernels: str, path: Path) -> ctyp
     try:
         source = str(SOURCES / f"{kernels}.cpp")
         flags = [*_FLAGS, *_accepted(tuple(compiler)), f"-DESCAIP_SCALAR={scalar}"]
-        done = _run([*compiler, *flags, source, *_openmp(compiler), "-o", aside])
+        done = _run([*compiler, *flags, source, *_openmp(compiler), *_linked(kernels), "-o", aside])
         what = f"attention backend 'native': {' '.join(compiler)}"
         if done.returncode != 0:
             raise ConfigError(f"{what} fails ({_last_line(done)}): {_REMEDY}")
@@ -160,7 +160,7 @@ def _key(compiler: list[str]) -> str:
         if path.suffix in {".cpp", ".h"}:
             digest.update(path.name.encode() + path.read_bytes())
     parts = [*compiler, os.path.realpath(compiler[0]), _version(tuple(compiler)), *_FLAGS, str(_OPTIONAL)]
-    parts += [*_openmp(compiler), sys.platform, platform.machine(), _processor()]
+    parts += [*_openmp(compiler), torch.__version__, sys.platform, platform.machine(), _processor()]
     for part in parts:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]
@@ -212,6 +212,14 @@ def _openmp(compiler: list[str]) -> list[str]:
     if run_time is None or "clang" in _version(tuple(compiler)):
         return []
     return ["-fopenmp", "-Wl,--as-needed", run_time]
+
+
+def _linked(kernels: str) -> list[str]:
+    """What a source is linked with besides the system's libraries."""
+    if kernels != "operators":
+        return []
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    return [str(Path(torch.__file__).parent / "lib" / name)]
 
 
 @functools.cache

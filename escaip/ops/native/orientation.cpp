@@ -75,14 +75,15 @@ struct Bonds {
 
 template <class Task>
 void over_atoms(int64_t atoms, int64_t threads, const Task& task) {
-    constexpr int64_t RUN = 32;
-    const int64_t runs = (atoms + RUN - 1) / RUN;
+    // Of a small structure every thread gets some, of a large one as many as one thread's cache likes.
+    const int64_t length = std::clamp<int64_t>(atoms / (4 * std::max<int64_t>(1, threads)), 4, 32);
+    const int64_t runs = (atoms + length - 1) / length;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic) num_threads(int(std::max<int64_t>(1, std::min(threads, runs)))) if (threads > 1 && runs > 1)
 #endif
     for (int64_t run = 0; run < runs; ++run) {
         Bonds bonds;
-        for (int64_t i = run * RUN; i < std::min(atoms, (run + 1) * RUN); ++i) task(bonds, i);
+        for (int64_t i = run * length; i < std::min(atoms, (run + 1) * length); ++i) task(bonds, i);
     }
 }
 

@@ -6,11 +6,11 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "parallel.h"
 
 namespace {
+
+using escaip::in_parallel;
 
 using Scalar = ESCAIP_SCALAR;
 constexpr int WIDTH = 6;
@@ -51,18 +51,6 @@ struct Basis {
         return interval;
     }
 };
-
-template <class Task>
-void in_parallel(int64_t count, int64_t threads, const Task& task) {
-#ifdef _OPENMP
-    if (threads > 1 && count > 1) {
-#pragma omp parallel for schedule(static) num_threads(int(std::min(threads, count)))
-        for (int64_t i = 0; i < count; ++i) task(i);
-        return;
-    }
-#endif
-    for (int64_t i = 0; i < count; ++i) task(i);
-}
 
 constexpr int64_t POINTS = 256;
 

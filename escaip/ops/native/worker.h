@@ -11,24 +11,12 @@
 #include <limits>
 
 #include "gemm.h"
+#include "problem.h"
 
 namespace escaip {
 
-constexpr long MOST_GROUPS = 5;      // l = 0 .. 4
 constexpr long TILE_ELEMENTS = 16384;  // a tile of more rows than this allows is cut, so that the tiles fit the cache
 constexpr long LEAST_ROWS = 32;
-
-// The arguments of a call, as Python lays them out. Unused pointers are null.
-template <class T>
-struct Problem {
-    int64_t neighborhoods, queries, tokens, heads, head_size, groups, threads;
-    int64_t widths[MOST_GROUPS];
-    double scale;
-    const int64_t *query_offsets, *key_offsets;
-    const T *q, *k, *v, *log_envelope, *direction, *grad_out, *out, *lse, *tq, *tk, *tv, *tb, *tn;
-    // Value: (out, lse). First derivative: dq, dk, dv, db, dn. Second: the same of the tangents, and g_out.
-    T *to_out, *to_lse, *to_q, *to_k, *to_v, *to_b, *to_n;
-};
 
 // Rows that are worked on together.
 template <class T>

@@ -1,0 +1,21 @@
+// Tasks divided between PyTorch's threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace escaip {
+
+template <class Task>
+void in_parallel(int64_t count, int64_t threads, const Task& task) {
+#ifdef _OPENMP
+    if (threads > 1 && count > 1) {
+#pragma omp parallel for schedule(static) num_threads(int(std::min(threads, count)))
+        for (int64_t i = 0; i < count; ++i) task(i);
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+}  // namespace escaip
