@@ -1,9 +1,10 @@
 """Topology and geometry of a batch: neighbor search, soft k-nearest neighbors, tokens, invariant features."""
 
+from escaip.graph.build import build_graph
 from escaip.graph.features import bond_orientational_order
 from escaip.graph.geometry import compute_geometry, displacements, split_tokens, token_geometry
-from escaip.graph.knn import build_graph, search_cutoff
 from escaip.graph.neighbors import neighbor_list
+from escaip.graph.settings import search_cutoff
 
 __all__ = [
     "bond_orientational_order",

@@ -11,14 +11,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from escaip.errors import ConfigError, DataError, UsageError
 from escaip.graph.neighbors import Systems, UndirectedPairs, find_pairs, pairs_from
-from escaip.graph.step import rank_step, step_support
+from escaip.graph.settings import support_of
+from escaip.graph.step import rank_step
 from escaip.types import Graph, GraphSettings, NeighborList
 
 # Two distances are tied, for hard ranks, within this fraction.
@@ -30,54 +29,22 @@ _CHUNK_ATOMS = 2_048
 _BOUND_MARGIN = 1e-6
 
 
-def search_cutoff(settings: GraphSettings) -> float:
-    """Returns the radius in Å within which an atom can influence a token: ``r_c``, plus the step's support.
-
-    Raises:
-        ConfigError: a setting is out of range.
-    """
-    _check_settings(settings)
-    return settings.cutoff + _support(settings)
-
-
-@torch.no_grad()
-def build_graph(
-    batch: Any, settings: GraphSettings, neighbors: NeighborList | None = None, slack: float = 0.0
+def plain_graph(
+    systems: Systems, settings: GraphSettings, neighbors: NeighborList | None, cutoff: float, slack: float
 ) -> Graph:
-    """Builds the packed token layout of a batch.
+    """Builds a graph in plain operations, on any device: the specification of :func:`escaip.graph.build_graph`.
 
     Args:
-        batch: PyG batch (or one structure) with ``positions (N, 3)`` Å, ``cell (B, 3, 3)`` Å, ``pbc (B, 3)``,
-            ``batch (N,)`` and ``ptr (B + 1,)``.
+        systems: checked.
         settings: radius, k and the shape of the ranks.
-        neighbors: a list that is complete up to ``search_cutoff(settings) + slack`` or beyond at the present positions
-            (so one with a skin stays valid until it is used up); re-filtered by present distances, so the
-            result is that of a fresh build. None to search.
-        slack: Å by which distances may change before the graph must be built again: it then has every token and every
-            comparison of ranks that may come to count, and the geometry of those that do not says so (``−inf``).
+        neighbors: a list that is complete up to ``cutoff``; None to search.
+        cutoff: Å up to which pairs are needed.
+        slack: see :func:`escaip.graph.build_graph`.
 
     Raises:
-        ConfigError: a setting is out of range.
-        DataError: see :func:`escaip.graph.neighbor_list`; or a periodic structure for settings that know none.
-        UsageError: ``neighbors`` does not reach far enough, or ``slack`` is negative, or positive for settings whose
-            ranks are hard or truncated, and so may change with any distance.
+        DataError: the list does not hold both directions of every pair.
     """
-    cutoff = search_cutoff(settings) + _check_slack(slack, settings)
-    systems = Systems.from_batch(batch)
-    if not settings.periodic and bool(systems.pbc.any()):
-        raise DataError(
-            f"system {int(systems.pbc.any(dim=1).nonzero()[0])} is periodic, but the model treats every structure as "
-            "open (periodic: false): set its pbc to False, or use another model"
-        )
-    if neighbors is None:
-        pairs = find_pairs(systems, cutoff)
-    elif neighbors.cutoff < cutoff:
-        raise UsageError(
-            f"neighbor list reaches {neighbors.cutoff:g} Å but these settings need {cutoff:g} Å: build it with "
-            f"escaip.graph.neighbor_list(batch, {cutoff:g})"
-        )
-    else:
-        pairs = pairs_from(neighbors, systems, cutoff)
+    pairs = find_pairs(systems, cutoff) if neighbors is None else pairs_from(neighbors, systems, cutoff)
     lists = _make_lists(pairs, len(systems.positions))
     if settings.num_neighbors is None:
         windows = _select_radius(lists)
@@ -186,7 +153,7 @@ def _select_hard(lists: _Lists, settings: GraphSettings) -> _Windows:
 def _select_soft(lists: _Lists, settings: GraphSettings) -> _Windows:
     """Soft ranks: bounds decide most edges, the exact sum over their windows the others."""
     assert settings.num_neighbors is not None
-    support = _support(settings)
+    support = support_of(settings)
     found = []
     for entry, start in _within_reach(lists, settings):
         low = torch.searchsorted(lists.key, lists.key[entry] - support, right=True)
@@ -216,7 +183,7 @@ def _select_soft_within(lists: _Lists, settings: GraphSettings, slack: float) ->
     is in it. An edge is kept if it is a token at the smallest distance and the smallest rank that it may get.
     """
     assert settings.num_neighbors is not None
-    reach = _support(settings) + 2.0 * slack
+    reach = support_of(settings) + 2.0 * slack
     entry = ((lists.distance < settings.cutoff + slack) & (lists.edge >= 0)).nonzero().squeeze(1)
     key, start = lists.key[entry], lists.start[lists.center[entry]]
     low = torch.searchsorted(lists.key, key - reach, right=True)
@@ -345,36 +312,3 @@ def _pack(pairs: UndirectedPairs, lists: _Lists, windows: _Windows) -> Graph:
         num_tokens=num_tokens,
         max_neighborhood=int(count.max()) if num_atoms else 0,
     )
-
-
-def _check_slack(slack: float, settings: GraphSettings) -> float:
-    if not (slack >= 0.0 and math.isfinite(slack)):
-        raise UsageError(f"slack is {slack}: it must be 0 or more Å")
-    if slack > 0.0 and settings.num_neighbors is not None:
-        if not settings.soft:
-            raise UsageError(f"slack is {slack:g} Å, but hard ranks change with any distance: build without slack")
-        if settings.rank_truncation is not None:
-            raise UsageError(f"slack is {slack:g} Å, but truncated ranks change with any distance: build without slack")
-    return slack
-
-
-def _support(settings: GraphSettings) -> float:
-    """Å beyond which two distances no longer exchange rank."""
-    if settings.num_neighbors is None or not settings.soft:
-        return 0.0
-    return step_support(settings.rank_step) * settings.rank_scale
-
-
-def _check_settings(settings: GraphSettings) -> None:
-    for name in ("cutoff", "rank_scale", "envelope_scale"):
-        value = getattr(settings, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"graph setting {name} is {value}: it must be a positive number")
-    if settings.num_neighbors is not None and settings.num_neighbors < 1:
-        raise ConfigError(
-            f"graph setting num_neighbors is {settings.num_neighbors}: it must be at least 1, or None for a plain "
-            "radius graph"
-        )
-    if settings.rank_truncation is not None and settings.rank_truncation < 0:
-        raise ConfigError(f"graph setting rank_truncation is {settings.rank_truncation}: it must be None or at least 0")
-    step_support(settings.rank_step)

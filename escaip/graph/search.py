@@ -17,6 +17,8 @@ from vesin import NeighborList
 # Below this many atoms per thread, starting threads costs more than they save.
 _ATOMS_PER_THREAD = 2000
 _FIRST_GUESS = 128
+# A library may round the other way at the cutoff, so it searches a little farther than what is kept.
+SEARCH_MARGIN = 1e-6
 
 Pairs = tuple[Tensor, Tensor, Tensor]
 
@@ -43,7 +45,7 @@ def search_vesin(positions: Tensor, cell: Tensor, pbc: Tensor, index: Tensor, pt
     # One system is the large case: no copy there.
     pairs, shift = found[1] if len(found) == 2 else (torch.cat(parts) for parts in zip(*found, strict=True))
     device = index.device
-    return pairs[:, 0].contiguous().to(device), pairs[:, 1].contiguous().to(device), shift.to(device)
+    return pairs[:, 0].to(device), pairs[:, 1].to(device), shift.to(device)
 
 
 def search_nvalchemiops(

@@ -26,6 +26,8 @@ SOURCES = Path(__file__).resolve().parent
 _REMEDY = "install g++ or clang++, name one in CXX, or use backend='blocked'"
 # Of the arithmetic no more is asked than fused multiply-adds and no errno: infinities must stay.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+# Of one source: the graph decides what two distances are equal, so they are rounded as PyTorch rounds them.
+_OF_SOURCE = {"graph": ("-ffp-contract=off",)}
 # Of each kind the first that the compiler takes.
 _OPTIONAL = (("-march=native", "-mcpu=native"), ("-pthread",), ("-Wno-psabi",))
 _lock = threading.Lock()
@@ -56,7 +58,8 @@ def library(scalar: str, kernels: str = "attention") -> ctypes.CDLL:
 
     Args:
         scalar: their type.
-        kernels: name of the source: ``"attention"``, ``"spline"``, ``"orientation"`` or ``"operators"``.
+        kernels: name of the source: ``"attention"``, ``"spline"``, ``"orientation"``, ``"operators"``, or ``"graph"``
+            (double only).
 
     Raises:
         ConfigError: no compiler, or it fails, or the cache belongs to another user.
@@ -103,7 +106,7 @@ def _compile(compiler: list[str], scalar: str, kernels: str, path: Path) -> ctyp
     os.close(handle)
     try:
         source = str(SOURCES / f"{kernels}.cpp")
-        flags = [*_FLAGS, *_accepted(tuple(compiler)), f"-DESCAIP_SCALAR={scalar}"]
+        flags = [*_FLAGS, *_OF_SOURCE.get(kernels, ()), *_accepted(tuple(compiler)), f"-DESCAIP_SCALAR={scalar}"]
         done = _run([*compiler, *flags, source, *_openmp(compiler), *_linked(kernels), "-o", aside])
         what = f"attention backend 'native': {' '.join(compiler)}"
         if done.returncode != 0:
@@ -160,7 +163,7 @@ def _key(compiler: list[str]) -> str:
         if path.suffix in {".cpp", ".h"}:
             digest.update(path.name.encode() + path.read_bytes())
     parts = [*compiler, os.path.realpath(compiler[0]), _version(tuple(compiler)), *_FLAGS, str(_OPTIONAL)]
-    parts += [*_openmp(compiler), torch.__version__, sys.platform, platform.machine(), _processor()]
+    parts += [str(_OF_SOURCE), *_openmp(compiler), torch.__version__, sys.platform, platform.machine(), _processor()]
     for part in parts:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]
