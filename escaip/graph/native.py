@@ -11,25 +11,22 @@ import functools
 import torch
 from torch import Tensor
 
-from escaip.graph.search import SEARCH_MARGIN, search_pairs
 from escaip.graph.settings import support_of
 from escaip.graph.systems import Systems
 from escaip.ops.native.build import compiled, library
 from escaip.types import Graph, GraphSettings, NeighborList
 
-_DONE, _WANTS_PAIRS = 0, 1
-_SEARCH, _HALF, _FULL = 0, 1, 2
+_DONE = 0
 _LIST, _RADIUS, _HARD, _SOFT = 0, 1, 2, 3
 _INTEGERS = (
-    "atoms", "systems", "pairs", "threads", "source", "wide_shift", "first_stride", "second_stride",
-    "kind", "num_neighbors", "ranked", "bump",
+    "atoms", "systems", "threads", "kind", "num_neighbors", "ranked", "bump", "edges", "center_stride", "neighbor_stride",
 )  # fmt: skip
 _NUMBERS = ("cutoff", "radius", "support", "rank_scale", "envelope_scale", "slack")
-_POINTERS = ("positions", "cell", "pbc", "index", "ptr", "first", "second", "shift")
+_POINTERS = ("positions", "cell", "pbc", "index", "ptr", "center", "neighbor", "shift")
 
 
 class _Problem(ctypes.Structure):
-    """Mirrors the struct of graph_pairs.h."""
+    """Mirrors the struct of graph_problem.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _INTEGERS),
@@ -117,41 +114,32 @@ def _build(
     systems: Systems, neighbors: NeighborList | None, cutoff: float, choice: _Choice
 ) -> tuple[ctypes.c_void_p, list[int]] | None:
     """A graph that the C++ holds, and its sizes; None where it holds none."""
-    atoms = [x.contiguous() for x in (systems.positions, systems.cell, systems.pbc, systems.index, systems.ptr)]
+    held = [x.contiguous() for x in (systems.positions, systems.cell, systems.pbc, systems.index, systems.ptr)]
+    edges = (-1, 0, 0)  # to search
+    if neighbors is not None:
+        center, neighbor, shift = (
+            x.to("cpu", torch.int64) for x in (neighbors.center, neighbors.neighbor, neighbors.shift)
+        )
+        held += [center, neighbor, shift.contiguous()]
+        edges = (len(center), center.stride(0), neighbor.stride(0))
+    problem = _Problem(
+        len(held[0]), len(held[1]), torch.get_num_threads(), *choice[0], *edges, cutoff, *choice[1],
+        *[x.data_ptr() for x in held],
+    )  # fmt: skip
     made, sizes = ctypes.c_void_p(), (ctypes.c_int64 * 4)()
-
-    def attempt(source: int, pairs: tuple[Tensor, ...]) -> int:
-        strides = (pairs[2].dtype == torch.int64, pairs[0].stride(0), pairs[1].stride(0)) if pairs else (0, 0, 0)
-        count = len(pairs[0]) if pairs else 0
-        problem = _Problem(
-            len(atoms[0]), len(atoms[1]), count, torch.get_num_threads(), source, *strides, *choice[0],
-            cutoff, *choice[1], *[x.data_ptr() for x in (*atoms, *pairs)],
-        )  # fmt: skip
-        return int(_functions().escaip_graph_build(ctypes.byref(problem), ctypes.byref(made), sizes))
-
-    if neighbors is None:
-        status = attempt(_SEARCH, ())
-        if status == _WANTS_PAIRS:
-            first, second, shift = search_pairs(
-                systems.positions, systems.cell, systems.pbc, systems.index, systems.ptr, cutoff + SEARCH_MARGIN
-            )
-            status = attempt(_HALF, (first, second, shift.contiguous()))
-    else:
-        held = [x.to("cpu", torch.int64) for x in (neighbors.center, neighbors.neighbor, neighbors.shift)]
-        status = attempt(_FULL, (held[0], held[1], held[2].contiguous()))
+    status = _functions().escaip_graph_build(ctypes.byref(problem), ctypes.byref(made), sizes)
     return (made, list(sizes)) if status == _DONE else None
 
 
 def _write(handle: ctypes.c_void_p, arrays: list[Tensor | None]) -> None:
     """Fills the arrays, in the order of the struct in graph.cpp, and lets go of the graph."""
     pointers = (ctypes.c_void_p * len(arrays))(*[None if x is None else x.data_ptr() for x in arrays])
-    if _functions().escaip_graph_write(handle, pointers) != _DONE:
-        raise MemoryError("no memory for the rows of a graph: use fewer atoms at once")
+    _functions().escaip_graph_write(handle, pointers)
 
 
 @functools.cache
 def _functions() -> ctypes.CDLL:
     functions = library("double", "graph")
-    functions.escaip_graph_build.restype = functions.escaip_graph_write.restype = ctypes.c_int64
-    functions.escaip_graph_free.restype = None
+    functions.escaip_graph_build.restype = ctypes.c_int64
+    functions.escaip_graph_write.restype = functions.escaip_graph_free.restype = None
     return functions

@@ -17,6 +17,9 @@ from vesin import NeighborList
 # Below this many atoms per thread, starting threads costs more than they save.
 _ATOMS_PER_THREAD = 2000
 _FIRST_GUESS = 128
+# Up to so many atoms an open structure is searched pair by pair: vesin divides by zero, and ends the process, for some
+# whose atoms are far apart.
+_MOST_OPEN = 500
 # A library may round the other way at the cutoff, so it searches a little farther than what is kept.
 SEARCH_MARGIN = 1e-6
 
@@ -34,11 +37,14 @@ def search_pairs(positions: Tensor, cell: Tensor, pbc: Tensor, index: Tensor, pt
 
 
 def search_vesin(positions: Tensor, cell: Tensor, pbc: Tensor, index: Tensor, ptr: Tensor, cutoff: float) -> Pairs:
-    """One cell-list search per system on the CPU; results are copied to the device of ``positions``."""
+    """One search per system on the CPU; results are copied to the device of ``positions``."""
     arrays = [x.cpu().numpy() for x in (positions, cell, pbc)]
     found = [(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int32))]
     for system, (start, stop) in enumerate(itertools.pairwise(ptr.tolist())):
         threads = max(1, min(torch.get_num_threads(), (stop - start) // _ATOMS_PER_THREAD))
+        if stop - start <= _MOST_OPEN and not arrays[2][system].any():
+            found.append(_search_open(positions[start:stop].cpu(), start, cutoff))
+            continue
         search = NeighborList(cutoff=cutoff, full_list=False, n_threads=threads)
         pairs, shift = search.compute(arrays[0][start:stop], arrays[1][system], arrays[2][system], "PS")
         found.append((torch.from_numpy(pairs.view("int64")).add_(start), torch.from_numpy(shift)))
@@ -46,6 +52,14 @@ def search_vesin(positions: Tensor, cell: Tensor, pbc: Tensor, index: Tensor, pt
     pairs, shift = found[1] if len(found) == 2 else (torch.cat(parts) for parts in zip(*found, strict=True))
     device = index.device
     return pairs[:, 0].to(device), pairs[:, 1].to(device), shift.to(device)
+
+
+def _search_open(positions: Tensor, start: int, cutoff: float) -> tuple[Tensor, Tensor]:
+    """Pairs ``(M, 2)`` of one structure without periodic axes, its first atom ``start``, and their shifts: zeros."""
+    first, second = torch.triu_indices(len(positions), len(positions), offset=1)
+    distance = (positions[second] - positions[first]).square_().sum(dim=1).sqrt_()
+    pairs = torch.stack([first, second], dim=1)[distance < cutoff]
+    return pairs.add_(start), torch.zeros(len(pairs), 3, dtype=torch.int32)
 
 
 def search_nvalchemiops(

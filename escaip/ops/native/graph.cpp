@@ -1,165 +1,252 @@
 // The packed graph of a batch on the CPU, in double precision: what escaip/graph/knn.py computes, which has the symbols.
 //
 // A thread takes whole atoms, and what two of them decide together is decided by one: the same bits however many threads
-// there are. Entries of lists and rows are counted in 32 bits; whoever has more is REFUSED.
-#include "graph_pairs.h"
+// there are.
+#include <numeric>
+
+#include "graph_search.h"
 
 namespace {
 
 using namespace escaip;
 
-constexpr double TIE = 1e-9;           // of knn.py, as the next
+constexpr double TIE = 1e-9;  // of knn.py, as the next
 constexpr double BOUND_MARGIN = 1e-6;
 // A coordinate so far from 1 is decided without its logarithm.
 constexpr double CLEAR = 1e-9;
+constexpr int64_t CHUNK = 32;  // atoms of a task
 
-enum Verdict : uint8_t { OUT = 0, IN = 1, UNSURE = 2 };
+enum Verdict : int32_t { NONE, OUT, IN, UNSURE };
 
-// Directed edge 2m is pair m from first to second, 2m + 1 its reverse; −1 the atom itself.
-struct Entry {
-    double distance;
-    int32_t edge, neighbor;
+// An entry that may become a token, or NONE: places in its list of the window of those that add to its rank by the step
+// (all before add 1), and in its neighbor's of the same edge.
+struct Candidate {
+    double rank;
+    int32_t low, high, reverse;
+    Verdict verdict;
 };
 
-// Entries, from the start of their list, that add to a rank by the step; all before them add 1.
-struct Window {
-    int32_t low, high;
-    bool candidate;
+// The first entries of an atom's list, as many as matter, and which of them are candidates.
+struct List {
+    Entry* entries;
+    Candidate* candidates;
+    int64_t size, num_candidates;
+};
+
+struct Chunk {
+    std::vector<Entry> entries;
+    std::vector<Candidate> candidates;
+};
+
+struct Scratch {
+    std::vector<Entry> found, list;
+    std::vector<Candidate> candidates;
+    std::vector<double> keys;
+    std::vector<int32_t> hits;
 };
 
 struct Graph {
-    Problem p;
-    std::vector<Pair> pairs;
-    std::vector<int64_t> start, tokens, extras, compared;  // first of each atom, and the end
-    std::unique_ptr<Entry[]> entries;
-    std::unique_ptr<int32_t[]> place, row;  // entry of each edge, row of each entry
-    std::unique_ptr<Window[]> windows;
-    std::unique_ptr<double[]> ranks;
-    std::vector<uint8_t> verdicts;  // of each pair
-    double stride;
+    const Problem p;
+    const double stride;
+    std::vector<Chunk> chunks;
+    std::vector<List> lists;
+    std::vector<int64_t> tokens, extras, compared;  // first of each atom, and the end
 
-    explicit Graph(const Problem& problem) : p(problem), stride(std::exp2(std::ceil(std::log2(4.0 * p.cutoff)))) {}
+    explicit Graph(const Problem& problem)
+        : p(problem), stride(std::exp2(std::ceil(std::log2(4.0 * p.cutoff)))), chunks((p.atoms + CHUNK - 1) / CHUNK) {}
 
-    int64_t build() {
-        if (!is_sound(p)) return REFUSED;
-        if (p.source == SEARCH) {
-            if (!is_direct(p)) return WANTS_PAIRS;
-            search(p, pairs);
-        } else if (!read(p, pairs)) {
-            return REFUSED;
-        }
-        if (2 * int64_t(pairs.size()) + p.atoms > std::numeric_limits<int32_t>::max()) return REFUSED;
-        make_lists();
-        if (p.kind == LIST) return DONE;
-        if (!select()) return REFUSED;
-        count();
-        return DONE;
+    bool build() {
+        if (!is_sound(p) || !make_lists()) return false;
+        if (p.kind == LIST) return count_edges();
+        over_owned([&](int64_t n, Candidate& own, Candidate& other, const Entry& entry) {
+            own.verdict = other.verdict = first_verdict(n, own, other, entry);
+        });
+        if (p.kind == SOFT) judge_by_exact_ranks();
+        return count_rows();
+    }
+
+    // Calls task(i) for every atom.
+    template <class Task>
+    void over_atoms(const Task& task) const {
+        in_parallel(int64_t(chunks.size()), p.threads, [&](int64_t c) {
+            for (int64_t i = c * CHUNK; i < std::min(p.atoms, (c + 1) * CHUNK); ++i) task(i);
+        });
     }
 
     double key(int64_t atom, const Entry& entry) const { return entry.distance + double(atom) * stride; }
-    int64_t length(int64_t atom) const { return start[atom + 1] - start[atom]; }
-    const int32_t* shift(const Entry& entry) const { return pairs[entry.edge >> 1].shift; }
-    // The entry of the same edge at its other end, which is in its neighbor's list.
-    int32_t reverse(const Entry& entry) const { return place[entry.edge ^ 1]; }
 
-    // By key, then neighbor, then shift, then as given.
-    bool before(double base, const Entry& a, const Entry& b) const {
-        const double x = a.distance + base, y = b.distance + base;
+    bool is_before(int64_t atom, const Entry& a, const Entry& b) const {
+        const double x = key(atom, a), y = key(atom, b);
         if (x != y) return x < y;
-        if (a.neighbor != b.neighbor) return a.neighbor < b.neighbor;
-        const int32_t *s = shift(a), *t = shift(b), u = a.edge & 1 ? -1 : 1, v = b.edge & 1 ? -1 : 1;
-        for (int c = 0; c < 3; ++c)
-            if (u * s[c] != v * t[c]) return u * s[c] < v * t[c];
-        return a.edge < b.edge;
+        return a.neighbor != b.neighbor ? a.neighbor < b.neighbor : a.shift < b.shift;
     }
 
-    // Each thread looks at all pairs for the atoms that are its own.
-    template <class Visit>
-    void over_ends(const Visit& visit) const {
-        const int64_t parts = std::max<int64_t>(1, std::min(p.threads, p.atoms / 256));
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static, 1) num_threads(int(parts)) if (parts > 1)
-#endif
-        for (int64_t part = 0; part < parts; ++part) {
-            const int64_t low = p.atoms * part / parts, high = p.atoms * (part + 1) / parts;
-            for (int64_t m = 0; m < int64_t(pairs.size()); ++m) {
-                const Pair& pair = pairs[m];
-                if (!(pair.distance < p.cutoff)) continue;
-                if (pair.first >= low && pair.first < high) visit(pair.first, pair.second, 2 * m, pair.distance);
-                if (pair.second >= low && pair.second < high) visit(pair.second, pair.first, 2 * m + 1, pair.distance);
+    bool make_lists() {
+        std::vector<Grid> grids;
+        std::vector<Edges> edges;
+        if (p.edges >= 0) {
+            edges.emplace_back(p);
+            if (!edges[0].usable) return false;
+        } else {
+            grids.reserve(p.systems);
+            for (int64_t s = 0; s < p.systems; ++s) {
+                grids.emplace_back(p, s);
+                if (!grids[s].usable) return false;
             }
         }
+        lists.resize(p.atoms);
+        std::atomic<bool> sound{true};
+        in_parallel(int64_t(chunks.size()), p.threads, [&](int64_t c) {
+            try {
+                Scratch scratch;
+                for (int64_t i = c * CHUNK; i < std::min(p.atoms, (c + 1) * CHUNK); ++i) {
+                    scratch.found.clear();
+                    if (p.edges >= 0) edges[0].collect(i, scratch.found);
+                    else grids[p.index[i]].collect(i, scratch.found, scratch.hits);
+                    if (!sort(i, scratch) || !keep(i, scratch, chunks[c])) sound = false;
+                }
+            } catch (const std::bad_alloc&) {
+                sound = false;
+            }
+            if (!sound) return;
+            Entry* entries = chunks[c].entries.data();
+            Candidate* candidates = chunks[c].candidates.data();
+            for (int64_t i = c * CHUNK; i < std::min(p.atoms, (c + 1) * CHUNK); ++i) {
+                lists[i].entries = entries, lists[i].candidates = candidates;
+                entries += lists[i].size, candidates += lists[i].num_candidates;
+            }
+        });
+        return sound;
     }
 
-    void make_lists() {
-        start.assign(p.atoms + 1, 0);
-        over_ends([&](int64_t atom, int64_t, int64_t, double) { ++start[atom + 1]; });
-        for (int64_t i = 0; i < p.atoms; ++i) start[i + 1] += start[i] + 1;
-        entries = uninitialized<Entry>(start[p.atoms]);
-        place = uninitialized<int32_t>(2 * pairs.size());
-        std::vector<int64_t> end(start.begin(), start.end());
-        for (int64_t i = 0; i < p.atoms; ++i) entries[end[i]++] = {0.0, -1, int32_t(i)};
-        over_ends([&](int64_t atom, int64_t neighbor, int64_t edge, double distance) {
-            entries[end[atom]++] = {distance, int32_t(edge), int32_t(neighbor)};
-        });
-        in_parallel(p.atoms, p.threads, [&](int64_t i) {
-            const double base = double(i) * stride;
-            std::sort(&entries[0] + start[i] + 1, &entries[0] + start[i + 1],
-                      [&](const Entry& a, const Entry& b) { return before(base, a, b); });
-            for (int64_t e = start[i] + 1; e < start[i + 1]; ++e) place[entries[e].edge] = int32_t(e);
-        });
-    }
-
-    // Verdicts on all pairs; false where windows are so narrow that rounding of the keys turns them inside out.
-    bool select() {
-        windows = uninitialized<Window>(start[p.atoms]);
-        ranks = uninitialized<double>(start[p.atoms]);
-        verdicts.assign(pairs.size(), OUT);
-        int64_t faults = 0;
-        in_parallel(p.atoms, p.threads, [&](int64_t i) {
-            if (find_windows(i)) return;
-#ifdef _OPENMP
-#pragma omp atomic
-#endif
-            faults += 1;
-        });
-        if (faults) return false;
-        over_own([&](int64_t i, int64_t e, int64_t r) {
-            const Entry& entry = entries[e];
-            if (p.kind == RADIUS) return IN;
-            if (p.kind == HARD) return verdict(ranks[e], ranks[r], entry.distance);
-            if (p.slack > 0.0) return UNSURE;
-            if (verdict(least(i, e), least(entry.neighbor, r), entry.distance) == OUT) return OUT;
-            return verdict(most(i, e), most(entry.neighbor, r), entry.distance) == IN ? IN : UNSURE;
-        });
-        if (p.kind != SOFT) return true;
-        in_parallel(p.atoms, p.threads, [&](int64_t i) {
-            for (int64_t e = start[i] + 1; e < start[i + 1]; ++e)
-                if (windows[e].candidate && verdicts[entries[e].edge >> 1] == UNSURE) ranks[e] = exact(i, e);
-        });
-        over_own([&](int64_t, int64_t e, int64_t r) {
-            const Verdict now = Verdict(verdicts[entries[e].edge >> 1]);
-            return now == UNSURE ? verdict(ranks[e], ranks[r], entries[e].distance) : now;
-        });
+    // Puts what was found in order after the atom itself; false for an edge that is there twice. A short list is sorted
+    // by counting who is before each entry, which needs no branches.
+    bool sort(int64_t i, Scratch& s) const {
+        constexpr size_t SHORT = 256;
+        const size_t size = s.found.size();
+        s.list.resize(size + 1);
+        s.list[0] = {0.0, NO_SHIFT, int32_t(i), 0};
+        Entry* list = s.list.data() + 1;
+        if (size <= SHORT) {
+            s.keys.resize(size);
+            double* keys = s.keys.data();
+            for (size_t m = 0; m < size; ++m) keys[m] = key(i, s.found[m]);
+            for (size_t m = 0; m < size; ++m) {
+                const double here = keys[m];
+                int64_t before = 0;
+                for (size_t other = 0; other < m; ++other) before += keys[other] <= here;
+                for (size_t other = m + 1; other < size; ++other) before += keys[other] < here;
+                list[before] = s.found[m];
+            }
+        } else {
+            std::copy(s.found.begin(), s.found.end(), list);
+            std::sort(list, list + size, [&](const Entry& a, const Entry& b) { return a.distance < b.distance; });
+        }
+        for (size_t begin = 0, end; begin < size; begin = end) {
+            for (end = begin + 1; end < size && key(i, list[end]) == key(i, list[begin]);) ++end;
+            if (end - begin < 2) continue;
+            std::sort(list + begin, list + end, [&](const Entry& a, const Entry& b) { return is_before(i, a, b); });
+            for (size_t m = begin + 1; m < end; ++m) {
+                if (!is_before(i, list[m - 1], list[m])) return false;
+            }
+        }
         return true;
     }
 
-    // Judges each pair of candidates once, at its first atom.
+    // Finds the candidates and appends what matters of the list to the chunk; false where windows are so narrow that
+    // rounding of the keys turns them inside out.
+    bool keep(int64_t i, Scratch& s, Chunk& chunk) {
+        s.candidates.assign(1, {0.0, 0, 0, 0, NONE});
+        int64_t used = p.kind == LIST ? int64_t(s.list.size()) : 1;
+        if (p.kind != LIST && !find_candidates(i, s, used)) return false;
+        lists[i].size = used, lists[i].num_candidates = int64_t(s.candidates.size());
+        chunk.entries.insert(chunk.entries.end(), s.list.begin(), s.list.begin() + used);
+        chunk.candidates.insert(chunk.candidates.end(), s.candidates.begin(), s.candidates.end());
+        return true;
+    }
+
+    // As the selections of knn.py. Keys ascend, so the ends of windows do: each is found by walking on from the last.
+    bool find_candidates(int64_t i, Scratch& s, int64_t& used) const {
+        const Entry* list = s.list.data();
+        const int64_t size = int64_t(s.list.size()), twice = 2 * p.num_neighbors;
+        const double reach = p.support + 2.0 * p.slack;
+        int64_t low = 0, nearer = 0, high = 0;
+        for (int64_t n = 1; n < size; ++n) {
+            if (p.kind != RADIUS && ((p.slack == 0.0 && n + 1 >= twice) || (p.ranked >= 0 && n >= p.ranked))) break;
+            const double here = key(i, list[n]);
+            Candidate now{0.0, 0, 0, 0, OUT};
+            if (!(list[n].distance < p.radius + p.slack)) {
+                if (list[n].distance > p.radius + p.slack + BOUND_MARGIN) break;
+                now.verdict = NONE;  // but one with the same key may be nearer
+            } else if (p.kind == HARD) {
+                const double margin = TIE * list[n].distance;  // may fall among equal keys: no walking here
+                const auto count = [&](auto holds) {
+                    return std::partition_point(list, list + size, [&](const Entry& e) { return holds(key(i, e)); }) - list;
+                };
+                const int64_t fewer = count([&](double other) { return other < here - margin; });
+                now.rank = 0.5 * double(fewer + count([&](double other) { return other <= here + margin; }));
+            } else if (p.kind == SOFT) {
+                while (low < size && key(i, list[low]) <= here - reach) ++low;
+                while (p.slack > 0.0 && key(i, list[nearer]) < here - 2.0 * p.slack) ++nearer;
+                if (low + (p.slack > 0.0 ? nearer : n) + 1 >= twice) break;
+                while (high < size && key(i, list[high]) < here + reach) ++high;
+                now.low = int32_t(low), now.high = int32_t(p.ranked >= 0 ? std::min(high, p.ranked) : high);
+                if (now.low > n || now.high <= n) return false;
+            }
+            used = std::max(used, std::max<int64_t>(n + 1, now.high));
+            s.candidates.push_back(now);
+        }
+        return true;
+    }
+
+    // Calls judge once for each pair of candidates that are each other's reverse.
     template <class Judge>
-    void over_own(const Judge& judge) {
-        in_parallel(p.atoms, p.threads, [&](int64_t i) {
-            for (int64_t e = start[i] + 1; e < start[i + 1]; ++e) {
-                if (!windows[e].candidate || entries[e].edge & 1) continue;
-                const int64_t r = reverse(entries[e]);
-                if (windows[r].candidate) verdicts[entries[e].edge >> 1] = judge(i, e, r);
+    void over_owned(const Judge& judge) {
+        over_atoms([&](int64_t i) {
+            for (int64_t n = 1; n < lists[i].num_candidates; ++n) {
+                Candidate& own = lists[i].candidates[n];
+                const Entry& entry = lists[i].entries[n];
+                if (own.verdict == NONE || entry.neighbor < i || (entry.neighbor == i && entry.shift < NO_SHIFT)) continue;
+                if (!own.reverse && !find_reverse(i, n, own, entry)) continue;
+                Candidate& other = lists[entry.neighbor].candidates[own.reverse];
+                if (other.verdict != NONE) judge(n, own, other, entry);
             }
         });
     }
 
-    // Bounds of the rank: whoever is not farther adds at least ½, whoever is farther at most ½ (knn.py).
-    double least(int64_t atom, int64_t e) const { return 0.5 * (windows[e].low + (e - start[atom] + 1)); }
-    double most(int64_t atom, int64_t e) const {
-        return 0.5 * ((e - start[atom] + 1) + windows[e].high) + BOUND_MARGIN;
+    bool find_reverse(int64_t i, int64_t n, Candidate& own, const Entry& entry) {
+        const List& list = lists[entry.neighbor];
+        const Entry wanted{entry.distance, 2 * NO_SHIFT - entry.shift, int32_t(i), 0};
+        const Entry* place = std::lower_bound(
+            list.entries + 1, list.entries + list.num_candidates, wanted,
+            [&](const Entry& a, const Entry& b) { return is_before(entry.neighbor, a, b); });
+        if (place == list.entries + list.num_candidates || place->neighbor != i || place->shift != wanted.shift) return false;
+        own.reverse = int32_t(place - list.entries);
+        list.candidates[own.reverse].reverse = int32_t(n);
+        return true;
+    }
+
+    // Bounds decide most pairs: whoever is not farther adds at least ½ to a rank, whoever is farther at most ½ (knn.py).
+    Verdict first_verdict(int64_t n, const Candidate& own, const Candidate& other, const Entry& entry) const {
+        if (p.kind == RADIUS) return IN;
+        if (p.kind == HARD) return verdict(own.rank, other.rank, entry.distance);
+        if (p.slack > 0.0) return UNSURE;
+        const auto least = [](const Candidate& c, int64_t place) { return 0.5 * double(c.low + place + 1); };
+        const auto most = [](const Candidate& c, int64_t place) { return 0.5 * double(place + 1 + c.high) + BOUND_MARGIN; };
+        if (verdict(least(own, n), least(other, own.reverse), entry.distance) == OUT) return OUT;
+        return verdict(most(own, n), most(other, own.reverse), entry.distance) == IN ? IN : UNSURE;
+    }
+
+    void judge_by_exact_ranks() {
+        over_atoms([&](int64_t i) {
+            for (int64_t n = 1; n < lists[i].num_candidates; ++n) {
+                Candidate& own = lists[i].candidates[n];
+                if (own.verdict == UNSURE) own.rank = exact_rank(lists[i].entries, own, lists[i].entries[n].distance);
+            }
+        });
+        over_owned([&](int64_t, Candidate& own, Candidate& other, const Entry& entry) {
+            if (own.verdict == UNSURE) own.verdict = other.verdict = verdict(own.rank, other.rank, entry.distance);
+        });
     }
 
     // The coordinate x against 1. A pair is judged once, so both of its directions hear the same. Close to 1 the sum is
@@ -176,12 +263,10 @@ struct Graph {
         return scale * (top + std::log(total)) < 1.0 ? IN : OUT;
     }
 
-    double exact(int64_t atom, int64_t e) const {
-        const Entry* list = &entries[0] + start[atom];
-        const double distance = entries[e].distance, less = 2.0 * p.slack;
-        double rank = windows[e].low;
-        for (int32_t other = windows[e].low; other < windows[e].high; ++other) {
-            rank += step((distance - list[other].distance - less) / p.rank_scale);
+    double exact_rank(const Entry* list, const Candidate& own, double distance) const {
+        double rank = own.low;
+        for (int32_t other = own.low; other < own.high; ++other) {
+            rank += step((distance - list[other].distance - 2.0 * p.slack) / p.rank_scale);
         }
         return rank;
     }
@@ -193,87 +278,42 @@ struct Graph {
         return 1.0 / (1.0 + std::exp(-(4.0 * y / (1.0 - y * y))));
     }
 
-    // The candidates of an atom with their windows, and ranks where they are hard. Keys ascend, and so do all ends: each
-    // is found by walking on from the one before.
-    bool find_windows(int64_t i) {
-        const Entry* list = &entries[0] + start[i];
-        Window* window = &windows[0] + start[i];
-        const int64_t size = length(i), twice = 2 * p.num_neighbors;
-        const double reach = p.support + 2.0 * p.slack;
-        int64_t low = 0, nearer = 0, high = 0;
-        for (int64_t n = 1; n < size; ++n) window[n].candidate = false;
-        for (int64_t n = 1; n < size; ++n) {
-            if (!(list[n].distance < p.radius + p.slack)) continue;
-            const double here = key(i, list[n]);
-            if (p.kind == RADIUS) {
-                window[n] = {0, 0, true};
-                continue;
+    // Calls visit(place, whether it is a token) for the tokens of an atom and for whom their windows cover, in order of
+    // each. Windows are runs whose ends ascend: one sweep.
+    template <class Visit>
+    void over_rows(int64_t i, const Visit& visit) const {
+        const List& list = lists[i];
+        const auto is_token = [&](int64_t n) { return n < list.num_candidates && list.candidates[n].verdict == IN; };
+        visit(0, true);
+        int64_t covered = 1;
+        for (int64_t n = 1; n < list.num_candidates; ++n) {
+            if (!is_token(n)) continue;
+            for (covered = std::max<int64_t>(covered, list.candidates[n].low); covered < list.candidates[n].high; ++covered) {
+                if (!is_token(covered)) visit(covered, false);
             }
-            if (p.slack == 0.0 && n + 1 >= twice) break;
-            if (p.ranked >= 0 && n >= p.ranked) break;
-            if (p.kind == HARD) {
-                const double margin = TIE * list[n].distance;
-                const int64_t less = first(list, size, i, here - margin, true);
-                const int64_t not_more = first(list, size, i, here + margin, false);
-                window[n] = {0, 0, true};
-                ranks[start[i] + n] = 0.5 * double(less + not_more);
-                continue;
-            }
-            while (low < size && key(i, list[low]) <= here - reach) ++low;
-            while (p.slack > 0.0 && nearer < size && key(i, list[nearer]) < here - 2.0 * p.slack) ++nearer;
-            if (low + (p.slack > 0.0 ? nearer + 1 : n + 1) >= twice) break;
-            while (high < size && key(i, list[high]) < here + reach) ++high;
-            const int64_t end = p.ranked >= 0 ? std::min(high, p.ranked) : high;
-            if (low > n || end <= n) return false;
-            window[n] = {int32_t(low), int32_t(end), true};
+            visit(n, true);
         }
+    }
+
+    bool count_edges() {
+        tokens.assign(p.atoms + 1, 0);
+        for (int64_t i = 0; i < p.atoms; ++i) tokens[i + 1] = tokens[i] + lists[i].size - 1;
         return true;
     }
 
-    // The first entry whose key is not below a value, or is above it.
-    int64_t first(const Entry* list, int64_t size, int64_t atom, double value, bool or_equal) const {
-        int64_t low = 0;
-        while (size > 0) {
-            const double middle = key(atom, list[low + size / 2]);
-            if (or_equal ? middle < value : middle <= value) {
-                low += size / 2 + 1, size -= size / 2 + 1;
-            } else {
-                size /= 2;
-            }
-        }
-        return low;
-    }
-
-    bool is_token(const Entry& entry) const { return entry.edge < 0 || verdicts[entry.edge >> 1] == IN; }
-
-    // Visits the tokens of an atom, with themselves, and whom a window covers: each entry once, with its window or null.
-    template <class Visit>
-    void over_rows(int64_t i, const Visit& visit) const {
-        const int64_t size = length(i);
-        int64_t covered = 0;  // windows are runs whose ends ascend: one sweep
-        for (int64_t n = 0; n < size; ++n) {
-            const int64_t e = start[i] + n;
-            if (n > 0 && is_token(entries[e])) {
-                for (int64_t c = std::max<int64_t>(covered, windows[e].low); c < windows[e].high; ++c) {
-                    if (!is_token(entries[start[i] + c])) visit(start[i] + c, nullptr);
-                }
-                covered = std::max<int64_t>(covered, windows[e].high);
-            }
-            if (is_token(entries[e])) visit(e, &windows[e]);
-        }
-    }
-
-    void count() {
+    // False where there are too many rows to number in 32 bits.
+    bool count_rows() {
         for (auto* ends : {&tokens, &extras, &compared}) ends->assign(p.atoms + 1, 0);
-        in_parallel(p.atoms, p.threads, [&](int64_t i) {
-            over_rows(i, [&](int64_t e, const Window* window) {
-                (window ? tokens : extras)[i + 1] += 1;
-                if (window && entries[e].edge >= 0) compared[i + 1] += window->high - window->low;
+        over_atoms([&](int64_t i) {
+            int64_t counts[2] = {0, 0}, pairs = 0;
+            over_rows(i, [&](int64_t n, bool is_token) {
+                ++counts[is_token];
+                if (is_token) pairs += lists[i].candidates[n].high - lists[i].candidates[n].low;
             });
+            tokens[i + 1] = counts[1], extras[i + 1] = counts[0], compared[i + 1] = pairs;
         });
-        for (int64_t i = 0; i < p.atoms; ++i) {
-            tokens[i + 1] += tokens[i], extras[i + 1] += extras[i], compared[i + 1] += compared[i];
-        }
+        for (auto* ends : {&tokens, &extras, &compared}) std::partial_sum(ends->begin(), ends->end(), ends->begin());
+        return tokens[p.atoms] + extras[p.atoms] <= std::numeric_limits<int32_t>::max();
     }
 };
 
@@ -283,48 +323,44 @@ struct Arrays {
     double* rank_base;
 };
 
-void write_row(const Graph& g, const Arrays& out, int64_t row, int64_t center, const Entry& entry) {
+void write_row(const Arrays& out, int64_t row, int64_t center, const Entry& entry) {
     out.center[row] = center;
     out.neighbor[row] = entry.neighbor;
-    for (int c = 0; c < 3; ++c) {
-        out.shift[3 * row + c] = entry.edge < 0 ? 0 : int64_t(g.shift(entry)[c]) * (entry.edge & 1 ? -1 : 1);
-    }
+    for (int c = 0; c < 3; ++c) out.shift[3 * row + c] = component(entry.shift, c);
 }
 
 void write_list(const Graph& g, const Arrays& out) {
-    in_parallel(g.p.atoms, g.p.threads, [&](int64_t i) {
-        for (int64_t e = g.start[i] + 1; e < g.start[i + 1]; ++e) write_row(g, out, e - i - 1, i, g.entries[e]);
+    g.over_atoms([&](int64_t i) {
+        for (int64_t n = 1; n < g.lists[i].size; ++n) write_row(out, g.tokens[i] + n - 1, i, g.lists[i].entries[n]);
     });
 }
 
-void write_graph(Graph& g, const Arrays& out) {
-    const int64_t atoms = g.p.atoms, num_tokens = g.tokens[atoms];
-    g.row = uninitialized<int32_t>(g.start[atoms]);
-    in_parallel(atoms, g.p.threads, [&](int64_t i) {
+void write_graph(const Graph& g, const Arrays& out) {
+    const int64_t num_tokens = g.tokens[g.p.atoms];
+    g.over_atoms([&](int64_t i) {
         int64_t token = g.tokens[i], extra = num_tokens + g.extras[i];
-        g.over_rows(i, [&](int64_t e, const Window* window) {
-            const int64_t row = window ? token++ : extra++;
-            g.row[e] = int32_t(row);
-            write_row(g, out, row, i, g.entries[e]);
+        g.over_rows(i, [&](int64_t n, bool is_token) {
+            Entry& entry = g.lists[i].entries[n];
+            entry.row = int32_t(is_token ? token++ : extra++);
+            write_row(out, entry.row, i, entry);
         });
         out.offsets[i] = out.self_token[i] = g.tokens[i];
     });
-    out.offsets[atoms] = num_tokens;
-    in_parallel(atoms, g.p.threads, [&](int64_t i) {
-        int64_t done = g.compared[i];
-        const bool hard = g.p.kind == HARD;
-        g.over_rows(i, [&](int64_t e, const Window* window) {
-            if (!window) return;
-            const Entry& entry = g.entries[e];
-            const int64_t row = g.row[e];
-            out.reverse[row] = entry.edge < 0 ? row : g.row[g.reverse(entry)];
-            out.rank_base[row] = entry.edge < 0 ? 0.0 : hard ? g.ranks[e] : double(window->low);
-            if (entry.edge < 0) return;
-            for (int32_t other = window->low; other < window->high; ++other, ++done) {
+    out.offsets[g.p.atoms] = num_tokens;
+    g.over_atoms([&](int64_t i) {
+        const List& list = g.lists[i];
+        int64_t row = g.tokens[i], done = g.compared[i];
+        for (int64_t n = 0; n < list.num_candidates; ++n) {
+            const Candidate& own = list.candidates[n];
+            if (n > 0 && own.verdict != IN) continue;
+            out.reverse[row] = n > 0 ? g.lists[list.entries[n].neighbor].entries[own.reverse].row : row;
+            out.rank_base[row] = g.p.kind == HARD ? own.rank : double(own.low);
+            for (int32_t other = own.low; other < own.high; ++other, ++done) {
                 out.rank_token[done] = row;
-                out.rank_other[done] = g.row[g.start[i] + other];
+                out.rank_other[done] = list.entries[other].row;
             }
-        });
+            ++row;
+        }
     });
 }
 
@@ -332,23 +368,18 @@ void write_graph(Graph& g, const Arrays& out) {
 
 extern "C" {
 
-// Returns a status and, where it is DONE, the graph in `made` and how many rows, tokens and rank pairs it has, and the
-// longest run of tokens. It must be given to escaip_graph_write, which frees it, or to escaip_graph_free.
+// Returns a status and, where it is DONE, the graph in `made`, and how many rows, tokens and rank pairs it has and how long
+// the longest run of tokens is. It must be given to escaip_graph_write or escaip_graph_free, once.
 int64_t escaip_graph_build(const Problem* problem, void** made, int64_t* sizes) {
     try {
         auto graph = std::make_unique<Graph>(*problem);
-        const int64_t status = graph->build();
-        if (status != DONE) return status;
+        if (!graph->build()) return REFUSED;
         const int64_t atoms = problem->atoms;
-        if (problem->kind == LIST) {
-            sizes[0] = graph->start[atoms] - atoms;
-        } else {
-            sizes[0] = graph->tokens[atoms] + graph->extras[atoms];
-            sizes[1] = graph->tokens[atoms];
-            sizes[2] = graph->compared[atoms];
-            sizes[3] = 0;
-            for (int64_t i = 0; i < atoms; ++i) sizes[3] = std::max(sizes[3], graph->tokens[i + 1] - graph->tokens[i]);
-        }
+        sizes[1] = graph->tokens[atoms];
+        sizes[0] = sizes[1] + (problem->kind == LIST ? 0 : graph->extras[atoms]);
+        sizes[2] = problem->kind == LIST ? 0 : graph->compared[atoms];
+        sizes[3] = 0;
+        for (int64_t i = 0; i < atoms; ++i) sizes[3] = std::max(sizes[3], graph->tokens[i + 1] - graph->tokens[i]);
         *made = graph.release();
         return DONE;
     } catch (const std::bad_alloc&) {
@@ -356,14 +387,10 @@ int64_t escaip_graph_build(const Problem* problem, void** made, int64_t* sizes) 
     }
 }
 
-int64_t escaip_graph_write(void* made, const Arrays* out) {
+// Fills the arrays and frees the graph.
+void escaip_graph_write(void* made, const Arrays* out) {
     const std::unique_ptr<Graph> graph(static_cast<Graph*>(made));
-    try {
-        graph->p.kind == LIST ? write_list(*graph, *out) : write_graph(*graph, *out);
-        return DONE;
-    } catch (const std::bad_alloc&) {
-        return REFUSED;
-    }
+    graph->p.kind == LIST ? write_list(*graph, *out) : write_graph(*graph, *out);
 }
 
 void escaip_graph_free(void* made) { delete static_cast<Graph*>(made); }
