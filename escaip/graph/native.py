@@ -19,7 +19,8 @@ from escaip.types import Graph, GraphSettings, NeighborList
 _DONE = 0
 _LIST, _RADIUS, _HARD, _SOFT = 0, 1, 2, 3
 _INTEGERS = (
-    "atoms", "systems", "threads", "kind", "num_neighbors", "ranked", "bump", "edges", "center_stride", "neighbor_stride",
+    "atoms", "systems", "threads", "kind", "num_neighbors", "ranked", "bump",
+    "edges", "center_stride", "neighbor_stride",
 )  # fmt: skip
 _NUMBERS = ("cutoff", "radius", "support", "rank_scale", "envelope_scale", "slack")
 _POINTERS = ("positions", "cell", "pbc", "index", "ptr", "center", "neighbor", "shift")

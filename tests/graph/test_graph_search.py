@@ -46,3 +46,12 @@ def test_pairs_come_once_with_their_types() -> None:
     assert first.dtype == second.dtype == torch.int64
     assert shift.dtype == torch.int32
     assert torch.equal(batch[3][first], batch[3][second])
+
+
+def test_two_atoms_whose_distance_ends_vesin() -> None:
+    """Its cell list divides by zero there, so it is not asked about open structures of few atoms."""
+    positions = np.array(
+        [[2107.2154, -1318.7537, -1903.4989], [-3858.7256, -2016.9292, -1906.8478], [2107.0, -1317.0, -1904.0]]
+    )
+    batch = arrays((positions, np.zeros((3, 3)), np.zeros(3, bool)))
+    assert canonical(*search_vesin(*batch, 3.5)) == {(0, 2, 0, 0, 0)}
