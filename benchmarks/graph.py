@@ -1,4 +1,4 @@
-"""Cost of the graph against system size, and of the neighbor libraries that are installed.
+"""Cost of the graph against system size, in C++ and in plain operations, and of the neighbor libraries installed.
 
     python benchmarks/graph.py [--sizes 1000 10000 100000] [--libraries] [--out results.json]
 
@@ -19,9 +19,13 @@ import numpy as np
 import torch
 from ase import Atoms
 from common import measure, provenance, write_json
+from peers.structures import aspirin
 
 from escaip.graph import build_graph, compute_geometry, neighbor_list, search_cutoff
-from escaip.types import GraphSettings
+from escaip.graph.knn import plain_graph
+from escaip.graph.native import has_kernels
+from escaip.graph.systems import Systems
+from escaip.types import Graph, GraphSettings, NeighborList
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
 SETTINGS = GraphSettings()
@@ -68,9 +72,10 @@ def to_batch(structures: list[Atoms]) -> SimpleNamespace:
 
 
 def measure_graph(structures: list[Atoms], repeats: int) -> dict[str, float]:
-    """Seconds of each stage for one batch, and what the graph holds."""
-    batch = to_batch(structures)
-    neighbors, graph = neighbor_list(batch, search_cutoff(SETTINGS)), build_graph(batch, SETTINGS)
+    """Seconds of each stage for one batch, and what the graph holds; small batches are repeated more often."""
+    batch, cutoff = to_batch(structures), search_cutoff(SETTINGS)
+    repeats = max(repeats, 20_000 // len(batch.positions))
+    neighbors, graph = neighbor_list(batch, cutoff), build_graph(batch, SETTINGS)
     positions, cell = batch.positions.clone().requires_grad_(), batch.cell.clone().requires_grad_()
 
     def geometry() -> torch.Tensor:
@@ -79,21 +84,28 @@ def measure_graph(structures: list[Atoms], repeats: int) -> dict[str, float]:
     def gradient() -> Any:
         return torch.autograd.grad(geometry().exp().sum(), (positions, cell))
 
+    def plain(neighbors: NeighborList | None = None) -> Graph:
+        return plain_graph(Systems.from_batch(batch), SETTINGS, neighbors, cutoff, 0.0)
+
     num_atoms = len(batch.positions)
     return {
         "atoms": num_atoms,
         "systems": len(structures),
         "tokens_per_atom": graph.num_tokens / num_atoms,
         "rank_pairs_per_atom": len(graph.rank_token) / num_atoms,
-        "neighbor_list": measure(lambda: neighbor_list(batch, search_cutoff(SETTINGS)), repeats),
+        "neighbor_list": measure(lambda: neighbor_list(batch, cutoff), repeats),
         "build_graph": measure(lambda: build_graph(batch, SETTINGS), repeats),
-        "build_graph_from_list": measure(lambda: build_graph(batch, SETTINGS, neighbors), repeats),
+        "plain_graph": measure(plain, repeats),
+        "from_list": measure(lambda: build_graph(batch, SETTINGS, neighbors), repeats),
+        "plain_from_list": measure(lambda: plain(neighbors), repeats),
         "geometry": measure(geometry, repeats),
         "geometry_and_gradient": measure(gradient, repeats),
     }
 
 
-STAGES = ("neighbor_list", "build_graph", "build_graph_from_list", "geometry", "geometry_and_gradient")
+STAGES = (
+    "neighbor_list", "build_graph", "plain_graph", "from_list", "plain_from_list", "geometry", "geometry_and_gradient",
+)  # fmt: skip
 
 
 def slope(rows: list[dict[str, float]], stage: str) -> float:
@@ -105,12 +117,12 @@ def slope(rows: list[dict[str, float]], stage: str) -> float:
 def print_table(name: str, rows: list[dict[str, float]]) -> None:
     """Prints µs per atom."""
     print(f"\n{name}: µs per atom")
-    print(f"{'atoms':>8}{'tokens':>8}{'pairs':>8}" + "".join(f"{stage:>23}" for stage in STAGES))
+    print(f"{'atoms':>8}{'tokens':>8}{'pairs':>8}" + "".join(f"{stage:>22}" for stage in STAGES))
     for row in rows:
-        cells = "".join(f"{row[stage] / row['atoms'] * 1e6:23.1f}" for stage in STAGES)
+        cells = "".join(f"{row[stage] / row['atoms'] * 1e6:22.1f}" for stage in STAGES)
         print(f"{row['atoms']:8.0f}{row['tokens_per_atom']:8.1f}{row['rank_pairs_per_atom']:8.0f}{cells}")
     if len(rows) > 1:
-        print(f"{'slope':>8}{'':16}" + "".join(f"{slope(rows, stage):23.2f}" for stage in STAGES))
+        print(f"{'slope':>8}{'':16}" + "".join(f"{slope(rows, stage):22.2f}" for stage in STAGES))
 
 
 def library_searches(atoms: Atoms, cutoff: float) -> dict[str, Callable[[], int]]:
@@ -169,15 +181,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
 
-    result: dict[str, Any] = {"provenance": provenance()}
+    result: dict[str, Any] = {"provenance": provenance(), "native": has_kernels(Systems.read(to_batch([aspirin()])))}
+    print(
+        f"{result['provenance']['threads']} threads; graphs are built in " + ("C++" if result["native"] else "PyTorch")
+    )
     for name, make in (("rattled copper", copper), ("water", water)):
         result[name] = [measure_graph([make(size)], arguments.repeats) for size in arguments.sizes]
         print_table(name, result[name])
         result[f"{name} slopes"] = (
             {stage: slope(result[name], stage) for stage in STAGES} if len(result[name]) > 1 else {}
         )
-    result["molecules"] = [measure_graph(molecules(480), arguments.repeats)]
-    print_table("batch of molecules", result["molecules"])
+    for name, structures in (("one molecule", [aspirin()]), ("batch of molecules", molecules(480))):
+        result[name] = [measure_graph(structures, arguments.repeats)]
+        print_table(name, result[name])
     if arguments.libraries:
         result["libraries"] = measure_libraries(arguments.sizes, arguments.repeats)
     if arguments.out:

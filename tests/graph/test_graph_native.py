@@ -125,6 +125,19 @@ def test_long_lists() -> None:
     assert torch.bincount(neighbor_list(batch, 4.0).center).max() > 256
 
 
+@pytest.mark.parametrize("slack", [0.0, 0.125])
+def test_windows_whose_ends_are_met_exactly(slack: float) -> None:
+    """Distances, the reach of a rank and the cutoff are multiples of 1/8, and so are keys."""
+    line = np.array([0.0, 0.5, 1.5, 2.0, 3.5, 4.0, 4.25])[:, None] * np.array([[1.0, 0, 0]])
+    plane = np.concatenate([line, line[1:, [1, 0, 2]]])
+    for pbc in ((False,) * 3, (True, False, False), (True, True, True)):
+        batch = make_batch((plane, CUBE * 5.0, np.array(pbc)), (line, CUBE * 4.5, np.array(pbc)))
+        for number in (3, 8, 30):
+            settings = GraphSettings(cutoff=3.0, num_neighbors=number, rank_scale=0.125, rank_step="bump")
+            compare(batch, settings, slack)
+        compare(batch, GraphSettings(cutoff=3.0, num_neighbors=8, soft=False))
+
+
 @pytest.mark.parametrize("cells", [1_000, 30_000])
 def test_atoms_far_outside_of_the_cell(cells: int) -> None:
     rng = np.random.default_rng(3)
@@ -158,7 +171,7 @@ def test_what_a_user_calls_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plain_graph", "Systems.check"):
         monkeypatch.delattr(f"escaip.graph.build.{name}")
     batch = make_batch(random_system(np.random.default_rng(5), "skewed_mixed", 4.0))
-    batch.positions = batch.positions.to(torch.float32).repeat(1, 2)[:, :3]
+    batch.positions = batch.positions.to(torch.float32).t().contiguous().t()
     assert build_graph(batch, SETTINGS[0]).num_tokens > len(batch.positions)
     assert_same(build_graph(batch, SETTINGS[0], neighbor_list(batch, 6.0)), build_graph(batch, SETTINGS[0]))
 

@@ -42,7 +42,7 @@ struct Scratch {
     std::vector<Entry> found, list;
     std::vector<Candidate> candidates;
     std::vector<double> keys;
-    std::vector<int32_t> hits;
+    std::vector<int32_t> hits, equal;
 };
 
 struct Graph {
@@ -128,15 +128,16 @@ struct Graph {
         s.list[0] = {0.0, NO_SHIFT, int32_t(i), 0};
         Entry* list = s.list.data() + 1;
         if (size <= SHORT) {
-            s.keys.resize(size);
+            const size_t padded = (size + 7) / 8 * 8;  // whole vectors
+            s.keys.assign(padded, std::numeric_limits<double>::infinity());
+            s.equal.assign(size, 0);
             double* keys = s.keys.data();
             for (size_t m = 0; m < size; ++m) keys[m] = key(i, s.found[m]);
             for (size_t m = 0; m < size; ++m) {
                 const double here = keys[m];
                 int64_t before = 0;
-                for (size_t other = 0; other < m; ++other) before += keys[other] <= here;
-                for (size_t other = m + 1; other < size; ++other) before += keys[other] < here;
-                list[before] = s.found[m];
+                for (size_t other = 0; other < padded; ++other) before += keys[other] < here;
+                list[before + s.equal[before]++] = s.found[m];
             }
         } else {
             std::copy(s.found.begin(), s.found.end(), list);
