@@ -13,6 +13,8 @@
 #include <new>
 #include <vector>
 
+#include "parallel.h"
+
 namespace escaip {
 
 enum Status : int64_t { DONE = 0, REFUSED = 1 };
@@ -44,19 +46,6 @@ struct Entry {
     int64_t shift;
     int32_t neighbor, row;
 };
-
-// Calls task(i) for each i below count. What a task writes is its own, so threads change nothing.
-template <class Task>
-void in_parallel(int64_t count, int64_t threads, const Task& task) {
-#ifdef _OPENMP
-    if (threads > 1 && count > 1) {
-#pragma omp parallel for schedule(dynamic) num_threads(int(std::min(threads, count)))
-        for (int64_t i = 0; i < count; ++i) task(i);
-        return;
-    }
-#endif
-    for (int64_t i = 0; i < count; ++i) task(i);
-}
 
 // Whether a cell surely has volume along its periodic axes and few images within the cutoff. The plain check divides at
 // 1e-12 and 1e7; these are so far on the safe side that rounding matters neither here nor in the search.

@@ -23,7 +23,7 @@ _CALLED = (
 
 @functools.cache
 def register_operators() -> bool:
-    """Puts C++ kernels in the place of Python's for what predictions call on the CPU: attention, splines, sums over rows, ...
+    """Puts C++ in the place of Python for what predictions call on the CPU: attention, splines, sums over rows, ...
 
     Results are the same. Compiles for some seconds where the user's cache does not have them.
 
