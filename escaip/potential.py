@@ -371,6 +371,12 @@ class Potential(nn.Module):
             )
         )  # fmt: skip
 
+    def hessian(self, structure: Any, **options: Any) -> Tensor:
+        """``(3n, 3n)`` float64 eV/Å² of a structure on the CPU: see :func:`escaip.hessian.hessian`."""
+        from escaip.hessian import hessian
+
+        return hessian(self, structure, **options)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, config, units, references and provenance to one file (docs/checkpoints.md)."""
         from escaip.checkpoint import save_potential

@@ -171,6 +171,22 @@ class EScAIPCalculator(Calculator):
         if with_stress:
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
 
+    def get_hessian(self, atoms: Atoms | None = None, **options: Any) -> np.ndarray:
+        """``(3n, 3n)`` float64 eV/Å², ``∂²E/∂r²`` by automatic differentiation; constraints are not looked at.
+
+        Args:
+            atoms: by default those of the last evaluation.
+            **options: of :func:`escaip.hessian.hessian`.
+
+        Raises:
+            ConfigError: a direct-force model without ``method="finite_differences"``, or no atoms so far.
+            DataError: as :func:`escaip.hessian.hessian`.
+        """
+        subject = atoms if atoms is not None else self.atoms
+        if subject is None:
+            raise ConfigError("no structure so far: call get_hessian(atoms)")
+        return self.potential.hessian(subject, **options).numpy()
+
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what the next evaluation makes anew."""
         made = ("_batch", "_place", "_neighbors", "_graph")
