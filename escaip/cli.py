@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from escaip import __version__
 from escaip.cli_data import add_data, add_source_options, source_options
+from escaip.cli_properties import add_properties
 from escaip.errors import EscaipError, UsageError
 
 TRAINING_COMMANDS = {
@@ -91,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_relax(commands)
     _add_md(commands)
+    add_properties(commands)
     _add_import(commands)
     _add_export(commands)
     _add_info(commands)

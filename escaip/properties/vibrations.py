@@ -1,0 +1,249 @@
+"""Harmonic vibrations from second derivatives of the energy.
+
+Modes are eigenvectors of ``H_ij / √(m_i m_j)``; of free molecules translations and rotations are taken out first
+(Wilson, Decius and Cross, Molecular Vibrations, 1955), so that ``3n − 6`` are left, or ``3n − 5`` of a linear one.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms, units
+from ase.constraints import FixAtoms
+
+from escaip.errors import ConfigError, DataError
+from escaip.properties.files import MODEL, new_figure, table, write_results
+from escaip.properties.start import at_rest, check_calculator, largest_force
+
+_TO_EV = units._hbar * 1e10 / np.sqrt(units._e * units._amu)
+"""eV of ``ħω``, from ``ω²`` in eV/Å²/amu."""
+_LINEAR = 1e-4  # smallest singular value of a rotation beside the largest
+_FRAMES, _AMPLITUDE = 20, 0.25
+
+
+@dataclass(frozen=True)
+class Vibrations:
+    """Harmonic vibrations.
+
+    Attributes:
+        atoms: the structure they are of, ``n`` atoms.
+        energies: ``(k,)`` meV, ascending; those of imaginary modes are negative.
+        modes: ``(k, n, 3)`` Cartesian displacements, mass-weighted orthonormal: ``Σ_i m_i u·u' = δ`` (amu^−1/2).
+        num_rigid: translations and rotations that were taken out.
+        rigid_energy: meV, the largest that those had: how far forces and Hessian are from knowing them.
+        largest_force: eV/Å; where it is not small, frequencies are not of a minimum.
+        asymmetry: of the Hessian before it was made symmetric, beside its largest entry.
+    """
+
+    atoms: Atoms
+    energies: np.ndarray
+    modes: np.ndarray
+    num_rigid: int
+    rigid_energy: float
+    largest_force: float
+    asymmetry: float
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """``(k,)`` cm⁻¹, negative where imaginary."""
+        return self.energies * 1e-3 / units.invcm
+
+    @property
+    def num_imaginary(self) -> int:
+        """Modes along which the energy falls."""
+        return int((self.energies < 0).sum())
+
+    @property
+    def zero_point_energy(self) -> float:
+        """eV, ``Σ ħω/2`` of the real modes."""
+        return float(0.5e-3 * self.energies[self.energies > 0].sum())
+
+    def summary(self) -> str:
+        """A table of all modes, and what to know of it."""
+        rows = [["mode", "cm⁻¹", "meV"]]
+        for number, (frequency, energy) in enumerate(zip(self.frequencies, self.energies), 1):
+            mark = "i" if energy < 0 else ""
+            rows.append([str(number), f"{abs(frequency):.1f}{mark}", f"{abs(energy):.2f}{mark}"])
+        lines = [table(rows), f"zero-point energy {self.zero_point_energy:.4f} eV, {self._minimum()}"]
+        if self.num_rigid:
+            lines.append(f"{self.num_rigid} translations and rotations taken out, of up to {self.rigid_energy:.2g} meV")
+        return "\n".join(lines)
+
+    def _minimum(self) -> str:
+        return f"{self.num_imaginary} imaginary modes" if self.num_imaginary else "a minimum: no imaginary mode"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers with units in their names."""
+        return {
+            "formula": self.atoms.get_chemical_formula(),
+            "frequencies_cm-1": self.frequencies,
+            "energies_meV": self.energies,
+            "zero_point_energy_eV": self.zero_point_energy,
+            "num_imaginary": self.num_imaginary,
+            "num_rigid": self.num_rigid,
+            "rigid_energy_meV": self.rigid_energy,
+            "largest_force_eV/A": self.largest_force,
+            "hessian_asymmetry": self.asymmetry,
+            "modes_amu-1/2": self.modes,
+            "structure": self.atoms,
+        }
+
+    def trajectory(self, mode: int, frames: int = _FRAMES, amplitude: float = _AMPLITUDE) -> list[Atoms]:
+        """One period of a mode.
+
+        Args:
+            mode: index from 0.
+            frames: in the period.
+            amplitude: Å, of the atom that moves most.
+        """
+        displacement = self.modes[mode] * (amplitude / np.sqrt((self.modes[mode] ** 2).sum(-1).max()))
+        period = []
+        for index in range(frames):
+            frame = self.atoms.copy()
+            frame.set_constraint()
+            frame.info = {"mode": mode + 1, "frequency_cm-1": float(self.frequencies[mode]), "frame": index}
+            frame.arrays["displacement"] = displacement
+            frame.positions += np.sin(2 * np.pi * index / frames) * displacement
+            period.append(frame)
+        return period
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``vibrations.json``, ``vibrations.png`` and ``modes.extxyz``, one period of each mode in turn."""
+        frames = [frame for mode in range(len(self.modes)) for frame in self.trajectory(mode)]
+        figure = new_figure()
+        axis = figure.subplots()
+        axis.vlines(self.frequencies, 0, 1, colors=[MODEL if energy > 0 else "#c1121f" for energy in self.energies])
+        axis.set(xlabel="wavenumber (cm⁻¹; imaginary: negative)", yticks=[], ylim=(0, 1.1))
+        axis.set_xlim(min(0.0, 1.05 * self.frequencies.min(initial=0.0)))
+        axis.set_title(f"{self.atoms.get_chemical_formula()}: {len(self.modes)} harmonic modes")
+        files: dict[str, Any] = {"vibrations.json": self.to_dict(), "vibrations.png": figure}
+        write_results(folder, {**files, "modes.extxyz": frames} if frames else files)
+
+
+def molecular_vibrations(
+    atoms: Atoms,
+    *,
+    relaxation: str = "ions",
+    fmax: float = 1e-3,
+    steps: int = 500,
+    finite_differences: bool = False,
+    step: float = 0.01,
+) -> Vibrations:
+    """Harmonic vibrations of a molecule, an adsorbate whose support is fixed, or a crystal at q = 0.
+
+    Atoms held by ``FixAtoms`` do not move, and nothing is taken out then; of periodic structures translations are.
+
+    Args:
+        atoms: structure with a calculator; it is not changed.
+        relaxation: ``"ions"``, or ``"none"`` for a structure that is at a minimum or a saddle point.
+        fmax: largest force at the end, eV/Å.
+        steps: of the relaxation at most.
+        finite_differences: of forces, also where the calculator has second derivatives.
+        step: Å, of finite differences.
+
+    Raises:
+        ConfigError: no calculator, a setting out of range, or a constraint other than ``FixAtoms``.
+        DataError: second derivatives that are NaN.
+        SimulationError: the relaxation did not converge.
+    """
+    check_calculator(atoms)
+    if relaxation == "full":
+        raise ConfigError("vibrations are those of a given cell: relax it first (escaip relax --cell)")
+    free = _free_atoms(atoms)
+    own = at_rest(atoms, relaxation, fmax, steps)
+    matrix = second_derivatives(own, free, finite_differences=finite_differences, step=step)
+    scale = float(np.abs(matrix).max())
+    asymmetry = float(np.abs(matrix - matrix.T).max()) / scale if scale else 0.0
+    roots = np.sqrt(np.repeat(own.get_masses()[free], 3))
+    weighted = 0.5 * (matrix + matrix.T) / np.outer(roots, roots)
+    rigid = _rigid_motions(own) if len(free) == len(own) else np.empty((len(roots), 0))
+    basis = np.linalg.svd(rigid)[0][:, rigid.shape[1] :] if rigid.size else np.eye(len(roots))
+    values, vectors = np.linalg.eigh(basis.T @ weighted @ basis)
+    modes = np.zeros((len(values), len(own), 3))
+    modes[:, free] = ((basis @ vectors) / roots[:, None]).T.reshape(len(values), len(free), 3)
+    of_rigid = np.linalg.eigvalsh(rigid.T @ weighted @ rigid)
+    return Vibrations(
+        atoms=own,
+        energies=_energies(values),
+        modes=modes,
+        num_rigid=rigid.shape[1],
+        rigid_energy=float(np.abs(_energies(of_rigid)).max(initial=0.0)),
+        largest_force=largest_force(own),
+        asymmetry=asymmetry,
+    )
+
+
+def second_derivatives(
+    atoms: Atoms, free: np.ndarray | None = None, *, finite_differences: bool = False, step: float = 0.01
+) -> np.ndarray:
+    """``(3m, 3m)`` eV/Å² of ``m`` free atoms, as computed, not made symmetric.
+
+    By the calculator's ``get_hessian(atoms)`` where it has one, else by central differences of forces.
+
+    Raises:
+        ConfigError: ``step`` is not above 0, or a model whose forces are no derivatives.
+        DataError: they are NaN or infinite.
+    """
+    if not step > 0:
+        raise ConfigError(f"step is {step} Å: it must be above 0")
+    free = np.arange(len(atoms)) if free is None else free
+    if not finite_differences and hasattr(atoms.calc, "get_hessian"):
+        size = 3 * len(atoms)
+        whole = np.asarray(atoms.calc.get_hessian(atoms), dtype=float).reshape(size, size)
+        moving = (3 * free[:, None] + np.arange(3)).ravel()
+        matrix = whole[np.ix_(moving, moving)]
+    else:
+        matrix = _differences(atoms, free, step)
+    if not np.isfinite(matrix).all():
+        raise DataError("second derivatives are NaN or infinite: check the structure for atoms at one place")
+    return matrix
+
+
+def _differences(atoms: Atoms, free: np.ndarray, step: float) -> np.ndarray:
+    moved = atoms.copy()
+    moved.set_constraint()
+    moved.calc = atoms.calc
+    rows = []
+    for index in free:
+        for axis in range(3):
+            forces = []
+            for sign in (1.0, -1.0):
+                moved.positions = atoms.positions
+                moved.positions[index, axis] += sign * step
+                forces.append(moved.get_forces()[free].ravel())
+            rows.append((forces[1] - forces[0]) / (2 * step))
+    return np.array(rows)
+
+
+def _free_atoms(atoms: Atoms) -> np.ndarray:
+    held: set[int] = set()
+    for constraint in atoms.constraints:
+        if not isinstance(constraint, FixAtoms):
+            raise ConfigError(f"constraint {type(constraint).__name__} has no vibrations: only FixAtoms is understood")
+        held.update(int(index) for index in constraint.get_indices())
+    free = np.array([index for index in range(len(atoms)) if index not in held], dtype=int)
+    if not free.size:
+        raise ConfigError("every atom is held by a constraint: free those that shall vibrate")
+    return free
+
+
+def _rigid_motions(atoms: Atoms) -> np.ndarray:
+    """``(3n, 3 to 6)``, orthonormal, mass-weighted: translations, and rotations of what is not periodic."""
+    roots = np.sqrt(atoms.get_masses())[:, None]
+    motions = [(roots * axis).ravel() for axis in np.eye(3)]
+    if not atoms.pbc.any():
+        arms = atoms.positions - atoms.get_center_of_mass()
+        motions += [(roots * np.cross(axis, arms)).ravel() for axis in np.eye(3)]
+    elif not atoms.pbc.all():
+        warnings.warn("rotations of a structure periodic along some axes stay among its modes", stacklevel=3)
+    left, sizes, _ = np.linalg.svd(np.array(motions).T, full_matrices=False)
+    return left[:, sizes > _LINEAR * sizes[0]]
+
+
+def _energies(values: np.ndarray) -> np.ndarray:
+    """``ħ√value`` in meV, negative for negative values."""
+    return 1e3 * _TO_EV * np.sign(values) * np.sqrt(np.abs(values))

@@ -1,0 +1,113 @@
+"""The commands: what they print and write, with a model and with EMT in its place, and how they fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import ase.build
+import ase.io
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.emt import EMT
+
+from escaip.cli import main
+from escaip.config import EScAIPConfig
+from escaip.errors import ConfigError
+from escaip.potential import Potential
+from escaip.properties import commands
+
+Capture = pytest.CaptureFixture[str]
+TINY = {
+    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": [3, 2, 1, 1, 1], "num_radial": 24,
+    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "tiny.escaip"
+    Potential(EScAIPConfig.from_dict(TINY)).save(path)
+    return path
+
+
+@pytest.fixture
+def copper(tmp_path: Path) -> Path:
+    ase.io.write(tmp_path / "copper.extxyz", ase.build.bulk("Cu"))
+    return tmp_path / "copper.extxyz"
+
+
+@pytest.fixture
+def _emt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EMT in the place of the model."""
+    monkeypatch.setattr(commands, "_attach", lambda atoms, model, options: setattr(atoms, "calc", EMT()))
+
+
+@pytest.mark.usefixtures("_emt")
+@pytest.mark.parametrize(("name", "printed"), [("eos", "B0"), ("elastic", "Fm-3m"), ("phonons", "no imaginary mode")])
+def test_properties_of_copper(name: str, printed: str, copper: Path, tmp_path: Path, capsys: Capture) -> None:
+    if name == "phonons":
+        pytest.importorskip("phonopy", reason="phonopy is not installed: pip install 'escaip[sim]'")
+    out = tmp_path / "out"
+    extra = ["--supercell", "2", "2", "2", "--mesh", "20"] if name == "phonons" else []
+    assert main([name, "unused", str(copper), "--out", str(out), *extra]) == 0
+    shown = capsys.readouterr().out
+    assert printed in shown
+    assert shown.endswith(f"wrote {out}\n")
+    assert json.loads((out / f"{name}.json").read_text())["formula"] == "Cu"
+    assert list(out.glob("*.png"))
+
+
+@pytest.mark.usefixtures("_emt")
+def test_a_path(hop: Callable[[], tuple[Atoms, Atoms, Atoms]], tmp_path: Path, capsys: Capture) -> None:
+    names = []
+    for index, atoms in enumerate(hop()[:2]):
+        names.append(str(tmp_path / f"{index}.traj"))
+        atoms.calc = None
+        ase.io.write(names[-1], atoms)
+    out = tmp_path / "out"
+    assert main(["neb", "unused", *names, "--images", "3", "--out", str(out), "--fmax", "0.1"]) == 0
+    assert "eV forward" in capsys.readouterr().out
+    assert json.loads((out / "neb.json").read_text())["saddle_image"] == 2
+    assert main(["neb", "unused", names[0], names[0], "--out", str(out)]) == 1
+    assert "the ends are one structure" in capsys.readouterr().err
+
+
+def test_with_a_model(model: Path, copper: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Random weights, float64: nothing to rely on, but every number is there."""
+    molecule = tmp_path / "water.xyz"
+    ase.io.write(molecule, ase.build.molecule("H2O"))
+    arguments = [str(model), str(molecule), "--relax", "none", "--out", str(tmp_path / "v")]
+    assert main(["vibrations", *arguments]) == 0
+    assert len(json.loads((tmp_path / "v" / "vibrations.json").read_text())["frequencies_cm-1"]) == 3
+    assert main(["elastic", str(model), str(copper), "--relax", "none", "--out", str(tmp_path / "e")]) == 0
+    written = json.loads((tmp_path / "e" / "elastic.json").read_text())
+    assert written["stiffness_GPa"][0][0] == pytest.approx(written["stiffness_GPa"][2][2], rel=1e-6)
+    assert "rotations taken out" in capsys.readouterr().out
+
+
+@pytest.mark.bad_input
+def test_one_line_for_every_error(model: Path, copper: Path, tmp_path: Path, capsys: Capture) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    arguments = [str(model), str(copper)]
+    cases: list[tuple[list[str], int, str]] = [
+        (["eos", *arguments, "--points", "3"], 2, "points is 3"),
+        (["elastic", *arguments, "--out", str(taken)], 2, "is a file: name a folder"),
+        (["elastic", str(model), "none.xyz"], 1, "structure none.xyz does not exist"),
+        (["elastic", "none.ckpt", str(copper)], 1, "model file none.ckpt does not exist"),
+        (["neb", *arguments], 2, "required: FINAL"),
+        (["vibrations", *arguments, "--relax", "full"], 2, "invalid choice: 'full'"),
+    ]
+    for command, status, message in cases:
+        assert main(command) == status
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert printed.err.count("\n") == 1, printed.err
+        assert printed.out == ""
+    with pytest.raises(ConfigError, match="no property is named 'hardness'"):
+        commands.property_files("hardness", model, [copper], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

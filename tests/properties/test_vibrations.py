@@ -1,0 +1,153 @@
+"""Vibrations: springs with frequencies that are known, counts of modes, second derivatives of a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms, FixedPlane
+from scipy import constants
+
+from escaip import EScAIPCalculator
+from escaip.config import EScAIPConfig
+from escaip.errors import ConfigError
+from escaip.potential import Potential
+from escaip.properties import molecular_vibrations
+
+TINY = {
+    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": [3, 2, 1, 1, 1], "num_radial": 24,
+    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
+}  # fmt: skip
+
+
+def wavenumber(stiffness: float, mass: float) -> float:
+    """``√(k/m) / 2πc`` in cm⁻¹, for eV/Å² and amu, in SI units."""
+    newton_per_meter = stiffness * constants.e / 1e-20
+    return float(np.sqrt(newton_per_meter / (mass * constants.atomic_mass)) / (2 * np.pi * constants.c * 100))
+
+
+def test_a_diatomic_spring(springs: Any) -> None:
+    stiffness = 30.0
+    atoms = Atoms("HF", positions=[[0, 0, 0.1], [0.3, 0.5, 0.9]], calculator=springs(stiffness, 0.95))
+    found = molecular_vibrations(atoms, fmax=1e-6, step=1e-3)
+    light, heavy = atoms.get_masses()
+    assert found.frequencies.shape == (1,)
+    assert found.num_rigid == 5
+    assert found.frequencies[0] == pytest.approx(wavenumber(stiffness, light * heavy / (light + heavy)), rel=1e-5)
+    assert found.zero_point_energy == pytest.approx(
+        0.5 * constants.h * constants.c * 100 * found.frequencies[0] / constants.e, rel=1e-6
+    )
+    # The mode is along the bond, and the center of mass stays.
+    bond = found.atoms.positions[1] - found.atoms.positions[0]
+    assert np.abs(np.cross(found.modes[0], bond)).max() < 1e-6
+    assert np.abs(atoms.get_masses() @ found.modes[0]).max() < 1e-6
+
+
+def test_a_linear_chain_of_three(springs: Any) -> None:
+    """Stretches of A–B–A: ``k/m_A`` and ``k (1/m_A + 2/m_B)``; its bends cost nothing."""
+    stiffness = 20.0
+    atoms = Atoms("OCO", positions=[[-1.2, 0, 0], [0, 0, 0], [1.2, 0, 0]], calculator=springs(stiffness, 1.2))
+    found = molecular_vibrations(atoms, step=1e-4)
+    oxygen, carbon, _ = atoms.get_masses()
+    assert len(found.energies) == 4
+    np.testing.assert_allclose(
+        found.frequencies[2:],
+        [wavenumber(stiffness, oxygen), wavenumber(stiffness, 1 / (1 / oxygen + 2 / carbon))],
+        rtol=1e-4,
+    )
+    assert np.abs(found.frequencies[:2]).max() < 1.0
+
+
+@pytest.mark.parametrize(("name", "count"), [("H2O", 3), ("CO2", 4), ("CH4", 9), ("H", 0)])
+def test_counts_of_modes(name: str, count: int) -> None:
+    atoms = molecule(name)
+    atoms.calc = EMT()
+    found = molecular_vibrations(atoms, relaxation="none")
+    assert len(found.energies) == count
+    assert found.num_rigid == 3 * len(atoms) - count
+    weighted = found.modes.reshape(count, 3 * len(atoms)) * np.sqrt(np.repeat(atoms.get_masses(), 3))
+    np.testing.assert_allclose(weighted @ weighted.T, np.eye(count), atol=1e-10)
+
+
+def test_water_at_rest_is_a_minimum(tmp_path: Path) -> None:
+    atoms = molecule("H2O")
+    atoms.calc = EMT()
+    before = atoms.copy()
+    found = molecular_vibrations(atoms)
+    assert atoms == before
+    assert found.largest_force < 1e-3
+    assert found.num_imaginary == 0
+    assert found.rigid_energy < 10
+    found.write(tmp_path)
+    written = json.loads((tmp_path / "vibrations.json").read_text())
+    assert written["frequencies_cm-1"] == pytest.approx(found.frequencies.tolist())
+    frames = ase.io.read(tmp_path / "modes.extxyz", ":")
+    assert len(frames) == 3 * 20
+    assert frames[25].info["mode"] == 2
+    largest = np.linalg.norm(frames[5].positions - found.atoms.positions, axis=1).max()
+    assert largest == pytest.approx(0.25, rel=1e-6)  # a quarter of the period of the first mode
+    assert (tmp_path / "vibrations.png").stat().st_size > 1000
+
+
+def test_a_saddle_has_an_imaginary_mode(hop: Callable[[], tuple[Atoms, Atoms, Atoms]]) -> None:
+    """The adsorbate alone moves: three modes each, all real in the hollow, one imaginary on the bridge."""
+    hollow, _, bridge = hop()
+    for atoms, imaginary in ((hollow, 0), (bridge, 1)):
+        atoms.set_constraint(FixAtoms(range(len(atoms) - 1)))
+        found = molecular_vibrations(atoms, fmax=1e-3)
+        assert len(found.energies) == 3
+        assert found.num_rigid == 0
+        assert found.num_imaginary == imaginary
+        assert np.abs(found.modes[:, :-1]).max() == 0
+    assert "i" in found.summary().splitlines()[1]
+    assert "1 imaginary" in found.summary()
+
+
+def test_a_crystal_keeps_all_but_translations() -> None:
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = EMT()
+    found = molecular_vibrations(atoms)
+    assert len(found.energies) == 9
+    assert found.rigid_energy < 0.1
+    assert found.energies.min() > 10
+
+
+def test_second_derivatives_of_a_model_are_used() -> None:
+    torch.manual_seed(0)
+    potential = Potential(EScAIPConfig.from_dict(TINY)).double().eval()
+    atoms = molecule("CH3OH")
+    atoms.calc = EScAIPCalculator(potential)
+    exact, by_steps = (
+        molecular_vibrations(atoms, relaxation="none", finite_differences=steps, step=1e-4) for steps in (False, True)
+    )
+    np.testing.assert_allclose(exact.energies, by_steps.energies, atol=1e-3)
+    assert exact.asymmetry < 1e-12 < by_steps.asymmetry
+    direct = Potential(EScAIPConfig.from_dict({**TINY, "forces": "direct"})).double().eval()
+    atoms.calc = EScAIPCalculator(direct)
+    with pytest.raises(ConfigError, match="--finite-differences"):
+        molecular_vibrations(atoms, relaxation="none")
+    assert molecular_vibrations(atoms, relaxation="none", finite_differences=True).asymmetry > 1e-3
+
+
+@pytest.mark.bad_input
+def test_what_has_no_vibrations(springs: Any) -> None:
+    atoms = Atoms("H2", positions=[[0, 0, 0], [0.8, 0, 0]], calculator=springs(1.0, 0.8))
+    with pytest.raises(ConfigError, match=r"relax it first \(escaip relax --cell\)"):
+        molecular_vibrations(atoms, relaxation="full")
+    with pytest.raises(ConfigError, match=r"step is 0\.0"):
+        molecular_vibrations(atoms, step=0.0)
+    atoms.set_constraint(FixedPlane(0, (0, 0, 1)))
+    with pytest.raises(ConfigError, match="constraint FixedPlane"):
+        molecular_vibrations(atoms)
+    atoms.set_constraint(FixAtoms([0, 1]))
+    with pytest.raises(ConfigError, match="every atom is held"):
+        molecular_vibrations(atoms)
