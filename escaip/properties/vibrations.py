@@ -22,6 +22,7 @@ from escaip.properties.start import at_rest, check_calculator, largest_force
 _TO_EV = units._hbar * 1e10 / np.sqrt(units._e * units._amu)
 """eV of ``ħω``, from ``ω²`` in eV/Å²/amu."""
 _LINEAR = 1e-4  # smallest singular value of a rotation beside the largest
+_NOTED_ASYMMETRY = 1e-2
 _FRAMES, _AMPLITUDE = 20, 0.25
 
 
@@ -71,6 +72,8 @@ class Vibrations:
         lines = [table(rows), f"zero-point energy {self.zero_point_energy:.4f} eV, {self._minimum()}"]
         if self.num_rigid:
             lines.append(f"{self.num_rigid} translations and rotations taken out, of up to {self.rigid_energy:.2g} meV")
+        if self.asymmetry > _NOTED_ASYMMETRY:
+            lines.append(f"second derivatives were asymmetric by {100 * self.asymmetry:.2g} % of the largest")
         return "\n".join(lines)
 
     def _minimum(self) -> str:

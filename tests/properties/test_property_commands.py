@@ -42,8 +42,13 @@ def copper(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def _emt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """EMT in the place of the model."""
-    monkeypatch.setattr(commands, "_attach", lambda atoms, model, options: setattr(atoms, "calc", EMT()))
+    """EMT in the place of the model, which would be evaluated in float64."""
+
+    def attach(atoms: Atoms, model: str, options: dict[str, object]) -> None:
+        assert options == {"device": "auto", "dtype": "float64", "dataset": None}
+        atoms.calc = EMT()
+
+    monkeypatch.setattr(commands, "_attach", attach)
 
 
 @pytest.mark.usefixtures("_emt")
