@@ -44,7 +44,7 @@ class Teacher:
     Attributes:
         symbol: of the element; the lattice is fcc.
         lattice: Å, near the teacher's own.
-        cutoff: Å, of the model: two shells.
+        cutoff: Å, of the model: two shells, and well apart from the third, which would otherwise come and go.
         temperature: K, of the dynamics.
         rattle: Å, the largest standard deviation of the displacements.
         make: returns the calculator.
@@ -59,9 +59,9 @@ class Teacher:
 
 
 TEACHERS = {
-    "copper": Teacher("Cu", 3.59, 4.4, 300.0, 0.12, EMT),
+    "copper": Teacher("Cu", 3.59, 4.0, 300.0, 0.12, EMT),
     "argon": Teacher(
-        "Ar", 5.33, 6.5, 30.0, 0.20, lambda: LennardJones(sigma=3.4, epsilon=0.0104, rc=6.5, ro=5.0, smooth=True)
+        "Ar", 5.33, 6.0, 30.0, 0.20, lambda: LennardJones(sigma=3.4, epsilon=0.0104, rc=6.0, ro=5.0, smooth=True)
     ),
 }
 
@@ -99,7 +99,7 @@ def train(name: str, teacher: Teacher, folder: Path, options: argparse.Namespace
         "model": {
             "architecture": {
                 "preset": "1m", "hidden_size": 48, "num_layers": 2, "num_heads": 2,
-                "angular_channels": [8, 4, 2, 5, 5], "cutoff": teacher.cutoff, "num_neighbors": 24,
+                "angular_channels": [8, 4, 2, 5, 5], "cutoff": teacher.cutoff, "num_neighbors": None,
             },
             "losses": {
                 "energy": {"weight": 5.0, "kind": "mae", "final_weight": 50.0},
