@@ -30,7 +30,11 @@ data = f"{args.out}.data"
 ase.io.write(data, atoms, format="lammps-data", specorder=elements, masses=True, units="metal", atom_style="atomic")
 
 boundary = " ".join("p" if periodic else "s" for periodic in atoms.pbc)
-settings = {"data": data, "boundary": boundary, **{k: v for k, v in vars(args).items() if k not in ("model", "structure")}}
+settings = {
+    "data": data,
+    "boundary": boundary,
+    **{k: v for k, v in vars(args).items() if k not in ("model", "structure")},
+}
 arguments = [word for name, value in settings.items() for word in ("-var", name, str(value))]
 # Double precision: what is left of the drift is then the potential's, not rounding's.
 driver = LammpsDriver(args.model, elements, open_lammps(["-log", f"{args.out}.log", *arguments]), dtype="float64")

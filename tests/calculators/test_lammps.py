@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,7 +159,7 @@ def moving(atoms: Atoms) -> Atoms:
     """Hot, and all together fast enough to cross a cell in some tens of steps."""
     spread = np.sqrt(600.0 * units.kB / atoms.get_masses())[:, None]
     thermal = np.random.default_rng(0).normal(size=atoms.positions.shape) * spread
-    atoms.set_velocities(thermal + np.array([0.3, -0.2, 0.25]))
+    atoms.set_velocities(thermal + np.array([0.5, -0.35, 0.4]))
     return atoms
 
 
@@ -173,7 +175,7 @@ def test_a_trajectory_across_the_boundary_is_that_of_ase(
     potential, atoms = make_potential(), moving(make())
     potential.scale.fill_(0.3)
     driver = start(atoms, potential, style)
-    timestep, steps = (0.002, 40) if style == "metal" else (2.0, 40)
+    timestep, steps = (0.002, 24) if style == "metal" else (2.0, 24)
     driver.commands(f"fix integrate all nve\ntimestep {timestep}\nrun {steps}")
     if atoms.pbc.all():
         images = driver.structure().positions - by_id(driver, "x")
@@ -305,6 +307,32 @@ def test_a_script_with_continued_lines_and_loops_in_python(start: Start, tmp_pat
         driver.file(script)
     assert driver.lammps.extract_global("ntimestep") == 3
     assert not driver.lammps.has_id("fix", "2")
+
+
+DECK = Path(__file__).resolve().parents[2] / "md" / "lammps"
+
+
+@needs_lammps
+@pytest.mark.parametrize(("structure", "ensemble"), [("ethanol.xyz", "nve"), ("InP.cif", "npt")])
+def test_the_deck_runs(
+    structure: str, ensemble: str, make_potential: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    potential = make_potential()
+    potential.scale.fill_(0.1)
+    potential.save("tiny.escaip")
+    start = str(DECK.parent / "structures" / structure)
+    monkeypatch.setattr(sys, "argv", ["run.py", "tiny.escaip", start, "--ensemble", ensemble, "--steps", "20"])
+    runpy.run_path(str(DECK / "run.py"), run_name="__main__")["driver"].lammps.close()
+    log = Path("lammps.dump.log").read_text(encoding="utf-8")
+    rows = [line.split() for line in log.splitlines() if re.match(r"\s+(0|10|20)\s", line)]
+    step, _, temperature, _, total, _, volume, _ = np.array(rows, dtype=float).T
+    assert step.tolist() == [0, 10, 20]
+    assert temperature[0] == pytest.approx(300.0)
+    assert (volume[2] != volume[0]) == (ensemble == "npt")
+    if ensemble == "nve":
+        assert np.ptp(total) < 1e-4
+    assert len(ase.io.read("lammps.dump", ":", format="lammps-dump-text")) == 3
 
 
 class Crowd:
