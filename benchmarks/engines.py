@@ -1,17 +1,19 @@
 """One structure and one short NVE run in every engine that carries the potential, beside ASE (docs/engines.md).
 
-    python benchmarks/engines.py [--model FILE | --preset 1m] [--dtype float64] [--steps 50] [--out FILE]
+    python benchmarks/engines.py [--model FILE | --preset 1m] [--dtype float64] [--steps 50] [--repeats 3] [--out FILE]
 
 64 atoms of sheared, rattled InP with velocities of 600 K. Each engine evaluates them with the same potential, then
 takes the same steps by its own velocity Verlet, in its own units. What is shown of each is the largest difference from
 ASE: energy, forces and virial before the first step, energy and positions after the last, the latter modulo the cell.
-An engine that is not installed is named, with the way to get it. Steps per second are those after the first evaluation.
+An engine that is not installed is named, with the way to get it. Engines take turns; steps per second are those after
+the first evaluation, medians of the turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -192,24 +194,37 @@ def differences(found: Run, reference: Run, cell: np.ndarray) -> dict[str, float
     }
 
 
-def measure(potential: Potential, atoms: Atoms, steps: int) -> list[dict[str, Any]]:
-    """One row for each engine, in a folder of its own; ASE first, which the others are compared with."""
-    rows: list[dict[str, Any]] = []
-    reference = None
+def in_turns(potential: Potential, atoms: Atoms, steps: int, repeats: int) -> dict[str, list[Run] | str]:
+    """Runs of each engine, each in a folder of its own; of one that is absent, why."""
+    found: dict[str, Any] = {name: [] for name in ENGINES}
     here = Path.cwd()
-    for name, (package, run) in ENGINES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            try:
-                found = run(potential, atoms.copy(), steps)
-            except ConfigError as error:
-                rows.append({"engine": name, "absent": str(error)})
+    for _ in range(repeats):
+        for name, (_, run) in ENGINES.items():
+            if isinstance(found[name], str):
                 continue
-            finally:
-                os.chdir(here)
-        reference = reference or found
-        row = {"engine": name, "version": metadata.version(package), **differences(found, reference, atoms.cell.array)}
-        rows.append({**row, "steps_per_second": steps * found.systems / found.seconds})
+            with tempfile.TemporaryDirectory() as folder:
+                os.chdir(folder)
+                try:
+                    found[name].append(run(potential, atoms.copy(), steps))
+                except ConfigError as error:
+                    found[name] = str(error)
+                finally:
+                    os.chdir(here)
+    return found
+
+
+def measure(potential: Potential, atoms: Atoms, steps: int, repeats: int) -> list[dict[str, Any]]:
+    """One row for each engine, ASE first, which the others are compared with."""
+    runs = in_turns(potential, atoms, steps, repeats)
+    rows: list[dict[str, Any]] = []
+    for name, found in runs.items():
+        if isinstance(found, str):
+            rows.append({"engine": name, "absent": found})
+            continue
+        row = {"engine": name, "version": metadata.version(ENGINES[name][0])}
+        rates = [steps * run.systems / run.seconds for run in found]
+        row.update(differences(found[0], runs["ASE"][0], atoms.cell.array))
+        rows.append({**row, "steps_per_second": statistics.median(rates), "rates": sorted(rates)})
     return rows
 
 
@@ -234,6 +249,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeat", type=int, default=2, help="cells of eight atoms along each axis")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
 
@@ -246,7 +262,7 @@ def main() -> None:
     atoms = structure(arguments.repeat)
     if not arguments.model:  # random forces as large as real ones
         potential.scale /= potential.predict([atoms])[0].forces.square().mean().sqrt().double()
-    rows = measure(potential, atoms, arguments.steps)
+    rows = measure(potential, atoms, arguments.steps, arguments.repeats)
     print_table(rows)
     if arguments.out:
         described = {"atoms": len(atoms), "steps": arguments.steps, "dtype": arguments.dtype, "timestep_fs": TIMESTEP}

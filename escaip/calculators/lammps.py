@@ -119,6 +119,7 @@ class LammpsDriver:
         self._info = {"charge": charge, "spin_multiplicity": spin_multiplicity}
         self._atoms = Atoms(info=dict(self._info))
         self._error: BaseException | None = None
+        self._fix, self._step = "", -1  # what calls the potential, and when it last did
         self._no_virial = np.full(6, np.nan)
 
     def attach(self, fix: str = "escaip") -> None:
@@ -142,6 +143,7 @@ class LammpsDriver:
         if not lmp.has_id("fix", fix):
             lmp.command(f"fix {fix} all external pf/callback 1 1")
         lmp.set_fix_external_callback(fix, self._evaluate, (fix, ENERGY_UNITS[units]))
+        self._fix = fix
 
     def file(self, path: str | os.PathLike[str]) -> None:
         """Runs an input script; see :meth:`commands`.
@@ -163,7 +165,7 @@ class LammpsDriver:
         Raises:
             ConfigError: see :meth:`attach`; a fix of a part of the atoms.
             EscaipError: whatever stopped the potential, for example an element that it was not trained on.
-            SimulationError: LAMMPS's own errors, in its words.
+            SimulationError: LAMMPS's own errors, in its words; a run that never called the potential.
         """
         for command in _COMMAND.findall(text):
             fix = _FIX.match(command)
@@ -186,7 +188,9 @@ class LammpsDriver:
         return atoms
 
     def _run(self, command: str) -> None:
-        """One command; what stopped the potential, and what LAMMPS says, as errors of this package."""
+        """Runs one command; what stopped the potential, and what LAMMPS says, as errors of this package."""
+        if not command.split():
+            return
         if self._error is not None:  # of a run that was started elsewhere
             self._go_on()
         try:
@@ -198,6 +202,12 @@ class LammpsDriver:
             stopped = self._error
             self._go_on()
             raise stopped
+        step = self.lammps.extract_global("ntimestep")
+        if command.split()[0] == "run" and step != self._step and self._fix and self.lammps.has_id("fix", self._fix):
+            raise SimulationError(
+                f"LAMMPS went to step {step} without the potential: run_style respa does not call fix external; "
+                "take run_style verlet"
+            )
 
     def _go_on(self) -> None:
         """Lets runs start again after one that was stopped."""
@@ -211,7 +221,7 @@ class LammpsDriver:
         is told as well, for its log and for runs that were not started by :meth:`commands`: no function of its library
         takes a text of one's own and leaves the process alive, but the name of a fix that does not exist is repeated.
         """
-        forces[:] = 0.0
+        forces[:], self._step = 0.0, step
         if self._error is not None:
             return
         try:

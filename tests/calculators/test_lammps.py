@@ -17,13 +17,14 @@ from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 
 from escaip import EScAIPCalculator
-from escaip.calculators.lammps import ENERGY_UNITS, LammpsDriver, open_lammps
+from escaip.calculators.lammps import LammpsDriver, open_lammps
 from escaip.errors import ConfigError, DataError, SimulationError, UnsupportedElementError
 from escaip.potential import Potential
 
 Make = Callable[..., Potential]
 Start = Callable[..., LammpsDriver]
 
+ENERGY_UNITS = {"metal": 1.0, "real": units.kcal / units.mol}
 SETUP = """
 units {units}
 boundary {boundary}
@@ -268,6 +269,15 @@ def test_an_error_in_the_potential_stops_the_run_and_is_what_is_raised(
     with pytest.raises(Exception, match="escaip at step 7: atoms are in two places at once"):
         driver.lammps.command("run 10")
     driver.commands("run 1")
+
+
+@needs_lammps
+@pytest.mark.bad_input
+def test_a_run_that_does_not_call_the_potential_is_an_error(start: Start) -> None:
+    driver = start(orthogonal())
+    driver.commands("fix 1 all nve\nrun 1\nreset_timestep 7\nrun 0\nrun 1 every 1 NULL\n")
+    with pytest.raises(SimulationError, match="step 12 without the potential: run_style respa"):
+        driver.commands("run_style respa 2 2 bond 1 pair 2\nrun 4")
 
 
 @needs_lammps
