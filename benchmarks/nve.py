@@ -27,7 +27,7 @@ from escaip import EScAIPCalculator, Potential, load_potential
 from escaip.errors import SimulationError
 from escaip.simulate import MDSettings, read_log, read_structure, run_md
 
-STEPS = (0.25, 0.5, 1.0)  # fs, of the study of time steps
+STEPS = (0.5, 2.0)  # of the study of time steps, beside the one that is given
 BLOCKS = 5
 
 
@@ -111,9 +111,8 @@ def rows_of(name: str, model: Potential, start: Atoms, args: Any) -> list[Run]:
         return found
     for dtype, skin, compiled in itertools.product(("float32", "float64"), (0.0, 0.5), (False, True)):
         add(dtype, skin, compiled, args, args.timestep)
-    for step in STEPS:
-        if step != args.timestep:
-            add("float64", 0.5, True, args, step)
+    for factor in STEPS:
+        add("float64", 0.5, True, args, factor * args.timestep)
     return found
 
 
