@@ -128,7 +128,7 @@ def run_md(
     Args:
         atoms: structure with a calculator.
         settings: ensemble, steps, temperature, ...
-        out: trajectory, ``.extxyz`` or ``.traj``.
+        out: trajectory, ``.extxyz``, ``.traj`` or ``.h5``.
         resume: continue from the restart file until ``settings.steps``.
         overwrite: replace an unfinished run of the same name.
         report: called after each logged step.
@@ -164,7 +164,7 @@ class _Run:
         self, atoms: Atoms, settings: MDSettings, files: RunFiles, ensemble: Ensemble, state: RestartState | None
     ) -> None:
         self.atoms, self.settings, self.files, self.ensemble = atoms, settings, files, ensemble
-        self.first_step = state.step if state else 0
+        self.first_step, self.is_new = (state.step, False) if state else (0, True)
         stored = state.max_temperature if state else 10 * max(settings.temperature or 0.0, self.temperature, 300.0)
         self.max_temperature = settings.max_temperature or stored
         self.trajectory = open_trajectory(files.trajectory, state.trajectory_position if state else None)
@@ -210,7 +210,7 @@ class _Run:
         try:
             with contextlib.closing(self.log), contextlib.closing(self.trajectory), np.errstate(all="ignore"):
                 # An overflow ends as NaN, which the guard reports.
-                if self.first_step == 0:
+                if self.is_new:
                     self._after_step(report)
                 for _ in range(remaining):
                     self._take_step()
