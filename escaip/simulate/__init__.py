@@ -16,6 +16,7 @@ _PUBLIC = {
     "energy_drift": "escaip.simulate.analysis",
     "read_log": "escaip.simulate.outputs",
     "read_structure": "escaip.simulate.structures",
+    "read_trajectory": "escaip.simulate.trajectory",
     "relax": "escaip.simulate.relaxation",
     "run_md": "escaip.simulate.md",
     "write_structure": "escaip.simulate.structures",
@@ -31,6 +32,7 @@ __all__ = [
     "energy_drift",
     "read_log",
     "read_structure",
+    "read_trajectory",
     "relax",
     "run_md",
     "write_structure",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from escaip.simulate.relaxation import RelaxResult, relax
     from escaip.simulate.settings import MDSettings
     from escaip.simulate.structures import read_structure, write_structure
+    from escaip.simulate.trajectory import read_trajectory
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.trajectory import Trajectory
 
 from escaip.errors import ConfigError, SimulationError
+from escaip.simulate.hdf5 import SUFFIXES, Hdf5Trajectory
 
 LOG_COLUMNS = (
     "step",
@@ -107,20 +108,22 @@ class AseTrajectory:
         self._writer.close()
 
 
-def open_trajectory(path: Path, position: int | None) -> ExtxyzTrajectory | AseTrajectory:
+def open_trajectory(path: Path, position: int | None) -> ExtxyzTrajectory | AseTrajectory | Hdf5Trajectory:
     """Chooses the format by the file's suffix.
 
     Raises:
-        ConfigError: neither ``.extxyz``, ``.xyz`` nor ``.traj``.
+        ConfigError: neither ``.extxyz``, ``.xyz``, ``.traj``, ``.h5`` nor ``.hdf5``.
     """
     check_trajectory_name(path)
+    if path.suffix in SUFFIXES:
+        return Hdf5Trajectory(path, position)
     return AseTrajectory(path, position) if path.suffix == ".traj" else ExtxyzTrajectory(path, position)
 
 
 def check_trajectory_name(path: Path) -> None:
     """Raises ConfigError when the suffix names no format that can be continued."""
-    if path.suffix not in (".extxyz", ".xyz", ".traj"):
-        raise ConfigError(f"trajectory {path} has no known format: choose a name that ends in .extxyz or .traj")
+    if path.suffix not in (".extxyz", ".xyz", ".traj", *SUFFIXES):
+        raise ConfigError(f"trajectory {path} has no known format: choose a name that ends in .extxyz, .traj or .h5")
 
 
 def make_frame(atoms: Atoms, step: int, time: float) -> Atoms:
