@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from escaip import __version__
+from escaip.cli_analysis import add_analyze
 from escaip.cli_data import add_data, add_source_options, source_options
 from escaip.cli_properties import add_properties
 from escaip.errors import EscaipError, UsageError
@@ -93,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_relax(commands)
     _add_md(commands)
     add_properties(commands)
+    add_analyze(commands)
     _add_import(commands)
     _add_export(commands)
     _add_info(commands)
@@ -178,7 +180,7 @@ def _add_md(commands: Any) -> None:
     parser.add_argument("--restart-interval", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument("--frame", type=int, default=-1, help="which structure of the file (default: the last)")
     parser.add_argument(
-        "--out", default="md.extxyz", metavar="FILE", help="trajectory, .extxyz or .traj (default: md.extxyz)"
+        "--out", default="md.extxyz", metavar="FILE", help="trajectory, .extxyz, .traj or .h5 (default: md.extxyz)"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its restart file")
     parser.add_argument("--overwrite", action="store_true", help="replace an unfinished run in --out")

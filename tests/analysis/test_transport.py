@@ -1,0 +1,186 @@
+"""Displacements against their definition and walks of known diffusion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+
+from escaip.analysis import Unwrapper, mean_square_displacement
+from escaip.analysis.correlation import autocorrelation, square_displacement
+from escaip.analysis.frames import Recording, frame_interval, group_weights
+from escaip.errors import DataError, UsageError
+
+DIFFUSION = 2e-3
+"""Å²/fs, that is 2·10⁻⁴ cm²/s."""
+
+
+def walk(seed: int, num_frames: int = 1000, num_atoms: int = 40, interval: float = 5.0) -> np.ndarray:
+    steps = np.random.default_rng(seed).normal(size=(num_frames, num_atoms, 3)) * np.sqrt(2 * DIFFUSION * interval)
+    return 50.0 + np.cumsum(steps, axis=0)
+
+
+def test_averages_over_origins_are_those_of_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    series, weights = 100.0 + rng.normal(size=(57, 5, 3)).cumsum(axis=0), rng.uniform(size=(5, 2))
+    for num_lags in (1, 20, 57):
+        squares = square_displacement(series, weights, num_lags)
+        products = autocorrelation(series, weights, num_lags)
+        for lag in range(num_lags):
+            later, earlier = series[lag:], series[: 57 - lag]
+            assert squares[lag] == pytest.approx(((later - earlier) ** 2).sum(-1).mean(0) @ weights, abs=1e-9)
+            assert products[lag] == pytest.approx((later * earlier).sum(-1).mean(0) @ weights, rel=1e-12)
+
+
+def test_atoms_are_transformed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    series, weights = walk(0, 100, 9), np.eye(9)
+    whole = square_displacement(series, weights, 50)
+    monkeypatch.setattr("escaip.analysis.correlation._FFT_BYTES", 40_000)
+    assert square_displacement(series, weights, 50) == pytest.approx(whole)
+
+
+def test_a_walk_diffuses_as_it_was_made_to() -> None:
+    """Over twenty walks the deviations are as large as the errors that are given."""
+    deviations, errors = [], []
+    for seed in range(20):
+        found = mean_square_displacement(walk(seed), ["all"], np.full((40, 1), 1 / 40), 5.0)
+        one = found.diffusion["all"]
+        assert one.error is not None
+        assert one.exponent == pytest.approx(1.0, abs=0.15)
+        deviations.append(one.coefficient - 0.1 * DIFFUSION)
+        errors.append(one.error)
+    assert found.window == (100.0, 500.0)
+    assert found.msd["all"][:4] == pytest.approx(6 * DIFFUSION * found.lag[:4], rel=0.1)
+    ratio = np.array(deviations) / np.array(errors)
+    assert np.abs(ratio).max() < 5
+    assert 0.5 < np.sqrt((ratio**2).mean()) < 1.6
+    assert np.mean(errors) < 0.1 * 0.1 * DIFFUSION
+
+
+def test_straight_flight_and_atoms_at_rest() -> None:
+    time = 2.0 * np.arange(200)
+    flying = np.zeros((200, 3, 3))
+    flying[:, 0, 0] = 0.01 * time
+    flying[:, 1, 1] = 0.02 * time
+    found = mean_square_displacement(flying, ["fast", "rest"], np.array([[0.5, 0], [0.5, 0], [0, 1.0]]), 2.0)
+    assert found.msd["fast"] == pytest.approx(2.5e-4 * found.lag**2, abs=1e-9)
+    assert found.diffusion["fast"].exponent == pytest.approx(2.0)
+    assert found.msd["rest"] == pytest.approx(0.0, abs=1e-12)
+    assert found.diffusion["rest"].coefficient == pytest.approx(0.0, abs=1e-12)
+    assert found.diffusion["rest"].exponent is None
+
+
+def test_a_window_and_blocks_that_are_given() -> None:
+    positions, weights = walk(1), np.full((40, 1), 1 / 40)
+    found = mean_square_displacement(positions, ["all"], weights, 5.0, window=(20.0, 60.0), num_blocks=1)
+    assert found.window == (20.0, 60.0)
+    slope = np.polyfit(found.lag[4:13], found.msd["all"][4:13], 1)[0]
+    assert found.diffusion["all"].coefficient == pytest.approx(0.1 * slope / 6)
+    assert found.diffusion["all"].error is None
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"window": (60.0, 20.0)}, UsageError, "60 to 20 fs"),
+        ({"window": (0.0, 5000.0)}, UsageError, "end before 0.9 of a block, 900 fs"),
+        ({"window": (20.0, 30.0)}, UsageError, "must hold 4 frames, 5 fs apart"),
+        ({"num_blocks": 0}, UsageError, "number of blocks is 0"),
+        ({"num_blocks": 200}, DataError, "too few frames"),
+    ],
+)
+def test_windows_that_do_not_fit(values: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        mean_square_displacement(walk(0), ["all"], np.full((40, 1), 1 / 40), 5.0, **values)
+
+
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, False, True)])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_atoms_are_followed_through_the_cell(pbc: tuple[bool, bool, bool], wrapped: bool) -> None:
+    cell = np.array([[6.0, 0.0, 0.0], [2.0, 7.0, 0.0], [-1.0, 1.0, 8.0]])
+    path = walk(2, 400, 6, 20.0)
+    unwrap = Unwrapper()
+    found = []
+    for positions in path:
+        frame = Atoms("Ar6", positions=positions, cell=cell, pbc=pbc)
+        if wrapped:
+            frame.wrap()
+        found.append(unwrap(frame))
+    moved = np.array(found)
+    assert moved - moved[0] == pytest.approx(path - path[0], abs=1e-9)
+    assert not unwrap.is_doubtful
+
+
+def test_an_axis_that_is_not_periodic_has_no_images() -> None:
+    unwrap = Unwrapper()
+    for place in (0.0, 7.0, 21.0):
+        found = unwrap(Atoms("Ar", positions=[[0.0, 0.0, place]], cell=[10.0] * 3, pbc=(True, True, False)))
+    assert found[0, 2] == 21.0
+    assert unwrap.farthest == 0.0
+
+
+def test_a_jump_that_cannot_be_followed_is_noticed() -> None:
+    unwrap = Unwrapper()
+    for place in (0.0, 4.4):
+        unwrap(Atoms("Ar", positions=[[place, 0.0, 0.0]], cell=[10.0] * 3, pbc=True))
+    assert unwrap.farthest == pytest.approx(0.44)
+    assert unwrap.is_doubtful
+
+
+def test_a_cell_that_breathes_does_not_carry_atoms_away() -> None:
+    """An atom that has left the cell for its neighbor, wrapped or not, moves by what it moves within its own cell."""
+    found = []
+    for wrapped in (True, False):
+        unwrap = Unwrapper()
+        for length in (10.0, 10.5, 9.5, 10.2):
+            frame = Atoms("Ar", scaled_positions=[[3.25, 0.5, -1.75]], cell=[length] * 3, pbc=True)
+            if wrapped:
+                frame.wrap()
+            place = unwrap(frame)[0]
+        found.append(place)
+        assert np.abs(place - place.round()).max() < 1  # of the order of the change of the cell
+    start = [np.array([2.5, 5.0, 2.5]), np.array([32.5, 5.0, -17.5])]
+    assert found[0] - start[0] == pytest.approx(found[1] - start[1], abs=1e-9)
+    assert found[0] - start[0] == pytest.approx([0.05, 0.1, 0.05])
+
+
+def test_groups() -> None:
+    names, weights = group_weights(Atoms("OH2"))
+    assert names == ["all", "H", "O"]
+    assert weights == pytest.approx(np.array([[1 / 3, 0, 1], [1 / 3, 0.5, 0], [1 / 3, 0.5, 0]]))
+
+
+def test_a_recording_may_lie_in_a_file() -> None:
+    small, large = Recording(limit=0), Recording()
+    for frame in walk(0, 30, 7):
+        small.append(frame)
+        large.append(frame)
+    assert isinstance(small.array(), np.memmap)
+    assert not isinstance(large.array(), np.memmap)
+    assert (small.array() == large.array()).all()
+    assert (large.array() == walk(0, 30, 7)).all()
+    assert len(small) == 30
+    weights = np.full((7, 1), 1 / 7)
+    assert (square_displacement(small.array(), weights, 9) == square_displacement(large.array(), weights, 9)).all()
+
+
+def test_the_time_between_frames() -> None:
+    assert frame_interval([0.0, 2.5, 5.0], None, 1, "a") == 2.5
+    assert frame_interval([0.0, 5.0, 10.0], 2.5, 2, "a") == 5.0
+    assert frame_interval([None, None], 2.0, 3, "a") == 6.0
+
+
+@pytest.mark.bad_input
+def test_times_that_cannot_be_used() -> None:
+    with pytest.raises(UsageError, match="give --timestep"):
+        frame_interval([None, None], None, 1, "a")
+    with pytest.raises(UsageError, match=r"2\.5 fs apart: leave --timestep out"):
+        frame_interval([0.0, 2.5, 5.0], 3.0, 1, "a")
+    with pytest.raises(DataError, match=r"number 2 of those read comes after 7\.5 fs"):
+        frame_interval([0.0, 2.5, 10.0, 12.5, 15.0], None, 1, "a")
+    for times in ([0.0, None, 2.0], [0.0, 1.0, 0.5], [1.0]):
+        with pytest.raises(DataError, match="do not increase"):
+            frame_interval(times, None, 1, "a")
