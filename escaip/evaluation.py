@@ -210,6 +210,25 @@ def forces_of(gradient: Tensor, graph: Graph) -> Tensor:
     return on_center - sum_rows(gradient, graph.neighbor, graph.num_atoms)
 
 
+def virials_of(vectors: Tensor, gradient: Tensor, graph: Graph) -> Tensor:
+    """``(N, 3, 3)`` eV, a share ``W_i`` of ``Σ d ⊗ ∂E/∂d`` for each atom, symmetric: half of every row to either end.
+
+    How a many-body energy's virial is divided is a convention (Fan et al., Phys. Rev. B 92, 094301, 2015): only the sum
+    is physical. A pair is two rows, ``i → j`` and ``j → i``; halves depend on the pair's force
+    ``∂E/∂d_ij − ∂E/∂d_ji`` alone, where giving a row to its center would depend on which of the two the model happens
+    to read. It is what LAMMPS does for pair potentials. For heat fluxes it is not enough: those need the derivatives of
+    each atom's energy (Langer et al., J. Chem. Phys. 159, 174105, 2023).
+
+    Args:
+        vectors: ``(T + X, 3)`` Å, displacements of the rows.
+        gradient: ``(T + X, 3)`` eV/Å, of the energy with respect to them.
+        graph: whose rows they are.
+    """
+    rows = 0.5 * vectors.unsqueeze(2) * gradient.unsqueeze(1)
+    shares = sum_rows(rows, graph.center, graph.num_atoms) + sum_rows(rows, graph.neighbor, graph.num_atoms)
+    return 0.5 * (shares + shares.transpose(1, 2))
+
+
 def stress_of(virial: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
     """``(1/V) ∂E/∂ε`` in eV/Å³, ``(B, 3, 3)``, from ``Σ d ⊗ ∂E/∂d``; NaN for systems without a periodic cell."""
     volume = torch.linalg.det(cell).abs()

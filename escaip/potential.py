@@ -14,7 +14,7 @@ from escaip.ahead import CodeEvaluation, kept_code, serves
 from escaip.compile import CompiledEvaluation, compile_example
 from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
 from escaip.errors import ConfigError
-from escaip.evaluation import EvaluationInputs, evaluate, forces_of, frozen, plan_parts, stress_of
+from escaip.evaluation import EvaluationInputs, evaluate, forces_of, frozen, plan_parts, stress_of, virials_of
 from escaip.graph import build_graph, displacements, search_cutoff
 from escaip.metadata import PotentialMetadata
 from escaip.model import EScAIP
@@ -208,6 +208,7 @@ class Potential(nn.Module):
         graph: Graph | None = None,
         compute_forces: bool = True,
         compute_stress: bool = False,
+        compute_virials: bool = False,
         create_graph: bool | None = None,
     ) -> Prediction:
         """Predicts energy, forces and stress of a batch; the batch is not changed.
@@ -220,6 +221,7 @@ class Potential(nn.Module):
                 then taken as it is, and nothing waits for the device.
             compute_forces: whether forces are wanted.
             compute_stress: whether stress is wanted; conservative models only.
+            compute_virials: whether that of each atom is; conservative models only.
             create_graph: keep the graph of the derivatives, for training on them; default: in
                 training mode.
 
@@ -227,10 +229,10 @@ class Potential(nn.Module):
             UnsupportedElementError: an element the potential was not trained on.
             ConfigError: stress of a direct-force model, or a neighbor list that is too short.
         """
-        if compute_stress and not self.config.is_conservative:
+        if (compute_stress or compute_virials) and not self.config.is_conservative:
             raise ConfigError("a direct-force model has no stress: train with forces: conservative")
         create_graph = self.training if create_graph is None else create_graph
-        differentiate = self.config.is_conservative and (compute_forces or compute_stress)
+        differentiate = self.config.is_conservative and (compute_forces or compute_stress or compute_virials)
         num_systems = batch.ptr.numel() - 1
         graph = self.graph_of(batch, neighbors) if graph is None else graph
         positions, cell = batch.positions.to(torch.float64), batch.cell.to(torch.float64)
@@ -251,11 +253,12 @@ class Potential(nn.Module):
             if gradient is not None and compute_stress:
                 virial = sum_rows(vectors.unsqueeze(2) * gradient.unsqueeze(1), batch.batch[graph.center], num_systems)
                 stress = stress_of(virial, cell, batch.pbc).to(self.dtype)
+            virials = virials_of(vectors, gradient, graph) if gradient is not None and compute_virials else None
             if output.forces is not None and compute_forces:
                 forces = (scale.unsqueeze(-1) * output.forces.double()).to(self.dtype)
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()
-        return Prediction(energy, forces, stress, atomic_energies)
+        return Prediction(energy, forces, stress, atomic_energies, virials)
 
     def graph_of(self, batch: Any, neighbors: NeighborList | None = None, slack: float = 0.0) -> Graph:
         """Checks a batch and builds its graph: see :func:`escaip.graph.build_graph`.

@@ -19,6 +19,7 @@ from escaip.potential import Potential
 from escaip.precision import check_precision
 
 _SKIN = 0.5
+_STRESSES = ("stress", "stresses")
 
 
 class EScAIPCalculator(Calculator):
@@ -28,7 +29,8 @@ class EScAIPCalculator(Calculator):
     With ``graph_skin`` so is the graph itself, and an evaluation then waits for the device once, for its results.
     Charge and spin multiplicity are read from ``atoms.info`` (``"charge"``, ``"spin_multiplicity"`` or ``"spin"``)
     by potentials that use them. Every evaluation gives forces and, with a periodic cell, stress: its cost beside the
-    forces is within the noise, and constant-pressure runs then evaluate once per step.
+    forces is within the noise, and constant-pressure runs then evaluate once per step. ``stresses``, each atom's share
+    of the stress (:func:`escaip.evaluation.virials_of`), are evaluated when they are asked for.
 
     Args:
         model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
@@ -51,7 +53,7 @@ class EScAIPCalculator(Calculator):
             a model whose neighbors enter with a jump.
     """
 
-    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - ASE's name
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress", "stresses"]  # noqa: RUF012 - ASE's name
     # Neither enters the potential; total charge and spin do, and check_state sees them.
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
@@ -88,7 +90,7 @@ class EScAIPCalculator(Calculator):
         self.skin, self.graph_skin = float(skin), float(graph_skin)
         self.potential.config.check_slack(self.graph_skin)
         if not self.potential.config.is_conservative:
-            self.implemented_properties = [name for name in self.implemented_properties if name != "stress"]
+            self.implemented_properties = [name for name in self.implemented_properties if name not in _STRESSES]
         self._forget()
 
     def _forget(self) -> None:
@@ -122,16 +124,8 @@ class EScAIPCalculator(Calculator):
         Raises:
             PropertyNotImplementedError: stress of a direct-force model or of a structure without periodic axes.
         """
-        if name == "stress":
-            subject = atoms if atoms is not None else self.atoms
-            if not self.potential.config.is_conservative:
-                raise PropertyNotImplementedError(
-                    "a direct-force model has no stress: use a model trained with forces: conservative"
-                )
-            if subject is not None and not _has_volume(subject):
-                raise PropertyNotImplementedError(
-                    "stress needs a cell with volume and at least one periodic axis: set atoms.cell and atoms.pbc"
-                )
+        if name in _STRESSES:
+            check_stress(self.potential.config.is_conservative, atoms if atoms is not None else self.atoms)
         return super().get_property(name, atoms, allow_calculation)
 
     def calculate(
@@ -148,11 +142,14 @@ class EScAIPCalculator(Calculator):
         """
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
-        with_stress = self.potential.config.is_conservative and _has_volume(self.atoms)
+        with_stress = self.potential.config.is_conservative and has_volume(self.atoms)
+        with_stresses = with_stress and "stresses" in properties
         batch, place = self._to_batch(self.atoms, system_changes)
         with torch.no_grad():
             graph = self._graph.get(batch, place, lambda: self._neighbors.get(batch, place))
-            prediction = self.potential(batch, graph=graph, compute_stress=with_stress, create_graph=False)
+            prediction = self.potential(
+                batch, graph=graph, compute_stress=with_stress, compute_virials=with_stresses, create_graph=False
+            )
         assert prediction.forces is not None
         parts = [prediction.energy, prediction.atomic_energies, prediction.forces]
         if with_stress:
@@ -170,6 +167,10 @@ class EScAIPCalculator(Calculator):
         }
         if with_stress:
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
+        if with_stresses:
+            assert prediction.atomic_virials is not None
+            virials = prediction.atomic_virials.detach().cpu().numpy()
+            self.results["stresses"] = full_3x3_to_voigt_6_stress(virials) / self.atoms.get_volume()
 
     def get_hessian(self, atoms: Atoms | None = None, **options: Any) -> np.ndarray:
         """``(3n, 3n)`` float64 eV/Å², ``∂²E/∂r²`` by automatic differentiation; constraints are not looked at.
@@ -247,5 +248,22 @@ def _bare(atoms: Atoms) -> Atoms:
     return bare
 
 
-def _has_volume(atoms: Atoms) -> bool:
+def check_stress(is_conservative: bool, atoms: Atoms | None) -> None:
+    """Says why there is no stress.
+
+    Raises:
+        PropertyNotImplementedError: forces are not derivatives, or the structure has no volume.
+    """
+    if not is_conservative:
+        raise PropertyNotImplementedError(
+            "a direct-force model has no stress: use a model trained with forces: conservative"
+        )
+    if atoms is not None and not has_volume(atoms):
+        raise PropertyNotImplementedError(
+            "stress needs a cell with volume and at least one periodic axis: set atoms.cell and atoms.pbc"
+        )
+
+
+def has_volume(atoms: Atoms) -> bool:
+    """Whether stress has a meaning."""
     return bool(atoms.pbc.any()) and abs(np.linalg.det(atoms.cell.array)) > 0

@@ -15,8 +15,6 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
-from ase.filters import FrechetCellFilter
-from ase.optimize import BFGS
 
 from escaip import EScAIPCalculator
 from escaip.data import AtomicData, collate
@@ -219,13 +217,6 @@ def test_a_model_file_and_both_precisions(make_potential: Make, tmp_path: Path) 
     }
     assert answers["float32"] == pytest.approx(answers["float64"], rel=1e-5)
     assert _energy(EScAIPCalculator(tmp_path / "m.escaip"), atoms) == answers["float64"]
-
-
-def test_relaxing_positions_and_cell_ends_at_zero_stress(make_potential: Make) -> None:
-    atoms = ase.build.bulk("Cu")
-    atoms.calc = EScAIPCalculator(make_potential())
-    BFGS(FrechetCellFilter(atoms), logfile=None).run(fmax=0.01, steps=100)
-    assert np.abs(atoms.get_stress()).max() < 1e-3
 
 
 def test_nve_conserves_energy_and_a_restart_is_exact_with_a_skin(make_potential: Make, tmp_path: Path) -> None:
