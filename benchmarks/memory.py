@@ -3,7 +3,8 @@
 python benchmarks/memory.py [--steps 100000] [--preset 300k] [--compile] [--committee 2] [--out FILE]
 
 Ethanol in NVE from 300 K with random weights in float32 through :func:`escaip.simulate.run_md`, log, trajectory and
-restarts included, on one thread. A spring holds each atom near its place, since random weights hold none. Memory is that of step 1 000, of every tenth of the run and of its end.
+restarts included, on one thread. A spring holds each atom near its place, since random weights hold none. Memory is
+that of step 1 000, of every tenth of the run and of its end.
 """
 
 from __future__ import annotations

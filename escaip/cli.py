@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 from escaip import __version__
 from escaip.cli_analysis import add_analyze
 from escaip.cli_data import add_data, add_source_options, source_options
+from escaip.cli_options import add_model_options, model_options
 from escaip.cli_properties import add_properties
+from escaip.cli_select import add_select
+from escaip.cli_simulate import add_md, add_relax
 from escaip.errors import EscaipError, UsageError
 
 TRAINING_COMMANDS = {
@@ -91,35 +94,15 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     add_data(commands)
     _add_evaluate(commands)
-    _add_relax(commands)
-    _add_md(commands)
+    add_relax(commands)
+    add_md(commands)
+    add_select(commands)
     add_properties(commands)
     add_analyze(commands)
     _add_import(commands)
     _add_export(commands)
     _add_info(commands)
     return parser
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dtype", choices=("float32", "float64"), help="precision (default: as stored)")
-    parser.add_argument(
-        "--precision", choices=("highest", "tf32", "float16", "bfloat16"), default="highest",
-        help="of matrix products, for speed on GPUs; costs digits (default: highest, that of --dtype)",
-    )  # fmt: skip
-    parser.add_argument("--dataset", metavar="NAME", help="whose references, for a model trained on several sets")
-
-
-def _add_compile_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--compile", action="store_true",
-        help="compile the model, a minute once per configuration and machine: for more than some hundred steps",
-    )  # fmt: skip
-
-
-def _model_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("device", "dtype", "precision", "dataset")}
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -135,64 +118,8 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--no-plots", action="store_true", help="write the JSON report only")
     add_source_options(parser)
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.set_defaults(command=_evaluate)
-
-
-def _add_relax(commands: Any) -> None:
-    parser = commands.add_parser("relax", help="geometry optimisation")
-    parser.add_argument("model", metavar="MODEL", help=".ckpt or .escaip file")
-    parser.add_argument("structure", metavar="STRUCTURE", help="anything ASE reads")
-    parser.add_argument("--fmax", type=float, default=0.05, help="largest force at the end in eV/Å (default: 0.05)")
-    parser.add_argument("--steps", type=int, default=500, help="give up after so many (default: 500)")
-    parser.add_argument("--optimizer", choices=("bfgs", "fire"), default="bfgs", help="default: bfgs")
-    parser.add_argument("--cell", action="store_true", help="relax the cell as well")
-    parser.add_argument("--pressure", type=float, default=0.0, metavar="GPA", help="with --cell (default: 0)")
-    parser.add_argument("--frame", type=int, default=-1, help="which structure of the file (default: the last)")
-    parser.add_argument("--out", metavar="FILE", help="default: STRUCTURE's name with .relaxed.extxyz")
-    _add_model_options(parser)
-    _add_compile_option(parser)
-    parser.set_defaults(command=_relax)
-
-
-def _add_md(commands: Any) -> None:
-    parser = commands.add_parser("md", help="molecular dynamics with log, trajectory and restart")
-    parser.add_argument("model", metavar="MODEL", help=".ckpt or .escaip file")
-    parser.add_argument("structure", metavar="STRUCTURE", help="anything ASE reads")
-    parser.add_argument("--ensemble", choices=("nve", "nvt", "npt"), required=True)
-    parser.add_argument(
-        "--steps", type=int, required=True, metavar="N", help="of the whole run, resumed parts included"
-    )
-    parser.add_argument("--temperature", type=float, metavar="K", help="required for nvt, npt and to draw velocities")
-    parser.add_argument("--timestep", type=float, default=0.5, metavar="FS", help="default: 0.5")
-    parser.add_argument("--pressure", type=float, metavar="GPA", help="npt only (default: 0)")
-    parser.add_argument("--thermostat", choices=("langevin", "bussi", "nose-hoover"), help="nvt (default: langevin)")
-    parser.add_argument("--thermostat-time", type=float, default=100.0, metavar="FS", help="default: 100")
-    parser.add_argument("--barostat", choices=("isotropic", "full"), help="npt (default: isotropic)")
-    parser.add_argument("--barostat-time", type=float, default=1000.0, metavar="FS", help="default: 1000")
-    parser.add_argument(
-        "--velocities", choices=("auto", "draw", "keep"), default="auto",
-        help="auto keeps those in the file and draws them where there are none (default)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of velocities and thermostat (default: 0)")
-    parser.add_argument("--interval", type=int, default=10, metavar="N", help="steps between log lines (default: 10)")
-    parser.add_argument("--trajectory-interval", type=int, metavar="N", help="default: as --interval")
-    parser.add_argument("--restart-interval", type=int, default=1000, metavar="N", help="default: 1000")
-    parser.add_argument("--frame", type=int, default=-1, help="which structure of the file (default: the last)")
-    parser.add_argument(
-        "--out", default="md.extxyz", metavar="FILE", help="trajectory, .extxyz, .traj or .h5 (default: md.extxyz)"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its restart file")
-    parser.add_argument("--overwrite", action="store_true", help="replace an unfinished run in --out")
-    parser.add_argument("--quiet", action="store_true", help="no progress line")
-    _add_model_options(parser)
-    _add_compile_option(parser)
-    parser.add_argument(
-        "--graph-skin", type=float, default=0.0, metavar="A",
-        help="keep the graph while distances change by less: 0.3 for small systems on a GPU (default: 0)",
-    )  # fmt: skip
-    parser.add_argument("--cuda-graphs", action="store_true", help="with --compile, on CUDA: one launch per evaluation")
-    parser.set_defaults(command=_md)
 
 
 def _add_import(commands: Any) -> None:
@@ -233,38 +160,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     report = evaluate_files(
         args.model, args.data, args.out, free_atoms_only=args.free_atoms, max_atoms=args.max_atoms,
-        plots=not args.no_plots, progress=sys.stderr.isatty(), **_model_options(args), **source_options(args),
+        plots=not args.no_plots, progress=sys.stderr.isatty(), **model_options(args), **source_options(args),
     )  # fmt: skip
     print(report.table())
     print(f"wrote {args.out}")
-    return 0
-
-
-def _relax(args: argparse.Namespace) -> int:
-    from escaip.simulate.commands import relax_file
-
-    result, written = relax_file(
-        args.model, args.structure, fmax=args.fmax, steps=args.steps, optimizer=args.optimizer, cell=args.cell,
-        pressure=args.pressure, frame=args.frame, out=args.out, compile=args.compile, **_model_options(args),
-    )  # fmt: skip
-    print(result.summary())
-    print(f"wrote {written}")
-    return 0
-
-
-def _md(args: argparse.Namespace) -> int:
-    from escaip.simulate.commands import md_file
-
-    result = md_file(
-        args.model, args.structure, frame=args.frame, out=args.out, resume=args.resume, overwrite=args.overwrite,
-        quiet=args.quiet, compile=args.compile, graph_skin=args.graph_skin, cuda_graphs=args.cuda_graphs,
-        **_model_options(args), ensemble=args.ensemble, steps=args.steps,
-        temperature=args.temperature, timestep=args.timestep, pressure=args.pressure, thermostat=args.thermostat,
-        thermostat_time=args.thermostat_time, barostat=args.barostat, barostat_time=args.barostat_time,
-        velocities=args.velocities, seed=args.seed, log_interval=args.interval,
-        trajectory_interval=args.trajectory_interval or args.interval, restart_interval=args.restart_interval,
-    )  # fmt: skip
-    print(result.summary())
     return 0
 
 

@@ -135,6 +135,8 @@ def translation_error(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator
 def permutation_error(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator) -> float:
     """Relative error of energy and, scaled by the largest force, of forces when atoms change order."""
     order = rng.permutation(len(atoms))
+    if (order == np.arange(len(atoms))).all():
+        order = order[::-1]
     before, after = evaluate([atoms])[0], evaluate([atoms[order]])[0]
     scale = max(_largest(before.forces), 1.0)
     return max(_relative(before.energy, after.energy), _largest(after.forces - before.forces[order]) / scale)
@@ -183,6 +185,25 @@ def force_error_by_difference(
             return copy
 
         worst = max(worst, abs(forces[index, axis] + _derivative(evaluate, moved, step)))
+    return worst
+
+
+def direction_error_by_difference(
+    evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, num_directions: int = 4, step: float = 1e-4
+) -> float:
+    """As :func:`force_error_by_difference`, in eV/Å, for all atoms moving at once along random unit vectors."""
+    forces = evaluate([atoms])[0].forces
+    worst = 0.0
+    for _ in range(num_directions):
+        direction = rng.normal(size=forces.shape)
+        direction /= np.linalg.norm(direction)
+
+        def moved(distance: float, direction: np.ndarray = direction) -> Atoms:
+            copy = atoms.copy()
+            copy.positions += distance * direction
+            return copy
+
+        worst = max(worst, abs(float((forces * direction).sum()) + _derivative(evaluate, moved, step)))
     return worst
 
 

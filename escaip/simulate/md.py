@@ -21,6 +21,7 @@ from escaip.simulate.guards import find_contact, find_problem
 from escaip.simulate.outputs import LogFile, check_trajectory_name, make_frame, open_trajectory, read_log
 from escaip.simulate.restart import RestartState
 from escaip.simulate.settings import MDSettings
+from escaip.simulate.spread import LOG_COLUMN, SpreadWatch, has_spread, largest_spread
 from escaip.simulate.structures import write_structure
 from escaip.simulate.velocities import prepare_velocities, temperature
 
@@ -105,6 +106,11 @@ class RunFiles:
         return self.trajectory.with_suffix(".restart.npz")
 
     @property
+    def uncertain(self) -> Path:
+        """Frames on which a committee disagrees."""
+        return self.trajectory.with_suffix(".uncertain.extxyz")
+
+    @property
     def last_good(self) -> Path:
         """Frame kept when a run is stopped."""
         return self.trajectory.with_suffix(".last_good.extxyz")
@@ -167,9 +173,12 @@ class _Run:
         self.first_step, self.is_new = (state.step, False) if state else (0, True)
         stored = state.max_temperature if state else 10 * max(settings.temperature or 0.0, self.temperature, 300.0)
         self.max_temperature = settings.max_temperature or stored
+        self.watch = SpreadWatch(atoms, settings, files.uncertain, state.step if state else None)
+        self.logs_spread = has_spread(atoms)
         self.trajectory = open_trajectory(files.trajectory, state.trajectory_position if state else None)
         try:
-            self.log = LogFile(files.log, state.log_position if state else None)
+            extra = (LOG_COLUMN,) if self.logs_spread else ()
+            self.log = LogFile(files.log, state.log_position if state else None, extra)
         except BaseException:
             self.trajectory.close()
             raise
@@ -208,8 +217,10 @@ class _Run:
     def advance(self, report: Callable[[MDStatus], None] | None) -> MDResult:
         remaining = max(self.settings.steps - self.first_step, 0)
         try:
-            with contextlib.closing(self.log), contextlib.closing(self.trajectory), np.errstate(all="ignore"):
-                # An overflow ends as NaN, which the guard reports.
+            with contextlib.ExitStack() as stack:
+                for file in (self.log, self.trajectory, self.watch):
+                    stack.enter_context(contextlib.closing(file))
+                stack.enter_context(np.errstate(all="ignore"))  # an overflow ends as NaN, which the guard reports
                 if self.is_new:
                     self._after_step(report)
                 for _ in range(remaining):
@@ -242,6 +253,10 @@ class _Run:
                 self.last_good = step, make_frame(self.atoms, step, step * settings.timestep)
         if problem is not None:
             self._stop(problem)
+        if (problem := self.watch.problem(self.atoms, step)) is not None:
+            self._stop(
+                problem, remedy=f"that frame is in {self.files.uncertain}: label it and train on it, or allow more"
+            )
         if step % settings.trajectory_interval == 0:
             self.trajectory.write(make_frame(self.atoms, step, step * settings.timestep))
         if step % settings.log_interval == 0:
@@ -256,7 +271,7 @@ class _Run:
         self.last_logged, self.last_logged_step = now, step
         potential, kinetic = float(self.atoms.get_potential_energy()), float(self.atoms.get_kinetic_energy())
         conserved = self.ensemble.conserved_energy()
-        self.log.write({
+        row: dict[str, float | int] = {
             "step": step,
             "time_fs": step * length,
             "temperature_K": present,
@@ -267,7 +282,10 @@ class _Run:
             "pressure_GPa": _pressure(self.atoms),
             "volume_A3": float(self.atoms.get_volume()) if self.atoms.cell.rank == 3 else float("nan"),
             "ns_per_day": speed,
-        })  # fmt: skip
+        }
+        if self.logs_spread:
+            row[LOG_COLUMN] = largest_spread(self.atoms)[0]
+        self.log.write(row)
         if report is not None:
             elapsed = now - self.started
             done = step - self.first_step
@@ -276,6 +294,7 @@ class _Run:
             report(MDStatus(step, self.settings.steps, step * length, present, energy, speed, left))
 
     def _save(self) -> None:
+        self.watch.sync()
         RestartState(
             step=self.step,
             target=self.settings.steps,
@@ -292,9 +311,9 @@ class _Run:
             trajectory_position=self.trajectory.position(),
         ).save(self.files.restart)
 
-    def _stop(self, problem: str, cause: Exception | None = None) -> NoReturn:
-        kept = "nothing was kept: relax the structure first"
-        if self.last_good is not None:
+    def _stop(self, problem: str, cause: Exception | None = None, remedy: str | None = None) -> NoReturn:
+        kept = remedy or "nothing was kept: relax the structure first"
+        if self.last_good is not None and remedy is None:
             write_structure(self.files.last_good, self.last_good[1])
             kept = (
                 f"the last good frame (step {self.last_good[0]}) is in {self.files.last_good}: use a timestep below "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,19 +37,23 @@ class LogFile:
     Args:
         path: the file.
         position: bytes to keep of an existing file; None starts anew.
+        extra: further columns, of a committee.
 
     Raises:
-        SimulationError: the file holds fewer bytes than are to be kept.
+        SimulationError: the file holds fewer bytes than are to be kept, or other columns.
     """
 
-    def __init__(self, path: Path, position: int | None) -> None:
+    def __init__(self, path: Path, position: int | None, extra: Sequence[str] = ()) -> None:
+        self._columns = (*LOG_COLUMNS, *extra)
+        if position and path.is_file():
+            _check_columns(path, self._columns)
         self._stream = _open_text(path, position)
         if position is None:
-            self._stream.write(",".join(LOG_COLUMNS) + "\n")
+            self._stream.write(",".join(self._columns) + "\n")
 
     def write(self, row: dict[str, float | int]) -> None:
         """Appends a line; floats keep every digit."""
-        values = [row[name] for name in LOG_COLUMNS]
+        values = [row[name] for name in self._columns]
         self._stream.write(",".join("" if value != value else repr(value) for value in values) + "\n")
         self._stream.flush()
 
@@ -151,8 +156,19 @@ def freeze(atoms: Atoms) -> Atoms:
 def read_log(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads a log into one array per column; NaN where a line has no value."""
     with Path(path).open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return {name: np.array([float(row[name]) if row[name] else np.nan for row in rows]) for name in LOG_COLUMNS}
+        reader = csv.DictReader(stream)
+        rows, names = list(reader), reader.fieldnames or LOG_COLUMNS
+    return {name: np.array([float(row[name]) if row[name] else np.nan for row in rows]) for name in names}
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    with path.open() as stream:
+        found = stream.readline().rstrip("\n").split(",")
+    if found != list(columns):
+        differing = ", ".join(sorted(set(found) ^ set(columns))) or "their order"
+        raise SimulationError(
+            f"{path} has other columns ({differing}): resume with the same models, committee included"
+        )
 
 
 def _open_text(path: Path, position: int | None) -> IO[str]:

@@ -40,6 +40,8 @@ class MDSettings:
         log_interval, trajectory_interval, restart_interval: steps between log lines, frames and restart files.
         max_temperature: K at which the run is stopped; by default ten times the largest of the target, the
             initial temperature and 300 K.
+        max_spread: eV/Å, for a committee: the run is stopped where its forces on an atom spread by more.
+        save_spread: eV/Å, for a committee: frames above it are written to a file of their own.
 
     Raises:
         ConfigError: a value is out of range or does not belong to the ensemble.
@@ -60,6 +62,8 @@ class MDSettings:
     trajectory_interval: int = 10
     restart_interval: int = 1000
     max_temperature: float | None = None
+    max_spread: float | None = None
+    save_spread: float | None = None
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -92,6 +96,10 @@ class MDSettings:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"{name} is {value} K: it must be above 0")
+        for name in ("max_spread", "save_spread"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise ConfigError(f"{name} is {value} eV/Å: it must be above 0")
         if self.pressure is not None and not math.isfinite(self.pressure):
             raise ConfigError(f"pressure is {self.pressure} GPa: it must be a finite number")
         for name in ("thermostat_time", "barostat_time"):

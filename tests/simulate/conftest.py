@@ -1,4 +1,4 @@
-"""A small, smooth, history-free pair potential, so that runs are quick and can be compared bit for bit."""
+"""A small, smooth, history-free pair potential, so that runs are quick and can be compared bit for bit; tiny models."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 import ase.build
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
+
+from escaip.config import EScAIPConfig
+from escaip.potential import Potential
 
 EPSILON, SIGMA, CUTOFF = 0.0104, 3.4, 8.0
 
@@ -72,5 +76,26 @@ def argon() -> Callable[..., Atoms]:
         atoms.rattle(0.02, seed=1)
         atoms.calc = Argon(**options)
         return atoms
+
+    return make
+
+
+@pytest.fixture
+def make_potential() -> Callable[..., Potential]:
+    """Random weights; ``seed`` moves them a little, as training on other data would."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> Potential:
+        torch.manual_seed(0)
+        small = {
+            "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
+            "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
+        }  # fmt: skip
+        potential = Potential(EScAIPConfig.from_dict({**small, **overrides})).double().eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in potential.parameters() if seed else ():
+                weight.add_(0.05 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
+        potential.element_references.copy_(torch.linspace(-200.0, -2000.0, 119, dtype=torch.float64))
+        return potential.to(dtype)
 
     return make

@@ -1,0 +1,310 @@
+"""Whether a model is what a simulation takes it for: derivatives, symmetries, continuity, conservation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.calculators.calculator import BaseCalculator
+from ase.md.verlet import VelocityVerlet
+
+from escaip.calculators import CommitteeCalculator, EScAIPCalculator
+from escaip.calculators.ase import has_volume
+from escaip.potential import Potential
+from escaip.simulate.findings import TOLERANCES, CheckReport, Finding, Tolerances
+from escaip.simulate.settings import MDSettings
+from escaip.simulate.velocities import prepare_velocities
+from escaip.testing import (
+    Evaluate,
+    Evaluation,
+    direction_error_by_difference,
+    force_error_by_difference,
+    permutation_error,
+    rotation_errors,
+    stress_error_by_difference,
+    translation_error,
+    wrapping_error,
+)
+
+_DISPLACEMENT = 0.03
+_STEPS = 32
+_CROSSINGS = 6
+_DIRECTIONS = 6
+
+
+def check_calculator(
+    calculator: BaseCalculator, atoms: Atoms, *, seed: int = 0, temperature: float | None = None
+) -> CheckReport:
+    """Compares what a calculator answers around a structure with what physics demands of it.
+
+    At the structure, displaced a little, since much vanishes in a perfect crystal: forces with central differences of
+    the energy, for some atoms and some random directions; stress with finite strains; the energy under translation,
+    rotation, permutation and re-wrapping, forces under rotation; a kept neighbor list with none; energy and forces
+    where a neighbor enters or leaves the graph; the energy of a short NVE run at a timestep and at half of it, whose
+    error must fall to a quarter. Of direct-force models what they do not promise is information: how far forces are
+    from derivatives, and the share of their Jacobian that no energy has.
+
+    Args:
+        calculator: an :class:`~escaip.EScAIPCalculator`, a committee, either with dispersion, or any other of ASE's.
+        atoms: the structure; constraints are left out, neither it nor its calculator is changed.
+        seed: of directions, rotations and velocities.
+        temperature: K, of the velocities; 300 by default.
+    """
+    own = atoms.copy()
+    own.calc = None
+    own.set_constraint()
+    rng = np.random.default_rng(seed)
+    own.positions += rng.normal(scale=_DISPLACEMENT, size=own.positions.shape)
+    members, base = _members(calculator), _base(calculator)
+    conservative = all(potential.config.is_conservative for potential in members)
+    kind = _kind(members)
+    limits = TOLERANCES[kind]
+    evaluate = _evaluator(calculator)
+    findings = [
+        *_derivatives(evaluate, own, rng, limits, conservative),
+        *_symmetries(evaluate, own, rng, limits, conservative),
+    ]
+    plain = _without_skin(base) if members else None
+    if plain is not None:
+        findings.append(_skin(base, plain, own, rng, limits))
+        findings += _crossings(_evaluator(plain), members, own, limits)
+    findings.append(_conservation(calculator, own, seed, temperature or 300.0, limits, conservative))
+    forces = "conservative" if conservative else "direct"
+    subject = f"{own.get_chemical_formula()}, {len(own)} atoms, {forces} forces, {kind}"
+    return CheckReport(subject, tuple(findings))
+
+
+def _derivatives(
+    evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, limits: Tolerances, conservative: bool
+) -> list[Finding]:
+    answer = evaluate([atoms])[0]
+    largest = float(np.sqrt((answer.forces**2).sum(axis=1).max()))
+    limit = limits.derivative * max(largest, 1.0) if conservative else None
+    note = f"largest force {largest:.3g} eV/Å, step {' or '.join(f'{step:g}' for step in limits.steps)} Å"
+    seed = int(rng.integers(2**31))
+
+    def smallest(error: Callable[..., float]) -> float:
+        return min(error(evaluate, atoms, np.random.default_rng(seed), step=step) for step in limits.steps)
+
+    findings = [
+        Finding("forces: F = -dE/dr, some atoms", smallest(force_error_by_difference), "eV/Å", limit, note),
+        Finding("forces: F = -dE/dr, random directions", smallest(direction_error_by_difference), "eV/Å", limit),
+    ]
+    if answer.stress is not None:
+        error = min(stress_error_by_difference(evaluate, atoms, step=step) for step in limits.steps)
+        density = len(atoms) / atoms.get_volume()
+        findings.append(Finding("stress: finite strain", error, "eV/Å³", None if limit is None else limit * density))
+    if not conservative:
+        curl = _curl(evaluate, atoms, rng, limits.steps[0])
+        findings.append(
+            Finding("forces: antisymmetric share of dF/dr", curl, "", None, "0 for derivatives of an energy")
+        )
+        net = float(np.linalg.norm(answer.forces.sum(axis=0)))
+        findings.append(Finding("forces: their sum", net, "eV/Å", None, "0 where momentum is conserved"))
+    return findings
+
+
+def _curl(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, step: float) -> float:
+    """``‖J − Jᵀ‖ / ‖J + Jᵀ‖`` of the force Jacobian in random directions: 0 for a gradient, 1 for a pure curl."""
+    size = 3 * len(atoms)
+    directions = np.linalg.qr(rng.normal(size=(size, min(_DIRECTIONS, size))))[0].T
+    columns = []
+    for direction in directions:
+        forces = []
+        for sign in (1.0, -1.0):
+            moved = atoms.copy()
+            moved.positions += sign * step * direction.reshape(-1, 3)
+            forces.append(evaluate([moved])[0].forces.ravel())
+        columns.append(directions @ (forces[0] - forces[1]) / (2.0 * step))
+    jacobian = np.array(columns)
+    return float(np.linalg.norm(jacobian - jacobian.T) / max(np.linalg.norm(jacobian + jacobian.T), 1e-300))
+
+
+def _symmetries(
+    evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, limits: Tolerances, conservative: bool
+) -> list[Finding]:
+    answer = evaluate([atoms])[0]
+    # Differences to this energy: absolute, where a relative one would be hidden by the energies of the atoms.
+    differences = _less(evaluate, answer.energy)
+    energy, forces = rotation_errors(differences, atoms, rng)
+    moved, permuted = translation_error(differences, atoms, rng), permutation_error(differences, atoms, rng)
+    largest, limit = max(float(np.abs(answer.forces).max()), 1.0), limits.energy * len(atoms)
+    findings = [
+        Finding("energy under translation", moved, "eV", limit),
+        Finding("energy under rotation", energy, "eV", limit),
+        Finding("forces under rotation", forces, "eV/Å", limits.derivative * largest if conservative else None),
+        Finding("energy and forces under permutation", permuted, "eV, eV/Å", limit),
+    ]
+    if atoms.pbc.any():
+        findings.append(Finding("energy under re-wrapping", wrapping_error(differences, atoms, rng), "eV", limit))
+    return findings
+
+
+def _skin(base: Any, plain: Any, atoms: Atoms, rng: np.random.Generator, limits: Tolerances) -> Finding:
+    """Largest difference on a walk that uses the skin up several times and brings neighbors nearer."""
+    moving, worst = atoms.copy(), 0.0
+    before = base.num_neighbor_builds
+    for _ in range(10):
+        moving.set_cell(0.99 * moving.cell.array)
+        moving.positions = 0.99 * moving.positions + rng.normal(scale=0.05, size=moving.positions.shape)
+        one, other = _evaluator(base)([moving])[0], _evaluator(plain)([moving])[0]
+        worst = max(worst, abs(one.energy - other.energy), float(np.abs(one.forces - other.forces).max()))
+    exact = base.graph_skin == 0.0
+    note = f"10 structures, {base.num_neighbor_builds - before} searches" + (", must be equal" if exact else "")
+    return Finding("kept neighbors beside fresh ones", worst, "eV, eV/Å", 0.0 if exact else limits.derivative, note)
+
+
+def _crossings(evaluate: Evaluate, members: Sequence[Potential], atoms: Atoms, limits: Tolerances) -> list[Finding]:
+    """Largest jumps of energy and forces where a token comes or goes while an atom moves through the cutoff."""
+    found = [pair for member in members for pair in _token_changes(member, *_path(atoms, member.cutoff))]
+    found = found[: _CROSSINGS * len(members)]
+    if not found:
+        return [Finding("energy where neighbors come and go", 0.0, "eV", None, "none did on the path")]
+    answers = [evaluate(pair) for pair in found]
+    energy = max(abs(after.energy - before.energy) for before, after in answers)
+    forces = max(float(np.abs(after.forces - before.forces).max()) for before, after in answers)
+    note = f"{len(found)} changes of the graph"
+    return [
+        Finding("energy where neighbors come and go", energy, "eV", limits.jump, note),
+        Finding("forces where neighbors come and go", forces, "eV/Å", 100 * limits.jump, note),
+    ]
+
+
+def _path(atoms: Atoms, cutoff: float) -> tuple[Callable[[float], Atoms], float]:
+    """A structure for each Å of the way of an atom through the cutoff of others, and how long the way is.
+
+    With an open axis the way of one more atom towards the outermost one; else that of the first atom towards another.
+    """
+    open_axes = np.flatnonzero(~atoms.pbc)
+    moving, length = atoms.copy(), 1.05 * cutoff - 1.0
+    if len(open_axes):
+        direction = np.eye(3)[open_axes[-1]]
+        if atoms.pbc.any():  # square to the periodic axes
+            direction = np.linalg.svd(atoms.cell.array[atoms.pbc])[2][-1]
+        outermost = int(np.argmax(atoms.positions @ direction))
+        moving += Atoms([atoms.numbers[outermost]], [atoms.positions[outermost] + 1.05 * cutoff * direction])
+        index = len(moving) - 1
+    else:
+        moving = moving.repeat(2) if len(moving) == 1 else moving  # alone it would not move against its images
+        index, length = 0, min(length, 1.0)
+        distance = moving.get_distance(0, len(moving) - 1, mic=True, vector=True)
+        direction = -distance / np.linalg.norm(distance)
+
+    def at(way: float) -> Atoms:
+        placed = moving.copy()
+        placed.positions[index] -= way * direction
+        return placed
+
+    return at, length
+
+
+def _token_changes(potential: Potential, at: Callable[[float], Atoms], length: float) -> list[tuple[Atoms, Atoms]]:
+    """Structures just before and after a change of the tokens, as near to each other as positions can be."""
+    ways = np.linspace(0.0, length, 41)
+    tokens = [_tokens(potential, at(way)) for way in ways]
+    found: list[tuple[Atoms, Atoms]] = []
+    for low, high, before, after in zip(ways[:-1], ways[1:], tokens[:-1], tokens[1:], strict=True):
+        if torch.equal(before, after) or len(found) == _CROSSINGS:
+            continue
+        for _ in range(30):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if torch.equal(_tokens(potential, at(middle)), before) else (low, middle)
+        found.append((at(low), at(high)))
+    return found
+
+
+def _tokens(potential: Potential, atoms: Atoms) -> torch.Tensor:
+    """What decides which neighbors count, in an order of its own."""
+    from escaip.data import AtomicData, collate
+
+    graph = potential.graph_of(collate([AtomicData.from_ase(atoms)]).to(potential.device))
+    count = graph.num_tokens
+    columns = [graph.token_center[:, None], graph.token_neighbor[:, None], graph.shift[:count]]
+    if not potential.config.soft:  # counted ranks jump while the tokens stay
+        columns.append((2.0 * graph.rank_base[:, None]).long())
+    return torch.cat(columns, dim=1).unique(dim=0)
+
+
+def _conservation(
+    calculator: BaseCalculator, atoms: Atoms, seed: int, temperature: float, limits: Tolerances, conservative: bool
+) -> Finding:
+    """How the error of the total energy falls with the timestep: Verlet's is of second order, a leak's of none.
+
+    A surface with features finer than a step has a higher order, or none yet: the step is then halved again.
+    """
+    timestep = min(0.5 * math.sqrt(float(atoms.get_masses().min())), 1.0)  # fs: 0.5 for hydrogen
+    settings = MDSettings(temperature=temperature, velocities="draw", timestep=timestep)
+    steps, errors, order = [timestep], [_energy_error(calculator, atoms, seed, settings, 1)], 0.0
+    if not conservative:
+        return Finding("energy error of a short NVE run", errors[0], "meV/atom", None, f"at {timestep:.3g} fs")
+    while len(errors) < 4 and order < 1.5:
+        steps.append(0.5 * steps[-1])
+        errors.append(_energy_error(calculator, atoms, seed, settings, 2 ** len(errors)))
+        order = math.log2(errors[-2] / errors[-1]) if errors[-1] > limits.leak else 2.0
+    told = ", ".join(f"{error:.2e} at {step:.3g} fs" for error, step in zip(errors, steps, strict=True))
+    return Finding("energy error, order of the timestep below 2", max(2.0 - order, 0.0), "", 0.5, f"meV/atom: {told}")
+
+
+def _energy_error(calculator: BaseCalculator, atoms: Atoms, seed: int, settings: MDSettings, parts: int) -> float:
+    """Root mean square change of the total energy in meV/atom, at the same times for any number of parts of a step."""
+    moving = atoms.copy()
+    moving.calc = calculator
+    prepare_velocities(moving, settings, np.random.default_rng(seed))
+    dynamics = VelocityVerlet(moving, settings.timestep / parts * units.fs)
+    first, seen = float(moving.get_total_energy()), []
+    for _ in range(_STEPS):
+        dynamics.run(parts)
+        seen.append(float(moving.get_total_energy()) - first)
+    return 1e3 * float(np.sqrt(np.mean(np.square(seen)))) / len(atoms)
+
+
+def _evaluator(calculator: BaseCalculator) -> Evaluate:
+    knows_stress = "stress" in calculator.implemented_properties
+
+    def evaluate(structures: Sequence[Atoms]) -> list[Evaluation]:
+        answers = []
+        for atoms in structures:
+            copy = atoms.copy()
+            copy.calc = calculator
+            stress = copy.get_stress(voigt=False) if knows_stress and has_volume(copy) else None
+            answers.append(Evaluation(float(copy.get_potential_energy()), copy.get_forces(), stress))
+        return answers
+
+    return evaluate
+
+
+def _less(evaluate: Evaluate, energy: float) -> Evaluate:
+    def less(structures: Sequence[Atoms]) -> list[Evaluation]:
+        return [dataclasses.replace(answer, energy=answer.energy - energy) for answer in evaluate(structures)]
+
+    return less
+
+
+def _base(calculator: Any) -> Any:
+    """Without dispersion."""
+    return getattr(calculator, "calculator", calculator)
+
+
+def _members(calculator: Any) -> list[Potential]:
+    """The potentials of a calculator; none of another program's."""
+    base = _base(calculator)
+    if isinstance(base, CommitteeCalculator):
+        return [member.potential for member in base.members]
+    return [base.potential] if isinstance(base, EScAIPCalculator) else []
+
+
+def _without_skin(base: EScAIPCalculator | CommitteeCalculator) -> EScAIPCalculator | CommitteeCalculator:
+    if isinstance(base, CommitteeCalculator):
+        return CommitteeCalculator([member.potential for member in base.members], skin=0.0)
+    return EScAIPCalculator(base.potential, skin=0.0)
+
+
+def _kind(members: Sequence[Potential]) -> str:
+    if any(potential.precision != "highest" for potential in members):
+        return "rounded"
+    return "float32" if any(potential.dtype == torch.float32 for potential in members) else "float64"

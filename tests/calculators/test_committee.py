@@ -1,0 +1,160 @@
+"""Several potentials as one: their mean, their spread, what they share."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import ase.build
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.filters import FrechetCellFilter
+from ase.optimize import BFGS
+
+from escaip import EScAIPCalculator
+from escaip.calculators import CommitteeCalculator
+from escaip.errors import ConfigError, UnsupportedElementError
+from escaip.potential import Potential
+from escaip.testing import check_potential
+
+Make = Callable[..., Potential]
+
+
+@pytest.fixture
+def make_members(make_potential: Make) -> Callable[..., list[Potential]]:
+    def make(count: int = 3, **options: Any) -> list[Potential]:
+        members = []
+        for seed in range(count):
+            member = make_potential(**options)
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for weight in member.parameters():
+                    weight.add_(0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
+            members.append(member)
+        return members
+
+    return make
+
+
+Members = Callable[..., list[Potential]]
+
+
+def crystal() -> Atoms:
+    atoms = ase.build.bulk("NaCl", "rocksalt", a=5.2)
+    atoms.rattle(0.1, seed=1)
+    return atoms
+
+
+def test_means_and_spreads_are_those_of_the_members(make_members: Members) -> None:
+    members = make_members()
+    atoms = crystal()
+    atoms.calc = CommitteeCalculator(members)
+    energies, forces, stresses, atomic = [], [], [], []
+    for member in members:
+        alone = crystal()
+        alone.calc = EScAIPCalculator(member)
+        energies.append(alone.get_potential_energy())
+        forces.append(alone.get_forces())
+        stresses.append(alone.get_stress())
+        atomic.append(alone.get_potential_energies())
+    assert np.ptp(energies) > 0.01
+    assert atoms.get_potential_energy() == pytest.approx(np.mean(energies), rel=1e-13)
+    np.testing.assert_allclose(atoms.get_forces(), np.mean(forces, axis=0), atol=1e-13)
+    np.testing.assert_allclose(atoms.get_stress(), np.mean(stresses, axis=0), atol=1e-14)
+    np.testing.assert_allclose(atoms.get_potential_energies(), np.mean(atomic, axis=0), atol=1e-12)
+    found = atoms.calc.results
+    assert found["energy_spread"] == pytest.approx(np.std(energies))
+    expected = np.sqrt(np.mean([((f - np.mean(forces, axis=0)) ** 2).sum(axis=1) for f in forces], axis=0))
+    np.testing.assert_allclose(atoms.calc.get_property("forces_spread", atoms), expected, atol=1e-13)
+    np.testing.assert_array_equal(found["member_energy"], energies)
+    np.testing.assert_array_equal(found["member_forces"], forces)
+    np.testing.assert_allclose(found["member_stress"], stresses, atol=1e-15)
+
+
+def test_equal_members_have_no_spread(make_potential: Make) -> None:
+    atoms = crystal()
+    atoms.calc = CommitteeCalculator([make_potential(), make_potential()])
+    atoms.get_forces()
+    assert atoms.calc.results["energy_spread"] == 0.0
+    assert not atoms.calc.results["forces_spread"].any()
+
+
+def test_the_mean_is_a_potential(make_members: Members) -> None:
+    check_potential(CommitteeCalculator(make_members()), [crystal()])
+
+
+@pytest.mark.parametrize("other", [{}, {"num_neighbors": 6}, {"cutoff": 3.5, "num_neighbors": None}])
+@pytest.mark.parametrize("graph_skin", [0.0, 0.3])
+def test_the_graph_is_shared_where_settings_agree(
+    make_members: Members, other: dict[str, Any], graph_skin: float
+) -> None:
+    """Neighbors are always searched for once; answers are those of members alone whatever is shared."""
+    members = [*make_members(2), *make_members(1, **other)]
+    calculator = CommitteeCalculator(members, graph_skin=graph_skin)
+    alone = [EScAIPCalculator(member, skin=0.0) for member in members]
+    rng = np.random.default_rng(0)
+    atoms = crystal().repeat((2, 2, 1))
+    for _ in range(6):
+        atoms.positions += rng.normal(scale=0.02, size=atoms.positions.shape)
+        atoms.calc = calculator
+        found = (atoms.get_forces(), calculator.results["member_forces"])[1]
+        for one, forces in zip(alone, found, strict=True):
+            atoms.calc = one
+            np.testing.assert_allclose(forces, atoms.get_forces(), atol=1e-10)
+    assert calculator.num_neighbor_builds == 1 if not graph_skin else calculator.num_neighbor_builds < 3
+    graphs = 2 if other else 1
+    assert calculator.num_graph_builds == 6 * graphs if not graph_skin else calculator.num_graph_builds < 6 * graphs
+
+
+def test_structures_share_it_and_charge_counts_where_a_member_uses_it(
+    make_members: Members, make_potential: Make
+) -> None:
+    calculator = CommitteeCalculator([make_potential(), make_potential(charge=True)])
+    structures = [ase.build.molecule("H2O"), crystal(), ase.build.molecule("CH3OH")]
+    for atoms in structures:
+        atoms.calc = calculator
+    first = [atoms.get_potential_energy() for atoms in structures]
+    assert [atoms.get_potential_energy() for atoms in structures] == first
+    structures[0].info["charge"] = 1
+    assert structures[0].get_potential_energy() != first[0]
+    assert np.ptp(calculator.results["member_energy"]) > 0
+
+
+def test_it_relaxes_cells_and_travels(make_members: Members) -> None:
+    calculator = CommitteeCalculator(make_members(2), skin=0.3)
+    atoms = crystal()
+    atoms.calc = calculator
+    before = atoms.get_potential_energy()
+    for made in (pickle.loads(pickle.dumps(calculator)), copy.deepcopy(calculator)):
+        other = crystal()
+        other.calc = made
+        assert other.get_potential_energy() == before
+        other.positions += 0.01
+        other.get_forces()
+    with BFGS(FrechetCellFilter(atoms), logfile=None) as optimizer:
+        optimizer.run(fmax=0.05, steps=10)
+    assert atoms.get_potential_energy() < before
+
+
+@pytest.mark.bad_input
+def test_committees_that_cannot_be(make_potential: Make) -> None:
+    for models in ([make_potential()], make_potential(), "model.escaip"):
+        with pytest.raises(ConfigError, match="at least two models"):
+            CommitteeCalculator(models)  # type: ignore[arg-type]
+    mixed = crystal()
+    mixed.calc = CommitteeCalculator([make_potential(), make_potential(forces="direct")])
+    mixed.get_forces()
+    with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
+        mixed.get_stress()
+    water = ase.build.molecule("H2O")
+    water.calc = CommitteeCalculator([make_potential(), make_potential(elements=(1, 6))])
+    for _ in range(2):  # asking again does not help
+        with pytest.raises(UnsupportedElementError, match="not trained on O"):
+            water.get_forces()
+    with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
+        CommitteeCalculator([make_potential(), make_potential()]).get_property("stress", water)

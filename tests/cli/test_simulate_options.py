@@ -1,0 +1,92 @@
+"""``md --check``, ``--committee``, ``--d3`` and ``select`` as they are typed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import ase.io
+import pytest
+from cli_models import make_potential
+
+from escaip.cli import main
+from escaip.simulate import read_log
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Path:
+    path = tmp_path / "second.escaip"
+    potential = make_potential()
+    for weight in potential.model.parameters():
+        weight.data.mul_(1.1)
+    potential.save(path)
+    return path
+
+
+def test_check(model: Path, molecule: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["md", str(model), str(molecule), "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert "pass  forces: F = -dE/dr, some atoms" in printed
+    assert "FAIL" not in printed
+    jumping = tmp_path / "jumping.escaip"
+    make_potential(boo_weighting="uniform").save(jumping)
+    assert main(["md", str(jumping), str(molecule), "--check"]) == 1
+    printed = capsys.readouterr()
+    assert "FAIL  energy where neighbors come and go" in printed.out
+    assert "comparisons failed" in printed.err
+
+
+def test_a_committee_runs_and_frames_are_selected(
+    model: Path, second: Path, molecule: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "run.extxyz"
+    run = ["md", str(model), str(molecule), "--ensemble", "nve", "--temperature", "300", "--steps", "12", "--quiet",
+           "--interval", "2", "--out", str(out), "--committee", str(second)]  # fmt: skip
+    assert main([*run, "--save-spread", "1e-9"]) == 0
+    assert (read_log(out.with_suffix(".csv"))["max_forces_spread_eV_A"] > 0).all()
+    assert len(ase.io.read(tmp_path / "run.uncertain.extxyz", ":")) == 7
+    assert main([*run, "--max-spread", "1e-9", "--overwrite"]) == 1
+    assert "stopped at step 0: the committee's forces" in capsys.readouterr().err
+    assert main(["relax", str(model), str(molecule), "--committee", str(second), "--fmax", "5",
+                 "--out", str(tmp_path / "r.extxyz")]) == 0  # fmt: skip
+    chosen = tmp_path / "chosen.extxyz"
+    select = ["select", str(out), "--committee", str(model), str(second), "--count", "2", "--out", str(chosen)]
+    assert main([*run, "--overwrite"]) == 0
+    assert main([*select, "--min-distance", "0"]) == 0
+    assert "2 of 7 frames chosen" in capsys.readouterr().out
+    assert len(ase.io.read(chosen, ":")) == 2
+    assert len(json.loads(chosen.with_suffix(".json").read_text())["frames"]["frame"]) == 7
+
+
+@pytest.mark.bad_input
+def test_what_is_missing(
+    model: Path, molecule: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["md", str(model), str(molecule)]
+    for arguments, named in (([], "--ensemble, --steps"), (["--ensemble", "nve"], "--steps")):
+        assert main([*common, *arguments]) == 2
+        assert f"the following arguments are required: {named}: see escaip md --help" in capsys.readouterr().err
+    run = [*common, "--ensemble", "nve", "--steps", "2", "--temperature", "300", "--quiet"]
+    assert main([*run, "--max-spread", "1"]) == 2
+    assert "need a committee: give further models with --committee" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "dftd3", None)
+    assert main([*run, "--d3", "pbe"]) == 2
+    assert "pip install dftd3" in capsys.readouterr().err
+    assert main(["select", "t.extxyz", "--committee", str(model), "--count", "1", "--out", "o.extxyz"]) == 1
+    assert "t.extxyz does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "md.extxyz").exists()
+
+
+def test_dispersion_is_added(model: Path, molecule: Path, tmp_path: Path) -> None:
+    pytest.importorskip("dftd3.interface", reason="pip install dftd3")
+    energies = []
+    for extra in ([], ["--d3", "pbe"], ["--d3", "pbe", "--d3-damping", "zero"]):
+        out = tmp_path / "r.extxyz"
+        assert main(["relax", str(model), str(molecule), "--fmax", "100", "--out", str(out), *extra]) == 0
+        energies.append(ase.io.read(out).get_potential_energy())
+    assert len(set(energies)) == 3
+    assert energies[1] < energies[0]

@@ -1,0 +1,134 @@
+"""The check passes for what is a potential, and fails, by name, for what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ase.build
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.constraints import FixAtoms
+
+from escaip import EScAIPCalculator
+from escaip.calculators import CommitteeCalculator
+from escaip.errors import SimulationError
+from escaip.potential import Potential
+from escaip.simulate import CheckReport, check_calculator
+
+Make = Callable[..., Potential]
+Argon = Callable[..., Atoms]
+
+
+def crystal() -> Atoms:
+    return ase.build.bulk("NaCl", "rocksalt", a=5.6)
+
+
+def slab() -> Atoms:
+    """Without a cell vector along its open axis."""
+    atoms = ase.build.fcc111("Cu", (1, 1, 2), periodic=False)
+    atoms.set_constraint(FixAtoms([0]))
+    return atoms
+
+
+def verdicts(report: CheckReport) -> dict[str, str]:
+    return {finding.name: finding.verdict for finding in report.findings}
+
+
+@pytest.mark.parametrize("name", ["molecule", "crystal", "slab", "crystal in float32"])
+def test_a_conservative_model_passes(make_potential: Make, name: str) -> None:
+    atoms = {"molecule": lambda: ase.build.molecule("H2O"), "crystal": crystal, "slab": slab}[name.split()[0]]()
+    dtype = torch.float32 if "float32" in name else torch.float64
+    before = atoms.copy()
+    report = check_calculator(EScAIPCalculator(make_potential(1, dtype)), atoms)
+    assert report.failed == ()
+    report.raise_failed()
+    assert atoms == before
+    found = verdicts(report)
+    assert ("stress: finite strain" in found) == (atoms.cell.rank == 3)
+    assert ("energy under re-wrapping" in found) == bool(atoms.pbc.any())
+    assert found["energy where neighbors come and go"] == "pass"
+    assert found["energy error, order of the timestep below 2"] == "pass"
+    for line in ("comparison", "pass  forces: F = -dE/dr, some atoms", "conservative forces"):
+        assert line in report.table()
+
+
+def test_what_a_direct_model_does_not_promise_is_information(make_potential: Make) -> None:
+    report = check_calculator(EScAIPCalculator(make_potential(forces="direct")), ase.build.molecule("H2O"))
+    assert report.failed == ()
+    found = verdicts(report)
+    curl = next(f for f in report.findings if f.name == "forces: antisymmetric share of dF/dr")
+    assert curl.verdict == "info"
+    assert curl.value > 0.05
+    assert found["forces: F = -dE/dr, some atoms"] == found["forces under rotation"] == "info"
+    assert found["energy under rotation"] == "pass"
+
+
+@pytest.mark.parametrize("options", [{"boo_weighting": "uniform"}, {"soft": False, "num_neighbors": 3}])
+def test_neighbors_that_enter_with_a_jump_are_found(make_potential: Make, options: dict[str, Any]) -> None:
+    report = check_calculator(EScAIPCalculator(make_potential(1, **options)), ase.build.molecule("CH3OH"))
+    assert "energy where neighbors come and go" in {finding.name for finding in report.failed}
+    with pytest.raises(SimulationError, match=r"comparisons failed: .*neighbors come and go"):
+        report.raise_failed()
+
+
+def test_a_committee_passes_as_one(make_potential: Make) -> None:
+    calculator = CommitteeCalculator([make_potential(1), make_potential(2, cutoff=3.5)])
+    assert check_calculator(calculator, ase.build.molecule("H2O")).failed == ()
+
+
+def wrong_forces(atoms: Atoms, results: dict[str, Any]) -> None:
+    results["forces"] = 1.02 * results["forces"]
+
+
+def wrong_stress(atoms: Atoms, results: dict[str, Any]) -> None:
+    results["stress"] = -results["stress"]
+
+
+def order_of_atoms(atoms: Atoms, results: dict[str, Any]) -> None:
+    results["forces"] = results["forces"] + 1e-3 * np.arange(len(atoms))[:, None]
+
+
+def place(atoms: Atoms, results: dict[str, Any]) -> None:
+    results["energy"] += 1e-4 * atoms.positions[:, 0].sum()
+
+
+def leak(atoms: Atoms, results: dict[str, Any]) -> None:
+    results["forces"] = results["forces"] + 1e-2 * np.cross([0.0, 0.0, 1.0], atoms.positions)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names"),
+    [
+        (wrong_forces, ["forces: F = -dE/dr, some atoms", "forces: F = -dE/dr, random directions"]),
+        (wrong_stress, ["stress: finite strain"]),
+        (order_of_atoms, ["energy and forces under permutation"]),
+        (place, ["energy under translation", "energy under rotation", "energy under re-wrapping"]),
+        (leak, ["energy error, order of the timestep below 2"]),
+    ],
+)
+def test_what_is_spoilt_is_found(argon: Argon, spoil: Callable[..., None], names: list[str]) -> None:
+    class Spoilt(type(argon().calc)):  # type: ignore[misc]
+        def calculate(self, *args: Any, **kwargs: Any) -> None:
+            super().calculate(*args, **kwargs)
+            spoil(self.atoms, self.results)
+
+    atoms = argon(periodic="stress" in names[0] or spoil is place)
+    report = check_calculator(Spoilt(), atoms, temperature=30.0)
+    assert set(names) <= {finding.name for finding in report.failed}
+
+
+def test_a_list_kept_too_long_is_found(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calculator = EScAIPCalculator(make_potential(1, num_neighbors=None), skin=0.02)
+    monkeypatch.setattr(type(calculator._neighbors), "_holds", lambda *_: True)
+    dense = ase.build.bulk("NaCl", "rocksalt", a=4.8)  # its third shell comes within the cutoff of 4 Å
+    report = check_calculator(calculator, dense)
+    assert "kept neighbors beside fresh ones" in {finding.name for finding in report.failed}
+
+
+def test_calculators_of_other_programs(argon: Argon) -> None:
+    report = check_calculator(argon().calc, argon(periodic=False), temperature=30.0)
+    assert report.failed == ()
+    assert "kept neighbors beside fresh ones" not in verdicts(report)
