@@ -28,7 +28,7 @@ class FrameScores:
         energy_spread: ``(F,)`` eV, standard deviation of the energies.
         descriptors: of each frame ``(M · n,)`` eV: the atomic energies of each of ``M`` members, sorted within each
             element. Invariant under rotation, translation, re-wrapping and permutation, without further evaluations.
-        formulas: of each frame; frames of different ones are never alike.
+        formulas: of each frame; frames of different ones are never duplicates.
     """
 
     forces_spread: np.ndarray
@@ -81,8 +81,8 @@ def select_frames(
     """Chooses by spread and diversity: the most uncertain frame, then whichever has the largest product of spread and
     distance to the nearest one chosen (farthest-point sampling, weighted).
 
-    The distance of two frames of one formula is the root mean square difference of their descriptors, eV; those of
-    another formula are farther than any.
+    The distance of two frames of one formula is the root mean square difference of their descriptors, eV; a frame of a
+    formula that was not chosen yet counts as far as the farthest of the others.
 
     Args:
         scores: of all frames.
@@ -102,11 +102,9 @@ def select_frames(
     members = [np.flatnonzero(kind == number) for number in range(kind.max() + 1)]
     tables = [np.stack([scores.descriptors[index] for index in same]) for same in members]
     while len(chosen) < count and open_.any():
-        fresh = open_ & np.isinf(distance)
-        weight = np.where(fresh, scores.forces_spread, -1.0)
-        if not fresh.any():
-            weight = np.where(open_, scores.forces_spread * distance, -1.0)
-        index = int(np.argmax(weight))
+        farthest = distance[open_ & np.isfinite(distance)].max(initial=0.0) or 1.0
+        weight = scores.forces_spread * np.where(np.isfinite(distance), distance, farthest)
+        index = int(np.argmax(np.where(open_, weight, -1.0)))
         chosen.append(index)
         distances.append(float(distance[index]))
         same = members[kind[index]]

@@ -161,7 +161,7 @@ def test_structures_go_to_other_processes_with_it(make_potential: Make) -> None:
     for atoms in structures:
         atoms.calc = calculator
     expected = [atoms.get_forces() for atoms in structures]  # used before it travels
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.map(forces_of, structures)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-12)
@@ -183,7 +183,7 @@ def test_nothing_is_left_behind_by_a_long_run(make_potential: Make) -> None:
     census(30)
     objects, tensors = census(30)
     builds = atoms.calc.num_neighbor_builds
-    later = census(200)
-    assert atoms.calc.num_neighbor_builds > builds + 10
+    later = census(120)
+    assert atoms.calc.num_neighbor_builds > builds + 8
     assert later[1] <= tensors + 6  # what is kept may have been made in this step or in another
     assert later[0] <= objects + 30

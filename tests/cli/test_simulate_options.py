@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import ase.build
 import ase.io
 import pytest
 from cli_models import make_potential
@@ -27,6 +28,7 @@ def second(tmp_path: Path) -> Path:
 
 
 def test_check(model: Path, molecule: Path, tmp_path: Path, capsys: Capture) -> None:
+    ase.io.write(molecule, ase.build.molecule("H2O"))
     assert main(["md", str(model), str(molecule), "--check"]) == 0
     printed = capsys.readouterr().out
     assert "pass  forces: F = -dE/dr, some atoms" in printed

@@ -37,7 +37,7 @@ def verdicts(report: CheckReport) -> dict[str, str]:
     return {finding.name: finding.verdict for finding in report.findings}
 
 
-@pytest.mark.parametrize("name", ["molecule", "crystal", "slab", "crystal in float32"])
+@pytest.mark.parametrize("name", ["molecule", "crystal", "slab", "molecule in float32"])
 def test_a_conservative_model_passes(make_potential: Make, name: str) -> None:
     atoms = {"molecule": lambda: ase.build.molecule("H2O"), "crystal": crystal, "slab": slab}[name.split()[0]]()
     dtype = torch.float32 if "float32" in name else torch.float64
@@ -66,9 +66,9 @@ def test_what_a_direct_model_does_not_promise_is_information(make_potential: Mak
     assert found["energy under rotation"] == "pass"
 
 
-@pytest.mark.parametrize("options", [{"boo_weighting": "uniform"}, {"soft": False, "num_neighbors": 3}])
+@pytest.mark.parametrize("options", [{"boo_weighting": "uniform"}, {"soft": False, "num_neighbors": 2}])
 def test_neighbors_that_enter_with_a_jump_are_found(make_potential: Make, options: dict[str, Any]) -> None:
-    report = check_calculator(EScAIPCalculator(make_potential(1, **options)), ase.build.molecule("CH3OH"))
+    report = check_calculator(EScAIPCalculator(make_potential(1, **options)), ase.build.molecule("NH3"))
     assert "energy where neighbors come and go" in {finding.name for finding in report.failed}
     with pytest.raises(SimulationError, match=r"comparisons failed: .*neighbors come and go"):
         report.raise_failed()
