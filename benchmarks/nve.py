@@ -14,7 +14,7 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,22 +98,15 @@ def run(
     return Run(name, dtype, skin, compiled, step, done, mean, *found, done * 1e-3 / seconds * 86400, why)
 
 
-def rows_of(name: str, model: Potential, start: Atoms, args: Any) -> list[Run]:
-    """All runs of a model."""
-    found: list[Run] = []
-
-    def add(*arguments: Any) -> None:
-        found.append(run(name, model, start, *arguments))
-        print(render([found[-1]]).splitlines()[-1], flush=True)
-
+def runs_of(name: str, model: Potential, start: Atoms, args: Any) -> Iterator[Run]:
+    """All runs of a model, one after the other."""
     if not model.config.is_conservative:
-        add("float32", 0.5, True, args, args.timestep)
-        return found
-    for dtype, skin, compiled in itertools.product(("float32", "float64"), (0.0, 0.5), (False, True)):
-        add(dtype, skin, compiled, args, args.timestep)
+        yield run(name, model, start, "float32", 0.5, True, args, args.timestep)
+        return
+    for compiled, dtype, skin in itertools.product((True, False), ("float32", "float64"), (0.0, 0.5)):
+        yield run(name, model, start, dtype, skin, compiled, args, args.timestep)
     for factor in STEPS:
-        add("float64", 0.5, True, args, factor * args.timestep)
-    return found
+        yield run(name, model, start, "float64", 0.5, True, args, factor * args.timestep)
 
 
 def render(rows: Sequence[Run]) -> str:
@@ -164,12 +157,14 @@ def main() -> None:
     starts = {name: read_structure(path) for name, path in named(args.start).items()}
     rows: list[Run] = []
     for name, path in named(args.model).items():
-        rows += rows_of(name, load_potential(path), starts[name.split(":")[0]], args)
+        for row in runs_of(name, load_potential(path), starts[name.split(":")[0]], args):
+            rows.append(row)
+            print(render([row]).splitlines()[-1], flush=True)
+            if args.out:  # after each: the whole takes an hour
+                given = f"--picoseconds {args.picoseconds:g} --timestep {args.timestep:g} --temperature {args.temperature:g}"
+                content = {**provenance(), "command": f"python benchmarks/nve.py --model ... --start ... {given}"}
+                write_json(args.out, {"provenance": content, "runs": [asdict(row) for row in rows]})
     print(render(rows))
-    if args.out:
-        content = provenance()
-        content["command"] = content["command"].replace(str(Path.cwd()), ".")
-        write_json(args.out, {"provenance": content, "runs": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":
