@@ -161,7 +161,8 @@ def main() -> None:
             rows.append(row)
             print(render([row]).splitlines()[-1], flush=True)
             if args.out:  # after each: the whole takes an hour
-                given = f"--picoseconds {args.picoseconds:g} --timestep {args.timestep:g} --temperature {args.temperature:g}"
+                options = {name: getattr(args, name) for name in ("picoseconds", "timestep", "temperature")}
+                given = " ".join(f"--{name} {value:g}" for name, value in options.items())
                 content = {**provenance(), "command": f"python benchmarks/nve.py --model ... --start ... {given}"}
                 write_json(args.out, {"provenance": content, "runs": [asdict(row) for row in rows]})
     print(render(rows))
