@@ -28,7 +28,7 @@ from escaip.compile import check_distinct, compile_example, flat_evaluation, qui
 from escaip.errors import CheckpointError, ConfigError
 from escaip.evaluation import EvaluationInputs
 from escaip.model import EScAIP
-from escaip.ops.native.build import availability, cache_folder
+from escaip.ops.native.build import SCALARS, availability, cache_folder
 from escaip.ops.native.operators import register_operators
 from escaip.types import ModelOutput
 
@@ -149,6 +149,8 @@ class CodeEvaluation:
         CheckpointError: the code cannot be loaded, or does not give what the weights give.
     """
 
+    compiles = True  # operators in C++ that the user's cache does not have
+
     def __init__(self, path: Path, model: EScAIP, constants: dict[str, str]) -> None:
         self.path = path
         self._constants = constants
@@ -158,8 +160,8 @@ class CodeEvaluation:
         self._state: list[tuple[int, int]] = []
         self._state_of = WeightState()
         index = -1 if self._device.index is None else self._device.index
-        if self._device.type == "cpu":
-            register_operators()
+        if self._device.type == "cpu" and self._dtype in SCALARS:
+            register_operators(SCALARS[self._dtype], self.compiles)
         try:
             self._code = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
             self._give(model)

@@ -149,6 +149,8 @@ class PackagedEvaluation(CodeEvaluation):
         CheckpointError: the code cannot be loaded, or does not give what the weights give.
     """
 
+    compiles = False
+
     def __init__(self, path: Path, potential: Potential, constants: dict[str, str]) -> None:
         super().__init__(path, potential.model, constants)
         self.check(potential.model, not self._has_forces, 1e-3 if potential.dtype == torch.float32 else 1e-8)

@@ -89,6 +89,11 @@ def _call(
     function(*pointers[0], *map(ctypes.c_int64, sizes), *pointers[1])
 
 
+# Called by kernels of the dispatcher (escaip.ops.native.operators) for what they do not serve.
+for _served in (orientation_value, orientation_backward):
+    torch.library.custom_op(f"{_served._qualname}_in_python", _served._init_fn, mutates_args=())
+
+
 @orientation_value.register_fake
 def _(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -> Tensor:
     return direction.new_empty(offsets.shape[0] - 1, l_max + 1)

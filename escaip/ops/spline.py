@@ -163,6 +163,11 @@ def spline_transpose(cotangent: Tensor, point: Tensor, order: int, num_rows: int
     return table
 
 
+# Called by kernels of the dispatcher (escaip.ops.native.operators) for what they do not serve.
+for _served in (spline_values, spline_products):
+    torch.library.custom_op(f"{_served._qualname}_in_python", _served._init_fn, mutates_args=())
+
+
 @spline_values.register_fake
 def _(table: Tensor, point: Tensor, order: int) -> Tensor:
     return table.new_empty(point.shape[0], table.shape[1])

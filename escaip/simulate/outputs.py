@@ -157,7 +157,8 @@ def read_log(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads a log into one array per column; NaN where a line has no value."""
     with Path(path).open(newline="") as stream:
         reader = csv.DictReader(stream)
-        rows, names = list(reader), reader.fieldnames or LOG_COLUMNS
+        rows, found = list(reader), reader.fieldnames or ()
+    names = [*LOG_COLUMNS, *(name for name in found if name not in LOG_COLUMNS)]
     return {name: np.array([float(row[name]) if row[name] else np.nan for row in rows]) for name in names}
 
 

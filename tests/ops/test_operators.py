@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from escaip.ops import operator, orientation, rows, spline
-from escaip.ops.native import build
+from escaip.ops.native import build, operators
 from escaip.ops.native.operators import register_operators
 
 OFFSETS = torch.tensor([0, 3, 3, 9, 14])
@@ -22,7 +23,8 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}
 def registered() -> None:
     if build.availability() is not None:
         pytest.skip(f"attention backend 'native' {build.availability()}")
-    assert register_operators()
+    assert register_operators("float")
+    assert register_operators("double")
 
 
 def attention_inputs(dtype: torch.dtype, groups: int) -> list[Any]:
@@ -129,6 +131,27 @@ def test_other_families_are_served_as_before(groups: int) -> None:
     arguments[-2] = "blocked"
     for x, y in zip(torch.ops.escaip.attention_backward(*arguments), expected, strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_what_has_no_kernels_yet_is_served_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = (ctypes.c_void_p * len(operators._CALLED))()
+    operators.library("float", "operators").escaip_serve_double(ctypes.byref(none))
+    try:
+        for called, stands_for, arguments in cases(torch.float64).values():
+            for x, y in zip(as_tuple(called(*arguments)), as_tuple(stands_for(*arguments)), strict=True):
+                torch.testing.assert_close(x, y)
+    finally:
+        register_operators.cache_clear()
+        assert register_operators("double")
+
+
+def test_nothing_is_compiled_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "is_kept", lambda *_: False)
+    register_operators.cache_clear()
+    try:
+        assert not register_operators("float", False)
+    finally:
+        register_operators.cache_clear()
 
 
 def test_what_is_wrong_is_said_as_before() -> None:

@@ -71,6 +71,15 @@ def library(scalar: str, kernels: str = "attention") -> ctypes.CDLL:
         return _loaded[name]
 
 
+def is_kept(scalar: str, kernels: str) -> bool:
+    """Whether :func:`library` would find the kernels in memory or in the cache."""
+    compiler = find_compiler()
+    if f"{kernels}-{scalar}" in _loaded or compiler is None:
+        return compiler is not None
+    folder = cache_folder("native")
+    return folder is not None and (folder / f"{kernels}-{scalar}-{_key(compiler)}.so").is_file()
+
+
 @functools.cache
 def compiled(scalar: str, kernels: str) -> bool:
     """Whether this machine compiles kernels that plain operations can replace; warns once where a compiler fails."""
@@ -197,12 +206,14 @@ def _accepted(compiler: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.cache
 def _loaded_openmp() -> str | None:
-    """The GNU OpenMP run time that PyTorch has loaded."""
+    """The GNU OpenMP run time that PyTorch has loaded; other packages may have loaded one of their own."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return min((line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/libgomp" in line), default=None)
+    found = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/libgomp" in line}
+    own = str(Path(torch.__file__).resolve().parent)
+    return min(found, key=lambda path: (not path.startswith(own), path), default=None)
 
 
 def _openmp(compiler: list[str]) -> list[str]:

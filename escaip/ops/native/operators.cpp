@@ -22,6 +22,17 @@ Kernels<double> double_kernels;
 const Kernels<float>& kernels(float*) { return single_kernels; }
 const Kernels<double>& kernels(double*) { return double_kernels; }
 
+// Whether a kernel serves the type of a tensor; `pick` takes it from the table.
+template <class Pick>
+bool serves(Value tensor, const Pick& pick) {
+    bool found = false;
+    with_scalar(computed_in(Borrowed(tensor).type()), [&](auto* scalar) { found = pick(kernels(scalar)) != nullptr; });
+    return found;
+}
+
+// What other families serve, scalars without kernels, and what is wrong, goes to Python.
+void in_python(const char* name, Value* stack) { check(torch_call_dispatcher(name, "", stack, VERSION)); }
+
 constexpr int64_t COLUMNS = 16;       // of a task at least
 constexpr int64_t SERIAL = 1 << 15;   // elements below which threads cost more than they save
 
@@ -59,6 +70,9 @@ void sum_rows(Value* stack, uint64_t, uint64_t) {
 
 // spline_values(table (rows, H), point (T), order)
 void spline_values(Value* stack, uint64_t, uint64_t) {
+    if (!serves(stack[0], [](const auto& k) { return k.spline_values; })) {
+        return in_python("escaip::spline_values_in_python", stack);
+    }
     Tensor table(stack[0]), point(stack[1]);
     const int32_t type = table.type(), inner = computed_in(type);
     table = table.as(inner), point = point.as(inner);
@@ -75,6 +89,9 @@ void spline_values(Value* stack, uint64_t, uint64_t) {
 
 // spline_products(cotangent (T, H), table (rows, H), point (T), order)
 void spline_products(Value* stack, uint64_t, uint64_t) {
+    if (!serves(stack[1], [](const auto& k) { return k.spline_products; })) {
+        return in_python("escaip::spline_products_in_python", stack);
+    }
     Tensor cotangent(stack[0]), table(stack[1]), point(stack[2]);
     const int32_t type = table.type(), inner = computed_in(type);
     cotangent = cotangent.as(inner), table = table.as(inner), point = point.as(inner);
@@ -91,6 +108,9 @@ void spline_products(Value* stack, uint64_t, uint64_t) {
 
 // orientation(direction (T, 3), weight (T), offsets (N + 1), l_max)
 void orientation(Value* stack, uint64_t, uint64_t) {
+    if (!serves(stack[0], [](const auto& k) { return k.orientation; })) {
+        return in_python("escaip::orientation_in_python", stack);
+    }
     Tensor direction(stack[0]), weight(stack[1]), offsets(stack[2]);
     const int32_t type = direction.type(), inner = computed_in(type);
     direction = direction.as(inner), weight = weight.as(inner);
@@ -107,6 +127,9 @@ void orientation(Value* stack, uint64_t, uint64_t) {
 
 // orientation_backward(grad (N, l_max + 1), direction, weight, offsets): two results
 void orientation_backward(Value* stack, uint64_t, uint64_t) {
+    if (!serves(stack[1], [](const auto& k) { return k.orientation_backward; })) {
+        return in_python("escaip::orientation_backward_in_python", stack);
+    }
     Tensor grad(stack[0]), direction(stack[1]), weight(stack[2]), offsets(stack[3]);
     const int32_t type = direction.type(), inner = computed_in(type);
     grad = grad.as(inner), direction = direction.as(inner), weight = weight.as(inner);
@@ -202,7 +225,7 @@ class AttentionCall {
 // attention(q, k, v, envelope?, direction?, query_offsets, key_offsets, widths, scale, family): out, lse
 bool attend(Value* stack) {
     AttentionCall call(stack, 7, {3, 4});
-    if (!call.is_native()) return false;
+    if (!call.is_native() || !serves(stack[0], [](const auto& k) { return k.attention; })) return false;
     const int32_t type = call.at(0).type(), inner = computed_in(type);
     const std::vector<int64_t> shape = call.at(0).sizes();
     Tensor out = Tensor::empty(shape, inner), lse = Tensor::empty({shape[0], shape[1]}, inner);
@@ -224,7 +247,7 @@ bool attend(Value* stack) {
 // gradients of q, k, v, envelope and direction, empty where there is none
 bool attend_backward(Value* stack) {
     AttentionCall call(stack, 10, {4, 5});
-    if (!call.is_native()) return false;
+    if (!call.is_native() || !serves(stack[1], [](const auto& k) { return k.attention_backward; })) return false;
     const int32_t type = call.at(1).type(), inner = computed_in(type);
     std::vector<Tensor> results;
     for (size_t place = 1; place < 6; ++place) {
@@ -247,24 +270,26 @@ bool attend_backward(Value* stack) {
     return true;
 }
 
-// What other families serve, and what is wrong, goes to Python.
 void attention(Value* stack, uint64_t, uint64_t) {
-    if (!attend(stack)) check(torch_call_dispatcher("escaip::attention_in_python", "", stack, VERSION));
+    if (!attend(stack)) in_python("escaip::attention_in_python", stack);
 }
 
 void attention_backward(Value* stack, uint64_t, uint64_t) {
-    if (!attend_backward(stack)) {
-        check(torch_call_dispatcher("escaip::attention_backward_in_python", "", stack, VERSION));
-    }
+    if (!attend_backward(stack)) in_python("escaip::attention_backward_in_python", stack);
 }
 
 }  // namespace
 }  // namespace escaip
 
-// Registers the kernels for the CPU, for as long as the process lives; 0, or what PyTorch's interface says.
-extern "C" int escaip_register(const escaip::Kernels<float>* single, const escaip::Kernels<double>* precise) {
+extern "C" {
+
+// Tables of the kernels that serve a scalar, from then on.
+void escaip_serve_float(const escaip::Kernels<float>* table) { escaip::single_kernels = *table; }
+void escaip_serve_double(const escaip::Kernels<double>* table) { escaip::double_kernels = *table; }
+
+// Registers the operators for the CPU, once and for as long as the process lives; 0, or what PyTorch's interface says.
+int escaip_register() {
     using namespace escaip;
-    single_kernels = *single, double_kernels = *precise;
     const std::pair<const char*, Kernel> named[] = {
         {"sum_rows", sum_rows},
         {"spline_values", spline_values},
@@ -281,3 +306,5 @@ extern "C" int escaip_register(const escaip::Kernels<float>* single, const escai
     }
     return status;
 }
+
+}  // extern "C"
