@@ -1,0 +1,47 @@
+"""Atoms that are too close are found wherever they are, and nothing else is."""
+
+from __future__ import annotations
+
+import ase.build
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.data import covalent_radii
+from ase.neighborlist import neighbor_list
+
+from escaip.simulate.guards import find_contact
+
+
+@pytest.mark.parametrize("box", [None, 50.0, 5000.0])
+def test_a_molecule_in_any_box(box: float | None) -> None:
+    molecule = ase.build.molecule("C6H6")
+    if box is not None:
+        molecule.cell = [box] * 3
+    assert find_contact(molecule) is None
+    molecule.positions[11] = molecule.positions[0] + [0.3, 0.0, 0.0]
+    assert find_contact(molecule) == "atoms 0 (C) and 11 (H) are 0.30 Å apart"
+
+
+def test_contacts_across_the_boundary_and_of_an_atom_with_its_image() -> None:
+    pair = Atoms("H2", positions=[[0.1, 1.0, 1.0], [5.9, 1.0, 1.0]], cell=[6.0] * 3)
+    assert find_contact(pair) is None
+    pair.pbc = True
+    assert find_contact(pair) == "atoms 0 (H) and 1 (H) are 0.20 Å apart"
+    image = Atoms("Cu", cell=[0.5, 5.0, 5.0], pbc=[True, False, False])
+    assert find_contact(image) == "atoms 0 (Cu) and 0 (Cu) are 0.50 Å apart"
+
+
+def test_no_atoms_and_one() -> None:
+    assert find_contact(Atoms()) is None
+    assert find_contact(Atoms("He")) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_worst_contact_is_that_of_ase(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    atoms = Atoms(numbers=rng.choice([1, 8, 29], size=60), positions=rng.uniform(0, 6, (60, 3)), cell=[6, 6, 7])
+    atoms.pbc = rng.random(3) < 0.5
+    distance = neighbor_list("d", atoms, 0.4 * covalent_radii[atoms.numbers])
+    found = find_contact(atoms)
+    assert found is not None
+    assert f"{distance.min():.2f} Å apart" in found
