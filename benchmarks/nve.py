@@ -3,18 +3,19 @@
 python benchmarks/nve.py --model NAME=FILE ... --start NAME=STRUCTURE ... [--picoseconds 10] [--out FILE]
 
 Every model runs from the structure of its name (the part before a colon names both: ``3bpa:direct`` starts where
-``3bpa`` does), relaxed no further, velocities drawn once and the same for all: float32 and float64, with and without
-a skin, uncompiled and compiled. Direct-force models run in float32 alone; they drift, which is shown here. The slope is
-of a line through the logged energy; its error is that of the slopes of five blocks, since samples are correlated.
+``3bpa`` does), relaxed no further, velocities drawn once and the same for all: float32 and float64, compiled with and
+without a skin, not compiled with one, and at half and twice the time step. Direct-force models run in float32 alone;
+they drift, which is shown here. The slope is of a line through the logged energy; its error is that of the slopes of
+five blocks, since samples are correlated. What stands in ``--out`` already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Run:
         fluctuation: root mean square about the line, meV per atom.
         ns_per_day: speed.
         why: it ended early, or None.
+        commit: of the code that ran.
     """
 
     model: str
@@ -58,6 +60,7 @@ class Run:
     fluctuation: float | None
     ns_per_day: float
     why: str | None = None
+    commit: str = ""
 
 
 def slope_of(time: np.ndarray, energy: np.ndarray) -> tuple[float, float, float]:
@@ -95,18 +98,16 @@ def run(
     if len(log["step"]) > 10 * BLOCKS:
         found = slope_of(log["time_fs"], log["total_energy_eV"] * 1e3 / len(atoms))
     mean = float(np.nanmean(log["temperature_K"]))
-    return Run(name, dtype, skin, compiled, step, done, mean, *found, done * 1e-3 / seconds * 86400, why)
+    return Run(name, dtype, skin, compiled, step, done, mean, *found, done * 1e-3 / seconds * 86400, why, args.commit)
 
 
-def runs_of(name: str, model: Potential, start: Atoms, args: Any) -> Iterator[Run]:
-    """All runs of a model, one after the other."""
+def settings_of(model: Potential, step: float) -> list[tuple[str, float, bool, float]]:
+    """What to run a model with: dtype, skin, compiled, time step."""
     if not model.config.is_conservative:
-        yield run(name, model, start, "float32", 0.5, True, args, args.timestep)
-        return
-    for compiled, dtype, skin in itertools.product((True, False), ("float32", "float64"), (0.0, 0.5)):
-        yield run(name, model, start, dtype, skin, compiled, args, args.timestep)
-    for factor in STEPS:
-        yield run(name, model, start, "float64", 0.5, True, args, factor * args.timestep)
+        return [("float32", 0.5, True, step)]
+    ways = [(skin, compiled) for skin, compiled in ((0.0, True), (0.5, True), (0.5, False))]
+    found = [(dtype, skin, compiled, step) for skin, compiled in ways for dtype in ("float32", "float64")]
+    return found + [("float64", 0.5, True, factor * step) for factor in STEPS]
 
 
 def render(rows: Sequence[Run]) -> str:
@@ -152,19 +153,24 @@ def main() -> None:
     parser.add_argument("--timestep", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=300.0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/nve.json"))
     args = parser.parse_args()
     starts = {name: read_structure(path) for name, path in named(args.start).items()}
-    rows: list[Run] = []
+    args.commit = provenance()["commit"]
+    rows = [Run(**row) for row in json.loads(args.out.read_text("utf-8"))["runs"]] if args.out.exists() else []
+    done = {(r.model, r.dtype, r.skin, r.compiled, r.timestep) for r in rows}
     for name, path in named(args.model).items():
-        for row in runs_of(name, load_potential(path), starts[name.split(":")[0]], args):
-            rows.append(row)
-            print(render([row]).splitlines()[-1], flush=True)
-            if args.out:  # after each: the whole takes an hour
-                options = {name: getattr(args, name) for name in ("picoseconds", "timestep", "temperature")}
-                given = " ".join(f"--{name} {value:g}" for name, value in options.items())
-                content = {**provenance(), "command": f"python benchmarks/nve.py --model ... --start ... {given}"}
-                write_json(args.out, {"provenance": content, "runs": [asdict(row) for row in rows]})
+        model = load_potential(path)
+        for dtype, skin, compiled, step in settings_of(model, args.timestep):
+            if (name, dtype, skin, compiled, step) in done:
+                continue
+            rows.append(run(name, model, starts[name.split(":")[0]], dtype, skin, compiled, args, step))
+            print(render(rows[-1:]).splitlines()[-1], flush=True)
+            # After each: the whole takes an hour.
+            options = {name: getattr(args, name) for name in ("picoseconds", "timestep", "temperature")}
+            given = " ".join(f"--{name} {value:g}" for name, value in options.items())
+            content = {**provenance(), "command": f"python benchmarks/nve.py --model ... --start ... {given}"}
+            write_json(args.out, {"provenance": content, "runs": [asdict(row) for row in rows]})
     print(render(rows))
 
 
