@@ -44,7 +44,7 @@ def killed_run(args: argparse.Namespace, out: Path, seconds: float, rng: random.
         before = log.stat().st_mtime_ns if log.exists() else 0
         while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
             time.sleep(0.01)  # until it has begun: a kill while libraries are loaded tells nothing
-        time.sleep(rng.uniform(0.0, 2.0 * seconds / (args.kills + 1)))
+        time.sleep(rng.uniform(0.0, 1.2 * seconds / (args.kills + 1)))
         if process.poll() is not None:
             if process.returncode:
                 raise SystemExit(process.stderr.read() if process.stderr else "the run failed")
