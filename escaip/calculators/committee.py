@@ -26,8 +26,9 @@ _SKIN = 0.5
 class CommitteeCalculator(Calculator):
     """The mean of several potentials, and their spread.
 
-    ``energy``, ``energies``, ``forces`` and ``stress`` are means over the members: forces are derivatives of the mean
-    energy, so that dynamics conserves it. Beside them, by :meth:`get_property` or in ``results``:
+    ``energy``, ``energies``, ``forces``, ``stress`` and, where they are asked for, ``stresses`` are means over the
+    members: forces are derivatives of the mean energy, so that dynamics conserves it. Beside them, by
+    :meth:`get_property` or in ``results``:
 
     ============== ============= ============================================================================
     energy_spread  eV            standard deviation of the members' energies
@@ -56,8 +57,8 @@ class CommitteeCalculator(Calculator):
     """
 
     implemented_properties = [  # noqa: RUF012 - ASE's name
-        "energy", "free_energy", "energies", "forces", "stress", *SPREADS, "member_energy", "member_forces",
-        "member_stress",
+        "energy", "free_energy", "energies", "forces", "stress", "stresses", *SPREADS, "member_energy",
+        "member_forces", "member_stress",
     ]  # fmt: skip
     ignored_changes = EScAIPCalculator.ignored_changes
 
@@ -135,7 +136,7 @@ class CommitteeCalculator(Calculator):
             PropertyNotImplementedError: stress of a committee with a direct-force member, or of a structure without
                 periodic axes.
         """
-        if name in ("stress", "member_stress"):
+        if name in ("stress", "stresses", "member_stress"):
             check_stress(self.is_conservative, atoms if atoms is not None else self.atoms)
         return super().get_property(name, atoms, allow_calculation)
 
@@ -154,6 +155,7 @@ class CommitteeCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         with_stress = self.is_conservative and has_volume(self.atoms)
+        with_stresses = with_stress and "stresses" in properties
         batch, place = self.members[0]._to_batch(self.atoms, system_changes)
         if batch is not self._checked:  # another structure
             self._neighbors.reset()
@@ -166,11 +168,15 @@ class CommitteeCalculator(Calculator):
             graphs = self._current_graphs(batch, place)
             predictions = [
                 member.potential(
-                    batch, graph=graphs[member.potential.config.graph], compute_stress=with_stress, create_graph=False
+                    batch, graph=graphs[member.potential.config.graph], compute_stress=with_stress,
+                    compute_virials=with_stresses, create_graph=False,
                 )
                 for member in self.members
-            ]
+            ]  # fmt: skip
         self.results = _results(predictions, with_stress)
+        if with_stresses:
+            virials = _of_members(predictions, "atomic_virials").mean(axis=0)
+            self.results["stresses"] = full_3x3_to_voigt_6_stress(virials) / self.atoms.get_volume()
 
     def _current_graphs(self, batch: Any, place: Place) -> dict[GraphSettings, Graph]:
         # Without a skin each graph searches for itself, on its way.
@@ -194,16 +200,17 @@ def _check(potential: Potential, batch: Any) -> None:
     potential.model.system_embedding.check(batch.charge, batch.spin_multiplicity)
 
 
-def _results(predictions: Sequence[Prediction], with_stress: bool) -> dict[str, Any]:
-    def of_members(name: str) -> np.ndarray:
-        values = torch.stack([getattr(prediction, name).detach().double() for prediction in predictions])
-        return values.cpu().numpy()
+def _of_members(predictions: Sequence[Prediction], name: str) -> np.ndarray:
+    values = torch.stack([getattr(prediction, name).detach().double() for prediction in predictions])
+    return values.cpu().numpy()
 
-    energy, forces = of_members("energy")[:, 0], of_members("forces")
+
+def _results(predictions: Sequence[Prediction], with_stress: bool) -> dict[str, Any]:
+    energy, forces = _of_members(predictions, "energy")[:, 0], _of_members(predictions, "forces")
     results = {
         "energy": float(energy.mean()),
         "free_energy": float(energy.mean()),
-        "energies": of_members("atomic_energies").mean(axis=0),
+        "energies": _of_members(predictions, "atomic_energies").mean(axis=0),
         "forces": forces.mean(axis=0),
         "energy_spread": float(energy.std()),
         "forces_spread": spread_of(forces),
@@ -211,7 +218,7 @@ def _results(predictions: Sequence[Prediction], with_stress: bool) -> dict[str, 
         "member_forces": forces,
     }
     if with_stress:
-        stress = full_3x3_to_voigt_6_stress(of_members("stress")[:, 0])
+        stress = full_3x3_to_voigt_6_stress(_of_members(predictions, "stress")[:, 0])
         results |= {"stress": stress.mean(axis=0), "member_stress": stress}
     return results
 

@@ -76,6 +76,32 @@ def test_means_and_spreads_are_those_of_the_members(make_members: Members) -> No
     np.testing.assert_allclose(found["member_stress"], stresses, atol=1e-15)
 
 
+@pytest.mark.parametrize("other", [{}, {"cutoff": 3.5, "num_neighbors": None}])
+def test_stress_of_atoms_is_the_mean_and_asked_for(
+    make_members: Members, other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import escaip.potential
+
+    calls, original = [], escaip.potential.virials_of
+    monkeypatch.setattr(escaip.potential, "virials_of", lambda *a: (calls.append(1), original(*a))[1])
+    members = [*make_members(2), *make_members(1, **other)]
+    atoms = crystal()
+    atoms.calc = CommitteeCalculator(members)
+    stress, forces = atoms.get_stress(), atoms.get_forces()
+    assert calls == []
+    assert "stresses" in atoms.calc.implemented_properties
+    stresses = atoms.get_stresses()
+    assert len(calls) == len(members)
+    np.testing.assert_array_equal(atoms.get_forces(), forces)
+    np.testing.assert_allclose(stresses.sum(axis=0), stress, atol=1e-14)
+    alone = []
+    for member in members:
+        atoms.calc = EScAIPCalculator(member)
+        alone.append(atoms.get_stresses())
+    assert np.ptp(alone, axis=0).max() > 1e-4
+    np.testing.assert_allclose(stresses, np.mean(alone, axis=0), atol=1e-14)
+
+
 def test_equal_members_have_no_spread(make_potential: Make) -> None:
     atoms = crystal()
     atoms.calc = CommitteeCalculator([make_potential(), make_potential()])
@@ -151,10 +177,14 @@ def test_committees_that_cannot_be(make_potential: Make) -> None:
     mixed.get_forces()
     with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
         mixed.get_stress()
+    with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
+        mixed.get_stresses()
+    assert "stresses" not in mixed.calc.implemented_properties
     water = ase.build.molecule("H2O")
     water.calc = CommitteeCalculator([make_potential(), make_potential(elements=(1, 6))])
     for _ in range(2):  # asking again does not help
         with pytest.raises(UnsupportedElementError, match="not trained on O"):
             water.get_forces()
-    with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
-        CommitteeCalculator([make_potential(), make_potential()]).get_property("stress", water)
+    for name in ("stress", "stresses"):
+        with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
+            CommitteeCalculator([make_potential(), make_potential()]).get_property(name, water)
