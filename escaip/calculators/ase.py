@@ -30,7 +30,8 @@ class EScAIPCalculator(Calculator):
     Charge and spin multiplicity are read from ``atoms.info`` (``"charge"``, ``"spin_multiplicity"`` or ``"spin"``)
     by potentials that use them. Every evaluation gives forces and, with a periodic cell, stress: its cost beside the
     forces is within the noise, and constant-pressure runs then evaluate once per step. ``stresses``, each atom's share
-    of the stress (:func:`escaip.evaluation.virials_of`), are evaluated when they are asked for.
+    of the stress (:func:`escaip.evaluation.virials_of`), are evaluated when they are asked for. So are ``virials``,
+    ``(N, 3, 3)`` eV: ``−V`` times that, which molecules have as well.
 
     Args:
         model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
@@ -53,7 +54,9 @@ class EScAIPCalculator(Calculator):
             a model whose neighbors enter with a jump.
     """
 
-    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress", "stresses"]  # noqa: RUF012 - ASE's name
+    implemented_properties = [  # noqa: RUF012 - ASE's name
+        "energy", "free_energy", "energies", "forces", "stress", "stresses", "virials",
+    ]  # fmt: skip
     # Neither enters the potential; total charge and spin do, and check_state sees them.
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
@@ -90,7 +93,8 @@ class EScAIPCalculator(Calculator):
         self.skin, self.graph_skin = float(skin), float(graph_skin)
         self.potential.config.check_slack(self.graph_skin)
         if not self.potential.config.is_conservative:
-            self.implemented_properties = [name for name in self.implemented_properties if name not in _STRESSES]
+            without = (*_STRESSES, "virials")
+            self.implemented_properties = [name for name in self.implemented_properties if name not in without]
         self._forget()
 
     def _forget(self) -> None:
@@ -122,10 +126,13 @@ class EScAIPCalculator(Calculator):
         """ASE's entry; says why there is no stress where there is none.
 
         Raises:
-            PropertyNotImplementedError: stress of a direct-force model or of a structure without periodic axes.
+            PropertyNotImplementedError: stress of a direct-force model or of a structure without periodic axes, or
+                virials of a direct-force model.
         """
         if name in _STRESSES:
             check_stress(self.potential.config.is_conservative, atoms if atoms is not None else self.atoms)
+        elif name == "virials":
+            check_stress(self.potential.config.is_conservative, None)
         return super().get_property(name, atoms, allow_calculation)
 
     def calculate(
@@ -143,12 +150,12 @@ class EScAIPCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         with_stress = self.potential.config.is_conservative and has_volume(self.atoms)
-        with_stresses = with_stress and "stresses" in properties
+        with_virials = "virials" in properties or (with_stress and "stresses" in properties)
         batch, place = self._to_batch(self.atoms, system_changes)
         with torch.no_grad():
             graph = self._graph.get(batch, place, lambda: self._neighbors.get(batch, place))
             prediction = self.potential(
-                batch, graph=graph, compute_stress=with_stress, compute_virials=with_stresses, create_graph=False
+                batch, graph=graph, compute_stress=with_stress, compute_virials=with_virials, create_graph=False
             )
         assert prediction.forces is not None
         parts = [prediction.energy, prediction.atomic_energies, prediction.forces]
@@ -167,10 +174,12 @@ class EScAIPCalculator(Calculator):
         }
         if with_stress:
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
-        if with_stresses:
+        if with_virials:
             assert prediction.atomic_virials is not None
-            virials = prediction.atomic_virials.detach().cpu().numpy()
-            self.results["stresses"] = full_3x3_to_voigt_6_stress(virials) / self.atoms.get_volume()
+            self.results["virials"] = -prediction.atomic_virials.detach().cpu().numpy()
+            if with_stress:
+                stresses = self.results["virials"] / -self.atoms.get_volume()
+                self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
 
     def get_hessian(self, atoms: Atoms | None = None, **options: Any) -> np.ndarray:
         """``(3n, 3n)`` float64 eV/Å², ``∂²E/∂r²`` by automatic differentiation; constraints are not looked at.

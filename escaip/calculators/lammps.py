@@ -75,7 +75,8 @@ class LammpsDriver:
     A ``fix external`` calls the potential at every step. LAMMPS integrates, thermostats and writes; its neighbor lists
     are not used. Atoms are followed by their ids and unwrapped by their image flags, so that the skin of the neighbor
     search outlives migrations across the boundary. The cell is read at every step, and the potential sees it as LAMMPS
-    turns it: nothing has to be turned back. Units are those of the input, ``metal`` or ``real``.
+    turns it: nothing has to be turned back. Units are those of the input, ``metal`` or ``real``. Virials of atoms
+    (:func:`escaip.evaluation.virials_of`) are evaluated at the steps at which LAMMPS asks for them.
 
     An error inside the potential stops the run at that step and is raised from :meth:`commands` or :meth:`file`.
 
@@ -120,7 +121,6 @@ class LammpsDriver:
         self._atoms = Atoms(info=dict(self._info))
         self._error: BaseException | None = None
         self._fix, self._step = "", -1  # what calls the potential, and when it last did
-        self._no_virial = np.full(6, np.nan)
 
     def attach(self, fix: str = "escaip") -> None:
         """Gives LAMMPS the potential: by the ``fix external`` with this id or, where there is none, a new one.
@@ -225,16 +225,20 @@ class LammpsDriver:
         if self._error is not None:
             return
         try:
-            self._fill(*caller, forces)
+            self._fill(*caller, step, forces)
         except BaseException as error:
             self._error = error
             lmp, text = self.lammps, f"escaip at step {step}: {_one_line(error)}"
             lmp.lib.lammps_fix_external_set_energy_global(lmp.lmp, text.encode(), 0.0)
             lmp.lib.lammps_force_timeout(lmp.lmp)
 
-    def _fill(self, fix: str, energy_unit: float, forces: Array) -> None:
+    def _fill(self, fix: str, energy_unit: float, step: int, forces: Array) -> None:
         lmp, calculator = self.lammps, self.calculator
         atoms, order = self._read()
+        # First, since they come with all else in one evaluation. LAMMPS says when it last wanted them; one that does
+        # not tell gets them at every step, and takes what it needs.
+        if lmp.extract_global("vflag_atom") in (step, None):
+            self._fill_virials(fix, energy_unit, atoms, order)
         energy = calculator.get_property("energy", atoms)
         found = calculator.get_property("forces", atoms)
         forces[order] = found / energy_unit
@@ -244,11 +248,16 @@ class LammpsDriver:
         energies[order] = calculator.get_property("energies", atoms) / energy_unit
         number = ctypes.POINTER(ctypes.c_double)
         lmp.lib.lammps_fix_external_set_energy_peratom(lmp.lmp, fix.encode(), energies.ctypes.data_as(number))
-        # A virial has no parts that belong to atoms: who asks for them sees NaN.
-        rows = np.full(len(order), self._no_virial.ctypes.data, dtype=np.uintp)
-        lmp.lib.lammps_fix_external_set_virial_peratom(
-            lmp.lmp, fix.encode(), rows.ctypes.data_as(ctypes.POINTER(number))
-        )
+
+    def _fill_virials(self, fix: str, energy_unit: float, atoms: Atoms, order: NDArray[np.int64]) -> None:
+        """Gives LAMMPS the virial of each atom; NaN for direct forces, which have none."""
+        virials = np.full((len(order), 6), np.nan)
+        if self.calculator.potential.config.is_conservative:
+            virials[order] = self.calculator.get_property("virials", atoms)[:, _ROWS, _COLUMNS] / energy_unit
+        # C wants a pointer to each row.
+        rows = virials.ctypes.data + virials.strides[0] * np.arange(len(order), dtype=np.uintp)
+        pointers = rows.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_double)))
+        self.lammps.lib.lammps_fix_external_set_virial_peratom(self.lammps.lmp, fix.encode(), pointers)
 
     def _virial(self, atoms: Atoms, forces: Array) -> Array:
         """``(3, 3)`` eV; NaN for direct forces, which have none: LAMMPS prints it, and barostats stop at it."""

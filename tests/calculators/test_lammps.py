@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
+from lammps_cases import ENERGY_UNITS, by_id, molecule, moving, needs_lammps, orthogonal, slab, triclinic, turned
 
 from escaip import EScAIPCalculator
 from escaip.calculators.lammps import LammpsDriver, open_lammps
@@ -23,93 +24,6 @@ from escaip.potential import Potential
 
 Make = Callable[..., Potential]
 Start = Callable[..., LammpsDriver]
-
-ENERGY_UNITS = {"metal": 1.0, "real": units.kcal / units.mol}
-SETUP = """
-units {units}
-boundary {boundary}
-atom_style atomic
-read_data {data}
-pair_style zero 2.0
-pair_coeff * *
-neighbor 1.0 bin
-neigh_modify every 1 delay 0 check no   # atoms change places at every step
-fix potential all external pf/callback 1 1
-thermo_style custom step pe pxx pyy pzz pxy pxz pyz vol
-thermo 1
-"""
-
-
-def installed() -> str:
-    try:
-        open_lammps(["-log", "none", "-screen", "none"]).close()
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-MISSING = installed()
-needs_lammps = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-
-
-@pytest.fixture
-def start(make_potential: Make, tmp_path: Path) -> Iterator[Start]:
-    drivers = []
-
-    def begin(atoms: Atoms, potential: Potential | None = None, style: str = "metal", **options: Any) -> LammpsDriver:
-        elements = sorted(set(atoms.symbols))
-        data = tmp_path / "start.data"
-        written = {"specorder": elements, "masses": True, "units": style, "velocities": atoms.has("momenta")}
-        ase.io.write(data, atoms, format="lammps-data", **written)
-        lammps = open_lammps(["-log", "none", "-screen", "none"])
-        driver = LammpsDriver(potential or make_potential(), elements, lammps, **options)
-        boundary = " ".join("p" if periodic else "s" for periodic in atoms.pbc)
-        driver.commands(SETUP.format(units=style, boundary=boundary, data=data))
-        drivers.append(driver)
-        return driver
-
-    yield begin
-    for driver in drivers:
-        driver.lammps.close()
-
-
-def orthogonal() -> Atoms:
-    atoms = ase.build.bulk("NaCl", "rocksalt", a=5.6, cubic=True)
-    atoms.rattle(0.2, seed=0)
-    return atoms
-
-
-def triclinic() -> Atoms:
-    """Oblique, and turned out of LAMMPS's frame."""
-    atoms = Atoms("NaCl", positions=[[0.1, 0.0, 0.2], [2.9, 2.6, 3.1]], pbc=True)
-    atoms.cell = [[0.3, 4.8, 0.5], [-4.9, 1.1, 0.4], [0.9, 0.7, 5.3]]
-    atoms = atoms.repeat((2, 1, 2))
-    atoms.rattle(0.2, seed=1)
-    return atoms
-
-
-def slab() -> Atoms:
-    atoms = ase.build.fcc111("Cu", (2, 2, 3), vacuum=4.0)
-    atoms.rattle(0.1, seed=2)
-    return atoms
-
-
-def molecule() -> Atoms:
-    atoms = ase.build.molecule("CH3OH", vacuum=3.0)
-    atoms.rattle(0.05, seed=3)
-    return atoms
-
-
-def by_id(driver: LammpsDriver, name: str) -> np.ndarray:
-    """What LAMMPS has of each atom, ordered by id."""
-    extract, count = driver.lammps.numpy.extract_atom, driver.lammps.extract_setting("nlocal")
-    return extract(name, nelem=count)[np.argsort(extract("id", nelem=count))]
-
-
-def turned(atoms: Atoms) -> np.ndarray:
-    """``R`` with ``r_lammps = r R``, by LAMMPS's rule: lower triangular cell rows with a positive diagonal."""
-    triangle = np.linalg.cholesky(atoms.cell.array @ atoms.cell.array.T)
-    return np.linalg.solve(atoms.cell.array, triangle)
 
 
 def check(driver: LammpsDriver, potential: Potential, atoms: Atoms, style: str = "metal") -> None:
@@ -140,28 +54,6 @@ def test_the_numbers_of_ase(make: Callable[[], Atoms], style: str, start: Start,
     driver = start(atoms, potential, style)
     driver.commands("run 0")
     check(driver, potential, atoms, style)
-
-
-@needs_lammps
-def test_energies_of_atoms_and_no_virials_of_atoms(start: Start, make_potential: Make) -> None:
-    atoms, potential = orthogonal(), make_potential()
-    driver = start(atoms, potential)
-    driver.commands("compute e all pe/atom\ncompute v all stress/atom NULL virial")
-    driver.commands("dump d all custom 1 /dev/null id c_e c_v[1]\nrun 0")
-    order = np.argsort(driver.lammps.numpy.extract_atom("id", nelem=len(atoms)))
-    atoms.calc = EScAIPCalculator(potential)
-    np.testing.assert_allclose(
-        driver.lammps.numpy.extract_compute("e", 1, 1)[order], atoms.get_potential_energies(), atol=1e-10
-    )
-    assert np.isnan(driver.lammps.numpy.extract_compute("v", 1, 2)).all()
-
-
-def moving(atoms: Atoms) -> Atoms:
-    """Hot, and all together fast enough to cross a cell in some tens of steps."""
-    spread = np.sqrt(600.0 * units.kB / atoms.get_masses())[:, None]
-    thermal = np.random.default_rng(0).normal(size=atoms.positions.shape) * spread
-    atoms.set_velocities(thermal + np.array([0.5, -0.35, 0.4]))
-    return atoms
 
 
 @needs_lammps
