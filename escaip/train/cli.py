@@ -218,13 +218,18 @@ class TrainingCLI(LightningCLI):
         """Searches a learning rate where asked.
 
         Raises:
-            ConfigError: asked together with a checkpoint, which has one already.
+            ConfigError: asked together with a checkpoint, which has one already, or with a base width.
         """
         config = self.config[self.subcommand]
         if not config.lr_find:
             return
         if config.ckpt_path is not None:
             raise ConfigError("--lr_find starts a run, --ckpt_path continues one: choose one of them")
+        if self.model.base_width is not None:
+            raise ConfigError(
+                "--lr_find tries one learning rate for all weights, model.base_width divides it for some: search at "
+                "the base width without it"
+            )
         find_learning_rate(self.trainer, self.model, self.datamodule)
 
     def after_fit(self) -> None:

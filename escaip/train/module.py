@@ -20,6 +20,7 @@ from escaip.train.optim import make_optimizer, make_schedule
 from escaip.train.reduction import sum_over_processes, trained_with_scaler
 from escaip.train.references import ReferenceFit
 from escaip.train.settings import plain_values
+from escaip.train.transfer import fan_in_ratios, scale_outputs
 from escaip.types import Prediction
 
 DEFAULT_ARCHITECTURE: dict[str, Any] = {"preset": "1m"}
@@ -58,6 +59,7 @@ class PotentialModule(LightningModule):
         compile: bool = False,
         recompute: bool = False,
         refit_references: bool = True,
+        base_width: int | None = None,
     ) -> None:
         """Builds the potential.
 
@@ -77,6 +79,9 @@ class PotentialModule(LightningModule):
                 the memory for about a third more time (arXiv 1604.06174).
             refit_references: after each epoch shift the element references by a fit to what the energies are still off
                 (docs/training.md); those given as energies of isolated atoms stay.
+            base_width: ``hidden_size`` at which ``learning_rate`` and ``weight_decay`` were found; other widths scale
+                them, and the first outputs, so that they stay right (maximal-update parametrisation,
+                ``escaip.train.transfer``). Default: used as they are.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
@@ -100,6 +105,7 @@ class PotentialModule(LightningModule):
             "compile": compile,
             "recompute": recompute,
             "refit_references": refit_references,
+            "base_width": base_width,
         }
         self.save_hyperparameters(plain_values(settings), logger=False)
         self.losses = losses
@@ -107,6 +113,10 @@ class PotentialModule(LightningModule):
         self.warmup_fraction, self.final_fraction = warmup_fraction, final_fraction
         metadata = PotentialMetadata(level_of_theory=level_of_theory, datasets=tuple(datasets))
         self.potential = Potential(config, metadata=metadata)
+        self.base_width, self._ratios = base_width, dict[str, float]()
+        if base_width is not None:
+            self._ratios = {f"potential.model.{k}": v for k, v in fan_in_ratios(config, base_width).items()}
+            scale_outputs(self.potential.model, config, base_width)
         self.potential.recompute = True if recompute else None
         if compile:
             self.potential.compile()
@@ -254,7 +264,7 @@ class PotentialModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, warm-up and cosine over the whole run, stepped with the optimizer."""
-        optimizer = make_optimizer(self, self.learning_rate, self.weight_decay)
+        optimizer = make_optimizer(self, self.learning_rate, self.weight_decay, self._ratios)
         total = self.trainer.estimated_stepping_batches
         schedule = make_schedule(optimizer, total, self.warmup_fraction, self.final_fraction)
         self._total_steps = max(1, int(total))

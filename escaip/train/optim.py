@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,24 +16,43 @@ from escaip.errors import ConfigError
 ADAM_BETAS = (0.9, 0.999)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, learning_rate: float = 1.0, ratios: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Splits trainable parameters: weights of linear layers decay; biases, norms, embeddings and the rest do not.
 
     A parameter shared between modules counts once, and decays when any of them is linear.
+
+    Args:
+        module: whose parameters.
+        weight_decay: of those that decay.
+        learning_rate: of all but those named in ``ratios``.
+        ratios: name of a parameter to what its learning rate is divided and its decay multiplied by
+            (``escaip.train.transfer``).
     """
     linear = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for parameter in module.parameters():
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (decayed if id(parameter) in linear else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            ratio = 1.0 if ratios is None else ratios.get(name, 1.0)
+            groups.setdefault((ratio, id(parameter) not in linear), []).append(parameter)
+    # Those of ratio 1 first: their learning rate is the one that is logged.
+    ordered = sorted(groups, key=lambda key: (key[0] != 1.0, *key))
+    return [
+        {
+            "params": groups[ratio, kept],
+            "lr": learning_rate / ratio,
+            "weight_decay": 0.0 if kept else weight_decay * ratio,
+        }
+        for ratio, kept in ordered
+    ]
 
 
-def make_optimizer(module: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
-    """Returns AdamW with decay on linear weights only (arXiv 2410.24169)."""
-    return AdamW(parameter_groups(module, weight_decay), lr=learning_rate, betas=ADAM_BETAS)
+def make_optimizer(
+    module: nn.Module, learning_rate: float, weight_decay: float, ratios: Mapping[str, float] | None = None
+) -> AdamW:
+    """Returns AdamW with decay on linear weights only (arXiv 2410.24169); ``ratios`` as in :func:`parameter_groups`."""
+    return AdamW(parameter_groups(module, weight_decay, learning_rate, ratios), lr=learning_rate, betas=ADAM_BETAS)
 
 
 def warmup_cosine(total_steps: int, warmup_steps: int, final_fraction: float) -> Callable[[int], float]:
