@@ -1,1 +1,1 @@
-"""Scaling-law studies (docs/scaling.md)."""
+"""Scaling laws: what a model costs."""

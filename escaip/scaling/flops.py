@@ -1,0 +1,348 @@
+"""What an evaluation and a training step of an EScAIP cost, in floating-point operations: by formula, and measured.
+
+Counted are matrix products and the products within attention, one multiply-add as two operations, as
+:class:`torch.utils.flop_counter.FlopCounterMode` does. **Not counted** is everything else: activations, norms, softmax,
+Legendre polynomials, gathers and sums over rows, Gaussians and splines, bond-orientational order, graph and geometry,
+references, loss and optimizer. All of it is linear in the tokens or pairs; in time it counts for more than here.
+
+A matrix product of ``rows × in`` by ``in × out`` is ``2 · rows · in · out``. With ``N`` atoms, ``T`` tokens (kept
+directed edges and ``N`` self tokens), ``P = Σ_i T_i²`` pairs of tokens of the same atom, ``L`` layers, ``H`` features,
+``h`` heads, ``K`` knots, ``R`` Gaussians and ``D, Z, B`` the sizes of distance, element and order embedding:
+
+    edge attributes (L + 1 times)   rows T: R × D, D × H (K + 9 rows from a table, none from a kept one)
+                                    rows N, for each end: boo_degrees × B, (B + Z) × H
+    input network                   rows T: H × H twice
+    message                         rows N: H × H twice; rows T: H × H, 3H × H (gated: H × H, 2H × H twice)
+    projections                     rows T: H × H for query, key, value, output
+    attention                       2 P H logits, 2 P H values, 6 P cosines where there are angles
+    feed-forward                    rows N and rows T: H × mH, mH × H
+    readouts (L + 1 times)          rows N, direct forces also T: H × mH, mH × H; then once (L + 1)H × H
+    energy head                     rows N: H × mH, mH × H, H × 1
+    direct forces                   rows T: H × mH, mH × H, H × 3; rows N: H × mH, mH × H, H × 1
+
+The last block of a conservative model has no edge network, and unless its aggregation is ``graph_attention`` queries
+and outputs for ``N`` self tokens alone: then ``P`` is ``T`` and the logits are ``2 T h c_0``.
+
+Derivatives. ``Y = X W`` costs one product. The gradient of the loss adds one for ``W`` and one for ``X`` where weights
+lie behind it: three for training on energies or direct forces. Conservative forces add the one for ``X`` (two in
+prediction). Training on them differentiates ``∂X = ∂Y Wᵀ`` by ``∂Y`` and ``W``, and ``Y`` by ``X`` and ``W``: six. A
+product of attention is one, three with a gradient and, differentiated twice by both factors, 1 + 2 + (2 · 2 + 2) = 9.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from escaip.config import EScAIPConfig
+from escaip.errors import UsageError
+from escaip.model import EScAIP
+from escaip.ops import spline
+from escaip.potential import Potential
+from escaip.scaling.operators import operator_formulas
+from escaip.scaling.shapes import GraphShape
+
+MODES = ("energy", "forces", "energy_training", "training")
+"""Energies alone; energies and forces; a training step on energies; one on energies and forces, direct or conservative
+as the configuration says; stress adds nothing. Tables of distances are kept from one prediction to the next, and made
+again in each step of training."""
+
+_SPLINE_ENDS = 2 * spline.GHOSTS + 1  # a table is made of this many more rows than it has intervals
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A matrix product with weights.
+
+    Attributes:
+        layer: where, for tables.
+        rows: of what it has one row each: ``"token"``, ``"atom"`` or ``"knot"``.
+        fan_in: columns of the input.
+        fan_out: columns of the output.
+        moves: whether its input depends on positions.
+        learned: whether its input depends on weights.
+        last: whether nothing with weights follows.
+    """
+
+    layer: str
+    rows: str
+    fan_in: int
+    fan_out: int
+    moves: bool = True
+    learned: bool = True
+    last: bool = False
+
+    @property
+    def size(self) -> int:
+        """Entries of the weight."""
+        return self.fan_in * self.fan_out
+
+    def passes(self, mode: str, conservative: bool) -> int:
+        """How often a product of its size is computed (module docstring)."""
+        if mode == "energy" or (mode == "forces" and not conservative):
+            return 1
+        if mode == "forces":
+            return 1 + self.moves
+        if mode == "energy_training" or not conservative:
+            return 2 + self.learned
+        first = 1 + 1 + (not self.last) if self.moves else 0  # ∂X, its derivatives by W and, unless constant, by ∂Y
+        return 1 + first + 1 + (self.moves or self.learned)
+
+
+def count_flops(model: EScAIPConfig | Potential, batch: Any, mode: str = "training") -> float:
+    """Counts the floating-point operations of one evaluation or training step by formula (module docstring).
+
+    Args:
+        model: a configuration, or a potential for its configuration.
+        batch: what :func:`escaip.data.collate` returns, for whose graph is built; or a :class:`GraphShape`.
+        mode: one of :data:`MODES`.
+
+    Returns:
+        Operations of the whole batch; whole numbers for whole sizes.
+
+    Raises:
+        UsageError: no such mode, or training on energies alone of a direct-force model.
+    """
+    return sum(flops_by_layer(model, batch, mode).values())
+
+
+def flops_by_layer(model: EScAIPConfig | Potential, batch: Any, mode: str = "training") -> dict[str, float]:
+    """As :func:`count_flops`, for each kind of layer apart; all blocks together."""
+    config = _config_of(model)
+    _check_mode(config, mode)
+    shape = batch if isinstance(batch, GraphShape) else GraphShape.of_batch(batch, config.graph)
+    knots = config.distance_knots + _SPLINE_ENDS
+    rows = {"token": shape.num_tokens, "atom": shape.num_atoms, "knot": knots}
+    counts: dict[str, float] = {}
+    for product in _products(config, mode):
+        cost = 2 * rows[product.rows] * product.size * product.passes(mode, config.is_conservative)
+        counts[product.layer] = counts.get(product.layer, 0) + cost
+    counts["attention"] = _attention(config, shape, mode)
+    return counts
+
+
+def _attention(config: EScAIPConfig, shape: GraphShape, mode: str) -> float:
+    """Products of queries, keys, values and directions in all blocks."""
+    derivatives = 1 if mode == "energy" or (mode == "forces" and not config.is_conservative) else 3
+    with_direction = derivatives
+    if mode == "training" and config.is_conservative:
+        derivatives = with_direction = 9
+    elif mode in ("training", "energy_training"):
+        with_direction = 1
+    channels, heads, hidden = config.angular_channels, config.num_heads, config.hidden_size
+    cosines = 6 * with_direction * shape.num_pairs if channels is not None and len(channels) > 1 else 0
+    whole = derivatives * 4 * shape.num_pairs * hidden + cosines
+    if not _last_reads_self(config):
+        return config.num_layers * whole
+    width = hidden if channels is None else heads * channels[0]
+    return (config.num_layers - 1) * whole + derivatives * 2 * shape.num_tokens * (width + hidden)
+
+
+def _last_reads_self(config: EScAIPConfig) -> bool:
+    return config.is_conservative and config.aggregation == "self"
+
+
+def _products(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
+    """All products with weights, in the order of the forward pass."""
+    c, hidden = config, config.hidden_size
+    yield from _edge_attributes(c, mode)
+    yield from _network("input network", "token", hidden, 1)
+    for layer in range(c.num_layers):
+        is_last = layer == c.num_layers - 1
+        yield from _edge_attributes(c, mode)
+        yield from 2 * [_Product("message", "atom", hidden, hidden)]
+        yield _Product("message", "token", hidden, hidden)
+        if c.message_gate:
+            yield from 2 * [_Product("message", "token", 2 * hidden, hidden)]
+        else:
+            yield _Product("message", "token", 3 * hidden, hidden)
+        asking = "atom" if is_last and _last_reads_self(c) else "token"
+        yield from 2 * [_Product("projections", "token", hidden, hidden)]
+        yield from 2 * [_Product("projections", asking, hidden, hidden)]
+        yield from _network("node network", "atom", hidden, c.ffn_multiplier)
+        if not (is_last and c.is_conservative):
+            yield from _network("edge network", "token", hidden, c.ffn_multiplier)
+    yield from _readouts("node readouts", "atom", c)
+    yield from _network("energy head", "atom", hidden, c.output_multiplier)
+    yield _Product("energy head", "atom", hidden, 1, last=True)
+    if not c.is_conservative:
+        yield from _readouts("edge readouts", "token", c)
+        for rows, outputs in (("token", 3), ("atom", 1)):
+            yield from _network("force head", rows, hidden, c.output_multiplier)
+            yield _Product("force head", rows, hidden, outputs)
+
+
+def _edge_attributes(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
+    c, training = config, mode.endswith("training")
+    tabulated = c.distance_table == "always" or (c.distance_table == "inference" and not training)
+    if training or not tabulated:
+        rows, moves = ("knot", False) if tabulated else ("token", True)
+        yield _Product("distance embedding", rows, c.num_radial, c.distance_size, moves=moves, learned=False)
+        yield _Product("distance embedding", rows, c.distance_size, c.hidden_size, moves=moves)
+    for _ in ("neighbor", "center"):
+        yield _Product("atom features", "atom", c.boo_degrees, c.boo_size, learned=False)
+        yield _Product("atom features", "atom", c.boo_size + c.element_size, c.hidden_size)
+
+
+def _network(layer: str, rows: str, hidden: int, multiplier: int) -> Iterator[_Product]:
+    yield _Product(layer, rows, hidden, multiplier * hidden)
+    yield _Product(layer, rows, multiplier * hidden, hidden)
+
+
+def _readouts(layer: str, rows: str, config: EScAIPConfig) -> Iterator[_Product]:
+    depths = config.num_layers + 1
+    for _ in range(depths):
+        yield from _network(layer, rows, config.hidden_size, config.readout_multiplier)
+    yield _Product(layer, rows, depths * config.hidden_size, config.hidden_size)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters a model has.
+
+    Attributes:
+        total: all.
+        embedding: tables from which rows are taken, no product: elements of either end in each block, total charge,
+            spin multiplicity. References and scale are no parameters.
+        token: weights in products with a row for each token, the ones that cost: the others have a row for each atom or
+            knot, or are biases and norms.
+    """
+
+    total: int
+    embedding: int
+    token: int
+
+    @property
+    def non_embedding(self) -> int:
+        """All but embeddings: ``N`` of scaling laws (Kaplan et al., arXiv 2001.08361)."""
+        return self.total - self.embedding
+
+
+def parameter_count(config: EScAIPConfig) -> ParameterCount:
+    """Counts the parameters of a model that is built without memory for them."""
+    with torch.device("meta"):
+        model = EScAIP(config)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return ParameterCount(
+        total=sum(weight.numel() for weight in model.parameters()),
+        embedding=sum(table.weight.numel() for table in tables),
+        token=sum(product.size for product in _products(config, "training") if product.rows == "token"),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """What a training run costs; validation is not in it.
+
+    Attributes:
+        total: ``C``, operations of all steps.
+        steps: how many.
+        structures: seen, those seen again included.
+        per_atom: operations per atom and visit.
+    """
+
+    total: float
+    steps: int
+    structures: float
+    per_atom: float
+
+
+def training_flops(
+    config: EScAIPConfig,
+    structure: GraphShape,
+    *,
+    batch_size: float,
+    num_structures: int | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    mode: str = "training",
+) -> TrainingFlops:
+    """Counts the operations of a run: ``C = n · cost(structure) + steps · cost(tables)`` for ``n`` structures seen.
+
+    Args:
+        config: the model.
+        structure: mean sizes of a training structure, from :func:`~escaip.scaling.shapes.mean_shape` or, from counts
+            alone, :meth:`GraphShape.of_counts`.
+        batch_size: structures per step, all processes together; the mean where batches are packed by atoms.
+        num_structures: in the training set; needed with ``epochs``.
+        epochs: how often each is seen; or
+        steps: how many steps are taken.
+        mode: ``"training"`` or ``"energy_training"``.
+
+    Raises:
+        UsageError: not exactly one of ``epochs`` and ``steps``, or a number that is not positive, or another mode.
+    """
+    if not mode.endswith("training"):
+        raise UsageError(f"mode {mode!r} trains nothing: choose training or energy_training")
+    if (epochs is None) == (steps is None):
+        raise UsageError("the length of a run is epochs or steps: give one of them")
+    if epochs is not None and num_structures is None:
+        raise UsageError("the cost of an epoch depends on num_structures: give it, or steps")
+    given = {"batch_size": batch_size, "num_structures": num_structures, "epochs": epochs, "steps": steps}
+    for name, value in given.items():
+        if value is not None and not value > 0:
+            raise UsageError(f"{name} is {value:g}: it must be above 0")
+    if steps is None:
+        assert epochs is not None
+        assert num_structures is not None
+        steps, seen = math.ceil(epochs * math.ceil(num_structures / batch_size)), epochs * num_structures
+    else:
+        seen = steps * batch_size
+    each_step = count_flops(config, GraphShape(0, 0, 0), mode)
+    total = count_flops(config, structure.times(seen), mode) + (steps - 1) * each_step
+    return TrainingFlops(total, steps, seen, total / (seen * structure.num_atoms))
+
+
+def profile_flops(model: EScAIPConfig | Potential, batch: Any, mode: str = "training") -> int:
+    """Measures what :func:`count_flops` counts: runs it once under PyTorch's counter.
+
+    What runs is a fresh potential of the configuration, without dropout, on the batch's device: operations do not
+    depend on weights, and the potential given, the batch and the random numbers stay as they are. Attention counts with
+    :func:`operator_formulas`.
+
+    Args:
+        model: a configuration, or a potential for its configuration.
+        batch: what :func:`escaip.data.collate` returns.
+        mode: one of :data:`MODES`.
+
+    Raises:
+        UsageError: as :func:`count_flops`.
+    """
+    config = _config_of(model)
+    _check_mode(config, mode)
+    training = mode.endswith("training")
+    off: dict[str, Any] = {field.name: 0.0 for field in dataclasses.fields(config) if field.name.endswith("dropout")}
+    config = dataclasses.replace(config, **off, stochastic_depth=0.0, attention_backend="auto")
+    with torch.random.fork_rng(devices=[]):
+        potential = Potential(config).to(batch.positions.device).train(training)
+    potential.recompute = False  # what is computed again is no use
+    graph = potential.graph_of(batch)
+    potential.model.tables(learning=training)  # kept for prediction
+    with (
+        FlopCounterMode(display=False, custom_mapping=operator_formulas()) as counter,
+        torch.set_grad_enabled(training),
+    ):
+        prediction = potential(batch, graph=graph, compute_forces=mode in ("forces", "training"))
+        if training:
+            forces = prediction.forces
+            loss = prediction.energy.square().sum() + (0.0 if forces is None else forces.square().sum())
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def _config_of(model: EScAIPConfig | Potential) -> EScAIPConfig:
+    return model.config if isinstance(model, Potential) else model
+
+
+def _check_mode(config: EScAIPConfig, mode: str) -> None:
+    if mode not in MODES:
+        raise UsageError(f"mode {mode!r} does not exist: choose {', '.join(MODES)}")
+    if mode == "energy_training" and not config.is_conservative:
+        raise UsageError("a direct-force model is trained on forces, too: count mode training, or forces: conservative")

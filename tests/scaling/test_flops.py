@@ -1,0 +1,240 @@
+"""Operations by formula are those that PyTorch counts, and counting leaves everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ase.build
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
+from torch_geometric.data import Batch
+
+from escaip.config import EScAIPConfig
+from escaip.data import AtomicData, collate
+from escaip.errors import DataError, UsageError
+from escaip.potential import Potential
+from escaip.scaling.flops import (
+    count_flops,
+    flops_by_layer,
+    parameter_count,
+    profile_flops,
+    training_flops,
+)
+from escaip.scaling.operators import operator_formulas
+from escaip.scaling.shapes import GraphShape, mean_shape
+
+SMALL: dict[str, Any] = {"preset": "300k"}
+SIZES: dict[str, dict[str, Any]] = {
+    "300k": SMALL,
+    "1m": {"preset": "1m"},
+    "wide": {"preset": "1m", "hidden_size": 256, "num_layers": 2, "num_heads": 8, "angular_channels": (12, 6, 2, 6, 6)},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "exact distances": {"distance_table": "never"},
+    "table for inference": {"distance_table": "inference"},
+    "gate and mean": {"message_gate": True, "aggregation": "graph_attention"},
+    "no angles": {"angular_channels": None},
+    "one layer": {"num_layers": 1, "charge": True, "spin": True, "energy_norm": False, "norm": "skip"},
+    "dropout": {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth": 0.5, "boo_weighting": "uniform"},
+    "multipliers": {"ffn_multiplier": 3, "readout_multiplier": 1, "output_multiplier": 4, "num_neighbors": None},
+}
+
+
+def make_batch() -> Batch:
+    structures = [ase.build.bulk("Cu", cubic=True), ase.build.molecule("C6H6"), ase.Atoms("He")]
+    for atoms in structures:
+        atoms.rattle(0.05, seed=0)
+    return collate([AtomicData.from_ase(atoms) for atoms in structures])
+
+
+def make_config(values: dict[str, Any], forces: str) -> EScAIPConfig:
+    return EScAIPConfig.from_dict({**values, "forces": forces})
+
+
+def train_step(potential: Potential, batch: Batch) -> None:
+    prediction = potential(batch)
+    (prediction.energy.square().sum() + prediction.forces.square().sum()).backward()
+
+
+def counted(run: Callable[[], object], formulas: dict[Any, Any]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+@pytest.mark.parametrize("size", SIZES)
+def test_formula_is_what_pytorch_counts(size: str, forces: str) -> None:
+    config, batch = make_config(SIZES[size], forces), make_batch()
+    found = {mode: count_flops(config, batch, mode) for mode in ("energy", "forces", "training")}
+    # Within 5 % is what a study needs; there is no reason why it should not be all.
+    assert found == {mode: profile_flops(config, batch, mode) for mode in found}
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_the_model(option: str, forces: str) -> None:
+    config, batch = make_config({**SMALL, **OPTIONS[option]}, forces), make_batch()
+    for mode in ("forces", "training") if config.is_conservative else ("training",):
+        assert count_flops(config, batch, mode) == profile_flops(config, batch, mode)
+
+
+def test_training_on_energies_alone() -> None:
+    config, batch = make_config(SMALL, "conservative"), make_batch()
+    found = count_flops(config, batch, "energy_training")
+    assert found == profile_flops(config, batch, "energy_training")
+    assert count_flops(config, batch, "energy") < found < count_flops(config, batch, "training")
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+@pytest.mark.parametrize("option", ["no angles", "gate and mean", "none"])
+def test_attention_costs_what_plain_matrices_cost(option: str, forces: str) -> None:
+    """Where all neighborhoods are equally large nothing is padded, and PyTorch's own formulas count all."""
+    plain = {"attention_backend": "dense", "num_neighbors": None, "cutoff": 4.0}
+    config = make_config({**SMALL, **OPTIONS.get(option, {}), **plain}, forces)
+    batch = collate([AtomicData.from_ase(ase.build.bulk("Cu", cubic=True))] * 2)
+    potential = Potential(config).train()
+    assert counted(lambda: train_step(potential, batch), {}) == count_flops(config, batch)
+
+
+@pytest.mark.parametrize("backend", ["auto", "blocked"])
+def test_kernels_count_useful_work_alone(backend: str) -> None:
+    config, batch = make_config({**SMALL, "attention_backend": backend}, "conservative"), make_batch()
+    potential = Potential(config).train()
+    found = counted(lambda: train_step(potential, batch), operator_formulas())
+    assert found == count_flops(potential, batch)
+    without = counted(lambda: train_step(potential, batch), {})
+    assert found - without == flops_by_layer(config, batch)["attention"]
+
+
+def test_stress_costs_no_product() -> None:
+    config, batch = make_config(SMALL, "conservative"), make_batch()
+    potential = Potential(config).train()
+
+    def step() -> None:
+        prediction = potential(batch, compute_stress=True)
+        (prediction.energy.sum() + prediction.forces.square().sum() + prediction.stress[0].square().sum()).backward()
+
+    assert counted(step, operator_formulas()) == count_flops(config, batch)
+
+
+def test_counting_changes_no_result() -> None:
+    potential, batch = Potential(make_config(SMALL, "conservative")).train(), make_batch()
+    gradients: list[list[Tensor]] = []
+    for count in (False, True):
+        potential.zero_grad()
+        if count:
+            counted(lambda: train_step(potential, batch), operator_formulas())
+        else:
+            train_step(potential, batch)
+        gradients.append([weight.grad.clone() for weight in potential.parameters() if weight.grad is not None])
+    assert len(gradients[0]) > 50
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["forces", "training"])
+def test_profiling_leaves_no_trace(mode: str) -> None:
+    potential, batch = Potential(make_config(SMALL, "conservative")).eval(), make_batch()
+    potential(batch)
+    state = {name: value.clone() for name, value in potential.state_dict().items()}
+    given = {key: value.clone() for key, value in batch.to_dict().items() if isinstance(value, Tensor)}
+    tables, random, registered = potential.model._kept_tables, torch.get_rng_state(), dict(flop_counter.flop_registry)
+    profile_flops(potential, batch, mode)
+    assert potential.model._kept_tables is tables
+    assert torch.equal(torch.get_rng_state(), random)
+    assert flop_counter.flop_registry == registered
+    assert not potential.training
+    assert torch.is_grad_enabled()
+    assert all(weight.grad is None and weight.requires_grad for weight in potential.parameters())
+    assert all(torch.equal(value, potential.state_dict()[name]) for name, value in state.items())
+    for key, value in given.items():
+        torch.testing.assert_close(batch[key], value, rtol=0, atol=0, equal_nan=True)
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+@pytest.mark.parametrize("option", ["none", "exact distances", "gate and mean", "one layer"])
+def test_parameters_are_those_of_the_model(option: str, forces: str) -> None:
+    config, batch = make_config({**SMALL, **OPTIONS.get(option, {})}, forces), make_batch()
+    before = torch.get_rng_state()
+    count = parameter_count(config)
+    assert torch.equal(torch.get_rng_state(), before)
+    potential = Potential(config).train()
+    num_tokens = potential.graph_of(batch).num_tokens
+    on_tokens = []
+
+    def note(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if inputs[0].shape[0] == num_tokens:
+            on_tokens.append(module.weight.numel())
+
+    for module in potential.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(note)
+    potential(batch, compute_forces=False)
+    named = dict(potential.model.named_parameters())
+    assert count.total == sum(weight.numel() for weight in named.values())
+    tables = ("element.weight", "charge.weight", "spin.weight")
+    assert count.embedding == sum(weight.numel() for name, weight in named.items() if name.endswith(tables))
+    assert count.non_embedding == count.total - count.embedding
+    assert count.token == sum(on_tokens)
+
+
+def test_a_run_is_the_sum_of_its_steps() -> None:
+    config = make_config(SMALL, "conservative")
+    molecules = [AtomicData.from_ase(ase.build.molecule(name)) for name in ("H2O", "C6H6", "CH3OH", "NH3")]
+    batches = [collate(molecules[:2]), collate(molecules[2:])]
+    expected = 3 * sum(count_flops(config, batch) for batch in batches)
+    run = training_flops(
+        config, mean_shape(molecules, config.graph), batch_size=2, num_structures=len(molecules), epochs=3
+    )
+    assert run.total == pytest.approx(expected, rel=1e-12)
+    assert (run.steps, run.structures) == (6, 12)
+    num_atoms = sum(molecule.positions.shape[0] for molecule in molecules)
+    assert run.per_atom == pytest.approx(expected / (3 * num_atoms), rel=1e-12)
+    assert run == training_flops(config, mean_shape(molecules, config.graph), batch_size=2, steps=6)
+    energies = training_flops(
+        config, mean_shape(molecules, config.graph), batch_size=2, steps=6, mode="energy_training"
+    )
+    assert energies.total < run.total
+
+
+def test_sizes_from_counts() -> None:
+    config = make_config({**SMALL, "num_neighbors": None, "cutoff": 4.0}, "direct")
+    crystal = collate([AtomicData.from_ase(ase.build.bulk("Cu", cubic=True))])
+    exact = GraphShape.of_batch(crystal, config.graph)
+    assert exact == GraphShape(4, 4 * 19, 4 * 19**2)  # 12 first and 6 second neighbors
+    assert GraphShape.of_counts(exact.num_atoms, 4 * 18) == exact
+    uneven = GraphShape.of_batch(make_batch(), config.graph)
+    guessed = GraphShape.of_counts(uneven.num_atoms, uneven.num_tokens - uneven.num_atoms)
+    assert guessed.num_pairs < uneven.num_pairs
+
+
+@pytest.mark.bad_input
+def test_what_cannot_be_counted() -> None:
+    config, direct, batch = make_config(SMALL, "conservative"), make_config(SMALL, "direct"), make_batch()
+    for count in (count_flops, profile_flops):
+        with pytest.raises(UsageError, match="mode 'train' does not exist: choose energy, forces"):
+            count(config, batch, "train")
+        with pytest.raises(UsageError, match="count mode training"):
+            count(direct, batch, "energy_training")
+    with pytest.raises(UsageError, match="at least one atom"):
+        GraphShape.of_counts(0, 10)
+    with pytest.raises(DataError, match="no structure"):
+        mean_shape([], config.graph)
+    shape = GraphShape(10, 100, 1000)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"batch_size": 4}, "epochs or steps"),
+        ({"batch_size": 4, "epochs": 1, "steps": 1, "num_structures": 1}, "epochs or steps"),
+        ({"batch_size": 4, "epochs": 1}, "num_structures"),
+        ({"batch_size": 0, "steps": 1}, "batch_size is 0"),
+        ({"batch_size": 4, "steps": -1}, "steps is -1"),
+        ({"batch_size": 4, "steps": 1, "mode": "forces"}, "trains nothing"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            training_flops(config, shape, **arguments)
