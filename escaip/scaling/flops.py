@@ -324,7 +324,8 @@ def profile_flops(model: EScAIPConfig | Potential, batch: Any, mode: str = "trai
         potential = Potential(config).to(batch.positions.device).train(training)
     potential.recompute = False  # what is computed again is no use
     graph = potential.graph_of(batch)
-    potential.model.tables(learning=training)  # kept for prediction
+    if not training:
+        potential.model.tables(learning=False)  # kept from one prediction to the next: made before the counting
     with (
         FlopCounterMode(display=False, custom_mapping=operator_formulas()) as counter,
         torch.set_grad_enabled(training),
