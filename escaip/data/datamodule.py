@@ -19,6 +19,7 @@ from escaip.data.sets import DataSpec, SetOpener, named_sets
 from escaip.data.sources import ReadReport
 from escaip.data.splits import SplitSettings
 from escaip.data.statistics import Statistics, TrainingSums
+from escaip.data.subsets import nested_subset, parse_train_size
 from escaip.errors import ConfigError
 
 PARTS = ("train", "val", "test", "predict")
@@ -48,6 +49,7 @@ class AtomicDataModule(LightningDataModule):
         predict: DataSpec | None = None,
         *,
         split: dict[str, Any] | None = None,
+        train_size: int | float | None = None,
         batch_size: int | None = None,
         max_atoms: int | None = None,
         max_edges: int | None = None,
@@ -74,6 +76,9 @@ class AtomicDataModule(LightningDataModule):
             test: test set; when absent, part of ``train`` if ``split`` asks for one.
             predict: structures to predict, labels not needed; default the test set.
             split: ``{by: group | structure, val: fraction or number, test: ...}``, default ``{val: 0.1}`` by group.
+            train_size: take part of the training set, once ``split`` has made the others: a fraction of its structures
+                up to 1.0, or a number of them, at most; groups stay whole unless ``split`` is by structure. See
+                :func:`escaip.data.subsets.nested_subset`.
             batch_size: structures per batch and process; or else
             max_atoms: atoms per batch and process, and
             max_edges: edges per batch and process, estimated from
@@ -108,6 +113,8 @@ class AtomicDataModule(LightningDataModule):
         if sampling is not None and not self._mixed:
             raise ConfigError("sampling: needs several sets by name (data.train: {A: {path: ...}, B: {path: ...}})")
         self._sampling.check(list(self._sets["train"]))
+        self._train_size = parse_train_size(train_size, mixed=self._mixed)
+        self._taken: list[str] = []
         if batch_size is None and max_atoms is None and max_edges is None:
             raise ConfigError("data: give max_atoms (and max_edges), or batch_size")
         if oversized not in OVERSIZED:
@@ -191,6 +198,7 @@ class AtomicDataModule(LightningDataModule):
         lines = [
             f"{part}: {len(data)} structures, {int(data.natoms.sum())} atoms" for part, data in self.datasets.items()
         ]
+        lines += self._taken
         left_out = {place: report for place, report in self.reports.items() if report.skipped or report.filtered}
         lines += [f"{place}: {report.summary()}" for place, report in left_out.items()]
         if self._statistics is not None:
@@ -272,7 +280,18 @@ class AtomicDataModule(LightningDataModule):
                 self._keep(part, sets)
 
     def _keep(self, part: str, sets: dict[str, StructureSet]) -> None:
+        if part == "train" and self._train_size is not None:
+            sets = {name: self._take(_place(part, name), data) for name, data in sets.items()}
         self.datasets[part] = MixedDataset(sets) if self._mixed else sets[""]
+
+    def _take(self, place: str, data: StructureSet) -> StructureSet:
+        """The part of a training set that ``train_size`` asks for."""
+        assert self._train_size is not None
+        chosen = nested_subset(data, self._train_size, by=self._split.by, seed=self._seed, place=place)
+        if self._train_size > len(data):
+            _log.warning("%s: train_size: %s, but there are %d structures", place, self._train_size, len(data))
+        self._taken.append(f"{place}: {len(chosen)} of {len(data)} structures by train_size: {self._train_size}")
+        return data.subset(chosen, rotate=self._rotate)
 
     def _loader(self, part: str, *, shuffle: bool) -> BatchLoader:
         if part not in self.datasets:
@@ -302,6 +321,7 @@ class AtomicDataModule(LightningDataModule):
             num_workers=self._num_workers,
             start_method=self._start_method,
             neighbor_cutoff=self._neighbor_cutoff,
+            train_size=self._train_size if part == "train" else None,
         )
 
     def _fit_statistics(self) -> Statistics | dict[str, Statistics]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -136,10 +136,20 @@ class AtomicDataset(Dataset[AtomicData]):
     @cached_property
     def groups(self) -> list[str]:
         """Group of each structure."""
+        names, codes = self.group_codes
+        return [names[code] for code in codes.tolist()]
+
+    @property
+    def group_codes(self) -> tuple[list[str], NDArray[np.integer[Any]]]:
+        """Names of groups, each once, and ``(len,)`` the position of each structure's among them.
+
+        Those of a store are all of its groups, also where no structure of them is in this set.
+        """
         if isinstance(self._structures, Store):
-            names, codes = self._structures.groups, self._structures.group_codes[self.indices]
-            return [names[code] for code in codes.tolist()]
-        return [str(self._structures[k].group) for k in self.indices]
+            return self._structures.groups, self._structures.group_codes[self.indices]
+        table: dict[str, int] = {}
+        codes = [table.setdefault(str(self._structures[k].group), len(table)) for k in self.indices]
+        return list(table), np.array(codes, dtype=np.int64)
 
     def structure_id(self, index: int) -> str:
         """Name of one structure, without reading it where that can be avoided."""

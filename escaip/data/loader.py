@@ -41,6 +41,7 @@ class BatchLoader:
         num_workers: int = 0,
         start_method: str | None = None,
         neighbor_cutoff: float | None = None,
+        train_size: int | float | None = None,
     ) -> None:
         """Prepares to load.
 
@@ -50,8 +51,11 @@ class BatchLoader:
             num_workers: loader processes; 0 loads in this one.
             start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``; default the platform's.
             neighbor_cutoff: Å, attach candidate neighbors in the workers.
+            train_size: which part of a training set the structures are; None for all of it. A state of another part is
+                refused.
         """
         self.dataset, self.batch_sampler = dataset, batch_sampler
+        self._train_size = train_size
         self._epoch_batches = _EpochBatches()
         context = multiprocessing.get_context(start_method) if num_workers and start_method else None
         self._loader: DataLoader[Any] = DataLoader(
@@ -86,18 +90,26 @@ class BatchLoader:
             self._consumed += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch, batches taken in it by the training loop, and how many there are: plain numbers."""
-        return {"epoch": self._epoch, "consumed": self._consumed, "num_batches": len(self)}
+    def state_dict(self) -> dict[str, int | float]:
+        """Epoch, batches taken in it by the training loop, how many there are, any ``train_size``: plain numbers."""
+        state: dict[str, int | float] = {"epoch": self._epoch, "consumed": self._consumed, "num_batches": len(self)}
+        return state if self._train_size is None else {**state, "train_size": self._train_size}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int | float]) -> None:
         """Lets the next iteration of that epoch start after the batches already taken.
 
-        A state from the end of an epoch fits any data set and number of processes.
+        A state from the end of an epoch fits any data set and number of processes, but no other part of a training set.
 
         Raises:
-            DataError: the data set, split or budget has changed, so that the remaining batches are others.
+            DataError: the data set, split or budget has changed, so that the remaining batches are others; or the part
+                of the training set, at any place in an epoch.
         """
+        trained_on = state_dict.get("train_size")
+        if trained_on != self._train_size:
+            raise DataError(
+                f"resume: this checkpoint was trained with data.train_size {_shown(trained_on)}, now it is "
+                f"{_shown(self._train_size)}; use the same, or start a new run"
+            )
         inside = 0 < state_dict["consumed"] < state_dict["num_batches"]
         if inside and state_dict["num_batches"] != len(self):
             raise DataError(
@@ -120,6 +132,10 @@ class _EpochBatches(Sampler[tuple[int, NDArray[np.int64]]]):
 
     def __len__(self) -> int:
         return len(self.plan[1])
+
+
+def _shown(train_size: int | float | None) -> str:
+    return "null (all)" if train_size is None else str(train_size)
 
 
 def _as_it_is(batch: Batch) -> Batch:

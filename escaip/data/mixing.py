@@ -146,6 +146,17 @@ class MixedDataset(Dataset[AtomicData]):
         """Group of each structure; groups of different sets are different."""
         return [f"{name}/{group}" for name, member in self.members.items() for group in member.groups]
 
+    @property
+    def group_codes(self) -> tuple[list[str], NDArray[np.integer[Any]]]:
+        """See :attr:`AtomicDataset.group_codes`; groups of different sets are different."""
+        names: list[str] = []
+        codes = []
+        for name, member in self.members.items():
+            groups, of_member = member.group_codes
+            codes.append(of_member.astype(np.int64) + len(names))
+            names += [f"{name}/{group}" for group in groups]
+        return names, np.concatenate(codes)
+
     def structure_id(self, index: int) -> str:
         """Name of one structure."""
         member, local = self._locate(index)
