@@ -91,8 +91,8 @@ def group_order(names: Sequence[str], counts: NDArray[Any], *, seed: int = 0) ->
     """Positions of the groups that have structures, in the order in which subsets take them.
 
     It is that of a hash of seed and name, but a group larger than all before it together waits until it is not; when
-    all that are left are larger, the smallest is next. So the smallest group is first, and where a group has no room any
-    more, more than half of what was asked for is taken, unless every group left is larger than all taken together.
+    all that are left are larger, the smallest is next. So the smallest group is first, and where the next group has no
+    room, more than half of what was asked for is taken, unless every group left is larger than all taken together.
     To leave out the group that has no room for a later one that has would fill better, but not be nested.
 
     Args:
