@@ -1,1 +1,1 @@
-"""Scaling laws: what a model costs."""
+"""Scaling laws of a study's runs, with intervals and what speaks against them."""
