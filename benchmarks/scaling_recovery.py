@@ -2,9 +2,9 @@
 
 python benchmarks/scaling_recovery.py [--repeats 200] [--bootstrap 300] [--only NAME,...] [--out FILE]
 
-Losses are drawn from laws with known parameters times log-normal noise of seeds. Counted is in how many of the repeats the 90 %
-interval holds the truth, how wide it is, and how often the test of fit raises its flag: over true laws (it should not) and
-over losses that stop falling at a plateau inside the range (it should).
+Losses are drawn from laws with known parameters times log-normal noise of seeds. Counted is in how many of the repeats
+the 90 % interval holds the truth, how wide it is, and how often the test of fit raises its flag: over true laws (it
+should not) and over losses that stop falling at a plateau inside the range (it should).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ DESIGNS = {"4x3x2, 3 %": (4, 3, 2, 0.03), "5x4x3, 2 %": (5, 4, 3, 0.02)}
 BUDGETS = {"6x3, 3 %": (6, 3, 0.03), "8x2, 2 %": (8, 2, 0.02)}
 
 
-def joint_case(truth: tuple[float, ...], design: tuple[int, int, int, float]) -> tuple[list[Any], Any, dict[str, float]]:
+def joint_case(
+    truth: tuple[float, ...], design: tuple[int, int, int, float]
+) -> tuple[list[Any], Any, dict[str, float]]:
     """Inputs, losses without noise and the true values by name."""
     floor, head, alpha, tail, beta = truth
     sizes, data = np.logspace(5, 7, design[0]), np.logspace(3, 5.2, design[1])
@@ -54,7 +56,11 @@ def power_case(truth: tuple[float, ...], design: tuple[int, int, float]) -> tupl
 
 
 def recover(
-    fit: Callable[..., LawFit], case: tuple[list[Any], Any, dict[str, float]], noise: float, repeats: int, bootstrap: int
+    fit: Callable[..., LawFit],
+    case: tuple[list[Any], Any, dict[str, float]],
+    noise: float,
+    repeats: int,
+    bootstrap: int,
 ) -> dict[str, Any]:
     """Coverage and width of every interval, and the rate of flags on losses that obey the law."""
     inputs, exact, truth = case
@@ -137,7 +143,8 @@ def table(results: dict[str, Any]) -> str:
         cover = [f"{100 * found['coverage'][one]:.0f}" if one in found["coverage"] else "" for one in names]
         width = found["median_width"]["gamma"]
         rows.append([
-            name, *cover, f"{width:.3f}", f"{100 * found['false_flags']:.0f}", f"{100 * found['plateau']['flagged']:.0f}",
+            name, *cover, f"{width:.3f}", f"{100 * found['false_flags']:.0f}",
+            f"{100 * found['plateau']['flagged']:.0f}",
         ])  # fmt: skip
     return markdown_table(["case", *names, "width of gamma", "false flags", "plateaus flagged"], rows)
 

@@ -14,6 +14,7 @@ from escaip.cli_analysis import add_analyze
 from escaip.cli_data import add_data, add_source_options, source_options
 from escaip.cli_options import add_model_options, model_options
 from escaip.cli_properties import add_properties
+from escaip.cli_scaling import add_scaling
 from escaip.cli_select import add_select
 from escaip.cli_simulate import add_md, add_relax
 from escaip.errors import EscaipError, UsageError
@@ -99,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_select(commands)
     add_properties(commands)
     add_analyze(commands)
+    add_scaling(commands)
     _add_import(commands)
     _add_export(commands)
     _add_info(commands)

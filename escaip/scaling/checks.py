@@ -1,4 +1,4 @@
-"""What speaks against a fitted law: misfit beyond the noise of seeds, and the largest runs predicted from the others."""
+"""What speaks against a law: misfit beyond the noise of seeds, and the largest runs predicted from the others."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class LackOfFit:
     """Of a law at points with noise.
 
     Attributes:
-        method: ``F``, the misfit of cells beside the noise of seeds, or ``runs``, the order of the signs of residuals, where
-            there is one seed each; ``none`` where neither is possible.
+        method: ``F``, the misfit of cells beside the noise of seeds, or ``runs``, the order of the signs of residuals,
+            where there is one seed each; ``none`` where neither is possible.
         p_value: probability of a misfit as large if the law were true; NaN for ``none``.
         misfit: standard deviation of log L of cells about the law, the noise of seeds taken off.
         text: in words.
@@ -44,9 +44,10 @@ class LackOfFit:
 def lack_of_fit(kind: str, inputs: list[ArrayLike], losses: ArrayLike, floor: bool = True) -> LackOfFit:
     """Tests a law against the noise of seeds: a plateau, an exponent that changes, a size that was trained badly.
 
-    With seeds: ``F = [Σ m_c (ȳ_c − f_c)²/(C − p)] / [Σ (y − ȳ_c)²/(n − C)]`` of the fit by least squares (Draper and Smith,
-    Applied Regression Analysis, section 2.1): mean losses ``ȳ_c`` of C cells of ``m_c`` seeds, p parameters. Without: the runs
-    test (Wald and Wolfowitz, Ann. Math. Stat. 11, 147 (1940)) of the signs along the inputs, which sees only what is large.
+    With seeds: ``F = [Σ m_c (ȳ_c − f_c)²/(C − p)] / [Σ (y − ȳ_c)²/(n − C)]`` of the fit by least squares (Draper and
+    Smith, Applied Regression Analysis, section 2.1): mean losses ``ȳ_c`` of C cells of ``m_c`` seeds, p parameters.
+    Without: the runs test (Wald and Wolfowitz, Ann. Math. Stat. 11, 147 (1940)) of the signs along the inputs, which
+        sees only what is large.
 
     What it cannot see: a plateau along N alone is a law with a large E and a steep α, if D still helps.
 
@@ -99,9 +100,13 @@ def _by_runs(residuals: Array, spread: float) -> LackOfFit:
         return LackOfFit("none", float("nan"), spread, "too few points of one seed each to test the law")
     p_value = float(sum(_probability_of_runs(count, above, total - above) for count in range(1, runs + 1)))
     if p_value >= _SIGNIFICANT:
-        text = f"signs of residuals change as by chance (runs test, p = {p_value:.2g}); without seeds little would be seen"
+        text = (
+            f"signs of residuals change as by chance (runs test, p = {p_value:.2g}); without seeds little would be seen"
+        )
     else:
-        text = f"the law does NOT fit: neighbors lie on the same side of it (runs test, p = {p_value:.1g}); do not extrapolate"
+        text = (
+            f"the law does NOT fit: neighbors lie on one side of it (runs test, p = {p_value:.1g}); do not extrapolate"
+        )
     return LackOfFit("runs", p_value, spread, text)
 
 
@@ -197,7 +202,9 @@ def _leave(kind: str, axis: int, x: Array, y: Array, cells: Cells, settings: Fit
         return LeftOut(name, largest, len(left), predicted, nan, nan, observed, text)
     rng = np.random.default_rng([settings.seed, axis, 1])
     noise = fit.noise.draw((len(drawn), len(left)), cells.counts[left], rng)
-    low, high = np.exp(np.quantile((np.log(drawn) + noise).mean(axis=1), [0.5 - settings.level / 2, 0.5 + settings.level / 2]))
+    low, high = np.exp(
+        np.quantile((np.log(drawn) + noise).mean(axis=1), [0.5 - settings.level / 2, 0.5 + settings.level / 2])
+    )
     error = 100 * (predicted / observed - 1)
     verdict = "inside" if low <= observed <= high else "OUTSIDE"
     text = (

@@ -15,9 +15,9 @@ def frontier(
 ) -> NDArray[np.bool_]:
     """Chooses the lower envelope of loss over compute.
 
-    In each bin of log C the cell (N, D) of the lowest geometric mean over its seeds, unless one of a cheaper bin is as good.
-    The best of several noisy cells is on average better than it deserves, by less than the noise of their means; the intervals
-    of a law fitted to the frontier take the choice as given.
+    In each bin of log C the cell (N, D) of the lowest geometric mean over its seeds, unless one of a cheaper bin is as
+    good. The best of several noisy cells is on average better than it deserves, by less than the noise of their means;
+    the intervals of a law fitted to the frontier take the choice as given.
 
     Args:
         flops: ``(n,)`` C of each run.

@@ -1,11 +1,12 @@
 """Scaling laws with intervals: L = E + A N^-α + B D^-β over sizes and data, L = E + F C^-γ over compute.
 
-Fitted is log L with Huber's loss of the residuals (δ = 1e-3, as in Hoffmann et al., arXiv:2203.15556, appendix D.2), from a
-grid of starts, the sum inside the logarithm computed from logarithms of its terms. Where seeds differ by more than δ, as
-they do in small studies, that is nearly the fit of least absolute residuals: it does not mind a run that went astray, and its
-intervals are about a quarter wider than those of least squares (``huber=1`` or more). Every start is followed to the bottom of
-its valley: Besiroglu et al. (arXiv:2404.10102) trace the far too narrow intervals of the former paper to an optimizer that stopped
-early. Intervals: :mod:`escaip.scaling.resampling`. What speaks against a law: :mod:`escaip.scaling.checks`.
+Fitted is log L with Huber's loss of the residuals (δ = 1e-3, as in Hoffmann et al., arXiv:2203.15556, appendix D.2),
+from a grid of starts, the sum inside the logarithm computed from logarithms of its terms. Where seeds differ by more
+than δ, as they do in small studies, that is nearly the fit of least absolute residuals: it does not mind a run that
+went astray, and its intervals are about a quarter wider than those of least squares (``huber=1`` or more). Every start
+is followed to the bottom of its valley: Besiroglu et al. (arXiv:2404.10102) trace the far too narrow intervals of the
+former paper to an optimizer that stopped early. Intervals: :mod:`escaip.scaling.resampling`. What speaks against a
+law: :mod:`escaip.scaling.checks`.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ class LawFit:
 
     Attributes:
         kind: ``joint``, of N and D, or ``power``, of C.
-        estimates: of ``E, alpha, A, beta, B, gamma`` (joint; ``gamma = αβ/(α+β)``, of the best N and D for a compute that
-            is proportional to N D) or ``E, gamma, F`` (power). E and A N^-α are in the unit of the loss.
+        estimates: of ``E, alpha, A, beta, B, gamma`` (joint; ``gamma = αβ/(α+β)``, of the best N and D for a compute
+            that is proportional to N D) or ``E, gamma, F`` (power). E and A N^-α are in the unit of the loss.
         replicates: name to ``(R,)`` values of the refits.
         without_floor: the exponents of the fit with E = 0; empty where E was left out.
         noise: about the law.
@@ -216,9 +217,7 @@ def _fit(kind: str, inputs: list[ArrayLike], losses: ArrayLike, settings: FitSet
     noise = Noise.of(law.value(best[None])[0] - y, cells, law.num_parameters)
     drawn = refits(law, minima, cells, noise, settings.huber, settings.bootstrap, settings.seed)
     values, replicates = _named(kind, law, best[None], center), _named(kind, law, drawn, center)
-    estimates = {
-        name: Interval.of(float(value[0]), replicates[name], settings.level) for name, value in values.items()
-    }
+    estimates = {name: Interval.of(float(value[0]), replicates[name], settings.level) for name, value in values.items()}
     without: dict[str, float] = {}
     if settings.floor:
         bare = SumOfPowers.of(logs - center, y, False)
@@ -229,7 +228,8 @@ def _fit(kind: str, inputs: list[ArrayLike], losses: ArrayLike, settings: FitSet
         kind=kind, estimates=estimates, replicates=replicates, without_floor=without, noise=noise, num_runs=len(y),
         num_cells=len(cells.first), num_parameters=law.num_parameters,
         ranges={name: (float(row.min()), float(row.max())) for name, row in zip(AXES[kind], x, strict=True)},
-        cost=cost / len(y), settings=settings, warnings=warnings, _law=law, _center=center, _parameters=best, _refits=drawn,
+        cost=cost / len(y), settings=settings, warnings=warnings, _law=law, _center=center, _parameters=best,
+        _refits=drawn,
     )  # fmt: skip
 
 
@@ -266,17 +266,20 @@ def _warnings(
         edge = float(np.mean((column <= LOWEST + 1e-6) | (column >= HIGHEST - 1e-6)))
         axis = AXES[kind][index]
         if one.low <= 0 <= one.high:
-            found.append(f"the {percent} interval of {name} covers zero: these data do not show that loss falls with {axis}")
+            found.append(
+                f"the {percent} interval of {name} covers zero: these data do not show that loss falls with {axis}"
+            )
         elif one.high - one.low > one.value:
-            found.append(f"{name} is hardly determined: its interval is wider than its value; widen the range of {axis}")
+            found.append(
+                f"{name} is hardly determined: its interval is wider than its value; widen the range of {axis}"
+            )
         if edge > 0.01 or not LOWEST < one.value < HIGHEST:
             found.append(
-                f"{name} is not determined: {100 * edge:.0f} % of the refits end at its bounds ({LOWEST:g}, {HIGHEST:g})"
+                f"{name} is not determined: {100 * edge:.0f} % of refits end at its bounds ({LOWEST:g}, {HIGHEST:g})"
             )
-    if law.floor:
-        if estimates["E"].low == 0.0:
-            listed = ", ".join(f"{name} {value:.3g}" for name, value in without.items())
-            found.append(f"E cannot be told from zero; with E = 0: {listed}")
+    if law.floor and estimates["E"].low == 0.0:
+        listed = ", ".join(f"{name} {value:.3g}" for name, value in without.items())
+        found.append(f"E cannot be told from zero; with E = 0: {listed}")
     if noise.freedom < 5:
         found.append(f"only {noise.freedom} degrees of freedom are left for the noise: intervals are wide and rough")
     if noise.seeds is None:

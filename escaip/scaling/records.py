@@ -33,8 +33,8 @@ class Record:
         steps: of the optimizer.
         flops: C, floating-point operations of the whole training run, as counted.
         learning_rate: the highest of the schedule.
-        losses: metric to the last validation value of the averaged weights: ``energy_mae`` eV/atom, ``forces_mae`` eV/Å,
-            ``loss``. Positive; a run that diverged has none.
+        losses: metric to the last validation value of the averaged weights: ``energy_mae`` eV/atom, ``forces_mae``
+            eV/Å, ``loss``. Positive; a run that diverged has none.
         curve: ``(step, flops so far, validation loss)`` over the run.
         seconds: of training.
         commit: of the code.
@@ -104,14 +104,18 @@ class Record:
         known = {one.name: one for one in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise DataError(f"record {values.get('id')}: unknown field {name!r}: written by another version; rename it")
+                raise DataError(
+                    f"record {values.get('id')}: unknown field {name!r}: written by another version; rename it"
+                )
         for name, one in known.items():
             optional = one.default is not dataclasses.MISSING or one.default_factory is not dataclasses.MISSING
             if name not in values and not optional:
                 raise DataError(f"record {values.get('id')}: field {name!r} is missing: run that point again")
         curve = values.get("curve", ())
         if not isinstance(curve, list | tuple) or not all(isinstance(point, list | tuple) for point in curve):
-            raise DataError(f"record {values.get('id')}: curve is no list of [step, flops, value]: run that point again")
+            raise DataError(
+                f"record {values.get('id')}: curve is no list of [step, flops, value]: run that point again"
+            )
         values["curve"] = tuple(tuple(point) for point in curve)
         try:
             return cls(**values)

@@ -3,19 +3,19 @@
 What is drawn. Runs of one cell (the same size and data, other seeds) move together: a replicate is the fitted law plus
 a normal displacement of every cell in log L, and is fitted anew from the best minima of the fit itself. The size of the
 displacements is that of the mean residuals of the cells, over ``cells − parameters`` degrees of freedom ν, divided by a
-root of ``χ²_ν/ν`` drawn for each replicate: quantiles of the refits are then those of Student's t where the law is linear in
-its parameters, and not those of a normal distribution of known width, which are too narrow for the dozen cells of a
-study. A scale from seeds alone would miss what all seeds of a cell share, such as a learning rate that suits one size less
-well. Intervals are percentiles of the refits.
+root of ``χ²_ν/ν`` drawn for each replicate: quantiles of the refits are then those of Student's t where the law is
+linear in its parameters, and not those of a normal distribution of known width, which are too narrow for the dozen
+cells of a study. A scale from seeds alone would miss what all seeds of a cell share, such as a learning rate that
+suits one size less well. Intervals are percentiles of the refits.
 
-Why not cells drawn with replacement, then seeds in them. With a dozen cells such a sample often lacks a corner of the grid,
-and its exponents are then undetermined: intervals 30 to 50 % wider that cover 93 to 98 % instead of 90 (4 sizes × 3
-data sizes × 2 seeds, 3 % noise). Without the factor ``χ²_ν/ν`` they cover 78 to 85 %. Bias-corrected percentiles do worse
-than plain ones where E is small: its bound at zero gathers replicates (coverage of E down to 66 %).
+Why not cells drawn with replacement, then seeds in them. With a dozen cells such a sample often lacks a corner of the
+grid, and its exponents are then undetermined: intervals 30 to 50 % wider that cover 93 to 98 % instead of 90 (4 sizes
+× 3 data sizes × 2 seeds, 3 % noise). Without the factor ``χ²_ν/ν`` they cover 78 to 85 %. Bias-corrected percentiles
+do worse than plain ones where E is small: its bound at zero gathers replicates (coverage of E down to 66 %).
 benchmarks/scaling_recovery.py measures the coverage of what is done here.
 
-Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 9 and 13 to 14; Davison and Hinkley, Bootstrap
-Methods and their Application (1997), chapter 6; Seber and Wild, Nonlinear Regression (1989), chapter 5.
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 9 and 13 to 14; Davison and Hinkley,
+Bootstrap Methods and their Application (1997), chapter 6; Seber and Wild, Nonlinear Regression (1989), chapter 5.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ class Noise:
         return drawn
 
 
-def refits(
-    law: SumOfPowers, minima: Array, cells: Cells, noise: Noise, delta: float, number: int, seed: int
-) -> Array:
+def refits(law: SumOfPowers, minima: Array, cells: Cells, noise: Noise, delta: float, number: int, seed: int) -> Array:
     """Returns the parameters ``(R, P)`` of ``number`` refits; none where the noise is not known.
 
     Args:

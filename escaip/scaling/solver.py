@@ -116,8 +116,13 @@ def objective(law: SumOfPowers, y: Array, parameters: Array, delta: float, weigh
 
 
 def descend(
-    law: SumOfPowers, y: Array, start: Array, delta: float, weights: Array | None = None,
-    iterations: int = 60, tolerance: float = 1e-7,
+    law: SumOfPowers,
+    y: Array,
+    start: Array,
+    delta: float,
+    weights: Array | None = None,
+    iterations: int = 60,
+    tolerance: float = 1e-7,
 ) -> tuple[Array, Array]:
     """Minimises R objectives side by side, each from its own start.
 
