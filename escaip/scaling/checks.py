@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import f as f_distribution
 
 from escaip.errors import DataError
-from escaip.scaling.laws import AXES, FitSettings, check_points, fit_joint, fit_power, number_of_parameters
+from escaip.scaling.laws import AXES, FitSettings, check_points, fit_law, number_of_parameters
 from escaip.scaling.resampling import Cells
 from escaip.scaling.solver import Array, SumOfPowers, minimize_from_grid
 
@@ -190,7 +190,7 @@ def _leave(kind: str, axis: int, x: Array, y: Array, cells: Cells, settings: Fit
     observed = float(np.exp(cells.means[left].mean()))
     name, nan = AXES[kind][axis], float("nan")
     try:
-        fit = (fit_joint if kind == "joint" else fit_power)(*x[:, ~out], np.exp(y[~out]), settings)
+        fit = fit_law(kind, list(x[:, ~out]), np.exp(y[~out]), settings)
     except DataError:
         needed = number_of_parameters(kind, settings.floor)
         text = f"largest {name} left out: too few points remain for a law of {needed} parameters"

@@ -155,7 +155,7 @@ def fit_isoflop(
         squares = sum(float((_residuals(group) ** 2).sum()) for group in groups)
         scale = np.sqrt(squares / rng.chisquare(freedom, size=settings.bootstrap))
     fitted = [_parabola(group, scale, freedom > 0, settings.level, rng) for group in groups]
-    return _exponents(fitted, groups, freedom, settings.level)
+    return _exponents(fitted, freedom, settings.level)
 
 
 def _residuals(group: _Group) -> Array:
@@ -212,23 +212,22 @@ def _falls_at_the_end(best: Array, group: _Group) -> bool:
     return high < low
 
 
-def _exponents(
-    fitted: list[tuple[Parabola, Array, Array]], groups: list[_Group], freedom: int, level: float
-) -> IsoFlop:
+def _exponents(fitted: list[tuple[Parabola, Array, Array]], freedom: int, level: float) -> IsoFlop:
     warnings = [one.text for one, _, _ in fitted if one.best_parameters is None]
     if freedom == 0:
         warnings.append("three runs in each budget: nothing is left to tell the noise from, no intervals")
-    usable = [(one, places, data) for one, places, data in fitted if one.best_parameters is not None]
+    usable = [each for each in fitted if each[0].best_parameters is not None]
     parabolas = tuple(one for one, _, _ in fitted)
     if len(usable) < 2:
         warnings.append("fewer than two budgets have a minimum inside their sizes: no exponents of N* and D*")
         return IsoFlop(parabolas, None, None, tuple(warnings))
     logs = np.log([one.flops for one, _, _ in usable])
     line = np.linalg.pinv(np.vander(logs - logs.mean(), 2))[0]
+    sizes, data = [one for _, one, _ in usable], [one for _, _, one in usable]
     found = []
-    for attribute, column in (("best_parameters", 1), ("best_structures", 2)):
-        values = np.log([getattr(one[0], attribute).value for one in usable])
-        slopes = line @ np.stack([one[column] for one in usable])
+    for attribute, drawn in (("best_parameters", sizes), ("best_structures", data)):
+        values = np.log([getattr(one, attribute).value for one, _, _ in usable])
+        slopes = line @ np.stack(drawn)
         found.append(Interval.of(float(line @ values), slopes, level))
         lost = float(np.mean(~np.isfinite(slopes))) if len(slopes) else 0.0
     if lost > 0.05:

@@ -159,7 +159,7 @@ def fit_joint(
     Raises:
         DataError: fewer distinct points than parameters, an input that never varies, or a value that is not positive.
     """
-    return _fit("joint", [parameters, structures], losses, settings or FitSettings())
+    return fit_law("joint", [parameters, structures], losses, settings or FitSettings())
 
 
 def fit_power(flops: ArrayLike, losses: ArrayLike, settings: FitSettings | None = None) -> LawFit:
@@ -173,7 +173,7 @@ def fit_power(flops: ArrayLike, losses: ArrayLike, settings: FitSettings | None 
     Raises:
         DataError: as of :func:`fit_joint`.
     """
-    return _fit("power", [flops], losses, settings or FitSettings())
+    return fit_law("power", [flops], losses, settings or FitSettings())
 
 
 def number_of_parameters(kind: str, floor: bool) -> int:
@@ -208,7 +208,8 @@ def check_points(kind: str, inputs: list[ArrayLike], losses: ArrayLike, floor: b
     return x, y, cells
 
 
-def _fit(kind: str, inputs: list[ArrayLike], losses: ArrayLike, settings: FitSettings) -> LawFit:
+def fit_law(kind: str, inputs: list[ArrayLike], losses: ArrayLike, settings: FitSettings) -> LawFit:
+    """Either law: ``joint`` of the inputs N and D, or ``power`` of C."""
     x, y, cells = check_points(kind, inputs, losses, settings.floor)
     logs = np.log(x)
     center = logs.mean(axis=1, keepdims=True)

@@ -16,7 +16,7 @@ from escaip.scaling.checks import LackOfFit, LeftOut, lack_of_fit, leave_largest
 from escaip.scaling.compare import Difference, LossRatio, compare
 from escaip.scaling.frontier import frontier
 from escaip.scaling.isoflop import IsoFlop, fit_isoflop, is_isoflop
-from escaip.scaling.laws import FitSettings, Interval, LawFit, fit_joint, fit_power
+from escaip.scaling.laws import FitSettings, Interval, LawFit, fit_law
 from escaip.scaling.records import Record, read_records, variants
 from escaip.scaling.report import render, to_dict
 from escaip.scaling.solver import Array
@@ -166,7 +166,7 @@ def fit_variant(records: tuple[Record, ...], metric: str, settings: FitSettings)
 
 def _law(kind: str, inputs: list[Any], losses: Array, settings: FitSettings, notes: list[str]) -> Law | None:
     try:
-        fit = (fit_joint if kind == "joint" else fit_power)(*inputs, losses, settings)
+        fit = fit_law(kind, inputs, losses, settings)
     except DataError as error:
         notes.append(f"{'law of N and D' if kind == 'joint' else 'law of compute'} not fitted: {error}")
         return None
