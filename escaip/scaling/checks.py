@@ -79,7 +79,7 @@ def lack_of_fit(kind: str, inputs: list[ArrayLike], losses: ArrayLike, floor: bo
     else:
         text = (
             f"the law does NOT fit: points lie {100 * misfit:.2g} % off it beyond the noise of seeds "
-            f"(F test, p = {p_value:.1g}): {_where(kind, x[:, cells.first], means)}; do not extrapolate"
+            f"(F test, p = {p_value:.2g}): {_where(kind, x[:, cells.first], means)}; do not extrapolate"
         )
     return LackOfFit("F", p_value, misfit, text)
 
@@ -105,7 +105,7 @@ def _by_runs(residuals: Array, spread: float) -> LackOfFit:
         )
     else:
         text = (
-            f"the law does NOT fit: neighbors lie on one side of it (runs test, p = {p_value:.1g}); do not extrapolate"
+            f"the law does NOT fit: neighbors lie on one side of it (runs test, p = {p_value:.2g}); do not extrapolate"
         )
     return LackOfFit("runs", p_value, spread, text)
 

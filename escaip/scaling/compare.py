@@ -83,7 +83,7 @@ def compare(fits: Mapping[str, LawFit], level: float = 0.9) -> tuple[tuple[Diffe
 def _paired(one: Array, other: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     """As many of each, in an order that does not link them."""
     number = min(len(one), len(other))
-    return one[:number], rng.permutation(other)[:number]
+    return rng.permutation(one)[:number], rng.permutation(other)[:number]
 
 
 def _difference(

@@ -1,6 +1,6 @@
 """Scaling laws with intervals: L = E + A N^-α + B D^-β over sizes and data, L = E + F C^-γ over compute.
 
-Fitted is log L with Huber's loss of the residuals (δ = 1e-3, as in Hoffmann et al., arXiv:2203.15556, appendix D.2),
+Fitted is log L with Huber's loss of the residuals (δ = 1e-3, as in Hoffmann et al., arXiv:2203.15556, section 3.3),
 from a grid of starts, the sum inside the logarithm computed from logarithms of its terms. Where seeds differ by more
 than δ, as they do in small studies, that is nearly the fit of least absolute residuals: it does not mind a run that
 went astray, and its intervals are about a quarter wider than those of least squares (``huber=1`` or more). Every start
@@ -17,13 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import f as f_distribution
 
 from escaip.errors import DataError, UsageError
 from escaip.scaling.resampling import Cells, Noise, refits
-from escaip.scaling.solver import HIGHEST, LOWEST, Array, SumOfPowers, minimize_from_grid
+from escaip.scaling.solver import HIGHEST, LOWEST, Array, SumOfPowers, descend, minimize_from_grid
 
 _EXPONENTS = {"joint": ("alpha", "beta"), "power": ("gamma",)}
 _HEADS = {"joint": ("A", "B"), "power": ("F",)}
+_SIGNIFICANT = 0.05
 _ZERO = 3.5  # above the bound of log E: an E below 1.1 % of the lowest loss counts as zero
 AXES = {"joint": ("N", "D"), "power": ("C",)}
 """Inputs of each law."""
@@ -77,13 +79,19 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, value: float, replicates: Array, level: float) -> Interval:
-        """From percentiles of ``replicates (R,)``; those that are not finite are left out."""
-        known = replicates[np.isfinite(replicates)]
-        if len(known) == 0:
-            return cls(value, math.nan, math.nan)
-        low, high = np.quantile(known, [0.5 - level / 2, 0.5 + level / 2])
-        return cls(value, float(low), float(high))
+    def of(cls, value: float, replicates: Array, level: float, groups: int = 1) -> Interval:
+        """From percentiles of ``replicates (R,)``; those that are not finite are left out.
+
+        Of several groups, equal parts of the replicates, the interval holds those of all.
+        """
+        ends = []
+        for part in np.split(replicates, groups):
+            known = part[np.isfinite(part)]
+            if len(known) == 0:
+                return cls(value, math.nan, math.nan)
+            ends.append(np.quantile(known, [0.5 - level / 2, 0.5 + level / 2]))
+        low, high = np.stack(ends).T
+        return cls(value, float(low.min()), float(high.max()))
 
     @property
     def known(self) -> bool:
@@ -107,8 +115,9 @@ class LawFit:
         kind: ``joint``, of N and D, or ``power``, of C.
         estimates: of ``E, alpha, A, beta, B, gamma`` (joint; ``gamma = αβ/(α+β)``, of the best N and D for a compute
             that is proportional to N D) or ``E, gamma, F`` (power). E and A N^-α are in the unit of the loss.
-        replicates: name to ``(R,)`` values of the refits.
+        replicates: name to ``(R,)`` values of the refits; where E = 0 is not refuted, as many with E = 0 follow.
         without_floor: the exponents of the fit with E = 0; empty where E was left out.
+        floor_p_value: of E = 0, by an F test; NaN where E was left out or the noise is not known.
         noise: about the law.
         num_runs, num_cells, num_parameters: runs, distinct inputs, parameters of the law.
         ranges: input to lowest and highest value.
@@ -121,6 +130,7 @@ class LawFit:
     estimates: Mapping[str, Interval]
     replicates: Mapping[str, Array]
     without_floor: Mapping[str, float]
+    floor_p_value: float
     noise: Noise
     num_runs: int
     num_cells: int
@@ -217,16 +227,26 @@ def fit_law(kind: str, inputs: list[ArrayLike], losses: ArrayLike, settings: Fit
     best, cost, minima = minimize_from_grid(law, y, settings.huber)
     noise = Noise.of(law.value(best[None])[0] - y, cells, law.num_parameters)
     drawn = refits(law, minima, cells, noise, settings.huber, settings.bootstrap, settings.seed)
-    values, replicates = _named(kind, law, best[None], center), _named(kind, law, drawn, center)
-    estimates = {name: Interval.of(float(value[0]), replicates[name], settings.level) for name, value in values.items()}
     without: dict[str, float] = {}
+    p_value, groups = math.nan, 1
     if settings.floor:
         bare = SumOfPowers.of(logs - center, y, False)
-        found = _named(kind, bare, minimize_from_grid(bare, y, settings.huber)[0][None], center)
+        bare_best, _, bare_minima = minimize_from_grid(bare, y, settings.huber)
+        found = _named(kind, bare, bare_best[None], center)
         without = {name: float(found[name][0]) for name in dict.fromkeys([*_EXPONENTS[kind], "gamma"])}
+        p_value = _floor_p_value(law, best, bare, bare_best, y, cells)
+        if len(drawn) and not p_value < _SIGNIFICANT:
+            nothing = refits(bare, bare_minima, cells, noise, settings.huber, settings.bootstrap, settings.seed + 1)
+            drawn = np.concatenate([drawn, np.pad(nothing, ((0, 0), (0, 1)), constant_values=law.lower[-1])])
+            groups = 2
+    values, replicates = _named(kind, law, best[None], center), _named(kind, law, drawn, center)
+    estimates = {
+        name: Interval.of(float(value[0]), replicates[name], settings.level, groups) for name, value in values.items()
+    }
     warnings = _warnings(kind, law, estimates, drawn, noise, without, settings.level)
     return LawFit(
-        kind=kind, estimates=estimates, replicates=replicates, without_floor=without, noise=noise, num_runs=len(y),
+        kind=kind, estimates=estimates, replicates=replicates, without_floor=without,
+        floor_p_value=p_value, noise=noise, num_runs=len(y),
         num_cells=len(cells.first), num_parameters=law.num_parameters,
         ranges={name: (float(row.min()), float(row.max())) for name, row in zip(AXES[kind], x, strict=True)},
         cost=cost / len(y), settings=settings, warnings=warnings, _law=law, _center=center, _parameters=best,
@@ -250,6 +270,21 @@ def _named(kind: str, law: SumOfPowers, parameters: Array, center: Array) -> dic
         alpha, beta = np.maximum(found["alpha"], 0.0), np.maximum(found["beta"], 0.0)
         found["gamma"] = alpha * beta / np.maximum(alpha + beta, 1e-12)
     return found
+
+
+def _floor_p_value(law: SumOfPowers, best: Array, bare: SumOfPowers, bare_best: Array, y: Array, cells: Cells) -> float:
+    """Of E = 0: the gain in squares of cell means over those left, by least squares of both laws."""
+    freedom = len(cells.first) - law.num_parameters
+    if freedom < 1:
+        return math.nan
+    left = [
+        2
+        * float(
+            descend(one.at(one.logs[:, cells.first]), cells.means[None], start[None], 1e3, cells.counts[None])[1][0]
+        )
+        for one, start in ((law, best), (bare, bare_best))
+    ]
+    return float(f_distribution.sf((left[1] - left[0]) / max(left[0] / freedom, 1e-300), 1, freedom))
 
 
 def _warnings(
@@ -280,7 +315,7 @@ def _warnings(
             )
     if law.floor and estimates["E"].low == 0.0:
         listed = ", ".join(f"{name} {value:.3g}" for name, value in without.items())
-        found.append(f"E cannot be told from zero; with E = 0: {listed}")
+        found.append(f"E cannot be told from zero: intervals hold the fits with and without it; with E = 0: {listed}")
     if noise.freedom < 5:
         found.append(f"only {noise.freedom} degrees of freedom are left for the noise: intervals are wide and rough")
     if noise.seeds is None:

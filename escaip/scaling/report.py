@@ -46,7 +46,8 @@ def render(study: StudyFit) -> str:
     ]
     if study.differences:
         parts += ["## Variants beside each other", _differences(study)]
-        parts.append("\n".join(f"- {one.text}" for one in (*study.differences, *study.ratios)))
+        parts.append("Where an interval of a difference covers zero, these data do not tell the two apart.")
+        parts.append("\n".join(f"- {one.text}" for one in study.ratios))
     for name, fits in study.variants.items():
         parts += [f"## {name}", *_variant(fits)]
     return "\n\n".join(parts)
@@ -55,15 +56,15 @@ def render(study: StudyFit) -> str:
 def _overview(study: StudyFit) -> str:
     rows = []
     for name, fits in study.variants.items():
-        joint = None if fits.joint is None else fits.joint.fit.estimates
-        power = None if fits.power is None else fits.power.fit.estimates
-        laws = [law for law in (fits.joint, fits.power) if law is not None]
-        verdict = "no law" if not laws else "NO" if any(law.lack.flagged for law in laws) else "yes"
-        if laws and all(law.lack.method == "none" for law in laws):
+        joint = {} if fits.joint is None else fits.joint.fit.estimates
+        power = {} if fits.power is None else fits.power.fit.estimates
+        law = fits.joint or fits.power
+        verdict = "no law" if law is None else "NO" if law.lack.flagged else "yes"
+        if law is not None and law.lack.method == "none":
             verdict = "not tested"
         rows.append([
-            name, str(len(fits.points.losses)), shown(power and power["gamma"]),
-            *(shown(joint and joint[one]) for one in ("gamma", "alpha", "beta", "E")), verdict,
+            name, str(len(fits.points.losses)), shown(power.get("gamma")),
+            *(shown(joint.get(one)) for one in ("gamma", "alpha", "beta", "E")), verdict,
         ])  # fmt: skip
     head = ["variant", "runs", "gamma (frontier)", "alpha beta/(alpha+beta)", "alpha", "beta", "E", "law fits"]
     return markdown_table(head, rows)
@@ -73,9 +74,11 @@ def _differences(study: StudyFit) -> str:
     rows = []
     for one in study.differences:
         law = "N, D" if one.law == "joint" else "frontier"
+        told = "yes" if one.distinct else "no"
         steeper = "" if math.isnan(one.steeper) else f"{100 * one.steeper:.0f} %"
-        rows.append([one.first, one.second, law, one.exponent, shown(one.difference), steeper])
-    return markdown_table(["first", "second", "law", "exponent", "first − second", "first steeper in"], rows)
+        rows.append([one.first, one.second, law, one.exponent, shown(one.difference), steeper, told])
+    head = ["first", "second", "law", "exponent", "first − second", "first steeper in", "told apart"]
+    return markdown_table(head, rows)
 
 
 def _variant(fits: VariantFit) -> list[str]:
@@ -178,7 +181,7 @@ def _law_dict(law: Law) -> dict[str, Any]:
         "num_runs": fit.num_runs, "num_points": fit.num_cells, "num_parameters": fit.num_parameters,
         "ranges": {axis: list(ends) for axis, ends in fit.ranges.items()},
         "estimates": {name: fit.estimates[name].to_list() for name in _ORDER[fit.kind]},
-        "with_E_0": dict(fit.without_floor),
+        "with_E_0": dict(fit.without_floor), "E_0_p_value": _number(fit.floor_p_value),
         "noise_run": fit.noise.run, "noise_freedom": fit.noise.freedom, "noise_seeds": fit.noise.seeds,
         "lack_of_fit": {
             "method": law.lack.method, "p_value": _number(law.lack.p_value), "flagged": law.lack.flagged,

@@ -19,7 +19,7 @@ NOTHING = 8.0
 _GRID_EXPONENTS = (0.15, 0.5)
 _GRID_FLOORS = (0.05, 0.5, 0.9)
 _GRID_SHARES = (0.25, 0.75)
-_POLISHED = 3
+_POLISHED = 2
 
 
 @dataclass(frozen=True)
