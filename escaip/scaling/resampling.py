@@ -1,22 +1,24 @@
 """How far a fit is to be trusted: the noise of its points and refits of points drawn anew.
 
-What is drawn. Runs of one cell (the same size and data, other seeds) move together: a replicate is the fitted law plus a
-normal displacement of every cell in log L, and is fitted anew from the best minima of the fit itself. The scale of the
-displacements is that of the mean residuals of the cells over ``ν = cells − parameters`` degrees of freedom, divided by
-the root of a ``χ²_ν/ν`` that is drawn for each replicate: quantiles of the refits are then those of Student's t where the
-law is linear in its parameters, and not those of a normal distribution of known width, which is too narrow for the dozen
-cells of a study. A scale from seeds alone would miss what all seeds of a cell share, such as a learning rate that suits
-one size less well. Intervals are percentiles of the refits.
+What is drawn. Runs of one cell (the same size and data, other seeds) move together: a replicate is the fitted law
+plus a normal displacement of every cell in log L, and is fitted anew from the best minima of the fit itself. The
+scale of the displacements is that of the mean residuals of the cells over ``ν = cells − parameters`` degrees of
+freedom, divided by the root of a ``χ²_ν/ν`` that is drawn for each replicate: quantiles of the refits are then those
+of Student's t where the law is linear in its parameters, and not those of a normal distribution of known width, which
+is too narrow for the dozen cells of a study. A scale from seeds alone would miss what all seeds of a cell share, such
+as a learning rate that suits one size less well. Intervals are percentiles of the refits.
 
-Where E = 0 is not refuted (F test, 5 %), the law with E = 0 is drawn and refitted as well, and intervals hold those of
-both: a fit whose E is above zero by chance has exponents that are too large, and its refits do not come back. Without
-this the interval of γ held the truth in 80 % of 200 repeats (E = 0, six budgets of three seeds), all misses on that side.
+Where E = 0 is not refuted (F test, 5 %), the law with E = 0 is drawn and refitted as well, and intervals hold those
+of both: a fit whose E is above zero by chance has exponents that are too large, and its refits do not come back.
+Without this the interval of γ held the truth in 81 % of 120 repeats (E = 0, six budgets of three seeds), every miss
+on that side.
 
 Why not cells drawn with replacement, then seeds in them. With a dozen cells such a sample often lacks a corner of the
-grid, and its exponents are then undetermined: intervals that were 35 to 45 % wider and held α, β and γ in 93 to 100 % of
-100 repeats (4 sizes × 3 data sizes × 2 seeds, 3 % noise, two laws). Without the factor ``χ²_ν/ν`` and with the noise of
-single runs they held them in 78 to 93 %. Bias-corrected percentiles did worse than plain ones where E is small, since
-replicates gather at its bound (E in 66 to 84 %). benchmarks/scaling_recovery.py measures the coverage of what is done here.
+grid, and its exponents are then undetermined: intervals that were 10 to 40 % wider than these and held α, β and γ in
+93 to 100 % of 100 repeats (4 sizes × 3 data sizes × 2 seeds, 3 % noise, two laws). Without the factor ``χ²_ν/ν`` and
+with the noise of single runs they held them in 78 to 93 %. Bias-corrected percentiles did worse than plain ones where
+E is small, since replicates gather at its bound (E in 66 to 84 %). benchmarks/scaling_recovery.py measures the
+coverage of what is done here.
 
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 9, 13 and 14; Davison and Hinkley,
 Bootstrap Methods and their Application (1997), chapter 6; Seber and Wild, Nonlinear Regression (1989), chapter 5.

@@ -125,6 +125,25 @@ def test_without_floor() -> None:
     )
 
 
+def test_intervals_hold_the_fit_without_a_floor_unless_it_is_refuted() -> None:
+    c = np.repeat(np.logspace(13, 17, 6), 3)
+    by_chance = 0
+    for seed in range(12):
+        noise = np.exp(0.03 * np.random.default_rng(seed).standard_normal(18))
+        found = fit_power(c, 0.1 * (c / 1e15) ** -0.17 * noise, FitSettings(bootstrap=60, seed=seed))
+        if found.floor_p_value > 0.05:
+            assert len(found.replicates["gamma"]) == 120
+            assert found.estimates["gamma"].covers(found.without_floor["gamma"])
+            assert found.estimates["E"].low == 0.0
+            by_chance += found.estimates["E"].value > 0
+    assert by_chance > 2
+    n, d = grid()
+    clear = fit_joint(n, d, loss(n, d, 0.01), FEW)
+    assert clear.floor_p_value < 0.01
+    assert len(clear.replicates["alpha"]) == 100
+    assert not clear.estimates["alpha"].covers(clear.without_floor["alpha"])
+
+
 def test_what_is_not_determined_is_said() -> None:
     n, d = grid()
     found = fit_joint(n, d, loss(n, d, 0.03, B=0.0), FEW)
@@ -191,3 +210,5 @@ def test_interval_leaves_out_what_is_not_finite() -> None:
     one = Interval.of(1.0, np.array([np.nan, 0.0, 2.0]), 0.9)
     assert (one.low, one.high) == pytest.approx((0.1, 1.9))
     assert not Interval.of(1.0, np.empty(0), 0.9).covers(1.0)
+    both = Interval.of(1.0, np.array([0.0, 1.0, 10.0, 12.0]), 0.9, groups=2)
+    assert (both.low, both.high) == pytest.approx((0.05, 11.9))
