@@ -1,0 +1,183 @@
+"""Which runs a study is made of."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from escaip.errors import ConfigError, DataError
+from escaip.resources import resource_dir
+from escaip.scaling.plan import Job, StudyPlan, merged, same_study
+
+STUDY: dict[str, Any] = {
+    "recipe": "quickstart",
+    "settings": {"model": {"architecture": {"angular_channels": [8, 4, 1, 1, 2], "hidden_size": 32, "num_heads": 2}}},
+    "widths": [16, 32, 64],
+    "width_per_layer": 24,
+    "data_sizes": [0.5, 1.0],
+    "seeds": [0, 1],
+    "epochs": 3,
+    "learning_rate": 0.002,
+    "variants": {"conservative": {}, "direct": {"model": {"architecture": {"forces": "direct"}}}},
+}
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    content = {**copy.deepcopy(STUDY), **changes}
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def test_the_grid_is_whole_and_every_run_is_one_of_its_own() -> None:
+    plan = StudyPlan.parse(study())
+    jobs = plan.jobs()
+    assert len(jobs) == len({job.id for job in jobs}) == 3 * 2 * 2 * 2
+    assert {(j.variant, j.size, j.data_size, j.seed) for j in jobs} == set(
+        itertools.product(("conservative", "direct"), ("w16", "w32", "w64"), (0.5, 1.0), (0, 1))
+    )
+    assert jobs == plan.jobs()
+    assert [job.data_size for job in jobs] == sorted(job.data_size for job in jobs)
+
+
+def test_the_rule_of_sizes() -> None:
+    plan = StudyPlan.parse(study())
+    sizes = [plan.architecture("direct", name) for name in plan.sizes]
+    assert [(c.hidden_size, c.num_heads, c.num_layers) for c in sizes] == [(16, 1, 1), (32, 2, 1), (64, 4, 3)]
+    assert {c.forces for c in sizes} == {"direct"}
+
+
+def test_what_a_run_is_configured_with() -> None:
+    job = StudyPlan.parse(study(learning_rate={"value": 0.01, "base_width": 16})).jobs()[-1]
+    config = job.config
+    assert config["seed_everything"] == job.seed == 1
+    assert config["data"]["train_size"] == 1.0
+    assert config["data"]["split"] == {"by": "structure", "val": 0.1}  # of the recipe
+    assert config["trainer"]["max_epochs"] == 3
+    assert (config["model"]["learning_rate"], config["model"]["base_width"]) == (0.01, 16)
+    assert config["model"]["architecture"]["forces"] == "direct"
+    assert job.learning_rate == 0.01
+
+
+def test_steps_numbers_of_structures_and_sizes_by_name() -> None:
+    content = study(widths=None, width_per_layer=None, epochs=None, steps=50, data_sizes=[100], seeds=[0], variants={})
+    content["variants"] = {"only": {}}
+    content["sizes"] = {"a": {"num_layers": 1}, "b": {"num_layers": 2}}
+    jobs = StudyPlan.parse(content).jobs()
+    assert [job.size for job in jobs] == ["a", "b"]
+    assert {(job.config["trainer"]["max_steps"], job.config["trainer"]["max_epochs"]) for job in jobs} == {(50, -1)}
+    assert jobs[0].config["data"]["train_size"] == 100
+
+
+def test_budgets() -> None:
+    jobs = StudyPlan.parse(study(epochs=None, budgets=["1e12", 2e12], data_sizes=[1.0], seeds=[0])).jobs()
+    assert len(jobs) == 2 * 3 * 2
+    assert {job.budget for job in jobs} == {1e12, 2e12}
+
+
+def test_a_sweep_gives_each_size_its_rate() -> None:
+    plan = StudyPlan.parse(study(learning_rate={"sweep": [0.001, 0.003], "epochs": 1}))
+    sweep = plan.sweep_jobs()
+    assert len(sweep) == 2 * 3 * 2
+    assert all(job.sweep and job.config["trainer"]["max_epochs"] == 1 and job.data_size == 0.5 for job in sweep)
+    with pytest.raises(ConfigError, match="come from a sweep"):
+        plan.jobs()
+    rates = {(v, s): 0.001 if s == "w16" else 0.003 for v in plan.variants for s in plan.sizes}
+    assert {(job.size, job.learning_rate) for job in plan.jobs(rates)} == {
+        ("w16", 0.001),
+        ("w32", 0.003),
+        ("w64", 0.003),
+    }
+
+
+def test_a_sweep_at_the_base_width_alone() -> None:
+    plan = StudyPlan.parse(study(learning_rate={"sweep": [0.001, 0.003], "base_width": 32}))
+    assert {job.size for job in plan.sweep_jobs()} == {"w32"}
+
+
+def test_other_settings_are_other_runs() -> None:
+    before = {job.id for job in StudyPlan.parse(study()).jobs()}
+    after = {job.id for job in StudyPlan.parse(study(learning_rate=0.003)).jobs()}
+    assert not before & after
+    more = {job.id for job in StudyPlan.parse(study(seeds=[0, 1, 2])).jobs()}
+    assert before < more
+
+
+def test_a_folder_keeps_to_its_study(tmp_path: Path) -> None:
+    def jobs(**changes: Any) -> tuple[StudyPlan, list[Job], list[Job]]:
+        plan = StudyPlan.parse(study(**changes))
+        return plan, [], plan.jobs()
+
+    same_study(tmp_path, *jobs())
+    same_study(tmp_path, *jobs())
+    same_study(tmp_path, *jobs(seeds=[0, 1, 2]))  # more of the same
+    with pytest.raises(DataError, match=r"holds another study: its run .*-s2-.* is not of this one"):
+        same_study(tmp_path, *jobs())
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (resource_dir("configs") / "scaling").glob("*.yaml")))
+def test_every_recipe_is_a_study(name: str) -> None:
+    plan = StudyPlan.read(name)
+    jobs = plan.sweep_jobs() or plan.jobs()
+    assert len(jobs) >= 3
+
+
+def test_later_layers_win() -> None:
+    assert merged({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2], "d": {"e": 3}}}) == {
+        "a": {"b": 1, "c": [2], "d": {"e": 3}}
+    }
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 3}, "'depth' is no entry of a study"),
+        ({"recipe": None}, "recipe is missing"),
+        ({"recipe": "nothing"}, "neither a file nor a recipe"),
+        ({"epochs": None}, "give one .found none."),
+        ({"steps": 5}, "give one .found"),
+        ({"sizes": {"a": {}}}, "give one of them"),
+        ({"widths": [15]}, "width of 15 is not a multiple of the size of a head"),
+        ({"widths": ["wide"]}, "widths is .*list of numbers"),
+        ({"data_sizes": [0.5, 0.5]}, "each once"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"learning_rate": {"rate": 1}}, "learning_rate.rate does not exist"),
+        ({"learning_rate": {"sweep": [0.1]}}, "two or more"),
+        ({"learning_rate": {"value": -1.0}}, "above 0"),
+        ({"learning_rate": {"sweep": [0.1, 0.2], "base_width": 48}}, "has no such size"),
+        ({"epochs": None, "budgets": [1e12]}, "budgets are spent on one set of data"),
+        ({"variants": {"a": {"model": {"architecture": {"colour": 1}}}}}, "'colour' does not exist"),
+        ({"settings": 3}, "settings is 3: it must be a mapping"),
+    ],
+)  # fmt: skip
+def test_bad_studies(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StudyPlan.parse(study(**changes))
+
+
+def test_settings_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(study()), "utf-8")
+    plan = StudyPlan.read(tmp_path / "a.yaml", ["data.train=[a.xyz, b.xyz]", "data.split.val=0.2"])
+    data = plan.jobs()[0].config["data"]
+    assert data["train"] == ["a.xyz", "b.xyz"]
+    assert data["split"] == {"by": "structure", "val": 0.2}
+    assert plan.source["settings"]["model"] == STUDY["settings"]["model"]
+    for wrong in ("data.train", "=3", "a..b=1", "a=["):
+        with pytest.raises(ConfigError, match=r"write KEY=VALUE|is no YAML"):
+            StudyPlan.read(tmp_path / "a.yaml", [wrong])
+
+
+@pytest.mark.bad_input
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"neither a file nor a recipe: recipes are .*smoke"):
+        StudyPlan.read("nothing")
+    (tmp_path / "a.yaml").write_text("a: [", "utf-8")
+    with pytest.raises(ConfigError, match="no YAML"):
+        StudyPlan.read(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("3", "utf-8")
+    with pytest.raises(ConfigError, match="a study is a mapping"):
+        StudyPlan.read(tmp_path / "a.yaml")
