@@ -6,6 +6,7 @@ python benchmarks/deck_figures.py [--properties FILE] [--decks FILE] [--out docs
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from escaip.properties.files import MODEL, MUTED, new_figure
 
@@ -209,7 +211,8 @@ def draw_lammps(deck: Curves) -> Figure:
     time = 1e3 * array(curves["time_ps"])
     left.plot(time, 1e3 * array(curves["ase_change_eV"]), color=MUTED, linewidth=3.0, label="ASE")
     left.plot(time, 1e3 * array(curves["lammps_change_eV"]), color=MODEL, linewidth=1.0, label="LAMMPS")
-    left.set(xlabel="time (fs)", ylabel="total energy change (meV)")
+    low, high = left.get_ylim()
+    left.set(xlabel="time (fs)", ylabel="total energy change (meV)", ylim=(low, high + 0.15 * (high - low)))
     left.legend(frameon=False, loc="upper right", ncols=2)
     right.semilogy(time, curves["energy_difference_eV"], color=MODEL, linewidth=1.2, label="total energy (eV)")
     right.semilogy(time[1:], curves["positions_difference_A"][1:], color=RED, linewidth=1.2, label="positions (Å)")
@@ -241,6 +244,15 @@ DECKS: dict[str, Callable[[Curves], Figure]] = {
 }  # fmt: skip
 
 
+def save(figure: Figure, path: Path) -> None:
+    """With a palette of 64 colors, which is a third of the size; aside, then renamed."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    aside = path.with_name(f".{path.name}.part")
+    Image.open(image).convert("RGB").quantize(64).save(aside, format="png", optimize=True)
+    os.replace(aside, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--properties", type=Path, default=BENCHMARKS / "results" / "properties.json")
@@ -255,9 +267,7 @@ def main() -> None:
         else:
             figure = DECKS[name](json.loads(args.decks.read_text("utf-8"))["decks"][name])
         path = args.out / f"{name}.png"
-        aside = path.with_name(f".{path.name}.part")
-        figure.savefig(aside, format="png", dpi=110)
-        os.replace(aside, path)
+        save(figure, path)
         print(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB)")
 
 

@@ -12,6 +12,7 @@ JSON holds the curves that ``deck_figures.py`` draws. Needs phonopy (pip install
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -109,14 +110,18 @@ def vacancy(teacher: Teacher, calculator: Any, lattice: float) -> float:
 
 
 def vacancy_hop(teacher: Teacher, calculator: Any, lattice: float) -> Any:
-    """The path of a neighbor into a vacancy of 32 sites; None, and a line, where the potential has none."""
+    """The path of a neighbor into a vacancy of 32 sites; None, and a line, where the potential has none.
+
+    No image climbs: the middle one lies on the saddle by symmetry, and where a potential has two humps beside it
+    instead, equal ones, they would take turns to climb.
+    """
     first = teacher.crystal(2, lattice)
     last = first.copy()
     hop(last, 0, 1.0)
     del first[0], last[0]
     first.calc = calculator
     try:
-        return minimum_energy_path(first, last, images=5, fmax=teacher.fmax, optimizer="bfgs")
+        return minimum_energy_path(first, last, images=7, climb=False, fmax=teacher.fmax)
     except SimulationError as error:
         print(f"no path of the vacancy: {error}")
         return None
@@ -206,13 +211,13 @@ def main() -> None:
         f" --{key.replace('_', '-')} {vars(options)[key]}" for key in DEFAULTS if vars(options)[key] != DEFAULTS[key]
     ]
     described = {**provenance(), "command": "python benchmarks/properties.py" + "".join(given)}
-    studies: dict[str, Any] = {}
     for name in TEACHERS:
         if options.only in (None, name):
-            studies[name] = study(name, options)
-            write_json(
-                options.out, {"provenance": described, "studies": studies}
-            )  # after each: the whole takes a while
+            found = study(name, options)
+            # After each, and what else is there is kept: the whole takes a while.
+            studies = json.loads(options.out.read_text("utf-8"))["studies"] if options.out.exists() else {}
+            studies[name] = {"provenance": described, **found}
+            write_json(options.out, {"studies": {key: studies[key] for key in TEACHERS if key in studies}})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
+from common import write_json
 
 from escaip import Potential, load_potential
 
@@ -131,7 +133,15 @@ def recipe(name: str, teacher: Teacher, folder: Path, steps: int) -> dict[str, A
 
 
 def train(name: str, teacher: Teacher, folder: Path, frames: int, steps: int) -> tuple[Path, dict[str, Any]]:
-    """Trains by ``escaip fit``; returns the model file, and what it took and is worth."""
+    """Trains by ``escaip fit``; returns the model file, and what it took and is worth.
+
+    What stands in the folder, trained on as many frames for as many steps, is not trained again.
+    """
+    record = folder / "training.json"
+    if record.exists():
+        kept = json.loads(record.read_text("utf-8"))
+        if (kept["frames"], kept["steps"]) == (frames, steps):
+            return newest_model(folder), kept
     folder.mkdir(parents=True, exist_ok=True)
     for part, count, seed in (("train", frames, 0), ("val", max(frames // 8, 4), 1)):
         ase.io.write(folder / f"{part}.extxyz", make_frames(teacher, count, seed))
@@ -144,15 +154,21 @@ def train(name: str, teacher: Teacher, folder: Path, frames: int, steps: int) ->
     if done.returncode:
         raise SystemExit(f"properties: training of {name} failed: see {folder / 'fit.log'}")
     seconds = cpu_seconds() - began
-    model = max(folder.rglob("best.ckpt"), key=lambda path: path.stat().st_mtime)
+    model = newest_model(folder)
     potential = load_potential(model)
-    return model, {
+    found = {
         "frames": frames,
         "steps": steps,
         "seconds": round(seconds, 1),
         "parameters": sum(weight.numel() for weight in potential.parameters()),
         "held_out_mae": errors_of(potential, make_frames(teacher, 24, seed=2)),
     }
+    write_json(record, found)
+    return model, found
+
+
+def newest_model(folder: Path) -> Path:
+    return max(folder.rglob("best.ckpt"), key=lambda path: path.stat().st_mtime)
 
 
 def errors_of(potential: Potential, frames: list[Atoms]) -> dict[str, float]:
