@@ -54,9 +54,9 @@ class Teacher:
 
 
 TEACHERS = {
-    "copper": Teacher("Cu", 3.59, 4.0, 300.0, 4.0, 0.12, 0.02, EMT),
+    "copper": Teacher("Cu", 3.59, 4.0, 300.0, 4.0, 0.12, 0.05, EMT),
     "argon": Teacher(
-        "Ar", 5.33, 6.0, 30.0, 16.0, 0.20, 0.002,
+        "Ar", 5.33, 6.0, 30.0, 16.0, 0.20, 0.005,
         lambda: LennardJones(sigma=3.4, epsilon=0.0104, rc=6.0, ro=5.0, smooth=True),
     ),
 }  # fmt: skip
