@@ -107,7 +107,7 @@ def draw_neb(studies: Curves) -> Figure:
             axis.plot(path["distances_A"], 1e3 * array(path["energies_eV"]), style, color=color, markersize=4,
                       linewidth=1.2, label=f"{of}, {1e3 * barrier:.4g} meV")  # fmt: skip
         axis.set(title=TITLES[name], xlabel="path (Å)", ylabel="energy (meV)")
-        axis.set_ylim(None, 1.3 * axis.get_ylim()[1])
+        axis.set_ylim(None, 1.45 * axis.get_ylim()[1])
         axis.legend(frameon=False, loc="upper right", title="barrier")
     return figure
 
@@ -123,15 +123,14 @@ def draw_radial(studies: Curves) -> Figure:
         distance, g = array(teacher["distance_A"]), array(teacher["g"])
         axis.plot(distance, g, color=TEACHER, linewidth=2.4, label="teacher")
         axis.plot(distance, learned["g"], "--", color="#4aa3d9", linewidth=1.4, label="learned")
-        axis.plot(distance, array(learned["g"]) - g - 1.5, color=MODEL, linewidth=1.0,
-                  label=f"learned − teacher ({off:.1f} %)")  # fmt: skip
-        axis.plot(distance, array(again["g"]) - g - 3.0, color=RED, linewidth=1.0,
-                  label=f"teacher, another seed ({noise:.1f} %)")  # fmt: skip
+        for run, shift, color, label in ((learned, -1.5, MODEL, f"learned − teacher ({off:.1f} %), × 5"),
+                                         (again, -3.0, RED, f"teacher, another seed ({noise:.1f} %), × 5")):  # fmt: skip
+            axis.plot(distance, 5 * (array(run["g"]) - g) + shift, color=color, linewidth=1.0, label=label)
         for shift in (0, -1.5, -3.0):
             axis.axhline(shift, color=MUTED, linewidth=0.5, zorder=0)
         axis.set(title=TITLES[name], xlabel="r (Å)", ylabel="g(r)", xlim=(0.55 * distance[-1] * 0.7, distance[-1]))
         axis.set_yticks(np.arange(0, g.max() + 1, 2))
-        axis.set_ylim(None, 1.55 * g.max())
+        axis.set_ylim(None, 1.75 * g.max())
         axis.legend(frameon=False, loc="upper right")
     return figure
 
@@ -143,7 +142,7 @@ def draw_nve(deck: Curves) -> Figure:
         run = curves[name]
         left.plot(run["time_ps"], 1e3 * array(run["total_energy_change_eV"]) / atoms, color=color,
                   linewidth=1.4, label=name.split(",")[0])  # fmt: skip
-    left.set(xlabel="time (ps)", ylabel="total energy change (meV/atom)", title="forces")
+    left.set(xlabel="time (ps)", ylabel="total energy change (meV/atom)", title="3BPA, time step 0.5 fs")
     left.legend(frameon=False, loc="upper left")
     for name, color in (("conservative, 0.5 fs", MODEL), ("conservative, 0.25 fs", GREEN)):
         run = curves[name]
@@ -151,7 +150,7 @@ def draw_nve(deck: Curves) -> Figure:
         right.plot(run["time_ps"], 1e3 * array(run["total_energy_change_eV"]) / atoms, color=color, linewidth=0.8,
                    label=label)  # fmt: skip
     low, high = right.get_ylim()
-    right.set(xlabel="time (ps)", ylabel="total energy change (meV/atom)", title="conservative forces, time steps")
+    right.set(xlabel="time (ps)", ylabel="total energy change (meV/atom)", title="conservative forces, two time steps")
     right.set_ylim(low, high + 0.35 * (high - low))
     right.legend(frameon=False, loc="upper right")
     return figure
