@@ -123,8 +123,10 @@ def draw_radial(studies: Curves) -> Figure:
         distance, g = array(teacher["distance_A"]), array(teacher["g"])
         axis.plot(distance, g, color=TEACHER, linewidth=2.4, label="teacher")
         axis.plot(distance, learned["g"], "--", color="#4aa3d9", linewidth=1.4, label="learned")
-        for run, shift, color, label in ((learned, -1.5, MODEL, f"learned − teacher ({off:.1f} %), × 5"),
-                                         (again, -3.0, RED, f"teacher, another seed ({noise:.1f} %), × 5")):  # fmt: skip
+        for run, shift, color, label in (
+            (learned, -1.5, MODEL, f"learned − teacher ({off:.1f} %), × 5"),
+            (again, -3.0, RED, f"teacher, another seed ({noise:.1f} %), × 5"),
+        ):
             axis.plot(distance, 5 * (array(run["g"]) - g) + shift, color=color, linewidth=1.0, label=label)
         for shift in (0, -1.5, -3.0):
             axis.axhline(shift, color=MUTED, linewidth=0.5, zorder=0)
