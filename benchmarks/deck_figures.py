@@ -172,22 +172,30 @@ def draw_nvt(deck: Curves) -> Figure:
     return figure
 
 
+def smooth(values: Any, count: int) -> np.ndarray:
+    """Means over ``count`` values, NaN where there are not so many."""
+    means = np.full(len(values), np.nan)
+    means[count // 2 : len(values) - (count - 1) // 2] = np.convolve(values, np.ones(count) / count, "valid")
+    return means
+
+
 def draw_npt(deck: Curves) -> Figure:
-    curves, (figure, (left, middle, right)) = deck["curves"], panels(3, width=3.7, height=3.3)
+    curves, (figure, (left, middle, right)) = deck["curves"], panels(3, width=3.5, height=3.3)
     for name, color in (("isotropic", MODEL), ("full", RED)):
         run = curves[name]
-        time = array(run["time_ps"])
-        left.plot(time, array(run["volume_A3"]) / curves["num_atoms"], color=color, linewidth=1.0, label=name)
-        window = np.ones(25) / 25  # of 0.5 ps: pressures of so few atoms scatter by more than they say
-        smooth = np.convolve(run["pressure_GPa"], window, "valid")
-        middle.plot(time[12 : 12 + len(smooth)], smooth, color=color, linewidth=1.2, label=name)
-        for index, edge in enumerate(run["edges_A"]):
-            right.plot(time, array(edge) / curves["copies"], color=color, linewidth=0.9, label=None if index else name)
-    middle.axhline(0, color=MUTED, linewidth=0.8, zorder=0)
+        time, volume = array(run["time_ps"]), array(run["volume_A3"]) / curves["num_atoms"]
+        count = round(0.5 / (time[1] - time[0]))
+        left.plot(time, volume, color=color, linewidth=0.6, alpha=0.3)
+        left.plot(time, smooth(volume, count), color=color, linewidth=1.6, label=name)
+        middle.plot(time, run["pressure_GPa"], color=color, linewidth=0.6, alpha=0.3)
+        middle.plot(time, smooth(run["pressure_GPa"], count), color=color, linewidth=1.6)
+        for edge in run["edges_A"]:
+            right.plot(time, smooth(array(edge) / curves["copies"], count), color=color, linewidth=1.2)
+            right.plot(0, edge[0] / curves["copies"], "o", color=TEACHER, markersize=3)
     left.set(xlabel="time (ps)", ylabel="volume (Å³/atom)")
-    middle.set(xlabel="time (ps)", ylabel="pressure, mean over 0.5 ps (GPa)")
+    middle.set(xlabel="time (ps)", ylabel="pressure (GPa)")
     right.set(xlabel="time (ps)", ylabel="edges of the cubic cell (Å)")
-    left.legend(frameon=False, loc="upper right", title="barostat")
+    left.legend(frameon=False, loc="lower right", title="barostat, means over 0.5 ps")
     return figure
 
 
@@ -248,7 +256,7 @@ DECKS: dict[str, Callable[[Curves], Figure]] = {
 def save(figure: Figure, path: Path) -> None:
     """With a palette of 64 colors, which is a third of the size; aside, then renamed."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130)
+    figure.savefig(image, format="png", dpi=120)
     aside = path.with_name(f".{path.name}.part")
     Image.open(image).convert("RGB").quantize(64).save(aside, format="png", optimize=True)
     os.replace(aside, path)
