@@ -78,13 +78,17 @@ def draw_elastic(studies: Curves) -> Figure:
 def draw_phonons(studies: Curves) -> Figure:
     figure, axes = panels(2, width=5.2)
     for axis, (name, study) in zip(axes, studies.items()):
-        for of, color, style, width in (("teacher", TEACHER, "-", 2.4), ("learned", "#4aa3d9", "--", 1.4)):
-            bands = study[of]["curves"]["phonons"]
+        for of, key, color, style, width, label in (
+            ("teacher", "phonons", TEACHER, "-", 2.4, "teacher"),
+            ("learned", "phonons", "#4aa3d9", "--", 1.4, "learned, 0.03 Å"),
+            ("learned", "phonons_small", RED, ":", 1.0, "learned, 0.01 Å"),
+        ):
+            bands = study[of]["curves"][key]
             # Lattice constants differ by a little, and so do lengths in reciprocal space.
             length = bands["distances_1/A"][-1]
             for index, branch in enumerate(bands["branches_THz"]):
                 axis.plot(array(bands["distances_1/A"]) / length, branch, style, color=color, linewidth=width,
-                          label=None if index else of)  # fmt: skip
+                          label=None if index else label)  # fmt: skip
         ticks: dict[float, str] = {}
         for place, label in zip(bands["label_distances_1/A"], bands["labels"]):
             label = label.replace("G", "Γ")
@@ -94,7 +98,7 @@ def draw_phonons(studies: Curves) -> Figure:
             axis.axvline(place, color=MUTED, linewidth=0.5, zorder=0)
         axis.axhline(0, color=MUTED, linewidth=0.5, zorder=0)
         axis.set(title=TITLES[name], xlim=(0, 1), ylim=(None, 1.12 * axis.get_ylim()[1]), ylabel="frequency (THz)")
-    axes[0].legend(frameon=False, loc="upper right", ncols=2)
+    axes[0].legend(frameon=False, loc="upper right", ncols=3, columnspacing=1.0)
     return figure
 
 
