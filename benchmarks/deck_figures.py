@@ -68,7 +68,8 @@ def draw_elastic(studies: Curves) -> Figure:
         axis.bar(place - 0.2, truth, 0.38, color=MUTED, label="teacher")
         axis.bar(place + 0.2, learned, 0.38, color=MODEL, label="learned")
         for x, value, share in zip(place, np.maximum(truth, learned), learned / truth - 1):
-            axis.annotate(f"{100 * share:+.1f} %", (x, value), (0, 3), textcoords="offset points", ha="center")
+            text = f"{100 * share:+.1f} %".replace("-", "−")
+            axis.annotate(text, (x, value), (0, 3), textcoords="offset points", ha="center")
         axis.set_xticks(place, ["$C_{11}$", "$C_{12}$", "$C_{44}$", "$B_0$"])
         axis.set(title=TITLES[name], ylabel="GPa", ylim=(0, 1.25 * max(truth.max(), learned.max())))
     axes[0].legend(frameon=False, loc="upper right", ncols=2)
