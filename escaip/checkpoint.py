@@ -21,11 +21,12 @@ from torch import Tensor
 
 from escaip.config import EScAIPConfig
 from escaip.errors import CheckpointError, ConfigError, EscaipError
+from escaip.graph.features import PUBLISHED_FLOOR
 from escaip.potential import ENERGY_BUFFERS, Potential, PotentialMetadata
 from escaip.precision import PRECISIONS, check_precision
 
 PotentialKind = TypeVar("PotentialKind", bound=Potential)
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
 
 
@@ -168,7 +169,14 @@ def _from_version_2(description: dict[str, Any]) -> dict[str, Any]:
     return {**description, "schema": 3}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1, 2: _from_version_2}
+def _from_version_3(description: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 had one floor of the orientational order."""
+    return {**description, "schema": 4, "config": {"boo_floor": PUBLISHED_FLOOR, **description["config"]}}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _from_version_1, 2: _from_version_2, 3: _from_version_3,
+}  # fmt: skip
 
 
 def _is_zip(path: Path) -> bool:

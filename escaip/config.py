@@ -40,6 +40,8 @@ class EScAIPConfig:
         boo_size: width of its embedding.
         boo_weighting: ``"envelope"`` (smooth) or ``"uniform"`` (as published: the energy jumps when
             a neighbor enters or leaves).
+        boo_floor: ``ε`` in the root of the orientational order, which symmetry takes to zero: features of a perfect
+            crystal change over displacements of some ``√ε`` of a bond. Published weights have 1e-6.
         force_weighting: ``"envelope"`` or ``"uniform"`` sum over edges in the direct-force head.
         ffn_multiplier, readout_multiplier, output_multiplier: hidden width of the feed-forward
             networks in blocks, readouts and heads, in units of ``hidden_size``.
@@ -80,6 +82,7 @@ class EScAIPConfig:
     boo_degrees: int = 10
     boo_size: int = 64
     boo_weighting: str = "envelope"
+    boo_floor: float = 1e-4
     force_weighting: str = "envelope"
     ffn_multiplier: int = 2
     readout_multiplier: int = 2
@@ -178,7 +181,7 @@ class EScAIPConfig:
         for name in (*sizes, "ffn_multiplier", "readout_multiplier", "output_multiplier"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("cutoff", "rank_scale", "envelope_scale", "radial_width"):
+        for name in ("cutoff", "rank_scale", "envelope_scale", "radial_width", "boo_floor"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be above 0")
         if self.num_radial < 2:

@@ -102,7 +102,7 @@ class EScAIP(nn.Module):
         weight = torch.ones_like(part.distance) if uniform else part.log_envelope.exp()
         return bond_orientational_order(
             part.direction, weight, part.center - part.first, part.num_atoms, self.config.boo_degrees - 1,
-            floor="clamp" if uniform else "smooth", offsets=part.offsets,
+            floor="clamp" if uniform else "smooth", epsilon=self.config.boo_floor, offsets=part.offsets,
         )  # fmt: skip
 
     def _embed(

@@ -11,7 +11,7 @@ from escaip.errors import ConfigError
 from escaip.ops import sum_rows
 from escaip.ops.orientation import has_kernels, pair_power
 
-_FLOOR = 1e-6
+PUBLISHED_FLOOR = 1e-6
 _MAX_DEGREE = 16
 
 
@@ -23,13 +23,15 @@ def bond_orientational_order(
     l_max: int,
     *,
     floor: str = "smooth",
+    epsilon: float = PUBLISHED_FLOOR,
     offsets: Tensor | None = None,
 ) -> Tensor:
     """Computes ``BOO_l(i) = |Σ_j w_j Ŷ_l(n_j) / Σ_j w_j|`` of every atom, the norm over ``m``, for ``l = 0 .. l_max``.
 
-    The root needs a floor ``ε = 1e-6`` to keep its derivatives finite where symmetry makes the sum vanish.
+    The root needs a floor ``ε`` to keep its derivatives finite where symmetry makes the sum vanish.
     ``"smooth"`` takes ``√((s + ε) / (1 + ε))`` of the squared norm ``s``: all derivatives are continuous, it is
-    ``√ε`` at 0 and 1 at 1, so that ``BOO_0 = 1`` stays exact, and it differs from ``√s`` by less than 1e-3.
+    ``√ε`` at 0 and 1 at 1, so that ``BOO_0 = 1`` stays exact, and it differs from ``√s`` by at most ``√ε``. In a
+    perfect crystal it is a parabola for displacements below some ``√ε`` of a bond, and a cone beyond.
     ``"clamp"`` takes ``√max(s, ε)`` as published, for weights trained that way: its slope jumps at ``s = ε``, and so
     do forces.
 
@@ -40,6 +42,7 @@ def bond_orientational_order(
         num_atoms: ``N``.
         l_max: highest degree.
         floor: ``"smooth"`` or ``"clamp"``.
+        epsilon: ``ε``.
         offsets: ``(N + 1,)`` int64 where the tokens of an atom are consecutive: on the CPU the sums are then made by
             one kernel, with two derivatives. None for plain operations, with any number of them.
 
@@ -63,8 +66,8 @@ def bond_orientational_order(
         sizes = [2 * degree + 1 for degree in range(l_max + 1)]
         power = torch.stack([part.sum(dim=1) for part in squares.split(sizes, dim=1)], dim=1)
     if floor == "clamp":
-        return power.clamp(min=_FLOOR).sqrt()
-    return ((power + _FLOOR) / (1.0 + _FLOOR)).sqrt()
+        return power.clamp(min=epsilon).sqrt()
+    return ((power + epsilon) / (1.0 + epsilon)).sqrt()
 
 
 def real_harmonics(vector: Tensor, l_max: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from escaip.config import EScAIPConfig
 from escaip.errors import CheckpointError, ConfigError
+from escaip.graph.features import PUBLISHED_FLOOR
 from escaip.ops.legendre import MAX_L
 
 GRADIENT_HEAD = "EScAIPGradientEnergyForceStressHead"
@@ -122,6 +123,7 @@ def translate(options: Mapping[str, Any], *, energy_norm: bool, distance_table: 
             boo_degrees=int(o["node_direction_expansion_size"]),
             boo_size=int(o["node_direction_embedding_size"]),
             boo_weighting="uniform",
+            boo_floor=PUBLISHED_FLOOR,
             force_weighting="uniform",
             ffn_multiplier=int(o["ffn_hidden_layer_multiplier"]),
             readout_multiplier=int(o["readout_hidden_layer_multiplier"]),

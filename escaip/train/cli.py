@@ -13,6 +13,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from escaip.checkpoint import migrate
 from escaip.config import EScAIPConfig
 from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError, TrainingError
@@ -176,7 +177,7 @@ class TrainingCLI(LightningCLI):
         checkpoint = read_checkpoint(path)
         if "escaip" not in checkpoint:
             raise CheckpointError(f"{path} is a checkpoint of another program: pass one that escaip fit wrote")
-        stored = checkpoint["escaip"]["config"]
+        stored = migrate(checkpoint["escaip"], path)["config"]
         config.ckpt_path = str(path)
         if command != "fit":
             config.model.architecture = dict(stored)
