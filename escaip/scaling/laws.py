@@ -226,17 +226,22 @@ def fit_law(kind: str, inputs: list[ArrayLike], losses: ArrayLike, settings: Fit
     law = SumOfPowers.of(logs - center, y, settings.floor)
     best, cost, minima = minimize_from_grid(law, y, settings.huber)
     noise = Noise.of(law.value(best[None])[0] - y, cells, law.num_parameters)
-    drawn = refits(law, minima, cells, noise, settings.huber, settings.bootstrap, settings.seed)
     without: dict[str, float] = {}
     p_value, groups = math.nan, 1
-    if settings.floor:
+    arguments = (cells, noise, settings.huber, settings.bootstrap)
+    if not settings.floor:
+        drawn = refits(law, minima, *arguments, settings.seed)
+    else:
         bare = SumOfPowers.of(logs - center, y, False)
         bare_best, _, bare_minima = minimize_from_grid(bare, y, settings.huber)
         found = _named(kind, bare, bare_best[None], center)
         without = {name: float(found[name][0]) for name in dict.fromkeys([*_EXPONENTS[kind], "gamma"])}
         p_value = _floor_p_value(law, best, bare, bare_best, y, cells)
+        # The way down to E = 0 is long in log E: refits start there as well.
+        ends = np.pad(bare_best[None], ((0, 0), (0, 1)), constant_values=law.lower[-1])
+        drawn = refits(law, np.concatenate([minima, ends]), *arguments, settings.seed)
         if len(drawn) and not p_value < _SIGNIFICANT:
-            nothing = refits(bare, bare_minima, cells, noise, settings.huber, settings.bootstrap, settings.seed + 1)
+            nothing = refits(bare, bare_minima, *arguments, settings.seed + 1)
             drawn = np.concatenate([drawn, np.pad(nothing, ((0, 0), (0, 1)), constant_values=law.lower[-1])])
             groups = 2
     values, replicates = _named(kind, law, best[None], center), _named(kind, law, drawn, center)

@@ -117,9 +117,9 @@ def refits(law: SumOfPowers, minima: Array, cells: Cells, noise: Noise, delta: f
     means = law.at(law.logs[:, cells.first])
     drawn = means.value(minima[:1]) + noise.draw((number, len(cells.first)), cells.counts, rng)
     weights = np.broadcast_to(cells.counts, drawn.shape)
-    best, lowest = descend(means, drawn, np.repeat(minima[:1], number, axis=0), delta, weights, 40, 1e-5)
+    best, lowest = descend(means, drawn, np.repeat(minima[:1], number, axis=0), delta, weights)
     for other in minima[1:]:
-        found, losses = descend(means, drawn, np.repeat(other[None], number, axis=0), delta, weights, 40, 1e-5)
+        found, losses = descend(means, drawn, np.repeat(other[None], number, axis=0), delta, weights)
         better = losses < lowest
         best[better], lowest[better] = found[better], losses[better]
     return best
