@@ -140,11 +140,12 @@ def test_cells_relax_through_filters(make_potential: Make, kind: type) -> None:
 
 def test_a_slab_relaxes_in_its_plane(make_potential: Make) -> None:
     slab = ase.build.fcc111("Cu", (1, 1, 2), vacuum=5.0, periodic=False)
+    slab.symbols[0] = "O"  # of one element it hardly has a stress at random weights
     slab.calc = EScAIPCalculator(make_potential())
     plane = [True, True, False, False, False, True]
     before, energy = slab.cell.array.copy(), slab.get_potential_energy()
     with BFGS(FrechetCellFilter(slab, mask=plane), logfile=None) as optimizer:
-        optimizer.run(fmax=0.02, steps=10)
+        optimizer.run(fmax=0.002, steps=15)
     assert slab.get_potential_energy() < energy
     np.testing.assert_allclose(slab.cell.array[2], before[2], atol=1e-9)
     assert not np.allclose(slab.cell.array[:2], before[:2], atol=1e-3)
