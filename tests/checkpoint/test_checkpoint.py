@@ -98,6 +98,13 @@ def test_version_1_is_migrated(potential: Potential, tmp_path: Path) -> None:
     assert torch.equal(loaded.element_references, potential.element_references)
 
 
+def test_version_3_keeps_its_floor(potential: Potential) -> None:
+    now = describe_potential(potential)
+    description = {**now, "schema": 3, "config": {k: v for k, v in now["config"].items() if k != "boo_floor"}}
+    assert migrate(description, "x.escaip")["config"]["boo_floor"] == 1e-6
+    assert migrate(now, "x.escaip")["config"]["boo_floor"] == 1e-4
+
+
 def test_version_2_had_no_shifts(potential: Potential, tmp_path: Path) -> None:
     description = {**describe_potential(potential), "schema": 2}
     weights = {name: value for name, value in potential.state_dict().items() if name != "element_shifts"}

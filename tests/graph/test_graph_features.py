@@ -74,16 +74,18 @@ def direct_order(direction: np.ndarray, weight: np.ndarray) -> list[float]:
     return result
 
 
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
 @pytest.mark.parametrize("floor", ["smooth", "clamp"])
-def test_order_matches_the_double_sum(floor: str) -> None:
+def test_order_matches_the_double_sum(floor: str, epsilon: float) -> None:
     direction = unit_vectors(20)
     direction[[0, 7]] = 0.0
     weight = torch.rand(24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     center = torch.tensor([0] * 7 + [1] * 17)
-    found = bond_orientational_order(direction, weight, center, 2, L_MAX, floor=floor)
+    found = bond_orientational_order(direction, weight, center, 2, L_MAX, floor=floor, epsilon=epsilon)
     for atom, part in enumerate((slice(0, 7), slice(7, 24))):
         power = np.array(direct_order(direction[part].numpy(), weight[part].numpy()))
-        expected = np.sqrt(np.maximum(power, 1e-6)) if floor == "clamp" else np.sqrt((power + 1e-6) / (1 + 1e-6))
+        rounded = np.sqrt((power + epsilon) / (1 + epsilon))
+        expected = np.sqrt(np.maximum(power, epsilon)) if floor == "clamp" else rounded
         np.testing.assert_allclose(found[atom].numpy(), expected, rtol=0, atol=1e-12)
 
 

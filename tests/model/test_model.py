@@ -81,7 +81,7 @@ def test_vector_dropout_acts_on_forces_in_training() -> None:
 @pytest.mark.parametrize(
     "change",
     [{"soft": False}, {"num_neighbors": None}, {"rank_step": "bump"}, {"attention_scale": "expanded"},
-     {"boo_weighting": "uniform"}, {"activation": "silu"}],
+     {"boo_weighting": "uniform"}, {"boo_floor": 1e-2}, {"activation": "silu"}],
 )  # fmt: skip
 def test_options_without_parameters_change_the_function(change: dict[str, object]) -> None:
     torch.manual_seed(0)

@@ -93,6 +93,25 @@ def test_a_run_that_another_command_has_is_waited_for(config: Path, tmp_path: Pa
     assert starts(out) == [1] * 8
 
 
+def test_a_run_that_is_claimed_is_not_started(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = run.StudyPlan.read(config).jobs()[0]
+    (out / "jobs" / job.id).mkdir(parents=True)
+    lock = run._claim(out, job)
+    assert lock is not None
+    assert run._claim(out, job) is None
+    arguments = [sys.executable, "-c", PROGRAM, str(config), str(out), *STAND_IN]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as other:
+        while len(list(out.glob("jobs/*/record.json"))) < 7:
+            assert other.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.3)
+        assert not (out / "jobs" / job.id / "starts.txt").exists()
+        lock.close()
+        assert other.wait() == 0
+    assert len(read_records(out)) == 8
+
+
 def test_a_sweep_then_the_grid(tmp_path: Path) -> None:
     config = write(tmp_path, learning_rate={"sweep": [0.001, 0.01, 0.2]}, seeds=[0])
     said: list[str] = []
