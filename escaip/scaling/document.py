@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from escaip.scaling.files import write_whole
 from escaip.scaling.laws import FitSettings
 from escaip.scaling.records import Record, read_records
 from escaip.scaling.report import markdown_table
@@ -47,9 +48,7 @@ def write_report(
     text = "\n\n".join([study.summary(), f"![sheet]({SHEET}.png)", protocol(place, records), _LIMITS])
     content[REPORT] = text.encode()
     for name, data in content.items():
-        aside = place / f".{name}.{os.getpid()}.part"
-        aside.write_bytes(data)
-        os.replace(aside, place / name)
+        write_whole(place / name, data)
     return study, [place / name for name in content]
 
 

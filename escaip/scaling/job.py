@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from escaip.errors import DataError, EscaipError, TrainingError
+from escaip.scaling.files import claim, write_whole
 from escaip.scaling.plan import Job
 from escaip.scaling.records import Record
 
@@ -34,13 +35,6 @@ _METRICS = {
 def folder_of(study: Path, job_id: str) -> Path:
     """Where a run keeps everything."""
     return study / "jobs" / job_id
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes aside and renames."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def read_job(study: Path, job_id: str) -> Job:
@@ -200,11 +194,15 @@ def _end_with_parent() -> None:
 def main(argv: list[str]) -> int:
     """Runs a job by its id, or by its place in the list of a SLURM array."""
     study, name = Path(argv[0]), argv[1]
-    if "--array" in argv:
-        name = (study / argv[1]).read_text(encoding="utf-8").split()[int(os.environ["SLURM_ARRAY_TASK_ID"])]
-    else:
-        _end_with_parent()
     try:
+        if "--array" in argv:
+            name = (study / argv[1]).read_text(encoding="utf-8").split()[int(os.environ["SLURM_ARRAY_TASK_ID"])]
+            lock = claim(folder_of(study, name))  # until this process ends
+            if lock is None:
+                print(f"another process runs {name}: left to it")
+                return 0
+        else:
+            _end_with_parent()
         if not (folder_of(study, name) / RECORD).is_file():
             train(study, read_job(study, name))
     except EscaipError as error:

@@ -16,6 +16,7 @@ from typing import Any
 from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError, DataError
 from escaip.resources import config_path
+from escaip.scaling.files import write_whole
 from escaip.train.transfer import at_width
 
 # What a job needs of a recipe whatever the recipe says: no pictures, no progress bar for each of a hundred runs.
@@ -387,6 +388,4 @@ def same_study(folder: Path, plan: StudyPlan, sweep: Sequence[Job], jobs: Sequen
             )
     if jobs is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.{os.getpid()}.part")
-        aside.write_text(json.dumps({"study": plan.source, **now}, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, file)
+        write_whole(file, json.dumps({"study": plan.source, **now}, indent=1) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import IO
 
 from escaip.errors import ConfigError, DataError, TrainingError
-from escaip.scaling.job import JOB, LOG, RECORD, as_json, folder_of, write_whole
+from escaip.scaling.files import claim, write_whole
+from escaip.scaling.job import JOB, LOG, RECORD, as_json, folder_of
 from escaip.scaling.plan import Job, StudyPlan, same_study
 from escaip.scaling.records import RECORDS, Record
 
@@ -167,7 +167,7 @@ def _in_processes(folder: Path, jobs: Sequence[Job], workers: int) -> Iterator[t
             for job in list(waiting):
                 if len(running) >= workers:
                     break
-                lock = _claim(folder, job)
+                lock = claim(folder_of(folder, job.id))
                 if lock is not None:
                     waiting.remove(job)
                     running.append(_Running(job, _start(folder, job, workers, lock), lock, time.time()))
@@ -186,17 +186,6 @@ def _in_processes(folder: Path, jobs: Sequence[Job], workers: int) -> Iterator[t
                 one.process.wait(30)
             one.process.kill()
             one.lock.close()
-
-
-def _claim(folder: Path, job: Job) -> IO[bytes] | None:
-    """An open file whose lock the run inherits: it is free again when the last process of it has ended."""
-    stream = (folder_of(folder, job.id) / "lock").open("ab")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        return None
-    return stream
 
 
 def _start(folder: Path, job: Job, workers: int, lock: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -221,10 +210,9 @@ def submit(folder: Path, jobs: Sequence[Job], options: Sequence[str]) -> str:
         DataError: runs of this study are in the queue.
     """
     pending = folder / "slurm.txt"
-    if pending.is_file() and shutil.which("squeue") and _queued(pending.read_text(encoding="utf-8").split()[0]):
-        raise DataError(
-            f"{folder}: its array {pending.read_text('utf-8').split()[0]} is still in the queue: wait for it"
-        )
+    before = pending.read_text(encoding="utf-8").strip() if pending.is_file() else ""
+    if before and shutil.which("squeue") and _queued(before):
+        raise DataError(f"{folder}: its array {before} is still in the queue: wait for it")
     write_whole(folder / "slurm-jobs.txt", "\n".join(job.id for job in jobs) + "\n")
     lines = ["#!/bin/bash", f"#SBATCH --array=0-{len(jobs) - 1}", "#SBATCH --job-name=escaip-scaling"]
     lines += [f"#SBATCH --output={folder.resolve()}/slurm-%A-%a.txt", *(f"#SBATCH {option}" for option in options)]
@@ -236,8 +224,9 @@ def submit(folder: Path, jobs: Sequence[Job], options: Sequence[str]) -> str:
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"sbatch refuses {script}: {' '.join(done.stderr.split())[:300]}")
-    write_whole(pending, done.stdout)
-    return f"{len(jobs)} runs are submitted as array {done.stdout.strip()}: run the same command when it has ended"
+    array = done.stdout.strip().partition(";")[0]  # the name of a cluster may follow
+    write_whole(pending, array + "\n")
+    return f"{len(jobs)} runs are submitted as array {array}: run the same command when it has ended"
 
 
 def _queued(array: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from escaip.errors import DataError
 from escaip.scaling.checks import LackOfFit, LeftOut, lack_of_fit, leave_largest_out
 from escaip.scaling.compare import Difference, LossRatio, compare
+from escaip.scaling.files import write_whole
 from escaip.scaling.frontier import frontier
 from escaip.scaling.isoflop import IsoFlop, fit_isoflop, is_isoflop
 from escaip.scaling.laws import FitSettings, Interval, LawFit, fit_law
@@ -141,7 +141,10 @@ def fit_study(
     )  # fmt: skip
     if write:
         target = Path(folder)
-        _write((target if target.is_dir() else target.parent) / FIT, study.to_dict())
+        write_whole(
+            (target if target.is_dir() else target.parent) / FIT,
+            json.dumps(study.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        )
     return study
 
 
@@ -193,14 +196,3 @@ def _gamma_difference(joint: LawFit, power: LawFit, settings: FitSettings, notes
             "compute is not proportional to N D, or a law does not hold"
         )
     return found
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}: check its folder and the disk") from error
-    finally:
-        aside.unlink(missing_ok=True)

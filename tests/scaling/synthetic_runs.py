@@ -52,3 +52,12 @@ def write(folder: Path, *groups: list[Record]) -> Path:
     file = folder / RECORDS
     file.write_text("".join(one.to_json() + "\n" for group in groups for one in group), encoding="utf-8")
     return file
+
+
+def write_study(folder: Path, *more: list[Record]) -> None:
+    """A variant on a grid, one of budgets, and any more."""
+    n, d = grid()
+    c = np.repeat(np.logspace(11, 13, 3), 10)
+    size = 1e5 * (c / 1e12) ** 0.5 * np.tile(np.repeat(np.logspace(-1, 1, 5), 2), 3)
+    budgets = records(size, c / 60 / size, loss(size, c / 60 / size, 0.005), "isoflop")
+    write(folder, records(n, d, loss(n, d, 0.02)), *more, budgets)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from synthetic_runs import grid, loss, record, records, write
+from synthetic_runs import record, write_study
 
 from escaip.cli import main
 from escaip.errors import DataError
@@ -19,15 +18,7 @@ FEW = FitSettings(bootstrap=60)
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    n, d = grid()
-    c = np.repeat(np.logspace(11, 13, 3), 10)
-    size = 1e5 * (c / 1e12) ** 0.5 * np.tile(np.repeat(np.logspace(-1, 1, 5), 2), 3)
-    write(
-        tmp_path,
-        records(n, d, loss(n, d, 0.02)),
-        records(size, c / 60 / size, loss(size, c / 60 / size, 0.005), "isoflop"),
-        [record(id="lost", losses={})],
-    )
+    write_study(tmp_path, [record(id="lost", losses={})])
     (tmp_path / "study.json").write_text(json.dumps({"study": {"recipe": "quickstart", "epochs": 7}}))
     return tmp_path
 

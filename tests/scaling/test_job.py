@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 from training_stand_ins import TINY, write_molecules
 
 from escaip.errors import DataError
+from escaip.scaling.files import claim
 from escaip.scaling.flops import training_flops
 from escaip.scaling.job import RECORD, as_json, folder_of, main, read_job, read_validations, train
 from escaip.scaling.plan import Job, StudyPlan
@@ -69,6 +70,20 @@ def test_a_killed_run_goes_on_to_the_same_record(tmp_path: Path) -> None:
     again = train(tmp_path, job)  # all is trained, the record is missing
     assert again.losses == whole.losses
     assert (again.steps, again.flops, again.curve) == (whole.steps, whole.flops, whole.curve)
+
+
+def test_a_task_of_an_array_leaves_what_another_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path)
+    folder = folder_of(tmp_path, job.id)
+    (tmp_path / "jobs.txt").write_text(f"other\n{job.id}\n", "utf-8")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    lock = claim(folder)
+    assert lock is not None
+    assert main([str(tmp_path), "jobs.txt", "--array"]) == 0
+    assert not (folder / RECORD).exists()
+    lock.close()
+    assert main([str(tmp_path), "jobs.txt", "--array"]) == 0
+    assert (folder / RECORD).exists()
 
 
 def test_a_budget_is_spent(tmp_path: Path) -> None:

@@ -97,9 +97,9 @@ def test_a_run_that_is_claimed_is_not_started(config: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     job = run.StudyPlan.read(config).jobs()[0]
     (out / "jobs" / job.id).mkdir(parents=True)
-    lock = run._claim(out, job)
+    lock = run.claim(out / "jobs" / job.id)
     assert lock is not None
-    assert run._claim(out, job) is None
+    assert run.claim(out / "jobs" / job.id) is None
     arguments = [sys.executable, "-c", PROGRAM, str(config), str(out), *STAND_IN]
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as other:
         while len(list(out.glob("jobs/*/record.json"))) < 7:
@@ -158,7 +158,7 @@ script = open(sys.argv[-1]).read()
 last = int(script.split("--array=0-")[1].split()[0])
 for task in range(last + 1):
     subprocess.run(["bash", sys.argv[-1]], env={{**os.environ, "SLURM_ARRAY_TASK_ID": str(task)}}, check=True)
-print("4711")
+print("4711;cluster")
 """
 
 

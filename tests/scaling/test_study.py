@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import grid, loss, records, write
+from synthetic_runs import grid, loss, records, write, write_study
 
 from escaip.cli import main
 from escaip.errors import DataError
@@ -20,14 +20,7 @@ FEW = FitSettings(bootstrap=80)
 def study(tmp_path: Path) -> Path:
     """Two variants on a grid and one of IsoFLOP runs."""
     n, d = grid()
-    c = np.repeat(np.logspace(11, 13, 3), 10)
-    size = 1e5 * (c / 1e12) ** 0.5 * np.tile(np.repeat(np.logspace(-1, 1, 5), 2), 3)
-    write(
-        tmp_path,
-        records(n, d, loss(n, d, 0.02)),
-        records(n, d, loss(n, d, 0.02, 1, E=0.03), "hard"),
-        records(size, c / 60 / size, loss(size, c / 60 / size, 0.005), "isoflop"),
-    )
+    write_study(tmp_path, records(n, d, loss(n, d, 0.02, 1, E=0.03), "hard"))
     return tmp_path
 
 
