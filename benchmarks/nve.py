@@ -3,8 +3,8 @@
 python benchmarks/nve.py --model NAME=FILE ... --start NAME=STRUCTURE ... [--picoseconds 10] [--out FILE]
 
 Every model runs from the structure of its name (the part before a colon names both: ``3bpa:direct`` starts where
-``3bpa`` does), relaxed no further, velocities drawn once and the same for all: float32 and float64, compiled with and
-without a skin, not compiled with one, and at half and twice the time step. Direct-force models run in float32 alone;
+``3bpa`` does), relaxed no further, velocities drawn once and the same for all: float32 and float64, compiled and
+not, with and without a skin, and at half and twice the time step. Direct-force models run in float32 alone;
 they drift, which is shown here. The slope is of a line through the logged energy; its error is that of the slopes of
 five blocks, since samples are correlated. What stands in ``--out`` already is not run again.
 """
@@ -105,7 +105,7 @@ def settings_of(model: Potential, step: float) -> list[tuple[str, float, bool, f
     """What to run a model with: dtype, skin, compiled, time step."""
     if not model.config.is_conservative:
         return [("float32", 0.5, True, step)]
-    ways = [(skin, compiled) for skin, compiled in ((0.0, True), (0.5, True), (0.5, False))]
+    ways = [(skin, compiled) for compiled in (True, False) for skin in (0.0, 0.5)]
     found = [(dtype, skin, compiled, step) for skin, compiled in ways for dtype in ("float32", "float64")]
     return found + [("float64", 0.5, True, factor * step) for factor in STEPS]
 
