@@ -26,7 +26,7 @@ from escaip.potential import ENERGY_BUFFERS, Potential, PotentialMetadata
 from escaip.precision import PRECISIONS, check_precision
 
 PotentialKind = TypeVar("PotentialKind", bound=Potential)
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
 
 
@@ -174,8 +174,13 @@ def _from_version_3(description: dict[str, Any]) -> dict[str, Any]:
     return {**description, "schema": 4, "config": {"boo_floor": PUBLISHED_FLOOR, **description["config"]}}
 
 
+def _from_version_4(description: dict[str, Any]) -> dict[str, Any]:
+    """Version 4 had no repulsion: there is none (see :class:`escaip.repulsion.Repulsion`)."""
+    return {**description, "schema": 5}
+
+
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: _from_version_1, 2: _from_version_2, 3: _from_version_3,
+    1: _from_version_1, 2: _from_version_2, 3: _from_version_3, 4: _from_version_4,
 }  # fmt: skip
 
 

@@ -15,13 +15,14 @@ from escaip.compile import CompiledEvaluation, compile_example
 from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
 from escaip.errors import ConfigError
 from escaip.evaluation import EvaluationInputs, evaluate, forces_of, frozen, plan_parts, stress_of, virials_of
-from escaip.graph import build_graph, displacements, search_cutoff
+from escaip.graph import attached_neighbors, build_graph, displacements, search_cutoff
 from escaip.metadata import PotentialMetadata
 from escaip.model import EScAIP
 from escaip.ops import sum_rows
 from escaip.precision import check_precision, in_precision
 from escaip.recorded import RecordedEvaluation
 from escaip.references import check_elements, dataset_codes, missing_reference, references_of
+from escaip.repulsion import Repulsion
 from escaip.types import AtomInputs, Graph, ModelOutput, NeighborList, Prediction
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ class Potential(nn.Module):
     """An interatomic potential: model, element references, scale and derivatives.
 
     ``E = Σ_i (reference[Z_i] + shift[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in
-    float64. Potentials trained on several sets have all three for each, chosen by ``batch.dataset`` or, where that says
-    nothing, by :meth:`choose_dataset`. Forces are ``−∂E/∂r`` or, for direct-force models, ``scale ·`` the force
-    head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in tension. Positions and cells are read in
-    float64, displacements formed in float64 and cast to the model's dtype (float32 or float64).
+    float64; and a repulsion of atoms that come too close. Potentials trained on several sets have all three for each,
+    chosen by ``batch.dataset`` or, where that says nothing, by :meth:`choose_dataset`. Forces are ``−∂E/∂r`` or, for
+    direct-force models, ``scale ·`` the force head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in
+    tension. Positions and cells are read in float64, displacements formed in float64 and cast to the model's dtype
+    (float32 or float64).
 
     Args:
         config: the model.
@@ -52,6 +54,7 @@ class Potential(nn.Module):
             set does not have.
         element_shifts: of the same shape, eV, what training adds to them (docs/training.md).
         scale: ``()`` or ``(S,)`` eV.
+        repulsion: between atoms closer than any in training; none for a fresh model (:mod:`escaip.repulsion`).
         recompute: keep only what enters each layer and compute the rest again for derivatives: less memory for about a
             third more time. None, the default: where a prediction would otherwise keep several GiB; never in training.
         precision: ``"highest"``, the model's own; ``"tf32"`` for products of float32 matrices on CUDA; ``"float16"`` or
@@ -67,6 +70,7 @@ class Potential(nn.Module):
         super().__init__()
         self.config = config
         self.model = EScAIP(config)
+        self.repulsion = Repulsion()
         for name in ("element_references", "element_shifts"):
             self.register_buffer(name, torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
@@ -246,6 +250,10 @@ class Potential(nn.Module):
             )
             offsets = self.atomic_references(batch) + self.atomic_shifts(batch)
             atomic_energies = offsets + scale * output.energy.double()
+            if self.repulsion:
+                core, slope = self.repulsion(vectors, graph, batch.atomic_numbers)
+                atomic_energies = atomic_energies + core
+                gradient = None if gradient is None else gradient + slope
             energy = sum_rows(atomic_energies, batch.batch, num_systems)
             forces, stress = None, None
             if gradient is not None and compute_forces:
@@ -255,7 +263,8 @@ class Potential(nn.Module):
                 stress = stress_of(virial, cell, batch.pbc).to(self.dtype)
             virials = virials_of(vectors, gradient, graph) if gradient is not None and compute_virials else None
             if output.forces is not None and compute_forces:
-                forces = (scale.unsqueeze(-1) * output.forces.double()).to(self.dtype)
+                direct = scale.unsqueeze(-1) * output.forces.double()
+                forces = (direct + forces_of(slope, graph) if self.repulsion else direct).to(self.dtype)
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()
         return Prediction(energy, forces, stress, atomic_energies, virials)
@@ -271,7 +280,7 @@ class Potential(nn.Module):
         self.config.check_slack(slack)
         check_elements(batch.atomic_numbers, self.supported, self.metadata.elements)
         self.model.system_embedding.check(batch.charge, batch.spin_multiplicity)
-        return build_graph(batch, self.config.graph, neighbors or _attached_neighbors(batch), slack)
+        return build_graph(batch, self.config.graph, neighbors or attached_neighbors(batch), slack)
 
     def _evaluate(
         self,
@@ -385,15 +394,3 @@ class Potential(nn.Module):
         from escaip.checkpoint import save_potential
 
         save_potential(self, path)
-
-
-def _attached_neighbors(batch: Any) -> NeighborList | None:
-    """The candidate list that a loader worker attached, if it did."""
-    if "edge_shift" not in batch:
-        return None
-    return NeighborList(
-        center=batch.edge_index[0],
-        neighbor=batch.edge_index[1],
-        shift=batch.edge_shift,
-        cutoff=float(batch.edge_cutoff.min()),
-    )

@@ -30,7 +30,7 @@ FLOORS: dict[str, int] = {
     "graph": 2,
     "nn": 3,
     "config": 4, "model": 4, "metadata": 4, "precision": 4, "evaluation": 4, "compile": 4, "ahead": 4, "data": 4,
-    "padding": 4, "recorded": 4, "references": 4,
+    "padding": 4, "recorded": 4, "references": 4, "repulsion": 4,
     "batching": 5, "potential": 5, "checkpoint": 5, "interop": 5, "export": 5, "packaged": 5,
     "hessian": 5,
     "train": 6, "calculators": 6, "simulate": 6, "analysis": 6, "properties": 6, "evaluate": 6, "info": 6, "testing": 6,

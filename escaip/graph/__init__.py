@@ -1,12 +1,13 @@
 """Topology and geometry of a batch: neighbor search, soft k-nearest neighbors, tokens, invariant features."""
 
-from escaip.graph.build import build_graph
+from escaip.graph.build import attached_neighbors, build_graph
 from escaip.graph.features import bond_orientational_order
 from escaip.graph.geometry import compute_geometry, displacements, split_tokens, token_geometry
 from escaip.graph.neighbors import neighbor_list
 from escaip.graph.settings import search_cutoff
 
 __all__ = [
+    "attached_neighbors",
     "bond_orientational_order",
     "build_graph",
     "compute_geometry",

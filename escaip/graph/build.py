@@ -54,3 +54,15 @@ def build_graph(
             return graph
     systems.check()
     return plain_graph(systems, settings, neighbors, cutoff, slack)
+
+
+def attached_neighbors(batch: Any) -> NeighborList | None:
+    """The candidate list that a loader's worker attached to a batch, if it did."""
+    if "edge_shift" not in batch:
+        return None
+    return NeighborList(
+        center=batch.edge_index[0],
+        neighbor=batch.edge_index[1],
+        shift=batch.edge_shift,
+        cutoff=float(batch.edge_cutoff.min()),
+    )

@@ -13,6 +13,7 @@ from escaip.checkpoint import describe_potential
 from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError
 from escaip.potential import ENERGY_BUFFERS, Potential, PotentialMetadata
+from escaip.repulsion import check_fraction, closest_distances, repulsion_onsets
 from escaip.train.guard import check_prediction, gradient_failure, loss_failure
 from escaip.train.losses import TERMS, LossSettings, LossSums, loss_sums
 from escaip.train.metrics import NUM_SUMS, ErrorMetrics, error_sums, errors_from_sums
@@ -60,6 +61,7 @@ class PotentialModule(LightningModule):
         recompute: bool = False,
         refit_references: bool = True,
         base_width: int | None = None,
+        repulsion: float | None = 0.9,
     ) -> None:
         """Builds the potential.
 
@@ -82,6 +84,8 @@ class PotentialModule(LightningModule):
             base_width: ``hidden_size`` at which ``learning_rate`` and ``weight_decay`` were found; other widths scale
                 them, and the first outputs, so that they stay right (maximal-update parametrisation,
                 ``escaip.train.transfer``). Default: used as they are.
+            repulsion: of atoms closer than this fraction of the shortest distance between their elements in the
+                training set (:mod:`escaip.repulsion`); null for none.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
@@ -90,6 +94,8 @@ class PotentialModule(LightningModule):
         if compile and recompute:
             raise ConfigError("compile and recompute do not go together: set one of them to false")
         _check_schedule(learning_rate, weight_decay, warmup_fraction, final_fraction)
+        if repulsion is not None:
+            check_fraction(repulsion)
         config = EScAIPConfig.from_dict(dict(architecture))
         if losses.stress.weight > 0 and not config.is_conservative:
             raise ConfigError("losses.stress.weight is above 0, but a direct-force model has no stress: set it to 0")
@@ -106,6 +112,7 @@ class PotentialModule(LightningModule):
             "recompute": recompute,
             "refit_references": refit_references,
             "base_width": base_width,
+            "repulsion": repulsion,
         }
         self.save_hyperparameters(plain_values(settings), logger=False)
         self.losses = losses
@@ -122,7 +129,7 @@ class PotentialModule(LightningModule):
             self.potential.compile()
         self.validation_errors = ErrorMetrics(losses)
         self.last_errors: dict[str, dict[str, float]] = {}
-        self.refit_references = refit_references
+        self.refit_references, self.repulsion = refit_references, repulsion
         self._reference_fit: ReferenceFit | None = None
         self._dropout_seed = 0
         self._total_steps = 1
@@ -155,6 +162,9 @@ class PotentialModule(LightningModule):
                 self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
             else:
                 self.potential.set_statistics(statistics)
+            if self.repulsion is not None:
+                closest = closest_distances(data.datasets["train"])
+                self.potential.repulsion.onset = repulsion_onsets(closest, self.repulsion).float()
             if self.refit_references:
                 fitted = [item.references_fitted for item in (statistics.values() if several else [statistics])]
                 self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)

@@ -1,0 +1,172 @@
+"""Atoms closer than any in training: how they repel each other, and that nothing else changes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import ase.build
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.data import covalent_radii
+
+from escaip import EScAIPCalculator, load_potential
+from escaip.config import EScAIPConfig
+from escaip.data import AtomicData, collate
+from escaip.errors import ConfigError
+from escaip.potential import Potential
+from escaip.repulsion import closest_distances, repulsion_onsets
+from escaip.testing import check_potential
+
+SMALL = {
+    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
+    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
+}  # fmt: skip
+
+
+def make_potential(onset: float | None, **overrides: object) -> Potential:
+    torch.manual_seed(0)
+    potential = Potential(EScAIPConfig.from_dict({**SMALL, **overrides})).double().eval()
+    if onset is not None:
+        potential.repulsion.onset = torch.full((119, 119), onset)
+    return potential
+
+
+def published(first: int, second: int, r: float) -> float:
+    """Of Ziegler, Biersack and Littmark, with constants from its reference implementation in atomic units."""
+    a = 0.8854 * 0.529177 / (first**0.23 + second**0.23)
+    phi = 0.18175 * math.exp(-3.1998 * r / a) + 0.50986 * math.exp(-0.94229 * r / a)
+    phi += 0.28022 * math.exp(-0.4029 * r / a) + 0.02817 * math.exp(-0.20162 * r / a)
+    return 27.211386 * 0.529177 * first * second / r * phi
+
+
+def energy(potential: Potential, atoms: Atoms) -> float:
+    return float(potential(collate([AtomicData.from_ase(atoms)]), create_graph=False).energy)
+
+
+@pytest.mark.parametrize("r", [0.3, 0.8, 1.2, 1.4999])
+def test_a_pair_has_the_screened_coulomb_energy(r: float) -> None:
+    atoms = Atoms("InP", positions=[[0, 0, 0], [0, 0, r]])
+    found = energy(make_potential(1.5), atoms) - energy(make_potential(None), atoms)
+    x = r / 1.5
+    assert found == pytest.approx(published(49, 15, r) * math.exp(-x * x / (1 - x * x)), rel=1e-5, abs=1e-12)
+
+
+def test_beyond_the_onset_nothing_changes() -> None:
+    atoms = ase.build.molecule("CH3CH2OH")
+    batch = collate([AtomicData.from_ase(atoms)])
+    bare, walled = (make_potential(onset)(batch, create_graph=False) for onset in (None, 0.9))
+    assert torch.equal(bare.energy, walled.energy)
+    assert torch.equal(bare.forces, walled.forces)
+
+
+def test_contracts_hold_where_atoms_repel() -> None:
+    molecule = ase.build.molecule("CH3OH")
+    crystal = ase.build.bulk("Cu", "fcc", a=3.6, cubic=True)
+    crystal.rattle(0.1, seed=1)
+    rod = Atoms("C2", positions=[[0, 0, 0], [0.1, 1.3, 0.2]], cell=[[2.6, 0.4, 0], [0, 0, 0], [0, 0, 0]],
+                pbc=[True, False, False])  # fmt: skip
+    onsets = repulsion_onsets(torch.full((119, 119), 3.0, dtype=torch.float64)).float()
+    potential = make_potential(None)
+    potential.repulsion.onset = onsets
+    assert energy(potential, molecule) > energy(make_potential(None), molecule) + 1.0
+    check_potential(potential, [molecule, crystal, rod])
+
+
+def test_hessians_and_virials_of_atoms_have_it() -> None:
+    potential, atoms = make_potential(2.0), ase.build.molecule("CH3OH")
+    atoms.rattle(0.05, seed=0)
+    near = potential.hessian(atoms, method="finite_differences", step=1e-5)
+    found = potential.hessian(atoms)
+    assert float((near - found).abs().max()) < 1e-6 * float(found.abs().max())
+    crystal = ase.build.bulk("Cu", "fcc", a=2.5)
+    out = make_potential(2.0)(collate([AtomicData.from_ase(crystal)]), compute_stress=True, compute_virials=True)
+    assert torch.allclose(out.atomic_virials.sum(0), out.stress[0] * crystal.cell.volume, atol=1e-8)
+
+
+def test_direct_forces_have_it_too() -> None:
+    atoms = Atoms("C2H", positions=[[0, 0, 0], [0, 0, 0.9], [0, 2.0, 0]])
+    batch = collate([AtomicData.from_ase(atoms)])
+    bare, walled = (make_potential(onset, forces="direct")(batch, create_graph=False) for onset in (None, 1.2))
+    found = (walled.forces - bare.forces).detach().numpy()
+    step = 1e-5
+    moved = [atoms.copy() for _ in range(2)]
+    moved[0].positions[1, 2] += step
+    moved[1].positions[1, 2] -= step
+    core = [energy(make_potential(1.2), a) - energy(make_potential(None), a) for a in moved]
+    np.testing.assert_allclose(found[1, 2], -(core[0] - core[1]) / (2 * step), rtol=1e-6)
+    np.testing.assert_allclose(found, [[0, 0, -found[1, 2]], [0, 0, found[1, 2]], [0, 0, 0]], atol=1e-12)
+
+
+def test_training_on_forces_goes_through_it() -> None:
+    potential = make_potential(2.0).train()
+    prediction = potential(collate([AtomicData.from_ase(ase.build.molecule("CH4"))]), compute_stress=True)
+    (prediction.forces.square().sum() + prediction.energy.sum()).backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in potential.parameters() if p.grad is not None)
+
+
+def test_it_keeps_atoms_apart() -> None:
+    """Two atoms thrown at each other bounce, where the bare potential lets them through."""
+    from ase import units
+    from ase.md.verlet import VelocityVerlet
+
+    closest = {}
+    for onset in (None, 1.2):
+        atoms = Atoms("C2", positions=[[0, 0, 0], [0, 0, 2.5]])
+        atoms.set_velocities([[0, 0, 0.35], [0, 0, -0.35]])
+        atoms.calc = EScAIPCalculator(make_potential(onset), device="cpu")
+        path = []
+        VelocityVerlet(atoms, 0.1 * units.fs).run(0)
+        dynamics = VelocityVerlet(atoms, 0.2 * units.fs)
+        dynamics.attach(lambda atoms=atoms, path=path: path.append(atoms.get_distance(0, 1)))
+        dynamics.run(250)
+        closest[onset] = min(path)
+    assert closest[None] < 0.1
+    assert closest[1.2] > 0.4
+
+
+def test_files_keep_it_whatever_their_precision(tmp_path: Path) -> None:
+    potential = make_potential(None)
+    potential.repulsion.onset = torch.rand(119, 119)
+    potential.save(tmp_path / "walled.escaip")
+    potential.float().double()
+    for dtype in ("float32", "float64"):
+        loaded = load_potential(tmp_path / "walled.escaip", device="cpu", dtype=dtype)
+        assert torch.equal(loaded.repulsion.onset, potential.repulsion.onset)
+        assert loaded.repulsion.onset.dtype == torch.float32
+    make_potential(None).save(tmp_path / "bare.escaip")
+    assert not load_potential(tmp_path / "bare.escaip", device="cpu").repulsion
+    assert "repulsion.onset" not in make_potential(None).state_dict()
+
+
+def test_distances_are_the_shortest_of_a_set() -> None:
+    sets = [ase.build.molecule("CO"), ase.build.molecule("CH4"), Atoms("C2", positions=[[0, 0, 0], [0, 0, 5.0]])]
+    copper = ase.build.bulk("Cu", "fcc", a=3.6)  # its only neighbors are its own images
+    copper.set_cell(copper.cell * 0.9, scale_atoms=True)
+    found = closest_distances([AtomicData.from_ase(atoms) for atoms in (*sets, copper)])
+    assert torch.equal(found, found.T)
+    assert float(found[6, 8]) == pytest.approx(sets[0].get_distance(0, 1))
+    assert float(found[1, 6]) == pytest.approx(1.0897, abs=1e-3)
+    assert float(found[29, 29]) == pytest.approx(0.9 * 3.6 / math.sqrt(2))
+    assert math.isinf(float(found[1, 1]))  # 1.78 Å is no bond
+    assert math.isinf(float(found[6, 6]))
+
+
+def test_a_large_set_is_sampled() -> None:
+    structures = [AtomicData.from_ase(Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.5 + 0.001 * i]])) for i in range(100)]
+    assert float(closest_distances(structures, 2)[1, 1]) == pytest.approx(0.5)
+    assert float(closest_distances(structures[::-1], 2)[1, 1]) == pytest.approx(0.5)
+    assert float(closest_distances(structures[1:], 1)[1, 1]) == pytest.approx(0.501)
+
+
+def test_onsets() -> None:
+    closest = torch.full((119, 119), math.inf, dtype=torch.float64)
+    closest[6, 6] = 1.2
+    found = repulsion_onsets(closest, 0.8)
+    assert float(found[6, 6]) == pytest.approx(0.96)
+    assert float(found[1, 6]) == pytest.approx(0.8 * 0.7 * (covalent_radii[1] + covalent_radii[6]))
+    for fraction in (0.0, 1.1, math.nan):
+        with pytest.raises(ConfigError, match="repulsion is .*at most 1, or null"):
+            repulsion_onsets(closest, fraction)
