@@ -42,12 +42,22 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
         "datasets": metadata["datasets"],
         "units": description["units"],
         "cutoff": potential.cutoff,
+        "repulsion_below": _onsets(potential),
         "force_scale": {name: scale for name, (_, scale) in rows.items()} if potential.datasets else rows[""][1],
         "element_references": {name: row for name, (row, _) in rows.items()} if potential.datasets else rows[""][0],
         "config": description["config"],
         "provenance": metadata["provenance"],
         **({"package": describe_package(path)} if is_package(path) else {}),
     }
+
+
+def _onsets(potential: Potential) -> str | list[float]:
+    """Å, the least and the largest distance of two elements below which atoms repel each other."""
+    if not potential.repulsion:
+        return "none"
+    elements = list(potential.metadata.elements) or slice(1, None)
+    onsets = potential.repulsion.onset[elements][:, elements]
+    return [round(float(onsets.min()), 3), round(float(onsets.max()), 3)]
 
 
 def _by_set(potential: Potential) -> tuple[list[dict[str, float]], list[float]]:

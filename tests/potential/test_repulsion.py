@@ -168,5 +168,5 @@ def test_onsets() -> None:
     assert float(found[6, 6]) == pytest.approx(0.96)
     assert float(found[1, 6]) == pytest.approx(0.8 * 0.7 * (covalent_radii[1] + covalent_radii[6]))
     for fraction in (0.0, 1.1, math.nan):
-        with pytest.raises(ConfigError, match="repulsion is .*at most 1, or null"):
+        with pytest.raises(ConfigError, match="it must be above 0 and at most 1, or null"):
             repulsion_onsets(closest, fraction)
