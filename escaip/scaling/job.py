@@ -127,10 +127,12 @@ def _record(job: Job, cli: Any, folder: Path, finite: bool, seconds: float) -> R
     curve = [(float(step), flops * step / steps, row["val/loss"]) for step, row in rows.items() if "val/loss" in row]
     count = parameter_count(cli.model.potential.config)
     batches = len(cli.datamodule.train_dataloader())
+    epochs = steps * int(cli.trainer.accumulate_grad_batches) / batches
+    seen = min(1.0, epochs)  # a budget may end before all data were seen: D is what the run has learned from
     return Record(
         id=job.id, variant=job.variant, size=job.size, seed=job.seed, parameters=count.non_embedding,
-        parameters_total=count.total, structures=len(data), atoms=int(sum(data.natoms)),
-        epochs=steps * int(cli.trainer.accumulate_grad_batches) / batches, steps=steps, flops=flops,
+        parameters_total=count.total, structures=max(1, round(seen * len(data))),
+        atoms=max(1, round(seen * int(sum(data.natoms)))), epochs=epochs, steps=steps, flops=flops,
         learning_rate=job.learning_rate, losses=_losses(rows) if finite else {},
         curve=tuple(point for point in curve if math.isfinite(point[2])), seconds=seconds, commit=version(),
         config=dict(job.config),
@@ -197,8 +199,10 @@ def main(argv: list[str]) -> int:
     try:
         if "--array" in argv:
             name = (study / argv[1]).read_text(encoding="utf-8").split()[int(os.environ["SLURM_ARRAY_TASK_ID"])]
-            lock = claim(folder_of(study, name))  # until this process ends
-            if lock is None:
+            # Until this process ends. Those that it starts for its other devices (LOCAL_RANK) run under its claim.
+            first = os.environ.get("LOCAL_RANK", "0") == "0"
+            lock = claim(folder_of(study, name)) if first else None
+            if first and lock is None:
                 print(f"another process runs {name}: left to it")
                 return 0
         else:

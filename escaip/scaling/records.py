@@ -27,7 +27,7 @@ class Record:
         seed: of weights and order of the data.
         parameters: N, without embeddings of elements.
         parameters_total: with them.
-        structures: D, distinct training structures.
+        structures: D, distinct training structures; of less than an epoch, those that were seen.
         atoms: in those structures.
         epochs: passes over them.
         steps: of the optimizer.

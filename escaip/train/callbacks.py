@@ -18,6 +18,15 @@ from escaip.types import Prediction
 BASELINE = "references, zero forces"
 
 
+def folder_of_run(trainer: Trainer) -> Path:
+    """Where a run is kept, as this process knows it.
+
+    ``trainer.log_dir`` asks the first process, and waits forever where not all of them ask.
+    """
+    logger = trainer.loggers[0] if trainer.loggers else None
+    return Path(getattr(logger, "log_dir", None) or trainer.default_root_dir)
+
+
 class RunReport(Callback):
     """Prints what a run is at its start, and at its end its validation errors beside those of a baseline.
 
@@ -41,7 +50,7 @@ class RunReport(Callback):
         count = sum(parameter.numel() for parameter in pl_module.parameters())
         where = f"{trainer.world_size} x {pl_module.device}, precision {trainer.precision}"
         print(f"model: {count:,} parameters on {where}")
-        print(f"run: {os.path.relpath(trainer.log_dir or trainer.default_root_dir)}", flush=True)
+        print(f"run: {os.path.relpath(folder_of_run(trainer))}", flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the errors while training; prints them for ``escaip validate``."""

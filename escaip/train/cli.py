@@ -18,7 +18,7 @@ from escaip.config import EScAIPConfig
 from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError, TrainingError
 from escaip.resources import config_path, resolve
-from escaip.train.callbacks import PredictionFile, RunReport
+from escaip.train.callbacks import PredictionFile, RunReport, folder_of_run
 from escaip.train.checkpoints import BEST, LAST, BestAndLast, PlainCheckpointIO, read_checkpoint
 from escaip.train.ema import WeightEMA
 from escaip.train.evaluation import FinalEvaluation
@@ -119,7 +119,7 @@ class RunFolder(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Moves the link; the rest is done before."""
-        folder = Path(trainer.log_dir or "")
+        folder = folder_of_run(trainer)  # called on the first process alone
         if stage != "fit" or not folder.name.startswith("version_"):
             return
         link = folder.parent / LATEST

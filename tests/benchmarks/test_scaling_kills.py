@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,11 +125,26 @@ def test_what_a_kill_meets(tmp_path: Path) -> None:
     assert alive(study) == 0
 
 
-def test_a_study_is_killed_and_then_ends(tmp_path: Path) -> None:
-    starts = tmp_path / "starts"
-    arguments = ["sh", "-c", f"echo $$ >> {starts}; [ $(wc -l < {starts}) -gt 2 ] || exec sleep 60"]
-    kills = killed_study(arguments, tmp_path, [0.3, 0.6], tmp_path / "log")
-    assert [(kill["seconds"], kill["killed"]) for kill in kills] == [(0.3, "runner"), (0.6, "runner and its group")]
-    assert len(starts.read_text().split()) == 3
+STAND_IN = """
+echo $$ >> {0}/starts
+[ $(wc -l < {0}/starts) -gt 2 ] || {{ sleep 60 & echo $! >> {0}/runs; wait; }}
+"""
+
+
+def runs_on(pid: int) -> bool:
+    """Whether a process is there and no zombie, which nobody may have fetched yet."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
+def test_a_study_is_killed_alone_and_with_its_runs_and_then_ends(tmp_path: Path) -> None:
+    arguments = ["sh", "-c", STAND_IN.format(tmp_path)]
+    kills = killed_study(arguments, tmp_path, [0.5, 1.0], tmp_path / "log")
+    assert [(kill["seconds"], kill["killed"]) for kill in kills] == [(0.5, "runner"), (1.0, "runner and its group")]
+    assert len((tmp_path / "starts").read_text().split()) == 3
+    runs = [int(pid) for pid in (tmp_path / "runs").read_text().split()]
+    assert [runs_on(pid) for pid in runs] == [True, False]  # unlike a real one, this stand-in outlives its runner
+    os.kill(runs[0], signal.SIGKILL)
     with pytest.raises(SystemExit, match=r"the study ended .status 0. after 0 kills"):
         killed_study(arguments, tmp_path, [5.0], tmp_path / "log")

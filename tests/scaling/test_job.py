@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,15 +22,16 @@ from escaip.scaling.plan import Job, StudyPlan
 from escaip.scaling.records import Record
 from escaip.scaling.shapes import GraphShape
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's
 
 
-def make_job(folder: Path, **changes: Any) -> Job:
+def make_job(folder: Path, trainer: dict[str, Any] | None = None, **changes: Any) -> Job:
     """A run on eight of sixteen molecules, for three epochs of two steps."""
     content: dict[str, Any] = {
         "recipe": "quickstart",
         "settings": {
-            "model": {"level_of_theory": "none", "datasets": ["none"]},
+            "model": {"level_of_theory": "none", "datasets": ["none"]}, "trainer": trainer or {},
             "data": {
                 "train": str(write_molecules(folder / "train.xyz", 16)), "batch_size": 4, "max_atoms": None,
                 "val": str(write_molecules(folder / "val.xyz", 6, seed=1)), "split": {"by": "structure"},
@@ -86,6 +90,45 @@ def test_a_task_of_an_array_leaves_what_another_process_runs(tmp_path: Path, mon
     assert (folder / RECORD).exists()
 
 
+def test_the_processes_of_other_devices_run_under_the_claim_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs.txt").write_text("a\n", "utf-8")
+    folder = folder_of(tmp_path, "a")
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(as_json(Job("a", "default", "tiny", 0, 1.0, None, False, {})), "utf-8")
+    trained: list[str] = []
+    monkeypatch.setattr("escaip.scaling.job.train", lambda study, job: trained.append(job.id))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    lock = claim(folder)  # the first process has it
+    assert lock is not None
+    for rank, expected in (("0", []), ("1", ["a"])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main([str(tmp_path), "jobs.txt", "--array"]) == 0
+        assert trained == expected
+    lock.close()
+
+
+@pytest.mark.slow
+def test_a_task_of_an_array_with_two_devices(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1, trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp"})
+    (tmp_path / "jobs.txt").write_text(f"{job.id}\n", "utf-8")
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "escaip.scaling.job", str(tmp_path), "jobs.txt", "--array"]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output
+    record = Record.from_json((folder_of(tmp_path, job.id) / RECORD).read_text("utf-8"))
+    assert (record.structures, record.steps) == (8, 1)  # four to each device
+    assert record.losses
+
+
 def test_a_budget_is_spent(tmp_path: Path) -> None:
     one = train(tmp_path / "a", make_job(tmp_path / "a"))
     budget = 4.2 * one.flops / one.steps
@@ -93,6 +136,14 @@ def test_a_budget_is_spent(tmp_path: Path) -> None:
     record = train(tmp_path / "b", job)
     assert record.steps == 4
     assert record.flops == pytest.approx(budget, rel=0.1)
+
+
+def test_a_budget_that_ends_before_its_data_do_counts_what_was_seen(tmp_path: Path) -> None:
+    one = train(tmp_path / "a", make_job(tmp_path / "a"))
+    record = train(tmp_path / "b", make_job(tmp_path / "b", epochs=None, budgets=[one.flops / one.steps]))
+    assert (record.steps, record.epochs) == (1, 0.5)
+    assert (record.structures, record.atoms) == (one.structures // 2, round(one.atoms / 2))
+    assert record.losses
 
 
 @pytest.mark.bad_input
