@@ -1,21 +1,26 @@
 """Checks and times everything on a GPU in one command.
 
     python benchmarks/gpu_suite.py [--minutes 8] [--out DIR]
+    python benchmarks/gpu_suite.py --parts scaling --data FILE ... --minutes 25 [--out DIR]
 
 Every attention backend against float64 in value, first and second derivative; the main cases of attention.py, with
 the expanded channels of the published implementation beside; energy and forces of 64 to 100 000 atoms, and training
 steps, of the presets and the published size, in float32, TF32 and bfloat16, eager and compiled; molecular dynamics,
 compiled, with a kept graph and recorded in CUDA graphs; and the quickstart recipe, in the time that is left. What there
-was no time for is a row that says so. Writes ``gpu_suite.json`` under ``--out`` (by default the folder named by the
-variable OUT, else runs/bench). ``--device cpu --small`` runs it all tiny.
+was no time for is a row that says so. Part ``scaling``, only with ``--data``, is the study configs/scaling/h200.yaml
+on those files, four runs at once; stopped in time, it goes on from ``runs/gpu_suite_scaling`` by the same command.
+Writes ``gpu_suite.json`` under ``--out`` (by default the folder named by the variable OUT, else runs/bench). ``--device
+cpu --small`` runs it all tiny.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -32,6 +37,8 @@ from torch import Tensor
 from escaip import EScAIPConfig, Potential
 from escaip.graph import build_graph
 from escaip.ops import available_backends
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -280,19 +287,74 @@ def quickstart(seconds: float, out: Path, device: str) -> dict[str, Any]:
     return {"status": status, "seconds": time.perf_counter() - start, "output": output}
 
 
+STUDY = Path("runs/gpu_suite_scaling")  # checkpoints are large: only tables and plots go to --out
+STUDY_FILES = ("study.json", "sweep.jsonl", "records.jsonl", "fit.json", "report.md", "scaling.png")
+
+
+def small_study(file: Path) -> Path:
+    """The study of the GPU with little of everything."""
+    import yaml
+
+    content = yaml.safe_load((ROOT / "configs" / "scaling" / "h200.yaml").read_text("utf-8"))
+    content |= {"widths": [32, 64], "data_sizes": [0.05, 0.1, 0.2], "epochs": 1, "seeds": [0], "learning_rate": 1e-3}
+    content["settings"]["data"]["split"]["by"] = "structure"  # so that every part has all elements
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(content), "utf-8")
+    return file
+
+
+def scaling(device: str, small: bool, data: list[str], out: Path, deadline: float) -> list[dict[str, Any]]:
+    """A scaling study in the time there is: a row for each run that ended; its tables and plots under ``out``."""
+    from escaip.scaling.records import RECORDS, read_records
+
+    study, escaip = (out / "study" if small else STUDY), [sys.executable, "-m", "escaip", "scaling"]
+    name = str(small_study(out / "small.yaml")) if small else "h200"
+    command = [*escaip, "run", name, "--out", str(study), "--workers", "2" if small else "4", "--set"]
+    command += [f"data.train=[{', '.join(data)}]", f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}"]
+    process = subprocess.Popen(command)
+    try:
+        status = f"status {process.wait(max(1.0, deadline - time.perf_counter()))}"
+    except subprocess.TimeoutExpired:
+        process.kill()  # takes its runs with it; what has a checkpoint goes on from there
+        process.wait()
+        status = "no time left"
+    if not (study / RECORDS).is_file():
+        return [{"run": None, "failed": status}]
+    records = read_records(study)
+    with contextlib.suppress(subprocess.CalledProcessError, subprocess.TimeoutExpired):  # too few runs for any law
+        subprocess.run([*escaip, "plot", str(study)], check=True, timeout=60.0)
+    for file in STUDY_FILES:
+        if (study / file).is_file():
+            (out / "scaling").mkdir(parents=True, exist_ok=True)
+            shutil.copy(study / file, out / "scaling" / file)
+    missing = len(json.loads((study / "study.json").read_text("utf-8"))["jobs"]) - len(records)
+    rows = [
+        {
+            "run": one.id, "parameters": one.parameters, "structures": one.structures, "steps": one.steps,
+            "flops": one.flops, "seconds": one.seconds, **one.losses, "failed": None,
+        }
+        for one in records
+    ]  # fmt: skip
+    return [*rows, {**dict.fromkeys(rows[0]), "run": f"{missing} more", "failed": status}] if missing else rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; training takes what is left")
     parser.add_argument(
-        "--parts", nargs="+", choices=("attention", "attention_times", "predictions", "dynamics", "training_steps"),
+        "--parts", nargs="+",
+        choices=("attention", "attention_times", "predictions", "dynamics", "training_steps", "scaling"),
         help="only these; a second run for what the first had no time for",
     )  # fmt: skip
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="of the scaling study, some thousands")
     parser.add_argument("--small", action="store_true", help="tiny sizes, no training: does the suite itself work?")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/bench")))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_suite: this machine has no usable CUDA device: run it on one, or with --device cpu --small")
+    if "scaling" in (args.parts or ()) and not args.data:
+        sys.exit("gpu_suite: part scaling needs structures: name files with --data")
 
     start = time.perf_counter()
     report: dict[str, Any] = {"provenance": provenance()}
@@ -304,6 +366,8 @@ def main() -> None:
         "dynamics": lambda: dynamics(args.device, args.small, (time.perf_counter() + deadline) / 2),
         "training_steps": lambda: training_steps(args.device, args.small, deadline),
     }
+    if args.data:
+        parts["scaling"] = lambda: scaling(args.device, args.small, args.data, args.out, deadline)
     for name in args.parts or parts:
         report[name] = parts[name]()
         write_json(args.out / "gpu_suite.json", report)  # what is measured is kept if the next part fails

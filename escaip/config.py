@@ -36,7 +36,7 @@ class EScAIPConfig:
             token: ``"always"``, ``"inference"`` (where the weights do not change) or ``"never"``.
         distance_knots: intervals of the table on ``[0, cutoff]``; its error falls with their sixth power.
         element_size: width of each element embedding.
-        boo_degrees: bond-orientational order for ``l = 0 .. boo_degrees − 1``.
+        boo_degrees: bond-orientational order for ``l = 0 .. boo_degrees − 1``; 1 is without it, as l = 0 is 1 always.
         boo_size: width of its embedding.
         boo_weighting: ``"envelope"`` (smooth) or ``"uniform"`` (as published: the energy jumps when
             a neighbor enters or leaves).
