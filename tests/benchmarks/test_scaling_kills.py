@@ -140,8 +140,8 @@ def runs_on(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
 def test_a_study_is_killed_alone_and_with_its_runs_and_then_ends(tmp_path: Path) -> None:
     arguments = ["sh", "-c", STAND_IN.format(tmp_path)]
-    kills = killed_study(arguments, tmp_path, [0.5, 1.0], tmp_path / "log")
-    assert [(kill["seconds"], kill["killed"]) for kill in kills] == [(0.5, "runner"), (1.0, "runner and its group")]
+    kills = killed_study(arguments, tmp_path, [1.0, 2.0], tmp_path / "log")
+    assert [(kill["seconds"], kill["killed"]) for kill in kills] == [(1.0, "runner"), (2.0, "runner and its group")]
     assert len((tmp_path / "starts").read_text().split()) == 3
     runs = [int(pid) for pid in (tmp_path / "runs").read_text().split()]
     assert [runs_on(pid) for pid in runs] == [True, False]  # unlike a real one, this stand-in outlives its runner
