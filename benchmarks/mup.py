@@ -1,13 +1,13 @@
 """Does a learning rate that was found at one width hold at another? The coordinate check, and sweeps at two widths.
 
-python benchmarks/mup.py [--steps 120] [--seeds 2] [--check-seeds 6] [--out FILE]
+python benchmarks/mup.py [--steps 150] [--seeds 2] [--check-seeds 6] [--out FILE]
 
-The recipe ``quickstart`` with a small architecture of two layers, heads of one size that become more with the width,
-on the sample of SPICE that comes with the package. Coordinates: by how much node features, energies and forces of a
-batch have moved after some steps at widths of 64 to 512, and the exponent in the width, with maximal-update
-parametrisation from a base width of 64 and without. Sweeps: short trainings at rates a factor of two apart, at width
-64, and at 256 with the base width and without; the grid grows until the rates at both ends are clearly worse than the
-best. Written after every run; what stands in ``--out`` is not run again. Draws a PNG beside it.
+The recipe ``quickstart`` with one or two layers, heads of one size that become more with the width, on the sample that
+comes with the package. Coordinates: by how much node features, energies and forces of a batch have moved after some
+steps at widths of 64 to 512, and the exponent in the width, with maximal-update parametrisation from a base width of
+64 and without. Sweeps: short trainings at rates a factor of two apart, at width 64, and at 256 with the base width and
+without; the grid grows until the rates at both ends are clearly worse than the best. Written after every run; what
+stands in ``--out`` is not run again. Draws a PNG beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,31 +40,29 @@ from escaip.train.cli import TrainingCLI, build
 from escaip.train.transfer import at_width
 
 RESULT = Path(__file__).parent / "results" / "mup.json"
-WIDTHS = (64, 128, 256, 512)
 BASE, WIDE = 64, 256
-ARCHITECTURE = {"preset": "300k", "hidden_size": BASE, "num_layers": 2, "num_neighbors": 8, "cutoff": 5.0}
-MAX_ATOMS = 40  # per batch
-WARMUP = 0.2  # of so few steps: the rate at which a run is lost should not be that of its first steps
-CHECK = {"steps": 4, "learning_rate": 1e-3}
-START = (2e-3, 4e-3, 8e-3)  # of every sweep, before it grows
+ARCHITECTURE = {"preset": "300k", "hidden_size": BASE, "num_neighbors": 8, "cutoff": 5.0}
+SAMPLE = {"path": "dataset:spice/sample.hdf5", "format": "spice"}
+CHECK = {"widths": (64, 128, 256, 512), "num_layers": 2, "max_atoms": 40, "steps": 4, "learning_rate": 1e-3}
+# Four molecular ions: of all the sample so few steps learn too little to tell rates apart. Warm-up is long, so that the
+# rate at which a run is lost is not that of its first steps.
+SWEEP = {
+    "subset": "escaip GFN2-xTB sample, charged", "num_layers": 1, "max_atoms": 32, "val": 0.15, "warmup_fraction": 0.2,
+}  # fmt: skip
+CURVES = {"base": (BASE, BASE), "wide, transferred": (WIDE, BASE), "wide, standard": (WIDE, None)}
+START = (1e-3, 2e-3, 4e-3)  # of every sweep, before it grows
 FACTOR = 2.0
 WORSE = 1.1  # times the lowest loss: clearly worse
 MOST_RATES = 12
 TAIL = 0.2  # of a training, over which its loss is averaged
-CURVES = {"base": (BASE, BASE), "wide, transferred": (WIDE, BASE), "wide, standard": (WIDE, None)}
 
 
-def recipe(folder: str, width: int, base_width: int | None, rate: float, seed: int, steps: int) -> TrainingCLI:
-    """The package's own training, with nothing written but into ``folder``."""
-    config = at_width(EScAIPConfig.from_dict(dict(ARCHITECTURE)), width)
+def fit(folder: str, **changes: Any) -> TrainingCLI:
+    """The package's own training by the recipe ``quickstart``, in which nothing is kept; options without ``__``."""
     options = {
-        "model.architecture": json.dumps(config.to_dict()), "model.learning_rate": rate,
-        "model.base_width": "null" if base_width is None else base_width,
-        "model.warmup_fraction": WARMUP, "data.max_atoms": MAX_ATOMS, "data.split.val": 0.05, "ema.decay": 0.0,
-        "evaluation.max_structures": 0,
-        "trainer.max_steps": steps, "trainer.max_epochs": -1, "trainer.logger": "false",
-        "trainer.enable_checkpointing": "false", "trainer.enable_progress_bar": "false", "seed_everything": seed,
-        "out": folder,
+        "ema.decay": 0.0, "evaluation.max_structures": 0, "trainer.max_epochs": -1, "trainer.logger": "false",
+        "trainer.enable_checkpointing": "false", "trainer.enable_progress_bar": "false", "out": folder,
+        **{name.replace("__", "."): value for name, value in changes.items()},
     }  # fmt: skip
     return build(["fit", "--config", "quickstart", *(f"--{name}={value}" for name, value in options.items())])
 
@@ -81,27 +79,24 @@ def in_units_of_the_model(batch: Any, potential: Potential) -> Any:
     return batch
 
 
-def check(forces: str, base_width: int | None, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One row a seed: root mean square of what each coordinate moved by, at each width, and its exponent."""
+def check(forces: str, base_width: int | None, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each seed: root mean square of what each coordinate moved by, at each width, and its exponent."""
     with tempfile.TemporaryDirectory() as folder:
-        cli = recipe(folder, BASE, None, 1e-3, 0, 1)
+        cli = fit(folder, data__max_atoms=CHECK["max_atoms"], data__split__val=0.05)
     cli.datamodule.setup("fit")
     cli.model.potential.set_statistics(cli.datamodule.statistics)
     batch = in_units_of_the_model(next(iter(cli.datamodule.train_dataloader())), cli.model.potential)
-    config = EScAIPConfig.from_dict({**ARCHITECTURE, "forces": forces})
-    rows = []
+    config = EScAIPConfig.from_dict({**ARCHITECTURE, "num_layers": CHECK["num_layers"], "forces": forces})
+    how = {name: CHECK[name] for name in ("widths", "steps", "learning_rate")}
     for seed in seeds:
         began = time.process_time()
-        found = check_coordinates(
-            config, batch, WIDTHS, base_width=base_width, losses=cli.model.losses, seeds=(seed,), **CHECK
-        )
+        found = check_coordinates(config, batch, base_width=base_width, losses=cli.model.losses, seeds=(seed,), **how)
         changes = {name: [float(f"{value:.4g}") for value in values[-1]] for name, values in found.changes.items()}
-        rows.append({
+        yield {
             "forces": forces, "base_width": base_width, "seed": seed, "changes": changes,
             "exponents": {name: round(value, 3) for name, value in found.slopes().items()},
             "processor_seconds": round(time.process_time() - began, 1),
-        })  # fmt: skip
-    return rows
+        }  # fmt: skip
 
 
 def exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -131,10 +126,17 @@ class TrainLosses(Callback):
 def train(curve: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """One run: validation loss at its end and mean training loss of its last part; None where it diverged."""
     width, base_width = CURVES[curve]
+    config = EScAIPConfig.from_dict({**ARCHITECTURE, "num_layers": SWEEP["num_layers"]})
+    data = {**SAMPLE, "subset": SWEEP["subset"]}
     began, kept = time.process_time(), TrainLosses()
     row: dict[str, Any] = {"curve": curve, "rate": rate, "seed": seed, "val_loss": None, "train_loss": None}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        cli = recipe(folder, width, base_width, rate, seed, steps)
+        cli = fit(
+            folder, seed_everything=seed, trainer__max_steps=steps, data__train=json.dumps(data),
+            data__max_atoms=SWEEP["max_atoms"], data__split__val=SWEEP["val"], model__learning_rate=rate,
+            model__architecture=json.dumps(at_width(config, width).to_dict()), model__base_width=json.dumps(base_width),
+            model__warmup_fraction=SWEEP["warmup_fraction"],
+        )  # fmt: skip
         cli.trainer.callbacks.append(kept)
         with contextlib.suppress(TrainingError):
             cli.execute()
@@ -325,7 +327,7 @@ def sweep(results: Results, curve: str, seeds: Sequence[int], steps: int) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120, help="of each training")
+    parser.add_argument("--steps", type=int, default=150, help="of each training")
     parser.add_argument("--seeds", type=int, default=2, help="of each rate; of weights")
     parser.add_argument("--check-seeds", type=int, default=6, help="of the coordinate check")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -333,8 +335,7 @@ def main() -> None:
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     settings = {
-        "architecture": ARCHITECTURE, "max_atoms": MAX_ATOMS, "warmup": WARMUP, "check": CHECK, "widths": WIDTHS,
-        "steps": args.steps, "curves": CURVES,
+        "architecture": ARCHITECTURE, "coordinates": CHECK, "sweep": {**SWEEP, "steps": args.steps, "curves": CURVES},
     }  # fmt: skip
     results, seeds = Results(args.out, settings), list(range(args.seeds))
     for forces in ("conservative", "direct"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         losses = {"val_loss": None if rate > 0.03 else loss, "train_loss": None if rate > 0.03 else 2 * loss}
         return {"curve": curve, "rate": rate, "seed": seed, **losses, "steps": steps, "processor_seconds": 1.0}
 
-    def check(forces: str, base_width: int | None, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        kept.extend((forces, base_width, seed) for seed in seeds)
-        return [
-            {"forces": forces, "base_width": base_width, "seed": seed, "processor_seconds": 1.0,
-             "changes": {"energy": [1.0, 1.0, 1.0, 1.0]}, "exponents": {"energy": 0.0 if base_width else 1.0}}
-            for seed in seeds
-        ]  # fmt: skip
+    def check(forces: str, base_width: int | None, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+        for seed in seeds:
+            kept.append((forces, base_width, seed))
+            yield {
+                "forces": forces, "base_width": base_width, "seed": seed, "processor_seconds": 1.0,
+                "changes": {"energy": [1.0, 1.0, 1.0, 1.0]}, "exponents": {"energy": 0.0 if base_width else 1.0},
+            }  # fmt: skip
 
     monkeypatch.setattr(mup, "train", train)
     monkeypatch.setattr(mup, "check", check)
@@ -132,6 +132,20 @@ def test_a_second_command_runs_what_is_missing(
     ran.clear()
     run_main(monkeypatch, "--out", str(out), "--check-seeds", "2")
     assert set(ran) == {("base", 0.008, 0), ("base", 0.008, 1), ("direct", None, 1)}
+
+
+def test_a_row_is_kept_once_it_is_there(ran: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, whole = tmp_path / "mup.json", mup.check
+
+    def cut(*arguments: Any) -> Iterator[dict[str, Any]]:
+        yield next(iter(whole(*arguments)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mup, "check", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(monkeypatch, "--out", str(out))
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["seed"] for row in content["coordinates"]] == [0]
 
 
 def test_runs_of_other_settings_are_not_mixed(ran: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
