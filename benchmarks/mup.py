@@ -245,7 +245,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], path: Path) -> None:
-    """Loss against rate, transferred beside standard; a run that diverged is a triangle at the top."""
+    """Loss against rate, seeds as dots; transferred beside standard. A rate that diverged is a triangle at the top."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -253,7 +253,10 @@ def draw(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], path: Path) ->
     for axes, wide, title in panels:
         for curve, color in (("base", "#2a6f97"), (wide, "#c8553d")):
             _draw_curve(axes, losses_of(rows, curve, seeds, "val_loss"), color, f"width {CURVES[curve][0]}")
-        axes.set(xscale="log", yscale="log", xlabel="learning rate", title=title)
+            for seed in seeds:
+                one = {k: v for k, v in losses_of(rows, curve, [seed], "val_loss").items() if v is not None}
+                axes.plot(list(one), list(one.values()), ".", color=color, alpha=0.5, markersize=3)
+        axes.set(xscale="log", xlabel="learning rate", title=title)
         axes.legend(frameon=False)
     left.set_ylabel("validation loss")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,6 +285,7 @@ class Results:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
+        self.origin = {**provenance(), "command": "python benchmarks/mup.py"}
         self.rows: dict[str, list[dict[str, Any]]] = {"coordinates": [], "sweep": []}
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -295,13 +299,11 @@ class Results:
 
     def add(self, part: str, *new: Mapping[str, Any], **summaries: Any) -> None:
         """Adds rows and writes the file."""
-        origin = provenance()
-        origin["command"] = "python benchmarks/mup.py"
-        self.rows[part] += [{**row, "commit": origin["commit"]} for row in new]
+        self.rows[part] += [{**row, "commit": self.origin["commit"]} for row in new]
         seconds = sum(row["processor_seconds"] for rows in self.rows.values() for row in rows)
         write_json(
             self.path,
-            {"provenance": origin, "settings": self.settings, "processor_seconds": round(seconds), **self.rows}
+            {"provenance": self.origin, "settings": self.settings, "processor_seconds": round(seconds), **self.rows}
             | summaries,
         )
 
