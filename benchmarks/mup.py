@@ -258,7 +258,8 @@ def draw(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], path: Path) ->
                 axes.plot(list(one), list(one.values()), ".", color=color, alpha=0.5, markersize=3)
         axes.set(xscale="log", xlabel="learning rate", title=title)
         axes.legend(frameon=False)
-    left.set_ylabel("validation loss")
+    lowest = min((row["val_loss"] for row in rows if row["val_loss"] is not None), default=1.0)
+    left.set(ylabel="validation loss", ylim=(0.95 * lowest, 1.6 * lowest))  # of lost runs one sees that they leave
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     figure.savefig(aside, format="png", dpi=100)
