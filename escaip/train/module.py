@@ -142,7 +142,8 @@ class PotentialModule(LightningModule):
         The seed of dropout is that of the process and kept for the whole run, resumed parts included.
 
         Raises:
-            ConfigError: a loss on a label that no training structure has, or no statistics at all.
+            ConfigError: a loss on a label that no training structure has, no statistics at all, or no structures to
+                look up distances in.
         """
         if stage != "fit":
             return
@@ -163,8 +164,7 @@ class PotentialModule(LightningModule):
             else:
                 self.potential.set_statistics(statistics)
             if self.repulsion is not None:
-                closest = closest_distances(data.datasets["train"])
-                self.potential.repulsion.onset = repulsion_onsets(closest, self.repulsion).float()
+                self._keep_apart(getattr(data, "datasets", {}).get("train"), self.repulsion)
             if self.refit_references:
                 fitted = [item.references_fitted for item in (statistics.values() if several else [statistics])]
                 self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)
@@ -176,6 +176,15 @@ class PotentialModule(LightningModule):
             raise ConfigError(
                 "no statistics of the training set: pass a data module, or call module.potential.set_statistics first"
             )
+
+    def _keep_apart(self, structures: Any, fraction: float) -> None:
+        """Atoms repel each other where they are closer than in the training set."""
+        if structures is None:
+            raise ConfigError(
+                "model.repulsion looks at the training structures, and this data module has no datasets['train']: "
+                "set it to null"
+            )
+        self.potential.repulsion.onset = repulsion_onsets(closest_distances(structures), fraction).float()
 
     def on_train_start(self) -> None:
         """Puts the training data where a resumed run left it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,15 @@ def test_a_resumed_run_keeps_what_its_checkpoint_has(tmp_path: Path) -> None:
     resumed, _ = _train(tmp_path, 2, str(tmp_path / "last.ckpt"))
     assert not resumed.repulsion
     assert not load_potential(tmp_path / "last.ckpt").repulsion
+
+
+def test_a_data_module_without_structures(tmp_path: Path) -> None:
+    module = PotentialModule(TINY)
+    data = make_data(tmp_path, 12)
+    data.setup("fit")
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(statistics=data.statistics))  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="set it to null"):
+        module.setup("fit")
 
 
 def test_it_can_be_chosen(tmp_path: Path) -> None:
