@@ -147,9 +147,9 @@ def repulsion_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
     return fraction * torch.where(torch.isinf(closest), unseen, closest)
 
 
-def check_fraction(fraction: float) -> None:
-    """Raises ConfigError for a fraction that is none."""
-    if not 0.0 < fraction <= 1.0:
+def check_fraction(fraction: float | None) -> None:
+    """Raises ConfigError for what is neither a fraction nor None."""
+    if fraction is not None and not 0.0 < fraction <= 1.0:
         raise ConfigError(f"repulsion is {fraction}: it must be above 0 and at most 1, or null for none")
 
 

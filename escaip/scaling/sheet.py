@@ -24,25 +24,31 @@ _UNITS = {"energy_mae": "eV/atom", "forces_mae": "eV/Å", "stress_mae": "eV/Å³
 
 
 def draw_sheet(study: StudyFit, records: Iterable[Record]) -> dict[str, bytes]:
-    """Returns the sheet as ``png`` and ``pdf``: a row of four panels for each variant.
+    """Returns the sheet as ``png`` and ``pdf``: a row of five panels for each variant.
 
-    Loss against compute with the frontier and its law; losses of each budget against N with their parabolas, or where
-    there are no budgets against N for each D with the joint law; against D likewise, or N* and D*; residuals of the
-    joint law, or learning curves where there is none. Bands are those of the intervals of the study.
+    Loss against compute with the frontier and its law; losses of each budget against N with their parabolas, then N*
+    and D*, or where no budget has a minimum losses against N for each D with the joint law, then against D likewise;
+    residuals of the joint law; learning curves. Bands are those of the intervals of the study.
     """
-    groups = {name: group for name, group in variants(records).items() if name in study.variants}
-    figure = Figure(figsize=(17.0, 4.2 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid: Any = figure.subplots(len(groups), 4, squeeze=False)
-    for axes, (name, group) in zip(grid, groups.items(), strict=True):
-        _row(list(axes), study, name, [one for one in group if study.metric in one.losses])
+    figure = make_figure(study, records)
     found = {}
     for kind in ("png", "pdf"):
         stream = io.BytesIO()
         # Without a date, so that the same study is the same file.
-        figure.savefig(stream, format=kind, dpi=130, metadata={"CreationDate": None} if kind == "pdf" else None)
+        figure.savefig(stream, format=kind, dpi=110, metadata={"CreationDate": None} if kind == "pdf" else None)
         found[kind] = stream.getvalue()
     return found
+
+
+def make_figure(study: StudyFit, records: Iterable[Record]) -> Figure:
+    """The sheet before it is written: see :func:`draw_sheet`."""
+    groups = {name: group for name, group in variants(records).items() if name in study.variants}
+    figure = Figure(figsize=(20.0, 4.0 * len(groups)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid: Any = figure.subplots(len(groups), 5, squeeze=False)
+    for axes, (name, group) in zip(grid, groups.items(), strict=True):
+        _row(list(axes), study, name, [one for one in group if study.metric in one.losses])
+    return figure
 
 
 def _row(axes: list[Axes], study: StudyFit, name: str, records: Sequence[Record]) -> None:
@@ -50,7 +56,8 @@ def _row(axes: list[Axes], study: StudyFit, name: str, records: Sequence[Record]
     level = study.settings.level
     _compute(axes[0], fits, records, study.metric, level)
     axes[0].set(title=f"{name}: compute", xlabel="training compute C (FLOPs)", ylabel=loss)
-    if fits.isoflop is not None:
+    if _has_budgets(fits):
+        assert fits.isoflop is not None
         _budgets(axes[1], fits)
         axes[1].set(title="budgets", xlabel="parameters N", ylabel=loss)
         _best(axes[2], fits.isoflop)
@@ -66,15 +73,29 @@ def _row(axes: list[Axes], study: StudyFit, name: str, records: Sequence[Record]
             title="runs about the law of N and D", xlabel=f"predicted {loss}", ylabel="off by (%)", xscale="log"
         )
     else:
-        _learning(axes[3], records)
-        axes[3].set(title="learning curves", xlabel="C so far (FLOPs)", ylabel="validation loss")
-        axes[3].set(xscale="log", yscale="log")
+        _empty(axes[3], "no law of N and D:\ntoo few sizes and data")
+    _learning(axes[4], records)
+    axes[4].set(title="learning curves", xlabel="C so far (FLOPs)", ylabel="validation loss")
+    axes[4].set(xscale="log", yscale="log")
     for axis in axes:
         _few_labels(axis)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9, which="both")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
+
+
+def _has_budgets(fits: VariantFit) -> bool:
+    """Whether budgets tell something. Cells of a grid may happen to cost the same, and are no search for a minimum."""
+    if fits.isoflop is None:
+        return False
+    return fits.joint is None or any(one.best_parameters is not None for one in fits.isoflop.parabolas)
+
+
+def _empty(axis: Axes, text: str) -> None:
+    """A panel that says why there is nothing to see."""
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", fontsize=9)
+    axis.set(xticks=[], yticks=[])
 
 
 def _few_labels(axis: Axes) -> None:
@@ -140,6 +161,9 @@ def _budgets(axis: Axes, fits: VariantFit) -> None:
 
 
 def _best(axis: Axes, found: IsoFlop) -> None:
+    if all(one.best_parameters is None for one in found.parabolas):
+        _empty(axis, "no budget has a minimum\nwithin its sizes")
+        return
     for name, color, marker in (("best_parameters", "#2a6f97", "o"), ("best_structures", "#c8553d", "s")):
         ones = [(one.flops, getattr(one, name)) for one in found.parabolas if getattr(one, name) is not None]
         if not ones:

@@ -94,8 +94,7 @@ class PotentialModule(LightningModule):
         if compile and recompute:
             raise ConfigError("compile and recompute do not go together: set one of them to false")
         _check_schedule(learning_rate, weight_decay, warmup_fraction, final_fraction)
-        if repulsion is not None:
-            check_fraction(repulsion)
+        check_fraction(repulsion)
         config = EScAIPConfig.from_dict(dict(architecture))
         if losses.stress.weight > 0 and not config.is_conservative:
             raise ConfigError("losses.stress.weight is above 0, but a direct-force model has no stress: set it to 0")
@@ -131,8 +130,7 @@ class PotentialModule(LightningModule):
         self.last_errors: dict[str, dict[str, float]] = {}
         self.refit_references, self.repulsion = refit_references, repulsion
         self._reference_fit: ReferenceFit | None = None
-        self._dropout_seed = 0
-        self._total_steps = 1
+        self._dropout_seed, self._total_steps = 0, 1
         self._loader_state: dict[str, Any] | None = None
         self._recent: list[str] = []
 
