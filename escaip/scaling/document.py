@@ -76,6 +76,12 @@ def protocol(folder: Path, records: Sequence[Record]) -> str:
     lost = [one.id for one in records if not one.losses]
     if lost:
         parts.append(f"Diverged, and in no fit: {', '.join(lost)}.")
+    measured = [one.profiled for one in records if one.profiled is not None]
+    if measured:
+        parts.append(
+            "C is by formula; a training step on two structures, run under PyTorch's counter, had "
+            f"{_span(measured, '.5g')} times the formula's operations ({len(measured)} runs)."
+        )
     commits = ", ".join(sorted({one.commit for one in records if one.commit}))
     parts.append(
         "N counts no embeddings. Losses are of the last validation, of averaged weights where the recipe has them. "

@@ -100,10 +100,24 @@ def _flops(cli: Any, steps: int) -> tuple[float, Any]:
     from escaip.scaling.flops import training_flops
 
     shape, data, per_step = _cost(cli)
+    config, mode = cli.model.potential.config, _mode(cli)
+    return training_flops(config, shape, batch_size=per_step, steps=steps, mode=mode).total, data
+
+
+def _mode(cli: Any) -> str:
+    """What a step of training differentiates."""
     losses = cli.model.losses
-    mode = "training" if losses.forces.weight > 0 or losses.stress.weight > 0 else "energy_training"
-    counted = training_flops(cli.model.potential.config, shape, batch_size=per_step, steps=steps, mode=mode)
-    return counted.total, data
+    return "training" if losses.forces.weight > 0 or losses.stress.weight > 0 else "energy_training"
+
+
+def _profiled(cli: Any) -> float:
+    """A training step on two structures, run under PyTorch's counter, over what the formula says; on the CPU."""
+    from escaip.data import collate
+    from escaip.scaling.flops import count_flops, profile_flops
+
+    data, config = cli.datamodule.datasets["train"], cli.model.potential.config
+    two = collate([data[0], data[len(data) // 2]])
+    return profile_flops(config, two, _mode(cli)) / count_flops(config, two, _mode(cli))
 
 
 def _steps_within(budget: float, cli: Any) -> int:
@@ -135,7 +149,7 @@ def _record(job: Job, cli: Any, folder: Path, finite: bool, seconds: float) -> R
         atoms=max(1, round(seen * int(sum(data.natoms)))), epochs=epochs, steps=steps, flops=flops,
         learning_rate=job.learning_rate, losses=_losses(rows) if finite else {},
         curve=tuple(point for point in curve if math.isfinite(point[2])), seconds=seconds, commit=version(),
-        config=dict(job.config),
+        config=dict(job.config), profiled=_profiled(cli),
     )  # fmt: skip
 
 

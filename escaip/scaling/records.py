@@ -31,7 +31,7 @@ class Record:
         atoms: in those structures.
         epochs: passes over them.
         steps: of the optimizer.
-        flops: C, floating-point operations of the whole training run, as counted.
+        flops: C, floating-point operations of the whole training run, by formula.
         learning_rate: the highest of the schedule.
         losses: metric to the last validation value of the averaged weights: ``energy_mae`` eV/atom, ``forces_mae``
             eV/Å, ``loss``. Positive; a run that diverged has none.
@@ -39,6 +39,8 @@ class Record:
         seconds: of training.
         commit: of the code.
         config: all that defines the run.
+        profiled: a training step on two of the structures by PyTorch's counter, in units of the formula; None where it
+            was not measured.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Record:
     seconds: float = 0.0
     commit: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    profiled: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every value.
@@ -75,6 +78,12 @@ class Record:
         for name in ("epochs", "flops", "learning_rate"):
             value = getattr(self, name)
             _require(_is_number(value) and value > 0, name, value, "a number above zero")
+        _require(
+            self.profiled is None or (_is_number(self.profiled) and self.profiled > 0),
+            "profiled",
+            self.profiled,
+            "a number above zero, or null",
+        )
         _require(_is_number(self.seconds) and self.seconds >= 0, "seconds", self.seconds, "a time in seconds")
         _require(isinstance(self.losses, Mapping), "losses", self.losses, "a mapping of metric to value")
         for metric, value in self.losses.items():

@@ -21,7 +21,7 @@ FEW = FitSettings(bootstrap=60)
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    write_study(tmp_path, [record(id="lost", losses={})])
+    write_study(tmp_path, [record(id="lost", losses={}, profiled=1.0), record(id="spent", profiled=1.02)])
     (tmp_path / "study.json").write_text(json.dumps({"study": {"recipe": "quickstart", "epochs": 7}}))
     return tmp_path
 
@@ -38,6 +38,7 @@ def test_report_sheet_and_fits(study: Path) -> None:
     assert "epochs: 7" in text
     assert "Diverged, and in no fit: lost." in text
     assert "code: abc" in text
+    assert "under PyTorch's counter, had 1 to 1.02 times the formula's operations (2 runs)" in text
     assert (study / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert (study / "scaling.pdf").read_bytes().startswith(b"%PDF")
 

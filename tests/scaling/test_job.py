@@ -57,6 +57,7 @@ def test_a_run_and_its_record(tmp_path: Path) -> None:
     assert [step for step, _, _ in record.curve][-1] == 6
     assert record.curve[-1][2] == record.losses["loss"]
     assert record.curve[-1][1] == record.flops
+    assert record.profiled == 1.0
     assert 0 < record.parameters < record.parameters_total
     # Eight molecules of a few atoms, whose neighborhoods are whole molecules, three times.
     few, many = (GraphShape(n, n * n, n**3) for n in (3.0, 5.0))
