@@ -30,7 +30,7 @@ class Pairs(LightningDataModule):
         for index in (0, 4, 5):
             structures[index].energy[:] = float("nan")
         structures[9].forces[:] = float("nan")
-        self.structures, self.statistics = structures, fit_statistics(structures)
+        self.datasets, self.statistics = {"train": structures}, fit_statistics(structures)
         edges = (0, 2, 6, 9, 10, 12, 15)
         self.batches = [structures[start:stop] for start, stop in itertools.pairwise(edges)]
 
