@@ -16,6 +16,7 @@ from escaip.ops import sum_rows
 
 if TYPE_CHECKING:
     from escaip.data import AtomicData
+    from escaip.potential import Potential
     from escaip.types import Graph
 
 # Ziegler, Biersack and Littmark, The Stopping and Range of Ions in Solids (1985): φ(x) = Σ c exp(−d x).
@@ -61,7 +62,13 @@ class Repulsion(nn.Module):
         """
         tokens = vectors[: graph.num_tokens]
         first, second = atomic_numbers[graph.token_center], atomic_numbers[graph.token_neighbor]
-        energy, slope = _pairs(tokens, first, second, self.onset[first, second].double())
+        onset = self.onset[first, second].double()
+        square = (tokens * tokens).sum(dim=1)
+        inside = (square < onset * onset) & (square > 0.0)  # an atom is no neighbor of itself
+        # There is hardly ever a pair, and a step of a molecule takes milliseconds. A GPU would have to be waited for.
+        if not vectors.is_cuda and not bool(inside.any()):
+            return vectors.new_zeros(graph.num_atoms), torch.zeros_like(vectors)
+        energy, slope = _pairs(square, inside, first, second, onset)
         gradient = torch.cat([slope.unsqueeze(1) * tokens, torch.zeros_like(vectors[graph.num_tokens :])])
         return 0.5 * sum_rows(energy, graph.token_center, graph.num_atoms), 0.5 * gradient
 
@@ -82,10 +89,8 @@ class Repulsion(nn.Module):
         self.onset = stored.detach().to(self.onset.device, torch.float32, copy=True)
 
 
-def _pairs(vectors: Tensor, first: Tensor, second: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
+def _pairs(square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
     """Energy of each pair, eV, and its derivative by the distance over the distance, eV/Å²; ``(T,)`` each."""
-    square = (vectors * vectors).sum(dim=1)
-    inside = (square < onset * onset) & (square > 0.0)  # an atom is no neighbor of itself
     # What lies outside is computed for a harmless distance, so that no derivative of it is NaN.
     distance = torch.where(inside, square, 1.0).sqrt()
     x = torch.where(inside, distance / onset.clamp_min(1e-6), 0.5)
@@ -100,6 +105,21 @@ def _pairs(vectors: Tensor, first: Tensor, second: Tensor, onset: Tensor) -> tup
     fall = -1.0 / distance - 2.0 * x * x / (distance * rest * rest)  # of the logarithms of 1/r and of the envelope
     slope = energy * fall + charges * screening_slope / distance * envelope
     return torch.where(inside, energy, 0.0), torch.where(inside, slope / distance, 0.0)
+
+
+def keep_apart(potential: Potential, structures: Sequence[AtomicData], fraction: float = 0.9) -> None:
+    """Gives a potential the repulsion that fits its training set.
+
+    Args:
+        potential: is changed; beyond its cutoff nothing repels, so that no energy jumps there.
+        structures: see :func:`closest_distances`.
+        fraction: see :func:`repulsion_onsets`.
+
+    Raises:
+        ConfigError: a fraction out of range.
+    """
+    onsets = repulsion_onsets(closest_distances(structures), fraction).clamp_max(potential.cutoff)
+    potential.repulsion.onset = onsets.to(potential.device, torch.float32)
 
 
 def closest_distances(structures: Sequence[AtomicData], max_structures: int = 10_000) -> Tensor:

@@ -13,7 +13,7 @@ from escaip.checkpoint import describe_potential
 from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError
 from escaip.potential import ENERGY_BUFFERS, Potential, PotentialMetadata
-from escaip.repulsion import check_fraction, closest_distances, repulsion_onsets
+from escaip.repulsion import check_fraction, keep_apart
 from escaip.train.guard import check_prediction, gradient_failure, loss_failure
 from escaip.train.losses import TERMS, LossSettings, LossSums, loss_sums
 from escaip.train.metrics import NUM_SUMS, ErrorMetrics, error_sums, errors_from_sums
@@ -162,7 +162,7 @@ class PotentialModule(LightningModule):
             else:
                 self.potential.set_statistics(statistics)
             if self.repulsion is not None:
-                self._keep_apart(getattr(data, "datasets", {}).get("train"), self.repulsion)
+                keep_apart(self.potential, _training_structures(data), self.repulsion)
             if self.refit_references:
                 fitted = [item.references_fitted for item in (statistics.values() if several else [statistics])]
                 self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)
@@ -174,15 +174,6 @@ class PotentialModule(LightningModule):
             raise ConfigError(
                 "no statistics of the training set: pass a data module, or call module.potential.set_statistics first"
             )
-
-    def _keep_apart(self, structures: Any, fraction: float) -> None:
-        """Atoms repel each other where they are closer than in the training set."""
-        if structures is None:
-            raise ConfigError(
-                "model.repulsion looks at the training structures, and this data module has no datasets['train']: "
-                "set it to null"
-            )
-        self.potential.repulsion.onset = repulsion_onsets(closest_distances(structures), fraction).float()
 
     def on_train_start(self) -> None:
         """Puts the training data where a resumed run left it.
@@ -355,6 +346,17 @@ class PotentialModule(LightningModule):
     def _remember(self, batch: Any) -> None:
         """Names of the structures since the last optimizer step."""
         self._recent.extend(str(name) for name in batch.structure_id)
+
+
+def _training_structures(data: Any) -> Any:
+    """What ``model.repulsion`` looks at."""
+    structures = getattr(data, "datasets", {}).get("train")
+    if structures is None:
+        raise ConfigError(
+            "model.repulsion looks at the training structures, and this data module has no datasets['train']: "
+            "set it to null"
+        )
+    return structures
 
 
 def _check_schedule(learning_rate: float, weight_decay: float, warmup: float, final: float) -> None:

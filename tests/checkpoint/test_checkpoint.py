@@ -105,6 +105,15 @@ def test_version_3_keeps_its_floor(potential: Potential) -> None:
     assert migrate(now, "x.escaip")["config"]["boo_floor"] == 1e-4
 
 
+def test_version_4_had_no_repulsion(potential: Potential, tmp_path: Path) -> None:
+    description = {**describe_potential(potential), "schema": 4}
+    assert migrate(description, "x.escaip")["schema"] == 5
+    save_file(potential.state_dict(), tmp_path / "old.escaip", metadata={"escaip": json.dumps(description)})
+    loaded = load_potential(tmp_path / "old.escaip", device="cpu")
+    assert not loaded.repulsion
+    assert_same(loaded, potential)
+
+
 def test_version_2_had_no_shifts(potential: Potential, tmp_path: Path) -> None:
     description = {**describe_potential(potential), "schema": 2}
     weights = {name: value for name, value in potential.state_dict().items() if name != "element_shifts"}

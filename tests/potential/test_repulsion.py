@@ -16,8 +16,9 @@ from escaip import EScAIPCalculator, load_potential
 from escaip.config import EScAIPConfig
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
-from escaip.potential import Potential
-from escaip.repulsion import closest_distances, repulsion_onsets
+from escaip.info import describe_model
+from escaip.potential import Potential, PotentialMetadata
+from escaip.repulsion import closest_distances, keep_apart, repulsion_onsets
 from escaip.testing import check_potential
 
 SMALL = {
@@ -170,3 +171,24 @@ def test_onsets() -> None:
     for fraction in (0.0, 1.1, math.nan):
         with pytest.raises(ConfigError, match="it must be above 0 and at most 1, or null"):
             repulsion_onsets(closest, fraction)
+
+
+def test_nothing_repels_beyond_the_cutoff() -> None:
+    potential = make_potential(None)
+    cesium = Atoms("Cs2", positions=[[0, 0, 0], [0, 0, 5.5]])
+    keep_apart(potential, [AtomicData.from_ase(cesium)])
+    assert float(closest_distances([AtomicData.from_ase(cesium)])[55, 55]) == pytest.approx(5.5)
+    assert float(potential.repulsion.onset.max()) == potential.cutoff
+    inside, outside = (Atoms("Cs2", positions=[[0, 0, 0], [0, 0, potential.cutoff + x]]) for x in (-1e-3, 1e-3))
+    bare = make_potential(None)
+    for atoms in (inside, outside):
+        assert abs(energy(potential, atoms) - energy(bare, atoms)) < 1e-9
+
+
+def test_a_file_says_where_it_begins(tmp_path: Path) -> None:
+    potential = make_potential(None)
+    potential.set_metadata(PotentialMetadata(elements=(1, 6)))
+    for expected in ("none", [0.391, 0.981]):
+        potential.save(tmp_path / "model.escaip")
+        assert describe_model(tmp_path / "model.escaip")["repulsion_below"] == expected
+        keep_apart(potential, [AtomicData.from_ase(ase.build.molecule("CH4"))])
