@@ -29,7 +29,10 @@ from escaip.ops import available_backends, neighborhood_attention
 from escaip.ops.expanded import unit_harmonics
 from escaip.ops.padding import Padding
 
-CHANNELS = {32: (10, 5, 2, 5, 10), 64: (20, 10, 4, 10, 20)}
+CHANNELS = {
+    16: (5, 3, 1, 3, 4), 32: (10, 5, 2, 5, 10), 64: (20, 10, 4, 10, 20), 80: (25, 12, 5, 13, 25),
+    128: (40, 20, 8, 20, 40),
+}  # fmt: skip
 LEAVES = ("q", "k", "v", "log_envelope", "direction")
 STEPS = ("value", "gradient", "double")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,23 +64,27 @@ class Case:
 
     def inputs(self) -> dict[str, Tensor]:
         """Random tokens; the first of each atom is its self token."""
-        generator = torch.Generator().manual_seed(0)
         low, high = max(1, 2 * self.neighbors // 3), 4 * self.neighbors // 3 + 1
-        sizes = torch.randint(low, high, (self.atoms,), generator=generator)
-        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        total = int(offsets[-1])
-        direction = torch.nn.functional.normalize(torch.randn(total, 3, generator=generator), dim=-1)
-        log_envelope = -torch.randn(total, generator=generator).square()
-        direction[offsets[:-1]] = 0.0
-        log_envelope[offsets[:-1]] = 0.0
-        shape = (total, self.heads, self.head_size)
-        features = {name: torch.randn(shape, generator=generator).to(self.dtype) for name in "qkv"}
-        tensors = {**features, "log_envelope": log_envelope, "direction": direction, "offsets": offsets}
+        sizes = torch.randint(low, high, (self.atoms,), generator=torch.Generator().manual_seed(0))
+        tensors = tokens(sizes, self.heads, self.head_size, self.dtype, seed=1)
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def exact(self) -> dict[str, Tensor]:
         """The same numbers, as rounded to the type of the case, in float64."""
         return {name: x.double() if x.is_floating_point() else x for name, x in self.inputs().items()}
+
+
+def tokens(sizes: Tensor, heads: int, head_size: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Random inputs of neighborhoods of these sizes, each with its self token first; geometry in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    total = int(offsets[-1])
+    direction = torch.nn.functional.normalize(torch.randn(total, 3, generator=generator), dim=-1)
+    log_envelope = -torch.randn(total, generator=generator).square()
+    direction[offsets[:-1]] = 0.0
+    log_envelope[offsets[:-1]] = 0.0
+    features = {name: torch.randn(total, heads, head_size, generator=generator).to(dtype) for name in "qkv"}
+    return {**features, "log_envelope": log_envelope, "direction": direction, "offsets": offsets}
 
 
 def expanded_operands(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

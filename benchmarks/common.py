@@ -18,10 +18,13 @@ import torch
 
 
 def provenance() -> dict[str, Any]:
-    """Commit, date, hardware, versions and the command line."""
+    """Commit, date, hardware, versions and the command line.
+
+    Where there is no repository, as in a copy of its files, the variable ESCAIP_COMMIT tells the commit.
+    """
     return {
         "command": " ".join(["python", *sys.argv]),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("ESCAIP_COMMIT", ""),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor(),
