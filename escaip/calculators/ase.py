@@ -15,10 +15,14 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from escaip.calculators.topology import Place, SkinnedGraph, SkinnedNeighbors
 from escaip.errors import ConfigError, DataError
+from escaip.graph import displacements, tight_graph
 from escaip.potential import Potential
 from escaip.precision import check_precision
 
 _SKIN = 0.5
+# Tokens of a kept graph from which on leaving out those that do not count takes less time than evaluating them, on a
+# CPU and on CUDA, where smaller evaluations wait for launches (a guess until a GPU has told).
+_TIGHT_FROM = (0, 10_000)
 _STRESSES = ("stress", "stresses")
 
 
@@ -26,7 +30,8 @@ class EScAIPCalculator(Calculator):
     """Energies, forces and stress of a potential for :class:`ase.Atoms`.
 
     The candidate neighbor list is kept with a skin and rebuilt exactly when it must be; answers do not depend on it.
-    With ``graph_skin`` so is the graph itself, and an evaluation then waits for the device once, for its results.
+    With ``graph_skin`` so is the graph itself: an evaluation then waits for the device once, for its results, and once
+    more for sizes where it is worth leaving out the tokens that do not count at the moment.
     Charge and spin multiplicity are read from ``atoms.info`` (``"charge"``, ``"spin_multiplicity"`` or ``"spin"``)
     by potentials that use them. Every evaluation gives forces and, with a periodic cell, stress: its cost beside the
     forces is within the noise, and constant-pressure runs then evaluate once per step. ``stresses``, each atom's share
@@ -44,8 +49,8 @@ class EScAIPCalculator(Calculator):
         precision: ``"highest"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"`` (docs/precision.md); by default the
             potential's, which of a file is the highest.
         graph_skin: Å by which distances may change before the tokens are chosen again; 0 chooses them at every
-            evaluation. Some more tokens than needed are evaluated meanwhile, so that it is for CUDA and small systems,
-            where building the graph takes longer than evaluating it. Answers depend on it by rounding.
+            evaluation. For CUDA, where building a graph takes longer than evaluating a small system. Answers depend on
+            it by rounding.
         cuda_graphs: with ``compile``, on CUDA: one launch for each evaluation (:meth:`~escaip.Potential.compile`).
 
     Raises:
@@ -154,6 +159,9 @@ class EScAIPCalculator(Calculator):
         batch, place = self._to_batch(self.atoms, system_changes)
         with torch.no_grad():
             graph = self._graph.get(batch, place, lambda: self._neighbors.get(batch, place))
+            if self.graph_skin > 0.0 and graph.num_tokens >= _TIGHT_FROM[batch.positions.is_cuda]:
+                vectors = displacements(batch.positions, batch.cell, batch.batch, graph)
+                graph = tight_graph(graph, vectors, self.potential.config.graph)
             prediction = self.potential(
                 batch, graph=graph, compute_stress=with_stress, compute_virials=with_virials, create_graph=False
             )

@@ -5,6 +5,7 @@ from escaip.graph.features import bond_orientational_order
 from escaip.graph.geometry import compute_geometry, displacements, split_tokens, token_geometry
 from escaip.graph.neighbors import neighbor_list
 from escaip.graph.settings import search_cutoff
+from escaip.graph.tight import tight_graph
 
 __all__ = [
     "attached_neighbors",
@@ -15,5 +16,6 @@ __all__ = [
     "neighbor_list",
     "search_cutoff",
     "split_tokens",
+    "tight_graph",
     "token_geometry",
 ]

@@ -54,7 +54,7 @@ def token_geometry(vector: Tensor, graph: Graph, settings: GraphSettings, dtype:
         displacement=displacement.to(dtype),
         distance=distance[:num_tokens],
         direction=(displacement * inverse[:num_tokens, None]).to(dtype),
-        log_envelope=_log_envelope(_envelope_coordinate(distance, graph, settings), graph.self_token),
+        log_envelope=_log_envelope(envelope_coordinate(distance, graph, settings), graph.self_token),
     )
 
 
@@ -116,7 +116,7 @@ def _safe_norm(vector: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_zero, 0.0, squared * inverse), torch.where(is_zero, 0.0, inverse)
 
 
-def _envelope_coordinate(distance: Tensor, graph: Graph, settings: GraphSettings) -> Tensor:
+def envelope_coordinate(distance: Tensor, graph: Graph, settings: GraphSettings) -> Tensor:
     """``(T,)``: ``τ log(e^{rank/(kτ)} + e^{rank of the reverse/(kτ)} + e^{d/(r_c τ)})``, or ``d/r_c`` without k."""
     radial = distance[: graph.num_tokens] / settings.cutoff
     if settings.num_neighbors is None:

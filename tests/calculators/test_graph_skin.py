@@ -15,8 +15,11 @@ from ase.md.verlet import VelocityVerlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from escaip import EScAIPCalculator
+from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
+from escaip.graph import displacements, tight, tight_graph
 from escaip.potential import Potential
+from escaip.types import Graph
 
 Make = Callable[..., Potential]
 
@@ -144,6 +147,32 @@ def test_between_rebuilds_nothing_waits_for_the_device(
     assert len(waits.found) > 10  # the counter counts
     with Waits() as waits, torch.no_grad():
         potential(batch, graph=graph, compute_stress=forces == "conservative", create_graph=False)
+    assert waits.found == []
+
+
+def test_the_calculator_leaves_out_what_does_not_count(make_potential: Make) -> None:
+    """Fewer tokens reach the potential."""
+    atoms = crystal()
+    calculator = EScAIPCalculator(make_potential(), graph_skin=0.4)
+    seen: list[Graph] = []
+    forward = calculator.potential.forward
+    calculator.potential.forward = lambda *a, **k: (seen.append(k["graph"]), forward(*a, **k))[1]  # type: ignore[method-assign]
+    atoms.calc = calculator
+    atoms.get_forces()
+    kept = calculator._graph._kept
+    assert kept is not None
+    assert seen[0].num_tokens < 0.9 * kept[0].num_tokens
+
+
+def test_to_leave_them_out_the_device_is_asked_once(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sizes, by ``tolist``, which is not dispatched."""
+    monkeypatch.setattr("escaip.graph.tight._places", tight._scattered)  # as on a device
+    potential = make_potential()
+    batch = collate([AtomicData.from_ase(crystal())])
+    graph = potential.graph_of(batch, slack=0.4)
+    vectors = displacements(batch.positions, batch.cell, batch.batch, graph)
+    with Waits() as waits:
+        tight_graph(graph, vectors, potential.config.graph)
     assert waits.found == []
 
 
