@@ -130,7 +130,7 @@ def main() -> None:
         if time.monotonic() > deadline - 5.0:
             print(f"\n{names}: no time left", flush=True)
             continue
-        now, slower = time.monotonic(), 10.0 if args.small else 1.0  # a busy CPU is no measurement, and must not end one
+        now, slower = time.monotonic(), 10.0 if args.small else 1.0  # tiny sizes are no measurement, and may take long
         settings = [replace(setting, deadline=min(deadline, now + slower * part.seconds)) for part in group]
         for name, outcome in run_together(group, settings, keep).items():
             print(f"\n{name}: {outcome.ended}, {outcome.seconds:.0f} s", flush=True)

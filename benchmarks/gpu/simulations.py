@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,15 +18,27 @@ from gpu.runner import Row, Setting, reason
 from gpu.structures import copper
 
 from escaip import EScAIPCalculator, Potential
+from escaip.calculators import ase as calculators
 from escaip.data import AtomicData, collate
 
-# Of EScAIPCalculator; what each adds to the one before.
+# Of EScAIPCalculator; what each adds to the one before. "never cut" and "always cut" tell whether the size from which a
+# kept graph is cut to the tokens that count is chosen well.
 CALCULATORS: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"compile": True},
     "kept graph": {"compile": True, "graph_skin": 0.3},
     "CUDA graphs": {"compile": True, "graph_skin": 0.3, "cuda_graphs": True},
+    "CUDA graphs, never cut": {"compile": True, "graph_skin": 0.3, "cuda_graphs": True},
+    "CUDA graphs, always cut": {"compile": True, "graph_skin": 0.3, "cuda_graphs": True},
 }
+CUT_FROM = {"CUDA graphs, never cut": sys.maxsize, "CUDA graphs, always cut": 0}
+# By worth; the first is what the energies of the others are compared with.
+ON_CUDA = (
+    ("eager", "highest"), ("CUDA graphs", "tf32"), ("CUDA graphs", "highest"), ("kept graph", "tf32"),
+    ("compiled", "tf32"), ("CUDA graphs, never cut", "tf32"), ("CUDA graphs, always cut", "tf32"),
+    ("CUDA graphs", "bfloat16"), ("eager", "tf32"),
+)  # fmt: skip
+ON_CPU = (("eager", "highest"), ("compiled", "highest"), ("kept graph", "highest"))
 WARM_UP = 5  # steps
 
 
@@ -35,23 +48,36 @@ def dynamics(setting: Setting) -> Iterator[Row]:
     The energy beside that of the uncompiled run after as many steps tells whether faster is still the same.
     """
     device, small = setting.device, setting.small
-    potential = make_potential("300k" if small else "5m", "conservative", device).eval()
+    cases = ON_CUDA if device == "cuda" else ON_CPU[:1] if small else ON_CPU
+    made: dict[tuple[str, bool], Potential] = {}  # what is compiled once serves every size
     ends: dict[int, float] = {}
+    usual = calculators._TIGHT_FROM
     for atoms in (32,) if small else (1_000, 64, 10_000, 100_000):
-        for name, options in CALCULATORS.items():
-            if device == "cpu" and ("cuda_graphs" in options or (small and "compile" in options)):
+        for name, precision in cases:
+            if name in CUT_FROM and atoms > 1_000:
                 continue
-            for precision in ("highest", "tf32", "bfloat16") if device == "cuda" else ("highest",):
-                row: Row = {"atoms": atoms, "calculator": name, "precision": precision, "ns_per_day": None, "ms": None}
-                row |= {"first_s": None, "graphs": None, "steps": None, "energy_off_meV_per_atom": None}
-                row["failed"] = NO_TIME
-                if setting.left > 0:
-                    try:
-                        calculator = EScAIPCalculator(potential, device=device, precision=precision, **options)
-                        row |= run(calculator, atoms, small, ends) | {"failed": None}
-                    except Exception as error:
-                        row["failed"] = reason(error)
-                yield row
+            row: Row = {"atoms": atoms, "calculator": name, "precision": precision, "ns_per_day": None, "ms": None}
+            row |= {"first_s": None, "graphs": None, "steps": None, "energy_off_meV_per_atom": None, "failed": NO_TIME}
+            if setting.left > 0:
+                calculators._TIGHT_FROM = (usual[0], CUT_FROM.get(name, usual[1]))
+                try:
+                    calculator = make_calculator("300k" if small else "5m", device, precision, CALCULATORS[name], made)
+                    row |= run(calculator, atoms, small, ends) | {"failed": None}
+                except Exception as error:
+                    row["failed"] = reason(error)
+            yield row
+
+
+def make_calculator(
+    preset: str, device: str, precision: str, options: dict[str, Any], made: dict[tuple[str, bool], Potential]
+) -> EScAIPCalculator:
+    """A calculator with the code that an earlier one has compiled, where there is some."""
+    potential = make_potential(preset, "conservative", device).eval()
+    calculator = EScAIPCalculator(potential, device=device, precision=precision, **options)
+    if options.get("compile"):
+        key = (precision, bool(options.get("cuda_graphs")))
+        calculator.potential = made.setdefault(key, calculator.potential)
+    return calculator
 
 
 def run(calculator: EScAIPCalculator, atoms: int, small: bool, ends: dict[int, float]) -> Row:
