@@ -1,7 +1,7 @@
 """Is everything right on this device? Kernels and whole models against float64, and the bits of two runs.
 
 Kernels are compiled when first launched, a second or more for each: the cases are dealt out to as many processes as
-there are cores.
+there are cores, forked before anything has touched the device.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def kernels(setting: Setting) -> Iterator[Row]:
     """Every use, head size, shape and precision of the fused kernels, on a CPU of those that replace them there."""
     cases = kernel_cases(setting.small, setting.device)
     workers = 1 if setting.small else max(1, min(12, (os.cpu_count() or 1) - 2))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         waiting = [pool.submit(check_kernel, case, backend_of(case, setting.device), setting.device) for case in cases]
         for done in as_completed(waiting):
             yield done.result()

@@ -61,7 +61,7 @@ def compiling(setting: Setting) -> Iterator[Row]:
              ("1m", "train", "highest")]  # fmt: skip
     if setting.small:
         cases = [("300k", "predict", "highest")]
-    with ProcessPoolExecutor(min(4, len(cases)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(4, len(cases)), multiprocessing.get_context("fork")) as pool:
         waiting = [pool.submit(first_evaluation, *case, setting.device) for case in cases]
         for done in as_completed(waiting):
             yield done.result()

@@ -21,6 +21,8 @@ from typing import Any
 
 Row = dict[str, Any]
 GRACE = 2.0  # seconds that a part has for its last row after its time
+# Imported once and not for every part, which would take some seconds each. None of them touches a device.
+PRELOADED = ["torch", "torch._dynamo", "torch._inductor", "ase.build", "escaip.potential", "escaip.calculators.ase"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def run_together(
         settings: of each.
         keep: called with a part's name and what it has so far, at every row and at the end.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     running: dict[Connection, tuple[Part, Setting, BaseProcess, float]] = {}
     found: dict[str, Outcome] = {}
     for part, setting in zip(parts, settings, strict=True):
