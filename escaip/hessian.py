@@ -151,7 +151,7 @@ def _by_autograd(potential: Potential, data: AtomicData, copies: int) -> Tensor:
         for start in range(0, size, copies):
             count = min(copies, size - start)
             chosen = torch.zeros(copies, size, dtype=forces.dtype, device=forces.device)
-            chosen[range(count), range(start, start + count)] = -1.0
+            chosen[:count, start : start + count].fill_diagonal_(-1.0)
             (gradient,) = torch.autograd.grad(
                 forces, positions, chosen.view_as(forces), retain_graph=start + count < size, materialize_grads=True
             )

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from escaip.config import MAX_ATOMIC_NUMBER, EScAIPConfig
-from escaip.graph import bond_orientational_order
 from escaip.nn.block import Block, Message, NeighborhoodAttention, Run
-from escaip.nn.embedding import Curve, DistanceCurves, EdgeAttributes, GaussianBasis, SystemEmbedding
+from escaip.nn.embedding import (
+    Curve,
+    DistanceCurves,
+    EdgeAttributes,
+    GaussianBasis,
+    OrientationalOrder,
+    SystemEmbedding,
+)
 from escaip.nn.heads import DirectForceHead, EnergyHead, Readout, ReadoutProjection
 from escaip.nn.initialization import initialize
 from escaip.nn.layers import FeedForward, make_norm
@@ -41,6 +47,7 @@ class EScAIP(nn.Module):
         self.distances = DistanceCurves(
             GaussianBasis(c.num_radial, c.cutoff, c.radial_width), c.distance_knots, c.cutoff
         )
+        self.orientational_order = OrientationalOrder(c.boo_degrees, c.boo_weighting == "uniform", c.boo_floor)
         self.system_embedding = SystemEmbedding(c.hidden_size, c.charge, c.spin)
         self.attributes = self._attributes()
         self.input_ffn = FeedForward(c.hidden_size, 1, c.activation, c.dropout)
@@ -76,7 +83,7 @@ class EScAIP(nn.Module):
             tables: of :meth:`distance_tables`; None to evaluate the distance embeddings exactly.
             run: calls a function; a checkpointing one keeps what goes in and computes the rest again.
         """
-        order = torch.cat([run(self._orientational_order, part) for part in parts])  # (N, boo_degrees)
+        order = torch.cat([run(self.orientational_order, part) for part in parts])  # (N, boo_degrees)
         encoded = [self.distances.encode(part.distance, tables is not None) for part in parts]
         curves = self._curves(tables)
         ends = self.attributes.ends(atoms.atomic_numbers, order)  # two of (N, H)
@@ -95,15 +102,6 @@ class EScAIP(nn.Module):
             return ModelOutput(energy)
         forces = [run(self._forces, part, node, *depths) for part, *depths in zip(parts, *edges, strict=True)]
         return ModelOutput(energy, torch.cat(forces))  # (N,), (N, 3)
-
-    def _orientational_order(self, part: Tokens) -> Tensor:
-        """``(n, boo_degrees)``: smooth by the envelope's weights, or ``uniform`` and clamped as published."""
-        uniform = self.config.boo_weighting == "uniform"
-        weight = torch.ones_like(part.distance) if uniform else part.log_envelope.exp()
-        return bond_orientational_order(
-            part.direction, weight, part.center - part.first, part.num_atoms, self.config.boo_degrees - 1,
-            floor="clamp" if uniform else "smooth", epsilon=self.config.boo_floor, offsets=part.offsets,
-        )  # fmt: skip
 
     def _embed(
         self, part: Tokens, distance: Tensor, atoms: AtomInputs, ends: tuple[Tensor, Tensor], curve: Curve

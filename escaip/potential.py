@@ -222,7 +222,7 @@ class Potential(nn.Module):
             neighbors: candidate pairs complete up to at least ``search_cutoff`` (with a skin, for
                 instance); by default those attached to the batch, or a fresh list.
             graph: of :meth:`graph_of` with some slack, for positions and cells that have not used it up; the batch is
-                then taken as it is, and nothing waits for the device.
+                then taken as it is, and nothing waits for the device but the search for references of several sets.
             compute_forces: whether forces are wanted.
             compute_stress: whether stress is wanted; conservative models only.
             compute_virials: whether that of each atom is; conservative models only.

@@ -69,7 +69,7 @@ def dataset_codes(batch: Any, chosen: int, names: Sequence[str]) -> Tensor:
     """
     stated = batch.dataset if "dataset" in batch else batch.ptr.new_full((batch.ptr.numel() - 1,), -1)
     codes = torch.where(stated < 0, chosen, stated)
-    if bool((codes < 0).any()) or bool((codes >= len(names)).any()):
+    if bool(((codes < 0) | (codes >= len(names))).any()):
         raise ConfigError(
             f"the potential has references for each of {', '.join(names)}: say whose energies are meant "
             "(dataset=NAME of load_potential and EScAIPCalculator, --dataset NAME on the command line)"

@@ -231,8 +231,9 @@ class EScAIPCalculator(Calculator):
         assert self._place is not None
         positions, cell = torch.from_numpy(atoms.positions.copy()), torch.from_numpy(atoms.cell.array.copy())
         self._place = Place(positions, cell, self._place.pbc)
-        self._batch.positions = positions.to(self.potential.device)
-        self._batch.cell = cell[None].to(self.potential.device)
+        # Nothing writes to the copies on the host, so nothing needs to wait until they have arrived.
+        self._batch.positions = positions.to(self.potential.device, non_blocking=True)
+        self._batch.cell = cell[None].to(self.potential.device, non_blocking=True)
         return self._batch, self._place
 
     def _charge_and_spin(self, atoms: Atoms) -> tuple[Any, Any]:

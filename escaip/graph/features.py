@@ -25,6 +25,7 @@ def bond_orientational_order(
     floor: str = "smooth",
     epsilon: float = PUBLISHED_FLOOR,
     offsets: Tensor | None = None,
+    recursion: Tensor | None = None,
 ) -> Tensor:
     """Computes ``BOO_l(i) = |Σ_j w_j Ŷ_l(n_j) / Σ_j w_j|`` of every atom, the norm over ``m``, for ``l = 0 .. l_max``.
 
@@ -45,6 +46,7 @@ def bond_orientational_order(
         epsilon: ``ε``.
         offsets: ``(N + 1,)`` int64 where the tokens of an atom are consecutive: on the CPU the sums are then made by
             one kernel, with two derivatives. None for plain operations, with any number of them.
+        recursion: of :func:`harmonic_recursion` for this degree; see :func:`real_harmonics`.
 
     Returns:
         ``(N, l_max + 1)``, without unit, differentiable twice in ``direction`` and ``weight``.
@@ -60,7 +62,7 @@ def bond_orientational_order(
     if offsets is not None and has_kernels(direction):
         power = pair_power(direction, weight, offsets, l_max) / total.square()[:, None]
     else:
-        harmonics = real_harmonics(direction, l_max)  # (T, (l_max + 1)²)
+        harmonics = real_harmonics(direction, l_max, recursion)  # (T, (l_max + 1)²)
         sums = sum_rows(harmonics * weight[:, None], center, num_atoms)
         squares = (sums / total[:, None]).square()
         sizes = [2 * degree + 1 for degree in range(l_max + 1)]
@@ -70,7 +72,7 @@ def bond_orientational_order(
     return ((power + epsilon) / (1.0 + epsilon)).sqrt()
 
 
-def real_harmonics(vector: Tensor, l_max: int) -> Tensor:
+def real_harmonics(vector: Tensor, l_max: int, recursion: Tensor | None = None) -> Tensor:
     """Computes the real solid harmonics of norm ``|v|^l``: ``Σ_m Ŷ_lm(u) Ŷ_lm(v) = |u|^l |v|^l P_l(cos)``.
 
     Polynomials in ``x, y, z``, so that nothing is singular at the poles or at the zero vector, where all but
@@ -79,15 +81,17 @@ def real_harmonics(vector: Tensor, l_max: int) -> Tensor:
     Args:
         vector: ``(T, 3)``.
         l_max: highest degree.
+        recursion: of :func:`harmonic_recursion` for this degree, on the device of ``vector``. None to copy it there,
+            for which a GPU is waited for, and which cannot be recorded in a CUDA graph.
 
     Returns:
         ``(T, (l_max + 1)²)``.
     """
     cosine, sine = _azimuthal(vector, l_max)  # (T, l_max + 1) each
     z, squared = vector[:, 2:3], vector.square().sum(dim=1, keepdim=True)
-    size = l_max + 1
-    tables = [[row[:size] for row in table[:size]] for table in _TABLES]
-    rise, fall, start = torch.tensor(tables, dtype=vector.dtype, device=vector.device)
+    if recursion is None:
+        recursion = harmonic_recursion(l_max).to(vector.device)
+    rise, fall, start = recursion.to(vector.dtype).unbind(0)
     before, polar = torch.zeros_like(cosine), start[0].expand_as(cosine)
     columns = [polar[:, :1]]
     for degree in range(1, l_max + 1):
@@ -95,6 +99,12 @@ def real_harmonics(vector: Tensor, l_max: int) -> Tensor:
         columns.append(polar[:, : degree + 1] * cosine[:, : degree + 1])
         columns.append(polar[:, 1 : degree + 1] * sine[:, 1 : degree + 1])
     return torch.cat(columns, dim=1)
+
+
+def harmonic_recursion(l_max: int) -> Tensor:
+    """``(3, l_max + 1, l_max + 1)`` float64, the coefficients ``rise, fall, start`` of :func:`_recursion`."""
+    size = l_max + 1
+    return torch.tensor([[row[:size] for row in table[:size]] for table in _TABLES], dtype=torch.float64)
 
 
 def _azimuthal(vector: Tensor, l_max: int) -> tuple[Tensor, Tensor]:

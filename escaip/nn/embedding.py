@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from escaip.errors import DataError
+from escaip.graph import bond_orientational_order
+from escaip.graph.features import harmonic_recursion
 from escaip.nn.layers import make_activation, make_norm
 from escaip.ops import spline, take_rows
 from escaip.types import AtomInputs, Tokens
@@ -36,6 +38,43 @@ class GaussianBasis(nn.Module):
         """``(T,)`` Å to ``(T, num_radial)``."""
         exponent = -self.sharpness * (distance.unsqueeze(-1) - self.centers).square()
         return torch.exp(exponent.clamp(min=_LEAST_EXPONENT))
+
+
+class OrientationalOrder(nn.Module):
+    """Bond-orientational order of atoms from their tokens (:func:`escaip.graph.bond_orientational_order`).
+
+    Args:
+        degrees: ``l = 0 .. degrees − 1``.
+        uniform: as published: every neighbor counts alike, and the root is clamped; otherwise both are smooth.
+        epsilon: floor of the root.
+
+    Attributes:
+        recursion: of the harmonics, on the model's device so that nothing waits for a copy; float64 whatever the
+            model's precision.
+    """
+
+    recursion: Tensor
+
+    def __init__(self, degrees: int, uniform: bool, epsilon: float) -> None:
+        super().__init__()
+        self.degrees, self.uniform, self.epsilon = degrees, uniform, epsilon
+        self.register_buffer("recursion", harmonic_recursion(degrees - 1), persistent=False)
+
+    def forward(self, part: Tokens) -> Tensor:
+        """``(n, degrees)`` of the atoms of a part."""
+        weight = torch.ones_like(part.distance) if self.uniform else part.log_envelope.exp()
+        return bond_orientational_order(
+            part.direction, weight, part.center - part.first, part.num_atoms, self.degrees - 1,
+            floor="clamp" if self.uniform else "smooth", epsilon=self.epsilon, offsets=part.offsets,
+            recursion=self.recursion,
+        )  # fmt: skip
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OrientationalOrder:
+        """Moves like any module, and keeps its precision."""
+        kept = self.recursion
+        super()._apply(fn, recurse)
+        self.recursion = kept.to(self.recursion.device)
+        return self
 
 
 class AtomFeatures(nn.Module):

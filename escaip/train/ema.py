@@ -40,7 +40,9 @@ class WeightEMA(WeightAveraging):
         torch._foreach_lerp_(averaged, current, 1.0 - decay)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the buffers, which the module sets after the callback's copy was made."""
+        """Follows the module to its device, and takes the buffers: both were set after the copy was made."""
+        assert self._average_model is not None
+        self._average_model.module.to(pl_module.device)
         self._take_buffers(pl_module)
 
     def _take_buffers(self, pl_module: LightningModule) -> None:

@@ -152,8 +152,9 @@ class LossSums:
             counts: ``(3,)`` counts to divide by instead of its own, those of all processes for example.
         """
         counts = self.counts if counts is None else counts
-        weights = torch.tensor(settings.weights, dtype=self.sums.dtype, device=self.sums.device)
-        return (weights * self.sums / counts.clamp_min(1.0)).sum()
+        means = self.sums / counts.clamp_min(1.0)
+        # Numbers, not a tensor of them, which a GPU would have to be waited for.
+        return torch.stack([weight * mean for weight, mean in zip(settings.weights, means, strict=True)]).sum()
 
 
 def loss_sums(prediction: Prediction, batch: Any, settings: LossSettings) -> LossSums:

@@ -45,7 +45,8 @@ class ReferenceFit:
     def of_batch(self, prediction: Prediction, batch: Any) -> Tensor:
         """Returns what a batch adds to ``sums``, flat, so that it can be summed over processes."""
         sizes, count = batch.ptr[1:] - batch.ptr[:-1], len(self.elements)
-        place = batch.batch * count + self._place.to(batch.ptr.device)[batch.atomic_numbers]
+        self._place = self._place.to(batch.ptr.device)
+        place = batch.batch * count + self._place[batch.atomic_numbers]
         numbers = torch.zeros(len(sizes) * count, dtype=torch.float64, device=sizes.device)
         numbers = numbers.index_add(0, place, torch.ones_like(place, dtype=torch.float64)).view(-1, count)
         error = (batch.energy - prediction.energy.detach()).double() / sizes

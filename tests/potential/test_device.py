@@ -1,0 +1,234 @@
+"""Everything on a device gives what it gives on the CPU, mixes no devices and waits for the device no more than it says.
+
+Where there is no GPU a stand-in takes its place (shadow.py says what it cannot see); where there is one, these tests
+run on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import ase.build
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from shadow import CUDA, counted_waits, shadow_device
+from torch import Tensor
+
+from escaip import EScAIPCalculator, EScAIPConfig, Potential
+from escaip.calculators import CommitteeCalculator
+from escaip.data import AtomicData, collate
+from escaip.graph import build_graph, neighbor_list
+from escaip.ops.triton import availability
+from escaip.repulsion import repulsion_onsets
+from escaip.train import ForceTerm, LossSettings, LossTerm, WeightEMA
+from escaip.train.losses import loss_sums
+from escaip.train.metrics import error_sums
+from escaip.train.references import ReferenceFit
+
+TINY = {
+    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": [3, 3, 2], "num_radial": 8,
+    "radial_width": 1.0, "distance_size": 8, "element_size": 4, "boo_size": 4, "boo_degrees": 3, "num_neighbors": 6,
+    "cutoff": 4.0, "distance_knots": 16,
+}  # fmt: skip
+REAL = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    with contextlib.nullcontext() if REAL else shadow_device():
+        yield
+
+
+@contextlib.contextmanager
+def waits() -> Iterator[Counter[str]]:
+    """What the host waits for within."""
+    if not REAL:
+        with counted_waits() as found:
+            yield found
+        return
+    found = Counter()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found.update(f"{x.filename}:{x.lineno}" for x in caught if "synchroniz" in str(x.message))
+
+
+def make_potential(dtype: torch.dtype = torch.float32, **overrides: Any) -> Potential:
+    torch.manual_seed(0)
+    potential = Potential(EScAIPConfig.from_dict({**TINY, **overrides})).to(dtype).eval()
+    potential.element_references.copy_(torch.linspace(-2.0, 2.0, 119, dtype=torch.float64))
+    potential.scale.fill_(2.0)
+    return potential
+
+
+def on_device(potential: Potential) -> Potential:
+    return copy.deepcopy(potential).to(CUDA)
+
+
+def crystal() -> Atoms:
+    made = ase.build.bulk("NaCl", "rocksalt", a=5.6, cubic=True)
+    made.rattle(0.1, seed=1)
+    return made
+
+
+def make_batch() -> Any:
+    """A crystal and a molecule, with labels for the first."""
+    labelled, generator = crystal(), np.random.default_rng(0)
+    energy, forces, stress = -3.0, generator.normal(size=(8, 3)), generator.normal(size=6)
+    labelled.calc = SinglePointCalculator(labelled, energy=energy, forces=forces, stress=stress)
+    return collate([AtomicData.from_ase(each) for each in (labelled, ase.build.molecule("H2O"))])
+
+
+def tolerance_of(potential: Potential) -> float:
+    return 3e-4 if potential.dtype == torch.float32 else 1e-10
+
+
+def assert_same(found: Any, expected: Any, tolerance: float) -> None:
+    """Of two dataclasses, the first on the device and the second on the CPU."""
+    for (name, x), y in zip(vars(found).items(), vars(expected).values(), strict=True):
+        if isinstance(y, Tensor):
+            assert x.device.type == "cuda", name
+            torch.testing.assert_close(x.detach().cpu(), y.detach(), rtol=tolerance, atol=tolerance, equal_nan=True)
+        else:
+            assert x == y, name
+
+
+GRAPHS: dict[str, dict[str, Any]] = {
+    "soft": {}, "radius": {"num_neighbors": None}, "hard": {"soft": False}, "truncated": {"rank_truncation": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(("searched", "slack"), [(True, 0.0), (False, 0.0), (True, 0.2)])
+def test_graphs(name: str, searched: bool, slack: float) -> None:
+    settings = dataclasses.replace(EScAIPConfig.from_dict(TINY).graph, **GRAPHS[name])
+    if slack and name in ("hard", "truncated"):
+        pytest.skip("such ranks may change with any distance")
+    batch = make_batch()
+    there = batch.clone().to(CUDA)
+    found, expected = (
+        build_graph(each, settings, None if searched else neighbor_list(each, 8.0), slack) for each in (there, batch)
+    )
+    assert_same(found, expected, 1e-12)
+
+
+# Float32 goes to the Triton kernels, float64 to plain operations.
+MODELS: dict[str, dict[str, Any]] = {
+    "float32": {}, "float64": {"dtype": torch.float64}, "table": {"distance_table": "always"},
+    "exact": {"distance_table": "never"}, "conditioned": {"charge": True, "spin": True, "message_gate": True},
+    "radius": {"num_neighbors": None, "aggregation": "graph_attention", "norm": "layernorm"},
+    "published": {"boo_weighting": "uniform", "rank_truncation": 4, "angular_channels": None},
+    "direct": {"forces": "direct"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predictions_with_a_graph_do_not_wait(name: str) -> None:
+    potential, batch = make_potential(**MODELS[name]), make_batch()
+    potential.repulsion.onset = torch.full((119, 119), 2.5)
+    there, moved = on_device(potential), batch.clone().to(CUDA)
+    wanted = {"compute_stress": True, "compute_virials": True} if potential.config.is_conservative else {}
+    graph = there.graph_of(moved)
+    there(moved, graph=graph, **wanted)  # kernels are compiled, and tables made
+    with waits() as found:
+        prediction = there(moved, graph=graph, **wanted)
+    if potential.dtype == torch.float32 and availability() is None:  # the plain operations read sizes
+        assert not found
+    assert_same(prediction, potential(batch, **wanted), tolerance_of(potential))
+
+
+def test_sets_of_references() -> None:
+    potential, batch = make_potential(), make_batch()
+    references = torch.linspace(-1.0, 1.0, 238, dtype=torch.float64).view(2, 119)
+    potential.set_references(references, torch.tensor([2.0, 3.0], dtype=torch.float64))
+    potential.set_metadata(dataclasses.replace(potential.metadata, datasets=("first", "second")))
+    potential.choose_dataset("second")
+    there = on_device(potential)
+    assert_same(there(batch.clone().to(CUDA)), potential(batch), tolerance_of(potential))
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "table", "direct", "recomputed"])
+def test_a_step_of_training(name: str) -> None:
+    potential, batch = make_potential(**MODELS.get(name, {})).train(), make_batch()
+    conservative = potential.config.is_conservative
+    losses = LossSettings(LossTerm(1.0), ForceTerm(10.0), LossTerm(1.0 if conservative else 0.0))
+    potential.recompute = name == "recomputed" or None
+    there, moved = on_device(potential), batch.clone().to(CUDA)
+
+    def train(potential: Potential, batch: Any) -> list[Tensor]:
+        optimizer = torch.optim.AdamW(potential.parameters(), 1e-3)
+        prediction = potential(batch, compute_stress=conservative, create_graph=True)
+        loss_sums(prediction, batch, losses).total(losses).backward()
+        torch.nn.utils.clip_grad_norm_(potential.parameters(), 1.0)
+        optimizer.step()
+        fit = ReferenceFit((1, 8, 11, 17), (True,), LossTerm(1.0, kind="huber"))
+        fit.add(fit.of_batch(prediction, batch))
+        gradients = [weight.grad for weight in potential.parameters() if weight.grad is not None]
+        return [error_sums(prediction, batch), fit.solve(), *gradients, *potential.parameters()]
+
+    tolerance = 1e-3 if potential.dtype == torch.float32 else 1e-9
+    for x, y in zip(train(there, moved), train(potential, batch), strict=True):
+        assert x.device.type == "cuda"
+        torch.testing.assert_close(x.detach().cpu(), y.detach(), rtol=tolerance, atol=tolerance)
+
+
+
+
+@pytest.mark.parametrize("method", ["autograd", "finite_differences"])
+def test_second_derivatives(method: str) -> None:
+    potential, molecule = make_potential(torch.float64), ase.build.molecule("H2O")
+    found = on_device(potential).hessian(molecule, method=method)
+    torch.testing.assert_close(found, potential.hessian(molecule, method=method), rtol=1e-7, atol=1e-7)
+
+
+def test_predictions_of_many() -> None:
+    potential, many = make_potential(), [crystal(), ase.build.molecule("H2O"), ase.build.molecule("CH4")]
+    found = on_device(potential).predict(many, compute_stress=True)
+    for x, y in zip(found, potential.predict(many, compute_stress=True), strict=True):
+        for name in ("energy", "forces", "stress", "atomic_energies"):
+            torch.testing.assert_close(getattr(x, name), getattr(y, name), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("graph_skin", [0.0, 0.3])
+def test_a_calculator_waits_once_for_its_results(graph_skin: float) -> None:
+    potential, atoms = make_potential(), crystal()
+    there = EScAIPCalculator(potential, device="cuda", graph_skin=graph_skin)
+    here, counts = EScAIPCalculator(potential, device="cpu", graph_skin=graph_skin), []
+    for step in range(3):
+        atoms.positions[0] += 0.01
+        if step == 2:
+            atoms.set_cell(atoms.cell * 1.001, scale_atoms=True)
+        with waits() as found:
+            atoms.calc = there
+            results = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
+        counts.append(sum(found.values()))
+        atoms.calc = here
+        np.testing.assert_allclose(results[0], atoms.get_potential_energy(), atol=1e-4)
+        np.testing.assert_allclose(results[1], atoms.get_forces(), atol=1e-4)
+        np.testing.assert_allclose(results[2], atoms.get_stress(), atol=1e-5)
+    if graph_skin:
+        assert counts[1:] == [1, 1]
+
+
+def test_a_committee() -> None:
+    members, atoms = [make_potential(), make_potential(distance_table="always")], crystal()
+    there = CommitteeCalculator(members, device="cuda", graph_skin=0.3)
+    here = CommitteeCalculator(members, device="cpu", graph_skin=0.3)
+    for _ in range(2):
+        atoms.positions[0] += 0.01
+        for name in ("energy", "forces", "stress", "forces_spread", "stresses"):
+            found, expected = there.get_property(name, atoms), here.get_property(name, atoms)
+            np.testing.assert_allclose(found, expected, atol=1e-4)
