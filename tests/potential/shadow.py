@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 import escaip
 
@@ -77,16 +76,34 @@ class ShadowTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func.namespace == "escaip":
             return _own_operator(OPDEFS[func._schema.name]._init_fn, args)
-        _check_devices(func, args, kwargs)
-        _count_waits(func, args, kwargs)
-        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, ShadowTensor)]
-        shadows = {id(x.held): x for x in leaves}
-        found = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-        for x in leaves:
-            assert x.shape == x.held.shape, f"{func} changed a shape in place"
+        tensors = list(_tensors((args, kwargs)))
+        _check_devices(func, args, [x for x in tensors if not isinstance(x, ShadowTensor)])
+        if _waits:
+            _count_waits(func, args, kwargs)
+        shadows = {id(x.held): x for x in tensors if isinstance(x, ShadowTensor)}
+        found = func(*_mapped(_held, args), **_mapped(_held, kwargs))
+        assert all(x.shape == x.held.shape for x in shadows.values()), f"{func} changed a shape in place"
         if func.overloadpacket is aten.copy_ and not isinstance(args[0], ShadowTensor):
             return found
-        return tree_map(lambda x: shadows[id(x)] if id(x) in shadows else _shadow(x), found)
+        return _mapped(lambda x: shadows[id(x)] if id(x) in shadows else _shadow(x), found)
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """All tensors in lists, tuples and dicts."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple | dict):
+        for each in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(each)
+
+
+def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """The same of what a function makes of the leaves."""
+    if isinstance(x, dict):
+        return {name: _mapped(function, value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return (list if isinstance(x, list) else tuple)(_mapped(function, value) for value in x)
+    return function(x)
 
 
 def _own_operator(function: Callable[..., Any], args: Any) -> Any:
@@ -95,8 +112,7 @@ def _own_operator(function: Callable[..., Any], args: Any) -> Any:
     The interpreter of Triton takes seconds for what these take milliseconds, and tests/ops/test_triton.py compares them.
     """
     if "triton" in args:
-        plain = tree_map(lambda x: "blocked" if isinstance(x, str) else _held(x), args)
-        return tree_map(_shadow, function(*plain))
+        return _mapped(_shadow, function(*_mapped(lambda x: "blocked" if isinstance(x, str) else _held(x), args)))
     with _ShadowMode():
         return function(*args)
 
@@ -109,15 +125,14 @@ def _shadow(x: Any) -> Any:
     return ShadowTensor(x) if isinstance(x, Tensor) and not isinstance(x, ShadowTensor) else x
 
 
-def _check_devices(func: Any, args: Any, kwargs: Any) -> None:
-    """As PyTorch: no two devices, but for numbers among pointwise operations, copies and indices."""
+def _check_devices(func: Any, args: Any, others: list[Tensor]) -> None:
+    """As PyTorch: nothing of the host, but for numbers among pointwise operations, copies and indices."""
     packet = func.overloadpacket
-    others = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not isinstance(x, ShadowTensor)]
-    if packet in _COPYING or not others:
+    if not others or packet in _COPYING:
         return
     if packet in _INDEXING and isinstance(args[0], ShadowTensor):
         others = [x for x in others if not any(x is index for index in args[1])]
-    if torch.Tag.pointwise in func.tags or packet in _NUMBERS or "linalg" in str(packet):
+    if torch.Tag.pointwise in func.tags or packet in _NUMBERS or "linalg" in func._schema.name:
         others = [x for x in others if x.dim()]
     if others:
         shapes = ", ".join(str(tuple(x.shape)) for x in others)
@@ -138,7 +153,7 @@ def _count_waits(func: Any, args: Any, kwargs: Any) -> None:
             _wait(f"{func} by a mask")
         if not all(isinstance(x, ShadowTensor) for x in indices):
             _wait(f"{func} by indices of the host")
-    elif packet in _COPYING and len({isinstance(x, ShadowTensor) for x in tree_leaves(args[:2])}) > 1:
+    elif packet in _COPYING and len({isinstance(x, ShadowTensor) for x in _tensors(args[:2])}) > 1:
         _wait(f"{func} between devices")
 
 
