@@ -17,7 +17,7 @@ from torch_geometric.data import Batch
 
 import escaip.potential
 from escaip import EScAIPCalculator, EScAIPConfig, Potential, ahead
-from escaip.compile import CompiledEvaluation
+from escaip.compile import CompiledEvaluation, compile_example, flat_evaluation, trace
 from escaip.data import AtomicData, collate
 from escaip.model import EScAIP
 
@@ -245,3 +245,21 @@ def test_positions_that_require_gradients_are_evaluated_without_compiling(use_ba
     (row,) = torch.autograd.grad(forces[0, 0], batch.positions)
     assert row.abs().max() > 0
     assert num_graphs() == 0
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+def test_a_traced_graph_holds_weights_alone(forces: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other constant is a copy from the host at every call, which a CUDA graph cannot record."""
+    monkeypatch.setattr("escaip.graph.features.has_kernels", lambda x: False)  # as on CUDA
+    potential = make_potential(forces=forces, num_layers=1, distance_table="never").eval().requires_grad_(False)
+    model, settings = potential.model, potential.config.graph
+    inputs = compile_example(settings, potential.dtype, potential.device)
+
+    def function(*tensors: Tensor) -> list[Tensor]:
+        return flat_evaluation(model, settings, None, tensors, forces == "conservative", False)
+
+    graph = trace(function, inputs.flat(), False)
+    weights = {id(x) for x in (*model.parameters(), *model.buffers())}
+    held = [getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")]
+    assert held
+    assert all(id(x) in weights for x in held)

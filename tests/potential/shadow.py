@@ -107,9 +107,9 @@ def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
 
 
 def _own_operator(function: Callable[..., Any], args: Any) -> Any:
-    """In Python, as on CUDA, where the dispatcher has no kernels of ours; Triton's are plain operations on the values.
+    """In Python, as on CUDA, where the dispatcher has no kernels of ours; for Triton's stand plain operations.
 
-    The interpreter of Triton takes seconds for what these take milliseconds, and tests/ops/test_triton.py compares them.
+    Triton's interpreter takes seconds for what these take milliseconds, and tests/ops/test_triton.py compares the two.
     """
     if "triton" in args:
         return _mapped(_shadow, function(*_mapped(lambda x: "blocked" if isinstance(x, str) else _held(x), args)))
@@ -219,7 +219,8 @@ class _ShadowMode(TorchFunctionMode):
             return special(func, args, kwargs)
         if kwargs.get("device") is None:
             return func(*args, **kwargs)
-        to_device = _is_cuda(kwargs.pop("device"))
+        device = kwargs.pop("device")
+        to_device = _is_cuda(device)
         of_shadow = bool(args) and isinstance(args[0], ShadowTensor)
         name = getattr(func, "__name__", "")
         if name in ("tensor", "as_tensor", "asarray", "scalar_tensor"):
@@ -228,7 +229,7 @@ class _ShadowMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if of_shadow:
             return func(args[0].held, *args[1:], **kwargs)
-        return _shadow(func(*args, **kwargs, device="cpu")) if to_device else func(*args, **kwargs, device="cpu")
+        return _shadow(func(*args, **kwargs, device="cpu")) if to_device else func(*args, **kwargs, device=device)
 
 
 def _to(func: Any, args: Any, kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Everything on a device gives what it gives on the CPU, mixes no devices and waits for the device no more than it says.
+"""On a device everything gives what it gives on the CPU, mixes no devices, and waits no more often than it says.
 
 Where there is no GPU a stand-in takes its place (shadow.py says what it cannot see); where there is one, these tests
 run on it.
@@ -28,8 +28,7 @@ from escaip.calculators import CommitteeCalculator
 from escaip.data import AtomicData, collate
 from escaip.graph import build_graph, neighbor_list
 from escaip.ops.triton import availability
-from escaip.repulsion import repulsion_onsets
-from escaip.train import ForceTerm, LossSettings, LossTerm, WeightEMA
+from escaip.train import ForceTerm, LossSettings, LossTerm, PotentialModule, WeightEMA
 from escaip.train.losses import loss_sums
 from escaip.train.metrics import error_sums
 from escaip.train.references import ReferenceFit
@@ -111,12 +110,12 @@ GRAPHS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize(("searched", "slack"), [(True, 0.0), (False, 0.0), (True, 0.2)])
+@pytest.mark.parametrize(
+    ("name", "searched", "slack"),
+    [(name, searched, 0.0) for name in GRAPHS for searched in (True, False)] + [("soft", True, 0.2)],
+)
 def test_graphs(name: str, searched: bool, slack: float) -> None:
     settings = dataclasses.replace(EScAIPConfig.from_dict(TINY).graph, **GRAPHS[name])
-    if slack and name in ("hard", "truncated"):
-        pytest.skip("such ranks may change with any distance")
     batch = make_batch()
     there = batch.clone().to(CUDA)
     found, expected = (
@@ -128,7 +127,7 @@ def test_graphs(name: str, searched: bool, slack: float) -> None:
 # Float32 goes to the Triton kernels, float64 to plain operations.
 MODELS: dict[str, dict[str, Any]] = {
     "float32": {}, "float64": {"dtype": torch.float64}, "table": {"distance_table": "always"},
-    "exact": {"distance_table": "never"}, "conditioned": {"charge": True, "spin": True, "message_gate": True},
+    "conditioned": {"charge": True, "spin": True, "message_gate": True, "distance_table": "never"},
     "radius": {"num_neighbors": None, "aggregation": "graph_attention", "norm": "layernorm"},
     "published": {"boo_weighting": "uniform", "rank_truncation": 4, "angular_channels": None},
     "direct": {"forces": "direct"},
@@ -151,7 +150,7 @@ def test_predictions_with_a_graph_do_not_wait(name: str) -> None:
 
 
 def test_sets_of_references() -> None:
-    potential, batch = make_potential(), make_batch()
+    potential, batch = make_potential(num_layers=1), make_batch()
     references = torch.linspace(-1.0, 1.0, 238, dtype=torch.float64).view(2, 119)
     potential.set_references(references, torch.tensor([2.0, 3.0], dtype=torch.float64))
     potential.set_metadata(dataclasses.replace(potential.metadata, datasets=("first", "second")))
@@ -160,9 +159,9 @@ def test_sets_of_references() -> None:
     assert_same(there(batch.clone().to(CUDA)), potential(batch), tolerance_of(potential))
 
 
-@pytest.mark.parametrize("name", ["float32", "float64", "table", "direct", "recomputed"])
+@pytest.mark.parametrize("name", ["float64", "table", "direct", "recomputed"])
 def test_a_step_of_training(name: str) -> None:
-    potential, batch = make_potential(**MODELS.get(name, {})).train(), make_batch()
+    potential, batch = make_potential(**{"num_layers": 1, **MODELS.get(name, {})}).train(), make_batch()
     conservative = potential.config.is_conservative
     losses = LossSettings(LossTerm(1.0), ForceTerm(10.0), LossTerm(1.0 if conservative else 0.0))
     potential.recompute = name == "recomputed" or None
@@ -185,17 +184,15 @@ def test_a_step_of_training(name: str) -> None:
         torch.testing.assert_close(x.detach().cpu(), y.detach(), rtol=tolerance, atol=tolerance)
 
 
-
-
 @pytest.mark.parametrize("method", ["autograd", "finite_differences"])
 def test_second_derivatives(method: str) -> None:
-    potential, molecule = make_potential(torch.float64), ase.build.molecule("H2O")
+    potential, molecule = make_potential(torch.float64, num_layers=1), ase.build.molecule("H2O")
     found = on_device(potential).hessian(molecule, method=method)
     torch.testing.assert_close(found, potential.hessian(molecule, method=method), rtol=1e-7, atol=1e-7)
 
 
 def test_predictions_of_many() -> None:
-    potential, many = make_potential(), [crystal(), ase.build.molecule("H2O"), ase.build.molecule("CH4")]
+    potential, many = make_potential(num_layers=1), [crystal(), ase.build.molecule("H2O"), ase.build.molecule("CH4")]
     found = on_device(potential).predict(many, compute_stress=True)
     for x, y in zip(found, potential.predict(many, compute_stress=True), strict=True):
         for name in ("energy", "forces", "stress", "atomic_energies"):
@@ -204,7 +201,7 @@ def test_predictions_of_many() -> None:
 
 @pytest.mark.parametrize("graph_skin", [0.0, 0.3])
 def test_a_calculator_waits_once_for_its_results(graph_skin: float) -> None:
-    potential, atoms = make_potential(), crystal()
+    potential, atoms = make_potential(num_layers=1), crystal()
     there = EScAIPCalculator(potential, device="cuda", graph_skin=graph_skin)
     here, counts = EScAIPCalculator(potential, device="cpu", graph_skin=graph_skin), []
     for step in range(3):
@@ -224,11 +221,28 @@ def test_a_calculator_waits_once_for_its_results(graph_skin: float) -> None:
 
 
 def test_a_committee() -> None:
-    members, atoms = [make_potential(), make_potential(distance_table="always")], crystal()
+    members, atoms = [make_potential(num_layers=1), make_potential(num_layers=1, distance_table="always")], crystal()
     there = CommitteeCalculator(members, device="cuda", graph_skin=0.3)
     here = CommitteeCalculator(members, device="cpu", graph_skin=0.3)
     for _ in range(2):
         atoms.positions[0] += 0.01
-        for name in ("energy", "forces", "stress", "forces_spread", "stresses"):
+        for name in ("stresses", "energy", "forces", "stress", "forces_spread"):
             found, expected = there.get_property(name, atoms), here.get_property(name, atoms)
             np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert there.num_graph_builds == 1
+
+
+def test_averaged_weights_go_where_the_module_goes() -> None:
+    """Lightning makes them before it moves the module, and would copy every weight to the host at every step."""
+    module, average = PotentialModule({**TINY, "num_layers": 1}), WeightEMA(0.9)
+    trainer: Any = None
+    average.setup(trainer, module, "fit")
+    module.to(CUDA)
+    average.on_fit_start(trainer, module)
+    assert average._average_model is not None
+    tensors = [*average._average_model.module.parameters(), *average._average_model.module.buffers()]
+    assert {x.device.type for x in tensors} == {"cuda"}
+    for _ in range(2):
+        average._average_model.update_parameters(module)
+    for x, y in zip(average._average_model.module.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(x.detach().cpu(), y.detach().cpu())
