@@ -199,8 +199,12 @@ def test_predictions_of_many() -> None:
             torch.testing.assert_close(getattr(x, name), getattr(y, name), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("graph_skin", [0.0, 0.3])
-def test_a_calculator_waits_once_for_its_results(graph_skin: float) -> None:
+@pytest.mark.parametrize(("graph_skin", "cut_from"), [(0.0, 0), (0.3, 10_000), (0.3, 0)])
+def test_a_calculator_waits_once_for_its_results(
+    graph_skin: float, cut_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a kept graph; once more where it is cut to what counts."""
+    monkeypatch.setattr("escaip.calculators.ase._TIGHT_FROM", (0, cut_from))
     potential, atoms = make_potential(num_layers=1), crystal()
     there = EScAIPCalculator(potential, device="cuda", graph_skin=graph_skin)
     here, counts = EScAIPCalculator(potential, device="cpu", graph_skin=graph_skin), []
@@ -217,7 +221,7 @@ def test_a_calculator_waits_once_for_its_results(graph_skin: float) -> None:
         np.testing.assert_allclose(results[1], atoms.get_forces(), atol=1e-4)
         np.testing.assert_allclose(results[2], atoms.get_stress(), atol=1e-5)
     if graph_skin:
-        assert counts[1:] == [1, 1]
+        assert counts[1:] == (2 * [1] if cut_from else 2 * [2])
 
 
 def test_a_committee() -> None:
