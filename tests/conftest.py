@@ -18,6 +18,11 @@ settings.register_profile("ci", deadline=None, derandomize=True, max_examples=30
 settings.load_profile("ci")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """ASE (3.29) shapes arrays in a way that NumPy deprecates from 2.5 on."""
+    config.addinivalue_line("filterwarnings", "ignore:Setting the shape on a NumPy array:DeprecationWarning")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tests run side by side on few cores: more threads would only wait for each other."""
