@@ -1,8 +1,12 @@
 """What ptxas makes of the Triton attention kernels: registers, spills and shared memory, no GPU needed.
 
-Compiles every kernel ahead of time as it would be launched for the models that users have:
+Compiles every kernel ahead of time as it would be launched for the models that users have, with the built-in tiles:
 
     python benchmarks/attention_compile.py --arch 80 90
+
+or with each tile that the tuner would try:
+
+    python benchmarks/attention_compile.py --arch 90 --head-size 64 --candidates
 """
 
 from __future__ import annotations
@@ -12,41 +16,42 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from escaip.ops.triton.backward_kernels import backward_columns, backward_rows
-from escaip.ops.triton.chunks import cut
-from escaip.ops.triton.double_backward_kernels import double_backward_columns, double_backward_rows
-from escaip.ops.triton.forward_kernels import forward_rows
-from escaip.ops.triton.tiles import Tile, choose_tile, padded_columns
+from escaip.ops.triton.candidates import candidates
+from escaip.ops.triton.cases import Case
+from escaip.ops.triton.compiling import compiling_for, reason
+from escaip.ops.triton.launch import Call
+from escaip.ops.triton.tiles import KERNELS, Tile, table_tile
 
-KERNELS = (forward_rows, backward_rows, backward_columns, double_backward_rows, double_backward_columns)
 HEAD_SIZES = (16, 32, 64, 80, 128)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("tf32x3", "bfloat16", "float16")
+USES = ("angles", "envelope", "node")
 PUBLISHED = (20, 10, 4, 10, 20)  # of 64 channels; other head sizes in proportion
 NEIGHBORHOOD = 31
-SYSTEM = 10_000  # atoms of a system in node attention
-_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_FEATURES = {"q", "k", "v", "out", "grad_out", "tq", "tk", "tv", "dq", "dk", "dv", "gq", "gk", "gv", "grad_grad_out"}
-_INTEGERS = {"num_queries", "num_keys"}
+SYSTEM = 256  # atoms of a system in node attention; larger ones compile to the same code
+WALKS = (12, 24, 48, 96)  # tokens of neighborhoods whose candidates differ
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel as it would be launched; ``use`` is ``angles``, ``envelope`` (no angles) or ``node``."""
+    """One kernel as it would be launched; modes and uses are those of :class:`escaip.ops.triton.cases.Case`."""
 
     kernel: str
-    dtype: str
+    mode: str
     head_size: int
     use: str
-    precision: str
+
+    def call(self, size: int | None = None) -> Call:
+        """The launch, for neighborhoods of ``size`` tokens."""
+        size = size or (SYSTEM if self.use == "node" else NEIGHBORHOOD)
+        case = Case(self.use, self.mode, self.head_size, 8, group_widths(self.head_size), 1, size)
+        return next(call for call in case.calls(torch.device("cpu")) if call.key.kernel == self.kernel)
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,9 @@ class Record:
     """What came of it: ``spilled`` is bytes of local memory per thread, ``shared`` bytes per program."""
 
     kernel: str
-    dtype: str
+    mode: str
     head_size: int
     use: str
-    precision: str
     arch: int
     own: int
     other: int
@@ -75,43 +79,22 @@ def group_widths(head_size: int) -> tuple[int, ...]:
     return (head_size - sum(outer), *outer)
 
 
-def configurations() -> Iterator[Configuration]:
+def configurations(modes: tuple[str, ...] = MODES) -> Iterator[Configuration]:
     """Those of the models that users have."""
     for kernel in KERNELS:
-        for dtype in DTYPES:
-            precision = "tf32x3" if dtype == torch.float32 else "tf32"
+        for mode in modes:
             for head_size in HEAD_SIZES:
-                for use in ("angles", "envelope", "node"):
-                    yield Configuration(kernel.__name__, _TRITON_NAMES[dtype], head_size, use, precision)
+                for use in USES:
+                    yield Configuration(kernel, mode, head_size, use)
 
 
 def compile_one(configuration: Configuration, arch: int, tile: Tile | None = None) -> Record:
-    """Compiles one configuration, with the tile of the table or another."""
+    """Compiles one configuration for a compute capability such as 80 or 90, with the built-in tile or another."""
     started = time.perf_counter()
-    kernel = next(kernel for kernel in KERNELS if kernel.__name__ == configuration.kernel)
-    angles, node = configuration.use == "angles", configuration.use == "node"
-    size = configuration.head_size
-    logits, values = cut(group_widths(size) if angles else (size,)), cut((size,))
-    mean = SYSTEM if node else NEIGHBORHOOD
-    item = 4 if configuration.dtype == "fp32" else 2
-    tile = tile or choose_tile(configuration.kernel, angles, item, padded_columns(logits, values), mean, mean)
-    constants: dict[str, Any] = {
-        "H": 8, "D": size, "LOGITS": logits, "VALUES": values, "ANGLES": angles, "BIAS": not node, "WITH_DN": angles,
-        "SPLIT": node, "PRECISION": configuration.precision, "OWN": tile.own, "OTHER": tile.other,
-    }  # fmt: skip
-    absent = {"log_envelope", "tb", "db", "gb"} if node else {"owners"}
-    absent |= set() if angles else {"direction", "tn", "dn", "gn"}
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in absent:
-            constants[name] = None
-        signature[name] = "constexpr" if name in constants else _argument_type(name, configuration.dtype)
-        if signature[name].startswith("*"):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    call = configuration.call()
+    tile = tile or table_tile(call.key)
+    with compiling_for(GPUTarget("cuda", arch, 32)):
+        compiled = call.compile(tile)
     registers, spilled = _resources(compiled.asm["cubin"])
     return Record(
         **asdict(configuration), arch=arch, **asdict(tile), registers=registers, spilled=spilled,
@@ -119,21 +102,12 @@ def compile_one(configuration: Configuration, arch: int, tile: Tile | None = Non
     )  # fmt: skip
 
 
-def compile_all(arch: int, chosen: Iterable[Configuration] | None = None) -> list[Record]:
-    """Compiles configurations, all of them by default, for a compute capability such as 80 or 90."""
-    return [compile_one(configuration, arch) for configuration in chosen or configurations()]
-
-
-def _argument_type(name: str, dtype: str) -> str:
-    if name in _FEATURES:
-        return f"*{dtype}"
-    if name.endswith("offsets"):
-        return "*i64"
-    if name == "owners":
-        return "*i32"
-    if name in _INTEGERS:
-        return "i32"
-    return "fp32" if name == "scale" else "*fp32"
+def tiles_of(configuration: Configuration, with_candidates: bool) -> list[Tile]:
+    """The built-in tile, or all that the tuner tries for walks of any length."""
+    if not with_candidates:
+        return [table_tile(configuration.call().key)]
+    sizes = (SYSTEM,) if configuration.use == "node" else WALKS
+    return list(dict.fromkeys(tile for size in sizes for tile in candidates(configuration.call(size).key)))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -151,23 +125,27 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    for name in ("kernel", "dtype", "use"):
+    parser.add_argument("--mode", nargs="+", default=MODES, help=f"default: {' '.join(MODES)}; tf32 and ieee too")
+    for name in ("kernel", "use"):
         parser.add_argument(f"--{name}", nargs="+", help="only these")
     parser.add_argument("--head-size", type=int, nargs="+", help="only these")
+    parser.add_argument("--candidates", action="store_true", help="every tile that the tuner tries")
     options = parser.parse_args()
-    wanted = {name: getattr(options, name) for name in ("kernel", "dtype", "use", "head_size")}
-    print("kernel                   dtype    d use        sm         tile  regs  spill  shared     s")
+    wanted = {name: getattr(options, name) for name in ("kernel", "use", "head_size")}
+    print("kernel                  mode        d use        sm           tile  regs  spill  shared     s")
     for arch in options.arch:
-        for configuration in configurations():
+        for configuration in configurations(tuple(options.mode)):
             if any(allowed and getattr(configuration, name) not in allowed for name, allowed in wanted.items()):
                 continue
-            r = compile_one(configuration, arch)
-            tile = f"{r.own}x{r.other}w{r.warps}s{r.stages}"
-            print(
-                f"{r.kernel:24} {r.dtype:5} {r.head_size:4} {r.use:9} {r.arch:3} {tile:>12} {r.registers:5} "
-                f"{r.spilled:6} {r.shared:7} {r.seconds:5}",
-                flush=True,
-            )
+            for tile in tiles_of(configuration, options.candidates):
+                c = configuration
+                what = f"{c.kernel:23} {c.mode:8} {c.head_size:4} {c.use:9} {arch:3} {tile!s:>14}"
+                try:
+                    r = compile_one(c, arch, tile)
+                except Exception as error:  # a candidate that does not compile is a finding
+                    print(what, reason(error), flush=True)
+                else:
+                    print(f"{what} {r.registers:5} {r.spilled:6} {r.shared:7} {r.seconds:5}", flush=True)
 
 
 if __name__ == "__main__":

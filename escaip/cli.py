@@ -17,6 +17,7 @@ from escaip.cli_properties import add_properties
 from escaip.cli_scaling import add_scaling
 from escaip.cli_select import add_select
 from escaip.cli_simulate import add_md, add_relax
+from escaip.cli_tune import add_tune
 from escaip.errors import EscaipError, UsageError
 
 TRAINING_COMMANDS = {
@@ -103,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_scaling(commands)
     _add_import(commands)
     _add_export(commands)
+    add_tune(commands)
     _add_info(commands)
     return parser
 

@@ -34,9 +34,9 @@ FLOORS: dict[str, int] = {
     "batching": 5, "potential": 5, "checkpoint": 5, "interop": 5, "export": 5, "packaged": 5,
     "hessian": 5,
     "train": 6, "calculators": 6, "simulate": 6, "analysis": 6, "properties": 6, "evaluate": 6, "info": 6, "testing": 6,
-    "scaling": 6,
+    "scaling": 6, "tune": 6,
     "cli_analysis": 7, "cli_data": 7, "cli_options": 7, "cli_properties": 7, "cli_scaling": 7, "cli_select": 7,
-    "cli_simulate": 7,
+    "cli_simulate": 7, "cli_tune": 7,
     "cli": 7, "__main__": 7,
 }  # fmt: skip
 

@@ -218,12 +218,16 @@ def check_model(own: Potential, exact: dict[str, Tensor], device: str, forces: s
     return row
 
 
+DEVICE_TESTS = ("tests/ops/test_triton.py", "tests/ops/test_triton_training.py", "tests/potential/test_device.py")
+
+
 def tests(setting: Setting) -> Iterator[Row]:
-    """The tests of the operators, on the device."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_triton.py"]
-    if not setting.small:
-        command += ["tests/ops", "-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
-    yield run_command("tests/ops", command, setting)
+    """The tests that run on a GPU where there is one."""
+    workers = [] if setting.small else ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
+    chosen = DEVICE_TESTS[:1] if setting.small else DEVICE_TESTS
+    yield run_command(
+        "tests", [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *workers], setting
+    )
 
 
 def memory_checker(setting: Setting) -> Iterator[Row]:

@@ -32,6 +32,15 @@ class Case:
         problem = Problem(*(cast(x) for x in vars(self.problem).values()))  # type: ignore[arg-type]
         return Case(problem, self.grad_out.to(dtype), Gradients(*(cast(x) for x in self.tangents)))  # type: ignore[arg-type]
 
+    def on(self, device: str) -> Case:
+        """With all tensors on a device."""
+
+        def move(x: object) -> object:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        problem = Problem(*(move(x) for x in vars(self.problem).values()))  # type: ignore[arg-type]
+        return Case(problem, self.grad_out.to(device), Gradients(*(move(x) for x in self.tangents)))  # type: ignore[arg-type]
+
     def changed(self, **values: object) -> Case:
         """With other parts of the problem."""
         return replace(self, problem=replace(self.problem, **values))  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
-from family_cases import Case, errors, make_case, run_family, run_reference, without_keys  # noqa: E402
+from family_cases import Case, Results, errors, make_case, run_family, run_reference, without_keys  # noqa: E402
 
 from escaip.ops import triton as triton_family  # noqa: E402
 from escaip.ops.triton import launch  # noqa: E402
@@ -31,6 +31,7 @@ PUBLISHED = (20, 10, 4, 10, 20)
 # by 2^-9 in bfloat16 and 2^-12 in float16. Second derivatives chain twice as many of those as first ones and take
 # D from the rounded output, which weighs where E − D is small.
 TOLERANCE = {torch.float32: (1e-5, 1e-5, 1e-5), torch.bfloat16: (4e-3, 6e-3, 1e-2), torch.float16: (5e-4, 1e-3, 3e-3)}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes tensors of the CPU
 KERNELS = ("forward_rows", "backward_rows", "backward_columns", "double_backward_rows", "double_backward_columns")
 
 
@@ -41,8 +42,14 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(OVERRIDES, kernel, Tile(32, 32, 4))
 
 
+def run_kernels(case: Case, with_direction: bool = True) -> Results:
+    """What the kernels make of a case, on the CPU."""
+    found = run_family(launch, case.on(DEVICE), with_direction)
+    return {name: None if x is None else x.cpu() for name, x in found.items()}
+
+
 def check(case: Case, with_direction: bool = True) -> None:
-    found, expected = run_family(launch, case, with_direction), run_reference(case, with_direction)
+    found, expected = run_kernels(case, with_direction), run_reference(case, with_direction)
     value, first, second = TOLERANCE[case.problem.q.dtype]
     for name, error in errors(found, expected).items():
         limit = value if name == "out" else first if name[0] == "d" else second
@@ -108,7 +115,7 @@ def test_any_shape(sizes: list[int], heads: int, widths: list[int], use: str, se
 def test_one_token_neighborhoods() -> None:
     """A softmax over one key is constant: all gradients but that of the value vanish."""
     case = make_case([1, 1, 1])
-    found = run_family(launch, case)
+    found = run_kernels(case)
     torch.testing.assert_close(found["out"], case.problem.v)
     torch.testing.assert_close(found["dv"], case.grad_out)
     for name in ("dq", "dk", "db", "dn", "gq", "gk", "gv", "gb", "gn"):
@@ -128,13 +135,13 @@ def test_removed_key_is_as_if_absent(dtype: torch.dtype) -> None:
     case = make_case([4, 40], widths=(8, 8), dtype=dtype)
     gone = torch.tensor([2, *range(4, 36), 40])  # among them the first tile of the second neighborhood
     case = without_keys(case, gone)
-    found = run_family(launch, case)
+    found = run_kernels(case)
     assert all(x is None or torch.isfinite(x).all() for x in found.values())
     for name in ("dk", "dv", "db", "gk", "gv", "gb"):
         # The interpreter's bfloat16 zero is 1e-38 at times.
         assert (found[name][gone].double().abs() < 1e-30).all(), name
     case.problem.k[gone], case.problem.v[gone] = 3.0, -2.0
-    again = run_family(launch, case)
+    again = run_kernels(case)
     for name in ("out", "dq", "gG", "gq"):
         torch.testing.assert_close(again[name], found[name])
 
@@ -142,9 +149,9 @@ def test_removed_key_is_as_if_absent(dtype: torch.dtype) -> None:
 def test_a_constant_added_to_the_bias_tangent_changes_nothing() -> None:
     """Softmax does not see it, and no digits are lost to it."""
     case = make_case([20], d=32, widths=(16, 16), dtype=torch.bfloat16)
-    plain = run_family(launch, case)
+    plain = run_kernels(case)
     tangents = case.tangents._replace(log_envelope=case.tangents.log_envelope + 64.0)
-    shifted = run_family(launch, replace(case, tangents=tangents))
+    shifted = run_kernels(replace(case, tangents=tangents))
     for name in ("gG", "gq", "gv"):
         error = (shifted[name] - plain[name]).float().norm() / plain[name].float().norm()
         assert error < 5e-3, name
@@ -156,7 +163,7 @@ def test_usable_in_the_interpreter() -> None:
 
 def test_nothing_to_do() -> None:
     case = make_case([])
-    found = run_family(launch, case)
+    found = run_kernels(case)
     assert found["out"].shape == (0, 1, 16)
     assert found["gn"].shape == (0, 3)
 
@@ -166,7 +173,7 @@ def test_same_bits_twice_and_inputs_untouched() -> None:
     given = (*vars(case.problem).values(), case.grad_out, *case.tangents)
     inputs = [x for x in given if isinstance(x, torch.Tensor)]
     before = [x.clone() for x in inputs]
-    first, second = run_family(launch, case), run_family(launch, case)
+    first, second = run_kernels(case), run_kernels(case)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
 
@@ -180,13 +187,13 @@ def test_strided_inputs() -> None:
     assert not any(x.is_contiguous() for x in (q, k, v, grad))
     strided = Case(replace(problem, q=q, k=k, v=v), grad, tangents._replace(q=grad, k=grad, v=grad))
     plain = replace(case, tangents=tangents._replace(q=case.grad_out, k=case.grad_out, v=case.grad_out))
-    found, expected = run_family(launch, strided), run_family(launch, plain)
+    found, expected = run_kernels(strided), run_kernels(plain)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_lse() -> None:
     case = make_case([6], widths=(16,))
-    x = case.problem
+    x = case.on(DEVICE).problem
     lse = launch.forward(x).lse
     logits = x.scale * torch.einsum("jhd,khd->jkh", x.q, x.k) + x.log_envelope[None, :, None]
     torch.testing.assert_close(lse, logits.logsumexp(1))
@@ -203,13 +210,13 @@ def test_any_tile_gives_the_same(tile: Tile, monkeypatch: pytest.MonkeyPatch) ->
 COMPILE = """
 import json, attention_compile as tool
 chosen = [
-    (80, "forward_rows", "bf16", 64, "angles", "tf32"),
-    (90, "backward_rows", "bf16", 64, "angles", "tf32"),
-    (80, "backward_columns", "bf16", 64, "angles", "tf32"),
-    (90, "double_backward_columns", "bf16", 64, "angles", "tf32"),
-    (90, "forward_rows", "fp32", 64, "angles", "tf32x3"),
-    (80, "backward_columns", "fp16", 80, "envelope", "tf32"),
-    (80, "double_backward_rows", "fp32", 16, "node", "tf32x3"),
+    (80, "forward_rows", "bfloat16", 64, "angles"),
+    (90, "backward_rows", "bfloat16", 64, "angles"),
+    (80, "backward_columns", "bfloat16", 64, "angles"),
+    (90, "double_backward_columns", "bfloat16", 64, "angles"),
+    (90, "forward_rows", "tf32x3", 64, "angles"),
+    (80, "backward_columns", "float16", 80, "envelope"),
+    (80, "double_backward_rows", "tf32x3", 16, "node"),
 ]
 records = [tool.compile_one(tool.Configuration(*rest), arch) for arch, *rest in chosen]
 print(json.dumps([(record.kernel, record.spilled, record.shared) for record in records]))
@@ -234,7 +241,7 @@ def test_compiles_for_gpus_without_one(tmp_path: Path) -> None:
 
 def test_tile_owners_cover_every_token_once() -> None:
     sizes = [0, 5, 16, 17, 0, 33, 1, 0]
-    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    offsets = torch.tensor([0, *sizes], device=DEVICE).cumsum(0)
     slots, owners = launch.tile_owners(offsets, int(offsets[-1]), 16)
     covered: list[int] = []
     for slot in range(slots):

@@ -6,7 +6,11 @@ over heads and over the two halves of the directions' gradient are PyTorch's, in
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +23,64 @@ from escaip.ops.triton.chunks import Chunks, cut
 from escaip.ops.triton.double_backward_kernels import double_backward_columns, double_backward_rows
 from escaip.ops.triton.forward_kernels import forward_rows
 from escaip.ops.triton.pieces import assign_tiles
-from escaip.ops.triton.tiles import choose_tile, padded_columns
+from escaip.ops.triton.tiles import Tile, TileKey, choose_tile, padded_columns, size_class
 
 # Up to this mean size a program serves a whole neighborhood, where sizes are alike: those with an envelope.
 WHOLE = 128
 SLOTS_PER_PROGRAM = 128
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel over all tiles of queries, or of keys: everything but the tile.
+
+    Attributes:
+        kernel: the kernel.
+        arguments: all that it takes but what the tile decides.
+        offsets: ``(N + 1,)`` of the owned side.
+        count: tokens of the owned side.
+        heads: of the tokens.
+        split: whether a program owns a tile of a neighborhood instead of all of it.
+        key: what its tile depends on.
+    """
+
+    kernel: Any
+    arguments: dict[str, Any]
+    offsets: Tensor
+    count: int
+    heads: int
+    split: bool
+    key: TileKey
+
+    def bind(self, tile: Tile) -> Callable[[], Any]:
+        """The launch alone, as often as wanted, with the slots of the tile laid out before."""
+        programs, owners = self.offsets.shape[0] - 1, None
+        if self.split:
+            programs, owners = tile_owners(self.offsets, self.count, tile.own)
+        return partial(self.kernel[(programs, self.heads)], **self._all_arguments(tile, owners))
+
+    def compile(self, tile: Tile) -> Any:
+        """The compiled kernel, as a launch would compile it; nothing runs."""
+        owners = self.offsets.new_empty(1, dtype=torch.int32) if self.split else None
+        return self.kernel.warmup(grid=(1, 1), **self._all_arguments(tile, owners))
+
+    def _all_arguments(self, tile: Tile, owners: Tensor | None) -> dict[str, Any]:
+        constants = {"OWN": tile.own, "OTHER": tile.other, "num_warps": tile.warps, "num_stages": tile.stages}
+        return {**self.arguments, "owners": owners, "SPLIT": self.split, **constants}
+
+
+_recorded: ContextVar[list[Call] | None] = ContextVar("escaip_recorded_calls", default=None)
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """Collects what the functions of this module would run, in order, instead of running it: for the tuner."""
+    calls: list[Call] = []
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
 
 
 @dataclass(frozen=True)
@@ -50,18 +107,26 @@ class _Launcher:
         offsets = self["key_offsets"] if by_key else self["query_offsets"]
         neighborhoods = offsets.shape[0] - 1
         own_mean, other_mean = own.shape[0] / neighborhoods, other.shape[0] / neighborhoods
-        angles, columns = self.tensors["direction"] is not None, padded_columns(self.logits, self.values)
-        tile = choose_tile(kernel.__name__, angles, q.element_size(), columns, own_mean, other_mean)
-        split = bias is None or own_mean > WHOLE
-        programs, owners = neighborhoods, None
-        if split:
-            programs, owners = tile_owners(offsets, own.shape[0], tile.own)
-        kernel[(programs, q.shape[1])](
-            **self.tensors, **arguments, owners=owners, scale=self.scale, H=q.shape[1], D=q.shape[2],
-            LOGITS=self.logits, VALUES=self.values, ANGLES=angles,
-            BIAS=bias is not None, SPLIT=split, PRECISION=self.precision, OWN=tile.own, OTHER=tile.other,
-            num_warps=tile.warps, num_stages=tile.stages,
+        constants = {
+            "scale": self.scale, "H": q.shape[1], "D": q.shape[2], "LOGITS": self.logits, "VALUES": self.values,
+            "ANGLES": self.tensors["direction"] is not None, "BIAS": bias is not None, "PRECISION": self.precision,
+        }  # fmt: skip
+        call = Call(
+            kernel, {**self.tensors, **arguments, **constants}, offsets, own.shape[0], q.shape[1],
+            bias is None or own_mean > WHOLE, self._key(kernel.__name__, size_class(own_mean), size_class(other_mean)),
         )  # fmt: skip
+        calls = _recorded.get()
+        if calls is None:
+            call.bind(choose_tile(call.key, q.device))()
+        else:
+            calls.append(call)
+
+    def _key(self, kernel: str, own: str, other: str) -> TileKey:
+        dtype, angles = self["q"].dtype, self.tensors["direction"] is not None
+        use = "angles" if angles else "node" if self.tensors["log_envelope"] is None else "envelope"
+        mode = self.precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+        columns = padded_columns(self.logits), padded_columns(self.values)
+        return TileKey(kernel, use, mode, max(columns), sum(columns), own, other)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[name]
