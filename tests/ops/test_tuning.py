@@ -275,6 +275,7 @@ def test_cases_that_share_a_key_are_measured_once(tmp_path: Path) -> None:
     records = run(tmp_path / "tiles.json", clock, cases)
     assert [record.key.use for record in records] == ["angles"] * 5 + ["envelope"] * 5
     assert len({record.key for record in records}) == 10
+    assert len(clock.measured) == 10 * (len(TILES) + 2)
 
 
 @pytest.mark.usefixtures("simple")
