@@ -175,9 +175,10 @@ def check_distinct(inputs: EvaluationInputs) -> None:
 
 @contextlib.contextmanager
 def quiet_compiler() -> Iterator[None]:
-    """Without the remarks that the compiler makes to its own developers."""
+    """Without remarks of the compiler to its own developers, and its advice to take TF32 (docs/precision.md)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         yield

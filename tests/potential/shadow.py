@@ -304,7 +304,7 @@ def shadow_device() -> Iterator[None]:
     """Makes ``cuda`` a device of this process, within."""
     answers = {
         "is_available": True, "get_device_capability": (9, 0), "mem_get_info": (2**33, 2**33), "memory_reserved": 0,
-        "memory_allocated": 0, "current_device": 0, "device_count": 1,
+        "memory_allocated": 0, "current_device": 0, "device_count": 1, "is_current_stream_capturing": False,
     }  # fmt: skip
     # Modules get new parameters: the values of one cannot be exchanged for those of another class.
     before = torch.__future__.get_overwrite_module_params_on_conversion()
