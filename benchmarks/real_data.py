@@ -20,14 +20,15 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from common import provenance, write_json
-from real_data_report import draw_curves, read_log, results_table, test_errors, write_bytes
-from real_data_sets import SETS, RealSet, baselines, prepare
+from real_data_report import draw_curves, held_out_errors, read_log, results_table, write_bytes
+from real_data_sets import SETS, SPLIT, RealSet, baselines, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_VALIDATIONS = 8
@@ -36,11 +37,21 @@ CALIBRATION_STEPS = (4, 24)
 SAFETY = 0.93
 
 
-def fit_command(chosen: RealSet, stores: dict[str, Path], folder: Path, steps: int) -> list[str]:
-    """The ``escaip fit`` command line of a run; validation and checkpoints count steps, not epochs."""
+def fit_arguments(
+    chosen: RealSet, stores: Mapping[str, Path], folder: Path, steps: int, changes: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Arguments of ``escaip`` for a run; validation and checkpoints count steps, not epochs.
+
+    Args:
+        chosen: whose recipe.
+        stores: of the parts.
+        folder: the runs are in ``runs`` there.
+        steps: of the optimizer.
+        changes: further options by name, and others instead of those here; ``out`` and ``name`` too.
+    """
     every = max(1, steps // NUM_VALIDATIONS)
     options = {
-        "config": ROOT / "configs" / f"{chosen.name}.yaml",
+        "config": chosen.config,
         "out": folder,
         "name": "runs",
         **{f"data.{part}": path for part, path in stores.items()},
@@ -52,11 +63,14 @@ def fit_command(chosen: RealSet, stores: dict[str, Path], folder: Path, steps: i
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
         "checkpoint.every_n_steps": every,
+        **(changes or {}),
     }
-    command = [sys.executable, "-m", "escaip", "fit"]
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
-    return command
+    return ["fit", *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
+
+
+def fit_command(chosen: RealSet, stores: Mapping[str, Path], folder: Path, steps: int) -> list[str]:
+    """The same as a command line."""
+    return [sys.executable, "-m", "escaip", *fit_arguments(chosen, stores, folder, steps)]
 
 
 @dataclass(frozen=True)
@@ -141,10 +155,15 @@ def make_plan(chosen: RealSet, stores: dict[str, Path], folder: Path, options: a
     if options.steps is None:
         print(f"{chosen.name}: measuring the time of a step", flush=True)
         timing = measure(chosen, stores, folder, options.threads)
-        available = SAFETY * (60.0 * options.minutes - timing.start - NUM_VALIDATIONS * timing.validation)
         plan.update(timing=asdict(timing), minutes_allowed=options.minutes)
-        plan["steps"] = NUM_VALIDATIONS * max(1, math.floor(available / timing.step / NUM_VALIDATIONS))
+        plan["steps"] = steps_within(60.0 * options.minutes, timing)
     return plan
+
+
+def steps_within(seconds: float, timing: Timing) -> int:
+    """Steps that fit with start-up and validations, a multiple of the number of validations."""
+    available = SAFETY * (seconds - timing.start - NUM_VALIDATIONS * timing.validation)
+    return NUM_VALIDATIONS * max(1, math.floor(available / timing.step / NUM_VALIDATIONS))
 
 
 def wall_clock(minutes: float) -> str:
@@ -164,7 +183,7 @@ def report(
     """Everything about one finished run, as plain values; plots go to its folder."""
     log = read_log(folder / "runs")
     write_bytes(folder / "curve.png", draw_curves(log, chosen.what))
-    split = json.loads((stores["test"].parent / "split.json").read_text(encoding="utf-8"))
+    split = json.loads((stores["test"].parent / SPLIT).read_text(encoding="utf-8"))
     return {
         "what": chosen.what,
         "command": plan["command"],
@@ -174,7 +193,7 @@ def report(
         "timing": plan.get("timing"),
         "split": split,
         "baselines": baselines(stores, chosen.free_atoms_only),
-        "test": test_errors(
+        "test": held_out_errors(
             best_checkpoint(folder / "runs"),
             stores["test"],
             folder,

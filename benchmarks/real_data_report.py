@@ -25,16 +25,36 @@ _PANELS = (
 )
 
 
-def test_errors(checkpoint: Path, store: Path, out: Path, *, free_atoms_only: bool, max_atoms: int) -> dict[str, Any]:
+def held_out_errors(
+    checkpoint: Path,
+    store: Path,
+    out: Path,
+    *,
+    free_atoms_only: bool,
+    max_atoms: int | None,
+    device: str = "cpu",
+    limit: int | None = None,
+) -> dict[str, Any]:
     """Evaluates a checkpoint on a store; parity and error plots go to ``out``.
+
+    Args:
+        checkpoint: its averaged weights are evaluated.
+        store: with labels.
+        out: folder for the plots.
+        free_atoms_only: leave forces of constrained atoms out.
+        max_atoms: evaluated at once; None for as many as pay.
+        device: to evaluate on.
+        limit: evaluate so many structures only, evenly spaced.
 
     Returns:
         Plain values: the report of ``escaip.evaluate``, mean absolute errors in meV/atom, meV/Å and meV/Å³, the energy
-        error with the mean error of each group removed (what matters for relaxations within a system), and the
-        number of parameters.
+        error with the mean error of each group removed (what matters for relaxations within a system), the errors of
+        what came of each file, where there are several, and the number of parameters.
     """
-    potential = load_potential(checkpoint, device="cpu")
-    structures = list(Store(store))
+    potential = load_potential(checkpoint, device=device)
+    stored = Store(store)
+    chosen = np.linspace(0, len(stored) - 1, min(limit or len(stored), len(stored))).round().astype(int)
+    structures = [stored[int(index)] for index in chosen]
     report, records = evaluate(potential, structures, max_atoms=max_atoms, free_atoms_only=free_atoms_only)
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("parity.png", draw_parity), ("errors.png", draw_errors)):
@@ -44,6 +64,7 @@ def test_errors(checkpoint: Path, store: Path, out: Path, *, free_atoms_only: bo
     mae["energy_within_groups"] = relative_energy_mae(records, [str(data.group) for data in structures])
     return {
         "mae": mae,
+        "by_file": errors_by_file(records, free_atoms_only=free_atoms_only),
         "parameters": sum(parameter.numel() for parameter in potential.parameters()),
         "report": report.to_dict(),
     }
@@ -57,12 +78,35 @@ def relative_energy_mae(records: Records, groups: list[str]) -> float:
     return 1e3 * float(np.abs(error - mean[codes]).mean())
 
 
+def errors_by_file(records: Records, *, free_atoms_only: bool) -> dict[str, dict[str, float]]:
+    """Mean absolute errors in meV/atom and meV/Å, and forces of zero, by file; empty where all came of one.
+
+    The names of structures begin with that of their file.
+    """
+    names = np.array([name.partition(":")[0] for name in records.structure_id])
+    found = {}
+    for name in np.unique(names) if len(np.unique(names)) > 1 else ():
+        chosen, atoms = names == name, (names == name)[records.structure]
+        if free_atoms_only:
+            atoms &= ~records.fixed
+        error = (records.predicted_energy - records.energy)[chosen] / records.num_atoms[chosen]
+        found[str(name)] = {
+            "structures": int(chosen.sum()),
+            "energy": 1e3 * float(np.abs(error).mean()),
+            "forces": 1e3 * float(np.abs(records.predicted_forces - records.forces)[atoms].mean()),
+            "zero_forces": 1e3 * float(np.abs(records.forces)[atoms].mean()),
+        }
+    return found
+
+
 def read_log(runs: Path) -> dict[str, dict[int, float]]:
     """Logged values by name and step; of steps logged by several runs (after a resume) the last counts."""
     values: dict[str, dict[int, float]] = {}
     for path in sorted(runs.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])):
         with path.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
+                if not row.get("step") or None in row.values():  # left unfinished by a kill
+                    continue
                 for name, text in row.items():
                     if text and name not in ("step", "epoch"):
                         values.setdefault(name, {})[int(row["step"])] = float(text)
@@ -93,6 +137,31 @@ def draw_curves(log: dict[str, dict[int, float]], title: str) -> bytes:
     figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def draw_runs(runs: dict[str, dict[str, dict[str, list[tuple[int, float]]]]]) -> bytes:
+    """Validation errors against the step, a row of panels for each set, a line for each of its runs; PNG.
+
+    Args:
+        runs: set to run to name of a figure to its points.
+    """
+    figure = Figure(figsize=(4.4 * len(_PANELS), 2.6 * len(runs)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, logs) in zip(figure.subplots(len(runs), len(_PANELS), squeeze=False), runs.items(), strict=True):
+        for axis, (name, label) in zip(axes, _PANELS, strict=True):
+            trivial = [log[f"val_baseline/{name}"][-1][1] for log in logs.values() if log.get(f"val_baseline/{name}")]
+            if not trivial:
+                axis.set_visible(False)
+                continue
+            for run, log in logs.items():
+                if log.get(f"val/{name}"):
+                    axis.plot(*zip(*log[f"val/{name}"], strict=True), marker=".", linewidth=1.0, label=run)
+            axis.axhline(trivial[0], color="black", linestyle="--", linewidth=0.8, label="references, zero forces")
+            axis.set(xlabel="step", ylabel=label, yscale="log", title=title if axis is axes[0] else "")
+            axis.legend(frameon=False, fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The real sets of ``benchmarks/real_data.py``: where they come from, how they are divided, what is trivial."""
+"""Real sets to train on: where they come from, how they are divided, what is trivial."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from common import write_json
 from escaip.data import AtomicData, Store, StoreWriter, fit_statistics, open_source
 from escaip.errors import DataError
 
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("train", "val", "test")
+SPLIT = "split.json"  # written last: the parts are whole
 # Validation runs several times within minutes: its part is thinned to about so many atoms.
 MAX_VAL_ATOMS = 1500
 
@@ -28,17 +30,18 @@ class RealSet:
 
     Attributes:
         name: of the run and of its configuration.
-        source: path, or pattern, inside the data folder.
+        source: path, or pattern, inside the data folder; or several with options of their own.
         split: ``"structure"`` divides single structures, ``"group"`` whole groups (molecules, systems) only.
         what: in words, for the table.
-        options: of ``escaip.data.open_source``.
+        options: of ``escaip.data.open_source``, for every source.
         free_atoms_only: errors over unconstrained atoms.
         val, test: fractions of structures or groups.
         shares: name under which the divided data are kept, where several runs use the same.
+        recipe: name of its configuration, where it is not that of the run.
     """
 
     name: str
-    source: str
+    source: str | Mapping[str, Mapping[str, Any]]
     split: str
     what: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -46,11 +49,32 @@ class RealSet:
     val: float = 0.1
     test: float = 0.2
     shares: str | None = None
+    recipe: str | None = None
 
     @property
     def folder(self) -> str:
         """Of the divided data."""
         return self.shares or self.name
+
+    @property
+    def config(self) -> Path:
+        """Its configuration."""
+        return ROOT / "configs" / f"{self.recipe or self.name}.yaml"
+
+    @property
+    def sources(self) -> dict[str, Mapping[str, Any]]:
+        """Options by path."""
+        if isinstance(self.source, str):
+            return {self.source: self.options}
+        return {path: {**self.options, **options} for path, options in self.source.items()}
+
+    def read(self, data: Path) -> list[AtomicData]:
+        """All structures, from a folder of raw data.
+
+        Raises:
+            DataError: they are not there, or cannot be read.
+        """
+        return [one for path, options in self.sources.items() for one in open_source(data / path, **options)]
 
 
 _OC20 = {
@@ -76,17 +100,46 @@ SETS = {
             "group",
             "amino acid–ligand complexes, GFN2-xTB labels",
         ),
+        # Frames at random, and those of the highest stress (above 0.5 eV/Å³, often far from any minimum): without those
+        # of forces above 10 eV/Å, up to 200, which would set the force scale. Materials stay whole across the files.
+        RealSet(
+            "mptrj",
+            {"materials/mptrj_random.extxyz": {}, "materials/mptrj_highest_stress.extxyz": {}},
+            "group",
+            "MPtrj with stress, PBE(+U), materials held out",
+            options={"keys": {"group": "mptrj_traj_id"}, "max_force": 10.0},
+            recipe="mptrj_materials",
+        ),
+        # Frames of clusters of one to six molecules; compositions (``EC(1):PC(2)``) stay whole across the files. The
+        # first three frames of the one are single atoms, of no composition.
+        RealSet(
+            "solvents",
+            {"molecular/solvent_xtb_train.xyz": {"index": "3:"}, "molecular/solvent_xtb_more_1-2mol.xyz": {}},
+            "group",
+            "clusters of carbonate solvents, GFN2-xTB labels, compositions held out",
+            options={"keys": {"energy": "energy_xtb", "forces": "forces_xtb", "group": "Comp"}},
+        ),
     )
 }
 
 
-def prepare(chosen: RealSet, data: Path, out: Path) -> dict[str, Path]:
+def divided(chosen: RealSet, out: Path) -> dict[str, Path] | None:
+    """The store of each part below ``out``; None where the set was not divided there."""
+    folder = out / chosen.folder
+    return {part: folder / part for part in PARTS} if (folder / SPLIT).is_file() else None
+
+
+def prepare(
+    chosen: RealSet, data: Path, out: Path, *, dtype: str = "float64", max_val_atoms: int = MAX_VAL_ATOMS
+) -> dict[str, Path]:
     """Divides a set into prepared stores, once; what is there already is used again.
 
     Args:
         chosen: which.
         data: folder of the real data.
         out: folder for the parts.
+        dtype: of forces and stress.
+        max_val_atoms: what the validation part is thinned to.
 
     Returns:
         The store of each part.
@@ -94,17 +147,18 @@ def prepare(chosen: RealSet, data: Path, out: Path) -> dict[str, Path]:
     Raises:
         DataError: no such data, or a split that leaves nothing to train on.
     """
-    stores = {part: out / chosen.folder / part for part in PARTS}
-    if not (out / chosen.folder / "split.json").is_file():
-        structures = list(open_source(data / chosen.source, **chosen.options))
-        assigned = thin_validation(structures, assign_parts(structures, chosen))
+    stores = divided(chosen, out)
+    if stores is None:
+        stores = {part: out / chosen.folder / part for part in PARTS}
+        structures = chosen.read(data)
+        assigned = thin_validation(structures, assign_parts(structures, chosen), max_val_atoms)
         for part, path in stores.items():
             shutil.rmtree(path, ignore_errors=True)
-            with StoreWriter(path, source=chosen.source) as writer:
+            with StoreWriter(path, source=" ".join(chosen.sources), dtype=dtype) as writer:
                 for structure, where in zip(structures, assigned, strict=True):
                     if where == part:
                         writer.write(structure)
-        write_json(out / chosen.folder / "split.json", describe_split(structures, assigned, chosen))
+        write_json(out / chosen.folder / SPLIT, describe_split(structures, assigned, chosen))
     return stores
 
 
@@ -139,18 +193,18 @@ def assign_parts(structures: list[AtomicData], chosen: RealSet) -> list[str]:
     return [part_of[name] for name in names]
 
 
-def thin_validation(structures: list[AtomicData], assigned: list[str]) -> list[str]:
+def thin_validation(structures: list[AtomicData], assigned: list[str], max_atoms: int = MAX_VAL_ATOMS) -> list[str]:
     """Takes evenly spaced validation structures only; the others are not used at all."""
     places = [index for index, part in enumerate(assigned) if part == "val"]
     atoms = sum(structures[index].num_nodes for index in places)
-    stride = max(1, math.ceil(atoms / MAX_VAL_ATOMS))
+    stride = max(1, math.ceil(atoms / max_atoms))
     left_out = set(places) - set(places[::stride])
     return ["unused" if index in left_out else part for index, part in enumerate(assigned)]
 
 
 def describe_split(structures: list[AtomicData], assigned: list[str], chosen: RealSet) -> dict[str, Any]:
     """Counts of every part and the groups held out, as plain values."""
-    described: dict[str, Any] = {"source": chosen.source, "split": chosen.split}
+    described: dict[str, Any] = {"source": " ".join(chosen.sources), "split": chosen.split}
     for part in PARTS:
         members = [data for data, where in zip(structures, assigned, strict=True) if where == part]
         groups = sorted({str(data.group) for data in members})

@@ -15,6 +15,7 @@ from escaip.train.cli import build
 PATHS = {
     "inp": ["--data.train", "inp.extxyz"],
     "mptrj": ["--data.train", "stores/mptrj"],
+    "mptrj_materials": ["--data.train.path", "frames.extxyz", "--data.train.keys.group", "mptrj_traj_id"],
     "mptrj_small": ["--data.train", "stores/mptrj_sample"],
     "oc20": ["--data.train", "stores/oc20"],
     "oc20_conservative": ["--data.train.path", "trajectories/*.traj", "--data.train.group_by", "file"],
@@ -23,6 +24,7 @@ PATHS = {
     "oc22": ["--data.train", "stores/oc22"],
     "oc22_small": ["--data.train", "stores/oc22_sample"],
     "quickstart": [],
+    "solvents": ["--data.train.path", "clusters.xyz", "--data.train.keys.energy", "energy_xtb"],
     "spice": ["--data.train", "stores/spice"],
     "spice_complexes": ["--data.train.path", "complexes.hdf5", "--data.train.format", "spice"],
     "spice_small": ["--data.train", "stores/spice_sample"],
