@@ -66,7 +66,7 @@ class RunReport(Callback):
         """Prints the errors for ``escaip test``."""
         errors = getattr(pl_module, "last_errors", None)
         if errors:
-            self._print(_columns(errors, "model"))
+            self._print(_columns(errors, "model"), part="test")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table and where the checkpoints are."""
@@ -80,8 +80,10 @@ class RunReport(Callback):
         self._print({**columns, **_columns(self._history[last], f"step {last}")}, trainer)
 
     @rank_zero_only
-    def _print(self, columns: dict[str, dict[str, float]], trainer: Trainer | None = None) -> None:
-        print(f"\n{format_table(columns)}")
+    def _print(
+        self, columns: dict[str, dict[str, float]], trainer: Trainer | None = None, part: str = "validation"
+    ) -> None:
+        print(f"\n{format_table(columns, part)}")
         if trainer is None:
             return
         for name in ("best", "last"):

@@ -123,8 +123,8 @@ class ErrorMetrics(Metric):
         return {**by_set, "model": model, "baseline": baseline}
 
 
-def format_table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """Returns a table of errors as text, one column for each name given."""
+def format_table(columns: Mapping[str, Mapping[str, float]], part: str = "validation") -> str:
+    """Returns a table of errors of a part of the data as text, one column for each name given."""
     labels = {
         "energy_mae_meV_per_atom": "energy MAE (meV/atom)",
         "energy_rmse_meV_per_atom": "energy RMSE (meV/atom)",
@@ -135,7 +135,7 @@ def format_table(columns: Mapping[str, Mapping[str, float]]) -> str:
         "stress_rmse_meV_per_A3": "stress RMSE (meV/Å³)",
     }
     present = [name for name in ERROR_NAMES if any(name in errors for errors in columns.values())]
-    rows = [["validation error", *columns]]
+    rows = [[f"{part} error", *columns]]
     for name in present:
         digits = 3 if name == "force_cosine" else 2
         cells = [f"{errors[name]:.{digits}f}" if name in errors else "-" for errors in columns.values()]

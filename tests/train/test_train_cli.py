@@ -58,6 +58,7 @@ def test_fit_then_every_other_command(folder: Path, capsys: pytest.CaptureFixtur
     assert "energy MAE" in capsys.readouterr().out
     write_molecules(folder / "test.extxyz", 5, seed=1)
     assert main(["test", "--config", config, "--data.test", "test.extxyz", "--ckpt_path", "last"]) == 0
+    assert "\ntest error" in capsys.readouterr().out
     data = ["--data.predict", "test.extxyz"]
     assert main(["predict", "--config", "tiny.yaml", *data, "--ckpt_path", str(run / "best.ckpt")]) == 0
     (written,) = folder.glob("runs/tiny/version_*/predictions.extxyz")
