@@ -70,8 +70,8 @@ def _run_rounded(dtype: torch.dtype, device: str, run: Run, function: Callable[.
 def _tf32() -> Iterator[None]:
     """Products of float32 matrices on CUDA through TF32."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if before == "tf32":
+    before = getattr(matmul, "fp32_precision", None)  # of PyTorch from 2.9 on
+    if before == "tf32" or (before is None and matmul.allow_tf32):
         yield
         return
     matmul.allow_tf32 = True  # sets fp32_precision as well; the other way round, reading this one would raise
@@ -79,4 +79,5 @@ def _tf32() -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32 = False
-        matmul.fp32_precision = before
+        if before is not None:
+            matmul.fp32_precision = before
