@@ -26,6 +26,7 @@ import torch
 import yaml
 from common import write_json
 from gpu.pack import compress
+from gpu.runner import reason
 from lightning.pytorch import Callback, LightningModule, Trainer
 from real_data import Timing, best_checkpoint, fit_arguments, steps_within, wall_clock
 from real_data_report import held_out_errors
@@ -254,12 +255,6 @@ def train(job: Job) -> None:
     if row["failed"] is None and row["steps"] < steps:
         row["failed"] = "stopped by the time: its learning rate had not come down"
     write_json(job.path / TRAINED, row)
-
-
-def reason(error: BaseException) -> str:
-    """Type and first line."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__} {lines[0][:160] if lines else ''}".strip()
 
 
 def evaluate(job: Job) -> None:
