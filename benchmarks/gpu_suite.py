@@ -1,7 +1,7 @@
 """Checks, times and trains everything on a GPU in one command.
 
     python benchmarks/gpu_suite.py [--minutes 9] [--parts NAME ...] [--out DIR]
-    python benchmarks/gpu_suite.py --parts training --data .gpu_data --minutes 5
+    python benchmarks/gpu_suite.py --parts training --data .gpu_data --minutes 4
     python benchmarks/gpu_suite.py --parts scaling --data monomers.hdf5 complexes.hdf5 --minutes 9
 
 Parts run in order of worth, each in a process of its own and for a bounded time; every row is in the file as soon as it
