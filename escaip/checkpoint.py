@@ -24,6 +24,7 @@ from escaip.errors import CheckpointError, ConfigError, EscaipError
 from escaip.graph.features import PUBLISHED_FLOOR
 from escaip.potential import ENERGY_BUFFERS, Potential, PotentialMetadata
 from escaip.precision import PRECISIONS, check_precision
+from escaip.resources import resolve
 
 PotentialKind = TypeVar("PotentialKind", bound=Potential)
 SCHEMA_VERSION = 5
@@ -72,7 +73,8 @@ def load_potential(
     """Reads a potential from a ``.escaip`` file or a Lightning ``.ckpt``, weights only, or a package of ours.
 
     Args:
-        path: the file. A package (``.pt2``, docs/export.md) is machine code, which is run: load only those you made.
+        path: the file, or ``example:NAME`` for one of md/potentials. A package (``.pt2``, docs/export.md) is machine
+            code, which is run: load only those you made.
         device: a torch device; ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: ``float32`` or ``float64``; by default as stored.
         dataset: whose element references to use, for potentials trained on several sets.
@@ -87,6 +89,7 @@ def load_potential(
     """
     from escaip.packaged import is_package, load_package
 
+    path = resolve(path)
     _check_exists(path)
     if is_package(path):
         return load_package(path, device, dtype, dataset, precision)
@@ -107,11 +110,13 @@ def read_potential(path: str | os.PathLike[str]) -> Potential:
     Raises:
         CheckpointError: as :func:`load_potential`.
     """
-    return build_potential(*_read(path), Path(path), Potential).eval()
+    path = resolve(path)
+    return build_potential(*_read(path), path, Potential).eval()
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the migrated description in a model file, without building the model."""
+    path = resolve(path)
     return migrate(_read(path)[0], path)
 
 

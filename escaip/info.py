@@ -23,7 +23,9 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     from escaip.checkpoint import describe_potential, read_potential
     from escaip.packaged import describe_package, is_package
+    from escaip.resources import resolve
 
+    path = resolve(path)
     potential = read_potential(path)
     description = describe_potential(potential)
     metadata = description["metadata"]

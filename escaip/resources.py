@@ -16,6 +16,7 @@ else:
     import tomli as tomllib
 
 DATASET_PREFIX = "dataset:"
+EXAMPLE_PREFIX = "example:"
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,18 @@ def dataset_card(name: str) -> DatasetCard:
     return _read_card(folder / name)
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | os.PathLike[str]) -> Path:
     """Turns ``dataset:NAME/FILE`` into the path of a file or folder shipped with a card; other paths stay as they are.
+
+    ``example:NAME`` is a potential or a structure of ``md``, by its name without suffix.
 
     Raises:
         ConfigError: no such card.
-        DataError: the card has no such file.
+        DataError: the card has no such file, or there is no such example.
     """
     text = os.fspath(path)
+    if text.startswith(EXAMPLE_PREFIX):
+        return _example(text)
     if not text.startswith(DATASET_PREFIX):
         return Path(path)
     name, _, file = text.removeprefix(DATASET_PREFIX).partition("/")
@@ -111,6 +116,16 @@ def resolve(path: str | Path) -> Path:
     if file.rstrip("/") not in held:
         raise DataError(f"{text} does not exist: the card of {name} holds {', '.join(held)}")
     return folder / file
+
+
+def _example(text: str) -> Path:
+    folder = resource_dir("md")
+    files = [file for part in ("potentials", "structures") for file in sorted((folder / part).glob("[!.]*"))]
+    held = {file.stem: file for file in files if file.suffix != ".md"}
+    name = text.removeprefix(EXAMPLE_PREFIX)
+    if name not in held:
+        raise DataError(f"{text} does not exist: examples are {', '.join(held)}")
+    return held[name]
 
 
 def _read_card(path: Path) -> DatasetCard:

@@ -61,7 +61,7 @@ def test_rows_are_kept_as_they_come_and_what_fails_is_named(tmp_path: Path) -> N
 
 def test_a_part_that_hangs_ends_in_time_with_what_it_started(tmp_path: Path) -> None:
     start = time.monotonic()
-    found, _ = run(tmp_path, "hangs", seconds=15.0)
+    found, _ = run(tmp_path, "hangs", seconds=10.0)
     assert found["hangs"].ended == "no time left"
     assert found["hangs"].rows == [{"x": 1}]
     assert time.monotonic() - start < 55.0  # it would have taken 60
@@ -80,7 +80,7 @@ def test_parts_stand_in_order_of_worth_and_need_their_data() -> None:
 
 @pytest.mark.slow
 def test_the_whole_suite_runs_tiny_on_a_cpu_and_keeps_earlier_parts(tmp_path: Path) -> None:
-    parts = ["kernels", "compiling", "models", "dynamics", "training_steps", "predictions", "attention_times", "graphs",
+    parts = ["kernels", "models", "dynamics", "training_steps", "predictions", "attention_times", "graphs",
              "overhead", "loading"]  # fmt: skip
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu", "--small", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--parts", *parts], capture_output=True, text=True, check=False)

@@ -13,7 +13,9 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
 from escaip import EScAIPCalculator, load_potential
+from escaip.cli import main
 from escaip.errors import UnsupportedElementError
+from escaip.simulate import read_structure
 
 FOLDER = Path(__file__).resolve().parents[2] / "md" / "potentials"
 FILES = sorted(FOLDER.glob("*.escaip"))
@@ -60,6 +62,17 @@ def test_silicon() -> None:
     bulk_modulus = 2 * second / (9 * a0 * 0.25) / units.GPa  # V = a³/4, V d²E/dV² = E''/(9 a/4)
     assert bulk_modulus == pytest.approx(87.8, rel=0.05)
     assert third < 0  # softer when stretched
+
+
+def test_they_have_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert len(read_structure("example:ethanol")) == 9
+    assert load_potential("example:silicon", device="cpu").metadata.elements == (14,)
+    assert main(["info", "example:organic"]) == 0
+    assert "GFN2-xTB" in capsys.readouterr().out
+    relaxed = str(tmp_path / "relaxed.xyz")
+    assert main(["relax", "example:organic", "example:ethanol", "--fmax", "0.5", "--out", relaxed]) == 0
+    assert main(["info", "example:gold"]) == 1
+    assert "example:gold does not exist: examples are organic, silicon, " in capsys.readouterr().err
 
 
 def test_others_are_refused() -> None:
