@@ -40,6 +40,7 @@ _OPTIONS = {
     "always_keep_tensor_constants": True,  # the smallest weights would become numbers in the code
     "cpp.dynamic_threads": True,  # as many as the process has that loads it
 }
+_OF_NEWER = ("aot_inductor.enable_line_tables",)
 _TRIED = (2, 13)  # torch from which on this was seen to work
 _MOST_KEPT = 32  # files in the cache, some MiB each
 # Instruction sets in /proc/cpuinfo, among other features that compilers do not use.
@@ -118,7 +119,7 @@ def compile_code(model: EScAIP, differentiate: bool, path: Path) -> tuple[dict[s
         with quiet_compiler():
             graph = trace(function, list(inputs), False)
             exported = torch.export.export(graph, inputs, dynamic_shapes=sizes, strict=False)
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(_OPTIONS))
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_options())
     except RuntimeError as error:  # Inductor's errors, and the C++ compiler's, are such
         raise ConfigError(f"the evaluation does not compile ({first_line(error)}): evaluate it uncompiled") from error
     known = {id(tensor): name for name, tensor in constants_of(model).items()}
@@ -126,6 +127,12 @@ def compile_code(model: EScAIP, differentiate: bool, path: Path) -> tuple[dict[s
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
     native = any("native" in node.args or "escaip.orientation" in str(node.target) for node in calls)
     return {name: known[id(tensor)] for name, tensor in found.items()}, native
+
+
+def _options() -> dict[str, Any]:
+    """Those there are in this torch; what is new in 2.13 concerns the time of compiling."""
+    known = torch._inductor.config.get_config_copy()
+    return {name: value for name, value in _OPTIONS.items() if name in known or name not in _OF_NEWER}
 
 
 def _stand_in(model: EScAIP) -> EScAIP:
