@@ -112,11 +112,10 @@ def worst(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
     """Largest ``‖found − expected‖ / ‖expected‖``; not a number where one of them is missing or not finite."""
     errors = [0.0]
     for f, e in zip(found, expected, strict=True):
-        if f is None or e is None:
-            wrong = (f if e is None else e) is not None and float((f if e is None else e).abs().max()) > 0  # type: ignore[union-attr]
-            errors.append(math.nan if wrong else 0.0)
-        else:
+        if f is not None and e is not None:
             errors.append(float((f.double() - e).norm() / e.norm().clamp(min=1e-12)))
+        elif any(x is not None and bool(x.any()) for x in (f, e)):  # a missing one counts as zero
+            errors.append(math.nan)
     return max(errors, key=lambda x: math.inf if math.isnan(x) else x)
 
 
