@@ -40,7 +40,7 @@ import json, sys
 from pathlib import Path
 from escaip.data.download import download
 from escaip.data.transfer_http import RetryPolicy
-from escaip.resources import DatasetCard
+from escaip.files import DatasetCard
 card = DatasetCard("made", "made", {"dataset": {}, "files": json.loads(sys.argv[1])}, Path("card"))
 download(card, root=sys.argv[2], jobs=int(sys.argv[3]), progress=False, retries=RetryPolicy(first_delay=0.05))
 """

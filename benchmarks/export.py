@@ -25,7 +25,7 @@ import torch
 from common import markdown_table, provenance, write_json
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential
-from escaip.export import export_model
+from escaip.potential.export import export_model
 
 WAYS = ("eager", "compile=True", "package")
 

@@ -20,8 +20,8 @@ from ase import Atoms
 from common import markdown_table, provenance, write_json
 
 from escaip import EScAIPConfig
-from escaip.config import PRESETS
 from escaip.data import AtomicData, collate
+from escaip.models.config import PRESETS
 from escaip.scaling.flops import count_flops, parameter_count, profile_flops
 from escaip.scaling.shapes import GraphShape
 

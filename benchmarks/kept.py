@@ -2,7 +2,8 @@
 
 python benchmarks/kept.py [--presets 1m 5m ...]
 
-The constants ``_BYTES_PER_FEATURE`` of escaip/evaluation.py and the estimate of escaip/batching/cost.py come from here.
+The constants ``_BYTES_PER_FEATURE`` of escaip/potential/derivatives.py and the estimate of
+escaip/potential/batching/cost.py come from here.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 from ase.build import bulk
 from torch import Tensor
 
-import escaip.evaluation
+import escaip.potential.derivatives
 from escaip import EScAIPConfig, Potential
-from escaip.config import PRESETS
 from escaip.data import AtomicData, collate
+from escaip.models.config import PRESETS
 
 
 class Kept:
@@ -60,7 +61,7 @@ def main() -> None:
         tokens = potential.graph_of(batch).num_tokens
         for create_graph in (False, True):
             kept = Kept()
-            escaip.evaluation._MOST_KEPT = (2**60, 2**60)
+            escaip.potential.derivatives._MOST_KEPT = (2**60, 2**60)
             with torch.autograd.graph.saved_tensors_hooks(kept.take, lambda hold: hold.x):
                 potential(batch, create_graph=create_graph)
             each = kept.most / tokens / config.hidden_size

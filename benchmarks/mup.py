@@ -37,7 +37,7 @@ from escaip import EScAIPConfig, Potential
 from escaip.errors import ConfigError, TrainingError
 from escaip.scaling.coordinates import check_coordinates
 from escaip.train.cli import TrainingCLI, build
-from escaip.train.transfer import at_width
+from escaip.train.mup import at_width
 
 RESULT = Path(__file__).parent / "results" / "mup.json"
 BASE, WIDE = 64, 256

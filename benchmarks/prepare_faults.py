@@ -24,7 +24,7 @@ import ase.io
 from common import provenance, write_json
 
 from escaip.data import Store, open_source
-from escaip.resources import resolve
+from escaip.files import resolve
 
 FILES = 48
 

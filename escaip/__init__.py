@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 # Name -> module: imported on first use, so that `import escaip` and the command line start fast.
 _PUBLIC = {
-    "EScAIP": "escaip.model",
-    "EScAIPConfig": "escaip.model",
+    "EScAIP": "escaip.models.escaip",
+    "EScAIPConfig": "escaip.models.escaip",
     "Potential": "escaip.potential",
-    "load_potential": "escaip.checkpoint",
+    "load_potential": "escaip.potential.loading",
     "EScAIPCalculator": "escaip.calculators.ase",
 }
 
@@ -20,9 +20,9 @@ __all__ = ["EScAIP", "EScAIPCalculator", "EScAIPConfig", "Potential", "__version
 
 if TYPE_CHECKING:
     from escaip.calculators.ase import EScAIPCalculator
-    from escaip.checkpoint import load_potential
-    from escaip.model import EScAIP, EScAIPConfig
+    from escaip.models.escaip import EScAIP, EScAIPConfig
     from escaip.potential import Potential
+    from escaip.potential.loading import load_potential
 
 
 def __getattr__(name: str) -> Any:

@@ -182,7 +182,7 @@ def _import_fairchem(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from escaip.export import check_request, export_model
+    from escaip.potential.export import check_request, export_model
 
     if check_request(args.out, args.format, args.device) == "aoti":
         print("compiling takes a minute or two", file=sys.stderr)

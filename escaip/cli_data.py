@@ -8,7 +8,7 @@ from typing import Any
 
 from escaip.errors import UsageError
 
-# Spelled out, so that --help imports no reader; a test compares with escaip.data.sources.SOURCES.
+# Spelled out, so that --help imports no reader; a test compares with escaip.data.readers.SOURCES.
 _FORMATS = ("aselmdb", "ase", "mptrj", "oc20", "ocp_lmdb", "pyg", "pymatgen", "spice", "store", "xyz_zip")
 _LABELS = ("energy", "forces", "stress", "virial", "charge", "spin", "group")
 
@@ -124,7 +124,7 @@ def _units(text: str | None) -> dict[str, str] | None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from escaip.resources import list_datasets
+    from escaip.files import list_datasets
 
     cards = list_datasets()
     width = max((len(card.name) for card in cards), default=0) + 2
@@ -133,7 +133,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    from escaip.resources import dataset_card
+    from escaip.files import dataset_card
 
     print(dataset_card(args.name).text)
 
@@ -156,14 +156,14 @@ def _download(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from escaip.data.commands import inspect
-    from escaip.resources import resolve
+    from escaip.files import resolve
 
     inspect(resolve(args.path), out=args.out, **source_options(args))
 
 
 def _convert(args: argparse.Namespace) -> None:
     from escaip.data.commands import convert
-    from escaip.resources import resolve
+    from escaip.files import resolve
 
     report = convert(resolve(args.source), args.target, overwrite=args.overwrite, **_reading(args))
     print(report.summary())

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from escaip.checkpoint import read_potential
-from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError, UsageError
+from escaip.models.config import EScAIPConfig
+from escaip.potential.loading import read_potential
 
 if TYPE_CHECKING:
     from escaip.ops.triton.tuning import Record
@@ -52,8 +52,8 @@ def tune_model(
 
     Args:
         model: a .ckpt or .escaip file, or
-        preset: a name of :data:`escaip.config.PRESETS`, by default ``5m``.
-        precisions: of :data:`escaip.precision.PRECISIONS`.
+        preset: a name of :data:`escaip.models.config.PRESETS`, by default ``5m``.
+        precisions: of :data:`escaip.potential.precision.PRECISIONS`.
         seconds: for all of it.
         workers: processes that compile; by default one per usable core, up to 16.
         out: the file; by default in the user's cache.

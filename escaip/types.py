@@ -223,8 +223,8 @@ class Prediction:
         stress: ``(B, 3, 3)`` eV/Å³, positive in tension, or None when not asked for; NaN for
             a system whose cell has no volume.
         atomic_energies: ``(N,)`` eV, float64, references included; sums to ``energy``.
-        atomic_virials: ``(N, 3, 3)`` eV, float64, see :func:`escaip.evaluation.virials_of`; sums to ``V · stress``.
-            None when not asked for.
+        atomic_virials: ``(N, 3, 3)`` eV, float64, see :func:`escaip.potential.derivatives.virials_of`; sums to
+            ``V · stress``. None when not asked for.
     """
 
     energy: Tensor

@@ -32,8 +32,8 @@ from real_data import Timing, best_checkpoint, fit_arguments, steps_within, wall
 from real_data_report import held_out_errors
 from real_data_sets import SETS, RealSet, divided
 
-from escaip.config import PRESETS, EScAIPConfig
 from escaip.graph import search_cutoff
+from escaip.models.config import PRESETS, EScAIPConfig
 from escaip.train.checkpoints import BestAndLast
 from escaip.train.cli import build
 

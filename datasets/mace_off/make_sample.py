@@ -19,7 +19,7 @@ import h5py
 from ase import Atoms
 
 from escaip.data import open_source
-from escaip.resources import resolve
+from escaip.files import resolve
 
 FOLDER = Path(__file__).parent
 SOURCE = "dataset:spice/sample.hdf5"

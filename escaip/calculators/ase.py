@@ -13,11 +13,11 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from escaip.calculators.topology import Place, SkinnedGraph, SkinnedNeighbors
+from escaip.calculators.skin import Place, SkinnedGraph, SkinnedNeighbors
 from escaip.errors import ConfigError, DataError
 from escaip.graph import displacements, tight_graph
 from escaip.potential import Potential
-from escaip.precision import check_precision
+from escaip.potential.precision import check_precision
 
 _SKIN = 0.5
 # Tokens of a kept graph from which on leaving out those that do not count takes less time than evaluating them, on a
@@ -35,8 +35,8 @@ class EScAIPCalculator(Calculator):
     Charge and spin multiplicity are read from ``atoms.info`` (``"charge"``, ``"spin_multiplicity"`` or ``"spin"``)
     by potentials that use them. Every evaluation gives forces and, with a periodic cell, stress: its cost beside the
     forces is within the noise, and constant-pressure runs then evaluate once per step. ``stresses``, each atom's share
-    of the stress (:func:`escaip.evaluation.virials_of`), are evaluated when they are asked for. So are ``virials``,
-    ``(N, 3, 3)`` eV: ``−V`` times that, which molecules have as well.
+    of the stress (:func:`escaip.potential.derivatives.virials_of`), are evaluated when they are asked for.
+    So are ``virials``, ``(N, 3, 3)`` eV: ``−V`` times that, which molecules have as well.
 
     Args:
         model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
@@ -194,11 +194,11 @@ class EScAIPCalculator(Calculator):
 
         Args:
             atoms: by default those of the last evaluation.
-            **options: of :func:`escaip.hessian.hessian`.
+            **options: of :func:`escaip.potential.hessian.hessian`.
 
         Raises:
             ConfigError: a direct-force model without ``method="finite_differences"``, or no atoms so far.
-            DataError: as :func:`escaip.hessian.hessian`.
+            DataError: as :func:`escaip.potential.hessian.hessian`.
         """
         subject = atoms if atoms is not None else self.atoms
         if subject is None:
@@ -247,7 +247,7 @@ def _own_potential(
     model: str | os.PathLike[str] | Potential, device: str | torch.device, dtype: str | torch.dtype | None
 ) -> Potential:
     """A potential nobody else changes, without gradients of its weights."""
-    from escaip.checkpoint import load_potential, resolve_device, resolve_dtype
+    from escaip.potential.loading import load_potential, resolve_device, resolve_dtype
 
     if not isinstance(model, Potential):
         return load_potential(model, device=device, dtype=dtype).requires_grad_(False)

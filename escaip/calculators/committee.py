@@ -13,10 +13,10 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from escaip.calculators.ase import EScAIPCalculator, check_stress, has_volume
-from escaip.calculators.topology import Place, SkinnedGraph, SkinnedNeighbors
+from escaip.calculators.skin import Place, SkinnedGraph, SkinnedNeighbors
 from escaip.errors import ConfigError
 from escaip.potential import Potential
-from escaip.references import check_elements
+from escaip.potential.atomic_energies import check_elements
 from escaip.types import Graph, GraphSettings, Prediction
 
 SPREADS = ("energy_spread", "forces_spread")

@@ -76,7 +76,7 @@ class LammpsDriver:
     are not used. Atoms are followed by their ids and unwrapped by their image flags, so that the skin of the neighbor
     search outlives migrations across the boundary. The cell is read at every step, and the potential sees it as LAMMPS
     turns it: nothing has to be turned back. Units are those of the input, ``metal`` or ``real``. Virials of atoms
-    (:func:`escaip.evaluation.virials_of`) are evaluated at the steps at which LAMMPS asks for them.
+    (:func:`escaip.potential.derivatives.virials_of`) are evaluated at the steps at which LAMMPS asks for them.
 
     An error inside the potential stops the run at that step and is raised from :meth:`commands` or :meth:`file`.
 

@@ -17,7 +17,7 @@ _PUBLIC = {
     "AtomicDataset": "escaip.data.dataset",
     "AtomicDataModule": "escaip.data.datamodule",
     "BudgetBatchSampler": "escaip.data.sampler",
-    "open_source": "escaip.data.sources",
+    "open_source": "escaip.data.readers",
 }
 
 __all__ = [
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from escaip.data.datamodule import AtomicDataModule
     from escaip.data.dataset import AtomicDataset
     from escaip.data.labels import LabelKeys
+    from escaip.data.readers import open_source
     from escaip.data.sampler import BudgetBatchSampler
-    from escaip.data.sources import open_source
     from escaip.data.statistics import Statistics, fit_statistics
     from escaip.data.store import Store, StoreWriter
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from escaip.data.inspection import Inspection, inspect_structures, plot_inspection
-from escaip.data.sources import PathLike, ReadReport, expand_paths, open_source
+from escaip.data.readers import PathLike, ReadReport, expand_paths, open_source
 from escaip.data.store import Store, StoreWriter
 from escaip.data.store_writer import MANIFEST
 from escaip.errors import DataError

@@ -14,9 +14,9 @@ from lightning.pytorch import LightningDataModule
 
 from escaip.data.loader import START_METHODS, BatchLoader
 from escaip.data.mixing import MixedDataset, Sampling, StructureSet
+from escaip.data.readers import ReadReport
 from escaip.data.sampler import OVERSIZED, BudgetBatchSampler, estimate_edges
 from escaip.data.sets import DataSpec, SetOpener, named_sets
-from escaip.data.sources import ReadReport
 from escaip.data.splits import SplitSettings
 from escaip.data.statistics import Statistics, TrainingSums
 from escaip.data.subsets import nested_subset, parse_train_size
@@ -31,7 +31,7 @@ class AtomicDataModule(LightningDataModule):
     """Training, validation, test and prediction sets.
 
     Each set is a path, a list of paths, or a mapping ``{path, format, keys, units, index, ...}`` of arguments of
-    :func:`escaip.data.sources.open_source`. A prepared store is used in place (``split`` names a part of a divided
+    :func:`escaip.data.readers.open_source`. A prepared store is used in place (``split`` names a part of a divided
     one; the parts ``train``, ``val`` and ``test`` are found by themselves), anything else is read into memory. Several
     sets are mixed when they are given names: ``{A: {path: ...}, B: {path: ...}}``; each then has element references
     of its own.

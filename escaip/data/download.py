@@ -34,7 +34,7 @@ from escaip.data.transfer_disk import (
 from escaip.data.transfer_http import RetryPolicy, remote_size
 from escaip.data.unpack import archive_suffix, unpack
 from escaip.errors import ConfigError, DataError, EscaipError
-from escaip.resources import DatasetCard, dataset_card
+from escaip.files import DatasetCard, dataset_card
 
 ROOT_VARIABLE = "ESCAIP_DATA"
 _PATIENCE_WITH_THREADS = 3.0

@@ -13,7 +13,7 @@ from escaip.data.transfer_disk import Record, disk_errors, part_path
 from escaip.data.transfer_http import RemoteFile, RetryPolicy, remote_size
 from escaip.data.unpack import SUFFIXES, archive_suffix, is_unpacked
 from escaip.errors import ConfigError, DataError
-from escaip.resources import DatasetCard
+from escaip.files import DatasetCard
 
 _DIGESTS = {"md5": r"[0-9a-f]{32}", "sha256": r"[0-9a-f]{64}"}
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from escaip.data.consistency import ForceWork
-from escaip.data.sources.door import ReadReport
-from escaip.data.sources.plausibility import WINDOW, check_magnitudes
+from escaip.data.readers.plausibility import WINDOW, check_magnitudes
+from escaip.data.readers.policy import ReadReport
 from escaip.data.statistics import Statistics, fit_statistics
 from escaip.errors import DataError
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from escaip.data.labels import LabelKeys
 from escaip.data.prepare_parts import Reading, Recipe, WorkItem, make_parts, part_folder
+from escaip.data.readers import SOURCES, PathLike, list_files
+from escaip.data.readers.policy import ReadReport
 from escaip.data.shards import PRECISIONS, Arrays, disk_errors, read_text, write_bytes
-from escaip.data.sources import SOURCES, PathLike, list_files
-from escaip.data.sources.door import ReadReport
 from escaip.data.splits import PARTS, SplitSettings, assign_parts
 from escaip.data.statistics import fit_index_statistics
 from escaip.data.store import Store
@@ -41,7 +41,7 @@ from escaip.data.store_writer import (
     read_part,
 )
 from escaip.errors import ConfigError, DataError
-from escaip.resources import DATASET_PREFIX, list_datasets, resolve
+from escaip.files import DATASET_PREFIX, list_datasets, resolve
 
 PART_SIZE = 5_000
 """Structures of a part, where a file can be divided: what a kill can cost each worker."""
@@ -192,7 +192,7 @@ def prepare_named(
 
     Args:
         name: of a card (``escaip data list``), whose layouts, labels and options are the defaults, or of a layout in
-            :data:`escaip.data.sources.SOURCES`.
+            :data:`escaip.data.readers.SOURCES`.
         sources: paths, each bare or as ``SPLIT=PATH``.
         out: directory to create.
         options: arguments of :func:`escaip.data.open_source`, those of the layout among them.

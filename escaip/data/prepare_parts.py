@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from escaip.data.labels import LabelKeys
+from escaip.data.readers import SourceFile, checked, read_file
+from escaip.data.readers.policy import Door, ReadReport
+from escaip.data.readers.registry import Part
 from escaip.data.shards import disk_errors
-from escaip.data.sources import SourceFile, checked, read_file
-from escaip.data.sources.door import Door, ReadReport
-from escaip.data.sources.registry import Part
 from escaip.data.store_writer import PartWriter, read_part
 from escaip.units import Units
 

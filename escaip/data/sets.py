@@ -12,7 +12,7 @@ import numpy as np
 
 from escaip.data.dataset import AtomicDataset
 from escaip.data.mixing import MixedDataset, StructureSet, check_poolable
-from escaip.data.sources import ReadReport, expand_paths, open_source
+from escaip.data.readers import ReadReport, expand_paths, open_source
 from escaip.data.splits import SplitSettings, make_split
 from escaip.data.store import Store
 from escaip.data.store_writer import MANIFEST

@@ -51,9 +51,9 @@ def evaluate_files(
         CheckpointError: the model cannot be read.
         DataError: the data cannot be read, has no labels, or the folder cannot be written.
     """
-    from escaip.checkpoint import load_potential
     from escaip.data import open_source
-    from escaip.resources import resolve
+    from escaip.files import resolve
+    from escaip.potential.loading import load_potential
 
     potential = load_potential(model, device=device, dtype=dtype, dataset=dataset, precision=precision)
     structures = open_source(resolve(Path(data)), **source)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from escaip.batching import StructurePrediction, join_structures, predict_pairs
 from escaip.data import collate
 from escaip.data.dataset import random_rotation, rotate_structure
 from escaip.errors import DataError
 from escaip.evaluate.records import Records, RecordsBuilder
 from escaip.evaluate.report import EvaluationReport, compute_report
 from escaip.potential import Potential
+from escaip.potential.batching import StructurePrediction, join_structures, predict_pairs
 from escaip.types import Prediction
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def evaluate(
 ) -> tuple[EvaluationReport, Records]:
     """Compares predictions with labels.
 
-    Structures are evaluated some at a time, see :func:`escaip.batching.predict_pairs`; results do not depend on that
-    beyond rounding. Records are in the order of the structures.
+    Structures are evaluated some at a time, see :func:`escaip.potential.batching.predict_pairs`; results
+    do not depend on that beyond rounding. Records are in the order of the structures.
 
     Args:
         potential: in evaluation mode.

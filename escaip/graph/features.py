@@ -9,7 +9,7 @@ from torch import Tensor
 
 from escaip.errors import ConfigError
 from escaip.ops import sum_rows
-from escaip.ops.orientation import has_kernels, pair_power
+from escaip.ops.steinhardt import has_kernels, pair_power
 
 PUBLISHED_FLOOR = 1e-6
 _MAX_DEGREE = 16

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential
 from escaip.train.losses import LossSettings, loss_sums
+from escaip.train.mup import at_width, fan_in_ratios, scale_outputs
 from escaip.train.optim import make_optimizer
-from escaip.train.transfer import at_width, fan_in_ratios, scale_outputs
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from escaip.config import EScAIPConfig
 from escaip.errors import UsageError
-from escaip.model import EScAIP
+from escaip.models.config import EScAIPConfig
+from escaip.models.escaip import EScAIP
 from escaip.ops import spline
 from escaip.potential import Potential
 from escaip.scaling.operators import operator_formulas

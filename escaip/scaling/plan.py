@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError, DataError
-from escaip.resources import config_path
+from escaip.files import config_path
+from escaip.models.config import EScAIPConfig
 from escaip.scaling.files import write_whole
-from escaip.train.transfer import at_width
+from escaip.train.mup import at_width
 
 # What a job needs of a recipe whatever the recipe says: no pictures, no progress bar for each of a hundred runs.
 _QUIET = {"trainer": {"enable_progress_bar": False}, "evaluation": {"max_structures": 0}}
@@ -30,7 +30,7 @@ class LearningRate:
     Attributes:
         value: of all sizes; or
         sweep: rates that are tried for each size, and the best is taken; with ``base_width`` for the base size alone.
-        base_width: ``hidden_size`` from which rates are transferred to other widths (``escaip.train.transfer``).
+        base_width: ``hidden_size`` from which rates are transferred to other widths (``escaip.train.mup``).
         data_size: of the sweep; default the smallest of the study.
         epochs: of the sweep; default those of the study.
     """
@@ -257,7 +257,7 @@ def study_path(name: str) -> Path:
     Raises:
         ConfigError: neither.
     """
-    from escaip.resources import resource_dir
+    from escaip.files import resource_dir
 
     if Path(name).is_file():
         return Path(name)

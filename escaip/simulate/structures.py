@@ -23,7 +23,7 @@ def read_structure(path: str | os.PathLike[str], frame: int = -1) -> Atoms:
         DataError: missing, empty or unreadable file, no such frame, or a structure that no potential can mean.
     """
     from escaip.data import AtomicData
-    from escaip.resources import resolve
+    from escaip.files import resolve
 
     path = resolve(Path(path))
     if not path.exists():

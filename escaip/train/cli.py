@@ -13,11 +13,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from escaip.checkpoint import migrate
-from escaip.config import EScAIPConfig
 from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError, TrainingError
-from escaip.resources import config_path, resolve
+from escaip.files import config_path, resolve
+from escaip.models.config import EScAIPConfig
+from escaip.potential.loading import migrate
 from escaip.train.callbacks import PredictionFile, RunReport, folder_of_run
 from escaip.train.checkpoints import BEST, LAST, BestAndLast, PlainCheckpointIO, read_checkpoint
 from escaip.train.ema import WeightEMA

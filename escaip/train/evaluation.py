@@ -38,8 +38,8 @@ class FinalEvaluation(Callback):
         datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
         if self.max_structures < 1 or not os.path.isfile(best) or "val" not in datasets:
             return
-        from escaip.checkpoint import load_potential
         from escaip.evaluate.command import evaluate_into
+        from escaip.potential.loading import load_potential
 
         held_out = datasets["val"]
         folder = Path(best).parent / FOLDER

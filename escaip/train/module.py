@@ -9,19 +9,20 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from escaip.checkpoint import describe_potential
-from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError
-from escaip.potential import ENERGY_BUFFERS, Potential, PotentialMetadata
-from escaip.repulsion import check_fraction, keep_apart
+from escaip.models.config import EScAIPConfig
+from escaip.potential import Potential, PotentialMetadata
+from escaip.potential.loading import describe_potential
+from escaip.potential.potential import ENERGY_BUFFERS
+from escaip.potential.zbl import check_fraction, keep_apart
+from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.guard import check_prediction, gradient_failure, loss_failure
 from escaip.train.losses import TERMS, LossSettings, LossSums, loss_sums
 from escaip.train.metrics import NUM_SUMS, ErrorMetrics, error_sums, errors_from_sums
+from escaip.train.mup import fan_in_ratios, scale_outputs
 from escaip.train.optim import make_optimizer, make_schedule
 from escaip.train.reduction import sum_over_processes, trained_with_scaler
-from escaip.train.references import ReferenceFit
 from escaip.train.settings import plain_values
-from escaip.train.transfer import fan_in_ratios, scale_outputs
 from escaip.types import Prediction
 
 DEFAULT_ARCHITECTURE: dict[str, Any] = {"preset": "1m"}
@@ -83,9 +84,9 @@ class PotentialModule(LightningModule):
                 (docs/training.md); those given as energies of isolated atoms stay.
             base_width: ``hidden_size`` at which ``learning_rate`` and ``weight_decay`` were found; other widths scale
                 them, and the first outputs, so that they stay right (maximal-update parametrisation,
-                ``escaip.train.transfer``). Default: used as they are.
+                ``escaip.train.mup``). Default: used as they are.
             repulsion: of atoms closer than this fraction of the shortest distance between their elements in the
-                training set (:mod:`escaip.repulsion`); null for none.
+                training set (:mod:`escaip.potential.zbl`); null for none.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.

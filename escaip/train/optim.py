@@ -28,7 +28,7 @@ def parameter_groups(
         weight_decay: of those that decay.
         learning_rate: of all but those named in ``ratios``.
         ratios: name of a parameter to what its learning rate is divided and its decay multiplied by
-            (``escaip.train.transfer``).
+            (``escaip.train.mup``).
     """
     linear = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

@@ -17,8 +17,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch-sim's own, at its import
     import engines
 
-from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential
 
 TINY = {

@@ -26,11 +26,11 @@ from real_data import NUM_VALIDATIONS, Timing, fit_arguments, steps_within
 from real_data_report import errors_by_file, read_log
 from real_data_sets import SETS, RealSet, assign_parts, describe_split, divided, prepare, thin_validation
 
-from escaip.config import EScAIPConfig
 from escaip.data import AtomicData, Store
 from escaip.errors import DataError
 from escaip.evaluate import Records
 from escaip.graph import search_cutoff
+from escaip.models.config import EScAIPConfig
 from escaip.train.cli import build
 
 SharedData = Callable[[str], Path]

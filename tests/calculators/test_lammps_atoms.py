@@ -103,7 +103,7 @@ def test_virials_are_evaluated_at_the_steps_that_ask_and_all_in_one(
 
     driver = start(moving(orthogonal()))
     extract, steps, evaluations = driver.lammps.extract_global, [], []
-    original, forward = escaip.potential.virials_of, driver.calculator.potential.forward
+    original, forward = escaip.potential.potential.virials_of, driver.calculator.potential.forward
 
     def virials_of(*arguments: Any) -> Any:
         steps.append(extract("ntimestep"))

@@ -107,7 +107,7 @@ def test_they_are_the_heat_flux_of_a_pair_potential_and_of_no_other(make_potenti
 
 def test_each_atom_gets_half_of_its_pairs(make_potential: Make) -> None:
     """Pair by pair, from the forces between two atoms."""
-    from escaip.evaluation import virials_of
+    from escaip.potential.derivatives import virials_of
 
     atoms = crystal()
     batch = collate([AtomicData.from_ase(atoms)])
@@ -141,7 +141,7 @@ def test_they_are_evaluated_only_when_asked_for(make_potential: Make, monkeypatc
     import escaip.potential
 
     calls = []
-    original = escaip.potential.virials_of
+    original = escaip.potential.potential.virials_of
     monkeypatch.setattr(escaip.potential, "virials_of", lambda *a: (calls.append(1), original(*a))[1])
     atoms = crystal()
     atoms.calc = EScAIPCalculator(make_potential())

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from escaip import checkpoint as checkpoint_module
-from escaip.checkpoint import describe_potential, load_potential, migrate
-from escaip.config import EScAIPConfig
 from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
+from escaip.potential.loading import describe_potential, load_potential, migrate
 
 SMALL = {
     "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,

@@ -14,10 +14,10 @@ from ase.constraints import FixAtoms, FixBondLength, FixCartesian
 from escaip.data import AtomicData, aselmdb_writer
 from escaip.data.aselmdb_writer import write_aselmdb, write_natoms
 from escaip.data.labels import LabelKeys
-from escaip.data.sources.ase_row import Row, decode_row
-from escaip.data.sources.aselmdb import read_aselmdb, read_metadata
-from escaip.data.sources.door import Door
-from escaip.data.sources.ocp_lmdb import open_environment
+from escaip.data.readers.ase_row import Row, decode_row
+from escaip.data.readers.aselmdb import read_aselmdb, read_metadata
+from escaip.data.readers.ocp_lmdb import open_environment
+from escaip.data.readers.policy import Door
 from escaip.errors import DataError
 
 VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])

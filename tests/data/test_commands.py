@@ -16,7 +16,7 @@ from ase.data import atomic_numbers
 from escaip.data import AtomicData, commands
 from escaip.data.atomic_data import TENSOR_FIELDS
 from escaip.data.inspection import inspect_structures
-from escaip.data.sources import open_source
+from escaip.data.readers import open_source
 from escaip.errors import DataError
 from escaip.units import Units
 

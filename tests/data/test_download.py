@@ -27,7 +27,7 @@ from escaip.data.download import DownloadReport, download
 from escaip.data.transfer import BLOCK
 from escaip.data.transfer_http import RetryPolicy
 from escaip.errors import ConfigError, DataError
-from escaip.resources import DatasetCard
+from escaip.files import DatasetCard
 
 FAST = RetryPolicy(attempts=4, first_delay=0.0, connect_timeout=5.0, read_timeout=5.0)
 SIZE = 5 * BLOCK + 1234
@@ -722,7 +722,7 @@ import json, sys
 from pathlib import Path
 from escaip.data.download import download
 from escaip.data.transfer_http import RetryPolicy
-from escaip.resources import DatasetCard
+from escaip.files import DatasetCard
 files, root = json.loads(sys.argv[1]), sys.argv[2]
 card = DatasetCard("made", "made", {"dataset": {}, "files": files}, Path("card"))
 download(card, root=root, progress=False, retries=RetryPolicy(first_delay=0.01))
@@ -972,7 +972,7 @@ def test_the_root_comes_from_the_environment(
 
 def test_every_card_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from escaip.data import download_plan
-    from escaip.resources import list_datasets
+    from escaip.files import list_datasets
 
     monkeypatch.setattr(download_plan, "remote_size", lambda remote, policy: None)
     for found in list_datasets():

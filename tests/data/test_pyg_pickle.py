@@ -25,8 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
 
-from escaip.data.sources import pyg_pickle
-from escaip.data.sources.pyg_pickle import PickledObject, attributes, plain, read_torch_file, unpickle
+from escaip.data.readers import pyg_pickle
+from escaip.data.readers.pyg_pickle import PickledObject, attributes, plain, read_torch_file, unpickle
 from escaip.errors import DataError
 
 TENSORS = {
@@ -219,7 +219,7 @@ def attacks(command: str) -> dict[str, tuple[bytes, str]]:
         ),
         "dotted": (stack_global("torch_geometric.data.data", "Data.__init__.__globals__"), "Data.__init__.__globals__"),
         "dotted module": (stack_global("collections", "OrderedDict.__class__", call), "OrderedDict.__class__"),
-        "private": (stack_global("escaip.data.sources.pyg_pickle", "os"), "pyg_pickle.os"),
+        "private": (stack_global("escaip.data.readers.pyg_pickle", "os"), "pyg_pickle.os"),
         "line break": (stack_global("os\n", "system\n", call), r"'os\\n.system\\n'"),
         "inst": (b"\x80\x02(" + argument + b"ios\nsystem\n.", "opcode INST"),
         "obj": (b"\x80\x02(cos\nsystem\n" + argument + b"o.", "opcode OBJ"),

@@ -13,7 +13,7 @@ import pytest
 from ase.data import chemical_symbols, covalent_radii
 from ase.units import Bohr, Hartree
 
-from escaip.resources import dataset_card
+from escaip.files import dataset_card
 
 LAYOUT = {
     "subset", "smiles", "atomic_numbers", "conformations", "formation_energy", "dft_total_energy", "dft_total_gradient"

@@ -13,8 +13,8 @@ import pytest
 from ase import Atoms
 from ase.constraints import FixAtoms
 
-from escaip.data.sources import ReadReport, detect_format, list_files, open_source, read_file
-from escaip.data.sources.door import Door
+from escaip.data.readers import ReadReport, detect_format, list_files, open_source, read_file
+from escaip.data.readers.policy import Door
 from escaip.errors import ConfigError, DataError
 
 ETHANOL = "molecular/md17_ethanol_UNITS_kcal.xyz"

@@ -17,11 +17,11 @@ from ase.io.jsonio import decode
 from escaip.data import AtomicData, open_source
 from escaip.data.aselmdb_writer import write_aselmdb
 from escaip.data.labels import LabelKeys
-from escaip.data.sources import ase_row
-from escaip.data.sources.aselmdb import SOURCE, divide, list_aselmdb_files, matches, read_aselmdb, read_metadata
-from escaip.data.sources.door import Door, ReadReport
+from escaip.data.readers import ase_row
+from escaip.data.readers.aselmdb import SOURCE, divide, list_aselmdb_files, matches, read_aselmdb, read_metadata
+from escaip.data.readers.policy import Door, ReadReport
 from escaip.errors import ConfigError, DataError
-from escaip.resources import dataset_card
+from escaip.files import dataset_card
 from escaip.units import Units
 
 REAL = "native_formats/aselmdb_derived/mptrj_200.aselmdb"

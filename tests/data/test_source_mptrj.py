@@ -21,12 +21,12 @@ from pymatgen.core import Structure
 
 from escaip.data import AtomicData
 from escaip.data.labels import LabelKeys
-from escaip.data.sources import json_scan
-from escaip.data.sources.door import Door, ReadReport
-from escaip.data.sources.json_scan import scan_members
-from escaip.data.sources.mptrj import SOURCE, divide, matches, read_mptrj
+from escaip.data.readers import json_scan
+from escaip.data.readers.json_scan import scan_members
+from escaip.data.readers.mptrj import SOURCE, divide, matches, read_mptrj
+from escaip.data.readers.policy import Door, ReadReport
 from escaip.errors import ConfigError, DataError
-from escaip.resources import dataset_card
+from escaip.files import dataset_card
 from escaip.units import KBAR, Units
 
 REAL = "native_formats/mptrj_json_derived/MPtrj_sample_150.json"

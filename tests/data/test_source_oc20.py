@@ -17,11 +17,11 @@ from ase.calculators.emt import EMT
 
 from escaip.data import AtomicData
 from escaip.data.consistency import ForceWork
-from escaip.data.sources import check_magnitudes, oc20
-from escaip.data.sources.door import Door, ReadReport
-from escaip.data.sources.oc20 import SOURCE, list_files, matches, read_oc20
+from escaip.data.readers import check_magnitudes, oc20
+from escaip.data.readers.oc20 import SOURCE, list_files, matches, read_oc20
+from escaip.data.readers.policy import Door, ReadReport
 from escaip.errors import ConfigError, DataError
-from escaip.resources import dataset_card
+from escaip.files import dataset_card
 from escaip.units import Units
 
 SAMPLE = dataset_card("oc20").path / "sample" / "0.extxyz.xz"

@@ -20,14 +20,14 @@ from torch_geometric.data import Batch, Data
 
 from escaip.data import AtomicData
 from escaip.data.consistency import ForceWork
-from escaip.data.sources import check_magnitudes, ocp_lmdb
-from escaip.data.sources.door import Door, ReadReport
-from escaip.data.sources.oc20 import read_oc20
-from escaip.data.sources.ocp_lmdb import SOURCE, divide, list_lmdb_files, matches, read_ocp_lmdb
-from escaip.data.sources.pyg_files import matches as matches_pyg
-from escaip.data.sources.pyg_files import read_pyg
+from escaip.data.readers import check_magnitudes, ocp_lmdb
+from escaip.data.readers.oc20 import read_oc20
+from escaip.data.readers.ocp_lmdb import SOURCE, divide, list_lmdb_files, matches, read_ocp_lmdb
+from escaip.data.readers.policy import Door, ReadReport
+from escaip.data.readers.pyg_files import matches as matches_pyg
+from escaip.data.readers.pyg_files import read_pyg
 from escaip.errors import ConfigError, DataError
-from escaip.resources import dataset_card
+from escaip.files import dataset_card
 
 OC20 = dataset_card("oc20").path
 OC22 = dataset_card("oc22").path / "sample" / "data.0000.lmdb"

@@ -8,8 +8,8 @@ import pytest
 from pymatgen.core import Lattice, Molecule, Structure
 
 from escaip.data import LabelKeys
-from escaip.data.sources import open_source
-from escaip.data.sources.pymatgen import from_pymatgen
+from escaip.data.readers import open_source
+from escaip.data.readers.pymatgen import from_pymatgen
 from escaip.errors import DataError
 
 FORCES = np.arange(24.0).reshape(8, 3) / 10

@@ -10,11 +10,11 @@ import h5py
 import numpy as np
 import pytest
 
-from escaip.data.sources import ReadReport, open_source
-from escaip.data.sources.door import Door
-from escaip.data.sources.spice import SOURCE, divide, read_spice, smiles_charge
+from escaip.data.readers import ReadReport, open_source
+from escaip.data.readers.policy import Door
+from escaip.data.readers.spice import SOURCE, divide, read_spice, smiles_charge
 from escaip.errors import ConfigError, DataError
-from escaip.resources import dataset_card
+from escaip.files import dataset_card
 
 WATER = "[O:1]([H:2])[H:3]"
 

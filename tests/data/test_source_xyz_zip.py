@@ -15,9 +15,9 @@ from ase import Atoms
 
 from escaip.data import open_source
 from escaip.data.labels import LabelKeys
-from escaip.data.sources import xyz_zip
-from escaip.data.sources.door import Door
-from escaip.data.sources.xyz_zip import divide, matches, read_xyz_zip
+from escaip.data.readers import xyz_zip
+from escaip.data.readers.policy import Door
+from escaip.data.readers.xyz_zip import divide, matches, read_xyz_zip
 from escaip.errors import DataError
 
 LABELS = ("energy", "forces", "stress")

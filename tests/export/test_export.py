@@ -23,15 +23,15 @@ from ase import Atoms
 from safetensors.torch import save
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential, export, load_potential, packaged
-from escaip.ahead import INFO, environment
-from escaip.checkpoint import describe_potential, read_description, read_potential
 from escaip.cli import main
 from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
-from escaip.export import export_model
 from escaip.info import describe_model
-from escaip.packaged import VERSION, WEIGHTS, PackagedPotential
 from escaip.potential import PotentialMetadata
+from escaip.potential.ahead import INFO, environment
+from escaip.potential.export import export_model
+from escaip.potential.loading import describe_potential, read_description, read_potential
+from escaip.potential.packaged import VERSION, WEIGHTS, PackagedPotential
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {

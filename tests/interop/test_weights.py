@@ -12,7 +12,7 @@ from torch import Tensor
 from escaip import Potential
 from escaip.errors import CheckpointError, DataError, UnsupportedElementError
 from escaip.interop import from_fairchem
-from escaip.interop.fairchem_options import RANK_TRUNCATION
+from escaip.interop.fairchem.options import RANK_TRUNCATION
 
 CONSERVATIVE, DIRECT = load(COMMITTED, "conservative"), load(COMMITTED, "direct")
 GRADIENT = "fairchem.core.models.escaip.EScAIP.EScAIPGradientEnergyForceStressHead"

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 import escaip.potential
-from escaip import EScAIPCalculator, EScAIPConfig, Potential, ahead
-from escaip.compile import CompiledEvaluation, compile_example, flat_evaluation, trace
+from escaip import EScAIPCalculator, EScAIPConfig, Potential
 from escaip.data import AtomicData, collate
-from escaip.model import EScAIP
+from escaip.models.escaip import EScAIP
+from escaip.potential import ahead
+from escaip.potential.compile import CompiledEvaluation, compile_example, flat_evaluation, trace
 
 TINY = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": [3, 3, 2], "num_radial": 8,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from escaip import EScAIPConfig
-from escaip.model import EScAIP
+from escaip.models.escaip import EScAIP
 from escaip.nn.embedding import EdgeAttributes, GaussianBasis
 
 

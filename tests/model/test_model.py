@@ -6,9 +6,9 @@ import ase.build
 import pytest
 import torch
 
-from escaip.config import EScAIPConfig
 from escaip.data import AtomicData, collate
-from escaip.model import EScAIP
+from escaip.models.config import EScAIPConfig
+from escaip.models.escaip import EScAIP
 from escaip.potential import Potential
 
 SMALL = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from escaip.errors import ConfigError
 from escaip.graph import bond_orientational_order
-from escaip.ops.orientation import has_kernels, orientation_backward, orientation_value, pair_power
+from escaip.ops.steinhardt import has_kernels, orientation_backward, orientation_value, pair_power
 
 pytestmark = pytest.mark.skipif(not has_kernels(torch.empty(0)), reason="no C++ compiler on this machine")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from ase import Atoms
 
-from escaip.config import EScAIPConfig
 from escaip.data import AtomicData, collate
 from escaip.graph import build_graph
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential
 from escaip.testing import check_potential, continuity_error, evaluator, rotation_errors
 

@@ -29,9 +29,9 @@ from escaip.data import AtomicData, collate
 from escaip.graph import build_graph, neighbor_list
 from escaip.ops.triton import availability
 from escaip.train import ForceTerm, LossSettings, LossTerm, PotentialModule, WeightEMA
+from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.losses import loss_sums
 from escaip.train.metrics import error_sums
-from escaip.train.references import ReferenceFit
 
 TINY = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": [3, 3, 2], "num_radial": 8,

@@ -9,11 +9,11 @@ import torch
 from ase import Atoms
 
 from escaip import EScAIPCalculator
-from escaip.config import EScAIPConfig
 from escaip.data import AtomicData
 from escaip.errors import ConfigError, DataError, UnsupportedElementError
-from escaip.hessian import asymmetry, hessian
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
+from escaip.potential.hessian import asymmetry, hessian
 
 SMALL = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,

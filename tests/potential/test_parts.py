@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-import escaip.evaluation
-from escaip.config import EScAIPConfig
+import escaip.potential.derivatives
 from escaip.data import AtomicData, collate
 from escaip.graph import build_graph, compute_geometry, split_tokens
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential
 
 SMALL = {
@@ -65,9 +65,9 @@ def test_parts_do_not_change_predictions(
     options: dict[str, object], max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     potential, batch = make_potential(**options).eval(), make_batch()
-    monkeypatch.setattr(escaip.evaluation, "_PART", None)
+    monkeypatch.setattr(escaip.potential.derivatives, "_PART", None)
     expected = answers(potential, batch)
-    monkeypatch.setattr(escaip.evaluation, "_PART", max_tokens)
+    monkeypatch.setattr(escaip.potential.derivatives, "_PART", max_tokens)
     for recompute in (None, True):
         potential.recompute = recompute
         assert_equal(answers(potential, batch), expected)
@@ -107,9 +107,9 @@ def kept_for(potential: Potential, monkeypatch: pytest.MonkeyPatch, most_kept: i
     """The most bytes that autograd holds at a time, counted by the hooks that see every saved tensor."""
     held = Held()
     with monkeypatch.context() as patch:
-        patch.setattr(escaip.evaluation, "_PART", 40)
+        patch.setattr(escaip.potential.derivatives, "_PART", 40)
         if most_kept is not None:
-            patch.setattr(escaip.evaluation, "_MOST_KEPT", (most_kept, most_kept))
+            patch.setattr(escaip.potential.derivatives, "_MOST_KEPT", (most_kept, most_kept))
         with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda x: x):
             potential(make_batch())
     return held.most
@@ -126,12 +126,12 @@ def test_what_does_not_fit_is_computed_again(monkeypatch: pytest.MonkeyPatch) ->
     """No more: the time of large predictions grows with the share that does not fit."""
     potential, batch = make_potential().eval(), make_batch()
     c, num_tokens = potential.config, potential.graph_of(batch).num_tokens
-    bytes_kept = num_tokens * c.num_layers * c.hidden_size * escaip.evaluation._BYTES_PER_FEATURE
+    bytes_kept = num_tokens * c.num_layers * c.hidden_size * escaip.potential.derivatives._BYTES_PER_FEATURE
     nothing, half, everything = (kept_for(potential, monkeypatch, n) for n in (0, bytes_kept // 2, bytes_kept))
     assert everything == kept_for(potential, monkeypatch, None)
     assert nothing + 0.25 * (everything - nothing) < half < nothing + 0.75 * (everything - nothing)
     expected = answers(potential, batch)
-    monkeypatch.setattr(escaip.evaluation, "_MOST_KEPT", (bytes_kept // 2,) * 2)
+    monkeypatch.setattr(escaip.potential.derivatives, "_MOST_KEPT", (bytes_kept // 2,) * 2)
     assert_equal(answers(potential, batch), expected)
 
 
@@ -143,8 +143,8 @@ def test_the_share_computed_again_is_spread_evenly(share: float, monkeypatch: py
         again.append(i)
         return function(i)
 
-    monkeypatch.setattr(escaip.evaluation, "_recomputed", recomputed)
-    run = escaip.evaluation._keeping(share)
+    monkeypatch.setattr(escaip.potential.derivatives, "_recomputed", recomputed)
+    run = escaip.potential.derivatives._keeping(share)
     assert [run(lambda i: i + 1, i) for i in range(100)] == list(range(1, 101))
     for start in range(0, 100, 20):
         assert abs(sum(start <= i < start + 20 for i in again) - 20 * share) <= 1
@@ -159,7 +159,7 @@ def test_a_prediction_keeps_nothing_for_the_weights(monkeypatch: pytest.MonkeyPa
     potential.model.energy_head.requires_grad_(False)
     potential(make_batch())
     assert not any(weight.requires_grad for weight in potential.model.energy_head.parameters())
-    with pytest.raises(RuntimeError, match="broken"), escaip.evaluation.frozen(potential.model):
+    with pytest.raises(RuntimeError, match="broken"), escaip.potential.derivatives.frozen(potential.model):
         raise RuntimeError("broken")
     assert sum(weight.requires_grad for weight in potential.parameters()) > 10
 

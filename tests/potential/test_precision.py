@@ -16,14 +16,14 @@ from torch_geometric.data import Batch
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential, load_potential
 from escaip.cli import build_parser
-from escaip.compile import CompiledEvaluation, compile_example
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
-from escaip.evaluation import EvaluationInputs, evaluate
 from escaip.graph import build_graph
-from escaip.model import EScAIP
+from escaip.models.escaip import EScAIP
 from escaip.nn.layers import RMSNorm
-from escaip.precision import PRECISIONS, in_precision
+from escaip.potential.compile import CompiledEvaluation, compile_example
+from escaip.potential.derivatives import EvaluationInputs, evaluate
+from escaip.potential.precision import PRECISIONS, in_precision
 from escaip.types import GraphSettings, ModelOutput
 
 TINY = {
@@ -184,8 +184,8 @@ class Eager:
 
 
 def test_compiled_evaluations_are_kept_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("escaip.potential.CompiledEvaluation", Eager)
-    monkeypatch.setattr("escaip.potential.serves", lambda _: False)  # nothing ahead of time
+    monkeypatch.setattr("escaip.potential.potential.CompiledEvaluation", Eager)
+    monkeypatch.setattr("escaip.potential.potential.serves", lambda _: False)  # nothing ahead of time
     eager, batch = make_potential().requires_grad_(False), make_batch()
     compiled = copy.deepcopy(eager)
     compiled.compile()

@@ -17,7 +17,12 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from pymatgen.core import Lattice, Molecule, Structure
 
-from escaip.batching import (
+from escaip.data import AtomicData, collate
+from escaip.errors import ConfigError, DataError, UnsupportedElementError, UsageError
+from escaip.graph import build_graph, neighbor_list
+from escaip.models.config import EScAIPConfig
+from escaip.potential import Potential, PotentialMetadata
+from escaip.potential.batching import (
     CPU_TOKENS,
     StructurePrediction,
     bytes_per_token,
@@ -28,12 +33,7 @@ from escaip.batching import (
     stream,
     token_budget,
 )
-from escaip.config import EScAIPConfig
-from escaip.data import AtomicData, collate
-from escaip.errors import ConfigError, DataError, UnsupportedElementError, UsageError
-from escaip.evaluation import plan_parts
-from escaip.graph import build_graph, neighbor_list
-from escaip.potential import Potential, PotentialMetadata
+from escaip.potential.derivatives import plan_parts
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential
-from escaip.compile import CompiledEvaluation, compile_example, flat_evaluation
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
-from escaip.evaluation import EvaluationInputs
 from escaip.graph import build_graph, displacements
-from escaip.padding import Sizes, pad, unpad
-from escaip.recorded import RecordedEvaluation
+from escaip.potential.compile import CompiledEvaluation, compile_example, flat_evaluation
+from escaip.potential.derivatives import EvaluationInputs
+from escaip.potential.padding import Sizes, pad, unpad
+from escaip.potential.recorded import RecordedEvaluation
 from escaip.types import AtomInputs
 
 TINY = {

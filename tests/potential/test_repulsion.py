@@ -13,12 +13,12 @@ from ase import Atoms
 from ase.data import covalent_radii
 
 from escaip import EScAIPCalculator, load_potential
-from escaip.config import EScAIPConfig
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.info import describe_model
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
-from escaip.repulsion import closest_distances, keep_apart, repulsion_onsets
+from escaip.potential.zbl import closest_distances, keep_apart, repulsion_onsets
 from escaip.testing import check_potential
 
 SMALL = {

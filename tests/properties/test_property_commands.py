@@ -14,8 +14,8 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 
 from escaip.cli import main
-from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential
 from escaip.properties import commands
 

@@ -18,8 +18,8 @@ from ase.constraints import FixAtoms, FixedPlane
 from scipy import constants
 
 from escaip import EScAIPCalculator
-from escaip.config import EScAIPConfig
 from escaip.errors import ConfigError
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential
 from escaip.properties import molecular_vibrations
 

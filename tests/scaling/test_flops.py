@@ -13,9 +13,9 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.data import Batch
 
-from escaip.config import EScAIPConfig
 from escaip.data import AtomicData, collate
 from escaip.errors import DataError, UsageError
+from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential
 from escaip.scaling.flops import (
     count_flops,

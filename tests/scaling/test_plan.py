@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from escaip.errors import ConfigError, DataError
-from escaip.resources import resource_dir
+from escaip.files import resource_dir
 from escaip.scaling.plan import Job, StudyPlan, merged, same_study
 
 STUDY: dict[str, Any] = {

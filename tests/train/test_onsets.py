@@ -12,7 +12,7 @@ from training_stand_ins import TINY, make_data, make_trainer
 
 from escaip import Potential, load_potential
 from escaip.errors import ConfigError
-from escaip.repulsion import closest_distances, repulsion_onsets
+from escaip.potential.zbl import closest_distances, repulsion_onsets
 from escaip.train import BestAndLast, PotentialModule, WeightEMA
 
 

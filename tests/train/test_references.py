@@ -14,8 +14,8 @@ from training_stand_ins import TINY, labelled_molecules, make_data, make_trainer
 from escaip import Potential
 from escaip.data import AtomicData, collate
 from escaip.train import BestAndLast, PotentialModule, WeightEMA
+from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.losses import LossTerm
-from escaip.train.references import ReferenceFit
 from escaip.types import Prediction
 
 ELEMENTS = (1, 6, 7, 8)

@@ -9,8 +9,8 @@ from training_stand_ins import TINY
 from escaip import EScAIPConfig, Potential
 from escaip.errors import ConfigError
 from escaip.train import PotentialModule
+from escaip.train.mup import at_width, fan_in_ratios, scale_outputs
 from escaip.train.optim import make_schedule, parameter_groups
-from escaip.train.transfer import at_width, fan_in_ratios, scale_outputs
 
 WIDE = {**TINY, "hidden_size": 64, "num_heads": 8, "num_layers": 2}
 

@@ -1,0 +1,226 @@
+"""Readers of data sets as published; each yields :class:`~escaip.data.AtomicData` in eV and Å."""
+
+from __future__ import annotations
+
+import glob
+import inspect
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escaip.data.labels import LabelKeys
+from escaip.data.readers import ase, aselmdb, mptrj, oc20, ocp_lmdb, pyg_files, pymatgen, spice, store, xyz_zip
+from escaip.data.readers.plausibility import WINDOW, check_magnitudes
+from escaip.data.readers.policy import Door, ReadReport
+from escaip.data.readers.registry import Part, Source
+from escaip.errors import ConfigError, DataError
+from escaip.files import resolve
+from escaip.units import Units
+
+if TYPE_CHECKING:
+    from escaip.data.atomic_data import AtomicData
+
+__all__ = [
+    "SOURCES",
+    "ReadReport",
+    "SourceFile",
+    "detect_format",
+    "expand_paths",
+    "list_files",
+    "open_source",
+    "read_file",
+]
+
+# In the order in which they are asked whether a file is theirs; ASE takes what is left.
+_ORDER = (
+    store.SOURCE,
+    aselmdb.SOURCE,
+    ocp_lmdb.SOURCE,
+    oc20.SOURCE,
+    mptrj.SOURCE,
+    xyz_zip.SOURCE,
+    pyg_files.SOURCE,
+    spice.SOURCE,
+    pymatgen.SOURCE,
+    ase.SOURCE,
+)
+SOURCES: dict[str, Source] = {source.name: source for source in _ORDER}
+
+PathLike = str | os.PathLike[str]
+
+
+def open_source(
+    path: PathLike | Sequence[PathLike],
+    *,
+    format: str | None = None,
+    keys: Mapping[str, str | None] | LabelKeys | None = None,
+    units: Mapping[str, str] | Units | None = None,
+    on_error: str = "raise",
+    required_labels: Sequence[str] = (),
+    check_units: bool = True,
+    max_force: float | None = None,
+    limit: int | None = None,
+    report: ReadReport | None = None,
+    **options: Any,
+) -> Iterator[AtomicData]:
+    """Structures of one or more files.
+
+    Args:
+        path: a file, a prepared store, ``dataset:NAME/FILE`` (shipped with a card), a pattern (``"*.traj"``) or a
+            list of them.
+        format: a name in :data:`SOURCES`; default found from content and suffix.
+        keys: names of the labels; see :class:`LabelKeys`.
+        units: units of the file where they are not Å and eV; see :meth:`escaip.units.Units.parse`.
+        on_error: ``"raise"``, or ``"skip"`` to leave out bad structures and count them in ``report``.
+        required_labels: labels without which a structure is refused.
+        check_units: refuse magnitudes that no unit of ours explains.
+        max_force: eV/Å; leave out and count structures with a larger force on a free atom (failed or far-off frames
+            of line searches; OC20 was published with 50).
+        limit: stop after this many structures.
+        report: receives the counts.
+        **options: of the source: ``index``, ``group_by`` (ase), ``subset``, ``energy`` (spice), ...
+
+    Raises:
+        DataError: an unreadable file, a bad structure, implausible magnitudes.
+        ConfigError: an unknown format, key, unit or option.
+    """
+    files = list_files(path, format)
+    stated = Units.parse(units) if units is not None else None
+    report = ReadReport() if report is None else report
+    door = Door(stated, on_error, report, tuple(required_labels), max_force)
+    streams = [read_file(file, door, keys=LabelKeys.parse(keys), **options) for file in files]
+    stream: Iterator[AtomicData] = itertools.chain.from_iterable(streams)
+    if limit is not None:
+        stream = itertools.islice(stream, limit)
+    return checked(stream) if check_units else stream
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to read.
+
+    Attributes:
+        path: where it is.
+        source: name of its layout, in :data:`SOURCES`.
+        name: what the ids of its structures begin with.
+    """
+
+    path: Path
+    source: str
+    name: str
+
+    def parts(self, size: int) -> list[Part | None]:
+        """Ranges of about ``size`` structures, or None alone for a file that is read whole."""
+        divide = SOURCES[self.source].parts
+        return [*divide(self.path, size)] if divide is not None else []
+
+
+def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -> list[SourceFile]:
+    """The files behind a path, a pattern or a list, those of folders included, with their layouts.
+
+    Raises:
+        DataError: nothing there, or a folder of no known layout.
+        ConfigError: an unknown format.
+    """
+    if format is not None and format not in SOURCES:
+        raise ConfigError(f"format: {format!r} is not one of {', '.join(SOURCES)}")
+    found: list[tuple[Path, str]] = []
+    for given in expand_paths(path):
+        kind = format or detect_format(given)
+        expand = SOURCES[kind].expand
+        if not given.is_dir():
+            found.append((given, kind))
+        elif expand is None:
+            raise DataError(f"{given}: is a folder, which the {kind} layout does not read; name its files or a pattern")
+        else:
+            found.extend((file, kind) for file in expand(given))
+    names = distinct_names([file for file, _ in found])
+    return [SourceFile(file, kind, name) for (file, kind), name in zip(found, names, strict=True)]
+
+
+def read_file(file: SourceFile, door: Door, *, part: Part | None = None, **options: Any) -> Iterator[AtomicData]:
+    """Structures of one file, or of a part of it.
+
+    Raises:
+        DataError: an unreadable file or a bad structure.
+        ConfigError: an option that its layout does not have.
+    """
+    read = SOURCES[file.source].read
+    known = {key for key in inspect.signature(read).parameters if key not in ("path", "door", "name")}
+    for key in options:
+        if key not in known:
+            own = ", ".join(sorted(known - {"keys", "part"})) or "none"
+            raise ConfigError(f"{file.path}: the {file.source} source has no option {key!r}; it has {own}")
+    if part is not None:
+        options["part"] = part
+    return read(file.path, door, name=file.name, **options)
+
+
+def checked(stream: Iterator[AtomicData]) -> Iterator[AtomicData]:
+    """The same structures, looked at in windows; nothing of a refused window gets through.
+
+    Raises:
+        DataError: magnitudes that no unit of ours explains.
+    """
+    while window := list(itertools.islice(stream, WINDOW)):
+        check_magnitudes(window)
+        yield from window
+
+
+def detect_format(path: PathLike) -> str:
+    """Which source reads this, from its content and suffix.
+
+    Raises:
+        DataError: a path that does not exist, or a directory that is no prepared store.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or directory")
+    head = b""
+    if not path.is_dir():
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    for source in _ORDER:
+        if source.matches(path, head):
+            return source.name
+    raise DataError(
+        f"{path}: is a folder of no known layout (no prepared store, and no files that one would hold); name files, "
+        "a pattern, or the format"
+    )
+
+
+def expand_paths(path: PathLike | Sequence[PathLike]) -> list[Path]:
+    """Files named by a path, ``dataset:NAME/FILE``, a pattern or a list of them; patterns in sorted order.
+
+    Raises:
+        DataError: nothing there.
+    """
+    given = [path] if isinstance(path, str | os.PathLike) else list(path)
+    found: list[Path] = []
+    for item in given:
+        text = os.path.expanduser(str(resolve(os.fspath(item))))
+        if not os.path.exists(text) and glob.has_magic(text):
+            matches = sorted(glob.glob(text, recursive=True))
+            if not matches:
+                raise DataError(f"{text}: no file matches this pattern")
+            found.extend(Path(match) for match in matches)
+        elif os.path.exists(text):
+            found.append(Path(text))
+        else:
+            raise DataError(f"{text}: no such file or directory")
+    if not found:
+        raise DataError("no data files were named; give at least one path")
+    return found
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """File names, with as many parent folders as it takes to tell them apart."""
+    depth = 1
+    names = [path.name for path in paths]
+    while len(set(names)) < len(names) and depth < max(len(path.parts) for path in paths):
+        depth += 1
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+    return names

@@ -1,0 +1,326 @@
+"""OC20 S2EF as published: ``N.extxyz.xz`` with total energies, beside ``N.txt.xz`` with systems and references.
+
+A line of the second file belongs to a frame of the first: ``random<sid>,frame<fid>,reference_energy``. Chanussot et
+al., ACS Catal. 11, 6059 (2021), doi:10.1021/acscatal.0c04525.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from escaip.data.labels import LabelKeys
+from escaip.data.readers.ocp_records import ENERGIES, EnergyCheck
+from escaip.data.readers.policy import Door
+from escaip.data.readers.registry import Part, Source
+from escaip.errors import ConfigError, DataError
+from escaip.units import Units
+
+if TYPE_CHECKING:
+    from escaip.data.atomic_data import AtomicData
+
+STRUCTURES = (".extxyz.xz", ".extxyz")
+SIDECARS = (".txt.xz", ".txt")
+PROPERTIES = b"species:S:1:pos:R:3:move_mask:L:1:tags:I:1:forces:R:3"
+COLUMNS = 9
+
+MAX_ATOMS = 1_000_000
+MAX_LINE = 1 << 16
+MAX_SIDECAR = 1 << 26
+"""Bytes; a file of 5 000 frames has 0.2 MB."""
+
+_PAIR = re.compile(rb'\s*([A-Za-z_]\w*)=(?:"([^"]*)"|([^\s"]+))')
+_KNOWN = {b"Lattice", b"Properties", b"energy", b"free_energy", b"pbc"}
+_LINE = re.compile(r"([^,\s][^,]*),frame(\d{1,15}),([-+.\deE]+)")
+_FLAGS = {b"T": True, b"F": False}
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What the sidecar says of a frame; the reference energy in the unit of the file."""
+
+    system: str
+    frame: int
+    reference: float
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Lines of a frame: number of atoms, comment, atoms."""
+
+    count: bytes
+    comment: bytes
+    atoms: list[bytes]
+
+
+def read_oc20(
+    path: Path,
+    door: Door,
+    *,
+    name: str | None = None,
+    keys: LabelKeys | None = None,
+    part: Part | None = None,
+    energy: str | None = None,
+) -> Iterator[AtomicData]:
+    """Frames of one file in order, with the sidecar beside it.
+
+    Ids are ``file:system:frame``, groups are systems (``random<sid>``). Energies are those of the key ``energy``, never
+    of ``free_energy``; atoms that ``move_mask`` holds are fixed, and their forces are kept. Trajectories of
+    relaxations, one file for each system and without sidecar, are read by the ``ase`` source with ``group_by: file``.
+
+    Args:
+        path: ``N.extxyz.xz`` or ``N.extxyz``; the sidecar is ``N.txt.xz`` or ``N.txt``, compressed like the file first.
+        door: units and error policy.
+        name: what ids begin with; default the file's name.
+        keys: not used by this source; the layout fixes the names.
+        part: not used, compressed files are read from their beginning.
+        energy: which energy structures get: ``total``, as in the file, or ``adsorption``, the total less the reference
+            of the sidecar. It has to be stated.
+
+    Raises:
+        DataError: a missing sidecar, or one with another number of lines than there are frames; a damaged file, a bad
+            frame, implausible energies.
+        ConfigError: ``energy`` is not stated, or unknown.
+    """
+    if keys is not None:
+        raise ConfigError("keys: the OC20 layout fixes its names; choose the energy with energy: adsorption | total")
+    if energy not in ENERGIES:
+        stated = "is not stated" if energy is None else f"{energy!r} is not known"
+        raise ConfigError(f"{path}: energy {stated}; state energy: total (as computed) or energy: adsorption "
+                          "(the total less the reference in the .txt file)")  # fmt: skip
+    check = EnergyCheck(path, energy)
+    yield from check.windows(_structures(path, door, name or path.name, energy, check))
+
+
+def list_files(path: Path) -> list[Path]:
+    """Files of frames in a folder, ``2.extxyz.xz`` before ``10.extxyz.xz``.
+
+    The archives unpack into a folder within a folder: where the only thing inside is another one, its files count.
+
+    Raises:
+        DataError: a file that is there both compressed and not.
+    """
+    inside = list(path.iterdir())
+    files = [file for file in inside if file.name.endswith(STRUCTURES) and file.is_file()]
+    if not files and len(inside) == 1 and inside[0].is_dir():
+        return list_files(inside[0])
+    stems: dict[str, Path] = {}
+    for file in files:
+        other = stems.setdefault(_stem(file), file)
+        if other != file:
+            raise DataError(f"{path}: holds both {other.name} and {file.name}; remove one, or name the files")
+    return sorted(
+        files, key=lambda file: [int(text) if text.isdecimal() else text for text in re.split(r"([0-9]+)", file.name)]
+    )
+
+
+def matches(path: Path, head: bytes) -> bool:
+    """Files with a sidecar of this layout, and folders that hold one."""
+    if path.is_dir():
+        inside = list(path.iterdir())
+        if len(inside) == 1 and inside[0].is_dir():
+            return matches(inside[0], b"")
+        return any(matches(file, b"") for file in inside if not file.is_dir())
+    sidecar = _sidecar(path) if path.name.endswith(STRUCTURES) else None
+    if sidecar is None:
+        return False
+    try:
+        with _open(sidecar) as file:
+            return _LINE.fullmatch(file.readline(MAX_LINE).decode("ascii", "replace").strip()) is not None
+    except (OSError, EOFError, lzma.LZMAError):
+        # The reader says what is wrong with it.
+        return True
+
+
+def _structures(path: Path, door: Door, name: str, energy: str, check: EnergyCheck) -> Iterator[AtomicData]:
+    lines = _read_sidecar(path)
+    seen: set[tuple[str, int]] = set()
+    count = 0
+    for frame in _frames(path):
+        if count == len(lines):
+            raise DataError(f"{path}: has more frames than the {len(lines)} lines of its .txt file; unpack both again")
+        line = lines[count]
+        structure_id = f"{name}:{line.system}:{line.frame}"
+        if (line.system, line.frame) in seen:
+            structure_id += f":{count}"
+        seen.add((line.system, line.frame))
+
+        def build(frame: _Frame = frame, line: _Line = line, structure_id: str = structure_id) -> AtomicData:
+            data = _structure(frame, structure_id, line.system, door.units)
+            if data.has_label("energy"):
+                if energy == "adsorption":
+                    data.energy -= line.reference * door.units.energy
+                check.note(float(data.energy), data.num_nodes)
+            return data
+
+        data = door.admit(build, lambda frame=frame: frame.comment.decode("utf-8", "replace").strip())  # type: ignore[misc]
+        if data is not None:
+            yield data
+        count += 1
+    if count != len(lines):
+        raise DataError(f"{path}: has {count} frames, but its .txt file has {len(lines)} lines; unpack both again")
+
+
+def _structure(frame: _Frame, structure_id: str, group: str, units: Units) -> AtomicData:
+    """By the fixed layout where the comment has it, else by ASE."""
+    from escaip.data.atomic_data import AtomicData
+
+    pairs = _comment(frame.comment)
+    if pairs is None:
+        return _structure_by_ase(frame, structure_id, group, units)
+    tokens = b"".join(frame.atoms).split()
+    if len(tokens) != COLUMNS * len(frame.atoms):
+        raise DataError(f"{structure_id}: its atoms do not have the {COLUMNS} columns of {PROPERTIES.decode()}")
+    try:
+        numbers = [_atomic_numbers()[symbol] for symbol in tokens[0::COLUMNS]]
+        moves = [_FLAGS[flag] for flag in tokens[4::COLUMNS]]
+        columns = [list(map(float, tokens[column::COLUMNS])) for column in (1, 2, 3, 6, 7, 8)]
+        tags = list(map(int, tokens[5::COLUMNS]))
+        energy = float(pairs[b"energy"]) if b"energy" in pairs else None
+        lattice = list(map(float, pairs[b"Lattice"].split()))
+        pbc = [_FLAGS[flag] for flag in pairs[b"pbc"].split()]
+    except KeyError as error:
+        raise DataError(f"{structure_id}: {_text(error.args[0])} is no element, no T or F, or not given") from error
+    except ValueError as error:
+        raise DataError(f"{structure_id}: holds something else than numbers ({error})") from error
+    if len(lattice) != 9 or len(pbc) != 3:
+        raise DataError(
+            f"{structure_id}: Lattice has {len(lattice)} numbers and pbc {len(pbc)} flags, expected 9 and 3"
+        )
+    array = np.array(columns).T
+    return AtomicData.from_arrays(
+        numbers,
+        array[:, :3],
+        cell=np.reshape(lattice, (3, 3)),
+        pbc=pbc,
+        energy=energy,
+        forces=array[:, 3:],
+        fixed=~np.array(moves),
+        tags=tags,
+        structure_id=structure_id,
+        group=group,
+        units=units,
+    )
+
+
+def _structure_by_ase(frame: _Frame, structure_id: str, group: str, units: Units) -> AtomicData:
+    """Frames with other columns or keys than those of OC20, with ASE's reader."""
+    import ase.io
+
+    from escaip.data.atomic_data import AtomicData
+
+    text = b"".join([frame.count, frame.comment, *frame.atoms]).decode("utf-8", "replace")
+    try:
+        atoms = ase.io.read(io.StringIO(text), index=0, format="extxyz")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{structure_id}: not a frame that ASE can read ({reason})") from error
+    return AtomicData.from_ase(atoms, structure_id=structure_id, group=group, units=units)  # type: ignore[arg-type]
+
+
+def _comment(comment: bytes) -> dict[bytes, bytes] | None:
+    """Values of the comment line by key; None unless it is made of the keys and columns of OC20."""
+    pairs: dict[bytes, bytes] = {}
+    text, at = comment.rstrip(), 0
+    while at < len(text):
+        match = _PAIR.match(text, at)
+        if match is None or match[1] not in _KNOWN:
+            return None
+        pairs[match[1]] = match[3] if match[2] is None else match[2]
+        at = match.end()
+    return pairs if pairs.get(b"Properties") == PROPERTIES and b"Lattice" in pairs and b"pbc" in pairs else None
+
+
+def _frames(path: Path) -> Iterator[_Frame]:
+    """Frames of the file; whatever is wrong with it becomes one line."""
+    number = 0
+    try:
+        with _open(path) as file:
+            while (line := file.readline(MAX_LINE)).strip():
+                yield _frame(file, line, f"{path}: frame {number}")
+                number += 1
+            if line and file.read(MAX_LINE).strip():
+                raise DataError(f"{path}: frame {number}: an empty line where the number of atoms should be")
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path}: damaged or truncated after {number} frames ({error})") from error
+    if number == 0:
+        raise DataError(f"{path}: holds no frames")
+
+
+def _frame(file: IO[bytes], line: bytes, place: str) -> _Frame:
+    digits = line.strip()
+    if not digits.isdigit() or not 0 < len(digits) < 10 or not 0 < int(digits) <= MAX_ATOMS:
+        raise DataError(f"{place}: begins with {_text(digits)}, expected a number of atoms; the file is damaged")
+    comment = file.readline(MAX_LINE)
+    atoms = [file.readline(MAX_LINE) for _ in range(int(digits))]
+    # Without its line end the last number may be cut, and still be a number.
+    if not atoms[-1].strip() or not atoms[-1].endswith(b"\n"):
+        held = sum(1 for atom in atoms if atom.strip() and atom.endswith(b"\n"))
+        raise DataError(f"{place}: has {held} of {int(digits)} whole lines of atoms; the file is truncated or damaged")
+    return _Frame(line, comment, atoms)
+
+
+def _read_sidecar(path: Path) -> list[_Line]:
+    sidecar = _sidecar(path)
+    if sidecar is None:
+        raise DataError(
+            f"{path}: has no {_stem(path)}.txt.xz or {_stem(path)}.txt beside it, with the system and reference of "
+            "each frame; put it there, or read a trajectory of a relaxation with format: ase, group_by: file"
+        )
+    try:
+        with _open(sidecar) as file:
+            text = file.read(MAX_SIDECAR + 1).decode("ascii")
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise DataError(f"{sidecar}: damaged, or not a text of systems and references ({error})") from error
+    if len(text) > MAX_SIDECAR:
+        raise DataError(f"{sidecar}: is larger than {MAX_SIDECAR} bytes, no text of systems and references")
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        match = _LINE.fullmatch(line.strip())
+        try:
+            lines.append(_Line(match[1], int(match[2]), float(match[3])))  # type: ignore[index]
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{sidecar}: line {number} is {_text(line)}, expected SYSTEM,frameNUMBER,REFERENCE_ENERGY"
+            ) from None
+    return lines
+
+
+def _sidecar(path: Path) -> Path | None:
+    order = SIDECARS if path.suffix == ".xz" else SIDECARS[::-1]
+    found = (path.with_name(_stem(path) + suffix) for suffix in order)
+    return next((file for file in found if file.is_file()), None)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".xz").removesuffix(".extxyz")
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed, buffered so that lines are found by compiled code."""
+    if path.suffix == ".xz":
+        return io.BufferedReader(lzma.open(path), 1 << 18)
+    return open(path, "rb")
+
+
+def _text(value: bytes | str) -> str:
+    shown = value.decode("ascii", "replace") if isinstance(value, bytes) else value
+    return repr(shown if len(shown) <= 60 else shown[:57] + "...")
+
+
+@cache
+def _atomic_numbers() -> dict[bytes, int]:
+    from ase.data import chemical_symbols
+
+    return {symbol.encode(): number for number, symbol in enumerate(chemical_symbols) if number > 0}
+
+
+SOURCE = Source("oc20", "OC20 S2EF as published: N.extxyz.xz beside N.txt.xz", read_oc20, matches, expand=list_files)

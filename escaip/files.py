@@ -1,0 +1,271 @@
+"""Files: written whole, locked, hashed, cached in private folders; recipes, data cards and decks of the package."""
+
+from __future__ import annotations
+
+import fcntl
+import grp
+import hashlib
+import json
+import os
+import pwd
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from escaip.errors import ConfigError, DataError, EscaipError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DATASET_PREFIX = "dataset:"
+EXAMPLE_PREFIX = "example:"
+
+
+@contextmanager
+def write_aside(path: str | os.PathLike[str], error: type[EscaipError] = DataError) -> Iterator[Path]:
+    """Yields a path beside ``path`` to write a file or a folder to, and renames it to ``path`` at the end.
+
+    After an exception, whatever its kind, ``path`` is as it was and nothing is left beside it.
+
+    Args:
+        path: the file to write or replace. Its folder must exist. A folder that exists is not replaced.
+        error: class of the error raised.
+
+    Raises:
+        EscaipError: of class ``error``; the file cannot be written.
+    """
+    target = Path(path)
+    aside = target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
+    try:
+        yield aside
+        os.replace(aside, target)
+    except OSError as failure:
+        reason = failure.strerror or failure
+        raise error(f"cannot write {target}: {reason}: check its folder and the space on the disk") from failure
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes, error: type[EscaipError] = DataError) -> None:
+    """Writes a whole file or nothing; see :func:`write_aside`."""
+    with write_aside(path, error) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | os.PathLike[str], value: object, error: type[EscaipError] = DataError) -> None:
+    """Writes a value as indented JSON, whole or not at all; NaN is refused with a ``ValueError``."""
+    write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n", error)
+
+
+def try_lock(path: str | os.PathLike[str]) -> IO[bytes] | None:
+    """Locks a file, creating it where needed, and returns it open; None where another process holds the lock.
+
+    The lock ends when the file is closed, also by the end of the process. Child processes that inherit the open file
+    hold it too.
+    """
+    stream = Path(path).open("ab")  # noqa: SIM115
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        return None
+    return stream
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Returns the hexadecimal SHA-256 digest of a file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class where it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def cache_folder(name: str) -> Path | None:
+    """Returns a folder of the user's cache for generated code, making it where needed; None where that is impossible.
+
+    The cache is ``$ESCAIP_CACHE``, else ``$XDG_CACHE_HOME/escaip``, else ``~/.cache/escaip``.
+
+    Raises:
+        ConfigError: somebody else could have written to it, so that code in it must not be run.
+    """
+    root = os.environ.get("ESCAIP_CACHE")
+    if not root:
+        shared = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        root = os.path.join(shared, "escaip")
+    folder = Path(root) / name
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_private(folder)
+    except OSError:
+        return None
+    return folder
+
+
+def check_private(path: str | os.PathLike[str]) -> None:
+    """Makes sure that nobody but this user and root can replace a file or folder that code is loaded from.
+
+    The entry must belong to this user, its parents to this user or to root, and no other user may write to any of them.
+    A parent with the sticky bit, such as the folder of temporary files, lets others add entries but not replace ours.
+
+    Raises:
+        ConfigError: somebody else could; the message names where.
+        OSError: the entry cannot be looked at.
+    """
+    entry = Path(path).resolve()
+    for place in (entry, *entry.parents):
+        status = place.stat()
+        sticky = place != entry and bool(status.st_mode & stat.S_ISVTX)
+        trusted = status.st_uid == os.getuid() or (place != entry and status.st_uid == 0)
+        if not trusted or (_others_write(status) and not sticky):
+            raise ConfigError(
+                f"{place} can be written by other users, so no compiled code is loaded from {entry}: "
+                "take their permission away, or set ESCAIP_CACHE to a private folder"
+            )
+
+
+def _others_write(status: os.stat_result) -> bool:
+    """Whether users other than this one and root may write; a group of this user alone is no other user."""
+    if status.st_mode & stat.S_IWOTH:
+        return True
+    if not status.st_mode & stat.S_IWGRP or status.st_gid == 0:
+        return False
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return True
+    return group.gr_gid != user.pw_gid or bool(set(group.gr_mem) - {user.pw_name})
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """What ``datasets/<name>/`` says of a data set.
+
+    Attributes:
+        name: of the folder.
+        title: in words.
+        manifest: the parsed ``manifest.toml``: origin, licence, level of theory, units, files, sample.
+        path: the folder.
+    """
+
+    name: str
+    title: str
+    manifest: dict[str, Any]
+    path: Path
+
+    @property
+    def text(self) -> str:
+        """The card itself, ``README.md``."""
+        return (self.path / "README.md").read_text(encoding="utf-8")
+
+
+def resource_dir(kind: str) -> Path:
+    """Returns the folder of ``configs``, ``datasets`` or ``md``: the packaged copy, else the repository's.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    package = Path(__file__).resolve().parent
+    packaged, checkout = package / "_resources" / kind, package.parent
+    if packaged.is_dir():
+        return packaged
+    # Beside an installed package, a folder of that name would be another project's, such as Hugging Face's datasets.
+    if (checkout / "pyproject.toml").is_file() and (checkout / kind).is_dir():
+        return checkout / kind
+    raise ConfigError(f"this installation has no {kind} folder: install escaip again")
+
+
+def list_configs() -> list[str]:
+    """Returns the names of the recipes that can be passed as ``--config NAME``."""
+    return sorted(path.stem for path in resource_dir("configs").glob("*.yaml"))
+
+
+def config_path(name: str) -> Path:
+    """Returns the file of a recipe: a path as it is, else a recipe's name with or without ``.yaml``.
+
+    Raises:
+        ConfigError: neither a file nor a recipe; the message lists the recipes.
+    """
+    given = Path(name)
+    if given.is_file():
+        return given
+    packaged = resource_dir("configs") / (given.name if given.suffix else f"{given.name}.yaml")
+    if given.parent == Path(".") and packaged.is_file():
+        return packaged
+    raise ConfigError(f"config {name!r} is neither a file nor a recipe: recipes are {', '.join(list_configs())}")
+
+
+def list_datasets() -> list[DatasetCard]:
+    """Returns the cards of all data sets, by name."""
+    return [_read_card(path.parent) for path in sorted(resource_dir("datasets").glob("*/manifest.toml"))]
+
+
+def dataset_card(name: str) -> DatasetCard:
+    """Returns one card.
+
+    Raises:
+        ConfigError: no such card; the message lists those there are.
+        DataError: its manifest cannot be read.
+    """
+    folder = resource_dir("datasets")
+    names = sorted(path.parent.name for path in folder.glob("*/manifest.toml"))
+    if name not in names:
+        raise ConfigError(f"data set {name!r} has no card: there are {', '.join(names)}")
+    return _read_card(folder / name)
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Turns ``dataset:NAME/FILE`` into the path of a file or folder shipped with a card; other paths stay as they are.
+
+    ``example:NAME`` is a potential or a structure of ``md``, by its name without suffix.
+
+    Raises:
+        ConfigError: no such card.
+        DataError: the card has no such file, or there is no such example.
+    """
+    text = os.fspath(path)
+    if text.startswith(EXAMPLE_PREFIX):
+        return _example(text)
+    if not text.startswith(DATASET_PREFIX):
+        return Path(path)
+    name, _, file = text.removeprefix(DATASET_PREFIX).partition("/")
+    folder = dataset_card(name).path
+    held = sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.name != "__pycache__")
+    if file.rstrip("/") not in held:
+        raise DataError(f"{text} does not exist: the card of {name} holds {', '.join(held)}")
+    return folder / file
+
+
+def _example(text: str) -> Path:
+    folder = resource_dir("md")
+    files = [file for part in ("potentials", "structures") for file in sorted((folder / part).glob("[!.]*"))]
+    held = {file.stem: file for file in files if file.suffix != ".md"}
+    name = text.removeprefix(EXAMPLE_PREFIX)
+    if name not in held:
+        raise DataError(f"{text} does not exist: examples are {', '.join(held)}")
+    return held[name]
+
+
+def _read_card(path: Path) -> DatasetCard:
+    manifest_path = path / "manifest.toml"
+    try:
+        manifest = tomllib.loads(manifest_path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{manifest_path} is no valid TOML ({error}): repair it or install escaip again") from error
+    return DatasetCard(path.name, str(manifest.get("dataset", {}).get("title", path.name)), manifest, path)

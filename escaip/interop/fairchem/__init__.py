@@ -1,0 +1,5 @@
+"""EScAIP models of fairchem-core as potentials of this package (docs/fairchem.md)."""
+
+from escaip.interop.fairchem.importing import from_fairchem, read_fairchem
+
+__all__ = ["from_fairchem", "read_fairchem"]

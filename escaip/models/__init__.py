@@ -1,0 +1,1 @@
+"""Architectures: from atoms and tokens to per-atom energies."""

@@ -1,0 +1,108 @@
+"""Element references and scale: from the statistics of training sets, and whose are meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from escaip.errors import ConfigError, UnsupportedElementError
+from escaip.models.config import MAX_ATOMIC_NUMBER
+
+if TYPE_CHECKING:
+    from escaip.data import Statistics
+
+
+def references_of(
+    sets: Mapping[str, Statistics], shares: Mapping[str, float] | None, scale: str
+) -> tuple[Tensor, Tensor]:
+    """Of each of ``S`` sets.
+
+    Args:
+        sets: statistics by name.
+        shares: of each set in training, for the shared scale; default by structures.
+        scale: ``"shared"``, the force RMS of the mixture, or ``"per_set"``.
+
+    Returns:
+        References ``(S, 119)`` eV, NaN for elements that a set does not have, and scales ``(S,)`` eV, both float64.
+
+    Raises:
+        ConfigError: the force RMS of a set is not a positive number, or an unknown ``scale``.
+    """
+    if scale not in ("shared", "per_set"):
+        raise ConfigError(f"scale: {scale!r} is not shared or per_set")
+    references = torch.full((len(sets), MAX_ATOMIC_NUMBER + 1), torch.nan, dtype=torch.float64)
+    for row, statistics in zip(references, sets.values(), strict=True):
+        for number, energy in statistics.element_references.items():
+            row[int(number)] = energy
+    scales = torch.tensor([_force_scale(statistics) for statistics in sets.values()], dtype=torch.float64)
+    with_forces = torch.tensor([bool(item.label_counts.get("forces", 0)) for item in sets.values()])
+    if scale == "shared" and len(sets) > 1 and bool(with_forces.any()):
+        sizes = {name: float(statistics.num_structures) for name, statistics in sets.items()}
+        weights = torch.tensor([(shares or sizes)[name] for name in sets], dtype=torch.float64)[with_forces]
+        mean = (weights * scales[with_forces] ** 2).sum() / weights.sum()
+        scales = scales.new_full(scales.shape, float(mean.sqrt()))
+    return references, scales
+
+
+def _force_scale(statistics: Statistics) -> float:
+    """Force RMS; 1 for a set without forces."""
+    if not statistics.label_counts.get("forces", 0):
+        return 1.0
+    if not statistics.force_rms > 0:
+        raise ConfigError(f"the training set's force RMS is {statistics.force_rms}: all its forces are zero")
+    return float(statistics.force_rms)
+
+
+def dataset_codes(batch: Any, chosen: int, names: Sequence[str]) -> Tensor:
+    """``(B,)`` int64, the set of each structure.
+
+    Args:
+        batch: which may state some, −1 where it does not.
+        chosen: for those, or −1.
+        names: of the sets.
+
+    Raises:
+        ConfigError: neither says which.
+    """
+    stated = batch.dataset if "dataset" in batch else batch.ptr.new_full((batch.ptr.numel() - 1,), -1)
+    codes = torch.where(stated < 0, chosen, stated)
+    if bool(((codes < 0) | (codes >= len(names))).any()):
+        raise ConfigError(
+            f"the potential has references for each of {', '.join(names)}: say whose energies are meant "
+            "(dataset=NAME of load_potential and EScAIPCalculator, --dataset NAME on the command line)"
+        )
+    return codes
+
+
+def missing_reference(references: Tensor, batch: Any, codes: Tensor, names: Sequence[str]) -> UnsupportedElementError:
+    """The error for the first of the ``(N,)`` references that is NaN."""
+    from ase.data import chemical_symbols
+
+    first = int(torch.isnan(references).nonzero()[0])
+    symbol, name = chemical_symbols[int(batch.atomic_numbers[first])], names[int(codes[batch.batch[first]])]
+    return UnsupportedElementError(
+        f"the set {name} had no {symbol}, so there is no reference energy for it: use another set's references"
+    )
+
+
+def check_elements(atomic_numbers: Tensor, supported: Tensor, elements: Sequence[int]) -> None:
+    """Raises UnsupportedElementError for atoms that a potential was not trained on.
+
+    Args:
+        atomic_numbers: ``(N,)``.
+        supported: ``(119,)`` bool by atomic number.
+        elements: the same as numbers, for the message.
+    """
+    known = supported[atomic_numbers]
+    if not bool(known.all()):
+        from ase.data import chemical_symbols
+
+        unseen = sorted(set(atomic_numbers[~known].tolist()))
+        names = ", ".join(chemical_symbols[z] for z in unseen)
+        seen = " ".join(chemical_symbols[z] for z in elements)
+        raise UnsupportedElementError(
+            f"the potential was not trained on {names}: use structures of {seen}, or train on data with {names}"
+        )

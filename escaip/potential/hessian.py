@@ -1,0 +1,180 @@
+"""Second derivatives of the energy with respect to positions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from escaip.errors import ConfigError, DataError
+from escaip.potential.derivatives import frozen
+
+if TYPE_CHECKING:
+    from escaip.data import AtomicData
+    from escaip.potential import Potential
+
+METHODS = ("autograd", "finite_differences")
+_STEP = 0.01
+# On one core more at once is not faster (ethanol and 32 copper atoms, 1m preset), and memory grows with it.
+_TOKENS_AT_ONCE = {"cpu": 500, "cuda": 20_000}
+# Of mixed derivatives taken in either order, beside the largest entry: rounding, and nothing else, tells them apart.
+_LARGEST_ASYMMETRY = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+def hessian(
+    potential: Potential,
+    structure: Any,
+    *,
+    method: str = "autograd",
+    step: float = _STEP,
+    symmetrize: bool = True,
+    dtype: torch.dtype | None = None,
+    copies: int | None = None,
+) -> Tensor:
+    """``∂²E/∂r_i∂r_j`` of one structure; the potential is not changed.
+
+    By automatic differentiation a row is the derivative of one component of the forces. Copies of the structure stand
+    side by side in a batch, and each contributes a row to every pass backwards: this costs the energy and forces of
+    the copies once, and ``3n / copies`` passes. ``potential.recompute = True`` saves memory for time. Float32 gives
+    entries to some 1e-5 of the largest; where soft modes matter, ask for ``dtype=torch.float64``.
+
+    Args:
+        potential: on any device; dropout does not act, whatever its mode.
+        structure: ASE atoms, :class:`~escaip.data.AtomicData` or a pymatgen structure or molecule of ``n`` atoms.
+        method: ``"autograd"``, or ``"finite_differences"``: central differences of forces, the only one for models
+            whose forces are no derivatives.
+        step: Å, of finite differences.
+        symmetrize: return ``(H + Hᵀ)/2``. The difference of both is measured first: of automatic differentiation it is
+            rounding and may not be more; of finite differences of a direct-force model a warning says how large it is.
+        dtype: evaluate a copy of the potential in this precision.
+        copies: of the structure at once; by default as many as pay.
+
+    Returns:
+        ``(3n, 3n)`` float64 on the CPU, eV/Å²: row and column ``3i + x`` are component ``x`` of atom ``i``.
+
+    Raises:
+        ConfigError: a direct-force model without ``method="finite_differences"``, a rounded ``precision``, or an
+            argument out of range.
+        DataError: a structure that no potential can mean, or derivatives that are NaN or depend on their order.
+        UnsupportedElementError: an element the potential was not trained on.
+    """
+    from escaip.potential.batching.structures import as_data
+
+    _check(potential, method, step, copies)
+    data = as_data(structure, 0)
+    own = potential if dtype in (None, potential.dtype) else copy.deepcopy(potential).to(dtype)
+    with torch.inference_mode(False), _evaluating(own):
+        if method == "autograd":
+            rows = _by_autograd(own, data, copies or _copies(own, data))
+        else:
+            rows = _by_differences(own, data, step)
+    if not bool(torch.isfinite(rows).all()):
+        raise DataError("second derivatives are NaN or infinite: check the structure for atoms at one place")
+    _check_symmetry(own, rows, method)
+    return 0.5 * (rows + rows.T) if symmetrize else rows
+
+
+def asymmetry(matrix: Tensor) -> float:
+    """The largest ``|H_ij − H_ji|`` beside the largest ``|H_ij|``; 0 for a matrix of zeros."""
+    largest = float(matrix.abs().max())
+    return float((matrix - matrix.T).abs().max()) / largest if largest else 0.0
+
+
+def _check(potential: Potential, method: str, step: float, copies: int | None) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}: choose {' or '.join(METHODS)}")
+    if method == "autograd" and not potential.config.is_conservative:
+        raise ConfigError(
+            "forces of a direct-force model are no derivatives of its energy, and their Jacobian is not symmetric: use "
+            "a model trained with forces: conservative, or ask for finite differences (method='finite_differences', "
+            "--finite-differences)"
+        )
+    if potential.precision != "highest":
+        raise ConfigError(f"second derivatives do not survive precision {potential.precision!r}: set it to 'highest'")
+    if not step > 0.0:
+        raise ConfigError(f"step is {step} Å: it must be above 0")
+    if copies is not None and copies < 1:
+        raise ConfigError(f"copies is {copies}: it must be at least 1")
+
+
+def _check_symmetry(potential: Potential, rows: Tensor, method: str) -> None:
+    found = asymmetry(rows)
+    if method == "autograd" and found > _LARGEST_ASYMMETRY[potential.dtype]:
+        raise DataError(
+            f"second derivatives depend on their order by {found:.1e} of the largest: at this structure the energy is "
+            "not smooth in this precision: displace the atoms a little, or ask for float64"
+        )
+    if not potential.config.is_conservative:
+        warnings.warn(
+            f"forces of this model are no derivatives: their Jacobian is asymmetric by {100 * found:.2g} % of its "
+            "largest entry, and frequencies mean no more than that",
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(potential: Potential) -> Iterator[None]:
+    """In evaluation mode, as it was afterwards."""
+    training = potential.training
+    if training:
+        potential.eval()
+    try:
+        yield
+    finally:
+        if training:
+            potential.train()
+
+
+def _copies(potential: Potential, data: AtomicData) -> int:
+    from escaip.potential.batching.cost import estimate_tokens
+
+    tokens = estimate_tokens(data, potential.config.graph)
+    return max(1, min(3 * len(data.positions), _TOKENS_AT_ONCE[potential.device.type] // tokens))
+
+
+def _by_autograd(potential: Potential, data: AtomicData, copies: int) -> Tensor:
+    from escaip.data import collate
+
+    size = data.positions.numel()
+    copies = min(copies, size)
+    batch = collate([data] * copies).to(potential.device)
+    positions = batch.positions.detach().clone().requires_grad_()
+    batch.positions = positions
+    rows = torch.empty(size, size, dtype=torch.float64)
+    with torch.enable_grad(), frozen(potential.model):
+        forces = potential(batch, create_graph=True).forces
+        for start in range(0, size, copies):
+            count = min(copies, size - start)
+            chosen = torch.zeros(copies, size, dtype=forces.dtype, device=forces.device)
+            chosen[:count, start : start + count].fill_diagonal_(-1.0)
+            (gradient,) = torch.autograd.grad(
+                forces, positions, chosen.view_as(forces), retain_graph=start + count < size, materialize_grads=True
+            )
+            rows[start : start + count] = gradient.view(copies, size)[:count].cpu()
+    return rows
+
+
+def _by_differences(potential: Potential, data: AtomicData, step: float) -> Tensor:
+    from escaip.potential.batching import iter_predict
+
+    size = data.positions.numel()
+
+    def displaced() -> Iterator[AtomicData]:
+        for index in range(size):
+            for sign in (1.0, -1.0):
+                moved = data.clone()
+                moved.positions.view(-1)[index] += sign * step
+                yield moved
+
+    rows = []
+    for found in iter_predict(potential, displaced()):
+        assert found.forces is not None
+        rows.append(found.forces.double().reshape(-1))
+    forces = torch.stack(rows)
+    ahead, behind = forces.view(size, 2, size).unbind(1)
+    return (behind - ahead) / (2.0 * step)

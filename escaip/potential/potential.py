@@ -1,0 +1,404 @@
+"""From a batch of structures to energy, forces and stress."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from escaip.errors import ConfigError
+from escaip.graph import attached_neighbors, build_graph, displacements, search_cutoff
+from escaip.models.config import MAX_ATOMIC_NUMBER, EScAIPConfig
+from escaip.models.escaip import EScAIP
+from escaip.ops import sum_rows
+from escaip.potential.ahead import CodeEvaluation, kept_code, serves
+from escaip.potential.atomic_energies import check_elements, dataset_codes, missing_reference, references_of
+from escaip.potential.compile import CompiledEvaluation, compile_example
+from escaip.potential.derivatives import (
+    EvaluationInputs,
+    evaluate,
+    forces_of,
+    frozen,
+    plan_parts,
+    stress_of,
+    virials_of,
+)
+from escaip.potential.metadata import PotentialMetadata
+from escaip.potential.precision import check_precision, in_precision
+from escaip.potential.recorded import RecordedEvaluation
+from escaip.potential.zbl import Repulsion
+from escaip.types import AtomInputs, Graph, ModelOutput, NeighborList, Prediction
+
+if TYPE_CHECKING:
+    from escaip.data import Statistics
+    from escaip.potential.batching import StructurePrediction
+
+__all__ = ["Potential", "PotentialMetadata"]
+
+ENERGY_BUFFERS = ("element_references", "element_shifts", "scale")
+"""Of a potential: one set of each, or one for each of several data sets."""
+
+
+class Potential(nn.Module):
+    """An interatomic potential: model, element references, scale and derivatives.
+
+    ``E = Σ_i (reference[Z_i] + shift[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in
+    float64; and a repulsion of atoms that come too close. Potentials trained on several sets have all three for each,
+    chosen by ``batch.dataset`` or, where that says nothing, by :meth:`choose_dataset`. Forces are ``−∂E/∂r`` or, for
+    direct-force models, ``scale ·`` the force head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in
+    tension. Positions and cells are read in float64, displacements formed in float64 and cast to the model's dtype
+    (float32 or float64).
+
+    Args:
+        config: the model.
+        metadata: what it was trained on; unknown for a fresh model.
+
+    Attributes:
+        element_references: ``(119,)`` eV by atomic number, or ``(S, 119)`` for several sets, NaN for elements that a
+            set does not have.
+        element_shifts: of the same shape, eV, what training adds to them (docs/training.md).
+        scale: ``()`` or ``(S,)`` eV.
+        repulsion: between atoms closer than any in training; none for a fresh model (:mod:`escaip.potential.zbl`).
+        recompute: keep only what enters each layer and compute the rest again for derivatives: less memory for about a
+            third more time. None, the default: where a prediction would otherwise keep several GiB; never in training.
+        precision: ``"highest"``, the model's own; ``"tf32"`` for products of float32 matrices on CUDA; ``"float16"`` or
+            ``"bfloat16"`` for products and attention of tokens, the rest in float32 (docs/precision.md).
+    """
+
+    element_references: Tensor
+    element_shifts: Tensor
+    scale: Tensor
+    supported: Tensor
+
+    def __init__(self, config: EScAIPConfig, *, metadata: PotentialMetadata | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.model = EScAIP(config)
+        self.repulsion = Repulsion()
+        for name in ("element_references", "element_shifts"):
+            self.register_buffer(name, torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("supported", torch.ones(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool), persistent=False)
+        self.set_metadata(metadata or PotentialMetadata())
+        self._dataset = -1
+        self.recompute: bool | None = None
+        self.precision = "highest"
+        self._is_compiled = self._is_recorded = False
+        self._compiled: dict[tuple[Any, ...], CompiledEvaluation | CodeEvaluation | RecordedEvaluation] = {}
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of the sets with references of their own; empty when there is one set of references for all."""
+        return self.metadata.datasets if self.element_references.dim() == 2 else ()
+
+    def choose_dataset(self, name: str | None) -> None:
+        """Says whose references and scale structures get that state no set themselves.
+
+        Raises:
+            ConfigError: no such set; the message lists those there are.
+        """
+        if name is None:
+            self._dataset = -1
+        elif name in self.datasets:
+            self._dataset = self.datasets.index(name)
+        else:
+            known = ", ".join(self.datasets) or "one set of references only: leave it out"
+            raise ConfigError(f"dataset {name!r} has no references in this potential, which has {known}")
+
+    @property
+    def dataset(self) -> str | None:
+        """The set chosen by :meth:`choose_dataset`."""
+        return None if self._dataset < 0 else self.datasets[self._dataset]
+
+    @property
+    def cutoff(self) -> float:
+        """Radius in Å beyond which atoms do not interact directly."""
+        return self.config.cutoff
+
+    @property
+    def search_cutoff(self) -> float:
+        """Radius in Å up to which a neighbor list must be complete."""
+        return search_cutoff(self.config.graph)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the model."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.element_references.device
+
+    def set_metadata(self, metadata: PotentialMetadata) -> None:
+        """Replaces the metadata and, with it, the elements that are accepted."""
+        self.metadata = metadata
+        supported = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
+        supported[list(metadata.elements) or slice(1, None)] = True
+        self.supported = supported.to(self.device)
+
+    def set_statistics(
+        self,
+        statistics: Statistics | Mapping[str, Statistics],
+        *,
+        shares: Mapping[str, float] | None = None,
+        scale: str = "shared",
+    ) -> None:
+        """Takes element references, scale (force RMS) and elements from a training set, or from several.
+
+        Args:
+            statistics: of the set, or of each set by name.
+            shares: of each set in training, for the shared scale; default by structures.
+            scale: for several sets, ``"shared"`` (one force RMS, that of the mixture: the same forces in different
+                sets are the same output of the model) or ``"per_set"``.
+
+        Raises:
+            ConfigError: the force RMS of a set is not a positive number (no forces to scale by: the scale stays 1 when
+                no set has any), or an unknown ``scale``.
+        """
+        found = statistics if isinstance(statistics, Mapping) else {"": statistics}
+        references, scales = references_of(found, shares, scale)
+        if not isinstance(statistics, Mapping):
+            references, scales = references[0].nan_to_num(0.0), scales[0]
+        self.set_references(references, scales)
+        elements = sorted({int(z) for item in found.values() for z in item.elements})
+        names = {"datasets": list(found)} if isinstance(statistics, Mapping) else {}
+        self.set_metadata(PotentialMetadata.from_dict({**self.metadata.to_dict(), "elements": elements, **names}))
+
+    def set_references(self, references: Tensor, scale: Tensor) -> None:
+        """Sets references, ``(119,)`` or ``(S, 119)`` eV, and scale, ``()`` or ``(S,)`` eV; shifts are zero then."""
+        self.element_references, self.scale = references.to(self.device), scale.to(self.device)
+        self.element_shifts = torch.zeros_like(self.element_references)
+
+    def atomic_references(self, batch: Any) -> Tensor:
+        """``(N,)`` float64 eV, the element reference of each atom.
+
+        Raises:
+            ConfigError: the potential has several sets of references and the batch does not say which.
+            UnsupportedElementError: an element that the set did not have.
+        """
+        references = self._of_atoms(self.element_references, batch)
+        if self.element_references.dim() == 2 and bool(torch.isnan(references).any()):
+            raise missing_reference(references, batch, self._dataset_codes(batch), self.datasets)
+        return references
+
+    def atomic_shifts(self, batch: Any) -> Tensor:
+        """``(N,)`` float64 eV, what training adds to the reference of each atom."""
+        return self._of_atoms(self.element_shifts, batch)
+
+    def atomic_scale(self, batch: Any) -> Tensor:
+        """``()`` or ``(N,)`` float64 eV, what the model's energies are multiplied by."""
+        return self.scale if self.scale.dim() == 0 else self.scale[self._dataset_codes(batch)[batch.batch]]
+
+    def _of_atoms(self, table: Tensor, batch: Any) -> Tensor:
+        if table.dim() == 1:
+            return table[batch.atomic_numbers]
+        return table[self._dataset_codes(batch)[batch.batch], batch.atomic_numbers]
+
+    def _dataset_codes(self, batch: Any) -> Tensor:
+        """``(B,)`` the set of each structure."""
+        return dataset_codes(batch, self._dataset, self.datasets)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Potential:
+        """Moves like any module, but keeps references, shifts and scale in float64."""
+        kept = {name: getattr(self, name) for name in ENERGY_BUFFERS}
+        super()._apply(fn, recurse)
+        device = self.element_references.device
+        for name, values in kept.items():
+            setattr(self, name, values.to(device))
+        return self
+
+    def forward(
+        self,
+        batch: Any,
+        *,
+        neighbors: NeighborList | None = None,
+        graph: Graph | None = None,
+        compute_forces: bool = True,
+        compute_stress: bool = False,
+        compute_virials: bool = False,
+        create_graph: bool | None = None,
+    ) -> Prediction:
+        """Predicts energy, forces and stress of a batch; the batch is not changed.
+
+        Args:
+            batch: what :func:`escaip.data.collate` returns, on the potential's device.
+            neighbors: candidate pairs complete up to at least ``search_cutoff`` (with a skin, for
+                instance); by default those attached to the batch, or a fresh list.
+            graph: of :meth:`graph_of` with some slack, for positions and cells that have not used it up; the batch is
+                then taken as it is, and nothing waits for the device but the search for references of several sets.
+            compute_forces: whether forces are wanted.
+            compute_stress: whether stress is wanted; conservative models only.
+            compute_virials: whether that of each atom is; conservative models only.
+            create_graph: keep the graph of the derivatives, for training on them; default: in
+                training mode.
+
+        Raises:
+            UnsupportedElementError: an element the potential was not trained on.
+            ConfigError: stress of a direct-force model, or a neighbor list that is too short.
+        """
+        if (compute_stress or compute_virials) and not self.config.is_conservative:
+            raise ConfigError("a direct-force model has no stress: train with forces: conservative")
+        create_graph = self.training if create_graph is None else create_graph
+        differentiate = self.config.is_conservative and (compute_forces or compute_stress or compute_virials)
+        num_systems = batch.ptr.numel() - 1
+        graph = self.graph_of(batch, neighbors) if graph is None else graph
+        positions, cell = batch.positions.to(torch.float64), batch.cell.to(torch.float64)
+        scale = self.atomic_scale(batch)
+        learning = torch.is_grad_enabled() and (create_graph or not differentiate)
+
+        with torch.enable_grad() if differentiate else torch.set_grad_enabled(torch.is_grad_enabled()):
+            vectors = displacements(positions, cell, batch.batch, graph)  # (T + X, 3)
+            output, gradient = self._evaluate(
+                vectors, graph, AtomInputs.of_batch(batch), scale, differentiate, create_graph, learning
+            )
+            offsets = self.atomic_references(batch) + self.atomic_shifts(batch)
+            atomic_energies = offsets + scale * output.energy.double()
+            if self.repulsion:
+                core, slope = self.repulsion(vectors, graph, batch.atomic_numbers)
+                atomic_energies = atomic_energies + core
+                gradient = None if gradient is None else gradient + slope
+            energy = sum_rows(atomic_energies, batch.batch, num_systems)
+            forces, stress = None, None
+            if gradient is not None and compute_forces:
+                forces = forces_of(gradient, graph).to(self.dtype)
+            if gradient is not None and compute_stress:
+                virial = sum_rows(vectors.unsqueeze(2) * gradient.unsqueeze(1), batch.batch[graph.center], num_systems)
+                stress = stress_of(virial, cell, batch.pbc).to(self.dtype)
+            virials = virials_of(vectors, gradient, graph) if gradient is not None and compute_virials else None
+            if output.forces is not None and compute_forces:
+                direct = scale.unsqueeze(-1) * output.forces.double()
+                forces = (direct + forces_of(slope, graph) if self.repulsion else direct).to(self.dtype)
+        if differentiate and not create_graph:
+            energy, atomic_energies = energy.detach(), atomic_energies.detach()
+        return Prediction(energy, forces, stress, atomic_energies, virials)
+
+    def graph_of(self, batch: Any, neighbors: NeighborList | None = None, slack: float = 0.0) -> Graph:
+        """Checks a batch and builds its graph: see :func:`escaip.graph.build_graph`.
+
+        Raises:
+            UnsupportedElementError: an element the potential was not trained on.
+            ConfigError: ``slack`` for a model in which a neighbor counts as soon as it is there (as published).
+            DataError: a structure that no potential can mean.
+        """
+        self.config.check_slack(slack)
+        check_elements(batch.atomic_numbers, self.supported, self.metadata.elements)
+        self.model.system_embedding.check(batch.charge, batch.spin_multiplicity)
+        return build_graph(batch, self.config.graph, neighbors or attached_neighbors(batch), slack)
+
+    def _evaluate(
+        self,
+        vectors: Tensor,
+        graph: Graph,
+        atoms: AtomInputs,
+        scale: Tensor,
+        differentiate: bool,
+        create_graph: bool,
+        learning: bool,
+    ) -> tuple[ModelOutput, Tensor | None]:
+        """Runs the model on displacements.
+
+        Args:
+            vectors: ``(T + X, 3)`` Å, float64.
+            graph: whose rows they are.
+            atoms: all of them.
+            scale: ``()`` or ``(N,)``, of the atomic energies.
+            differentiate: whether the gradient is wanted.
+            create_graph: whether the gradient will be differentiated.
+            learning: whether weights need gradients.
+
+        Returns:
+            The model's output, and the gradient of the scaled energy with respect to ``vectors`` in float64, eV/Å.
+        """
+        weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
+        inputs = EvaluationInputs.of_graph(vectors, weight, atoms, graph)
+        predicting = not (learning or create_graph)
+        most, recompute = plan_parts(self.config, graph.num_tokens, self.device) if predicting else (None, 0.0)
+        recompute = recompute if self.recompute is None else float(self.recompute)
+        check_precision(self.precision, self.dtype, self.device)
+        with in_precision(self.precision, self.device) as rounded:
+            if self._is_compiled and not recompute and not vectors.requires_grad:
+                return self._compiled_evaluation(differentiate, learning, rounded)(self.model, inputs)
+            with frozen(self.model) if predicting else contextlib.nullcontext():
+                return evaluate(
+                    self.model, self.config.graph, inputs, self.model.tables(learning), differentiate, create_graph,
+                    max_tokens=most, recompute=recompute if torch.is_grad_enabled() else 0.0,
+                )  # fmt: skip
+
+    def compile(self, *_: Any, cuda_graphs: bool = False, **__: Any) -> None:
+        """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.
+
+        On a CPU what predictions need is compiled once per configuration, user and machine, and kept.
+        Answers are those of the uncompiled potential to rounding, for batches of any size without compiling again.
+        Evaluations that recompute, and those whose positions require gradients (for Hessians), are not compiled.
+
+        Args:
+            cuda_graphs: record predictions on CUDA in CUDA graphs: one launch instead of hundreds, which is what small
+                systems wait for. For simulations: sizes far from all that were met before are recorded anew.
+
+        Raises:
+            ConfigError: ``cuda_graphs`` for a potential that is not on CUDA.
+        """
+        if cuda_graphs and self.device.type != "cuda":
+            raise ConfigError(f"cuda_graphs: the potential is on {self.device}: move it to CUDA, or leave them out")
+        if cuda_graphs != self._is_recorded:
+            self._compiled = {}
+        self._is_compiled, self._is_recorded = True, cuda_graphs
+
+    def _compiled_evaluation(
+        self, differentiate: bool, learning: bool, rounded: torch.dtype | None
+    ) -> CompiledEvaluation | CodeEvaluation | RecordedEvaluation:
+        key = (differentiate, learning, self.training, rounded, self.precision == "tf32")
+        if key not in self._compiled or not self._compiled[key].fits(self.model):
+            if not learning and not self.training and serves(self.device):
+                self._compiled[key] = kept_code(self.model, differentiate, rounded)
+            else:
+                example = compile_example(self.config.graph, self.dtype, self.device)
+                made = CompiledEvaluation(self.model, self.config.graph, example, differentiate, learning)
+                recorded = self._is_recorded and not learning and not self.training
+                self._compiled[key] = RecordedEvaluation(made) if recorded else made
+        return self._compiled[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code: a copy compiles its own."""
+        return {**self.__dict__, "_compiled": {}}
+
+    def predict(
+        self,
+        structures: Iterable[Any],
+        *,
+        compute_forces: bool = True,
+        compute_stress: bool = False,
+        max_atoms: int | None = None,
+        progress: bool = False,
+    ) -> list[StructurePrediction]:
+        """Predicts each of any number of structures, in the order given, as many at once as pay and fit into memory.
+
+        Each result has ``energy`` (eV), ``forces (n, 3)`` (eV/Å), ``stress (3, 3)`` (eV/Å³) and ``atomic_energies
+        (n,)`` on the CPU. Arguments and errors: :func:`escaip.potential.batching.predict_pairs`; for streams,
+        :func:`escaip.potential.batching.iter_predict`.
+        """
+        from escaip.potential.batching import iter_predict
+
+        return list(
+            iter_predict(
+                self, structures, compute_forces=compute_forces, compute_stress=compute_stress, max_atoms=max_atoms,
+                progress=progress,
+            )
+        )  # fmt: skip
+
+    def hessian(self, structure: Any, **options: Any) -> Tensor:
+        """``(3n, 3n)`` float64 eV/Å² of a structure on the CPU: see :func:`escaip.potential.hessian.hessian`."""
+        from escaip.potential.hessian import hessian
+
+        return hessian(self, structure, **options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes weights, config, units, references and provenance to one file (docs/checkpoints.md)."""
+        from escaip.potential.loading import save_potential
+
+        save_potential(self, path)

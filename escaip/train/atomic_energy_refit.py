@@ -1,0 +1,88 @@
+"""Element references that follow the model: shifted, epoch by epoch, by a fit to what its energies are off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from escaip.models.config import MAX_ATOMIC_NUMBER
+from escaip.train.losses import LossTerm, labelled_energies
+from escaip.types import Prediction
+
+_LEAST_ERROR = 1e-3  # eV/atom below which absolute errors weigh no more
+_LEAST_VARIANCE = 1e-9  # of the best determined direction: below it compositions say nothing
+
+
+class ReferenceFit:
+    """Weighted least squares in the composition for the errors of the energies, gathered over an epoch.
+
+    The references that a training starts with are fitted as if atoms did not interact. What interactions have in common
+    for an element is left to the model, and its loss hardly sees that part where compositions differ little: one In too
+    many among 64 atoms of InP moves the energy per atom by a sixty-fourth of it. In the composition it is linear, so it
+    is solved for here. Each epoch is one step of iteratively reweighted least squares for the loss on the energy:
+    weights are 1 for ``mse``, ``1 / max(|error|, delta)`` for ``huber`` and ``1 / |error|`` for ``mae``.
+
+    Args:
+        elements: atomic numbers, ``K`` of them.
+        fitted: for each of ``S`` sets whether its references were fitted; those of isolated atoms stay.
+        term: the loss on the energy.
+
+    Attributes:
+        sums: ``(S, K, K + 1)`` float64, of ``w x xᵀ`` and ``w x e`` with ``x`` the fractions of the elements in a
+            structure and ``e`` its error, label less prediction, in eV/atom.
+    """
+
+    def __init__(self, elements: Sequence[int], fitted: Sequence[bool], term: LossTerm) -> None:
+        self.elements, self.fitted, self._term = tuple(elements), tuple(fitted), term
+        count = len(self.elements)
+        self.sums = torch.zeros(len(self.fitted), count, count + 1, dtype=torch.float64)
+        self._place = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.long)
+        self._place[list(self.elements)] = torch.arange(count)
+
+    def of_batch(self, prediction: Prediction, batch: Any) -> Tensor:
+        """Returns what a batch adds to ``sums``, flat, so that it can be summed over processes."""
+        sizes, count = batch.ptr[1:] - batch.ptr[:-1], len(self.elements)
+        self._place = self._place.to(batch.ptr.device)
+        place = batch.batch * count + self._place[batch.atomic_numbers]
+        numbers = torch.zeros(len(sizes) * count, dtype=torch.float64, device=sizes.device)
+        numbers = numbers.index_add(0, place, torch.ones_like(place, dtype=torch.float64)).view(-1, count)
+        error = (batch.energy - prediction.energy.detach()).double() / sizes
+        chosen = labelled_energies(batch)
+        sets = batch.dataset if len(self.fitted) > 1 else torch.zeros_like(sizes)
+        found = []
+        for index in range(len(self.fitted)):
+            own = chosen & (sets == index)
+            x, e = numbers[own] / sizes[own, None], error[own]
+            found.append((x * self._weight(e)[:, None]).T @ torch.cat([x, e[:, None]], 1))
+        return torch.stack(found).flatten()
+
+    def add(self, sums: Tensor) -> None:
+        """Adds what :meth:`of_batch` returned."""
+        self.sums = self.sums.to(sums.device) + sums.view_as(self.sums)
+
+    def restore(self, sums: Tensor) -> None:
+        """Goes on from ``sums`` of a checkpoint; those of other elements or sets, on other data, do not count."""
+        if sums.shape == self.sums.shape:
+            self.sums = sums.clone()
+
+    def solve(self) -> Tensor:
+        """Returns the ``(S, 119)`` eV to be added to the references, and forgets the sums.
+
+        Of solutions that serve all compositions equally well it is the one of least norm.
+        """
+        shifts = torch.zeros(len(self.fitted), MAX_ATOMIC_NUMBER + 1, dtype=torch.float64, device=self.sums.device)
+        for index, fitted in enumerate(self.fitted):
+            if fitted:
+                inverse = torch.linalg.pinv(self.sums[index, :, :-1], rtol=_LEAST_VARIANCE, hermitian=True)
+                shifts[index, list(self.elements)] = inverse @ self.sums[index, :, -1]
+        self.sums = torch.zeros_like(self.sums)
+        return shifts
+
+    def _weight(self, error: Tensor) -> Tensor:
+        if self._term.kind == "mse":
+            return torch.ones_like(error)
+        least = self._term.delta if self._term.kind == "huber" else _LEAST_ERROR
+        return error.abs().clamp_min(least).reciprocal()
