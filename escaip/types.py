@@ -9,12 +9,102 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from escaip.errors import ConfigError
+
 T_ = TypeVar("T_", bound="_Movable")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A quantity that structures carry as a label and that models predict.
+
+    Structures, stores, losses, metrics, reports and calculators iterate over :data:`TARGETS`, so that a target that is
+    registered there is read, trained on, reported and served without further code (docs/extend/head.md).
+
+    Attributes:
+        name: of the label in a structure, of the prediction and of the calculator's property.
+        per_atom: whether there is one value for each atom, or one for each structure.
+        shape: of one value; ``()`` for a number.
+        unit: of labels and predictions, after conversion at the door: ``"eV"``, ``"eV/Å"``.
+        reported_unit: unit of errors in tables.
+        reported_factor: what an error in ``unit`` is multiplied by to be in ``reported_unit``.
+        extensive: whether errors are divided by the number of atoms.
+        needs_cell: whether only periodic structures have it.
+    """
+
+    name: str
+    per_atom: bool
+    shape: tuple[int, ...]
+    unit: str
+    reported_unit: str
+    reported_factor: float = 1.0
+    extensive: bool = False
+    needs_cell: bool = False
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("energy", False, (), "eV", "meV/atom", 1e3, extensive=True),
+        Target("forces", True, (3,), "eV/Å", "meV/Å", 1e3),
+        Target("stress", False, (3, 3), "eV/Å³", "meV/Å³", 1e3, needs_cell=True),
+    )
+}
+"""Every target by name; the first three are always there."""
+
+
+def register_target(target: Target) -> Target:
+    """Adds a target to :data:`TARGETS` and returns it.
+
+    Raises:
+        ConfigError: another target has that name, or the name is no identifier.
+    """
+    if not target.name.isidentifier():
+        raise ConfigError(f"target name {target.name!r} is no identifier: use letters, digits and underscores")
+    if TARGETS.setdefault(target.name, target) != target:
+        raise ConfigError(f"target {target.name!r} is registered already with another definition: choose another name")
+    return target
+
+
+class StructureBatch(Protocol):
+    """A batch of ``B`` structures with ``N`` atoms, as :func:`escaip.data.collate` returns it; missing labels are NaN.
+
+    Attributes:
+        positions: ``(N, 3)`` float64 Å.
+        cell: ``(B, 3, 3)`` float64 Å, rows are lattice vectors.
+        pbc: ``(B, 3)`` bool.
+        atomic_numbers: ``(N,)`` int64.
+        batch: ``(N,)`` int64, index of the structure of each atom.
+        ptr: ``(B + 1,)`` int64, first atom of each structure.
+        charge: ``(B,)`` int64, total charge in e.
+        spin_multiplicity: ``(B,)`` int64.
+        dataset: ``(B,)`` int64, index of the data set, −1 unstated.
+        energy: ``(B,)`` float64 eV.
+        forces: ``(N, 3)`` float64 eV/Å.
+        stress: ``(B, 3, 3)`` float64 eV/Å³.
+        fixed: ``(N,)`` bool, atoms held by a constraint.
+        structure_id: ``B`` names.
+    """
+
+    positions: Tensor
+    cell: Tensor
+    pbc: Tensor
+    atomic_numbers: Tensor
+    batch: Tensor
+    ptr: Tensor
+    charge: Tensor
+    spin_multiplicity: Tensor
+    dataset: Tensor
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor
+    fixed: Tensor
+    structure_id: list[str]
 
 
 class _Movable:
