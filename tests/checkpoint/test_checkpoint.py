@@ -14,11 +14,11 @@ from ase.build import molecule
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from escaip import checkpoint as checkpoint_module
 from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
 from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
+from escaip.potential import loading as checkpoint_module
 from escaip.potential.loading import describe_potential, load_potential, migrate
 
 SMALL = {

@@ -22,12 +22,12 @@ import torch
 from ase import Atoms
 from safetensors.torch import save
 
-from escaip import EScAIPCalculator, EScAIPConfig, Potential, export, load_potential, packaged
+from escaip import EScAIPCalculator, EScAIPConfig, Potential, load_potential
 from escaip.cli import main
 from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
 from escaip.info import describe_model
-from escaip.potential import PotentialMetadata
+from escaip.potential import PotentialMetadata, export, packaged
 from escaip.potential.ahead import INFO, environment
 from escaip.potential.export import export_model
 from escaip.potential.loading import describe_potential, read_description, read_potential

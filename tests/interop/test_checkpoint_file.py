@@ -19,7 +19,8 @@ from escaip import EScAIPCalculator, load_potential
 from escaip.cli import main
 from escaip.data import collate
 from escaip.errors import CheckpointError
-from escaip.interop import fairchem_file, read_fairchem
+from escaip.interop import read_fairchem
+from escaip.interop.fairchem import checkpoint_file as fairchem_file
 
 EXPECTED = json.loads((COMMITTED / "checkpoints.json").read_text(encoding="utf-8"))
 ANY = COMMITTED / "checkpoint_conservative.pt"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from escaip.ops import operator, orientation, rows, spline
+from escaip.ops import operator, rows, spline
+from escaip.ops import steinhardt as orientation
 from escaip.ops.native import build, operators
 from escaip.ops.native.operators import register_operators
 
