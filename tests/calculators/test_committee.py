@@ -80,10 +80,10 @@ def test_means_and_spreads_are_those_of_the_members(make_members: Members) -> No
 def test_stress_of_atoms_is_the_mean_and_asked_for(
     make_members: Members, other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import escaip.potential
+    import escaip.potential.potential
 
     calls, original = [], escaip.potential.potential.virials_of
-    monkeypatch.setattr(escaip.potential, "virials_of", lambda *a: (calls.append(1), original(*a))[1])
+    monkeypatch.setattr(escaip.potential.potential, "virials_of", lambda *a: (calls.append(1), original(*a))[1])
     members = [*make_members(2), *make_members(1, **other)]
     atoms = crystal()
     atoms.calc = CommitteeCalculator(members)

@@ -99,7 +99,7 @@ def test_virials_are_evaluated_at_the_steps_that_ask_and_all_in_one(
     tells: bool, start: Start, make_potential: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A LAMMPS that does not tell gets them at every step."""
-    import escaip.potential
+    import escaip.potential.potential
 
     driver = start(moving(orthogonal()))
     extract, steps, evaluations = driver.lammps.extract_global, [], []
@@ -113,7 +113,7 @@ def test_virials_are_evaluated_at_the_steps_that_ask_and_all_in_one(
         evaluations.append(1)
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(escaip.potential, "virials_of", virials_of)
+    monkeypatch.setattr(escaip.potential.potential, "virials_of", virials_of)
     driver.calculator.potential.forward = counted  # type: ignore[method-assign]
     if not tells:
         driver.lammps.extract_global = lambda name: None if name == "vflag_atom" else extract(name)

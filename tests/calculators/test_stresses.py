@@ -138,11 +138,11 @@ def test_they_follow_rotation_and_order(make_potential: Make) -> None:
 
 
 def test_they_are_evaluated_only_when_asked_for(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    import escaip.potential
+    import escaip.potential.potential
 
     calls = []
     original = escaip.potential.potential.virials_of
-    monkeypatch.setattr(escaip.potential, "virials_of", lambda *a: (calls.append(1), original(*a))[1])
+    monkeypatch.setattr(escaip.potential.potential, "virials_of", lambda *a: (calls.append(1), original(*a))[1])
     atoms = crystal()
     atoms.calc = EScAIPCalculator(make_potential())
     atoms.get_forces()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-import escaip.potential
+import escaip.potential.potential
 from escaip import EScAIPCalculator, EScAIPConfig, Potential
 from escaip.data import AtomicData, collate
 from escaip.models.escaip import EScAIP
@@ -59,9 +59,9 @@ def use_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
     """Compiles by another backend: tracing, where mistakes are made, is the same and fifty times as fast."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(escaip.potential, "serves", lambda _: False)  # nothing ahead of time
+    monkeypatch.setattr(escaip.potential.potential, "serves", lambda _: False)  # nothing ahead of time
     yield lambda name: monkeypatch.setattr(
-        escaip.potential, "CompiledEvaluation", partial(CompiledEvaluation, backend=name)
+        escaip.potential.potential, "CompiledEvaluation", partial(CompiledEvaluation, backend=name)
     )
     torch._dynamo.reset()
 
