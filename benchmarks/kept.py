@@ -3,7 +3,7 @@
 python benchmarks/kept.py [--presets 1m 5m ...]
 
 The constants ``_BYTES_PER_FEATURE`` of escaip/potential/derivatives.py and the estimate of
-escaip/potential/batching/cost.py come from here.
+escaip/potential/predict.py come from here.
 """
 
 from __future__ import annotations

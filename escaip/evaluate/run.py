@@ -16,7 +16,7 @@ from escaip.errors import DataError
 from escaip.evaluate.records import Records, RecordsBuilder
 from escaip.evaluate.report import EvaluationReport, compute_report
 from escaip.potential import Potential
-from escaip.potential.batching import StructurePrediction, join_structures, predict_pairs
+from escaip.potential.predict import StructurePrediction, join_structures, predict_pairs
 from escaip.types import Prediction
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def evaluate(
 ) -> tuple[EvaluationReport, Records]:
     """Compares predictions with labels.
 
-    Structures are evaluated some at a time, see :func:`escaip.potential.batching.predict_pairs`; results
+    Structures are evaluated some at a time, see :func:`escaip.potential.predict.predict_pairs`; results
     do not depend on that beyond rounding. Records are in the order of the structures.
 
     Args:

@@ -6,28 +6,26 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError, DataError
 from escaip.potential.derivatives import frozen
-
-if TYPE_CHECKING:
-    from escaip.data import AtomicData
-    from escaip.potential import Potential
+from escaip.potential.predict import PotentialLike, as_data, estimate_tokens, iter_predict
 
 METHODS = ("autograd", "finite_differences")
 _STEP = 0.01
-# On one core more at once is not faster (ethanol and 32 copper atoms, 1m preset), and memory grows with it.
+# Larger batches are not faster on one core, and memory grows with them.
 _TOKENS_AT_ONCE = {"cpu": 500, "cuda": 20_000}
-# Of mixed derivatives taken in either order, beside the largest entry: rounding, and nothing else, tells them apart.
+# Largest |H_ij − H_ji| beside the largest entry that rounding explains.
 _LARGEST_ASYMMETRY = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
 def hessian(
-    potential: Potential,
+    potential: PotentialLike,
     structure: Any,
     *,
     method: str = "autograd",
@@ -36,38 +34,36 @@ def hessian(
     dtype: torch.dtype | None = None,
     copies: int | None = None,
 ) -> Tensor:
-    """``∂²E/∂r_i∂r_j`` of one structure; the potential is not changed.
+    """Computes ``∂²E/∂r_i∂r_j`` of one structure; the potential is not changed.
 
-    By automatic differentiation a row is the derivative of one component of the forces. Copies of the structure stand
-    side by side in a batch, and each contributes a row to every pass backwards: this costs the energy and forces of
-    the copies once, and ``3n / copies`` passes. ``potential.recompute = True`` saves memory for time. Float32 gives
-    entries to some 1e-5 of the largest; where soft modes matter, ask for ``dtype=torch.float64``.
+    With automatic differentiation, a row is the derivative of one component of the forces. A batch holds several copies
+    of the structure, and each backward pass gives one row per copy: the cost is one evaluation of energy and forces of
+    the copies, and ``3n / copies`` backward passes. ``potential.recompute = True`` trades time for memory. In float32
+    entries are accurate to about 1e-5 of the largest; use ``dtype=torch.float64`` where soft modes matter.
 
     Args:
-        potential: on any device; dropout does not act, whatever its mode.
+        potential: on any device, in either mode; dropout is off.
         structure: ASE atoms, :class:`~escaip.data.AtomicData` or a pymatgen structure or molecule of ``n`` atoms.
-        method: ``"autograd"``, or ``"finite_differences"``: central differences of forces, the only one for models
-            whose forces are no derivatives.
-        step: Å, of finite differences.
-        symmetrize: return ``(H + Hᵀ)/2``. The difference of both is measured first: of automatic differentiation it is
-            rounding and may not be more; of finite differences of a direct-force model a warning says how large it is.
-        dtype: evaluate a copy of the potential in this precision.
-        copies: of the structure at once; by default as many as pay.
+        method: ``"autograd"``, or ``"finite_differences"`` for central differences of forces, the only method for
+            models whose forces are not derivatives of the energy.
+        step: of finite differences, Å.
+        symmetrize: return ``(H + Hᵀ)/2``. The asymmetry is measured first: an error where automatic differentiation
+            gives more than rounding, a warning with its size for a direct-force model.
+        dtype: precision in which a copy of the potential is evaluated; by default the potential's own.
+        copies: number of copies in a batch; by default chosen for the device.
 
     Returns:
         ``(3n, 3n)`` float64 on the CPU, eV/Å²: row and column ``3i + x`` are component ``x`` of atom ``i``.
 
     Raises:
-        ConfigError: a direct-force model without ``method="finite_differences"``, a rounded ``precision``, or an
-            argument out of range.
-        DataError: a structure that no potential can mean, or derivatives that are NaN or depend on their order.
+        ConfigError: a direct-force model without ``method="finite_differences"``, a ``precision`` other than
+            ``"highest"``, or an argument out of range.
+        DataError: an invalid structure, or derivatives that are NaN or depend on their order.
         UnsupportedElementError: an element the potential was not trained on.
     """
-    from escaip.potential.batching.structures import as_data
-
     _check(potential, method, step, copies)
     data = as_data(structure, 0)
-    own = potential if dtype in (None, potential.dtype) else copy.deepcopy(potential).to(dtype)
+    own = potential if dtype is None or dtype == potential.dtype else copy.deepcopy(potential).to(dtype)
     with torch.inference_mode(False), _evaluating(own):
         if method == "autograd":
             rows = _by_autograd(own, data, copies or _copies(own, data))
@@ -80,12 +76,12 @@ def hessian(
 
 
 def asymmetry(matrix: Tensor) -> float:
-    """The largest ``|H_ij − H_ji|`` beside the largest ``|H_ij|``; 0 for a matrix of zeros."""
+    """Returns the largest ``|H_ij − H_ji|`` divided by the largest ``|H_ij|``; 0 for a matrix of zeros."""
     largest = float(matrix.abs().max())
     return float((matrix - matrix.T).abs().max()) / largest if largest else 0.0
 
 
-def _check(potential: Potential, method: str, step: float, copies: int | None) -> None:
+def _check(potential: PotentialLike, method: str, step: float, copies: int | None) -> None:
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}: choose {' or '.join(METHODS)}")
     if method == "autograd" and not potential.config.is_conservative:
@@ -102,7 +98,7 @@ def _check(potential: Potential, method: str, step: float, copies: int | None) -
         raise ConfigError(f"copies is {copies}: it must be at least 1")
 
 
-def _check_symmetry(potential: Potential, rows: Tensor, method: str) -> None:
+def _check_symmetry(potential: PotentialLike, rows: Tensor, method: str) -> None:
     found = asymmetry(rows)
     if method == "autograd" and found > _LARGEST_ASYMMETRY[potential.dtype]:
         raise DataError(
@@ -118,28 +114,22 @@ def _check_symmetry(potential: Potential, rows: Tensor, method: str) -> None:
 
 
 @contextlib.contextmanager
-def _evaluating(potential: Potential) -> Iterator[None]:
-    """In evaluation mode, as it was afterwards."""
+def _evaluating(potential: PotentialLike) -> Iterator[None]:
+    """Puts a potential into evaluation mode and restores its mode afterwards."""
     training = potential.training
-    if training:
-        potential.eval()
+    potential.train(False)
     try:
         yield
     finally:
-        if training:
-            potential.train()
+        potential.train(training)
 
 
-def _copies(potential: Potential, data: AtomicData) -> int:
-    from escaip.potential.batching.cost import estimate_tokens
-
+def _copies(potential: PotentialLike, data: AtomicData) -> int:
     tokens = estimate_tokens(data, potential.config.graph)
     return max(1, min(3 * len(data.positions), _TOKENS_AT_ONCE[potential.device.type] // tokens))
 
 
-def _by_autograd(potential: Potential, data: AtomicData, copies: int) -> Tensor:
-    from escaip.data import collate
-
+def _by_autograd(potential: PotentialLike, data: AtomicData, copies: int) -> Tensor:
     size = data.positions.numel()
     copies = min(copies, size)
     batch = collate([data] * copies).to(potential.device)
@@ -148,6 +138,7 @@ def _by_autograd(potential: Potential, data: AtomicData, copies: int) -> Tensor:
     rows = torch.empty(size, size, dtype=torch.float64)
     with torch.enable_grad(), frozen(potential.model):
         forces = potential(batch, create_graph=True).forces
+        assert forces is not None
         for start in range(0, size, copies):
             count = min(copies, size - start)
             chosen = torch.zeros(copies, size, dtype=forces.dtype, device=forces.device)
@@ -159,9 +150,7 @@ def _by_autograd(potential: Potential, data: AtomicData, copies: int) -> Tensor:
     return rows
 
 
-def _by_differences(potential: Potential, data: AtomicData, step: float) -> Tensor:
-    from escaip.potential.batching import iter_predict
-
+def _by_differences(potential: PotentialLike, data: AtomicData, step: float) -> Tensor:
     size = data.positions.numel()
 
     def displaced() -> Iterator[AtomicData]:

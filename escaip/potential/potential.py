@@ -35,7 +35,7 @@ from escaip.types import AtomInputs, Graph, ModelOutput, NeighborList, Predictio
 
 if TYPE_CHECKING:
     from escaip.data import Statistics
-    from escaip.potential.batching import StructurePrediction
+    from escaip.potential.predict import StructurePrediction
 
 __all__ = ["Potential", "PotentialMetadata"]
 
@@ -379,10 +379,10 @@ class Potential(nn.Module):
         """Predicts each of any number of structures, in the order given, as many at once as pay and fit into memory.
 
         Each result has ``energy`` (eV), ``forces (n, 3)`` (eV/Å), ``stress (3, 3)`` (eV/Å³) and ``atomic_energies
-        (n,)`` on the CPU. Arguments and errors: :func:`escaip.potential.batching.predict_pairs`; for streams,
-        :func:`escaip.potential.batching.iter_predict`.
+        (n,)`` on the CPU. Arguments and errors: :func:`escaip.potential.predict.predict_pairs`; for streams,
+        :func:`escaip.potential.predict.iter_predict`.
         """
-        from escaip.potential.batching import iter_predict
+        from escaip.potential.predict import iter_predict
 
         return list(
             iter_predict(

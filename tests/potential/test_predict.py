@@ -21,19 +21,17 @@ from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError, DataError, UnsupportedElementError, UsageError
 from escaip.graph import build_graph, neighbor_list
 from escaip.models.config import EScAIPConfig
-from escaip.potential import Potential, PotentialMetadata
-from escaip.potential.batching import (
+from escaip.potential import Potential, PotentialMetadata, predict
+from escaip.potential.derivatives import plan_parts
+from escaip.potential.predict import (
     CPU_TOKENS,
     StructurePrediction,
     bytes_per_token,
-    cost,
     estimate_tokens,
     is_out_of_memory,
     iter_predict,
-    stream,
     token_budget,
 )
-from escaip.potential.derivatives import plan_parts
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
@@ -233,7 +231,7 @@ def test_a_stream_is_read_as_results_are_taken() -> None:
 
 
 def test_few_structures_are_held_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_LOOKAHEAD_STRUCTURES", 5)
+    monkeypatch.setattr(predict, "_LOOKAHEAD_STRUCTURES", 5)
     potential = make_potential(Limited)
     potential.predict(waters(12))
     assert [len(pack) for pack in potential.packs] == [5, 5, 2]
@@ -393,7 +391,7 @@ def test_the_budget_follows_device_and_memory(monkeypatch: pytest.MonkeyPatch) -
     config = EScAIPConfig.preset("20m")
 
     def budget(device: str, free: float | None, derivatives: bool = True) -> int:
-        monkeypatch.setattr(cost, "_free_bytes", lambda _: free)
+        monkeypatch.setattr(predict, "_free_bytes", lambda _: free)
         potential: Any = SimpleNamespace(config=config, device=torch.device(device), dtype=torch.float32)
         return token_budget(potential, derivatives)
 
