@@ -8,7 +8,7 @@ from typing import Any
 
 from escaip.errors import UsageError
 
-# Spelled out, so that --help imports no reader; a test compares with escaip.data.readers.SOURCES.
+# Spelled out, so that --help imports no reader; a test compares with escaip.data.readers.READERS.
 _FORMATS = ("aselmdb", "ase", "mptrj", "oc20", "ocp_lmdb", "pyg", "pymatgen", "spice", "store", "xyz_zip")
 _LABELS = ("energy", "forces", "stress", "virial", "charge", "spin", "group")
 

@@ -132,7 +132,7 @@ class EScAIPModel(_Base):
 
     def _to_batch(self, state: Any) -> Any:
         """The same structures as a batch of this package."""
-        from escaip.data.atomic_data import make_batch
+        from escaip.data.structure import make_batch
 
         index, cell = state.system_idx, state.cell
         count, systems = len(index), len(cell)

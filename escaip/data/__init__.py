@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 # Name -> module: imported on first use, so that importing one of them does not import Lightning.
 _PUBLIC = {
-    "AtomicData": "escaip.data.atomic_data",
-    "collate": "escaip.data.atomic_data",
-    "LabelKeys": "escaip.data.labels",
+    "AtomicData": "escaip.data.structure",
+    "collate": "escaip.data.structure",
+    "LabelKeys": "escaip.data.structure",
     "Statistics": "escaip.data.statistics",
     "fit_statistics": "escaip.data.statistics",
     "Store": "escaip.data.store",
@@ -35,14 +35,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData, collate
     from escaip.data.datamodule import AtomicDataModule
     from escaip.data.dataset import AtomicDataset
-    from escaip.data.labels import LabelKeys
     from escaip.data.readers import open_source
     from escaip.data.sampler import BudgetBatchSampler
     from escaip.data.statistics import Statistics, fit_statistics
     from escaip.data.store import Store, StoreWriter
+    from escaip.data.structure import AtomicData, LabelKeys, collate
 
 
 def __getattr__(name: str) -> Any:

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from escaip.data.structure import LABELS, VOIGT
 from escaip.errors import DataError
+from escaip.types import TARGETS
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 BATCH_ROWS = 2048
 BATCH_BYTES = 1 << 26
 _FIRST_MAP = 1 << 24
-_VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
 
 
 def write_aselmdb(
@@ -160,12 +161,12 @@ def _row_of_data(data: AtomicData) -> dict[str, Any]:
     if bool(data.fixed.any()):
         indices = np.flatnonzero(data.fixed.numpy()).tolist()
         row["constraints"] = [{"name": "FixAtoms", "kwargs": {"indices": indices}}]
-    if data.has_label("energy"):
-        row["energy"] = float(data.energy)
-    if data.has_label("forces"):
-        row["forces"] = _encoded(data.forces.numpy())
-    if data.has_label("stress"):
-        row["stress"] = _encoded(data.stress[0].numpy()[_VOIGT])
+    for name, target in TARGETS.items():
+        if data.has_label(name):
+            value = data[name].numpy() if target.per_atom else data[name][0].numpy()
+            value = value[VOIGT] if name == "stress" else value
+            place = row if name in LABELS else row["data"]
+            place[name] = _encoded(value) if value.ndim else float(value)
     return row
 
 

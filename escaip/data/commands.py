@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from escaip.data.inspection import Inspection, inspect_structures, plot_inspection
+from escaip.data.inspect import Inspection, inspect_structures, plot_inspection
 from escaip.data.readers import PathLike, ReadReport, expand_paths, open_source
 from escaip.data.store import Store, StoreWriter
 from escaip.data.store_writer import MANIFEST
 from escaip.errors import DataError
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _XYZ = (".xyz", ".extxyz")

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from escaip.data.atomic_data import AtomicData, collate
 from escaip.data.gather import gather_batch
 from escaip.data.statistics import TrainingSums
 from escaip.data.store import Store
+from escaip.data.structure import AtomicData, collate
 from escaip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escaip.data.atomic_data import PER_ATOM_FIELDS, make_batch
 from escaip.data.shards import STORED_FIELDS, read_text
 from escaip.data.store import TARGET_DTYPES, Store
+from escaip.data.structure import PER_ATOM_FIELDS, make_batch
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from escaip.data.atomic_data import AtomicData, join_batches
 from escaip.data.dataset import AtomicDataset, EpochIndex
 from escaip.data.sampler import Quota
 from escaip.data.statistics import TrainingSums
+from escaip.data.structure import AtomicData, join_batches
 from escaip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.labels import LabelKeys
 from escaip.data.prepare_parts import Reading, Recipe, WorkItem, make_parts, part_folder
-from escaip.data.readers import SOURCES, PathLike, list_files
+from escaip.data.readers import READERS, PathLike, list_files
 from escaip.data.readers.policy import ReadReport
 from escaip.data.shards import PRECISIONS, Arrays, disk_errors, read_text, write_bytes
 from escaip.data.splits import PARTS, SplitSettings, assign_parts
@@ -40,6 +39,7 @@ from escaip.data.store_writer import (
     publish,
     read_part,
 )
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.files import DATASET_PREFIX, list_datasets, resolve
 
@@ -180,7 +180,7 @@ def _check_settings(recipe: Recipe, workers: int, split: SplitSettings | None, s
     if recipe.dtype not in PRECISIONS:
         raise ConfigError(f"dtype: {recipe.dtype!r} is not {' or '.join(PRECISIONS)}")
     LabelKeys.parse(recipe.reading.keys)
-    recipe.reading.door(ReadReport())
+    recipe.reading.policy(ReadReport())
     if split is not None and isinstance(source, Mapping):
         raise ConfigError("split: the sources are named by split already; name them or divide them, not both")
 
@@ -192,7 +192,7 @@ def prepare_named(
 
     Args:
         name: of a card (``escaip data list``), whose layouts, labels and options are the defaults, or of a layout in
-            :data:`escaip.data.readers.SOURCES`.
+            :data:`escaip.data.readers.READERS`.
         sources: paths, each bare or as ``SPLIT=PATH``.
         out: directory to create.
         options: arguments of :func:`escaip.data.open_source`, those of the layout among them.
@@ -218,12 +218,12 @@ def prepare_named(
             merged = {**about.get("options", {}), **merged}
             if "keys" in about:
                 merged["keys"] = {**about["keys"], **merged.get("keys", {})}
-    elif name in SOURCES:
+    elif name in READERS:
         facts = {"dataset": ""}
         merged["format"] = name
     else:
         raise ConfigError(
-            f"{name!r} is neither a data set ({', '.join(cards)}) nor a layout ({', '.join(SOURCES)}): choose one"
+            f"{name!r} is neither a data set ({', '.join(cards)}) nor a layout ({', '.join(READERS)}): choose one"
         )
     known = {item.name for item in fields(Reading)} - {"options"}
     layout = merged.pop("format", None)

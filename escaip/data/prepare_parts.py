@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from escaip.data.labels import LabelKeys
-from escaip.data.readers import SourceFile, checked, read_file
-from escaip.data.readers.policy import Door, ReadReport
-from escaip.data.readers.registry import Part
+from escaip.data.readers import DataFile, checked, read_file
+from escaip.data.readers.policy import Part, ReadPolicy, ReadReport
 from escaip.data.shards import disk_errors
 from escaip.data.store_writer import PartWriter, read_part
+from escaip.data.structure import LabelKeys
 from escaip.units import Units
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 MAKING = "making-"
 
@@ -43,15 +42,15 @@ class Reading:
     limit: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def door(self, report: ReadReport) -> Door:
+    def policy(self, report: ReadReport) -> ReadPolicy:
         """Where the structures of one part enter."""
         units = Units.parse(self.units) if self.units is not None else None
-        return Door(units, self.on_error, report, tuple(self.required_labels), self.max_force)
+        return ReadPolicy(units, self.on_error, report, tuple(self.required_labels), self.max_force)
 
     def stream(self, item: WorkItem, report: ReadReport) -> Iterator[AtomicData]:
         """Structures of one part."""
-        door, keys = self.door(report), LabelKeys.parse(self.keys)
-        files = [read_file(file, door, part=item.part, keys=keys, **self.options) for file in item.files]
+        policy, keys = self.policy(report), LabelKeys.parse(self.keys)
+        files = [read_file(file, policy, part=item.part, keys=keys, **self.options) for file in item.files]
         stream: Iterator[AtomicData] = islice(chain.from_iterable(files), self.limit)
         return checked(stream) if self.check_units else stream
 
@@ -68,7 +67,7 @@ class WorkItem:
     """
 
     number: int
-    files: tuple[SourceFile, ...]
+    files: tuple[DataFile, ...]
     part: Part | None
     split: int
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escaip.data.atomic_data import AtomicData
+from escaip.data.structure import AtomicData
 from escaip.errors import DataError
 
 Arrays = dict[str, NDArray[Any]]

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.atomic_data import LABELS
 from escaip.data.store_index import composition_at, composition_key, label_counts
+from escaip.data.structure import LABELS
 from escaip.data.validation import MAX_ATOMIC_NUMBER
 from escaip.errors import DataError
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
     from escaip.data.shards import Arrays
+    from escaip.data.structure import AtomicData
 
 _BLOCK = 2048
 _BLOCK_ROWS = 10_000_000

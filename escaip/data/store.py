@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escaip.data.atomic_data import PER_ATOM_FIELDS, AtomicData
 from escaip.data.shards import MOMENTS, STORED_FIELDS, Arrays, map_safetensors, read_text
 from escaip.data.store_writer import MANIFEST, SCHEMA_VERSION, StoreWriter
+from escaip.data.structure import PER_ATOM_FIELDS, AtomicData
 from escaip.errors import ConfigError, DataError
 
 __all__ = ["Store", "StoreWriter"]

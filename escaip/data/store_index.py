@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.atomic_data import LABELS, AtomicData
 from escaip.data.shards import Arrays, Stream, map_safetensors, pack_text, read_text
+from escaip.data.structure import LABELS, AtomicData
 
 EDGE_CUTOFF = 6.0
 """Å within which the edges of a structure are counted, to balance batches by."""

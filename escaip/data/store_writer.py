@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.atomic_data import AtomicData
 from escaip.data.shards import (
     PRECISIONS,
     Arrays,
@@ -25,6 +24,7 @@ from escaip.data.shards import (
     write_bytes,
 )
 from escaip.data.store_index import EDGE_CUTOFF, IndexBuilder, label_counts, merge_indices
+from escaip.data.structure import AtomicData
 from escaip.errors import ConfigError, DataError
 
 SCHEMA_VERSION = 2

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import mup
 
 from escaip import EScAIPConfig, Potential
-from escaip.data.atomic_data import AtomicData, collate
+from escaip.data.structure import AtomicData, collate
 from escaip.errors import ConfigError, TrainingError
 
 

@@ -261,6 +261,6 @@ def test_a_structure_from_a_prepared_store(model: Path, labelled: Path, tmp_path
 
 def test_the_formats_listed_are_those_that_exist() -> None:
     from escaip.cli_data import _FORMATS
-    from escaip.data.readers import SOURCES
+    from escaip.data.readers import READERS
 
-    assert sorted(_FORMATS) == sorted(SOURCES)
+    assert sorted(_FORMATS) == sorted(READERS)

@@ -13,11 +13,11 @@ from ase.constraints import FixAtoms, FixBondLength, FixCartesian
 
 from escaip.data import AtomicData, aselmdb_writer
 from escaip.data.aselmdb_writer import write_aselmdb, write_natoms
-from escaip.data.labels import LabelKeys
 from escaip.data.readers.ase_row import Row, decode_row
 from escaip.data.readers.aselmdb import read_aselmdb, read_metadata
 from escaip.data.readers.ocp_lmdb import open_environment
-from escaip.data.readers.policy import Door
+from escaip.data.readers.policy import ReadPolicy
+from escaip.data.structure import LabelKeys
 from escaip.errors import DataError
 
 VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
@@ -36,7 +36,7 @@ def test_written_structures_are_read_back(tmp_path: Path, structures: list[Atomi
     structures[1].spin_multiplicity[:] = 2
     path = tmp_path / "a.aselmdb"
     counts = write_aselmdb(path, structures, metadata={"level_of_theory": "made up"})
-    found = read_aselmdb(path, Door(), keys=LabelKeys(group="group", structure_id="structure_id"))
+    found = read_aselmdb(path, ReadPolicy(), keys=LabelKeys.parse({"group": "group", "structure_id": "structure_id"}))
     assert [path.name] == [file.name for file in tmp_path.iterdir()]
     assert read_metadata(path) == {"level_of_theory": "made up"}
     assert counts.tolist() == [data.num_nodes for data in structures]
@@ -59,7 +59,7 @@ def test_written_atoms_are_read_back(tmp_path: Path) -> None:
     atoms.info = {"charge": 1, "vector": np.arange(3), "note": "x", "bad": float("nan")}
     path = tmp_path / "a.aselmdb"
     write_aselmdb(path, [atoms])
-    (data,) = read_aselmdb(path, Door())
+    (data,) = read_aselmdb(path, ReadPolicy())
     assert data.fixed.tolist() == [False, True, True, False]
     assert np.array_equal(data.forces.numpy(), forces)
     assert np.array_equal(data.stress[0].numpy()[VOIGT], np.arange(6.0) / 100)

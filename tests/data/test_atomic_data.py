@@ -3,8 +3,10 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import ase.build
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian
 from torch_geometric.data import Batch
 
-from escaip.data import AtomicData, LabelKeys, collate
-from escaip.data.atomic_data import TENSOR_FIELDS
+from escaip.data import AtomicData, LabelKeys, collate, open_source
+from escaip.data.aselmdb_writer import write_aselmdb
+from escaip.data.structure import TENSOR_FIELDS, join_batches
 from escaip.errors import ConfigError, DataError
+from escaip.types import TARGETS, Target
 from escaip.units import Units
 
 SHAPES = {
@@ -124,10 +128,10 @@ def test_stress_forms_agree(given: np.ndarray) -> None:
 def test_stress_from_virial() -> None:
     atoms = ase.build.bulk("Cu")
     atoms.info["virial"] = np.diag([1.0, 2.0, 3.0])
-    data = AtomicData.from_ase(atoms, keys=LabelKeys(virial="virial"))
+    data = AtomicData.from_ase(atoms, keys=LabelKeys.parse({"virial": "virial"}))
     assert data.stress[0].diagonal().tolist() == pytest.approx((-np.array([1, 2, 3]) / atoms.get_volume()).tolist())
     units = Units.parse({"energy": "meV", "length": "bohr"})
-    converted = AtomicData.from_ase(atoms, keys=LabelKeys(virial="virial"), units=units)
+    converted = AtomicData.from_ase(atoms, keys=LabelKeys.parse({"virial": "virial"}), units=units)
     volume = atoms.get_volume() * units.length**3
     assert float(converted.stress[0, 2, 2]) == pytest.approx(-3e-3 / volume, rel=1e-12)
 
@@ -287,10 +291,70 @@ def test_wrong_keys_list_what_is_there() -> None:
     atoms = crystal()
     atoms.info["dft_energy"] = -1.0
     with pytest.raises(DataError, match=r"REF_energy.*info: dft_energy; arrays: none; calculator: energy, forces"):
-        AtomicData.from_ase(atoms, keys=LabelKeys(energy="REF_energy"))
+        AtomicData.from_ase(atoms, keys=LabelKeys.parse({"energy": "REF_energy"}))
 
 
 @pytest.mark.bad_input
 def test_unknown_label_names_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown label 'energie'"):
         LabelKeys.parse({"energie": "E"})
+
+
+@pytest.fixture
+def dipole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two further targets, one that ASE knows and one for each atom that it does not."""
+    monkeypatch.setitem(TARGETS, "dipole", Target("dipole", False, (3,), "e·Å", "me·Å", 1e3))
+    monkeypatch.setitem(TARGETS, "quadrupoles", Target("quadrupoles", True, (3, 3), "e·Å²", "e·Å²"))
+
+
+@pytest.mark.usefixtures("dipole")
+@pytest.mark.parametrize("key", ["REF_dipole", "dipole"])
+def test_a_further_target_is_read_written_and_batched(key: str, tmp_path: Path) -> None:
+    atoms, bare = crystal(), ase.build.molecule("H2O")
+    atoms.info[key] = [1.0, 2.0, 3.0]
+    atoms.arrays["quadrupoles"] = np.arange(36.0).reshape(4, 3, 3)
+    data = AtomicData.from_ase(atoms, keys={"dipole": key})
+    assert data.dipole.tolist() == [[1.0, 2.0, 3.0]]
+    assert data.has_label("energy")  # naming a further target leaves the others where they are
+    assert AtomicData.from_ase(atoms).has_label("dipole") == (key == "dipole")
+    for again in (AtomicData.from_ase(data.to_ase()), *converted(data, tmp_path)):
+        assert torch.equal(again.dipole, data.dipole)
+        assert torch.equal(again.quadrupoles, data.quadrupoles)
+    batch = collate([data, AtomicData.from_ase(bare)])
+    assert batch.dipole[0].tolist() == [1.0, 2.0, 3.0]
+    assert bool(batch.dipole[1].isnan().all())
+    assert (batch.dipole.shape, batch.quadrupoles.shape) == ((2, 3), (7, 3, 3))
+    assert torch.equal(join_batches([batch, batch]).quadrupoles[7:11], data.quadrupoles)
+    assert torch.equal(batch.to_data_list()[0].quadrupoles, data.quadrupoles)
+
+
+def converted(data: AtomicData, folder: Path) -> list[AtomicData]:
+    """The structure after it was written to a file in every format and read again."""
+    ase.io.write(folder / "one.extxyz", data.to_ase())
+    write_aselmdb(folder / "one.aselmdb", [data])
+    return [next(iter(open_source(folder / f"one.{suffix}"))) for suffix in ("extxyz", "aselmdb")]
+
+
+def test_a_structure_from_before_a_target_was_registered_lacks_it(request: pytest.FixtureRequest) -> None:
+    data = AtomicData.from_ase(crystal())
+    request.getfixturevalue("dipole")
+    batch = collate([data, AtomicData.from_arrays([1], [[0, 0, 0]], labels={"dipole": [1, 2, 3]})])
+    assert bool(batch.dipole[0].isnan().all())
+    assert not data.has_label("dipole")
+    assert batch.dipole[1].tolist() == [1, 2, 3]
+
+
+@pytest.mark.bad_input
+@pytest.mark.usefixtures("dipole")
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"dipole": [1, 2]}, r"dipole has shape \(2,\), expected \(3,\)"),
+        ({"dipole": [1, 2, np.nan]}, "dipole holds NaN"),
+        ({"quadrupoles": np.zeros((1, 3, 3))}, "quadrupoles has shape"),
+        ({"charges": [1.0]}, "'charges' is no target"),
+    ],
+)
+def test_a_bad_further_label_is_refused(labels: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        build(labels=labels)

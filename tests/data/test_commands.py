@@ -14,9 +14,9 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from escaip.data import AtomicData, commands
-from escaip.data.atomic_data import TENSOR_FIELDS
-from escaip.data.inspection import inspect_structures
+from escaip.data.inspect import inspect_structures
 from escaip.data.readers import open_source
+from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import DataError
 from escaip.units import Units
 

@@ -19,9 +19,9 @@ from ase import Atoms
 
 from escaip.data import AtomicData, Store, fit_statistics, open_source
 from escaip.data import prepare_parts as parts_module
-from escaip.data.atomic_data import TENSOR_FIELDS
 from escaip.data.prepare import Reading, prepare, prepare_named
 from escaip.data.splits import SplitSettings, make_split
+from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import ConfigError, DataError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from escaip.data import open_source
-from escaip.data.consistency import ForceWork
+from escaip.data.inspect import ForceWork
 
 SharedData = Callable[[str], Path]
 

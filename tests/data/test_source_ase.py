@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.constraints import FixAtoms
 
 from escaip.data.readers import ReadReport, detect_format, list_files, open_source, read_file
-from escaip.data.readers.policy import Door
+from escaip.data.readers.policy import ReadPolicy
 from escaip.errors import ConfigError, DataError
 
 ETHANOL = "molecular/md17_ethanol_UNITS_kcal.xyz"
@@ -339,7 +339,7 @@ def test_parts_of_a_database_make_the_whole(frames: list[Atoms], tmp_path: Path)
     file = list_files(path)[0]
     parts = file.parts(7)
     assert len(parts) == -(-(len(frames) - 2) // 7)
-    pieces = [data.structure_id for part in parts for data in read_file(file, Door(), part=part)]
+    pieces = [data.structure_id for part in parts for data in read_file(file, ReadPolicy(), part=part)]
     assert pieces == [data.structure_id for data in open_source(path)]
 
 

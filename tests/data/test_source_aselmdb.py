@@ -16,10 +16,10 @@ from ase.io.jsonio import decode
 
 from escaip.data import AtomicData, open_source
 from escaip.data.aselmdb_writer import write_aselmdb
-from escaip.data.labels import LabelKeys
 from escaip.data.readers import ase_row
-from escaip.data.readers.aselmdb import SOURCE, divide, list_aselmdb_files, matches, read_aselmdb, read_metadata
-from escaip.data.readers.policy import Door, ReadReport
+from escaip.data.readers.aselmdb import READER, divide, list_aselmdb_files, matches, read_aselmdb, read_metadata
+from escaip.data.readers.policy import ReadPolicy, ReadReport
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.files import dataset_card
 from escaip.units import Units
@@ -61,8 +61,8 @@ def raw_database(path: Path, rows: dict[int, Any], **reserved: Any) -> Path:
     return path
 
 
-def read(path: Path, door: Door | None = None, **options: Any) -> list[AtomicData]:
-    return list(read_aselmdb(path, door or Door(), **options))
+def read(path: Path, policy: ReadPolicy | None = None, **options: Any) -> list[AtomicData]:
+    return list(read_aselmdb(path, policy or ReadPolicy(), **options))
 
 
 def raw_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -77,7 +77,7 @@ def raw_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def test_real_rows_equal_an_independent_reading(shared_data: Callable[[str], Path]) -> None:
     path = shared_data(REAL)
-    found = read(path, Door(required=("energy", "forces", "stress")))
+    found = read(path, ReadPolicy(required=("energy", "forces", "stress")))
     rows = list(raw_rows(path))
     assert len(found) == len(rows) == 200
     for row_id, (data, row) in enumerate(zip(found, rows, strict=True), start=1):
@@ -89,7 +89,7 @@ def test_real_rows_equal_an_independent_reading(shared_data: Callable[[str], Pat
         assert float(data.energy) == row["energy"]
         assert np.array_equal(data.forces.numpy(), row["forces"])
         assert np.array_equal(data.stress[0].numpy()[VOIGT], row["stress"])
-    keys = LabelKeys(group="mp_id")
+    keys = LabelKeys.parse({"group": "mp_id"})
     assert [data.group for data in read(path, keys=keys)] == [row["data"]["mp_id"] for row in rows]
 
 
@@ -133,14 +133,14 @@ def test_sample_is_that_of_the_manifest(name: str) -> None:
     content = path.read_bytes()
     assert hashlib.sha256(content).hexdigest() == manifest["sha256"]
     assert len(content) == manifest["size"] < 600_000
-    found = read(path, Door(required=("energy", "forces")))
+    found = read(path, ReadPolicy(required=("energy", "forces")))
     assert len(found) == manifest["num_structures"]
     key = {"omat24": "parent_id", "omol25": "source"}[name]
     assert len({data.group for data in read(path, keys=LabelKeys(group=key))}) == manifest["num_groups"]
     numbers = sorted({int(z) for data in found for z in data.atomic_numbers})
     assert [ase.data.chemical_symbols[z] for z in numbers] == manifest["elements"]
     assert "NOT" in read_metadata(path)["level_of_theory"]
-    assert card.manifest["dataset"]["format"] == SOURCE.name
+    assert card.manifest["dataset"]["format"] == READER.name
 
 
 def test_omol25_sample_is_our_spice_sample() -> None:
@@ -163,7 +163,7 @@ def test_charge_and_spin_of_data_and_pairs(tmp_path: Path) -> None:
     }
     path = raw_database(tmp_path / "a.aselmdb", rows)
     assert [(int(d.charge), int(d.spin_multiplicity)) for d in read(path)] == [(-1, 2), (1, 3), (2, 1), (0, 1), (0, 1)]
-    keys = LabelKeys(charge="q", spin="mult", structure_id="name", group="material")
+    keys = LabelKeys.parse({"charge": "q", "spin": "mult", "structure_id": "name", "group": "material"})
     (data,) = read(path, keys=keys, part=(5, 6))
     assert (int(data.charge), int(data.spin_multiplicity), data.structure_id, data.group) == (-2, 4, "ion", "m-1")
 
@@ -175,12 +175,12 @@ def test_named_labels_and_units(tmp_path: Path) -> None:
         tmp_path / "a.aselmdb",
         {1: water(data={"dft": -500.0, "grad": encoded(np.ones((3, 3))), "w": virial.tolist()}, **crystal)},
     )
-    keys = LabelKeys(energy="dft", forces="grad", virial="w")
-    (data,) = read(path, Door(Units.parse({"energy": "meV"})), keys=keys)
+    keys = LabelKeys.parse({"energy": "dft", "forces": "grad", "virial": "w"})
+    (data,) = read(path, ReadPolicy(Units.parse({"energy": "meV"})), keys=keys)
     assert float(data.energy) == pytest.approx(-0.5)
     assert np.allclose(data.forces.numpy(), 1e-3)
     assert np.allclose(data.stress[0].numpy(), -virial * 1e-3 / 36.0)
-    (plain,) = read(path, keys=LabelKeys(energy="energy"))
+    (plain,) = read(path, keys=LabelKeys.parse({"energy": "energy"}))
     assert float(plain.energy) == -14.2
     assert not plain.has_label("forces")
 
@@ -241,7 +241,7 @@ def test_a_hole_is_named_or_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.aselmdb:2: row 2 is missing .* not among deleted_ids"):
         read(path)
     report = ReadReport()
-    assert len(read(path, Door(on_error="skip", report=report))) == 3
+    assert len(read(path, ReadPolicy(on_error="skip", report=report))) == 3
     assert report.skipped == 1
 
 
@@ -260,7 +260,7 @@ def test_folders_and_groups(tmp_path: Path) -> None:
 
 def test_two_readers_of_one_file(tmp_path: Path) -> None:
     path = raw_database(tmp_path / "a.aselmdb", {row_id: water() for row_id in range(1, 6)})
-    one, two = read_aselmdb(path, Door()), read_aselmdb(path, Door())
+    one, two = read_aselmdb(path, ReadPolicy()), read_aselmdb(path, ReadPolicy())
     assert [next(one).structure_id, next(two).structure_id, next(one).structure_id] == [
         "a.aselmdb:1",
         "a.aselmdb:1",
@@ -313,7 +313,7 @@ def test_bad_rows(tmp_path: Path, row: Any, message: str, monkeypatch: pytest.Mo
         read(path)
     assert "\n" not in str(caught.value)
     report = ReadReport()
-    assert len(read(path, Door(on_error="skip", report=report))) == 1
+    assert len(read(path, ReadPolicy(on_error="skip", report=report))) == 1
     assert report.skipped == 1
 
 
@@ -354,12 +354,12 @@ def test_labels_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"no energy under the key 'dft'; found data: e; key_value_pairs: none; row: energ"
     ):
-        read(path, keys=LabelKeys(energy="dft"))
+        read(path, keys=LabelKeys.parse({"energy": "dft"}))
     with pytest.raises(DataError, match=r"a.aselmdb:1: has no forces, .*found data: e"):
-        read(path, Door(required=("forces",)))
+        read(path, ReadPolicy(required=("forces",)))
     with pytest.raises(DataError, match="has a virial but no cell volume"):
-        read(path, keys=LabelKeys(virial="e"))
+        read(path, keys=LabelKeys.parse({"virial": "e"}))
     with pytest.raises(DataError, match="no group under the key 'mp_id'"):
-        read(path, keys=LabelKeys(group="mp_id"))
+        read(path, keys=LabelKeys.parse({"group": "mp_id"}))
     with pytest.raises(ConfigError, match="group_by: 'colour' is not one of"):
         read(path, group_by="colour")

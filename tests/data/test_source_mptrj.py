@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from pymatgen.core import Structure
 
 from escaip.data import AtomicData
-from escaip.data.labels import LabelKeys
 from escaip.data.readers import json_scan
 from escaip.data.readers.json_scan import scan_members
-from escaip.data.readers.mptrj import SOURCE, divide, matches, read_mptrj
-from escaip.data.readers.policy import Door, ReadReport
+from escaip.data.readers.mptrj import READER, divide, matches, read_mptrj
+from escaip.data.readers.policy import ReadPolicy, ReadReport
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.files import dataset_card
 from escaip.units import KBAR, Units
@@ -37,8 +37,8 @@ def sample() -> Path:
     return dataset_card("mptrj").path / "sample.json"
 
 
-def read(path: Path, door: Door | None = None, **options: Any) -> list[AtomicData]:
-    return list(read_mptrj(path, door or Door(), **{"energy": "uncorrected", **options}))
+def read(path: Path, policy: ReadPolicy | None = None, **options: Any) -> list[AtomicData]:
+    return list(read_mptrj(path, policy or ReadPolicy(), **{"energy": "uncorrected", **options}))
 
 
 def frame(**changes: Any) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_real_frames_equal_pymatgen_and_their_origin(shared_data: Callable[[str]
         for name in ("random", "highest_stress")
         for atoms in ase.io.iread(shared_data(f"materials/mptrj_{name}.extxyz"), ":")
     }
-    found = {data.structure_id: data for data in read(path, Door(required=LABELS))}
+    found = {data.structure_id: data for data in read(path, ReadPolicy(required=LABELS))}
     content = json.loads(path.read_text())
     assert len(found) == sum(map(len, content.values())) == 150
     for material, frames in content.items():
@@ -119,12 +119,12 @@ def test_sample_is_that_of_the_manifest() -> None:
     content = sample().read_bytes()
     assert hashlib.sha256(content).hexdigest() == manifest["sha256"]
     assert len(content) == manifest["size"] < 1_000_000
-    found = read(sample(), Door(required=LABELS), **card.manifest["dataset"]["options"])
+    found = read(sample(), ReadPolicy(required=LABELS), **card.manifest["dataset"]["options"])
     assert len(found) == manifest["num_structures"]
     assert len({data.group for data in found}) == manifest["num_groups"]
     numbers = sorted({int(z) for data in found for z in data.atomic_numbers})
     assert [ase.data.chemical_symbols[z] for z in numbers] == manifest["elements"]
-    assert card.manifest["dataset"]["format"] == SOURCE.name
+    assert card.manifest["dataset"]["format"] == READER.name
 
 
 def test_stress_of_the_sample_is_the_derivative_of_its_energy() -> None:
@@ -152,7 +152,7 @@ def test_energies_units_and_missing_labels(tmp_path: Path) -> None:
     assert np.allclose(one.stress[0].numpy()[0], np.array([10.0, 1.0, 2.0]) * -0.1 * ase.units.GPa, rtol=1e-12)
     assert [two.has_label(label) for label in LABELS] == [True, False, False]
     assert [data.structure_id for data in (one, two)] == ["m.json:mp-1:a-0-0", "m.json:mp-1:a-0-1"]
-    (stated, _) = read(path, Door(Units.parse({"stress": "GPa"})))
+    (stated, _) = read(path, ReadPolicy(Units.parse({"stress": "GPa"})))
     assert float(stated.stress[0, 0, 0]) == pytest.approx(-100 * KBAR)
 
 
@@ -212,7 +212,7 @@ def test_one_material_at_a_time(tmp_path: Path) -> None:
     with open(path, "w") as file:
         file.write("{" + ",".join(f'"mp-{k}":{content}' for k in range(1500)) + "}")
     assert path.stat().st_size > 30_000_000
-    stream = read_mptrj(path, Door(), energy="uncorrected")
+    stream = read_mptrj(path, ReadPolicy(), energy="uncorrected")
     next(stream)
     tracemalloc.start()
     count = sum(1 for _ in stream)
@@ -331,7 +331,7 @@ def test_bad_frames(tmp_path: Path, record: dict[str, Any], message: str) -> Non
         read(path)
     assert "m.json:mp-1:a-0-0" in str(caught.value)
     report = ReadReport()
-    assert len(read(path, Door(on_error="skip", report=report))) == 1
+    assert len(read(path, ReadPolicy(on_error="skip", report=report))) == 1
     assert report.skipped == 1
 
 
@@ -344,7 +344,7 @@ def test_the_energy_must_be_chosen() -> None:
         with pytest.raises(ConfigError, match=message):
             read(sample(), energy=choice)
     with pytest.raises(ConfigError, match="layout fixes its names"):
-        read(sample(), keys=LabelKeys(energy="e"))
+        read(sample(), keys=LabelKeys.parse({"energy": "e"}))
 
 
 def test_scanning_keeps_up() -> None:

@@ -16,10 +16,10 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 
 from escaip.data import AtomicData
-from escaip.data.consistency import ForceWork
+from escaip.data.inspect import ForceWork
 from escaip.data.readers import check_magnitudes, oc20
-from escaip.data.readers.oc20 import SOURCE, list_files, matches, read_oc20
-from escaip.data.readers.policy import Door, ReadReport
+from escaip.data.readers.oc20 import READER, list_files, matches, read_oc20
+from escaip.data.readers.policy import ReadPolicy, ReadReport
 from escaip.errors import ConfigError, DataError
 from escaip.files import dataset_card
 from escaip.units import Units
@@ -51,7 +51,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def read(path: Path, energy: str | None = "total", **options: object) -> list[AtomicData]:
-    return list(read_oc20(path, Door(), energy=energy, **options))  # type: ignore[arg-type]
+    return list(read_oc20(path, ReadPolicy(), energy=energy, **options))  # type: ignore[arg-type]
 
 
 def by_ase(path: Path) -> list[Atoms]:
@@ -144,7 +144,7 @@ def test_compressed_and_not_and_a_door_with_units(write: Callable[..., Path]) ->
     plain, packed = write(FRAME * 3), write(FRAME * 3, name="3.extxyz.xz", sidecar="3.txt.xz")
     for first, second in zip(read(plain), read(packed), strict=True):
         assert torch.equal(first.forces, second.forces)
-    (data, *_) = list(read_oc20(plain, Door(Units.parse({"energy": "meV"})), energy="adsorption"))
+    (data, *_) = list(read_oc20(plain, ReadPolicy(Units.parse({"energy": "meV"})), energy="adsorption"))
     assert float(data.energy) == pytest.approx(-1.25e-3)
     assert data.forces[1].tolist() == pytest.approx([0.0, 0.0, 5e-4])
 
@@ -159,7 +159,7 @@ def test_folders(write: Callable[..., Path], tmp_path: Path) -> None:
         write(FRAME, name=f"{number}.extxyz.xz", sidecar=f"{number}.txt.xz")
     assert [path.name for path in list_files(tmp_path)] == ["2.extxyz.xz", "10.extxyz.xz"]
     assert matches(tmp_path, b"")
-    assert SOURCE.expand is list_files
+    assert READER.expand is list_files
     outer = tmp_path / "outer"
     outer.mkdir()
     assert not matches(outer, b"")
@@ -190,10 +190,10 @@ def test_energy_must_be_stated_and_plausible(write: Callable[..., Path]) -> None
         read(path, "adsorption")
     with pytest.raises(DataError, match=r"stated as total are -0\.025 eV per atom"):
         read(write(FRAME.replace("energy=-7.5", "energy=-0.075")))
-    from escaip.data.labels import LabelKeys
+    from escaip.data.structure import LabelKeys
 
     with pytest.raises(ConfigError, match="the OC20 layout fixes its names"):
-        read(path, keys=LabelKeys(energy="energy"))
+        read(path, keys=LabelKeys.parse({"energy": "energy"}))
 
 
 @pytest.mark.bad_input
@@ -280,7 +280,7 @@ def test_bad_frames_give_one_line(name: str, write: Callable[..., Path]) -> None
 def test_bad_frames_are_counted_and_the_rest_keeps_its_lines(write: Callable[..., Path]) -> None:
     report = ReadReport()
     path = write(FRAME.replace("0.50000000", "nan") + FRAME)
-    (data,) = list(read_oc20(path, Door(on_error="skip", report=report), energy="total"))
+    (data,) = list(read_oc20(path, ReadPolicy(on_error="skip", report=report), energy="total"))
     assert data.structure_id == "3.extxyz:random12:1"
     assert (report.read, report.skipped) == (1, 1)
 
@@ -291,7 +291,7 @@ def test_frames_without_labels(write: Callable[..., Path]) -> None:
     (data,) = read(path)
     assert not data.has_label("energy")
     with pytest.raises(DataError, match=r"random12:0: has no energy, which required_labels asks for"):
-        list(read_oc20(path, Door(required=("energy",)), energy="total"))
+        list(read_oc20(path, ReadPolicy(required=("energy",)), energy="total"))
 
 
 @pytest.mark.bad_input

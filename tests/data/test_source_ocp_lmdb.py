@@ -19,11 +19,11 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from escaip.data import AtomicData
-from escaip.data.consistency import ForceWork
+from escaip.data.inspect import ForceWork
 from escaip.data.readers import check_magnitudes, ocp_lmdb
 from escaip.data.readers.oc20 import read_oc20
-from escaip.data.readers.ocp_lmdb import SOURCE, divide, list_lmdb_files, matches, read_ocp_lmdb
-from escaip.data.readers.policy import Door, ReadReport
+from escaip.data.readers.ocp_lmdb import READER, divide, list_lmdb_files, matches, read_ocp_lmdb
+from escaip.data.readers.policy import ReadPolicy, ReadReport
 from escaip.data.readers.pyg_files import matches as matches_pyg
 from escaip.data.readers.pyg_files import read_pyg
 from escaip.errors import ConfigError, DataError
@@ -83,7 +83,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def read(path: Path, **options: Any) -> list[AtomicData]:
-    return list(read_ocp_lmdb(path, Door(), **options))
+    return list(read_ocp_lmdb(path, ReadPolicy(), **options))
 
 
 @pytest.mark.parametrize("name", ["oc20", "oc22"])
@@ -111,7 +111,7 @@ def test_sample_files_are_those_of_the_manifest(name: str) -> None:
 def test_sample_is_the_published_form_of_the_same_frames(path: Path) -> None:
     raw = {
         data.structure_id.split(":", 1)[1].removeprefix("random"): data
-        for data in read_oc20(OC20 / "sample" / "0.extxyz.xz", Door(), energy="total")
+        for data in read_oc20(OC20 / "sample" / "0.extxyz.xz", ReadPolicy(), energy="total")
     }
     adsorption = read(path, energy="adsorption")
     total = read(path, energy="adsorption", reference=OC20 / "sample_ref.pkl")
@@ -205,7 +205,7 @@ def test_test_files_have_no_labels_and_need_no_statement(write: Callable[..., Pa
     with pytest.raises(
         DataError, match=r"sid77:3: has no energy, which required_labels asks for; found record keys at"
     ):
-        list(read_ocp_lmdb(path, Door(required=("energy",))))
+        list(read_ocp_lmdb(path, ReadPolicy(required=("energy",))))
 
 
 def relaxation(**changes: Any) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def test_plausibility_holds_in_later_windows_and_lets_nothing_through(write: Cal
     path = write([record(y=-1.0 if k < 256 else -13.0, fid=k) for k in range(300)])
     seen: list[AtomicData] = []
     with pytest.raises(DataError, match="medians of 44 structures"):
-        seen.extend(read_ocp_lmdb(path, Door(), energy="adsorption"))
+        seen.extend(read_ocp_lmdb(path, ReadPolicy(), energy="adsorption"))
     assert len(seen) == 256
 
 
@@ -331,7 +331,7 @@ def test_bad_records_give_one_line_or_are_counted(name: str, write: Callable[...
         read(path, energy="adsorption")
     assert "\n" not in str(caught.value)
     report = ReadReport()
-    kept = list(read_ocp_lmdb(path, Door(on_error="skip", report=report), energy="adsorption"))
+    kept = list(read_ocp_lmdb(path, ReadPolicy(on_error="skip", report=report), energy="adsorption"))
     assert [data.structure_id for data in kept] == ["made.lmdb:sid77:9"]
     assert (report.read, report.skipped) == (1, 1)
 
@@ -377,10 +377,10 @@ def test_truncated_file_does_not_kill_the_process(tmp_path: Path) -> None:
 
 @pytest.mark.bad_input
 def test_keys_are_fixed() -> None:
-    from escaip.data.labels import LabelKeys
+    from escaip.data.structure import LabelKeys
 
     with pytest.raises(ConfigError, match="the OCP layout fixes its names"):
-        read(SAMPLES[0], keys=LabelKeys(energy="y"))
+        read(SAMPLES[0], keys=LabelKeys.parse({"energy": "y"}))
 
 
 def test_readers_of_one_file_share_it() -> None:
@@ -397,8 +397,8 @@ def test_folders(write: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "data.0001.lmdb-lock").write_bytes(b"")
     names = ["data.0001.lmdb", "data.0002.lmdb", "data.10.lmdb"]
     assert [path.name for path in list_lmdb_files(tmp_path)] == names
-    assert SOURCE.expand is list_lmdb_files
-    assert SOURCE.parts is divide
+    assert READER.expand is list_lmdb_files
+    assert READER.parts is divide
     assert matches(tmp_path, b"")
     assert not matches(tmp_path / "nothing.xyz", b"")
     assert matches(SAMPLES[0], SAMPLES[0].read_bytes()[:4096])
@@ -409,11 +409,11 @@ def test_units_are_converted() -> None:
     from escaip.units import Units
 
     plain = read(SAMPLES[0], energy="adsorption")[0]
-    door = Door(Units.parse({"energy": "meV"}))
-    (data,) = list(read_ocp_lmdb(SAMPLES[0], door, energy="adsorption", part=(0, 1)))
+    policy = ReadPolicy(Units.parse({"energy": "meV"}))
+    (data,) = list(read_ocp_lmdb(SAMPLES[0], policy, energy="adsorption", part=(0, 1)))
     assert float(data.energy) == pytest.approx(float(plain.energy) * 1e-3)
     reference = OC20 / "sample_ref.pkl"
-    (total,) = list(read_ocp_lmdb(SAMPLES[0], door, energy="adsorption", part=(0, 1), reference=reference))
+    (total,) = list(read_ocp_lmdb(SAMPLES[0], policy, energy="adsorption", part=(0, 1), reference=reference))
     added = float(read(SAMPLES[0], energy="adsorption", reference=reference)[0].energy) - float(plain.energy)
     assert float(total.energy) - float(data.energy) == pytest.approx(added)
 
@@ -427,7 +427,7 @@ def test_lists_and_batches(tmp_path: Path) -> None:
     torch.save(Batch.from_data_list(records), batch)
     torch.save(records[1], single)
     for path, numbers in ((listed, range(3)), (batch, range(3)), (single, [1])):
-        found = list(read_pyg(path, Door(), energy="adsorption"))
+        found = list(read_pyg(path, ReadPolicy(), energy="adsorption"))
         assert [data.structure_id for data in found] == [f"{path.name}:sid77:{k}" for k in numbers]
         for data, number in zip(found, numbers, strict=True):
             assert float(data.energy) == -1.0 - number
@@ -446,7 +446,7 @@ def test_bad_lists_and_batches(tmp_path: Path) -> None:
     ):
         path.write_bytes(pickle.dumps(value, protocol=4))
         with pytest.raises(DataError, match=expected):
-            list(read_pyg(path, Door()))
+            list(read_pyg(path, ReadPolicy()))
     batch = Batch.from_data_list([Data(**record()), Data(**record())])
     for name, slices, expected in (
         ("force", torch.tensor([0, 4, 9]), "cut beyond its 8 entries"),
@@ -458,9 +458,9 @@ def test_bad_lists_and_batches(tmp_path: Path) -> None:
         changed._slice_dict = {**batch._slice_dict, name: slices}
         torch.save(changed, path)
         with pytest.raises(DataError, match=expected):
-            list(read_pyg(path, Door(), energy="adsorption"))
+            list(read_pyg(path, ReadPolicy(), energy="adsorption"))
     with pytest.raises(DataError, match=r"absent\.pkl: cannot be read"):
-        list(read_pyg(tmp_path / "absent.pkl", Door()))
+        list(read_pyg(tmp_path / "absent.pkl", ReadPolicy()))
 
 
 # Real data, against an independent reading.
@@ -510,7 +510,7 @@ def test_real_files(
 )
 def test_real_lists(name: str, periodic: bool, shared_data: Callable[[str], Path]) -> None:
     path = shared_data(f"native_formats/{name}")
-    structures = list(read_pyg(path, Door()))
+    structures = list(read_pyg(path, ReadPolicy()))
     check_magnitudes(structures)
     records = pickle.loads(path.read_bytes())
     assert len(structures) == len(records) == 16
@@ -535,7 +535,7 @@ class Trusting(pickle.Unpickler):
 
 def test_real_batch(shared_data: Callable[[str], Path]) -> None:
     path = shared_data("native_formats/oc20_genuine/OC20_batch_3.pt")
-    structures = list(read_pyg(path, Door(), energy="adsorption"))
+    structures = list(read_pyg(path, ReadPolicy(), energy="adsorption"))
     with zipfile.ZipFile(path) as archive:
         batch = Trusting(archive).load()
     assert [data.num_nodes for data in structures] == batch.natoms.tolist() == [88, 28, 83]
@@ -544,4 +544,4 @@ def test_real_batch(shared_data: Callable[[str], Path]) -> None:
     assert torch.equal(torch.cat([data.fixed for data in structures]), batch.fixed.bool())
     assert [data.group for data in structures] == [f"sid{sid}" for sid in batch.sid.tolist()]
     with pytest.raises(DataError, match="stated as total are"):
-        list(read_pyg(path, Door(), energy="total"))
+        list(read_pyg(path, ReadPolicy(), energy="total"))

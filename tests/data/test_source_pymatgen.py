@@ -35,7 +35,7 @@ def test_structure_with_properties() -> None:
 
 def test_molecule_with_charge_and_spin() -> None:
     molecule = Molecule(["O", "H"], [[0, 0, 0], [0, 0, 0.97]], charge=-1, spin_multiplicity=1)
-    data = from_pymatgen(molecule, labels={"e": -4.0}, keys=LabelKeys(energy="e"))
+    data = from_pymatgen(molecule, labels={"e": -4.0}, keys=LabelKeys.parse({"energy": "e"}))
     assert (int(data.charge), int(data.spin_multiplicity), float(data.energy)) == (-1, 1, -4.0)
     assert not bool(data.pbc.any())
 
@@ -86,4 +86,4 @@ def test_disordered_structures_and_missing_keys() -> None:
     with pytest.raises(DataError, match="partially occupied"):
         from_pymatgen(disordered)
     with pytest.raises(DataError, match="no energy under the key 'E'; found energy, forces, stress"):
-        from_pymatgen(salt(), keys=LabelKeys(energy="E"))
+        from_pymatgen(salt(), keys=LabelKeys.parse({"energy": "E"}))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from escaip.data.readers import ReadReport, open_source
-from escaip.data.readers.policy import Door
-from escaip.data.readers.spice import SOURCE, divide, read_spice, smiles_charge
+from escaip.data.readers.policy import ReadPolicy
+from escaip.data.readers.spice import READER, divide, read_spice, smiles_charge
 from escaip.errors import ConfigError, DataError
 from escaip.files import dataset_card
 
@@ -200,18 +200,18 @@ def many(path: Path, counts: list[int]) -> Path:
 
 def test_parts_are_the_whole(tmp_path: Path) -> None:
     path = many(tmp_path / "s.hdf5", [3, 1, 7, 2, 2, 5, 1])
-    whole = [data.structure_id for data in read_spice(path, Door())]
+    whole = [data.structure_id for data in read_spice(path, ReadPolicy())]
     assert len(whole) == 21
     for size in (1, 4, 8, 100):
         parts = divide(path, size)
-        pieces = [[data.structure_id for data in read_spice(path, Door(), part=part)] for part in parts]
+        pieces = [[data.structure_id for data in read_spice(path, ReadPolicy(), part=part)] for part in parts]
         assert [name for piece in pieces for name in piece] == whole
         assert max(map(len, pieces)) <= max(size, 7)
-    assert SOURCE.parts is divide
-    late = [len(list(read_spice(path, Door(), part=part, subset="late"))) for part in divide(path, 4)]
+    assert READER.parts is divide
+    late = [len(list(read_spice(path, ReadPolicy(), part=part, subset="late"))) for part in divide(path, 4)]
     assert sum(late) == late[-1] == 1
     with pytest.raises(DataError, match="no molecule of subset"):
-        list(read_spice(path, Door(), part=(0, 2), subset="None such"))
+        list(read_spice(path, ReadPolicy(), part=(0, 2), subset="None such"))
 
 
 def test_reading_is_linear_in_the_molecules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_reading_is_linear_in_the_molecules(tmp_path: Path, monkeypatch: pytest.
             h5py.Group, "__getitem__", lambda self, key, c=calls: (c.update(get=c["get"] + 1), look(self, key))[1]
         )
         monkeypatch.setattr(h5py.Group, "__iter__", lambda self, c=calls: (c.update(iter=c["iter"] + 1), walk(self))[1])
-        assert len(list(read_spice(path, Door()))) == number
+        assert len(list(read_spice(path, ReadPolicy()))) == number
         monkeypatch.undo()
         counts[number] = calls
     assert counts[40]["get"] == 2 * counts[20]["get"] == 40 * 6

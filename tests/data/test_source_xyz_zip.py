@@ -14,10 +14,10 @@ import pytest
 from ase import Atoms
 
 from escaip.data import open_source
-from escaip.data.labels import LabelKeys
 from escaip.data.readers import xyz_zip
-from escaip.data.readers.policy import Door
+from escaip.data.readers.policy import ReadPolicy
 from escaip.data.readers.xyz_zip import divide, matches, read_xyz_zip
+from escaip.data.structure import LabelKeys
 from escaip.errors import DataError
 
 LABELS = ("energy", "forces", "stress")
@@ -46,7 +46,7 @@ def archive(tmp_path: Path, frames: list[Atoms]) -> Path:
 
 
 def test_zip_equals_ase(archive: Path, frames: list[Atoms]) -> None:
-    found = list(read_xyz_zip(archive, Door()))
+    found = list(read_xyz_zip(archive, ReadPolicy()))
     expected = frames[:4] + [atoms for k in range(3) for atoms in frames[50 + k :: 3]]
     assert [data.structure_id for data in found][3:6] == [
         "m.zip:a.xyz:3",
@@ -60,14 +60,19 @@ def test_zip_equals_ase(archive: Path, frames: list[Atoms]) -> None:
         if atoms.pbc.all():
             assert np.allclose(data.stress[0].numpy(), atoms.get_stress(voigt=False), atol=1e-12)
         assert data.group == atoms.info.get("material_id", "a.xyz")
-    keys = LabelKeys(energy="corrected", forces="forces")
+    keys = LabelKeys.parse({"energy": "corrected", "forces": "forces"})
     for size in (1, 3, 100):
         parts = divide(archive, size)
-        pieces = [data for part in parts for data in read_xyz_zip(archive, Door(), part=part)]
+        pieces = [data for part in parts for data in read_xyz_zip(archive, ReadPolicy(), part=part)]
         assert [data.structure_id for data in pieces] == [data.structure_id for data in found]
     assert [len(divide(archive, size)) for size in (1, 8, 100)] == [4, 2, 1]
     part = (1, 2)
-    assert [float(d.energy) for d in read_xyz_zip(archive, Door(), part=part, keys=keys)] == [-0.0, -3.0, -6.0, -9.0]
+    assert [float(d.energy) for d in read_xyz_zip(archive, ReadPolicy(), part=part, keys=keys)] == [
+        -0.0,
+        -3.0,
+        -6.0,
+        -9.0,
+    ]
     assert matches(archive, archive.read_bytes()[:4096])
     assert not matches(Path("m.json"), b"PK\x03\x04")
 
@@ -102,7 +107,7 @@ def test_bad_zips(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
         path = tmp_path / f"{case}.zip"
         path.write_bytes(text)
         with pytest.raises(DataError, match=messages[case]) as caught:
-            list(read_xyz_zip(path, Door()))
+            list(read_xyz_zip(path, ReadPolicy()))
         assert "\n" not in str(caught.value)
 
 

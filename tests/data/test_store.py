@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from escaip.data import AtomicData, AtomicDataset, Store, StoreWriter, collate, open_source
 from escaip.data import store_writer as writer_module
-from escaip.data.atomic_data import TENSOR_FIELDS
+from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import ConfigError, DataError
 
 

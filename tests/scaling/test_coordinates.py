@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 from training_stand_ins import TINY, labelled_molecules
 
 from escaip import EScAIPConfig
-from escaip.data.atomic_data import AtomicData, collate
+from escaip.data.structure import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.scaling.coordinates import check_coordinates
 

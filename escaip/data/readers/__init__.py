@@ -11,22 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escaip.data.labels import LabelKeys
 from escaip.data.readers import ase, aselmdb, mptrj, oc20, ocp_lmdb, pyg_files, pymatgen, spice, store, xyz_zip
-from escaip.data.readers.plausibility import WINDOW, check_magnitudes
-from escaip.data.readers.policy import Door, ReadReport
-from escaip.data.readers.registry import Part, Source
+from escaip.data.readers.policy import WINDOW, Part, Reader, ReadPolicy, ReadReport, check_magnitudes
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.files import resolve
 from escaip.units import Units
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 __all__ = [
-    "SOURCES",
+    "READERS",
+    "DataFile",
     "ReadReport",
-    "SourceFile",
     "detect_format",
     "expand_paths",
     "list_files",
@@ -36,18 +34,18 @@ __all__ = [
 
 # In the order in which they are asked whether a file is theirs; ASE takes what is left.
 _ORDER = (
-    store.SOURCE,
-    aselmdb.SOURCE,
-    ocp_lmdb.SOURCE,
-    oc20.SOURCE,
-    mptrj.SOURCE,
-    xyz_zip.SOURCE,
-    pyg_files.SOURCE,
-    spice.SOURCE,
-    pymatgen.SOURCE,
-    ase.SOURCE,
+    store.READER,
+    aselmdb.READER,
+    ocp_lmdb.READER,
+    oc20.READER,
+    mptrj.READER,
+    xyz_zip.READER,
+    pyg_files.READER,
+    spice.READER,
+    pymatgen.READER,
+    ase.READER,
 )
-SOURCES: dict[str, Source] = {source.name: source for source in _ORDER}
+READERS: dict[str, Reader] = {source.name: source for source in _ORDER}
 
 PathLike = str | os.PathLike[str]
 
@@ -71,7 +69,7 @@ def open_source(
     Args:
         path: a file, a prepared store, ``dataset:NAME/FILE`` (shipped with a card), a pattern (``"*.traj"``) or a
             list of them.
-        format: a name in :data:`SOURCES`; default found from content and suffix.
+        format: a name in :data:`READERS`; default found from content and suffix.
         keys: names of the labels; see :class:`LabelKeys`.
         units: units of the file where they are not Å and eV; see :meth:`escaip.units.Units.parse`.
         on_error: ``"raise"``, or ``"skip"`` to leave out bad structures and count them in ``report``.
@@ -90,8 +88,8 @@ def open_source(
     files = list_files(path, format)
     stated = Units.parse(units) if units is not None else None
     report = ReadReport() if report is None else report
-    door = Door(stated, on_error, report, tuple(required_labels), max_force)
-    streams = [read_file(file, door, keys=LabelKeys.parse(keys), **options) for file in files]
+    policy = ReadPolicy(stated, on_error, report, tuple(required_labels), max_force)
+    streams = [read_file(file, policy, keys=LabelKeys.parse(keys), **options) for file in files]
     stream: Iterator[AtomicData] = itertools.chain.from_iterable(streams)
     if limit is not None:
         stream = itertools.islice(stream, limit)
@@ -99,12 +97,12 @@ def open_source(
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class DataFile:
     """One file to read.
 
     Attributes:
         path: where it is.
-        source: name of its layout, in :data:`SOURCES`.
+        source: name of its layout, in :data:`READERS`.
         name: what the ids of its structures begin with.
     """
 
@@ -114,23 +112,23 @@ class SourceFile:
 
     def parts(self, size: int) -> list[Part | None]:
         """Ranges of about ``size`` structures, or None alone for a file that is read whole."""
-        divide = SOURCES[self.source].parts
+        divide = READERS[self.source].parts
         return [*divide(self.path, size)] if divide is not None else []
 
 
-def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -> list[SourceFile]:
+def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -> list[DataFile]:
     """The files behind a path, a pattern or a list, those of folders included, with their layouts.
 
     Raises:
         DataError: nothing there, or a folder of no known layout.
         ConfigError: an unknown format.
     """
-    if format is not None and format not in SOURCES:
-        raise ConfigError(f"format: {format!r} is not one of {', '.join(SOURCES)}")
+    if format is not None and format not in READERS:
+        raise ConfigError(f"format: {format!r} is not one of {', '.join(READERS)}")
     found: list[tuple[Path, str]] = []
     for given in expand_paths(path):
         kind = format or detect_format(given)
-        expand = SOURCES[kind].expand
+        expand = READERS[kind].expand
         if not given.is_dir():
             found.append((given, kind))
         elif expand is None:
@@ -138,25 +136,25 @@ def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -
         else:
             found.extend((file, kind) for file in expand(given))
     names = distinct_names([file for file, _ in found])
-    return [SourceFile(file, kind, name) for (file, kind), name in zip(found, names, strict=True)]
+    return [DataFile(file, kind, name) for (file, kind), name in zip(found, names, strict=True)]
 
 
-def read_file(file: SourceFile, door: Door, *, part: Part | None = None, **options: Any) -> Iterator[AtomicData]:
+def read_file(file: DataFile, policy: ReadPolicy, *, part: Part | None = None, **options: Any) -> Iterator[AtomicData]:
     """Structures of one file, or of a part of it.
 
     Raises:
         DataError: an unreadable file or a bad structure.
         ConfigError: an option that its layout does not have.
     """
-    read = SOURCES[file.source].read
-    known = {key for key in inspect.signature(read).parameters if key not in ("path", "door", "name")}
+    read = READERS[file.source].read
+    known = {key for key in inspect.signature(read).parameters if key not in ("path", "policy", "name")}
     for key in options:
         if key not in known:
             own = ", ".join(sorted(known - {"keys", "part"})) or "none"
             raise ConfigError(f"{file.path}: the {file.source} source has no option {key!r}; it has {own}")
     if part is not None:
         options["part"] = part
-    return read(file.path, door, name=file.name, **options)
+    return read(file.path, policy, name=file.name, **options)
 
 
 def checked(stream: Iterator[AtomicData]) -> Iterator[AtomicData]:

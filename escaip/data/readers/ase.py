@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escaip.data.labels import LabelKeys, labels_found
-from escaip.data.readers.policy import Door
-from escaip.data.readers.registry import Part, Source
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
+from escaip.data.structure import LabelKeys, labels_found
 from escaip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 GROUP_BY = ("formula", "file", "structure")
 DATABASES = (".db",)
@@ -29,7 +28,7 @@ SMALL_FILE = 1 << 24
 
 def read_ase(
     path: Path,
-    door: Door,
+    policy: ReadPolicy,
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
@@ -41,7 +40,7 @@ def read_ase(
 
     Args:
         path: the file.
-        door: units and error policy.
+        policy: units and error policy.
         name: what ids begin with; default the file's name. Ids are ``name:position in the file``.
         keys: label names; see :class:`LabelKeys`.
         part: frames of an (ext)xyz file, or row ids of a database, from :func:`divide`.
@@ -52,7 +51,7 @@ def read_ase(
         DataError: a file that is missing, empty, truncated or of unknown format, or a bad structure.
         ConfigError: an unknown ``group_by``.
     """
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
     if group_by not in GROUP_BY:
         raise ConfigError(f"group_by: {group_by!r} is not one of {', '.join(GROUP_BY)}")
@@ -66,9 +65,9 @@ def read_ase(
     for position, atoms in frames:
         structure_id = None if keys.structure_id else f"{name}:{position}"
         group = {"file": name, "structure": structure_id}.get(group_by) if keys.group is None else None
-        data = door.admit(
+        data = policy.admit(
             lambda atoms=atoms, structure_id=structure_id, group=group: AtomicData.from_ase(  # type: ignore[misc]
-                atoms, keys=keys, structure_id=structure_id, group=group, units=door.units
+                atoms, keys=keys, structure_id=structure_id, group=group, units=policy.units
             ),
             lambda atoms=atoms: labels_found(atoms),  # type: ignore[misc]
         )
@@ -217,4 +216,4 @@ def _database(path: Path, index: str | int | None, with_atoms: bool = True) -> I
         raise DataError(f"{path}: not a readable ASE database or a bad query ({reason})") from error
 
 
-SOURCE = Source("ase", "everything ASE reads: extxyz, traj, db, VASP, ...", read_ase, matches, parts=divide)
+READER = Reader("ase", "everything ASE reads: extxyz, traj, db, VASP, ...", read_ase, matches, parts=divide)

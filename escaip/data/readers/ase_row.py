@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from escaip.data.labels import IGNORE, LabelKeys, hill_formula
+from escaip.data.structure import IGNORE, LABELS, LabelKeys, hill_formula, stress_from_virial
 from escaip.errors import DataError
+from escaip.types import TARGETS
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
     from escaip.units import Units
 
 MAX_BYTES = 1 << 26
@@ -179,7 +180,7 @@ def structure_of(row: Row, keys: LabelKeys, units: Units, structure_id: str | No
     Raises:
         DataError: a named key that is absent, an invalid structure, damaged numbers.
     """
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
     name = structure_id or str(row.find(keys.structure_id or "", "structure_id"))
     numbers = np.ravel(row.array("numbers", np.int64))  # type: ignore[arg-type]
@@ -193,6 +194,7 @@ def structure_of(row: Row, keys: LabelKeys, units: Units, structure_id: str | No
     elif not keys.spin:
         spin = row.optional("spin_multiplicity", "spin")
     periodic = row.array("pbc", np.bool_)
+    labels = _labels(row, keys, cell, units)
     return AtomicData.from_arrays(
         numbers,
         row.array("positions"),  # type: ignore[arg-type]
@@ -206,27 +208,26 @@ def structure_of(row: Row, keys: LabelKeys, units: Units, structure_id: str | No
         structure_id=name,
         group=group,
         units=units,
-        **_labels(row, keys, cell, units),
+        energy=labels.pop("energy"),
+        forces=labels.pop("forces"),
+        stress=labels.pop("stress"),
+        labels=labels,
     )
 
 
 def _labels(row: Row, keys: LabelKeys, cell: np.ndarray | None, units: Units) -> dict[str, Any]:
-    if not keys.names_labels:
-        return {"energy": row.array("energy"), "forces": row.array("forces"), "stress": row.array("stress")}
-    values = {
-        label: row.find(getattr(keys, label), label) if getattr(keys, label) else None
-        for label in ("energy", "forces", "stress")
-    }
-    if keys.virial:
-        volume = 0.0 if cell is None else abs(float(np.linalg.det(cell))) * units.length**3
-        if volume == 0.0:
-            raise DataError(f"{row.name}: has a virial but no cell volume; drop the virial key or give a cell")
-        try:
-            virial = np.asarray(row.find(keys.virial, "virial"), dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{row.name}: virial holds something else than numbers; check its key") from error
-        values["stress"] = -virial * (units.energy / volume / units.stress)
-    return values
+    labels: dict[str, Any] = {}
+    for target in TARGETS:
+        key = keys.targets.get(target)
+        if key is not None:
+            labels[target] = row.find(key, target)
+        elif target in LABELS:
+            labels[target] = None if keys.names_labels else row.array(target)
+        else:
+            labels[target] = row.array(target) if target in row.fields else row.optional(target)
+    if keys.virial is not None:
+        labels["stress"] = stress_from_virial(row.find(keys.virial, "virial"), cell, units, row.name)
+    return labels
 
 
 def _cell(row: Row) -> np.ndarray | None:

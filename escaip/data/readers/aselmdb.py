@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escaip.data.labels import LabelKeys
 from escaip.data.readers.ase import GROUP_BY
 from escaip.data.readers.ase_row import Row, decode_json, decode_row, structure_of
 from escaip.data.readers.ocp_lmdb import open_environment
-from escaip.data.readers.policy import Door
-from escaip.data.readers.registry import Part, Source
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 SUFFIX = ".aselmdb"
 _NOT_ROWS = (b"nextid", b"deleted_ids", b"metadata")
@@ -39,7 +38,7 @@ class _Ids:
 
 def read_aselmdb(
     path: Path,
-    door: Door,
+    policy: ReadPolicy,
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
@@ -55,7 +54,7 @@ def read_aselmdb(
 
     Args:
         path: LMDB file.
-        door: units and error policy.
+        policy: units and error policy.
         name: what ids begin with; default the file's name.
         keys: label names; see :class:`LabelKeys`.
         part: row ids to read.
@@ -82,12 +81,12 @@ def read_aselmdb(
         last.append(row)
         structure_id = None if keys.structure_id else label
         group = {"file": name, "structure": label}.get(group_by) if keys.group is None else None
-        return structure_of(row, keys, door.units, structure_id, group)
+        return structure_of(row, keys, policy.units, structure_id, group)
 
     with open_environment(path) as environment, environment.begin(buffers=True) as transaction:
         for row_id in _ids(environment, path).within(part):
             value = transaction.get(b"%d" % row_id)
-            data = door.admit(
+            data = policy.admit(
                 lambda value=value, row_id=row_id: build(value, row_id),  # type: ignore[misc]
                 lambda: last[0].found() if last else "nothing",
             )
@@ -165,6 +164,6 @@ def _ids(environment: Any, path: Path) -> _Ids:
     return _Ids(stop, deleted)
 
 
-SOURCE = Source(
+READER = Reader(
     "aselmdb", "ASE databases in LMDB: OMat24, sAlex, OMol25", read_aselmdb, matches, divide, list_aselmdb_files
 )

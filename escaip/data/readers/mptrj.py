@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from escaip.data.labels import LabelKeys
 from escaip.data.readers.ase_row import parse_json
 from escaip.data.readers.json_scan import Member, scan_members
-from escaip.data.readers.policy import Door
-from escaip.data.readers.registry import Part, Source
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.units import KBAR, Units
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 ENERGIES = {"uncorrected": "uncorrected_total_energy", "corrected": "corrected_total_energy"}
 UNITS = Units(stress=KBAR)
@@ -39,7 +38,7 @@ _FRAME_KEYS = (
 
 def read_mptrj(
     path: Path,
-    door: Door,
+    policy: ReadPolicy,
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
@@ -53,7 +52,7 @@ def read_mptrj(
 
     Args:
         path: JSON file.
-        door: units (default: those of the publication) and error policy.
+        policy: units (default: those of the publication) and error policy.
         name: what ids begin with; default the file's name.
         keys: not used by this source; the layout fixes the names.
         part: bytes of whole materials, from :func:`divide`.
@@ -75,7 +74,7 @@ def read_mptrj(
         )
     name = name or path.name
     start, stop = part if part is not None else (0, None)
-    units = door.stated_units or UNITS
+    units = policy.stated_units or UNITS
     last = "the beginning"
     with open(path, "rb") as file:
         for member in scan_members(file, str(path), start, stop):
@@ -83,7 +82,7 @@ def read_mptrj(
             last = material
             for key, frame in frames.items():
                 structure_id = f"{name}:{material}:{key}"
-                data = door.admit(
+                data = policy.admit(
                     lambda frame=frame, structure_id=structure_id, material=material: structure_of(  # type: ignore[misc]
                         frame, structure_id, material, ENERGIES[energy], units
                     ),
@@ -130,7 +129,7 @@ def structure_of(frame: Any, structure_id: str, material: str, energy_key: str, 
     Raises:
         DataError: another layout, no energy, a disordered or invalid structure.
     """
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
     if not isinstance(frame, dict) or not isinstance(frame.get("structure"), dict):
         raise DataError(f"{structure_id}: is no frame of MPTrj (needs a structure)")
@@ -231,4 +230,4 @@ def matches(path: Path, head: bytes) -> bool:
     return match is not None and match[1] in _FRAME_KEYS
 
 
-SOURCE = Source("mptrj", "MPTrj JSON, one object per material", read_mptrj, matches, parts=divide)
+READER = Reader("mptrj", "MPTrj JSON, one object per material", read_mptrj, matches, parts=divide)

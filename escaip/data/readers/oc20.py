@@ -17,15 +17,14 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from escaip.data.labels import LabelKeys
 from escaip.data.readers.ocp_records import ENERGIES, EnergyCheck
-from escaip.data.readers.policy import Door
-from escaip.data.readers.registry import Part, Source
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.units import Units
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 STRUCTURES = (".extxyz.xz", ".extxyz")
 SIDECARS = (".txt.xz", ".txt")
@@ -63,7 +62,7 @@ class _Frame:
 
 def read_oc20(
     path: Path,
-    door: Door,
+    policy: ReadPolicy,
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
@@ -78,7 +77,7 @@ def read_oc20(
 
     Args:
         path: ``N.extxyz.xz`` or ``N.extxyz``; the sidecar is ``N.txt.xz`` or ``N.txt``, compressed like the file first.
-        door: units and error policy.
+        policy: units and error policy.
         name: what ids begin with; default the file's name.
         keys: not used by this source; the layout fixes the names.
         part: not used, compressed files are read from their beginning.
@@ -97,7 +96,7 @@ def read_oc20(
         raise ConfigError(f"{path}: energy {stated}; state energy: total (as computed) or energy: adsorption "
                           "(the total less the reference in the .txt file)")  # fmt: skip
     check = EnergyCheck(path, energy)
-    yield from check.windows(_structures(path, door, name or path.name, energy, check))
+    yield from check.windows(_structures(path, policy, name or path.name, energy, check))
 
 
 def list_files(path: Path) -> list[Path]:
@@ -140,7 +139,7 @@ def matches(path: Path, head: bytes) -> bool:
         return True
 
 
-def _structures(path: Path, door: Door, name: str, energy: str, check: EnergyCheck) -> Iterator[AtomicData]:
+def _structures(path: Path, policy: ReadPolicy, name: str, energy: str, check: EnergyCheck) -> Iterator[AtomicData]:
     lines = _read_sidecar(path)
     seen: set[tuple[str, int]] = set()
     count = 0
@@ -154,14 +153,14 @@ def _structures(path: Path, door: Door, name: str, energy: str, check: EnergyChe
         seen.add((line.system, line.frame))
 
         def build(frame: _Frame = frame, line: _Line = line, structure_id: str = structure_id) -> AtomicData:
-            data = _structure(frame, structure_id, line.system, door.units)
+            data = _structure(frame, structure_id, line.system, policy.units)
             if data.has_label("energy"):
                 if energy == "adsorption":
-                    data.energy -= line.reference * door.units.energy
+                    data.energy -= line.reference * policy.units.energy
                 check.note(float(data.energy), data.num_nodes)
             return data
 
-        data = door.admit(build, lambda frame=frame: frame.comment.decode("utf-8", "replace").strip())  # type: ignore[misc]
+        data = policy.admit(build, lambda frame=frame: frame.comment.decode("utf-8", "replace").strip())  # type: ignore[misc]
         if data is not None:
             yield data
         count += 1
@@ -171,7 +170,7 @@ def _structures(path: Path, door: Door, name: str, energy: str, check: EnergyChe
 
 def _structure(frame: _Frame, structure_id: str, group: str, units: Units) -> AtomicData:
     """By the fixed layout where the comment has it, else by ASE."""
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
     pairs = _comment(frame.comment)
     if pairs is None:
@@ -215,7 +214,7 @@ def _structure_by_ase(frame: _Frame, structure_id: str, group: str, units: Units
     """Frames with other columns or keys than those of OC20, with ASE's reader."""
     import ase.io
 
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
     text = b"".join([frame.count, frame.comment, *frame.atoms]).decode("utf-8", "replace")
     try:
@@ -323,4 +322,4 @@ def _atomic_numbers() -> dict[bytes, int]:
     return {symbol.encode(): number for number, symbol in enumerate(chemical_symbols) if number > 0}
 
 
-SOURCE = Source("oc20", "OC20 S2EF as published: N.extxyz.xz beside N.txt.xz", read_oc20, matches, expand=list_files)
+READER = Reader("oc20", "OC20 S2EF as published: N.extxyz.xz beside N.txt.xz", read_oc20, matches, expand=list_files)

@@ -13,15 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escaip.data.labels import LabelKeys
 from escaip.data.readers.ocp_records import EnergyCheck, RecordOptions, listed, structure_of
-from escaip.data.readers.policy import Door
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
 from escaip.data.readers.pyg_pickle import attributes, unpickle
-from escaip.data.readers.registry import Part, Source
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 SUFFIX = ".lmdb"
 _MAGIC = b"\xde\xc0\xef\xbe"
@@ -33,7 +32,7 @@ _LOCK = threading.RLock()
 
 def read_ocp_lmdb(
     path: Path,
-    door: Door,
+    policy: ReadPolicy,
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
@@ -49,7 +48,7 @@ def read_ocp_lmdb(
 
     Args:
         path: LMDB file.
-        door: units and error policy.
+        policy: units and error policy.
         name: what ids begin with; default the file's name.
         keys: not used by this source; the layout fixes the names.
         part: numbers of the records to read.
@@ -72,7 +71,7 @@ def read_ocp_lmdb(
     name = name or path.name
     options = RecordOptions.parse(path, energy, is2re, reference)
     check = EnergyCheck(path, options.energy)
-    yield from check.windows(_structures(path, door, name, part, options, check))
+    yield from check.windows(_structures(path, policy, name, part, options, check))
 
 
 def divide(path: Path, size: int) -> list[Part]:
@@ -162,7 +161,7 @@ def count_records(environment: Any, path: Path) -> int:
 
 
 def _structures(
-    path: Path, door: Door, name: str, part: Part | None, options: RecordOptions, check: EnergyCheck
+    path: Path, policy: ReadPolicy, name: str, part: Part | None, options: RecordOptions, check: EnergyCheck
 ) -> Iterator[AtomicData]:
     with open_environment(path) as environment:
         count = count_records(environment, path)
@@ -177,14 +176,14 @@ def _structures(
                     if value is None:
                         raise DataError(f"{where} is missing, of keys 0 to {count - 1}; unpack the file again")
                     record.update(attributes(unpickle(value, where), where))
-                    return structure_of(record, name, str(number), options, check, door.units)
+                    return structure_of(record, name, str(number), options, check, policy.units)
 
-                data = door.admit(build, lambda record=record: f"record keys {listed(record)}")  # type: ignore[misc]
+                data = policy.admit(build, lambda record=record: f"record keys {listed(record)}")  # type: ignore[misc]
                 if data is not None:
                     yield data
 
 
-SOURCE = Source(
+READER = Reader(
     "ocp_lmdb",
     "OC20 and OC22 preprocessed: LMDB of pickled PyG records",
     read_ocp_lmdb,

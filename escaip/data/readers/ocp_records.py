@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from escaip.data.labels import hill_formula
-from escaip.data.readers.plausibility import WINDOW
+from escaip.data.readers.policy import WINDOW
 from escaip.data.readers.pyg_pickle import plain, unpickle
+from escaip.data.structure import hill_formula
 from escaip.errors import ConfigError, DataError
 from escaip.units import Units
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 ENERGIES = ("adsorption", "total")
 GEOMETRIES = ("initial", "relaxed")
@@ -152,7 +152,7 @@ def structure_of(
         DataError: an unknown layout, values that do not fit together, an invalid structure.
         ConfigError: something that has to be stated, and is not.
     """
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
     place = f"{name}: record {key}"
     if "pos" not in record or "atomic_numbers" not in record:

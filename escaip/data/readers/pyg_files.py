@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from escaip.data.labels import LabelKeys
 from escaip.data.readers.ocp_records import EnergyCheck, RecordOptions, listed, structure_of
-from escaip.data.readers.policy import Door
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
 from escaip.data.readers.pyg_pickle import PickledObject, attributes, plain, read_torch_file, unpickle
-from escaip.data.readers.registry import Part, Source
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 
 def read_pyg(
     path: Path,
-    door: Door,
+    policy: ReadPolicy,
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
@@ -38,7 +37,7 @@ def read_pyg(
 
     Args:
         path: pickle (``.pkl``) or file of ``torch.save`` (``.pt``, PyTorch 1.6 or newer).
-        door: units and error policy.
+        policy: units and error policy.
         name: what ids begin with; default the file's name.
         keys: not used by this source; the layout fixes the names.
         part: not used, these files are read whole.
@@ -57,10 +56,12 @@ def read_pyg(
     name = name or path.name
     options = RecordOptions.parse(path, energy, is2re, reference)
     check = EnergyCheck(path, options.energy)
-    yield from check.windows(_structures(path, door, name, options, check))
+    yield from check.windows(_structures(path, policy, name, options, check))
 
 
-def _structures(path: Path, door: Door, name: str, options: RecordOptions, check: EnergyCheck) -> Iterator[AtomicData]:
+def _structures(
+    path: Path, policy: ReadPolicy, name: str, options: RecordOptions, check: EnergyCheck
+) -> Iterator[AtomicData]:
     try:
         with open(path, "rb") as file:
             head = file.read(4)
@@ -75,9 +76,9 @@ def _structures(path: Path, door: Door, name: str, options: RecordOptions, check
 
         def build(value: Any = value, number: int = number, record: dict[str, Any] = record) -> AtomicData:
             record.update(attributes(value, f"{path}: record {number}"))
-            return structure_of(record, name, str(number), options, check, door.units)
+            return structure_of(record, name, str(number), options, check, policy.units)
 
-        data = door.admit(build, lambda record=record: f"record keys {listed(record)}")  # type: ignore[misc]
+        data = policy.admit(build, lambda record=record: f"record keys {listed(record)}")  # type: ignore[misc]
         if data is not None:
             yield data
 
@@ -123,4 +124,4 @@ def matches(path: Path, head: bytes) -> bool:
     return (path.suffix == ".pkl" and head[:1] == b"\x80") or (path.suffix == ".pt" and head[:4] == b"PK\x03\x04")
 
 
-SOURCE = Source("pyg", "PyG records: .pkl lists, .pt files of records or a batch", read_pyg, matches)
+READER = Reader("pyg", "PyG records: .pkl lists, .pt files of records or a batch", read_pyg, matches)

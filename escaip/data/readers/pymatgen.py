@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from escaip.data.labels import LabelKeys, hill_formula
-from escaip.data.readers.policy import Door
-from escaip.data.readers.registry import Part, Source
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
+from escaip.data.structure import LABELS, LabelKeys, hill_formula, stress_from_virial
 from escaip.errors import DataError
+from escaip.types import TARGETS
 from escaip.units import Units
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 _NO_UNITS = Units()
 
 
 def read_pymatgen(
-    path: Path, door: Door, *, name: str | None = None, keys: LabelKeys | None = None, part: Part | None = None
+    path: Path, policy: ReadPolicy, *, name: str | None = None, keys: LabelKeys | None = None, part: Part | None = None
 ) -> Iterator[AtomicData]:
     """Structures of a JSON file.
 
@@ -32,7 +32,7 @@ def read_pymatgen(
 
     Args:
         path: JSON file.
-        door: units and error policy.
+        policy: units and error policy.
         name: what ids begin with; default the file's name.
         keys: label names, looked for in the record, the structure's properties and its site properties.
         part: not used, these files are read whole.
@@ -50,9 +50,9 @@ def read_pymatgen(
 
         def build(record: Any = record, structure_id: str = structure_id) -> AtomicData:
             value, extra = _decode(record, structure_id)
-            return from_pymatgen(value, keys=keys, labels=extra, structure_id=structure_id, units=door.units)
+            return from_pymatgen(value, keys=keys, labels=extra, structure_id=structure_id, units=policy.units)
 
-        data = door.admit(build, lambda record=record: _found(record))  # type: ignore[misc]
+        data = policy.admit(build, lambda record=record: _found(record))  # type: ignore[misc]
         if data is not None:
             yield data
 
@@ -79,7 +79,7 @@ def from_pymatgen(
     Raises:
         DataError: a disordered structure, a named label that is absent, or an invalid structure.
     """
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
     name = structure_id or str(structure.composition.reduced_formula)
     if not structure.is_ordered:
@@ -90,11 +90,8 @@ def from_pymatgen(
     numbers = np.asarray(structure.atomic_numbers)
     values = _label_values(found, keys, name)
     if keys.virial:
-        volume = float(lattice.volume) * units.length**3 if lattice is not None else 0.0
-        if volume == 0.0:
-            raise DataError(f"{name}: has a virial but no cell volume; drop the virial key or give a cell")
-        virial = np.asarray(_named(found, keys.virial, "virial", name), dtype=np.float64)
-        values["stress"] = -virial * units.energy / volume / units.stress
+        virial = _named(found, keys.virial, "virial", name)
+        values["stress"] = stress_from_virial(virial, None if lattice is None else lattice.matrix, units, name)
     dynamics = structure.site_properties.get("selective_dynamics")
     fixed = None if dynamics is None else [flags is not None and not any(flags) for flags in dynamics]
     charge = _named(found, keys.charge, "charge", name) if keys.charge else round(structure.charge or 0)
@@ -112,17 +109,22 @@ def from_pymatgen(
         structure_id=name,
         group=group,
         units=units,
-        **values,
+        energy=values.pop("energy"),
+        forces=values.pop("forces"),
+        stress=values.pop("stress"),
+        labels=values,
     )
 
 
 def _label_values(found: Mapping[str, Any], keys: LabelKeys, name: str) -> dict[str, Any]:
-    if not keys.names_labels:
-        return {label: found.get(label) for label in ("energy", "forces", "stress")}
-    return {
-        label: _named(found, getattr(keys, label), label, name) if getattr(keys, label) else None
-        for label in ("energy", "forces", "stress")
-    }
+    labels: dict[str, Any] = {}
+    for target in TARGETS:
+        key = keys.targets.get(target)
+        if key is not None:
+            labels[target] = _named(found, key, target, name)
+        else:
+            labels[target] = None if target in LABELS and keys.names_labels else found.get(target)
+    return labels
 
 
 def _named(found: Mapping[str, Any], key: str, label: str, name: str) -> Any:
@@ -173,4 +175,4 @@ def matches(path: Path, head: bytes) -> bool:
     return path.suffix == ".json" and (b'"@module"' in head or b'"structure"' in head)
 
 
-SOURCE = Source("pymatgen", "JSON of pymatgen structures with labels", read_pymatgen, matches)
+READER = Reader("pymatgen", "JSON of pymatgen structures with labels", read_pymatgen, matches)

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from escaip.data.labels import LabelKeys
-from escaip.data.readers.policy import Door
-from escaip.data.readers.registry import Part, Source
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.units import Units
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 ENERGIES = ("dft_total_energy", "formation_energy")
 GRADIENT = "dft_total_gradient"
@@ -55,7 +54,7 @@ class _Molecule:
 
 def read_spice(
     path: Path,
-    door: Door,
+    policy: ReadPolicy,
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
@@ -71,7 +70,7 @@ def read_spice(
 
     Args:
         path: HDF5 file.
-        door: units (default: those the datasets declare, else bohr and hartree) and error policy.
+        policy: units (default: those the datasets declare, else bohr and hartree) and error policy.
         name: what ids begin with; default the file's name.
         keys: not used by this source; the layout fixes the names.
         part: molecules to read, by their place in the file, from :func:`divide`.
@@ -97,13 +96,13 @@ def read_spice(
             if wanted is not None and _text(group, "subset", path) not in wanted:
                 continue
             try:
-                molecule = _read_molecule(group, molecule_name, energy, door, path)
+                molecule = _read_molecule(group, molecule_name, energy, policy, path)
             except DataError as error:
-                if door.on_error == "raise":
+                if policy.on_error == "raise":
                     raise
-                _skip_molecule(group, f"{name}:{molecule_name}", error, door)
+                _skip_molecule(group, f"{name}:{molecule_name}", error, policy)
                 continue
-            yield from _structures(molecule, name, door)
+            yield from _structures(molecule, name, policy)
 
 
 def divide(path: Path, size: int) -> list[Part]:
@@ -159,10 +158,10 @@ def _count(group: Any) -> int:
     return int(shape[0]) if shape else 0
 
 
-def _skip_molecule(group: Any, name: str, error: DataError, door: Door) -> None:
+def _skip_molecule(group: Any, name: str, error: DataError, policy: ReadPolicy) -> None:
     """Counts each conformation of a molecule that is left out."""
     for index in range(max(_count(group), 1)):
-        door.report.skip(f"{name}:{index}: {error}")
+        policy.report.skip(f"{name}:{index}: {error}")
 
 
 def _check_subsets(file: Any, names: Sequence[str], wanted: set[str], path: Path) -> None:
@@ -178,7 +177,7 @@ def _check_subsets(file: Any, names: Sequence[str], wanted: set[str], path: Path
     raise DataError(f"{path}: no molecule of subset {sorted(missing)}; found {sorted(seen)[:20]}")
 
 
-def _read_molecule(group: Any, name: str, energy: str, door: Door, path: Path) -> _Molecule:
+def _read_molecule(group: Any, name: str, energy: str, policy: ReadPolicy, path: Path) -> _Molecule:
     found = list(group)
     for needed in ("atomic_numbers", "conformations", energy, "smiles"):
         if needed not in found:
@@ -198,7 +197,7 @@ def _read_molecule(group: Any, name: str, energy: str, door: Door, path: Path) -
         charge = smiles_charge(_text(group, "smiles", path), numbers)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    units = door.stated_units or Units.parse({"length": length, "energy": unit, "forces": force})
+    units = policy.stated_units or Units.parse({"length": length, "energy": unit, "forces": force})
     return _Molecule(name, numbers, charge, conformations, energies, gradients, units, _listed(found))
 
 
@@ -216,8 +215,8 @@ def _values(group: Any, name: str, dtype: type, where: str, unit: str = "") -> t
         raise DataError(f"{where}: {name!r} cannot be read, {' '.join(str(error).split())}") from error
 
 
-def _structures(molecule: _Molecule, file_name: str, door: Door) -> Iterator[AtomicData]:
-    from escaip.data.atomic_data import AtomicData
+def _structures(molecule: _Molecule, file_name: str, policy: ReadPolicy) -> Iterator[AtomicData]:
+    from escaip.data.structure import AtomicData
 
     n = len(molecule.numbers)
     count = len(molecule.conformations)
@@ -230,11 +229,11 @@ def _structures(molecule: _Molecule, file_name: str, door: Door) -> Iterator[Ato
     for index in range(count):
         structure_id = f"{file_name}:{molecule.name}:{index}"
         if wrong:
-            door.report.skip(f"{structure_id}: arrays of this molecule disagree in shape")
+            policy.report.skip(f"{structure_id}: arrays of this molecule disagree in shape")
             continue
         finite = np.isfinite(molecule.conformations[index]).all() and np.isfinite(molecule.energies[index])
         if not finite or (gradients is not None and not np.isfinite(gradients[index]).all()):
-            door.report.skip(f"{structure_id}: malformed conformation (NaN or Inf)")
+            policy.report.skip(f"{structure_id}: malformed conformation (NaN or Inf)")
             continue
         build = partial(
             AtomicData.from_arrays,
@@ -247,7 +246,7 @@ def _structures(molecule: _Molecule, file_name: str, door: Door) -> Iterator[Ato
             group=molecule.name,
             units=molecule.units,
         )
-        data = door.admit(build, lambda: f"datasets {molecule.datasets}")
+        data = policy.admit(build, lambda: f"datasets {molecule.datasets}")
         if data is not None:
             yield data
 
@@ -321,4 +320,4 @@ def matches(path: Path, head: bytes) -> bool:
     return head.startswith(b"\x89HDF\r\n\x1a\n")
 
 
-SOURCE = Source("spice", "SPICE HDF5, one group per molecule", read_spice, matches, parts=divide)
+READER = Reader("spice", "SPICE HDF5, one group per molecule", read_spice, matches, parts=divide)

@@ -7,18 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from escaip.data.labels import LabelKeys
-from escaip.data.readers.policy import Door
-from escaip.data.readers.registry import Part, Source
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
+from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError
 
 if TYPE_CHECKING:
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 
 def read_store(
     path: Path,
-    door: Door,
+    policy: ReadPolicy,
     *,
     name: str | None = None,
     keys: LabelKeys | None = None,
@@ -33,12 +32,12 @@ def read_store(
     """
     from escaip.data.store import Store
 
-    if keys is not None or door.stated_units is not None:
+    if keys is not None or policy.stated_units is not None:
         raise ConfigError(f"{path}: a prepared store takes neither keys nor units; state them when preparing it")
     store = Store(path)
     chosen = range(*(part or (0, len(store)))) if split is None else store.split_indices(split).tolist()
     for index in chosen:
-        data = door.admit(partial(store.__getitem__, index))
+        data = policy.admit(partial(store.__getitem__, index))
         if data is not None:
             yield data
 
@@ -56,4 +55,4 @@ def matches(path: Path, head: bytes) -> bool:
     return (path / "manifest.json").is_file()
 
 
-SOURCE = Source("store", "a prepared store", read_store, matches, parts=divide, expand=lambda path: [path])
+READER = Reader("store", "a prepared store", read_store, matches, parts=divide, expand=lambda path: [path])

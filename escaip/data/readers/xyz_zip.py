@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from escaip.data.labels import LabelKeys, labels_found
 from escaip.data.readers.ase import XYZ, _xyz_frames
-from escaip.data.readers.policy import Door
-from escaip.data.readers.registry import Part, Source
+from escaip.data.readers.policy import Part, Reader, ReadPolicy
+from escaip.data.structure import LabelKeys, labels_found
 from escaip.errors import DataError
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
 GROUP_KEY = "material_id"
 MAX_LINE = 1 << 20
@@ -30,7 +29,7 @@ _SAMPLED = 16
 
 
 def read_xyz_zip(
-    path: Path, door: Door, *, name: str | None = None, keys: LabelKeys | None = None, part: Part | None = None
+    path: Path, policy: ReadPolicy, *, name: str | None = None, keys: LabelKeys | None = None, part: Part | None = None
 ) -> Iterator[AtomicData]:
     """Frames of every (ext)xyz member, in the sorted order of the members' names; other members are left alone.
 
@@ -39,7 +38,7 @@ def read_xyz_zip(
 
     Args:
         path: zip file.
-        door: units and error policy.
+        policy: units and error policy.
         name: what ids begin with; default the file's name.
         keys: label names; see :class:`LabelKeys`. The energy corrected by MP2020 of MPTrj is
             ``mp2020_corrected_energy``.
@@ -48,7 +47,7 @@ def read_xyz_zip(
     Raises:
         DataError: no zip, no xyz member in it, an encrypted, damaged or truncated member, or a bad structure.
     """
-    from escaip.data.atomic_data import AtomicData
+    from escaip.data.structure import AtomicData
 
     name = name or path.name
     keys = keys or LabelKeys()
@@ -58,9 +57,9 @@ def read_xyz_zip(
             for index, atoms in enumerate(_frames(archive, info, path)):
                 structure_id = None if keys.structure_id else f"{name}:{info.filename}:{index}"
                 group = str(atoms.info.get(GROUP_KEY, info.filename)) if keys.group is None else None
-                data = door.admit(
+                data = policy.admit(
                     lambda atoms=atoms, structure_id=structure_id, group=group: AtomicData.from_ase(  # type: ignore[misc]
-                        atoms, keys=keys, structure_id=structure_id, group=group, units=door.units
+                        atoms, keys=keys, structure_id=structure_id, group=group, units=policy.units
                     ),
                     lambda atoms=atoms: labels_found(atoms),  # type: ignore[misc]
                 )
@@ -175,4 +174,4 @@ def _damaged(path: Path, info: zipfile.ZipInfo, count: int, error: Exception) ->
     return DataError(f"{path}: member {info.filename} is damaged after {count} frames ({reason}); download it again")
 
 
-SOURCE = Source("xyz_zip", "zip of (ext)xyz files, as of MPTrj", read_xyz_zip, matches, parts=divide)
+READER = Reader("xyz_zip", "zip of (ext)xyz files, as of MPTrj", read_xyz_zip, matches, parts=divide)
