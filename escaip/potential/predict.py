@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from escaip.data import AtomicData, collate
-from escaip.data.atomic_data import EDGE_FIELDS
+from escaip.data.structure import EDGE_FIELDS
 from escaip.data.validation import complete_cell
 from escaip.errors import ConfigError, DataError, UnsupportedElementError, UsageError
 from escaip.files import first_line
