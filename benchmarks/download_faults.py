@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "data"))
 
 from http_server import PIECE, FileServer, Page, file_server
 
-from escaip.data.transfer import BLOCK
+from escaip.data.download import BLOCK
 
 SIZES = {"a.bin": 6_000_000, "b.bin": 3_500_001, "sub/c.bin": 2_000_000}
 PAUSE = 0.004  # after each piece of 16 KiB
@@ -39,10 +39,9 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from escaip.data.download import download
-from escaip.data.transfer_http import RetryPolicy
 from escaip.files import DatasetCard
 card = DatasetCard("made", "made", {"dataset": {}, "files": json.loads(sys.argv[1])}, Path("card"))
-download(card, root=sys.argv[2], jobs=int(sys.argv[3]), progress=False, retries=RetryPolicy(first_delay=0.05))
+download(card, root=sys.argv[2], jobs=int(sys.argv[3]), progress=False, delay=0.05)
 """
 
 

@@ -1,118 +1,144 @@
-"""``escaip data download``: the files of a data card, in parallel, continued after an interruption, checked.
+"""``escaip data download``: the published files of a data card, in parallel, resumed after an interruption, checked.
 
-Files go to ``ROOT/NAME/FILE``. A file that is whole is not asked for again. How one file comes is in
-:mod:`escaip.data.transfer`, how archives are unpacked in :mod:`escaip.data.unpack`.
+A file arrives as ``NAME.part``, described by ``NAME.part.json``, and takes its name once its length and checksum are
+right; ``.NAME.verified`` then remembers the checksum. Resuming follows RFC 9110, sections 13.1.5 and 14.
 """
 
 from __future__ import annotations
 
+import errno
+import fnmatch
+import hashlib
+import json
+import logging
 import os
+import re
 import shutil
 import sys
-import time
-from collections.abc import Sequence
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from functools import partial
+from lzma import LZMAError
+from multiprocessing.pool import ThreadPool
+from pathlib import Path, PurePosixPath
+from threading import Event
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from escaip.data.download_plan import PlannedFile, choose_files, plan_file, read_files
-from escaip.data.transfer import fetch
-from escaip.data.transfer_disk import (
-    DiskFullError,
-    Listener,
-    Record,
-    Stopped,
-    bytes_text,
-    disk_errors,
-    forget,
-    hash_file,
-    part_path,
-)
-from escaip.data.transfer_http import RetryPolicy, remote_size
-from escaip.data.unpack import archive_suffix, unpack
+from escaip import __version__
 from escaip.errors import ConfigError, DataError, EscaipError
-from escaip.files import DatasetCard, dataset_card
+from escaip.files import DatasetCard, dataset_card, first_line, try_lock
 
-ROOT_VARIABLE = "ESCAIP_DATA"
-_PATIENCE_WITH_THREADS = 3.0
+if TYPE_CHECKING:
+    from requests import Response
+
+BLOCK = 1 << 17
+"""Bytes read at once from the network; a kill loses at most these."""
+ARCHIVES = {".tar.gz": 3, ".tgz": 3, ".tar.bz2": 3, ".tar.xz": 3, ".tar": 1, ".zip": 3}
+"""Suffixes of archives, and how many times its size an archive's contents are assumed to take."""
+_DIGITS = {"sha256": 64, "md5": 32}
+_PASSING = (202, 408, 425, 429, 500, 502, 503, 504)  # 202: figshare while it prepares a file
+_TIMEOUT, _LONGEST_WAIT = 60.0, 600.0
+"""Seconds without a byte that count as a failure, and seconds a server may ask to wait (``Retry-After``)."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DownloadedFile:
-    """A file that is there now.
+class RemoteFile:
+    """A published file, and what is on disk of it before the download.
 
     Attributes:
-        path: of it.
-        size: bytes.
-        digest: ``ALGORITHM:HEX`` of its contents.
-        published: the digest agreed with a published one; else nobody published any.
-        new: it came in this run; else it was there.
-        folder: of its contents, where it was unpacked.
+        name: path below the folder of the data set.
+        url: http or https address.
+        path: where it goes.
+        size: bytes according to the card, or None; ``exact`` says whether that is more than an estimate.
+        algorithm: of the checksum, ``md5`` or ``sha256``; ``digest`` is the published one, or None.
+        split: name of its split, empty for none.
+        gated: how to get a file whose conditions a person has to accept, else empty.
+        page: address of a page about the data set.
+        there: bytes on disk; ``whole`` says whether the file is complete.
     """
 
+    name: str
+    url: str
     path: Path
-    size: int
-    digest: str
-    published: bool
-    new: bool
-    folder: Path | None
+    size: int | None
+    exact: bool
+    algorithm: str
+    digest: str | None
+    split: str
+    gated: str
+    page: str
+    there: int
+    whole: bool
+
+    def beside(self, pattern: str) -> Path:
+        """Returns the path of an attendant file, such as ``{}.part``."""
+        return self.path.with_name(pattern.format(self.path.name))
+
+    @property
+    def missing(self) -> int:
+        """Bytes to download, as far as known."""
+        return 0 if self.whole else max(0, (self.size or 0) - self.there)
 
 
 @dataclass(frozen=True)
 class DownloadReport:
-    """What was asked for and what came.
+    """Files asked for and files on disk.
 
     Attributes:
         folder: of the data set.
-        plan: before anything was downloaded.
-        files: afterwards; empty for a dry run.
-        needed: bytes still to come, unpacking included, as far as sizes are known.
-        free: bytes on the disk, before.
-        messages: what was told on the way: attempts, starts from the beginning.
-        seconds: it took.
+        plan: files asked for, as they were before.
+        needed: bytes to download and unpack, as far as known.
+        free: bytes free on the disk before.
+        lines: one line for each file on disk; none for a dry run.
     """
 
     folder: Path
-    plan: tuple[PlannedFile, ...]
-    files: tuple[DownloadedFile, ...]
+    plan: tuple[RemoteFile, ...]
     needed: int
     free: int
-    messages: tuple[str, ...]
-    seconds: float
+    lines: tuple[str, ...] = ()
 
     def table(self) -> str:
-        """The plan: files, sizes, what is there, the sum, free space."""
+        """Returns the plan as text: file, split, size, bytes on disk, and free space."""
         rows = [("file", "split", "size", "there")]
         for item in self.plan:
-            size = bytes_text(item.size) if item.exact or item.size is None else f"about {bytes_text(item.size)}"
             there = "whole" if item.whole else bytes_text(item.there) if item.there else "-"
-            gated = " (by hand: conditions)" if item.remote.gated and not item.whole else ""
-            rows.append((item.remote.name, item.remote.split or "-", size, there + gated))
+            note = " (by hand: conditions)" if item.gated and not item.whole else ""
+            size = bytes_text(item.there if item.whole else item.size)
+            rows.append((item.name, item.split or "-", size if item.exact else f"about {size}", there + note))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        unknown = sum(item.missing is None for item in self.plan)
-        more = f", and {unknown} files of unknown size" if unknown else ""
-        short = f": {bytes_text(self.needed - self.free)} too little" if self.needed > self.free else ""
+        unknown = sum(item.size is None and not item.whole for item in self.plan)
+        more = f" and {unknown} files of unknown size" if unknown else ""
         lines.append(f"{len(self.plan)} files into {self.folder}; needed {bytes_text(self.needed)}{more}")
+        short = f": {bytes_text(self.needed - self.free)} too little" if self.needed > self.free else ""
         return "\n".join([*lines, f"free on that disk {bytes_text(self.free)}{short}"])
 
     def summary(self) -> str:
-        """A line for each file and one for all."""
-        lines = []
-        for file in self.files:
-            checked = "as published" if file.published else "no checksum published"
-            state = "downloaded" if file.new else "was there"
-            unpacked = f", unpacked into {file.folder}" if file.folder else ""
-            lines.append(f"{file.path}: {bytes_text(file.size)}, {state}, {file.digest} ({checked}){unpacked}")
-        new = [file.size for file in self.files if file.new]
-        lines.append(
-            f"{self.folder}: {len(new)} files downloaded ({bytes_text(sum(new))}), {len(self.files) - len(new)} were "
-            f"there, in {self.seconds:.1f} s"
-        )
-        return "\n".join(lines)
+        """Returns one line for each file and one for all of them."""
+        new = sum(not item.whole for item in self.plan)
+        return "\n".join([*self.lines, f"{self.folder}: {new} files downloaded, {len(self.plan) - new} were there"])
+
+
+class _Passing(Exception):
+    """A failure that another attempt may overcome, after ``wait`` seconds where the server asks for them."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class _Stopped(EscaipError):
+    """The user pressed Ctrl-C, or another file met a full disk."""
 
 
 def download(
@@ -126,217 +152,482 @@ def download(
     extract: bool = False,
     verify: bool = False,
     progress: bool = True,
-    retries: RetryPolicy | None = None,
+    attempts: int = 6,
+    delay: float = 1.0,
 ) -> DownloadReport:
-    """Downloads the files of a data set, those that are not there yet.
+    """Downloads the files of a data set that are not on disk yet; the same call continues after any interruption.
 
-    The same call after an interruption, of whatever kind, goes on where it was. Checksums are computed while the bytes
-    come; what does not agree with the published one never takes the file's name. ``http_proxy``, ``https_proxy``,
-    ``no_proxy``, ``REQUESTS_CA_BUNDLE`` and ``SSL_CERT_FILE`` are obeyed. One connection per file: what makes it
-    faster is ``jobs``.
+    ``http_proxy``, ``https_proxy``, ``no_proxy``, ``REQUESTS_CA_BUNDLE`` and ``SSL_CERT_FILE`` are obeyed.
 
     Args:
         name_or_card: data set.
-        split: only the files of this split.
+        split: only files of this split.
         files: only these files, by name or pattern (``train/*``).
-        root: folder of data sets; default ``$ESCAIP_DATA``, else ``data`` in the current folder.
-        jobs: files at the same time.
-        dry_run: only say what would be done; :meth:`DownloadReport.table`.
-        extract: also unpack archives, each into a folder of its name without suffix.
-        verify: compute the checksums of files that are there; else their size and time must be as remembered.
-        progress: bars on a terminal, and messages, on standard error.
-        retries: patience with the server.
+        root: folder of all data sets; default ``$ESCAIP_DATA``, else ``data`` in the current folder.
+        jobs: files at the same time, one connection each.
+        dry_run: return the plan and download nothing.
+        extract: unpack archives, each into a folder of its name without suffix.
+        verify: compute the checksums of files on disk again, instead of trusting unchanged size and time.
+        progress: show a bar on a terminal.
+        attempts: failures of a file in a row, without progress between them, before giving it up.
+        delay: seconds before the second attempt; each further delay is twice as long, up to a minute.
 
     Raises:
         ConfigError: an unknown data set, split or file.
-        DataError: a card that is wrong, a gated file, too little space, a file that cannot be had or is wrong.
-        KeyboardInterrupt: what was received is kept.
+        DataError: a wrong card, a gated file, too little space, or a file that cannot be had or is wrong.
+        KeyboardInterrupt: received bytes are kept.
     """
-    began = time.perf_counter()
     if jobs < 1:
         raise ConfigError(f"jobs: {jobs} is not a positive number")
-    policy = retries or RetryPolicy()
     card = name_or_card if isinstance(name_or_card, DatasetCard) else dataset_card(name_or_card)
-    chosen = choose_files(card, read_files(card), split, files)
-    folder = Path(root or os.environ.get(ROOT_VARIABLE) or "data") / card.name
-    plan = [plan_file(remote, folder, policy) for remote in chosen]
-    unpacking = sum(item.unpacking for item in plan) if extract else 0
-    needed = sum(item.missing or 0 for item in plan) + unpacking
-    free = _free(folder)
-    results: list[DownloadedFile] = []
-    messages: list[str] = []
-    if not dry_run:
-        _refuse_early(plan, needed, free, folder)
-        results = _Run(plan, policy, extract=extract, verify=verify, progress=progress, messages=messages).all(jobs)
-    seconds = time.perf_counter() - began
-    return DownloadReport(folder, tuple(plan), tuple(results), needed, free, tuple(messages), seconds)
-
-
-def _free(folder: Path) -> int:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    with disk_errors(str(folder)):
-        return shutil.disk_usage(folder).free
-
-
-def _refuse_early(plan: Sequence[PlannedFile], needed: int, free: int, folder: Path) -> None:
-    gated = [item for item in plan if item.remote.gated and not item.whole]
-    if gated:
-        first = gated[0]
-        others = f" (and {len(gated) - 1} more)" if len(gated) > 1 else ""
-        raise DataError(
-            f"{first.remote.name}{others}: cannot be downloaded without a person: {first.remote.how or 'see the page'}"
-            f" ({first.remote.url}), and put it at {first.path}"
-        )
+    folder = Path(root or os.environ.get("ESCAIP_DATA") or "data") / card.name
+    plan = choose_files(card, read_files(card, folder), split, files)
+    missing = sum(item.missing for item in plan)
+    needed = missing + (sum(_unpacking(item) for item in plan) if extract else 0)
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if dry_run:
+        return DownloadReport(folder, tuple(plan), needed, free)
+    for item in plan:
+        if item.gated and not item.whole:
+            how = f"{item.gated} ({item.url}), and put it at {item.path}"
+            raise DataError(f"{item.name}: cannot be downloaded without a person: {how}")
     if needed > free:
-        raise DataError(
-            f"{folder}: {bytes_text(needed)} are needed and {bytes_text(free)} are free, {bytes_text(needed - free)} "
-            "too little: choose files with --split or --file, free space, or name another disk with --root"
+        remedy = "choose files with --split or --file, free space, or name another disk with --root"
+        raise DataError(f"{folder}: {bytes_text(needed)} are needed and {bytes_text(free)} are free: {remedy}")
+    stop = Event()
+    # None hides the bar where there is no terminal. Daemon threads: after Ctrl-C nobody waits for a silent server.
+    bar = tqdm(total=missing, unit="B", unit_scale=True, dynamic_ncols=True, disable=None if progress else True)
+    work = partial(_get, attempts=attempts, delay=delay, extract=extract, verify=verify, bar=bar, stop=stop)
+    with bar, ThreadPool(min(jobs, len(plan))) as pool:
+        try:
+            results = list(pool.imap(work, plan))
+        except KeyboardInterrupt:
+            stop.set()
+            print("received bytes are kept: run the same command again to continue", file=sys.stderr)
+            raise
+    lines = [result for result in results if isinstance(result, str)]
+    errors = [result for result in results if not isinstance(result, str | _Stopped)]
+    if errors:
+        more = f" ({len(errors)} of {len(plan)} files failed, {len(lines)} are there)" if len(plan) > 1 else ""
+        raise DataError(f"{errors[0]}{more}") from errors[0]
+    return DownloadReport(folder, tuple(plan), needed, free, tuple(lines))
+
+
+def read_files(card: DatasetCard, folder: Path) -> list[RemoteFile]:
+    """Returns the files that a card names, with their state in ``folder``.
+
+    Raises:
+        DataError: an entry that is incomplete or unsafe; the message names the manifest and the entry.
+    """
+    manifest, found = card.path / "manifest.toml", {}
+    for number, entry in enumerate(card.manifest.get("files", [])):
+        where, name, url = f"{manifest}: [[files]] number {number + 1}", entry.get("name"), entry.get("url")
+        if not isinstance(name, str) or not _is_safe(name) or name in found:
+            raise DataError(f"{where}: name {name!r} is no plain file name, or occurs twice")
+        if not isinstance(url, str) or urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise DataError(f"{where}: url {url!r} is no http or https address")
+        sizes = [entry[key] for key in ("size", "approximate_size") if key in entry]
+        if any(type(size) is not int or size < 0 for size in sizes):
+            raise DataError(f"{where}: size and approximate_size must be whole numbers of bytes, not {sizes}")
+        algorithm = next((key for key in _DIGITS if key in entry), "sha256")
+        digest = str(entry[algorithm]).lower() if algorithm in entry else None
+        if digest is not None and not re.fullmatch(f"[0-9a-f]{{{_DIGITS[algorithm]}}}", digest):
+            raise DataError(f"{where}: {algorithm} {digest!r} is no checksum of that kind")
+        path, part = folder / name, folder / f"{name}.part"
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder, where a file should go: move it away")
+        found[name] = RemoteFile(
+            name=name,
+            url=url,
+            path=path,
+            size=sizes[0] if sizes else None,
+            exact="size" in entry or not sizes,
+            algorithm=algorithm,
+            digest=digest,
+            split=str(entry.get("split", "")),
+            gated=str(entry.get("how", "see the page")) if entry.get("gated") else "",
+            page=str(card.manifest.get("dataset", {}).get("homepage") or url),
+            there=next((file.stat().st_size for file in (path, part) if file.exists()), 0),
+            whole=path.exists(),
+        )
+    if not found:
+        raise DataError(f"{manifest}: names no files to download")
+    return list(found.values())
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a name is a relative path without tricks, and not that of another file's part or record."""
+    path = PurePosixPath(name)
+    plain = name.isprintable() and "\\" not in name and not path.is_absolute() and str(path) == name
+    taken = name.endswith((".part", ".part.json", ".corrupt"))
+    return plain and not taken and not any(part.startswith(".") for part in path.parts)
+
+
+def choose_files(
+    card: DatasetCard, plan: Sequence[RemoteFile], split: str | None, patterns: Sequence[str] | None
+) -> list[RemoteFile]:
+    """Returns the files of a split that have one of these names or patterns; None means all.
+
+    Raises:
+        ConfigError: no such split or file; the message lists those there are.
+    """
+    splits = sorted({item.split for item in plan if item.split})
+    if split is not None and split not in splits:
+        raise ConfigError(f"split: {card.name} has no split {split!r}; it has {', '.join(splits) or 'none'}")
+    chosen = [item for item in plan if split in (None, item.split)]
+    for pattern in patterns or ():
+        if not fnmatch.filter([item.name for item in chosen], pattern):
+            names = ", ".join(item.name for item in chosen)
+            raise ConfigError(f"file: {card.name} has no {pattern!r}; there are {names}")
+    return [item for item in chosen if patterns is None or any(fnmatch.fnmatch(item.name, p) for p in patterns)]
+
+
+def _get(
+    item: RemoteFile, attempts: int, delay: float, extract: bool, verify: bool, bar: tqdm, stop: Event
+) -> str | EscaipError:
+    """Downloads, checks and unpacks one file; returns its line or its error, so that the other files go on."""
+    try:
+        digest = _check(item, verify, stop) if item.whole else _fetch(item, attempts, delay, bar, stop)
+        for leftover in ("{}.part", "{}.part.json"):  # of a kill right after the renaming
+            item.beside(leftover).unlink(missing_ok=True)
+        folder = f", unpacked into {unpack(item.path, digest)}" if extract and archive_suffix(item.name) else ""
+        state = "was there" if item.whole else "downloaded"
+        published = "no checksum published" if item.digest is None else "as published"
+        size = bytes_text(item.path.stat().st_size)
+        return f"{item.path}: {size}, {state}, {item.algorithm}:{digest} ({published}){folder}"
+    except EscaipError as error:
+        return error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return DataError(f"{item.name}: cannot be written ({error}): check its folder")
+        stop.set()  # there is no point in going on with the other files
+        return DataError(
+            f"{item.name}: the disk is full ({error.strerror}); received bytes are kept: free space and run the same "
+            "command again"
         )
 
 
-class _Run:
-    """The files of a plan, several at a time."""
+def _check(item: RemoteFile, verify: bool, stop: Event) -> str:
+    """Returns the checksum of a file on disk, remembered or computed; raises DataError for a wrong one."""
+    status, known = item.path.stat(), _read_json(item.beside(".{}.verified"))
+    remedy = "move or delete it and run the same command again"
+    if item.size not in (None, status.st_size) and item.exact:
+        raise DataError(f"{item.path}: has {status.st_size} bytes, published are {item.size}: {remedy}")
+    before = known.get("digest") if known.get("algorithm") == item.algorithm else None
+    expected = item.digest or before
+    unchanged = (known.get("size"), known.get("mtime_ns")) == (status.st_size, status.st_mtime_ns)
+    if expected and before == expected and unchanged and not verify:
+        return str(expected)
+    digest = _digest(item.path, item.algorithm, stop)
+    if expected not in (None, digest):
+        origin = "published is" if item.digest else "when it was downloaded it was"
+        raise DataError(f"{item.path}: {item.algorithm} is {digest}, {origin} {expected}: {remedy}")
+    _remember(item, item.path, digest)
+    return digest
 
-    def __init__(
-        self,
-        plan: Sequence[PlannedFile],
-        policy: RetryPolicy,
-        *,
-        extract: bool,
-        verify: bool,
-        progress: bool,
-        messages: list[str],
-    ) -> None:
-        self._plan, self._policy, self._extract, self._verify = plan, policy, extract, verify
-        self._progress, self._messages = progress, messages
-        self._stop = Event()
-        self._waiting: SimpleQueue[int] = SimpleQueue()
-        self._results: dict[int, DownloadedFile] = {}
-        self._errors: dict[int, Exception] = {}
 
-    def all(self, jobs: int) -> list[DownloadedFile]:
-        """Every file; where some fail the others are finished first."""
-        for number in range(len(self._plan)):
-            self._waiting.put(number)
-        disable = None if self._progress and len(self._plan) > 1 else True
-        with tqdm(total=len(self._plan), unit=" files", dynamic_ncols=True, disable=disable) as total:
-            # Daemons: after Ctrl-C the program must not wait for a server that says nothing.
-            threads = [
-                Thread(target=self._work, args=(slot, total), daemon=True) for slot in range(min(jobs, len(self._plan)))
-            ]
+def _fetch(item: RemoteFile, attempts: int, delay: float, bar: tqdm, stop: Event) -> str:
+    """Downloads a file, or the rest of it, gives it its name and returns its checksum."""
+    item.path.parent.mkdir(parents=True, exist_ok=True)
+    part, state = item.beside("{}.part"), item.beside("{}.part.json")
+    with _locked(item, part) as file:
+        if item.path.exists():
+            raise DataError(f"{item.name}: {item.path} appeared meanwhile: run the same command again")
+        for _ in range(2):
             try:
-                for thread in threads:
-                    thread.start()
-                while any(thread.is_alive() for thread in threads):
-                    for thread in threads:
-                        thread.join(0.1)
-            except KeyboardInterrupt:
-                self._stop.set()
-                deadline = time.monotonic() + _PATIENCE_WITH_THREADS
-                for thread in threads:
-                    thread.join(max(0.0, deadline - time.monotonic()))
-                print("what was received is kept: run the same command again to continue", file=sys.stderr)
+                _receive(item, file, state, attempts, delay, bar, stop)
+            except BaseException:
+                if not part.stat().st_size:
+                    state.unlink(missing_ok=True)
+                    part.unlink()
                 raise
-        self._raise_errors()
-        return [self._results[number] for number in range(len(self._plan))]
+            os.fsync(file.fileno())
+            digest = _digest(part, item.algorithm, stop)
+            if item.digest in (None, digest):
+                # The record comes first: a kill in between leaves a complete part, never an unknown file.
+                _remember(item, part, digest)
+                os.replace(part, item.path)
+                return digest
+            _log.warning("%s: the checksum of the received bytes is wrong", item.name)
+            state.unlink(missing_ok=True)
+        part.unlink()
+    raise DataError(
+        f"{item.name}: {item.algorithm} is {digest}, published is {item.digest}, after two attempts: see whether the "
+        f"published file has changed: {item.page}"
+    )
 
-    def _raise_errors(self) -> None:
-        for error in self._errors.values():
-            if not isinstance(error, EscaipError):
-                raise error
-        if self._errors:
-            first = self._errors[min(self._errors)]
-            if len(self._plan) == 1:
-                raise first
-            done = f"{len(self._results)} are there" if self._results else "none is there"
-            raise DataError(f"{first} ({len(self._errors)} of {len(self._plan)} files failed, {done})") from first
 
-    def _work(self, slot: int, total: tqdm) -> None:
-        while not self._stop.is_set():
-            try:
-                number = self._waiting.get_nowait()
-            except Empty:
-                return
-            bar = _Bar(self._plan[number].remote.name, slot, self._progress, self._messages)
-            try:
-                self._results[number] = self._one(self._plan[number], bar)
-                total.update()
-            except Stopped:
-                return
-            except Exception as error:
-                self._errors[number] = error
-                if isinstance(error, DiskFullError) or not isinstance(error, EscaipError):
-                    self._stop.set()
-            finally:
-                bar.close()
+def _receive(
+    item: RemoteFile, file: IO[bytes], state: Path, attempts: int, delay: float, bar: tqdm, stop: Event
+) -> None:
+    """Makes attempts until every byte is there."""
+    failures = best = resets = 0
+    while True:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            return _attempt(item, file, state, bar, stop)
+        except _Passing as error:
+            there = os.fstat(file.fileno()).st_size
+            resets += there < before
+            failures, best = (1, there) if there > best else (failures + 1, best)
+            if max(failures, resets) >= attempts:
+                kept = f"{bytes_text(there)} are kept: run the same command again to continue"
+                raise DataError(f"{item.name}: {error}, {attempts} times; {kept}") from error
+            wait = min(60.0, delay * 2 ** (failures - 1)) if error.wait is None else error.wait
+            _log.warning("%s: %s; next attempt in %.3g s", item.name, error, wait)
+            if stop.wait(wait):
+                raise _Stopped from error
 
-    def _one(self, item: PlannedFile, listener: Listener) -> DownloadedFile:
-        if item.whole:
-            with disk_errors(item.remote.name):
-                record = self._check(item, listener)
-                forget(part_path(item.path))  # a kill right after the renaming leaves a state
+
+def _attempt(item: RemoteFile, file: IO[bytes], state: Path, bar: tqdm, stop: Event) -> None:
+    """Asks the server for what is missing; bytes of uncertain origin are dropped, never continued."""
+
+    def drop() -> int:
+        # The bytes go before anything is said about new ones: never old bytes under a new state.
+        os.ftruncate(file.fileno(), 0)
+        state.unlink(missing_ok=True)
+        return 0
+
+    known, offset = _read_json(state), os.fstat(file.fileno()).st_size
+    size, version = known.get("size"), known.get("version")
+    boot = _BOOT.read_text() if _BOOT.exists() else ""
+    # Bytes can be trusted when a checksum will tell, or the file has a version and the machine did not crash since.
+    sure = item.digest is not None or (isinstance(version, str) and known.get("boot") == boot)
+    sizes = {value for value in (size, item.size if item.exact else None) if value is not None}
+    if (
+        known.get("url") != item.url
+        or not sure
+        or len(sizes) > 1
+        or any(type(n) is not int or n < offset for n in sizes)
+    ):
+        offset, size, version = drop(), None, None
+    if offset and offset == size:
+        return
+    headers = {"Range": f"bytes={offset}-", **({"If-Range": version} if version else {})} if offset else {}
+    with _request(item, headers) as response:
+        now = _version(response)
+        if response.status_code == 206 and offset:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            total = size if span is None or span[2] == "*" else int(span[2])
+            changed = None not in (version, now) and version != now
+            if span is None or int(span[1]) != offset or changed or size not in (None, total):
+                drop()
+                raise _Passing("the file changed on the server, or another range came than was asked for", wait=0.0)
+            _accept(item, response, total)
+        elif response.status_code == 416 and offset:
+            drop()
+            raise _Passing("the file changed on the server", wait=0.0)
+        elif response.status_code == 200:
+            if offset:
+                _log.warning("%s: starting over, the server cannot continue or the file changed", item.name)
+            offset, framed = drop(), "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+            length = response.headers.get("Content-Length", "")
+            total = int(length) if length.isdecimal() and not framed else item.size if item.exact else None
+            if total is None and not framed and item.digest is None:
+                where = f"see {item.page}"
+                raise DataError(f"{item.name}: neither the server nor the card states a length or checksum; {where}")
+            _accept(item, response, total)
+            free = shutil.disk_usage(state.parent).free
+            if total is not None and total > free:
+                raise OSError(errno.ENOSPC, f"{bytes_text(total)} are needed and {bytes_text(free)} are free")
+            # A torn state, like a torn record, counts as none.
+            state.write_text(json.dumps({"url": item.url, "version": now, "size": total, "boot": boot}))
         else:
-            record = fetch(item.remote, item.path, self._policy, listener, self._stop)
-        folder = None
-        if self._extract and archive_suffix(item.path.name):
-            folder = unpack(item.path, record.digest, listener, self._stop)
-        digest = f"{record.algorithm}:{record.digest}"
-        return DownloadedFile(item.path, record.size, digest, record.published, not item.whole, folder)
-
-    def _check(self, item: PlannedFile, listener: Listener) -> Record:
-        """Whether a file that is there is the published one, as remembered or by its checksum."""
-        remote, path = item.remote, item.path
-        record = Record.read(path)
-        if record is not None and record.fits(path) and not self._verify:
-            agrees = remote.digest is None or (record.algorithm, record.digest) == (remote.algorithm, remote.digest)
-            if agrees and remote.size in (None, record.size):
-                return record
-        size, expected, algorithm = remote.size, remote.digest, remote.algorithm
-        if expected is None and record is not None:
-            expected, algorithm = record.digest, record.algorithm
-        if size is None and expected is None and not remote.gated:
-            size = remote_size(remote, self._policy)
-        status = path.stat()
-        remedy = "move or delete it and run the same command again"
-        if size not in (None, status.st_size):
-            raise DataError(f"{path}: has {status.st_size} bytes, published are {size}: {remedy}")
-        listener.begin(0, status.st_size)
-        with open(path, "rb") as file:
-            digest = hash_file(file.fileno(), algorithm, status.st_size, listener, self._stop).hexdigest()
-        if expected not in (None, digest):
-            origin = "published is" if remote.digest is not None else "when it was downloaded it was"
-            raise DataError(f"{path}: {algorithm} is {digest}, {origin} {expected}: {remedy}")
-        checked = remote.digest is not None
-        found = Record(remote.url, status.st_size, status.st_mtime_ns, algorithm, digest, published=checked)
-        found.write(path)
-        return found
+            raise _refusal(item, response)
+        for block in _blocks(response):
+            if total is not None and offset + len(block) > total:
+                drop()
+                raise _Passing("more bytes came than were announced")
+            file.write(block)
+            file.flush()
+            offset += len(block)
+            bar.update(len(block))
+            if stop.is_set():
+                raise _Stopped
+    if total is not None and offset < total:
+        raise _Passing("the connection broke off")
 
 
-class _Bar(Listener):
-    """One file on the terminal; messages go there and to the report."""
+def _blocks(response: Response) -> Iterator[bytes]:
+    from urllib3.exceptions import HTTPError
 
-    def __init__(self, name: str, slot: int, show: bool, messages: list[str]) -> None:
-        self._show, self._messages = show, messages
-        # None leaves bars out where there is no terminal.
-        disable = None if show else True
-        self._bar = tqdm(
-            desc=name, position=slot + 1, leave=False, unit="B", unit_scale=True, dynamic_ncols=True, disable=disable
-        )
+    try:
+        yield from response.raw.stream(BLOCK, decode_content=False)
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise _Passing(f"the connection broke off ({_reason(error)})") from error
 
-    def begin(self, there: int, size: int | None) -> None:
-        self._bar.reset(size)
-        # What was there before does not count as speed.
-        self._bar.initial = self._bar.n = self._bar.last_print_n = there
-        self._bar.refresh()
 
-    def advance(self, count: int) -> None:
-        self._bar.update(count)
+def _accept(item: RemoteFile, response: Response, size: int | None) -> None:
+    """Refuses a response that is not the file although the server calls it a success."""
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind in ("text/html", "application/xhtml+xml") and not item.name.endswith((".html", ".htm")):
+        raise DataError(f"{item.name}: a web page came instead of the file: open {item.page} in a browser")
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    # Some servers call the compression of the file itself a coding.
+    if coding not in ("", "identity") and not item.name.endswith((".gz", ".tgz", ".xz", ".bz2", ".zip")):
+        raise DataError(f"{item.name}: the server sends it compressed ({coding}) although it was asked not to")
+    if item.exact and None not in (size, item.size) and size != item.size:
+        offer = f"the server offers {size} bytes, the card says {item.size}"
+        raise DataError(f"{item.name}: {offer}: the published file has changed; see {item.page}")
 
-    def say(self, text: str) -> None:
-        self._messages.append(text)
-        if self._show:
-            tqdm.write(text, file=sys.stderr)
 
-    def close(self) -> None:
-        self._bar.close()
+@contextmanager
+def _request(item: RemoteFile, headers: dict[str, str]) -> Iterator[Response]:
+    """Yields the response at the end of the redirects, its body unread."""
+    import requests
+
+    # Compressed on the way, the bytes and their count would be others.
+    headers = {"User-Agent": f"escaip/{__version__}", "Accept-Encoding": "identity", **headers}
+    authorities = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
+    host = urlsplit(item.url).hostname
+    try:
+        response = requests.get(item.url, headers=headers, stream=True, timeout=_TIMEOUT, verify=authorities)
+    except (requests.ConnectionError, requests.Timeout) as error:
+        proxy = "the proxy for " if isinstance(error, requests.exceptions.ProxyError) else ""
+        reason = f"no answer from {proxy}{host} ({_reason(error)})"
+        if isinstance(error, requests.exceptions.SSLError):
+            remedy = "if a proxy replaces certificates, name its authorities in REQUESTS_CA_BUNDLE or SSL_CERT_FILE"
+            raise DataError(f"{item.name}: {reason}: {remedy}") from error
+        raise _Passing(reason) from error
+    except (OSError, ValueError) as error:  # bad addresses and files of authorities
+        raise DataError(f"{item.name}: {item.url} cannot be asked for ({first_line(error)})") from error
+    with response:
+        hops = [hop.url for hop in (*response.history, response)]
+        if item.url.startswith("https:") and not all(hop.startswith("https:") for hop in hops):
+            raise DataError(f"{item.name}: {host} redirects to an address without encryption; see {item.page}")
+        yield response
+
+
+def _refusal(item: RemoteFile, response: Response) -> Exception:
+    """Returns the exception that a status other than success means."""
+    status = f"the server answers {response.status_code} {response.reason or ''}".strip()
+    if response.status_code not in _PASSING:
+        return DataError(f"{item.name}: {status} to {item.url}: see {item.page} for where it is or how to get access")
+    text = response.headers.get("Retry-After", "").strip()
+    wait = float(text) if text.isdecimal() else None
+    if wait is not None and wait > _LONGEST_WAIT:
+        return DataError(f"{item.name}: {status} and asks to wait {wait:.0f} s: run it later")
+    return _Passing(status, wait)
+
+
+def _version(response: Response) -> str | None:
+    """Returns the header that names this version of the file: its strong ETag, else its date."""
+    tag = response.headers.get("ETag", "").strip()
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified")
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the innermost cause in a few words; outer ones repeat addresses, which may hold tokens."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+@contextmanager
+def _locked(item: RemoteFile, part: Path) -> Iterator[IO[bytes]]:
+    """Yields the open part, which no other process writes to."""
+    while (file := try_lock(part)) is not None:
+        with file:
+            # Between opening and locking another process may have renamed the part: never write to that file.
+            if part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                yield file
+                return
+    raise DataError(f"{item.name}: another process is downloading it; wait for that one")
+
+
+def _digest(path: Path, algorithm: str, stop: Event) -> str:
+    total = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            if stop.is_set():
+                raise _Stopped
+            total.update(block)
+    return total.hexdigest()
+
+
+def _remember(item: RemoteFile, path: Path, digest: str) -> None:
+    facts = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+    item.beside(".{}.verified").write_text(json.dumps({**facts, "algorithm": item.algorithm, "digest": digest}))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns the entries of a file; none where it is absent or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def bytes_text(count: int | None) -> str:
+    """Returns a size in decimal units; ``?`` for None."""
+    if count is None:
+        return "?"
+    size, unit = float(count), 0
+    while size >= 999.5 and unit < 4:
+        size, unit = size / 1000, unit + 1
+    return f"{count} B" if unit == 0 else f"{size:.3g} {' kMGT'[unit]}B"
+
+
+def archive_suffix(name: str) -> str | None:
+    """Returns the suffix by which a file is known as an archive; None for other files."""
+    return next((suffix for suffix in ARCHIVES if name.lower().endswith(suffix)), None)
+
+
+def _unpacking(item: RemoteFile) -> int:
+    """Returns the bytes that an archive's contents may take; 0 where they are there."""
+    suffix = archive_suffix(item.name)
+    there = suffix is not None and item.path.with_name(item.path.name[: -len(suffix)]).exists()
+    return 0 if suffix is None or there else ARCHIVES[suffix] * ((item.there if item.whole else item.size) or 0)
+
+
+def unpack(archive: Path, digest: str) -> Path:
+    """Unpacks an archive into a folder of its name without suffix, whole or not at all, and returns that folder.
+
+    Args:
+        archive: tar, also compressed, or zip.
+        digest: checksum of the archive, remembered in the folder.
+
+    Raises:
+        DataError: a damaged archive, a name that leads outside the folder, a device, an encrypted file, or a folder of
+            that name that was not made from this archive.
+        OSError: a full disk; nothing is left.
+    """
+    target = archive.with_name(archive.name[: -len(archive_suffix(archive.name) or "")])
+    aside, marker = archive.with_name(f".{archive.name}.unpacking"), {"archive": archive.name, "digest": digest}
+    before = _read_json(target / ".unpacked.json")
+    if before == marker:
+        return target
+    if target.exists() and before.get("archive") != archive.name:
+        raise DataError(f"{target}: is there already and was not unpacked from {archive.name}: move it away")
+    if (lock := try_lock(archive)) is None:
+        raise DataError(f"{archive.name}: another process is unpacking it; wait for that one")
+    with lock:
+        shutil.rmtree(aside, ignore_errors=True)  # of a killed run
+        try:
+            aside.mkdir()
+            _unpack_into(archive, aside)
+            (aside / ".unpacked.json").write_text(json.dumps(marker), encoding="utf-8")
+            os.sync()
+            shutil.rmtree(target, ignore_errors=True)  # of an archive that was published anew
+            os.replace(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _unpack_into(archive: Path, folder: Path) -> None:
+    try:
+        if archive.suffix.lower() == ".zip":
+            with zipfile.ZipFile(archive) as content:
+                for name in content.namelist():  # shutil leaves such members out without a word
+                    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+                        raise DataError(f"{archive.name}: holds {name!r}, which leads outside its folder")
+            shutil.unpack_archive(archive, folder)
+        else:
+            shutil.unpack_archive(archive, folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; damage has no number
+            raise
+        raise DataError(f"{archive}: cannot be unpacked ({first_line(error)}): run it with --verify") from error
