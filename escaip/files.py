@@ -252,10 +252,18 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     return folder / file
 
 
+def list_examples(kind: str) -> dict[str, Path]:
+    """Returns the examples that ``example:NAME`` names, by name.
+
+    Args:
+        kind: ``"model"`` or ``"structure"``.
+    """
+    folder = resource_dir("md") / ("potentials" if kind == "model" else "structures")
+    return {file.stem: file for file in sorted(folder.glob("[!.]*")) if file.suffix != ".md"}
+
+
 def _example(text: str) -> Path:
-    folder = resource_dir("md")
-    files = [file for part in ("potentials", "structures") for file in sorted((folder / part).glob("[!.]*"))]
-    held = {file.stem: file for file in files if file.suffix != ".md"}
+    held = {**list_examples("model"), **list_examples("structure")}
     name = text.removeprefix(EXAMPLE_PREFIX)
     if name not in held:
         raise DataError(f"{text} does not exist: examples are {', '.join(held)}")

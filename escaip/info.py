@@ -1,16 +1,51 @@
-"""What a model file is, and what this installation is."""
+"""The commands ``info``, ``examples`` and ``recipes``: model files, this installation, what comes with it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import json as jsonlib
 import os
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from escaip.files import config_path, list_configs, list_examples, sha256
+from escaip.options import ModelFile
 
 if TYPE_CHECKING:
     from escaip.potential import Potential
+
+
+def info(model: ModelFile | None = None, *, json: bool = False) -> None:
+    """Describes a model file; without one, this installation.
+
+    Args:
+        model: a model file
+        json: print JSON
+
+    Example: escaip info example:organic
+    """
+    print(render(describe_model(model) if model else describe_installation(), as_json=json))
+
+
+def examples() -> None:
+    """Lists the potentials and structures that come with the package.
+
+    Example: escaip md example:organic example:ethanol
+    """
+    for kind in ("model", "structure"):
+        names = [f"example:{name}" for name in list_examples(kind)]
+        print(f"{'potentials' if kind == 'model' else 'structures'}: {', '.join(names)}")
+
+
+def recipes() -> None:
+    """Lists the recipes that fit, validate and test take as --config.
+
+    Example: escaip fit --config quickstart
+    """
+    names = list_configs()
+    width = max(map(len, names)) + 2
+    for name in names:
+        first = config_path(name).read_text(encoding="utf-8").splitlines()[0]
+        print(f"{name:<{width}}{first.lstrip('# ').rstrip('.')}")
 
 
 def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -33,7 +68,7 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     rows = {name: (row, scale) for name, row, scale in zip(names, *_by_set(potential), strict=True)}
     return {
         "file": os.fspath(path),
-        "sha256": _sha256(Path(path)),
+        "sha256": sha256(path),
         "schema": description["schema"],
         "architecture": description["architecture"],
         "parameters": sum(parameter.numel() for parameter in potential.model.parameters()),
@@ -103,7 +138,7 @@ def describe_installation() -> dict[str, Any]:
 def render(description: dict[str, Any], as_json: bool = False) -> str:
     """Returns text for a terminal, or JSON."""
     if as_json:
-        return json.dumps(description, indent=1, ensure_ascii=False)
+        return jsonlib.dumps(description, indent=1, ensure_ascii=False)
     width = max(len(key) for key in description) + 2
     return "\n".join(_lines(description, width, ""))
 
@@ -126,11 +161,3 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

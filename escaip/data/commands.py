@@ -1,149 +1,162 @@
-"""What ``escaip data`` does with files: inspect and convert. Functions only; the command line calls them."""
+"""The ``escaip data`` commands."""
 
 from __future__ import annotations
 
-import bz2
-import errno
-import gzip
-import json
-import lzma
-import os
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from escaip.data.inspect import Inspection, inspect_structures, plot_inspection
-from escaip.data.readers import PathLike, ReadReport, expand_paths, open_source
-from escaip.data.store import Store, StoreWriter
-from escaip.data.store_writer import MANIFEST
-from escaip.errors import DataError
+from typing_extensions import Unpack
 
-if TYPE_CHECKING:
-    from escaip.data.structure import AtomicData
-
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_XYZ = (".xyz", ".extxyz")
+from escaip.errors import UsageError
+from escaip.options import DataPath, ReadOptions
 
 
-@dataclass(frozen=True)
-class WriteReport:
-    """What was written.
+def list_cards() -> None:
+    """Lists the data sets that have a card.
 
-    Attributes:
-        path: the file or store.
-        written: structures in it.
-        skipped: structures left out, bad or filtered.
-        messages: why, for the first of them.
+    Example: escaip data list
     """
+    from escaip.files import list_datasets
 
-    path: Path
-    written: int
-    skipped: int
-    messages: tuple[str, ...]
-
-    def summary(self) -> str:
-        """One line."""
-        text = f"{self.path}: {self.written} structures written, {self.skipped} skipped"
-        return f"{text} (first: {self.messages[0]})" if self.messages else text
+    cards = list_datasets()
+    width = max((len(card.name) for card in cards), default=0) + 2
+    for card in cards:
+        print(f"{card.name:<{width}}{card.title}")
 
 
-def inspect(
-    path: PathLike | list[PathLike], *, out: PathLike | None = None, show: bool = True, **options: Any
-) -> Inspection:
-    """Counts, ranges and distributions of any supported data; bad structures and implausible units are reported.
-
-    Of a prepared store the checksums are compared first.
+def info(name: str) -> None:
+    """Prints the card of a data set: origin, licence, level of theory, files, how to prepare it.
 
     Args:
-        path: see :func:`open_source`.
-        out: directory for ``inspect.json`` and ``inspect.png``; None writes no files.
-        show: print the table.
-        **options: of :func:`open_source` (``format``, ``keys``, ``units``, ``limit``, ``index``, ...).
+        name: a data set of escaip data list
 
-    Raises:
-        DataError: a file that cannot be read, a damaged store, or 0 structures.
+    Example: escaip data info spice
     """
-    report = ReadReport()
-    for file in expand_paths(path):
-        if file.is_dir() and (file / MANIFEST).is_file():
-            Store(file).verify()
-    options = {"on_error": "skip", **options, "check_units": False}
-    try:
-        inspection, values = inspect_structures(open_source(path, report=report, **options), report)
-    except DataError as error:
-        if report.read == 0 and report.messages:
-            reason = f"{report.skipped} were skipped, the first: {report.messages[0]}"
-            raise DataError(f"0 structures could be read, {reason}") from error
-        raise
-    if show:
-        print(inspection.table())
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        plot_inspection(values, folder / "inspect.png")
-        _replace_text(folder / "inspect.json", json.dumps(inspection.to_dict(), indent=1))
-    return inspection
+    from escaip.files import dataset_card
+
+    print(dataset_card(name).text)
 
 
-def convert(src: PathLike | list[PathLike], dst: PathLike, *, overwrite: bool = False, **options: Any) -> WriteReport:
-    """Any supported data into extxyz (``.xyz``, ``.extxyz``, also ``.gz``, ``.bz2``, ``.xz``) or a prepared store.
+def download(
+    name: str,
+    *,
+    split: str | None = None,
+    file: list[str] | None = None,
+    root: str | None = None,
+    jobs: int = 4,
+    extract: bool = False,
+    verify: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Downloads the published files of a data set; an interrupted download goes on where it stopped.
 
     Args:
-        src: see :func:`open_source`.
-        dst: file to write; a name without suffix, or ending in ``.store``, makes a prepared store.
-        overwrite: replace what is there.
-        **options: of :func:`open_source`.
+        name: a data set of escaip data list
+        split: only the files of this split
+        file: only these files, by name or pattern
+        root: folder of all data sets (default: $ESCAIP_DATA, else data)
+        jobs: files at a time
+        extract: unpack archives
+        verify: compare checksums of files that are there already
+        dry_run: print files, sizes and free space, and fetch nothing
+
+    Example: escaip data download mptrj --dry-run
+    """
+    from escaip.files import dataset_card
+
+    dataset_card(name)
+    from escaip.data.download import download as fetch
+
+    report = fetch(name, split=split, files=file, root=root, jobs=jobs, dry_run=dry_run, extract=extract, verify=verify)
+    print(report.table() if dry_run else report.summary())
+
+
+def inspect(path: DataPath, *, out: str | None = None, **read: Unpack[ReadOptions]) -> None:
+    """Prints counts, ranges and distributions of any supported data.
+
+    Args:
+        path: a file or folder
+        out: folder for inspect.json and inspect.png
+
+    Example: escaip data inspect train.extxyz --keys.energy REF_energy
+    """
+    from escaip.data.from_files import inspect as inspect_path
+    from escaip.files import resolve
+
+    inspect_path(resolve(path), out=out, **reading(**read))
+
+
+def convert(
+    source: DataPath, target: str, *, skip_bad: bool = False, overwrite: bool = False, **read: Unpack[ReadOptions]
+) -> None:
+    """Converts any supported data into extxyz or a prepared store.
+
+    Args:
+        source: a file or folder
+        target: a name that ends in .extxyz (also .gz, .xz), or a folder for a prepared store
+        skip_bad: leave out bad structures and count them
+        overwrite: replace what is there
+
+    Example: escaip data convert sample.hdf5 sample.extxyz
+    """
+    from escaip.data.from_files import convert as convert_path
+    from escaip.files import resolve
+
+    on_error = "skip" if skip_bad else "raise"
+    print(convert_path(resolve(source), target, overwrite=overwrite, on_error=on_error, **reading(**read)).summary())
+
+
+def prepare(
+    name: str,
+    source: list[str],
+    *,
+    out: str,
+    workers: int = 1,
+    val: float = 0.0,
+    test: float = 0.0,
+    split_by: Literal["group", "structure"] = "group",
+    seed: int = 0,
+    dtype: Literal["float64", "float32"] = "float64",
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    restart: bool = False,
+    **read: Unpack[ReadOptions],
+) -> None:
+    """Converts native files into a prepared store, in parallel; a killed preparation goes on where it stopped.
+
+    Args:
+        name: a data set of escaip data list, or a layout
+        source: files, folders or patterns; train=PATH val=PATH for sets that come divided
+        out: folder of the store
+        workers: processes
+        val: fraction, or number, of structures for validation
+        test: fraction, or number, of structures for testing
+        split_by: what is never divided between splits
+        seed: seed of the split
+        dtype: precision of forces and stress in the store
+        skip_bad: leave out bad structures and count them
+        overwrite: replace what is there
+        restart: throw away unfinished work that used other options
+
+    Example: escaip data prepare spice SPICE-2.0.1.hdf5 --out stores/spice --workers 8 --val 0.05
+    """
+    from escaip.data.prepare import prepare_named
+
+    if "format" in read:
+        raise UsageError("--format does not belong to prepare: give the layout as NAME")
+    report = prepare_named(
+        name, source, out, options={**reading(**read), "on_error": "skip" if skip_bad else "raise"},
+        split={"by": split_by, "val": val, "test": test} if val or test else None,
+        seed=seed, workers=workers, dtype=dtype, overwrite=overwrite, restart=restart, progress=True,
+    )  # fmt: skip
+    print(report.summary())
+
+
+def reading(**read: Any) -> dict[str, Any]:
+    """Returns the options of :func:`escaip.data.open_source` that ``ReadOptions`` ask for.
 
     Raises:
-        DataError: unreadable data, 0 structures, an unknown suffix, a full disk; then nothing is left at ``dst``.
+        UsageError: a limit below 1.
     """
-    target = Path(dst)
-    if target.suffix in ("", ".store"):
-        return _write_store(src, target, overwrite, options)
-    opener = _OPENERS.get(target.suffix, open)
-    kind = Path(target.stem).suffix if target.suffix in _OPENERS else target.suffix
-    if kind not in _XYZ:
-        raise DataError(f"{target}: cannot write this format; use .extxyz (also .gz, .xz), or no suffix for a store")
-    if target.exists() and not overwrite:
-        raise DataError(f"{target}: exists already; choose another name or allow overwriting")
-    report = ReadReport()
-    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with opener(aside, "wt", encoding="utf-8") as file:
-            written = _write_xyz(open_source(src, report=report, **options), file)
-        if written == 0:
-            raise DataError(f"{target}: 0 structures to write; check the source, its filters and on_error")
-        os.replace(aside, target)
-    except OSError as error:
-        reason = "the disk is full, nothing was kept" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise DataError(f"{target}: cannot be written ({reason}); free space or write elsewhere") from error
-    finally:
-        aside.unlink(missing_ok=True)
-    return WriteReport(target, written, report.skipped + report.filtered, tuple(report.messages))
-
-
-def _write_store(src: PathLike | list[PathLike], target: Path, overwrite: bool, options: Any) -> WriteReport:
-    report = ReadReport()
-    names = [os.fspath(item) for item in ([src] if isinstance(src, str | os.PathLike) else src)]
-    with StoreWriter(target, source=", ".join(names), overwrite=overwrite) as writer:
-        for data in open_source(src, report=report, **options):
-            writer.write(data)
-    return WriteReport(target, len(writer), report.skipped + report.filtered, tuple(report.messages))
-
-
-def _write_xyz(structures: Iterable[AtomicData], file: IO[str]) -> int:
-    import ase.io
-
-    count = 0
-    for data in structures:
-        ase.io.write(file, data.to_ase(), format="extxyz")
-        count += 1
-    return count
-
-
-def _replace_text(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    if read.get("limit", 1) < 1:
+        raise UsageError(f"--limit is {read['limit']}: it must be at least 1")
+    return {**read.pop("set", {}), **read}

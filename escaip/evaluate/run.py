@@ -71,8 +71,8 @@ def evaluate(
     seconds = time.perf_counter() - started
     if not any(np.isfinite(values).any() for values in (records.energy, records.forces, records.stress)):
         raise DataError(
-            "no structure has an energy, force or stress label: name their keys with --energy-key, --forces-key, "
-            "--stress-key"
+            "no structure has an energy, force or stress label: name their keys with --keys.energy, --keys.forces, "
+            "--keys.stress"
         )
     rotation = None if potential.config.is_conservative else rotation_error(potential, first)
     report = compute_report(records, free_atoms_only=free_atoms_only, rotation_error=rotation, seconds=seconds)

@@ -1,83 +1,201 @@
-"""From files to a folder: what the commands ``vibrations``, ``eos``, ``elastic``, ``phonons`` and ``neb`` call."""
+"""The commands ``vibrations``, ``eos``, ``elastic``, ``phonons`` and ``neb``."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ase import Atoms
+from typing_extensions import TypedDict, Unpack
 
-from escaip.errors import ConfigError
-from escaip.simulate.structures import read_structure
-
-Result = Any
-"""Of one of the properties: with ``summary()`` and ``write(folder)``."""
+from escaip.options import ModelFile, StructureFile
 
 
-def property_files(
-    name: str,
-    model: str | os.PathLike[str],
-    structures: list[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    frame: int = -1,
-    calculator: dict[str, Any] | None = None,
-    **settings: Any,
-) -> Result:
-    """Computes a property of a structure file with a model file, and writes it into a folder.
+class _Options(TypedDict, total=False):
+    """Options of every property.
 
     Args:
-        name: ``"vibrations"``, ``"eos"``, ``"elastic"``, ``"phonons"`` or ``"neb"``.
-        model: ``.ckpt`` or ``.escaip``.
-        structures: a file, or two for ``"neb"``.
-        out: folder, made when needed.
-        frame: which structure of each file.
-        calculator: options of :class:`~escaip.EScAIPCalculator`.
-        **settings: of the function of that name in :mod:`escaip.properties`.
-
-    Returns:
-        What that function returns.
-
-    Raises:
-        EscaipError: as the calculator, the readers and that function.
+        frame: which structure of the file (default: the last)
+        device: auto, cpu, cuda or cuda:N (default: auto)
+        dtype: precision of the model (default: float64, since small differences matter)
+        dataset: data set whose atomic energies are used, for a model trained on several
     """
-    compute = _function(name)
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ConfigError(f"--out {out} is a file: name a folder")
-    atoms = [read_structure(path, frame) for path in structures]
-    _attach(atoms[0], model, calculator or {})
-    result = compute(*atoms, **settings)
-    result.write(out)
-    return result
+
+    frame: int
+    device: str
+    dtype: Literal["float32", "float64"]
+    dataset: str
 
 
-def _function(name: str) -> Any:
-    if name == "vibrations":
-        from escaip.properties.vibrations import molecular_vibrations
+def vibrations(
+    model: ModelFile,
+    structure: StructureFile,
+    *,
+    relax: Literal["ions", "none"] = "ions",
+    fmax: float = 1e-3,
+    steps: int = 500,
+    finite_differences: bool = False,
+    step: float = 0.01,
+    out: str = "vibrations",
+    **options: Unpack[_Options],
+) -> None:
+    """Computes harmonic frequencies and modes of a molecule.
 
-        return molecular_vibrations
-    if name == "eos":
-        from escaip.properties.equation_of_state import fit_equation_of_state
+    Args:
+        model: a model file
+        structure: anything ASE reads
+        relax: relax the molecule first
+        fmax: largest force after the relaxation, in eV/Å
+        steps: give up relaxing after this many
+        finite_differences: differentiate forces numerically, for models whose forces are no derivatives
+        step: displacement of the finite differences in Å
+        out: folder for results and plots
 
-        return fit_equation_of_state
-    if name == "elastic":
-        from escaip.properties.elastic import elastic_constants
-
-        return elastic_constants
-    if name == "phonons":
-        from escaip.properties.phonons import check_phonopy, crystal_phonons
-
-        check_phonopy()  # before the model is loaded
-        return crystal_phonons
-    if name == "neb":
-        from escaip.properties.neb import minimum_energy_path
-
-        return minimum_energy_path
-    raise ConfigError(f"no property is named {name!r}: choose vibrations, eos, elastic, phonons or neb")
+    Example: escaip vibrations example:organic example:ethanol
+    """
+    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "step": step}
+    _run("vibrations", model, [structure], out, options, finite_differences=finite_differences, **settings)
 
 
-def _attach(atoms: Atoms, model: str | os.PathLike[str], options: dict[str, Any]) -> None:
-    from escaip.calculators.ase import EScAIPCalculator
+def eos(
+    model: ModelFile,
+    structure: StructureFile,
+    *,
+    relax: Literal["full", "ions", "none"] = "full",
+    fmax: float = 1e-3,
+    steps: int = 500,
+    span: float = 0.06,
+    points: int = 9,
+    out: str = "eos",
+    **options: Unpack[_Options],
+) -> None:
+    """Fits an equation of state: equilibrium volume, bulk modulus and its pressure derivative.
 
-    atoms.calc = EScAIPCalculator(model, **options)
+    Args:
+        model: a model file
+        structure: anything ASE reads
+        relax: relax first; full is atoms and cell
+        fmax: largest force after the relaxation, in eV/Å
+        steps: give up relaxing after this many
+        span: volumes within 1 ± SPAN of the first
+        points: number of volumes
+        out: folder for results and plots
+
+    Example: escaip eos example:silicon example:Si
+    """
+    _run("eos", model, [structure], out, options, relaxation=relax, fmax=fmax, steps=steps, span=span, points=points)
+
+
+def elastic(
+    model: ModelFile,
+    structure: StructureFile,
+    *,
+    relax: Literal["full", "ions", "none"] = "full",
+    fmax: float = 1e-3,
+    steps: int = 500,
+    strain: float = 0.005,
+    symprec: float = 1e-3,
+    symmetry: bool = True,
+    out: str = "elastic",
+    **options: Unpack[_Options],
+) -> None:
+    """Computes the elastic constants of a crystal.
+
+    Args:
+        model: a model file
+        structure: anything ASE reads
+        relax: relax first; full is atoms and cell
+        fmax: largest force after the relaxation, in eV/Å
+        steps: give up relaxing after this many
+        strain: strain applied in both directions
+        symprec: tolerance of the symmetry in Å
+        symmetry: average over the symmetry of the crystal
+        out: folder for results and plots
+
+    Example: escaip elastic example:silicon example:Si
+    """
+    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "strain": strain, "symprec": symprec}
+    _run("elastic", model, [structure], out, options, symmetrize=symmetry, **settings)
+
+
+def phonons(
+    model: ModelFile,
+    structure: StructureFile,
+    *,
+    relax: Literal["full", "ions", "none"] = "full",
+    fmax: float = 1e-3,
+    steps: int = 500,
+    supercell: tuple[int, int, int] | None = None,
+    min_length: float = 12.0,
+    displacement: float = 0.01,
+    hessian: bool = False,
+    mesh: float = 60.0,
+    symprec: float = 1e-4,
+    out: str = "phonons",
+    **options: Unpack[_Options],
+) -> None:
+    """Computes phonon bands, density of states and harmonic free energy of a crystal.
+
+    Args:
+        model: a model file
+        structure: anything ASE reads
+        relax: relax first; full is atoms and cell
+        fmax: largest force after the relaxation, in eV/Å
+        steps: give up relaxing after this many
+        supercell: repeats along the three axes (default: what --min-length asks for)
+        min_length: smallest edge of the supercell in Å
+        displacement: displacement of atoms in Å
+        hessian: use second derivatives of the supercell instead of displaced atoms
+        mesh: length in Å that sets the density of q-points
+        symprec: tolerance of the symmetry in Å
+        out: folder for results and plots
+
+    Example: escaip phonons example:silicon example:Si
+    """
+    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "supercell": supercell, "min_length": min_length}
+    settings = {**settings, "displacement": displacement, "hessian": hessian, "mesh": mesh, "symprec": symprec}
+    _run("phonons", model, [structure], out, options, **settings)
+
+
+def neb(
+    model: ModelFile,
+    initial: StructureFile,
+    final: StructureFile,
+    *,
+    relax: Literal["ions", "none"] = "ions",
+    fmax: float = 0.05,
+    steps: int = 500,
+    images: int = 5,
+    spring: float = 0.1,
+    optimizer: Literal["fire", "bfgs"] = "fire",
+    climb: bool = True,
+    out: str = "neb",
+    **options: Unpack[_Options],
+) -> None:
+    """Finds the minimum-energy path and the barrier between two structures.
+
+    Args:
+        model: a model file
+        initial: anything ASE reads
+        final: the same atoms in the same order and cell
+        relax: relax the ends first
+        fmax: largest force at the end, in eV/Å
+        steps: give up after this many
+        images: images between the ends
+        spring: spring constant between images in eV/Å²
+        optimizer: algorithm
+        climb: let the highest image climb to the saddle point
+        out: folder for results and plots
+
+    Example: escaip neb model.escaip before.xyz after.xyz --images 7
+    """
+    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "images": images, "spring": spring}
+    _run("neb", model, [initial, final], out, options, optimizer=optimizer, climb=climb, **settings)
+
+
+def _run(name: str, model: str, structures: list[str], out: str, options: _Options, **settings: Any) -> None:
+    from escaip.properties.from_files import property_files
+
+    calculator: dict[str, Any] = {"dtype": "float64", **options}
+    frame = calculator.pop("frame", -1)
+    result = property_files(name, model, [*structures], out, frame=frame, calculator=calculator, **settings)
+    print(result.summary())
+    print(f"wrote {out}")

@@ -1,158 +1,247 @@
-"""From files to files: what ``escaip md`` and ``escaip relax`` call."""
+"""The commands ``md``, ``relax``, ``select``, ``analyze`` and ``check``."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import Literal
 
-from ase import Atoms
-from ase.calculators.calculator import BaseCalculator
+from typing_extensions import Unpack
 
-from escaip.errors import SimulationError
-from escaip.simulate.md import MDResult, run_md
-from escaip.simulate.outputs import freeze
-from escaip.simulate.progress import ProgressLine
-from escaip.simulate.relaxation import RelaxResult, relax
-from escaip.simulate.settings import MDSettings
-from escaip.simulate.structures import read_structure, write_structure
-
-if TYPE_CHECKING:
-    from escaip.simulate.findings import CheckReport
+from escaip.options import CalculatorOptions, ModelFile, ModelOptions, StructureFile
 
 
-def md_file(
-    model: str | os.PathLike[str],
-    structure: str | os.PathLike[str],
+def relax(
+    model: ModelFile,
+    structure: StructureFile,
     *,
+    fmax: float = 0.05,
+    steps: int = 500,
+    optimizer: Literal["bfgs", "fire"] = "bfgs",
+    cell: bool = False,
+    pressure: float = 0.0,
     frame: int = -1,
-    out: str | os.PathLike[str] = "md.extxyz",
+    out: str | None = None,
+    **options: Unpack[CalculatorOptions],
+) -> None:
+    """Relaxes a structure to a minimum of the energy.
+
+    Args:
+        model: a model file
+        structure: anything ASE reads
+        fmax: largest force at the end, in eV/Å
+        steps: give up after this many
+        optimizer: algorithm
+        cell: relax the cell as well
+        pressure: external pressure in GPa, with --cell
+        frame: which structure of the file (default: the last)
+        out: file to write (default: the name of STRUCTURE with .relaxed.extxyz)
+
+    Example: escaip relax example:organic example:ethanol --fmax 0.01
+    """
+    from escaip.simulate.from_files import relax_file
+
+    result, written = relax_file(
+        model, structure, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell, pressure=pressure, frame=frame,
+        out=out, **options,
+    )  # fmt: skip
+    print(result.summary())
+    print(f"wrote {written}")
+
+
+def md(
+    model: ModelFile,
+    structure: StructureFile,
+    *,
+    ensemble: Literal["nve", "nvt", "npt"] = "nvt",
+    steps: int = 10_000,
+    temperature: float = 300.0,
+    timestep: float = 0.5,
+    pressure: float | None = None,
+    thermostat: Literal["langevin", "bussi", "nose-hoover"] | None = None,
+    thermostat_time: float = 100.0,
+    barostat: Literal["isotropic", "full"] | None = None,
+    barostat_time: float = 1000.0,
+    velocities: Literal["auto", "draw", "keep"] = "auto",
+    seed: int = 0,
+    interval: int = 10,
+    trajectory_interval: int | None = None,
+    restart_interval: int = 1000,
+    frame: int = -1,
+    out: str = "md.extxyz",
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-    device: str = "auto",
-    dtype: str | None = None,
-    dataset: str | None = None,
-    precision: str | None = None,
-    compile: bool = False,
     graph_skin: float = 0.0,
     cuda_graphs: bool = False,
-    committee: Sequence[str | os.PathLike[str]] = (),
-    d3: str | None = None,
-    d3_damping: str = "bj",
-    **settings: Any,
-) -> MDResult:
-    """Runs molecular dynamics of a structure file with a model file.
+    max_spread: float | None = None,
+    save_spread: float | None = None,
+    **options: Unpack[CalculatorOptions],
+) -> None:
+    """Runs molecular dynamics with a log, a trajectory and a restart file.
 
-    ``device`` to ``d3_damping`` as in :func:`make_calculator`, ``settings`` as in :class:`MDSettings`.
+    Args:
+        model: a model file
+        structure: anything ASE reads
+        ensemble: constant energy, temperature, or temperature and pressure
+        steps: steps of the whole run, resumed parts included
+        temperature: temperature in K, of the thermostat and of velocities that are drawn
+        timestep: time step in fs
+        pressure: pressure in GPa, npt only (default: 0)
+        thermostat: nvt only (default: langevin)
+        thermostat_time: relaxation time of the thermostat in fs
+        barostat: npt only (default: isotropic)
+        barostat_time: relaxation time of the barostat in fs
+        velocities: auto keeps those in the file and draws them where there are none
+        seed: seed of velocities and thermostat
+        interval: steps between lines of the log
+        trajectory_interval: steps between frames (default: as --interval)
+        restart_interval: steps between restart files
+        frame: which structure of the file (default: the last)
+        out: trajectory, .extxyz or .traj; the log and the restart file go beside it
+        resume: continue the run in --out from its restart file
+        overwrite: replace an unfinished run in --out
+        quiet: print no progress line
+        graph_skin: keep the graph while distances change by less than this many Å; 0.3 for small systems on a GPU
+        cuda_graphs: with --compile, on CUDA, launch each evaluation as one graph
+        max_spread: with --committee, stop where the members' forces on an atom differ by more, in eV/Å
+        save_spread: with --committee, write frames above it, in eV/Å, to OUT.uncertain.extxyz and go on
 
-    Raises:
-        EscaipError: see :func:`~escaip.simulate.run_md`, :func:`~escaip.simulate.read_structure` and
-            :class:`~escaip.EScAIPCalculator`.
+    Example: escaip md example:organic example:ethanol --steps 2000 --out ethanol.extxyz
     """
-    checked = MDSettings(**settings)  # before the model is loaded: a mistyped number should cost no time
-    atoms = _load(
-        model, structure, frame, device=device, dtype=dtype, dataset=dataset, precision=precision, compile=compile,
-        graph_skin=graph_skin, cuda_graphs=cuda_graphs, committee=committee, d3=d3, d3_damping=d3_damping,
+    from escaip.simulate.from_files import md_file
+
+    result = md_file(
+        model, structure, frame=frame, out=out, resume=resume, overwrite=overwrite, quiet=quiet,
+        graph_skin=graph_skin, cuda_graphs=cuda_graphs, ensemble=ensemble, steps=steps, temperature=temperature,
+        timestep=timestep, pressure=pressure, thermostat=thermostat, thermostat_time=thermostat_time,
+        barostat=barostat, barostat_time=barostat_time, velocities=velocities, seed=seed, log_interval=interval,
+        trajectory_interval=trajectory_interval or interval, restart_interval=restart_interval,
+        max_spread=max_spread, save_spread=save_spread, **options,
     )  # fmt: skip
-    report = None if quiet else ProgressLine()
-    return run_md(atoms, checked, out=out, resume=resume, overwrite=overwrite, report=report)
+    print(result.summary())
 
 
-def relax_file(
-    model: str | os.PathLike[str],
-    structure: str | os.PathLike[str],
-    *,
-    frame: int = -1,
-    out: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    dataset: str | None = None,
-    precision: str | None = None,
-    compile: bool = False,
-    committee: Sequence[str | os.PathLike[str]] = (),
-    d3: str | None = None,
-    d3_damping: str = "bj",
-    **settings: Any,
-) -> tuple[RelaxResult, Path]:
-    """Relaxes a structure file with a model file; ``settings`` as in :func:`~escaip.simulate.relax`.
-
-    Returns:
-        The result and the file it was written to.
-
-    Raises:
-        SimulationError: not converged; the structure reached is written all the same, and named.
-        EscaipError: as in :func:`md_file`.
-    """
-    atoms = _load(
-        model, structure, frame, device=device, dtype=dtype, dataset=dataset, precision=precision, compile=compile,
-        committee=committee, d3=d3, d3_damping=d3_damping,
-    )  # fmt: skip
-    path = Path(out) if out is not None else Path(f"{Path(structure).stem}.relaxed.extxyz")
-    result = relax(atoms, **settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_structure(path, freeze(result.atoms))
-    if not result.converged:
-        raise SimulationError(
-            f"not converged after {result.steps} steps (largest force {result.largest_force:.4f} eV/Å): the structure "
-            f"reached is in {path}: raise --steps, or try --optimizer fire"
-        )
-    return result, path
-
-
-def check_file(
-    model: str | os.PathLike[str],
-    structure: str | os.PathLike[str],
+def check(
+    model: ModelFile,
+    structure: StructureFile,
     *,
     frame: int = -1,
     seed: int = 0,
     temperature: float | None = None,
-    **options: Any,
-) -> CheckReport:
-    """Compares a model with what physics demands of it, see :func:`~escaip.simulate.check_calculator`.
-
-    ``options`` as in :func:`make_calculator`.
-
-    Raises:
-        EscaipError: as in :func:`md_file`.
-    """
-    from escaip.simulate.check import check_calculator
-
-    atoms = _load(model, structure, frame, **options)
-    return check_calculator(atoms.calc, atoms, seed=seed, temperature=temperature)
-
-
-def make_calculator(
-    model: str | os.PathLike[str],
-    *,
-    committee: Sequence[str | os.PathLike[str]] = (),
-    d3: str | None = None,
-    d3_damping: str = "bj",
-    **options: Any,
-) -> BaseCalculator:
-    """The calculator of a model file.
+    graph_skin: float = 0.0,
+    cuda_graphs: bool = False,
+    **options: Unpack[CalculatorOptions],
+) -> None:
+    """Compares a model with what physics demands: forces as derivatives, symmetries, smoothness, conservation.
 
     Args:
-        model: ``.ckpt`` or ``.escaip`` file.
-        committee: further members beside it.
-        d3: functional whose D3 dispersion is added.
-        d3_damping: see :func:`~escaip.calculators.with_dispersion`.
-        options: as in :class:`~escaip.EScAIPCalculator`.
+        model: a model file
+        structure: the structure to test around; anything ASE reads
+        frame: which structure of the file (default: the last)
+        seed: seed of displacements and velocities
+        temperature: temperature of the test of conservation in K
+        graph_skin: keep the graph while distances change by less than this many Å
+        cuda_graphs: with --compile, on CUDA, launch each evaluation as one graph
 
-    Raises:
-        EscaipError: see there.
+    Example: escaip check example:organic example:ethanol --dtype float64
     """
-    from escaip.calculators import CommitteeCalculator, EScAIPCalculator, with_dispersion
+    from escaip.simulate.from_files import check_file
 
-    if committee:
-        made: BaseCalculator = CommitteeCalculator([model, *committee], **options)
-    else:
-        made = EScAIPCalculator(model, **options)
-    return made if d3 is None else with_dispersion(made, d3, d3_damping)
+    report = check_file(
+        model, structure, frame=frame, seed=seed, temperature=temperature, graph_skin=graph_skin,
+        cuda_graphs=cuda_graphs, **options,
+    )  # fmt: skip
+    print(report.table())
+    report.raise_failed()
 
 
-def _load(model: str | os.PathLike[str], structure: str | os.PathLike[str], frame: int, **options: Any) -> Atoms:
-    atoms = read_structure(structure, frame)
-    atoms.calc = make_calculator(model, **options)
-    return atoms
+def select(
+    trajectory: StructureFile,
+    *,
+    committee: list[ModelFile],
+    count: int,
+    out: str,
+    min_spread: float = 0.0,
+    max_spread: float | None = None,
+    min_distance: float = 0.005,
+    every: int = 1,
+    max_atoms: int | None = None,
+    **options: Unpack[ModelOptions],
+) -> None:
+    """Selects frames to label next: those on which the members of a committee disagree.
+
+    Args:
+        trajectory: anything ASE reads
+        committee: two or more model files
+        count: frames to choose, at most
+        out: a name that ends in .extxyz; a .json of spreads goes beside it
+        min_spread: leave out frames with a smaller spread of forces, in eV/Å
+        max_spread: leave out frames with a larger spread, which are broken rather than new, in eV/Å
+        min_distance: frames nearer to a chosen one are duplicates; a difference of atomic energies in eV
+        every: look at every N-th frame
+        max_atoms: atoms evaluated at once (default: what is fastest)
+
+    Example: escaip select run.extxyz --committee a.ckpt b.ckpt c.ckpt --count 50 --out new.extxyz
+    """
+    from escaip.simulate.selection import select_file
+
+    selection = select_file(
+        trajectory, committee, out, count=count, min_spread=min_spread, max_spread=max_spread,
+        min_distance=min_distance, every=every, max_atoms=max_atoms, progress=sys.stderr.isatty(), **options,
+    )  # fmt: skip
+    print(selection.summary())
+
+
+def analyze(
+    trajectory: StructureFile,
+    *,
+    quantities: list[str] | None = None,
+    out: str = "analysis",
+    timestep: float | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    every: int = 1,
+    log: str | None = None,
+    rmax: float | None = None,
+    bin_width: float = 0.05,
+    fit: tuple[float, float] | None = None,
+    blocks: int = 5,
+    unwrap: bool = True,
+    keep_drift: bool = False,
+    vacf_length: float | None = None,
+    mass_weights: bool = True,
+    plots: bool = True,
+) -> None:
+    """Analyses a trajectory: structure, diffusion, vibrations and averages.
+
+    Args:
+        trajectory: anything ASE reads
+        quantities: some of rdf, msd, vacf, density, temperature, pressure, drift (default: all that the file allows)
+        out: folder for analysis.json and plots
+        timestep: time between frames of the file in fs, where the file does not say
+        start: first frame, from 0
+        stop: frame to stop before (default: the end)
+        every: take every N-th frame
+        log: log of the run (default: the .csv beside TRAJECTORY)
+        rmax: range of rdf in Å (default: half the smallest width of the cell, at most 10)
+        bin_width: bin width of rdf in Å
+        fit: lags in fs between which diffusion is fitted (default: 0.1 to 0.5 of a block)
+        blocks: blocks for the error of diffusion
+        unwrap: follow atoms across cell boundaries for msd
+        keep_drift: keep the motion of the center of mass in msd
+        vacf_length: longest lag of vacf in fs (default: half the run, at most 5000)
+        mass_weights: weight atoms by mass in the spectrum of vacf
+        plots: draw the quantities
+
+    Example: escaip analyze md.extxyz --quantities rdf msd
+    """
+    from escaip.analysis.command import analyze_file
+
+    analysis = analyze_file(
+        trajectory, out, plots=plots, progress=sys.stderr.isatty(),
+        quantities=None if quantities is None else tuple(n for item in quantities for n in item.split(",") if n), start=start, stop=stop, every=every,
+        timestep=timestep, log=log, r_max=rmax, bin_width=bin_width, fit=fit, num_blocks=blocks, unwrap=unwrap,
+        remove_drift=not keep_drift, vacf_length=vacf_length, mass_weighted=mass_weights,
+    )  # fmt: skip
+    print(analysis.table())
+    print(f"wrote {out}")

@@ -15,7 +15,6 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 
-from escaip import cli_analysis
 from escaip.analysis import AnalysisSettings, analyze
 from escaip.analysis.settings import QUANTITIES
 from escaip.cli import main
@@ -164,9 +163,8 @@ def test_doubts_are_told(tmp_path: Path) -> None:
 
 
 def test_help_and_quantities_say_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli_analysis._QUANTITIES == QUANTITIES
     assert main(["analyze", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: escaip analyze")
+    assert ", ".join(QUANTITIES) in " ".join(capsys.readouterr().out.split())
 
 
 def test_progress_is_shown_on_a_terminal(
@@ -191,7 +189,7 @@ def test_progress_is_shown_on_a_terminal(
         (["--quantities", "msd", "--timestep", "1", "--stop", "20"], 1, "msd: too few frames"),
         (["--quantities", "msd", "--timestep", "1", "--fit", "50", "90"], 2, "end before 0.9 of a block"),
         (["--timestep", "-1"], 2, "timestep is -1.0: it must be above 0"),
-        (["--timestep", "1", "--rmax", "nan"], 2, "r_max is nan"),
+        (["--timestep", "1", "--rmax", "nan"], 2, "--rmax is 'nan'"),
         (["--start", "500", "--quantities", "rdf"], 1, "has no frame number 500"),
         (["--start", "5", "--stop", "2"], 2, "no frame is in start 5, stop 2"),
     ],

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 import warnings
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import pytest
 import escaip.cli
 import escaip.train.cli
 from escaip import __version__
-from escaip.cli import main
+from escaip.cli import main, parameters_of
+from escaip.data.commands import inspect
 from escaip.simulate import read_log
 
 Capture = pytest.CaptureFixture[str]
@@ -45,8 +47,8 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     done = run("--help", cwd=tmp_path)
     assert time.perf_counter() - started < 2.0  # 0.1 s on an idle machine
     assert done.returncode == 0
-    for name in ("fit", "validate", "test", "predict", "data", "evaluate", "relax", "md", "info"):
-        assert f"\n    {name} " in done.stdout
+    for name in ("fit", "validate", "test", "predict", "data list", "evaluate", "relax", "md", "info"):
+        assert f"\n  {name} " in done.stdout
     code = "import sys, escaip.cli; escaip.cli.main(['md', '--help']); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
@@ -62,13 +64,16 @@ def test_version(capsys: Capture) -> None:
 
 @pytest.mark.bad_input
 def test_usage_errors(capsys: Capture) -> None:
-    fails(["dance"], 2, "invalid choice: 'dance'", capsys)
-    fails(["md", "m.ckpt", "s.xyz", "--steps", "10"], 2, "--ensemble", capsys)
-    fails(["md", "m.ckpt", "s.xyz", "--ensemble", "nve", "--steps", "ten"], 2, "invalid int value: 'ten'", capsys)
-    fails(["md", "m.ckpt", "s.xyz", "--ensemble", "nve", "--steps", "10", "--temp", "3"], 2, "--temp", capsys)
-    fails(["md", "m", "s", "--ensemble", "nve", "--steps", "9", "--timestep", "-1"], 2, "timestep is -1.0 fs", capsys)
-    fails(["md", "m", "s", "--ensemble", "nvt", "--steps", "9"], 2, "nvt needs a temperature", capsys)
+    fails(["dance"], 2, "no command 'dance'", capsys)
+    fails(["data", "insect"], 2, "did you mean data inspect?", capsys)
+    fails(["md"], 2, "model, structure", capsys)
+    fails(["md", "m.ckpt", "s.xyz", "--steps", "ten"], 2, "--steps is 'ten'", capsys)
+    fails(["md", "m.ckpt", "s.xyz", "--temp", "3"], 2, "did you mean --temperature?", capsys)
+    fails(["md", "m.ckpt", "s.xyz", "--ensemble", "nvx"], 2, "choose nve, nvt, npt", capsys)
+    examples = ["example:organic", "example:ethanol"]
+    fails(["md", *examples, "--timestep", "-1"], 2, "timestep is -1.0 fs", capsys)
     fails(["evaluate", "m", "d", "--units", "bohr"], 2, "--units 'bohr' is not understood", capsys)
+    fails(["analyze", "t.xyz", "--fit", "1"], 2, "expected 2 arguments", capsys)
 
 
 @pytest.mark.bad_input
@@ -260,7 +265,7 @@ def test_a_structure_from_a_prepared_store(model: Path, labelled: Path, tmp_path
 
 
 def test_the_formats_listed_are_those_that_exist() -> None:
-    from escaip.cli_data import _FORMATS
     from escaip.data.readers import READERS
 
-    assert sorted(_FORMATS) == sorted(READERS)
+    (formats,) = [p.type for p in parameters_of(inspect) if p.name == "format"]
+    assert sorted(typing.get_args(formats)) == sorted(READERS)

@@ -1,4 +1,4 @@
-"""``md --check``, ``--committee``, ``--d3`` and ``select`` as they are typed."""
+"""``check``, ``--committee``, ``--d3`` and ``select`` as they are typed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def second(tmp_path: Path) -> Path:
 
 def test_check(model: Path, molecule: Path, tmp_path: Path, capsys: Capture) -> None:
     ase.io.write(molecule, ase.build.molecule("H2O"))
-    assert main(["md", str(model), str(molecule), "--check"]) == 0
+    assert main(["check", str(model), str(molecule)]) == 0
     printed = capsys.readouterr().out
     assert "pass  forces: F = -dE/dr, some atoms" in printed
     assert "FAIL" not in printed
     jumping = tmp_path / "jumping.escaip"
     make_potential(boo_weighting="uniform").save(jumping)
-    assert main(["md", str(jumping), str(molecule), "--check"]) == 1
+    assert main(["check", str(jumping), str(molecule)]) == 1
     printed = capsys.readouterr()
     assert "FAIL  energy where neighbors come and go" in printed.out
     assert "comparisons failed" in printed.err
@@ -69,9 +69,6 @@ def test_what_is_missing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     common = ["md", str(model), str(molecule)]
-    for arguments, named in (([], "--ensemble, --steps"), (["--ensemble", "nve"], "--steps")):
-        assert main([*common, *arguments]) == 2
-        assert f"the following arguments are required: {named}: see escaip md --help" in capsys.readouterr().err
     run = [*common, "--ensemble", "nve", "--steps", "2", "--temperature", "300", "--quiet"]
     assert main([*run, "--max-spread", "1"]) == 2
     assert "need a committee: give further models with --committee" in capsys.readouterr().err

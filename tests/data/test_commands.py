@@ -13,7 +13,8 @@ import torch
 from ase import Atoms
 from ase.data import atomic_numbers
 
-from escaip.data import AtomicData, commands
+from escaip.data import AtomicData
+from escaip.data import from_files as commands
 from escaip.data.inspect import inspect_structures
 from escaip.data.readers import open_source
 from escaip.data.structure import TENSOR_FIELDS

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.data import Batch
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential, load_potential
-from escaip.cli import build_parser
+from escaip.cli import parser_of
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.graph import build_graph
@@ -251,7 +251,7 @@ def test_where_a_precision_is_given(tmp_path: Any) -> None:
     assert EScAIPCalculator(loaded, precision="highest").potential.precision == "highest"
     assert EScAIPCalculator(path, device="cpu", precision="float16").potential.precision == "float16"
     for name in PRECISIONS:
-        assert build_parser().parse_args(["relax", "m", "s", "--precision", name]).precision == name
+        assert parser_of("relax").parse_args(["m", "s", "--precision", name]).precision == name
 
 
 @pytest.mark.bad_input

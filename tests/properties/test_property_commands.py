@@ -17,7 +17,7 @@ from escaip.cli import main
 from escaip.errors import ConfigError
 from escaip.models.config import EScAIPConfig
 from escaip.potential import Potential
-from escaip.properties import commands
+from escaip.properties import from_files as commands
 
 Capture = pytest.CaptureFixture[str]
 TINY = {
@@ -45,7 +45,7 @@ def _emt(monkeypatch: pytest.MonkeyPatch) -> None:
     """EMT in the place of the model, which would be evaluated in float64."""
 
     def attach(atoms: Atoms, model: str, options: dict[str, object]) -> None:
-        assert options == {"device": "auto", "dtype": "float64", "dataset": None}
+        assert options == {"dtype": "float64"}
         atoms.calc = EMT()
 
     monkeypatch.setattr(commands, "_attach", attach)
@@ -58,7 +58,7 @@ def test_properties_of_copper(name: str, printed: str, copper: Path, tmp_path: P
         pytest.importorskip("phonopy", reason="phonopy is not installed: pip install 'escaip[sim]'")
     out = tmp_path / "out"
     extra = ["--supercell", "2", "2", "2", "--mesh", "20"] if name == "phonons" else []
-    assert main([name, "unused", str(copper), "--out", str(out), *extra]) == 0
+    assert main([name, "example:organic", str(copper), "--out", str(out), *extra]) == 0
     shown = capsys.readouterr().out
     assert printed in shown
     assert shown.endswith(f"wrote {out}\n")
@@ -74,10 +74,10 @@ def test_a_path(hop: Callable[[], tuple[Atoms, Atoms, Atoms]], tmp_path: Path, c
         atoms.calc = None
         ase.io.write(names[-1], atoms)
     out = tmp_path / "out"
-    assert main(["neb", "unused", *names, "--images", "3", "--out", str(out), "--fmax", "0.1"]) == 0
+    assert main(["neb", "example:organic", *names, "--images", "3", "--out", str(out), "--fmax", "0.1"]) == 0
     assert "eV forward" in capsys.readouterr().out
     assert json.loads((out / "neb.json").read_text())["saddle_image"] == 2
-    assert main(["neb", "unused", names[0], names[0], "--out", str(out)]) == 1
+    assert main(["neb", "example:organic", names[0], names[0], "--out", str(out)]) == 1
     assert "the ends are one structure" in capsys.readouterr().err
 
 
@@ -104,8 +104,8 @@ def test_one_line_for_every_error(model: Path, copper: Path, tmp_path: Path, cap
         (["elastic", *arguments, "--out", str(taken)], 2, "is a file: name a folder"),
         (["elastic", str(model), "none.xyz"], 1, "structure none.xyz does not exist"),
         (["elastic", "none.ckpt", str(copper)], 1, "model file none.ckpt does not exist"),
-        (["neb", *arguments], 2, "required: FINAL"),
-        (["vibrations", *arguments, "--relax", "full"], 2, "invalid choice: 'full'"),
+        (["neb", *arguments], 2, "required: final"),
+        (["vibrations", *arguments, "--relax", "full"], 2, "--relax is 'full': choose ions, none"),
     ]
     for command, status, message in cases:
         assert main(command) == status
