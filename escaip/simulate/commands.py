@@ -237,9 +237,10 @@ def analyze(
     """
     from escaip.analysis.command import analyze_file
 
+    chosen = None if quantities is None else tuple(n for item in quantities for n in item.split(",") if n)
     analysis = analyze_file(
         trajectory, out, plots=plots, progress=sys.stderr.isatty(),
-        quantities=None if quantities is None else tuple(n for item in quantities for n in item.split(",") if n), start=start, stop=stop, every=every,
+        quantities=chosen, start=start, stop=stop, every=every,
         timestep=timestep, log=log, r_max=rmax, bin_width=bin_width, fit=fit, num_blocks=blocks, unwrap=unwrap,
         remove_drift=not keep_drift, vacf_length=vacf_length, mass_weighted=mass_weights,
     )  # fmt: skip
