@@ -21,7 +21,6 @@ from common import markdown_table, provenance, write_json
 
 from escaip import EScAIPConfig
 from escaip.data import AtomicData, collate
-from escaip.models.config import PRESETS
 from escaip.scaling.flops import count_flops, parameter_count, profile_flops
 from escaip.scaling.shapes import GraphShape
 
@@ -78,7 +77,7 @@ def row(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Prints the table; writes all figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
+    parser.add_argument("--presets", nargs="+", default=list(EScAIPConfig.PRESETS), choices=list(EScAIPConfig.PRESETS))
     parser.add_argument("--atoms", type=int, default=1024)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -18,7 +18,6 @@ from torch import Tensor
 import escaip.potential.derivatives
 from escaip import EScAIPConfig, Potential
 from escaip.data import AtomicData, collate
-from escaip.models.config import PRESETS
 
 
 class Kept:
@@ -51,7 +50,7 @@ class _Hold:
 def main() -> None:
     """Prints one line per preset and way to ask."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument("--presets", nargs="+", default=list(EScAIPConfig.PRESETS))
     for preset in parser.parse_args().presets:
         potential = Potential(EScAIPConfig.preset(preset)).eval()
         config = potential.config

@@ -20,7 +20,7 @@ __all__ = ["EScAIP", "EScAIPCalculator", "EScAIPConfig", "Potential", "__version
 
 if TYPE_CHECKING:
     from escaip.calculators.ase import EScAIPCalculator
-    from escaip.models.escaip import EScAIP, EScAIPConfig
+    from escaip.models import EScAIP, EScAIPConfig
     from escaip.potential import Potential
     from escaip.potential.loading import load_potential
 

@@ -73,7 +73,7 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
         "architecture": description["architecture"],
         "parameters": sum(parameter.numel() for parameter in potential.model.parameters()),
         "dtype": str(potential.dtype).removeprefix("torch."),
-        "forces": potential.config.forces,
+        "forces": "conservative" if potential.config.is_conservative else "direct",
         "elements": [chemical_symbols[z] for z in metadata["elements"]] or "any (untrained)",
         "level_of_theory": metadata["level_of_theory"],
         "datasets": metadata["datasets"],

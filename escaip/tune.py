@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from escaip.errors import ConfigError, UsageError
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential.loading import read_potential
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def tune_model(
 
     Args:
         model: a .ckpt or .escaip file, or
-        preset: a name of :data:`escaip.models.config.PRESETS`, by default ``5m``.
+        preset: a name of :data:`escaip.EScAIPConfig.PRESETS`, by default ``5m``.
         precisions: of :data:`escaip.potential.precision.PRECISIONS`.
         seconds: for all of it.
         workers: processes that compile; by default one per usable core, up to 16.
@@ -73,6 +73,7 @@ def tune_model(
     from escaip.ops.triton.tuning import HEADER, line, model_cases, tune
 
     config = EScAIPConfig.preset(preset or "5m") if model is None else read_potential(model).config
+    assert isinstance(config, EScAIPConfig)
     cases = model_cases(
         config.hidden_size // config.num_heads, config.num_heads, config.angular_channels,
         [_MODES[name] for name in precisions], config.num_neighbors,

@@ -8,7 +8,7 @@ energies in eV, forces in eV/Å, stress in eV/Å³ (positive in tension, as in A
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -113,9 +113,9 @@ class _Movable:
     def to(self: T_, device: torch.device | str, non_blocking: bool = False) -> T_:
         """Returns a copy with every tensor on ``device``; dtypes are kept."""
         moved: dict[str, Any] = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            moved[field.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            moved[entry.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
         return type(self)(**moved)
 
 
@@ -164,18 +164,17 @@ class NeighborList(_Movable):
 
 
 @dataclass(frozen=True)
-class Graph(_Movable):
-    """Packed token layout of a batch: indices only, no gradient (design: tokens, not padding).
+class TokenLayout(_Movable):
+    """Which rows of a batch belong to which atom: indices only, no gradient.
 
-    Tokens of atom ``i`` are ``offsets[i] : offsets[i + 1]``; the first is its self token, the
-    others its neighbors by increasing distance. Candidates that are no token but still influence
-    a rank follow as ``X`` extra rows of ``center, neighbor, shift``.
+    Tokens of atom ``i`` are ``offsets[i] : offsets[i + 1]``; the first is its self token, the others its neighbors by
+    increasing distance. Candidates that are no token but still influence a rank follow as ``X`` extra rows of
+    ``center`` and ``neighbor``.
 
     Attributes:
         offsets: ``(N + 1,)`` int64.
         center: ``(T + X,)`` int64.
         neighbor: ``(T + X,)`` int64; of a self token, the atom itself.
-        shift: ``(T + X, 3)`` int64.
         reverse: ``(T,)`` int64, token of the same edge seen from the other end; of a self token,
             itself. An involution.
         self_token: ``(N,)`` int64, equal to ``offsets[:-1]``.
@@ -183,26 +182,26 @@ class Graph(_Movable):
             rank when ranks are hard); 0 for self tokens.
         rank_token: ``(P,)`` int64 in ``[0, T)``, token whose rank a pair adds to.
         rank_other: ``(P,)`` int64 in ``[0, T + X)``, the candidate it is compared with.
-        num_tokens: ``T``.
-        max_neighborhood: longest run of tokens (at least 1 when there are atoms).
     """
 
     offsets: Tensor
     center: Tensor
     neighbor: Tensor
-    shift: Tensor
     reverse: Tensor
     self_token: Tensor
     rank_base: Tensor
     rank_token: Tensor
     rank_other: Tensor
-    num_tokens: int
-    max_neighborhood: int
 
     @property
     def num_atoms(self) -> int:
         """Number of atoms ``N``."""
-        return self.offsets.numel() - 1
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens ``T``."""
+        return self.reverse.shape[0]
 
     @property
     def token_center(self) -> Tensor:
@@ -213,6 +212,19 @@ class Graph(_Movable):
     def token_neighbor(self) -> Tensor:
         """``(T,)`` neighboring atom of each token."""
         return self.neighbor[: self.num_tokens]
+
+
+@dataclass(frozen=True)
+class Graph(TokenLayout):
+    """The token layout of a batch, and where the neighbors are (design: tokens, not padding).
+
+    Attributes:
+        shift: ``(T + X, 3)`` int64, cell translations of the rows.
+        max_neighborhood: longest run of tokens (at least 1 when there are atoms).
+    """
+
+    shift: Tensor
+    max_neighborhood: int
 
 
 @dataclass(frozen=True)
@@ -283,8 +295,8 @@ class AtomInputs(_Movable):
     first_of_system: Tensor
 
     @classmethod
-    def of_batch(cls, batch: Any) -> AtomInputs:
-        """From a PyG batch of structures."""
+    def of_batch(cls, batch: StructureBatch) -> AtomInputs:
+        """Reads a batch of structures."""
         first = batch.ptr[:-1][batch.batch]
         charge, spin = batch.charge[batch.batch], batch.spin_multiplicity[batch.batch]
         return cls(batch.atomic_numbers, charge, spin, first)
@@ -297,10 +309,12 @@ class ModelOutput:
     Attributes:
         energy: ``(N,)`` per-atom energy in units of the potential's scale.
         forces: ``(N, 3)`` direct forces in the same unit per Å, or None (conservative models).
+        properties: for each further head ``(N, ...)`` per-atom values in the unit of the target of that name.
     """
 
     energy: Tensor
     forces: Tensor | None = None
+    properties: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -315,6 +329,8 @@ class Prediction:
         atomic_energies: ``(N,)`` eV, float64, references included; sums to ``energy``.
         atomic_virials: ``(N, 3, 3)`` eV, float64, see :func:`escaip.potential.derivatives.virials_of`; sums to
             ``V · stress``. None when not asked for.
+        properties: for each further head of the model ``(N, ...)`` or ``(B, ...)`` values, as :data:`TARGETS` says of
+            the target of that name; in its unit.
     """
 
     energy: Tensor
@@ -322,3 +338,4 @@ class Prediction:
     stress: Tensor | None
     atomic_energies: Tensor
     atomic_virials: Tensor | None = None
+    properties: dict[str, Tensor] = field(default_factory=dict)

@@ -33,7 +33,7 @@ from real_data_report import held_out_errors
 from real_data_sets import SETS, RealSet, divided
 
 from escaip.graph import search_cutoff
-from escaip.models.config import PRESETS, EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.train.checkpoints import BestAndLast
 from escaip.train.cli import build
 
@@ -117,7 +117,7 @@ def changes(job: Job) -> dict[str, Any]:
     if job.small:
         found |= {"trainer.limit_val_batches": 1, "trainer.val_check_interval": SMALL_STEPS // 2}
     if job.size != BASE:  # its wider layers learn slower, as its rate was found at the width of the base
-        found["model.base_width"] = PRESETS[BASE]["hidden_size"]
+        found["model.base_width"] = EScAIPConfig.PRESETS[BASE]["hidden_size"]
     if job.device == "cuda":
         config = EScAIPConfig.from_dict({**recipe["model"]["architecture"], "preset": job.size})
         found |= {

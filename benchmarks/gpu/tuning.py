@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from gpu.runner import Row, Setting
 
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 
 
 def tuning(setting: Setting) -> Iterator[Row]:

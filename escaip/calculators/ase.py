@@ -96,7 +96,7 @@ class EScAIPCalculator(Calculator):
             names = ", ".join(self.potential.datasets)
             raise ConfigError(f"the potential has references for each of {names}: choose one with dataset=NAME")
         self.skin, self.graph_skin = float(skin), float(graph_skin)
-        self.potential.config.check_slack(self.graph_skin)
+        self.potential.config.check_graph_skin(self.graph_skin)
         if not self.potential.config.is_conservative:
             without = (*_STRESSES, "virials")
             self.implemented_properties = [name for name in self.implemented_properties if name not in without]

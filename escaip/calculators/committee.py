@@ -197,7 +197,7 @@ class CommitteeCalculator(Calculator):
 
 def _check(potential: Potential, batch: Any) -> None:
     check_elements(batch.atomic_numbers, potential.supported, potential.metadata.elements)
-    potential.model.system_embedding.check(batch.charge, batch.spin_multiplicity)
+    potential.model.check_systems(batch.charge, batch.spin_multiplicity)
 
 
 def _of_members(predictions: Sequence[Prediction], name: str) -> np.ndarray:

@@ -70,7 +70,9 @@ class EScAIPModel(_Base):
         self._compute_forces = compute_forces
         self._compute_stress = conservative if compute_stress is None else compute_stress
         self._charge, self._spin = charge, spin_multiplicity
-        self._memory_scales_with = "n_atoms_x_density" if self.potential.config.num_neighbors is None else "n_atoms"
+        self._memory_scales_with = (
+            "n_atoms_x_density" if self.potential.config.graph.num_neighbors is None else "n_atoms"
+        )
 
     @property
     def device(self) -> torch.device:

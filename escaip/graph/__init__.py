@@ -2,12 +2,14 @@
 
 from escaip.graph.build import attached_neighbors, build_graph
 from escaip.graph.features import bond_orientational_order
-from escaip.graph.geometry import compute_geometry, displacements, split_tokens, token_geometry
+from escaip.graph.geometry import compute_geometry, displacements, token_geometry
 from escaip.graph.neighbors import neighbor_list
 from escaip.graph.settings import search_cutoff
 from escaip.graph.tight import tight_graph
+from escaip.graph.tokens import TokenChunks, split_tokens
 
 __all__ = [
+    "TokenChunks",
     "attached_neighbors",
     "bond_orientational_order",
     "build_graph",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from escaip.graph.step import rank_step
 from escaip.ops import sum_rows, take_rows
-from escaip.types import Geometry, Graph, GraphSettings, Tokens
+from escaip.types import Geometry, Graph, GraphSettings, TokenLayout
 
 
 def compute_geometry(
@@ -37,65 +37,25 @@ def compute_geometry(
     return token_geometry(displacements(positions, cell, batch_index, graph), graph, settings, dtype)
 
 
-def token_geometry(vector: Tensor, graph: Graph, settings: GraphSettings, dtype: torch.dtype) -> Geometry:
+def token_geometry(vector: Tensor, layout: TokenLayout, settings: GraphSettings, dtype: torch.dtype) -> Geometry:
     """Evaluates the geometry of a graph's tokens.
 
     Args:
         vector: ``(T + X, 3)`` Å, displacements of all rows. Lengths and directions are formed in their dtype: in
             float64 a float32 model's stress is several times more accurate.
-        graph: token layout.
+        layout: of the tokens.
         settings: what the graph was built with.
         dtype: of the results.
     """
     length, inverse = _safe_norm(vector)
-    num_tokens = graph.num_tokens
+    num_tokens = layout.num_tokens
     distance, displacement = length.to(dtype), vector[:num_tokens]
     return Geometry(
         displacement=displacement.to(dtype),
         distance=distance[:num_tokens],
         direction=(displacement * inverse[:num_tokens, None]).to(dtype),
-        log_envelope=_log_envelope(envelope_coordinate(distance, graph, settings), graph.self_token),
+        log_envelope=_log_envelope(envelope_coordinate(distance, layout, settings), layout.self_token),
     )
-
-
-def split_tokens(graph: Graph, geometry: Geometry, max_tokens: int | None = None) -> list[Tokens]:
-    """Divides the tokens into runs of whole neighborhoods.
-
-    Args:
-        graph: token layout.
-        geometry: of the same tokens.
-        max_tokens: of a run, unless one neighborhood alone has more; None for a single run.
-
-    Returns:
-        The runs in order; together they are all atoms and all tokens.
-    """
-    center, neighbor = graph.token_center, graph.token_neighbor
-    if max_tokens is None or graph.num_tokens <= max_tokens:
-        layout = (graph.offsets, graph.self_token, center, neighbor)
-        return [Tokens(0, *layout, geometry.distance, geometry.direction, geometry.log_envelope)]
-    ends = _cuts(graph.offsets.tolist(), max_tokens)
-    starts = [0, *ends[:-1]]
-    bounds = graph.offsets[[0, *ends]]
-    # The derivative of a split is one concatenation; that of a slice would be as large as the whole.
-    rows = [
-        x.split(bounds.diff().tolist())
-        for x in (center, neighbor, geometry.distance, geometry.direction, geometry.log_envelope)
-    ]
-    layouts = [
-        (first, graph.offsets[first : end + 1] - offset, graph.self_token[first:end] - offset)
-        for first, end, offset in zip(starts, ends, bounds, strict=False)
-    ]
-    return [Tokens(*layout, *parts) for layout, *parts in zip(layouts, *rows, strict=True)]
-
-
-def _cuts(offsets: list[int], max_tokens: int) -> list[int]:
-    """Ends of runs of neighborhoods with at most ``max_tokens`` tokens, or one neighborhood, each."""
-    ends, start = [], 0
-    for atom in range(1, len(offsets)):
-        if offsets[atom] - start > max_tokens and offsets[atom - 1] > start:
-            ends.append(atom - 1)
-            start = offsets[atom - 1]
-    return [*ends, len(offsets) - 1]
 
 
 def displacements(positions: Tensor, cell: Tensor, batch_index: Tensor, graph: Graph) -> Tensor:
@@ -116,19 +76,19 @@ def _safe_norm(vector: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_zero, 0.0, squared * inverse), torch.where(is_zero, 0.0, inverse)
 
 
-def envelope_coordinate(distance: Tensor, graph: Graph, settings: GraphSettings) -> Tensor:
+def envelope_coordinate(distance: Tensor, layout: TokenLayout, settings: GraphSettings) -> Tensor:
     """``(T,)``: ``τ log(e^{rank/(kτ)} + e^{rank of the reverse/(kτ)} + e^{d/(r_c τ)})``, or ``d/r_c`` without k."""
-    radial = distance[: graph.num_tokens] / settings.cutoff
+    radial = distance[: layout.num_tokens] / settings.cutoff
     if settings.num_neighbors is None:
         return radial
-    rank = graph.rank_base.to(distance.dtype)
-    if graph.rank_token.numel():
-        gap = take_rows(distance, graph.rank_token) - take_rows(distance, graph.rank_other)
+    rank = layout.rank_base.to(distance.dtype)
+    if layout.rank_token.numel():
+        gap = take_rows(distance, layout.rank_token) - take_rows(distance, layout.rank_other)
         steps = rank_step(gap / settings.rank_scale, settings.rank_step)
-        rank = rank + sum_rows(steps, graph.rank_token, graph.num_tokens)
+        rank = rank + sum_rows(steps, layout.rank_token, layout.num_tokens)
     rank = rank / settings.num_neighbors
     scale = settings.envelope_scale
-    return scale * torch.logsumexp(torch.stack([rank, rank[graph.reverse], radial], dim=1) / scale, dim=1)
+    return scale * torch.logsumexp(torch.stack([rank, rank[layout.reverse], radial], dim=1) / scale, dim=1)
 
 
 def _log_envelope(x: Tensor, self_token: Tensor) -> Tensor:

@@ -309,6 +309,5 @@ def _pack(pairs: UndirectedPairs, lists: _Lists, windows: _Windows) -> Graph:
         rank_base=rank_base,
         rank_token=rank_token,
         rank_other=rank_other,
-        num_tokens=num_tokens,
         max_neighborhood=int(count.max()) if num_atoms else 0,
     )

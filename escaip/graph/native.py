@@ -82,7 +82,6 @@ def native_graph(
         rank_base=rank_base,
         rank_token=rank_token,
         rank_other=rank_other,
-        num_tokens=num_tokens,
         max_neighborhood=longest,
     )
 

@@ -66,7 +66,6 @@ def tight_graph(graph: Graph, vector: Tensor, settings: GraphSettings) -> Graph:
         rank_base=base[of_token],
         rank_token=moved[graph.rank_token[of_pair]],
         rank_other=moved[graph.rank_other[of_pair]],
-        num_tokens=kept_tokens,
         max_neighborhood=max_neighborhood,
     )
 

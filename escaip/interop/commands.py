@@ -22,4 +22,5 @@ def fairchem(file: DataPath, *, out: str, distance_table: Literal["never", "infe
     potential = read_fairchem(file, distance_table=distance_table)
     potential.save(out)
     sets = ", ".join(potential.metadata.datasets) or "no data set named"
-    print(f"wrote {out}: {potential.config.forces} forces, {len(potential.metadata.elements)} elements, {sets}")
+    forces = "conservative" if potential.config.is_conservative else "direct"
+    print(f"wrote {out}: {forces} forces, {len(potential.metadata.elements)} elements, {sets}")

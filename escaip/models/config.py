@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from escaip.errors import ConfigError
+from escaip.models.protocol import ModelConfig, check_fading_ranks
+from escaip.nn.heads import check_heads
+from escaip.nn.layers import NORMS, SMOOTH_ACTIVATIONS, make_activation
+from escaip.ops.backends import check_backend
 from escaip.types import GraphSettings
-
-MAX_ATOMIC_NUMBER = 118
 
 
 @dataclass(frozen=True)
-class EScAIPConfig:
+class EScAIPConfig(ModelConfig):
     """Every number that defines an EScAIP (arXiv 2410.24169); see docs/model.md.
 
     Attributes:
@@ -33,7 +34,7 @@ class EScAIPConfig:
         radial_width: width of a Gaussian in spacings.
         distance_size: width of the distance embedding.
         distance_table: whether the distance embeddings are read from a spline table instead of evaluated for every
-            token: ``"always"``, ``"inference"`` (where the weights do not change) or ``"never"``.
+            token: ``"always"``, ``"inference"`` (in evaluation mode) or ``"never"``.
         distance_knots: intervals of the table on ``[0, cutoff]``; its error falls with their sixth power.
         element_size: width of each element embedding.
         boo_degrees: bond-orientational order for ``l = 0 .. boo_degrees − 1``; 1 is without it, as l = 0 is 1 always.
@@ -53,6 +54,7 @@ class EScAIPConfig:
         charge, spin: condition on total charge and on spin multiplicity.
         dropout, attention_dropout, node_dropout, edge_dropout, scalar_dropout, vector_dropout,
         stochastic_depth: probabilities, in training only.
+        heads: names of heads beside energy and forces, see :data:`escaip.nn.heads.HEADS`.
 
     Raises:
         ConfigError: a value is out of range or does not fit another.
@@ -101,65 +103,23 @@ class EScAIPConfig:
     scalar_dropout: float = 0.0
     vector_dropout: float = 0.0
     stochastic_depth: float = 0.0
+    heads: tuple[str, ...] = ()
 
-    def check_slack(self, slack: float) -> None:
-        """Raises ConfigError where a graph cannot be kept while distances change by so many Å.
-
-        It can where neighbors enter and leave with weight zero, so that some more beyond the envelope change nothing.
-        """
-        ranks_fade = self.num_neighbors is None or (self.soft and self.rank_truncation is None)
+    def check_graph_skin(self, skin: float) -> None:
+        """Raises ConfigError where neighbors enter or leave with a weight, so that a graph cannot be kept."""
         forces_fade = self.is_conservative or self.force_weighting == "envelope"
-        if slack > 0.0 and not (ranks_fade and forces_fade and self.boo_weighting == "envelope"):
-            raise ConfigError(
-                "the graph of this model cannot be kept while atoms move: its neighbors enter and leave with a jump "
-                "(hard or truncated ranks, or uniform weights), so leave graph_skin out"
-            )
+        check_fading_ranks(self.graph, skin, forces_fade and self.boo_weighting == "envelope")
 
     def __post_init__(self) -> None:
         if self.angular_channels is not None:
             object.__setattr__(self, "angular_channels", tuple(self.angular_channels))
+        object.__setattr__(self, "heads", tuple(self.heads))
         self._check_sizes()
         self._check_choices()
 
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> EScAIPConfig:
-        """Returns a named size (``300k``, ``1m``, ``5m``, ``20m``, ``45m``, ``85m``) with fields replaced.
-
-        Raises:
-            ConfigError: no such preset, or an unknown field.
-        """
-        if name not in PRESETS:
-            raise ConfigError(f"preset {name!r} does not exist: choose {', '.join(PRESETS)}")
-        return cls.from_dict({**PRESETS[name], **overrides})
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EScAIPConfig:
-        """Builds a config from plain values; a key ``preset`` names the size to start from.
-
-        Raises:
-            ConfigError: an unknown key (with the nearest known one) or an invalid value.
-        """
-        values = dict(values)
-        if "preset" in values:
-            return cls.preset(values.pop("preset"), **values)
-        known = {field.name for field in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f": did you mean {near[0]!r}?" if near else f": known are {', '.join(sorted(known))}"
-                raise ConfigError(f"model setting {key!r} does not exist{hint}")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values."""
-        values = dataclasses.asdict(self)
-        if self.angular_channels is not None:
-            values["angular_channels"] = list(self.angular_channels)
-        return values
-
     @property
     def graph(self) -> GraphSettings:
-        """What decides which neighbors an atom attends to."""
+        """The settings that decide which neighbors an atom attends to."""
         names = [field.name for field in dataclasses.fields(GraphSettings)]
         return GraphSettings(**{name: getattr(self, name) for name in names})
 
@@ -167,6 +127,33 @@ class EScAIPConfig:
     def is_conservative(self) -> bool:
         """Forces are the negative gradient of the energy."""
         return self.forces == "conservative"
+
+    @property
+    def kept_per_token(self) -> int:
+        """Numbers that automatic differentiation keeps for a token: 15 to 16 for a feature of a block, measured."""
+        return 16 * self.num_layers * self.hidden_size
+
+    def used_per_token(self, differentiate: bool) -> int:
+        """Returns, from above, how many numbers a token takes at once (benchmarks/kept.py)."""
+        return (
+            self.kept_per_token + 16 * self.hidden_size
+            if differentiate
+            else (12 + 5 * self.num_layers) * self.hidden_size
+        )
+
+    def at_width(self, hidden_size: int) -> EScAIPConfig:
+        """Returns the same model at another width: heads of the same size, as many as fit.
+
+        Raises:
+            ConfigError: the width is not a multiple of the size of a head.
+        """
+        head = self.hidden_size // self.num_heads
+        if hidden_size < 1 or hidden_size % head:
+            raise ConfigError(
+                f"a width of {hidden_size} is not a multiple of the size of a head, {head} (hidden_size "
+                f"{self.hidden_size} / num_heads {self.num_heads}): change one of them"
+            )
+        return dataclasses.replace(self, hidden_size=hidden_size, num_heads=hidden_size // head)
 
     @property
     def scale(self) -> float:
@@ -213,9 +200,6 @@ class EScAIPConfig:
                 raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be in [0, 1)")
 
     def _check_choices(self) -> None:
-        from escaip.nn.layers import NORMS, SMOOTH_ACTIVATIONS, make_activation
-        from escaip.ops.backends import check_backend
-
         choices = {
             "forces": ("conservative", "direct"),
             "attention_scale": ("head", "expanded"),
@@ -231,6 +215,7 @@ class EScAIPConfig:
                 raise ConfigError(f"model setting {name} is {getattr(self, name)!r}: choose {' or '.join(allowed)}")
         make_activation(self.activation)
         check_backend(self.attention_backend)
+        check_heads(self.heads)
         if self.is_conservative and self.activation not in SMOOTH_ACTIVATIONS:
             raise ConfigError(
                 f"activation {self.activation!r} has a kink, so conservative forces would jump: choose "
@@ -270,3 +255,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 640, "num_layers": 8, "num_heads": 10, "angular_channels": _PUBLISHED_CHANNELS, **_FINE_BASIS,
     },
 }  # fmt: skip
+EScAIPConfig.PRESETS = PRESETS

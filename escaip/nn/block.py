@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from escaip.nn.embedding import Curve, EdgeAttributes
+from escaip.graph import TokenChunks
+from escaip.nn.embedding import EdgeAttributes
 from escaip.nn.layers import FeedForward, StochasticDepth, full_precision, make_activation, make_norm
 from escaip.ops import neighborhood_attention, sum_rows, take_rows
 from escaip.types import AtomInputs, Tokens
-
-# Calls a function with its arguments; may keep the arguments only, and call again when the derivative is taken.
-Run: TypeAlias = Callable[..., Any]
 
 
 class Message(nn.Module):
@@ -37,7 +34,7 @@ class Message(nn.Module):
         self.norm = make_norm(norm, hidden_size)
 
     def ends(self, node: Tensor) -> tuple[Tensor, Tensor]:
-        """What an atom contributes as a neighbor and as a center: ``(N, H)`` to two of ``(N, H)``."""
+        """Returns the contributions of atoms as neighbors and as centers: ``(N, H)`` to two of ``(N, H)``."""
         return self.sender(node), self.receiver(node)
 
     def forward(self, edge: Tensor, attributes: Tensor, ends: tuple[Tensor, Tensor], tokens: Tokens) -> Tensor:
@@ -161,57 +158,42 @@ class Block(nn.Module):
     def forward(
         self,
         node: Tensor,
-        edges: Sequence[Tensor],
+        edge: Sequence[Tensor],
         atoms: AtomInputs,
-        orientational_order: Tensor,
-        parts: Sequence[Tokens],
-        encoded: Sequence[Tensor],
-        curve: Curve,
-        run: Run,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Updates all atoms and tokens, some neighborhoods at a time.
+        order: Tensor,
+        distance: Sequence[Tensor],
+        tokens: TokenChunks,
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Updates all atoms and tokens.
 
         Args:
             node: ``(N, H)``.
-            edges: ``(t, H)`` for each part.
+            edge: ``(t, H)`` for each chunk of tokens.
             atoms: all of them.
-            orientational_order: ``(N, boo_degrees)``.
-            parts: of the tokens.
-            encoded: distances of each part, see :class:`~escaip.nn.embedding.DistanceCurves`.
-            curve: turns them into what this block sees of them, ``(t, H)``.
-            run: calls a function; may keep its arguments only and call it again for the derivative.
+            order: ``(N, boo_degrees)``, bond-orientational order.
+            distance: of each chunk, encoded (:meth:`~escaip.nn.embedding.DistanceEmbedding.encode`).
+            tokens: of all atoms.
 
         Returns:
-            The updated ``(N, H)`` and ``(t, H)`` of each part; edges unchanged where nothing reads them.
+            The updated ``(N, H)`` and ``(t, H)`` of each chunk; edges unchanged where nothing reads them.
         """
-        attribute_ends = self.attributes.ends(atoms.atomic_numbers, orientational_order)  # per atom, gathered later
+        embed_distance = self.attributes.distance.function()
+        attribute_ends = self.attributes.ends(atoms.atomic_numbers, order)  # per atom, gathered for tokens below
         message_ends = self.message.ends(self.norm_node(node))
-        ends = (attribute_ends, message_ends)
-        done = [
-            run(self._part, node, edge, part, distance, atoms, ends, curve)
-            for edge, part, distance in zip(edges, parts, encoded, strict=True)
-        ]
-        return torch.cat([node for node, _ in done]), [edge for _, edge in done]
 
-    def _part(
-        self,
-        node: Tensor,
-        edge: Tensor,
-        tokens: Tokens,
-        distance: Tensor,
-        atoms: AtomInputs,
-        ends: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
-        curve: Curve,
-    ) -> tuple[Tensor, Tensor]:
-        attributes = self.attributes(curve(distance), ends[0], tokens)  # (t, H)
-        message = self.message(self.norm_edge(edge), attributes, ends[1], tokens)
-        node_update, edge_update = self.attention(message, tokens)
-        system, center = atoms.first_of_system, tokens.center
-        here = center.index_select(0, tokens.self_token)
-        node = tokens.of_atoms(node) + self.drop_path(node_update, system, here)
-        with full_precision(node):
-            node = node + self.drop_path(self.node_ffn(self.norm_node_ffn(node)), system, here)
-        if self.needs_edges and edge_update is not None:
-            edge = edge + self.drop_path(edge_update, system, center)
-            edge = edge + self.drop_path(self.edge_ffn(self.norm_edge_ffn(edge)), system, center)
-        return node, edge
+        def update(chunk: Tokens, edge: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+            system, center = atoms.first_of_system, chunk.center
+            here = center.index_select(0, chunk.self_token)
+            attributes = self.attributes(embed_distance(distance), attribute_ends, chunk)  # (t, H)
+            message = self.message(self.norm_edge(edge), attributes, message_ends, chunk)
+            node_update, edge_update = self.attention(message, chunk)
+            moved = chunk.of_atoms(node) + self.drop_path(node_update, system, here)
+            with full_precision(moved):
+                moved = moved + self.drop_path(self.node_ffn(self.norm_node_ffn(moved)), system, here)
+            if self.needs_edges and edge_update is not None:
+                edge = edge + self.drop_path(edge_update, system, center)
+                edge = edge + self.drop_path(self.edge_ffn(self.norm_edge_ffn(edge)), system, center)
+            return moved, edge
+
+        nodes, edges = zip(*tokens.map(update, edge, distance), strict=True)
+        return torch.cat(nodes), edges

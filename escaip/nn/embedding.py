@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +17,7 @@ from escaip.nn.layers import make_activation, make_norm
 from escaip.ops import spline, take_rows
 from escaip.types import AtomInputs, Tokens
 
-# A function of the distances, given their basis: (R, num_radial) to (R, H).
+# A function of encoded distances, (R,) or (R, num_radial), with values (R, H).
 Curve: TypeAlias = Callable[[Tensor], Tensor]
 
 # Smaller Gaussians count for nothing even in float64, but their products with gradients would be denormal numbers, for
@@ -28,6 +30,7 @@ class GaussianBasis(nn.Module):
 
     def __init__(self, num_radial: int, cutoff: float, width: float) -> None:
         super().__init__()
+        self.num_radial, self.cutoff = num_radial, cutoff
         self.spacing = cutoff / (num_radial - 1)
         self.sharpness = 1.0 / (2.0 * (width * self.spacing) ** 2)
         self.register_buffer("centers", torch.linspace(0.0, cutoff, num_radial), persistent=False)
@@ -60,12 +63,12 @@ class OrientationalOrder(nn.Module):
         self.degrees, self.uniform, self.epsilon = degrees, uniform, epsilon
         self.register_buffer("recursion", harmonic_recursion(degrees - 1), persistent=False)
 
-    def forward(self, part: Tokens) -> Tensor:
-        """``(n, degrees)`` of the atoms of a part."""
-        weight = torch.ones_like(part.distance) if self.uniform else part.log_envelope.exp()
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Returns ``(n, degrees)`` for the atoms of a chunk."""
+        weight = torch.ones_like(tokens.distance) if self.uniform else tokens.log_envelope.exp()
         return bond_orientational_order(
-            part.direction, weight, part.center - part.first, part.num_atoms, self.degrees - 1,
-            floor="clamp" if self.uniform else "smooth", epsilon=self.epsilon, offsets=part.offsets,
+            tokens.direction, weight, tokens.center - tokens.first, tokens.num_atoms, self.degrees - 1,
+            floor="clamp" if self.uniform else "smooth", epsilon=self.epsilon, offsets=tokens.offsets,
             recursion=self.recursion,
         )  # fmt: skip
 
@@ -106,20 +109,142 @@ class AtomFeatures(nn.Module):
         return self.project(torch.cat([order, take_rows(self.element.weight, atomic_numbers)], -1))
 
 
+class DistanceEmbedding(nn.Module):
+    """A learned function ``[0, r_c] → R^H`` of the distance: exact, or read from a spline table that it owns.
+
+    A table takes the ``K + 9`` rows of its knots through the layers instead of a row for every token, which then costs
+    a sum of six rows (docs/performance.md). Energies stay conserved, because forces are the exact derivative of the
+    spline. The table is kept until a weight changes, and made anew, with gradients, where the weights need gradients.
+
+    Args:
+        basis: of the distances; several embeddings may share one.
+        layers: applied to the basis in turn. They stay modules of the caller, whose names their weights have in files.
+        table: ``"always"``, ``"inference"`` (in evaluation mode) or ``"never"``.
+        num_intervals: ``K``, intervals of the table on ``[0, r_c]``.
+    """
+
+    def __init__(self, basis: GaussianBasis, layers: Sequence[nn.Module], table: str, num_intervals: int) -> None:
+        super().__init__()
+        self.basis = basis
+        self.num_intervals = num_intervals
+        self._layers = tuple(layers)
+        self._table = table
+        self._kept: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
+        self._given: Tensor | None = None
+
+    @property
+    def is_tabulated(self) -> bool:
+        """Whether the table stands for the function at present."""
+        return self._table == "always" or (self._table == "inference" and not self.training)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Everything that the function depends on."""
+        return [weight for layer in self._layers for weight in layer.parameters()]
+
+    def encode(self, tokens: Tokens) -> Tensor:
+        """Returns what :meth:`function` takes: ``(t,)`` places in the table, or the ``(t, num_radial)`` basis.
+
+        Embeddings of one basis, table and number of intervals take the same encoding.
+        """
+        if not self.is_tabulated:
+            return self.basis(tokens.distance)
+        # Masked tokens have zero weight, but an extrapolated spline can overflow and 0 · inf is NaN, so clamp.
+        return tokens.distance.clamp(max=self.basis.cutoff) * (self.num_intervals / self.basis.cutoff)
+
+    def function(self) -> Curve:
+        """Returns the function of encoded distances, with values ``(t, H)``; asked for once, applied to each chunk."""
+        if not self.is_tabulated:
+            return self.exact
+        if self._given is not None:
+            return partial(spline.interpolate, self._given)
+        is_learning = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights)
+        return partial(spline.interpolate, self.make_table() if is_learning else self.kept_table())
+
+    def exact(self, radial: Tensor) -> Tensor:
+        """Applies the layers to the basis: ``(R, num_radial)`` to ``(R, H)``."""
+        for layer in self._layers:
+            radial = layer(radial)
+        return radial
+
+    def make_table(self) -> Tensor:
+        """Returns the spline coefficients of the present weights, ``(K + 5, H)``."""
+        centers = self.basis.centers
+        # Knots in float64: the table is that of the function, not of rounded distances.
+        knots = spline.knots(self.num_intervals, self.basis.cutoff, dtype=torch.float64, device=centers.device)
+        return spline.coefficients(self.exact(self.basis(knots).to(centers.dtype)))
+
+    def kept_table(self) -> Tensor:
+        """Returns the same table until a weight changes, without gradient."""
+        # Assignment changes the address of a weight, and any operation in place its version. Weights that a table was
+        # made of are held, so that no other can take their address.
+        weights = [weight.detach() for weight in self.weights]
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        if self._kept is None or self._kept[0] != state:
+            with torch.no_grad():
+                self._kept = (state, weights, self.make_table())
+        return self._kept[2]
+
+    def train(self, mode: bool = True) -> DistanceEmbedding:
+        """Sets the mode and forgets the table."""
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+def kept_tables(model: nn.Module) -> list[Tensor]:
+    """Returns the tables of a model's distance embeddings, in the order of its modules; none where none is in use."""
+    return [embedding.kept_table() for embedding in _tabulated(model)]
+
+
+@contextlib.contextmanager
+def given_tables(model: nn.Module, tables: Sequence[Tensor]) -> Iterator[None]:
+    """Lets the model's distance embeddings read these tables within: compiled code receives them as inputs.
+
+    Args:
+        model: any module.
+        tables: in the order of :func:`kept_tables`; an empty sequence changes nothing.
+    """
+    embeddings = _tabulated(model) if tables else []
+    for embedding, table in zip(embeddings, tables, strict=True):
+        embedding._given = table
+    try:
+        yield
+    finally:
+        for embedding in embeddings:
+            embedding._given = None
+
+
+def _tabulated(model: nn.Module) -> list[DistanceEmbedding]:
+    return [module for module in model.modules() if isinstance(module, DistanceEmbedding) and module.is_tabulated]
+
+
 class EdgeAttributes(nn.Module):
     """Token features from distance, elements and orientational order of both ends, normed.
 
-    ``norm(act(W [distance embedding, neighbor, center] + b))``, the product split into its parts
-    so that only the distance part costs a row per token.
+    ``norm(act(W [distance embedding, neighbor, center] + b))``, the product split into its parts so that only the
+    distance part costs a row per token.
+
+    Args:
+        basis: of the distances.
+        table, num_intervals: see :class:`DistanceEmbedding`.
+        num_elements, element_size, boo_degrees, boo_size: see :class:`AtomFeatures`.
+        distance_size: width between the two layers of the distance embedding.
+        hidden_size: ``H``.
+        activation, norm, dropout: see :mod:`escaip.nn.layers`.
     """
 
     def __init__(
         self,
+        basis: GaussianBasis,
+        table: str,
+        num_intervals: int,
         num_elements: int,
         element_size: int,
         boo_degrees: int,
         boo_size: int,
-        num_radial: int,
         distance_size: int,
         hidden_size: int,
         activation: str,
@@ -130,20 +255,13 @@ class EdgeAttributes(nn.Module):
         ends = (num_elements, element_size, boo_degrees, boo_size, hidden_size, activation)
         self.source = AtomFeatures(*ends, bias=False)
         self.target = AtomFeatures(*ends, bias=True)
-        self.distance_embedding = nn.Linear(num_radial, distance_size)
+        self.distance_embedding = nn.Linear(basis.num_radial, distance_size)
         self.distance_project = nn.Linear(distance_size, hidden_size, bias=False)
         self.activation = make_activation(activation)
+        layers = (self.distance_embedding, self.activation, self.distance_project)
+        self.distance = DistanceEmbedding(basis, layers, table, num_intervals)
         self.dropout = nn.Dropout(dropout)
         self.norm = make_norm(norm, hidden_size)
-
-    def curve(self, radial: Tensor) -> Tensor:
-        """The distance's part of the product, a function of the distance alone: ``(R, num_radial)`` to ``(R, H)``."""
-        return self.distance_project(self.activation(self.distance_embedding(radial)))
-
-    @property
-    def curve_weights(self) -> list[Tensor]:
-        """What :meth:`curve` depends on."""
-        return [*self.distance_embedding.parameters(), *self.distance_project.parameters()]
 
     def ends(self, atomic_numbers: Tensor, orientational_order: Tensor) -> tuple[Tensor, Tensor]:
         """The parts of the neighbor's and the center's end, per atom: ``(N,)``, ``(N, boo_degrees)`` to ``(N, H)``."""
@@ -153,7 +271,7 @@ class EdgeAttributes(nn.Module):
         """Computes the attributes of tokens.
 
         Args:
-            distance: ``(t, H)``, :meth:`curve` at the tokens' distances.
+            distance: ``(t, H)``, the distance embedding of the tokens.
             ends: of all atoms, from :meth:`ends`.
             tokens: whose attributes.
 
@@ -162,43 +280,6 @@ class EdgeAttributes(nn.Module):
         """
         mixed = distance + take_rows(ends[0], tokens.neighbor) + take_rows(ends[1], tokens.center)
         return self.norm(self.dropout(self.activation(mixed)))
-
-
-class DistanceCurves(nn.Module):
-    """Functions of the distance alone at many distances: exactly, or through a spline table (docs/performance.md).
-
-    A table takes the ``K + 9`` rows of its knots through the layers instead of a row for every token, and what is left
-    for a token is a sum of six rows. Energies stay conserved: forces are the exact derivative of the spline.
-
-    Args:
-        basis: of the distances.
-        num_intervals: ``K``, intervals of a table on ``[0, cutoff]``.
-        cutoff: in Å.
-    """
-
-    def __init__(self, basis: GaussianBasis, num_intervals: int, cutoff: float) -> None:
-        super().__init__()
-        self.basis = basis
-        self.num_intervals = num_intervals
-        self.cutoff = cutoff
-
-    def table(self, curve: Curve) -> Tensor:
-        """Coefficients of a curve given as a function of the basis, ``(K + 5, H)``."""
-        centers = self.basis.centers
-        # In float64, where a knot is where it should be: the table is the curve's, not that of rounded distances.
-        knots = spline.knots(self.num_intervals, self.cutoff, dtype=torch.float64, device=centers.device)
-        return spline.coefficients(curve(self.basis(knots).to(centers.dtype)))
-
-    def encode(self, distance: Tensor, tabulated: bool) -> Tensor:
-        """``(t,)`` Å to what :meth:`forward` takes: ``(t,)`` places in the table, or the ``(t, num_radial)`` basis."""
-        if not tabulated:
-            return self.basis(distance)
-        # Tokens beyond the cutoff count for nothing, but a polynomial far from its interval is no finite nothing.
-        return distance.clamp(max=self.cutoff) * (self.num_intervals / self.cutoff)
-
-    def forward(self, encoded: Tensor, curve: Curve, table: Tensor | None) -> Tensor:
-        """Encoded distances to ``(t, H)``: from the table, or by the curve itself where there is none."""
-        return curve(encoded) if table is None else spline.interpolate(table, encoded)
 
 
 class SystemEmbedding(nn.Module):

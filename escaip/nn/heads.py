@@ -2,11 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
+from escaip.errors import ConfigError
 from escaip.nn.layers import FeedForward, full_precision, make_activation, make_norm
 from escaip.ops import sum_rows
+from escaip.types import TARGETS
+
+HeadBuilder = Callable[[int], nn.Module]
+B = TypeVar("B", bound=HeadBuilder)
+HEADS: dict[str, HeadBuilder] = {}
+"""Heads beside energy and forces, by the name of their target (:data:`escaip.types.TARGETS`)."""
+
+
+def register_head(name: str) -> Callable[[B], B]:
+    """Returns a decorator that adds a builder of heads to :data:`HEADS` (docs/extend/head.md).
+
+    A builder takes the number of node features ``H`` and returns a module from ``(N, H)`` to the ``(N, ...)`` per-atom
+    values of the target, in its unit; for a target of the structure, these are contributions to its sum.
+
+    Raises:
+        ConfigError: another builder has that name.
+    """
+
+    def register(builder: B) -> B:
+        if HEADS.setdefault(name, builder) is not builder:
+            raise ConfigError(f"head {name!r} is registered already: choose another name")
+        return builder
+
+    return register
+
+
+def check_heads(names: Sequence[str]) -> None:
+    """Raises ConfigError for a head without a builder or a target, or one that is named twice."""
+    for name in names:
+        if name not in HEADS:
+            raise ConfigError(f"head {name!r} is not registered: import the module that registers it before loading")
+        if name not in TARGETS:
+            raise ConfigError(f"head {name!r} has no target: register one with escaip.types.register_target")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"heads {', '.join(names)}: each may be named once")
+
+
+def make_heads(names: Sequence[str], hidden_size: int) -> nn.ModuleDict:
+    """Builds the heads of these names on ``H`` node features; see :func:`check_heads` for errors."""
+    check_heads(names)
+    return nn.ModuleDict({name: HEADS[name](hidden_size) for name in names})
 
 
 class Readout(nn.Module):

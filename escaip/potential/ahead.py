@@ -25,7 +25,8 @@ from torch import Tensor
 
 from escaip import __version__
 from escaip.errors import CheckpointError, ConfigError
-from escaip.models.escaip import EScAIP
+from escaip.models import Model, settings_of
+from escaip.nn.embedding import kept_tables
 from escaip.ops.native.build import SCALARS, availability, cache_folder
 from escaip.ops.native.operators import register_operators
 from escaip.potential.compile import check_distinct, compile_example, flat_evaluation, quiet_compiler, run_padded, trace
@@ -53,13 +54,13 @@ def serves(device: torch.device) -> bool:
     return device.type == "cpu" and version >= _TRIED and availability() is None
 
 
-def constants_of(model: EScAIP) -> dict[str, Tensor]:
+def constants_of(model: Model) -> dict[str, Tensor]:
     """Weights and spline tables by name: what constants of the code may be."""
-    tables = {f"tables.{index}": table for index, table in enumerate(model.tables(False) or [])}
+    tables = {f"tables.{index}": table for index, table in enumerate(kept_tables(model))}
     return {**dict(model.named_parameters()), **dict(model.named_buffers()), **tables}
 
 
-def environment(model: EScAIP) -> dict[str, Any]:
+def environment(model: Model) -> dict[str, Any]:
     """What code is compiled for."""
     weight = next(model.parameters())
     device = weight.device.type
@@ -92,8 +93,8 @@ def instructions() -> list[str]:
     return sorted(words)
 
 
-def compile_code(model: EScAIP, differentiate: bool, path: Path) -> tuple[dict[str, str], bool]:
-    """Writes the code of :func:`escaip.potential.derivatives.evaluate` in the precision set around; takes a minute.
+def compile_code(model: Model, differentiate: bool, path: Path) -> tuple[dict[str, str], bool]:
+    """Writes the code of :func:`~escaip.potential.derivatives.energy_and_gradient` in the precision set around.
 
     Returns:
         The weight that each constant of the code is, and whether the code calls our C++.
@@ -103,10 +104,10 @@ def compile_code(model: EScAIP, differentiate: bool, path: Path) -> tuple[dict[s
     """
     model = _stand_in(model)
     settings, weight = model.config.graph, next(model.parameters())
-    tables = model.tables(False)
+    tables = kept_tables(model)
 
     def function(*tensors: Tensor) -> list[Tensor]:
-        return flat_evaluation(model, settings, tables, tensors, differentiate, False)
+        return flat_evaluation(model, tables, tensors, differentiate, False)
 
     example = compile_example(settings, weight.dtype, weight.device)
     check_distinct(example)
@@ -135,7 +136,7 @@ def _options() -> dict[str, Any]:
     return {name: value for name, value in _OPTIONS.items() if name in known or name not in _OF_NEWER}
 
 
-def _stand_in(model: EScAIP) -> EScAIP:
+def _stand_in(model: Model) -> Model:
     """A copy with other weights: of zeros, ones or equal tensors a compiler would make constants of the code."""
     model = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -158,10 +159,10 @@ class CodeEvaluation:
 
     compiles = True  # operators in C++ that the user's cache does not have
 
-    def __init__(self, path: Path, model: EScAIP, constants: dict[str, str]) -> None:
+    def __init__(self, path: Path, model: Model, constants: dict[str, str]) -> None:
         self.path = path
         self._constants = constants
-        self._has_forces = not model.config.is_conservative
+        self._config = model.config
         weight = next(model.parameters())
         self._dtype, self._device = weight.dtype, weight.device
         self._state: list[tuple[int, int]] = []
@@ -177,17 +178,17 @@ class CodeEvaluation:
                 f"the code in {path} cannot be used ({first_line(error)}): export it again from its .escaip file"
             ) from error
 
-    def fits(self, model: EScAIP) -> bool:
+    def fits(self, model: Model) -> bool:
         """Whether the weights are of the dtype, and on the device, of the code."""
         weight = next(model.parameters())
         return (weight.dtype, weight.device) == (self._dtype, self._device)
 
-    def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
-        """As :func:`escaip.potential.derivatives.evaluate`."""
+    def __call__(self, model: Model, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
+        """As :func:`escaip.potential.derivatives.energy_and_gradient`."""
         self._give(model)
-        return run_padded(self._run, inputs, self._has_forces)
+        return run_padded(self._run, inputs, self._config)
 
-    def check(self, model: EScAIP, differentiate: bool, tolerance: float) -> None:
+    def check(self, model: Model, differentiate: bool, tolerance: float) -> None:
         """Compares with the weights on one structure: whatever the code depends on is still as it was.
 
         Raises:
@@ -195,14 +196,14 @@ class CodeEvaluation:
         """
         settings, weight = model.config.graph, next(model.parameters())
         tensors = compile_example(settings, weight.dtype, weight.device).flat()
-        expected = flat_evaluation(model, settings, model.tables(False), tensors, differentiate, False)
+        expected = flat_evaluation(model, kept_tables(model), tensors, differentiate, False)
         for found, right in zip(self._run(tensors), expected, strict=True):
             if not bool((found - right).abs().max() <= tolerance * (right.abs().max() + 1e-3)):
                 raise CheckpointError(
                     f"the code in {self.path} does not give what its weights give: export it from its .escaip file"
                 )
 
-    def _give(self, model: EScAIP) -> None:
+    def _give(self, model: Model) -> None:
         """Hands over weights and tables, where they are others than before."""
         state = self._state_of(model)
         if state != self._state:
@@ -224,10 +225,10 @@ class WeightState:
     """
 
     def __init__(self) -> None:
-        self._of: EScAIP | None = None
+        self._of: Model | None = None
         self._places: list[tuple[dict[str, Any], str]] = []
 
-    def __call__(self, model: EScAIP) -> list[tuple[int, int]]:
+    def __call__(self, model: Model) -> list[tuple[int, int]]:
         if self._of is not model:
             self._of = model
             self._places = [(m._parameters, name) for m in model.modules() for name in m._parameters]
@@ -235,7 +236,7 @@ class WeightState:
         return [(weight.data_ptr(), weight._version) for weight in weights if weight is not None]
 
 
-def kept_code(model: EScAIP, differentiate: bool, rounded: torch.dtype | None) -> CodeEvaluation:
+def kept_code(model: Model, differentiate: bool, rounded: torch.dtype | None) -> CodeEvaluation:
     """The code of a model's predictions, from the user's cache or compiled now, which takes a minute.
 
     Args:
@@ -272,7 +273,7 @@ def kept_code(model: EScAIP, differentiate: bool, rounded: torch.dtype | None) -
     return CodeEvaluation(path, model, constants)
 
 
-def _write(model: EScAIP, differentiate: bool, path: Path) -> dict[str, str]:
+def _write(model: Model, differentiate: bool, path: Path) -> dict[str, str]:
     constants, _ = compile_code(model, differentiate, path)
     with zipfile.ZipFile(path, "a") as archive:
         root = archive.namelist()[0].split("/")[0]
@@ -280,14 +281,14 @@ def _write(model: EScAIP, differentiate: bool, path: Path) -> dict[str, str]:
     return constants
 
 
-def _tolerance(model: EScAIP, rounded: torch.dtype | None) -> float:
+def _tolerance(model: Model, rounded: torch.dtype | None) -> float:
     if rounded is not None:
         return 0.1
     return 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-8
 
 
-def _key(model: EScAIP, differentiate: bool, rounded: torch.dtype | None) -> str:
-    parts = [model.config.to_dict(), environment(model), differentiate, str(rounded), _OPTIONS, _sources()]
+def _key(model: Model, differentiate: bool, rounded: torch.dtype | None) -> str:
+    parts = [settings_of(model.config), environment(model), differentiate, str(rounded), _OPTIONS, _sources()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

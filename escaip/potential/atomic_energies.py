@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError, UnsupportedElementError
-from escaip.models.config import MAX_ATOMIC_NUMBER
+from escaip.models import MAX_ATOMIC_NUMBER
 
 if TYPE_CHECKING:
     from escaip.data import Statistics

@@ -21,19 +21,19 @@ from torch import Tensor
 
 from escaip.errors import ConfigError
 from escaip.graph import build_graph, displacements
-from escaip.models.escaip import EScAIP
+from escaip.models import Model, ModelConfig
+from escaip.nn.embedding import given_tables, kept_tables
 from escaip.ops.rows import traced_rows
-from escaip.potential.derivatives import EvaluationInputs, evaluate
+from escaip.potential.derivatives import EvaluationInputs, energy_and_gradient
 from escaip.potential.padding import Sizes, pad, unpad
 from escaip.types import AtomInputs, GraphSettings, ModelOutput
 
 
 class CompiledEvaluation:
-    """:func:`evaluate` of one model, compiled for all sizes, for weights that are fixed or that learn.
+    """:func:`energy_and_gradient` of one model, compiled for all sizes, for weights that are fixed or that learn.
 
     Args:
         model: as it is now: its weights may change in place, but not their device, dtype or identity.
-        settings: of the graph.
         example: a batch whose sizes are all different and above one.
         differentiate: whether the gradient is wanted.
         learning: whether results will be differentiated with respect to the weights.
@@ -45,22 +45,19 @@ class CompiledEvaluation:
 
     def __init__(
         self,
-        model: EScAIP,
-        settings: GraphSettings,
+        model: Model,
         example: EvaluationInputs,
         differentiate: bool,
         learning: bool,
         backend: str = "inductor",
     ) -> None:
         self._weights = [(weight, weight.dtype, weight.device) for weight in model.parameters()]
-        self._tables_given = not learning and model.tables(learning) is not None
         self._learning = learning
 
         def function(tables: list[Tensor], *tensors: Tensor) -> list[Tensor]:
-            known = tables if self._tables_given else model.tables(learning)
-            return flat_evaluation(model, settings, known, tensors, differentiate, learning)
+            return flat_evaluation(model, tables, tensors, differentiate, learning)
 
-        self.has_forces = not model.config.is_conservative
+        self.config = model.config
         check_distinct(example)
         tensors, tables = example.flat(), self._tables(model)
         self.graph_module = trace(function, [tables, *tensors], learning)
@@ -71,21 +68,21 @@ class CompiledEvaluation:
         with quiet_compiler():
             self._run(tables, marked)
 
-    def fits(self, model: EScAIP) -> bool:
+    def fits(self, model: Model) -> bool:
         """Whether the weights are those that were compiled."""
         pairs = zip(self._weights, model.parameters(), strict=True)
         return all(a is b and (dtype, device) == (b.dtype, b.device) for (a, dtype, device), b in pairs)
 
-    def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
-        """As :func:`evaluate`."""
-        return run_padded(partial(self.run, model), inputs, self.has_forces)
+    def __call__(self, model: Model, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
+        """As :func:`energy_and_gradient`."""
+        return run_padded(partial(self.run, model), inputs, self.config)
 
-    def run(self, model: EScAIP, tensors: list[Tensor]) -> list[Tensor]:
+    def run(self, model: Model, tensors: list[Tensor]) -> list[Tensor]:
         """As :func:`flat_evaluation`, for inputs of at least two of everything."""
         return self._run(self._tables(model), tensors)
 
-    def _tables(self, model: EScAIP) -> list[Tensor]:
-        return (model.tables(False) or []) if self._tables_given else []
+    def _tables(self, model: Model) -> list[Tensor]:
+        return [] if self._learning else kept_tables(model)
 
     def _run(self, tables: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
         with contextlib.nullcontext() if self._learning else torch.no_grad():
@@ -93,33 +90,40 @@ class CompiledEvaluation:
 
 
 def flat_evaluation(
-    model: EScAIP,
-    settings: GraphSettings,
-    tables: Sequence[Tensor] | None,
-    tensors: Sequence[Tensor],
-    differentiate: bool,
-    learning: bool,
+    model: Model, tables: Sequence[Tensor], tensors: Sequence[Tensor], differentiate: bool, learning: bool
 ) -> list[Tensor]:
-    """:func:`evaluate` of :meth:`EvaluationInputs.flat`; what there is of energy, direct forces and gradient."""
-    with torch.enable_grad() if differentiate or learning else torch.no_grad():
+    """Runs :func:`energy_and_gradient` on :meth:`EvaluationInputs.flat`.
+
+    Args:
+        model: whose weights may be closed over.
+        tables: of :func:`escaip.nn.embedding.kept_tables`; none where the model is to make its own.
+        tensors: the inputs.
+        differentiate: whether the gradient is wanted.
+        learning: whether results will be differentiated with respect to the weights.
+
+    Returns:
+        Energy, direct forces, properties in the order of the config's heads, gradient; only those there are.
+    """
+    with torch.enable_grad() if differentiate or learning else torch.no_grad(), given_tables(model, tables):
         inputs = EvaluationInputs.from_flat(tensors)
-        output, gradient = evaluate(model, settings, inputs, tables, differentiate, learning)
-    return [x for x in (output.energy, output.forces, gradient) if x is not None]
+        output, gradient = energy_and_gradient(model, inputs, differentiate, learning)
+    properties = [output.properties[name] for name in model.config.heads]
+    return [x for x in (output.energy, output.forces, *properties, gradient) if x is not None]
 
 
 def run_padded(
-    run: Callable[[list[Tensor]], list[Tensor]], inputs: EvaluationInputs, has_forces: bool
+    run: Callable[[list[Tensor]], list[Tensor]], inputs: EvaluationInputs, config: ModelConfig
 ) -> tuple[ModelOutput, Tensor | None]:
     """Runs compiled code on padded inputs and takes from its results what belongs to the inputs.
 
     Args:
         run: as :func:`flat_evaluation`.
         inputs: of a batch.
-        has_forces: whether the model has direct forces.
+        config: of the model.
     """
     own = Sizes.of(inputs)
     padded = own.at_least_two()
-    return unpad(run(pad(inputs, padded).flat()), padded, own, has_forces)
+    return unpad(run(pad(inputs, padded).flat()), padded, own, config)
 
 
 def trace(function: Callable[..., list[Tensor]], arguments: list[Any], learning: bool) -> torch.fx.GraphModule:
@@ -160,15 +164,15 @@ def compile_example(settings: GraphSettings, dtype: torch.dtype, device: torch.d
     vectors = displacements(positions, batch.cell, system, graph)
     ones = torch.ones_like(system)
     atoms = AtomInputs(6 * ones, 0 * ones, ones, 8 * system)
-    inputs = EvaluationInputs.of_graph(vectors, torch.ones(13, dtype=dtype), atoms, graph)
+    inputs = EvaluationInputs(vectors, torch.ones(13, dtype=dtype), atoms, graph)
     inputs = EvaluationInputs.from_flat([x.to(device) for x in inputs.flat()])
     return pad(inputs, Sizes.of(inputs).at_least_two())
 
 
 def check_distinct(inputs: EvaluationInputs) -> None:
     """Raises ConfigError for an example from which a tracer would learn that two sizes are always equal."""
-    num_atoms, graph = inputs.weight.shape[0], inputs.graph
-    sizes = [num_atoms, num_atoms + 1, graph.num_tokens, len(inputs.vectors), len(graph.rank_token)]
+    num_atoms, layout = inputs.weight.shape[0], inputs.layout
+    sizes = [num_atoms, num_atoms + 1, layout.num_tokens, len(inputs.vectors), len(layout.rank_token)]
     if len(set(sizes)) < len(sizes):
         raise ConfigError(f"the example for the compiler has equal sizes {sizes}: choose another")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from escaip.errors import CheckpointError, ConfigError, EscaipError
 from escaip.files import resolve
 from escaip.graph.features import PUBLISHED_FLOOR
-from escaip.models.config import EScAIPConfig
+from escaip.models import kind_named, kind_of
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.potential import ENERGY_BUFFERS
 from escaip.potential.precision import PRECISIONS, check_precision
@@ -36,7 +36,7 @@ def describe_potential(potential: Potential) -> dict[str, Any]:
     """Returns everything but the weights as plain JSON values."""
     return {
         "schema": SCHEMA_VERSION,
-        "architecture": "EScAIP",
+        "architecture": kind_of(potential.config).name,
         "config": potential.config.to_dict(),
         "metadata": potential.metadata.to_dict(),
         "units": dict(UNITS),
@@ -252,7 +252,8 @@ def build_potential(
     description = migrate(description, path)
     try:
         potential = kind(
-            EScAIPConfig.from_dict(description["config"]), metadata=PotentialMetadata.from_dict(description["metadata"])
+            kind_named(description["architecture"]).config.from_dict(description["config"]),
+            metadata=PotentialMetadata.from_dict(description["metadata"]),
         )
         floating = [tensor.dtype for name, tensor in weights.items() if name.startswith("model.")]
         if floating:

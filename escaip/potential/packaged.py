@@ -20,7 +20,7 @@ from torch import Tensor
 
 from escaip import __version__
 from escaip.errors import CheckpointError, ConfigError
-from escaip.models.escaip import EScAIP
+from escaip.models import Model
 from escaip.ops.native.build import availability
 from escaip.potential import Potential
 from escaip.potential.ahead import INFO, CodeEvaluation, first_line, instructions
@@ -154,10 +154,10 @@ class PackagedEvaluation(CodeEvaluation):
 
     def __init__(self, path: Path, potential: Potential, constants: dict[str, str]) -> None:
         super().__init__(path, potential.model, constants)
-        self.check(potential.model, not self._has_forces, 1e-3 if potential.dtype == torch.float32 else 1e-8)
+        self.check(potential.model, self._config.is_conservative, 1e-3 if potential.dtype == torch.float32 else 1e-8)
 
-    def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
-        """As :func:`escaip.potential.derivatives.evaluate`; the gradient is there whether asked for or not."""
+    def __call__(self, model: Model, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
+        """As :func:`~escaip.potential.derivatives.energy_and_gradient`; the gradient is always there."""
         if self._state_of(model) != self._state:
             raise ConfigError(f"weights of the package {self.path} were changed: {_LOAD_INSTEAD}")
         return super().__call__(model, inputs)

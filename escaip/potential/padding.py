@@ -8,8 +8,9 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
+from escaip.models import ModelConfig
 from escaip.potential.derivatives import ATOMS, LAYOUT, EvaluationInputs
-from escaip.types import AtomInputs, ModelOutput
+from escaip.types import AtomInputs, ModelOutput, TokenLayout
 
 # Compilers treat sizes of 0 and 1 apart.
 _LEAST = 2
@@ -36,9 +37,8 @@ class Sizes:
     @classmethod
     def of(cls, inputs: EvaluationInputs) -> Sizes:
         """Of a batch."""
-        graph = inputs.graph
-        rows = inputs.vectors.shape[0]
-        return cls(inputs.weight.shape[0], graph.num_tokens, rows - graph.num_tokens, graph.rank_token.shape[0])
+        tokens, rows = inputs.layout.num_tokens, inputs.vectors.shape[0]
+        return cls(inputs.weight.shape[0], tokens, rows - tokens, inputs.layout.rank_token.shape[0])
 
     def at_least_two(self) -> Sizes:
         """The least sizes that no compiler takes for a special case."""
@@ -98,7 +98,7 @@ def pad(inputs: EvaluationInputs, sizes: Sizes) -> EvaluationInputs:
             sizes.extra - own.extra,
         )  # fmt: skip
 
-    layout = dict(zip(LAYOUT, inputs.layout, strict=True))
+    layout = {name: getattr(inputs.layout, name) for name in LAYOUT}
     other, pairs = layout["rank_other"], sizes.pairs - own.pairs
     layout = {
         "offsets": extended(layout["offsets"], bounds[1:], atoms),
@@ -119,25 +119,25 @@ def pad(inputs: EvaluationInputs, sizes: Sizes) -> EvaluationInputs:
         between(inputs.vectors, 0),
         extended(inputs.weight, 0, atoms),
         AtomInputs(**of_atoms),
-        tuple(layout[name] for name in LAYOUT),
+        TokenLayout(**layout),
     )
 
 
-def unpad(results: list[Tensor], padded: Sizes, own: Sizes, has_forces: bool) -> tuple[ModelOutput, Tensor | None]:
-    """What belongs to the inputs among the results of padded ones.
+def unpad(results: list[Tensor], padded: Sizes, own: Sizes, config: ModelConfig) -> tuple[ModelOutput, Tensor | None]:
+    """Takes from the results of padded inputs the part of the inputs.
 
     Args:
-        results: what there is of energy, direct forces and gradient, as of
-            :func:`escaip.potential.compile.flat_evaluation`.
+        results: of :func:`escaip.potential.compile.flat_evaluation`.
         padded: sizes of what was evaluated.
         own: those of the inputs.
-        has_forces: whether the model has direct forces.
+        config: of the model.
     """
     rest = list(results)
-    energy, forces = rest.pop(0)[: own.atoms], rest.pop(0)[: own.atoms] if has_forces else None
+    energy, forces = rest.pop(0)[: own.atoms], None if config.is_conservative else rest.pop(0)[: own.atoms]
+    output = ModelOutput(energy, forces, {name: rest.pop(0)[: own.atoms] for name in config.heads})
     if not rest:
-        return ModelOutput(energy, forces), None
+        return output, None
     gradient = rest[0]
     if padded.tokens > own.tokens:
         gradient = torch.cat([gradient[: own.tokens], gradient[padded.tokens :]])
-    return ModelOutput(energy, forces), gradient[: own.tokens + own.extra]
+    return output, gradient[: own.tokens + own.extra]

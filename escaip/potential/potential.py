@@ -12,18 +12,17 @@ from torch import Tensor, nn
 
 from escaip.errors import ConfigError
 from escaip.graph import attached_neighbors, build_graph, displacements, search_cutoff
-from escaip.models.config import MAX_ATOMIC_NUMBER, EScAIPConfig
-from escaip.models.escaip import EScAIP
+from escaip.models import MAX_ATOMIC_NUMBER, ModelConfig, kind_of
 from escaip.ops import sum_rows
 from escaip.potential.ahead import CodeEvaluation, kept_code, serves
 from escaip.potential.atomic_energies import check_elements, dataset_codes, missing_reference, references_of
 from escaip.potential.compile import CompiledEvaluation, compile_example
 from escaip.potential.derivatives import (
     EvaluationInputs,
-    evaluate,
+    energy_and_gradient,
     forces_of,
     frozen,
-    plan_parts,
+    plan_chunks,
     stress_of,
     virials_of,
 )
@@ -31,7 +30,7 @@ from escaip.potential.metadata import PotentialMetadata
 from escaip.potential.precision import check_precision, in_precision
 from escaip.potential.recorded import RecordedEvaluation
 from escaip.potential.zbl import Repulsion
-from escaip.types import AtomInputs, Graph, ModelOutput, NeighborList, Prediction
+from escaip.types import TARGETS, AtomInputs, Graph, ModelOutput, NeighborList, Prediction, StructureBatch
 
 if TYPE_CHECKING:
     from escaip.data import Statistics
@@ -74,10 +73,10 @@ class Potential(nn.Module):
     scale: Tensor
     supported: Tensor
 
-    def __init__(self, config: EScAIPConfig, *, metadata: PotentialMetadata | None = None) -> None:
+    def __init__(self, config: ModelConfig, *, metadata: PotentialMetadata | None = None) -> None:
         super().__init__()
         self.config = config
-        self.model = EScAIP(config)
+        self.model = kind_of(config).model(config)
         self.repulsion = Repulsion()
         for name in ("element_references", "element_shifts"):
             self.register_buffer(name, torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
@@ -117,7 +116,7 @@ class Potential(nn.Module):
     @property
     def cutoff(self) -> float:
         """Radius in Å beyond which atoms do not interact directly."""
-        return self.config.cutoff
+        return self.config.graph.cutoff
 
     @property
     def search_cutoff(self) -> float:
@@ -174,7 +173,7 @@ class Potential(nn.Module):
         self.element_references, self.scale = references.to(self.device), scale.to(self.device)
         self.element_shifts = torch.zeros_like(self.element_references)
 
-    def atomic_references(self, batch: Any) -> Tensor:
+    def atomic_references(self, batch: StructureBatch) -> Tensor:
         """``(N,)`` float64 eV, the element reference of each atom.
 
         Raises:
@@ -186,20 +185,20 @@ class Potential(nn.Module):
             raise missing_reference(references, batch, self._dataset_codes(batch), self.datasets)
         return references
 
-    def atomic_shifts(self, batch: Any) -> Tensor:
+    def atomic_shifts(self, batch: StructureBatch) -> Tensor:
         """``(N,)`` float64 eV, what training adds to the reference of each atom."""
         return self._of_atoms(self.element_shifts, batch)
 
-    def atomic_scale(self, batch: Any) -> Tensor:
+    def atomic_scale(self, batch: StructureBatch) -> Tensor:
         """``()`` or ``(N,)`` float64 eV, what the model's energies are multiplied by."""
         return self.scale if self.scale.dim() == 0 else self.scale[self._dataset_codes(batch)[batch.batch]]
 
-    def _of_atoms(self, table: Tensor, batch: Any) -> Tensor:
+    def _of_atoms(self, table: Tensor, batch: StructureBatch) -> Tensor:
         if table.dim() == 1:
             return table[batch.atomic_numbers]
         return table[self._dataset_codes(batch)[batch.batch], batch.atomic_numbers]
 
-    def _dataset_codes(self, batch: Any) -> Tensor:
+    def _dataset_codes(self, batch: StructureBatch) -> Tensor:
         """``(B,)`` the set of each structure."""
         return dataset_codes(batch, self._dataset, self.datasets)
 
@@ -214,7 +213,7 @@ class Potential(nn.Module):
 
     def forward(
         self,
-        batch: Any,
+        batch: StructureBatch,
         *,
         neighbors: NeighborList | None = None,
         graph: Graph | None = None,
@@ -275,9 +274,15 @@ class Potential(nn.Module):
                 forces = (direct + forces_of(slope, graph) if self.repulsion else direct).to(self.dtype)
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()
-        return Prediction(energy, forces, stress, atomic_energies, virials)
+        properties = {name: self._of_target(name, x, batch) for name, x in output.properties.items()}
+        return Prediction(energy, forces, stress, atomic_energies, virials, properties)
 
-    def graph_of(self, batch: Any, neighbors: NeighborList | None = None, slack: float = 0.0) -> Graph:
+    @staticmethod
+    def _of_target(name: str, values: Tensor, batch: StructureBatch) -> Tensor:
+        """Sums per-atom values ``(N, ...)`` to ``(B, ...)`` where the target is one of the structure."""
+        return values if TARGETS[name].per_atom else sum_rows(values, batch.batch, batch.ptr.numel() - 1)
+
+    def graph_of(self, batch: StructureBatch, neighbors: NeighborList | None = None, slack: float = 0.0) -> Graph:
         """Checks a batch and builds its graph: see :func:`escaip.graph.build_graph`.
 
         Raises:
@@ -285,9 +290,9 @@ class Potential(nn.Module):
             ConfigError: ``slack`` for a model in which a neighbor counts as soon as it is there (as published).
             DataError: a structure that no potential can mean.
         """
-        self.config.check_slack(slack)
+        self.config.check_graph_skin(slack)
         check_elements(batch.atomic_numbers, self.supported, self.metadata.elements)
-        self.model.system_embedding.check(batch.charge, batch.spin_multiplicity)
+        self.model.check_systems(batch.charge, batch.spin_multiplicity)
         return build_graph(batch, self.config.graph, neighbors or attached_neighbors(batch), slack)
 
     def _evaluate(
@@ -315,17 +320,17 @@ class Potential(nn.Module):
             The model's output, and the gradient of the scaled energy with respect to ``vectors`` in float64, eV/Å.
         """
         weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
-        inputs = EvaluationInputs.of_graph(vectors, weight, atoms, graph)
+        inputs = EvaluationInputs(vectors, weight, atoms, graph)
         predicting = not (learning or create_graph)
-        most, recompute = plan_parts(self.config, graph.num_tokens, self.device) if predicting else (None, 0.0)
+        most, recompute = plan_chunks(self.config, graph.num_tokens, self.device) if predicting else (None, 0.0)
         recompute = recompute if self.recompute is None else float(self.recompute)
         check_precision(self.precision, self.dtype, self.device)
         with in_precision(self.precision, self.device) as rounded:
             if self._is_compiled and not recompute and not vectors.requires_grad:
                 return self._compiled_evaluation(differentiate, learning, rounded)(self.model, inputs)
             with frozen(self.model) if predicting else contextlib.nullcontext():
-                return evaluate(
-                    self.model, self.config.graph, inputs, self.model.tables(learning), differentiate, create_graph,
+                return energy_and_gradient(
+                    self.model, inputs, differentiate, create_graph,
                     max_tokens=most, recompute=recompute if torch.is_grad_enabled() else 0.0,
                 )  # fmt: skip
 
@@ -358,7 +363,7 @@ class Potential(nn.Module):
                 self._compiled[key] = kept_code(self.model, differentiate, rounded)
             else:
                 example = compile_example(self.config.graph, self.dtype, self.device)
-                made = CompiledEvaluation(self.model, self.config.graph, example, differentiate, learning)
+                made = CompiledEvaluation(self.model, example, differentiate, learning)
                 recorded = self._is_recorded and not learning and not self.training
                 self._compiled[key] = RecordedEvaluation(made) if recorded else made
         return self._compiled[key]

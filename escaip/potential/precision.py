@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from functools import partial
-from typing import Any
 
 import torch
 
 from escaip.errors import ConfigError
-from escaip.nn.block import Run
 
 PRECISIONS = ("highest", "tf32", "float16", "bfloat16")
 _HALF_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,11 +40,6 @@ def in_precision(name: str, device: torch.device) -> Iterator[torch.dtype | None
         _rounded.reset(token)
 
 
-def rounding(run: Run, rounded: torch.dtype | None, device: torch.device) -> Run:
-    """How parts of tokens are run: as by ``run``, with autocast where something is rounded."""
-    return run if rounded is None else partial(_run_rounded, rounded, device.type, run)
-
-
 def check_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Raises ConfigError for a precision that does not exist, or not for a model of this dtype on this device."""
     given = str(dtype).removeprefix("torch.")
@@ -59,11 +51,6 @@ def check_precision(name: str, dtype: torch.dtype, device: torch.device) -> None
         raise ConfigError(f"precision {name!r} is for float32 models, and this one is {given}: use dtype float32")
     if name == "tf32" and device.type != "cuda":
         raise ConfigError(f"precision 'tf32' exists on CUDA devices, and the model is on {device.type}: use 'highest'")
-
-
-def _run_rounded(dtype: torch.dtype, device: str, run: Run, function: Callable[..., Any], *arguments: Any) -> Any:
-    with torch.autocast(device, dtype):
-        return run(function, *arguments)
 
 
 @contextlib.contextmanager

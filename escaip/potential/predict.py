@@ -25,9 +25,8 @@ from escaip.data.structure import EDGE_FIELDS
 from escaip.data.validation import complete_cell
 from escaip.errors import ConfigError, DataError, UnsupportedElementError, UsageError
 from escaip.files import first_line
-from escaip.models.config import EScAIPConfig
-from escaip.models.escaip import EScAIP
-from escaip.potential.derivatives import plan_parts
+from escaip.models import Model, ModelConfig
+from escaip.potential.derivatives import plan_chunks
 from escaip.types import GraphSettings, Prediction
 
 CPU_TOKENS = 4096
@@ -45,8 +44,8 @@ _NO_MEMORY = re.compile(
 class PotentialLike(Protocol):
     """The interface of a :class:`~escaip.Potential` that predictions and second derivatives need."""
 
-    config: EScAIPConfig
-    model: EScAIP
+    config: ModelConfig
+    model: Model
     precision: str
     training: bool
 
@@ -170,7 +169,7 @@ def token_budget(potential: PotentialLike, derivatives: bool = True) -> int:
     """Returns the number of tokens in a pack, from the device and half of its free memory.
 
     On a CPU it is at most :data:`CPU_TOKENS`. On CUDA it stays below the size from which the potential would recompute
-    activations (:func:`escaip.potential.derivatives.plan_parts`).
+    activations (:func:`escaip.potential.derivatives.plan_chunks`).
 
     Args:
         potential: on the device and in the dtype of the evaluation.
@@ -180,17 +179,11 @@ def token_budget(potential: PotentialLike, derivatives: bool = True) -> int:
     limit = 2**31 if device.type == "cuda" else CPU_TOKENS
     free = _free_bytes(device)
     if free is not None:
-        each = bytes_per_token(config, potential.dtype, derivatives and config.is_conservative)
+        each = config.used_per_token(derivatives and config.is_conservative) * potential.dtype.itemsize
         limit = min(limit, int(_MEMORY_SHARE * free / each))
-    while device.type == "cuda" and limit > 1 and plan_parts(config, limit, device)[1]:
+    while device.type == "cuda" and limit > 1 and plan_chunks(config, limit, device)[1]:
         limit -= max(1, limit // 16)
     return max(1, limit)
-
-
-def bytes_per_token(config: EScAIPConfig, dtype: torch.dtype, differentiate: bool) -> int:
-    """Returns an upper estimate of the memory that a token takes while a pack is evaluated (benchmarks/kept.py)."""
-    numbers = 16 * (config.num_layers + 1) if differentiate else 12 + 5 * config.num_layers
-    return numbers * config.hidden_size * dtype.itemsize
 
 
 def estimate_tokens(data: AtomicData, settings: GraphSettings) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.models.escaip import EScAIP
+from escaip.models import Model
 from escaip.potential.ahead import WeightState
 from escaip.potential.compile import CompiledEvaluation
 from escaip.potential.derivatives import EvaluationInputs
@@ -85,12 +85,12 @@ class RecordedEvaluation:
         self._state_of = WeightState()
         self.num_recordings = 0
 
-    def fits(self, model: EScAIP) -> bool:
+    def fits(self, model: Model) -> bool:
         """Whether the weights are those that were compiled."""
         return self._evaluation.fits(model)
 
-    def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
-        """As :func:`escaip.potential.derivatives.evaluate`."""
+    def __call__(self, model: Model, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
+        """As :func:`escaip.potential.derivatives.energy_and_gradient`."""
         state = self._state_of(model)
         if state != self._state:  # what is made of weights once, as tables of the distance, is another tensor now
             self._recordings, self._state = [], state
@@ -101,7 +101,7 @@ class RecordedEvaluation:
         recording.replay()
         # The next replay overwrites these.
         results = [result.clone() for result in recording.results]
-        return unpad(results, recording.sizes, own, self._evaluation.has_forces)
+        return unpad(results, recording.sizes, own, self._evaluation.config)
 
     def _take(self, own: Sizes) -> _Recording | None:
         """The smallest that holds these sizes, if it is not much too large."""
@@ -112,7 +112,7 @@ class RecordedEvaluation:
         self._recordings.remove(best)
         return best
 
-    def _make(self, model: EScAIP, inputs: EvaluationInputs, sizes: Sizes) -> _Recording:
+    def _make(self, model: Model, inputs: EvaluationInputs, sizes: Sizes) -> _Recording:
         del self._recordings[: max(0, len(self._recordings) + 1 - _MOST_KEPT)]
         self.num_recordings += 1
         static = [x.clone() for x in pad(inputs, sizes).flat()]

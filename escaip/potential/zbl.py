@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from escaip.errors import ConfigError
 from escaip.graph import neighbor_list
-from escaip.models.config import MAX_ATOMIC_NUMBER
+from escaip.models import MAX_ATOMIC_NUMBER
 from escaip.ops import sum_rows
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from escaip.errors import ConfigError
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 from escaip.train.losses import LossSettings, loss_sums
-from escaip.train.mup import at_width, fan_in_ratios, scale_outputs
+from escaip.train.mup import fan_in_ratios, scale_outputs
 from escaip.train.optim import make_optimizer
 
 
@@ -71,7 +71,7 @@ def check_coordinates(
         raise ConfigError("a coordinate check compares widths: give two or more")
     found: dict[str, np.ndarray] = {}
     for column, width in enumerate(widths):
-        sized = at_width(config, width)
+        sized = config.at_width(width)
         for seed in seeds:
             model = _train(sized, batch, base_width, steps, learning_rate, losses or LossSettings(), seed)
             for name, values in model.items():
@@ -91,7 +91,7 @@ def _train(
         scale_outputs(potential.model, config, base_width)
     optimizer = make_optimizer(potential, rate, 0.0, ratios)
     seen: dict[str, Tensor] = {}
-    for depth, block in enumerate(potential.model.blocks):
+    for depth, block in enumerate(potential.model.get_submodule("blocks").children()):
         block.register_forward_hook(_keep(seen, f"block {depth}"))
     moved: dict[str, list[float]] = {}
     start: dict[str, Tensor] = {}

@@ -42,8 +42,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from escaip.errors import UsageError
-from escaip.models.config import EScAIPConfig
-from escaip.models.escaip import EScAIP
+from escaip.models import EScAIP, EScAIPConfig
+from escaip.nn.embedding import kept_tables
 from escaip.ops import spline
 from escaip.potential import Potential
 from escaip.scaling.operators import operator_formulas
@@ -325,7 +325,7 @@ def profile_flops(model: EScAIPConfig | Potential, batch: Any, mode: str = "trai
     potential.recompute = False  # what is computed again is no use
     graph = potential.graph_of(batch)
     if not training:
-        potential.model.tables(learning=False)  # kept from one prediction to the next: made before the counting
+        kept_tables(potential.model)  # kept from one prediction to the next: made before the counting
     with (
         FlopCounterMode(display=False, custom_mapping=operator_formulas()) as counter,
         torch.set_grad_enabled(training),
@@ -339,7 +339,10 @@ def profile_flops(model: EScAIPConfig | Potential, batch: Any, mode: str = "trai
 
 
 def _config_of(model: EScAIPConfig | Potential) -> EScAIPConfig:
-    return model.config if isinstance(model, Potential) else model
+    config = model.config if isinstance(model, Potential) else model
+    if not isinstance(config, EScAIPConfig):
+        raise UsageError(f"operations of {type(config).__name__} are not known: only those of EScAIP are counted")
+    return config
 
 
 def _check_mode(config: EScAIPConfig, mode: str) -> None:

@@ -15,9 +15,8 @@ from typing import Any
 
 from escaip.errors import ConfigError, DataError
 from escaip.files import config_path
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.scaling.files import write_whole
-from escaip.train.mup import at_width
 
 # What a job needs of a recipe whatever the recipe says: no pictures, no progress bar for each of a hundred runs.
 _QUIET = {"trainer": {"enable_progress_bar": False}, "evaluation": {"max_structures": 0}}
@@ -246,7 +245,7 @@ class StudyPlan:
             for size in self.sizes:
                 config = self.architecture(variant, size)  # refuses what cannot be built
                 if rate.base_width is not None:
-                    at_width(config, rate.base_width)
+                    config.at_width(rate.base_width)
             if rate.sweep and not self.swept_sizes(variant):
                 raise ConfigError(f"learning_rate.base_width {rate.base_width}: variant {variant} has no such size")
 
@@ -320,7 +319,7 @@ def _sizes(plan: StudyPlan, given: Mapping[str, Any]) -> dict[str, dict[str, Any
     per_layer = given.get("width_per_layer")
     found = {}
     for width in _numbers("widths", given["widths"]):
-        config = at_width(start, int(width))
+        config = start.at_width(int(width))
         layers = start.num_layers if per_layer is None else max(1, math.floor(width / float(per_layer) + 0.5))
         found[f"w{int(width)}"] = {
             "hidden_size": config.hidden_size, "num_heads": config.num_heads, "num_layers": layers,

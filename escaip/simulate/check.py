@@ -225,7 +225,7 @@ def _tokens(potential: Potential, atoms: Atoms) -> torch.Tensor:
     graph = potential.graph_of(collate([AtomicData.from_ase(atoms)]).to(potential.device))
     count = graph.num_tokens
     columns = [graph.token_center[:, None], graph.token_neighbor[:, None], graph.shift[:count]]
-    if not potential.config.soft:  # counted ranks jump while the tokens stay
+    if not potential.config.graph.soft:  # counted ranks jump while the tokens stay
         columns.append((2.0 * graph.rank_base[:, None]).long())
     return torch.cat(columns, dim=1).unique(dim=0)
 

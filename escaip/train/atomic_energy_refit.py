@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escaip.models.config import MAX_ATOMIC_NUMBER
+from escaip.models import MAX_ATOMIC_NUMBER
 from escaip.train.losses import LossTerm, labelled_energies
 from escaip.types import Prediction
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError, TrainingError
 from escaip.files import config_path, resolve
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential.loading import migrate
 from escaip.train.callbacks import PredictionFile, RunReport, folder_of_run
 from escaip.train.checkpoints import BEST, LAST, BestAndLast, PlainCheckpointIO, read_checkpoint

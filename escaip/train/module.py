@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.models.config import EScAIPConfig
+from escaip.models import build_config
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.loading import describe_potential
 from escaip.potential.potential import ENERGY_BUFFERS
@@ -96,7 +96,7 @@ class PotentialModule(LightningModule):
             raise ConfigError("compile and recompute do not go together: set one of them to false")
         _check_schedule(learning_rate, weight_decay, warmup_fraction, final_fraction)
         check_fraction(repulsion)
-        config = EScAIPConfig.from_dict(dict(architecture))
+        config = build_config(dict(architecture))
         if losses.stress.weight > 0 and not config.is_conservative:
             raise ConfigError("losses.stress.weight is above 0, but a direct-force model has no stress: set it to 0")
         settings = {

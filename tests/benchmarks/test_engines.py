@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     import engines
 
 from escaip.errors import ConfigError
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 
 TINY = {

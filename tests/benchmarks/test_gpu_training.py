@@ -30,7 +30,7 @@ from escaip.data import AtomicData, Store
 from escaip.errors import DataError
 from escaip.evaluate import Records
 from escaip.graph import search_cutoff
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.train.cli import build
 
 SharedData = Callable[[str], Path]

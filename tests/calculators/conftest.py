@@ -12,7 +12,7 @@ import torch
 from ase import Atoms
 
 from escaip.calculators.lammps import LammpsDriver, open_lammps
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
 
 SMALL: dict[str, Any] = {

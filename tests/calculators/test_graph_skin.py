@@ -19,7 +19,7 @@ from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.graph import displacements, tight, tight_graph
 from escaip.potential import Potential
-from escaip.types import Graph
+from escaip.types import Graph, Tokens
 
 Make = Callable[..., Potential]
 
@@ -64,9 +64,9 @@ def test_it_gives_the_answers_of_fresh_graphs(make_potential: Make, options: dic
 def test_beyond_the_cutoff_a_table_stays_what_it_is_at_the_cutoff(make_potential: Make) -> None:
     """A polynomial far from its interval can overflow, and zero times infinity is not zero."""
     model = make_potential(distance_table="always", distance_knots=2048).model
-    distance = torch.tensor([4.0, 4.5, 6.0], dtype=torch.float64)
-    curve, table = model.attributes.curve, model.tables(False)[0]
-    at, *beyond = model.distances(model.distances.encode(distance, True), curve, table)
+    distance, none = torch.tensor([4.0, 4.5, 6.0], dtype=torch.float64), torch.empty(0)
+    embedding = model.attributes.distance
+    at, *beyond = embedding.function()(embedding.encode(Tokens(0, none, none, none, none, distance, none, none)))
     assert at.abs().max() > 0
     for values in beyond:
         assert torch.equal(values, at)

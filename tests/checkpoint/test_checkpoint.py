@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential import loading as checkpoint_module
 from escaip.potential.loading import describe_potential, load_potential, migrate

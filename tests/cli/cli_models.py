@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
 
 SMALL: dict[str, Any] = {

@@ -18,7 +18,7 @@ from torch_geometric.data import Batch
 import escaip.potential.potential
 from escaip import EScAIPCalculator, EScAIPConfig, Potential
 from escaip.data import AtomicData, collate
-from escaip.models.escaip import EScAIP
+from escaip.models import EScAIP
 from escaip.potential import ahead
 from escaip.potential.compile import CompiledEvaluation, compile_example, flat_evaluation, trace
 
@@ -259,7 +259,7 @@ def test_a_traced_graph_holds_weights_alone(forces: str, monkeypatch: pytest.Mon
     inputs = compile_example(settings, potential.dtype, potential.device)
 
     def function(*tensors: Tensor) -> list[Tensor]:
-        return flat_evaluation(model, settings, None, tensors, forces == "conservative", False)
+        return flat_evaluation(model, [], tensors, forces == "conservative", False)
 
     graph = trace(function, inputs.flat(), False)
     weights = {id(x) for x in (*model.parameters(), *model.buffers())}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from escaip.errors import ConfigError
-from escaip.models.escaip import EScAIP, EScAIPConfig
+from escaip.models import EScAIP, EScAIPConfig
 
 SIZES = {"300k": 3e5, "1m": 1e6, "5m": 5e6, "20m": 20e6, "45m": 45e6, "85m": 85e6}
 

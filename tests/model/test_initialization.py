@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from escaip import EScAIPConfig
-from escaip.models.escaip import EScAIP
+from escaip.models import EScAIP
 from escaip.nn.embedding import EdgeAttributes, GaussianBasis
 
 
@@ -22,7 +22,7 @@ def test_the_distance_has_as_large_a_share_of_a_fresh_token_as_the_elements(mode
     attributes = model.attributes
     assert isinstance(attributes, EdgeAttributes)
     with torch.no_grad():
-        radial = model.distances.basis(torch.linspace(0.5, 5.5, 400))
+        radial = model.attributes.distance.basis(torch.linspace(0.5, 5.5, 400))
         embedded = attributes.distance_embedding(radial)
         assert embedded.std().item() == pytest.approx(1.0, abs=0.1)
         distance = attributes.distance_project(attributes.activation(embedded)).std(0).mean()

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from escaip.data import AtomicData, collate
-from escaip.models.config import EScAIPConfig
-from escaip.models.escaip import EScAIP
+from escaip.models import EScAIP, EScAIPConfig
 from escaip.potential import Potential
 
 SMALL = {

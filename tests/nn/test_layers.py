@@ -32,7 +32,7 @@ def test_rms_norm_matches_torch_and_differentiates_twice() -> None:
 def test_edge_attributes_equal_the_concatenated_linear_layer() -> None:
     """The split into per-atom and per-token parts is exact: one weight matrix over [distance, source, target]."""
     torch.manual_seed(1)
-    layer = EdgeAttributes(20, 4, 3, 5, 7, 6, 8, "gelu", "rmsnorm", 0.0).double()
+    layer = EdgeAttributes(GaussianBasis(7, 6.0, 2.0), "never", 8, 20, 4, 3, 5, 6, 8, "gelu", "rmsnorm", 0.0).double()
     numbers, order = torch.tensor([1, 6, 8]), torch.rand(3, 3, dtype=torch.float64)
     neighbor, center = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([0, 0, 0, 1, 2])
     radial = torch.rand(5, 7, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_edge_attributes_equal_the_concatenated_linear_layer() -> None:
     expected = layer.norm(gelu(joined @ weight.T + layer.target.project.bias))
     none = torch.empty(0)
     tokens = Tokens(0, none, none, center, neighbor, none, none, none)
-    torch.testing.assert_close(layer(layer.curve(radial), layer.ends(numbers, order), tokens), expected)
+    torch.testing.assert_close(layer(layer.distance.exact(radial), layer.ends(numbers, order), tokens), expected)
 
 
 def test_stochastic_depth_drops_whole_systems_and_keeps_the_mean() -> None:

@@ -10,7 +10,7 @@ from ase import Atoms
 
 from escaip.data import AtomicData, collate
 from escaip.graph import build_graph
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 from escaip.testing import check_potential, continuity_error, evaluator, rotation_errors
 

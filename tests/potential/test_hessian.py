@@ -11,7 +11,7 @@ from ase import Atoms
 from escaip import EScAIPCalculator
 from escaip.data import AtomicData
 from escaip.errors import ConfigError, DataError, UnsupportedElementError
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.hessian import asymmetry, hessian
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from typing import Any
 
 import ase.build
 import pytest
@@ -15,9 +15,11 @@ from torch_geometric.data import Batch
 
 import escaip.potential.derivatives
 from escaip.data import AtomicData, collate
-from escaip.graph import build_graph, compute_geometry, split_tokens
-from escaip.models.config import EScAIPConfig
+from escaip.graph import TokenChunks, build_graph, compute_geometry
+from escaip.models import EScAIPConfig
+from escaip.nn.embedding import kept_tables
 from escaip.potential import Potential
+from escaip.types import Tokens
 
 SMALL = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 12,
@@ -65,9 +67,9 @@ def test_parts_do_not_change_predictions(
     options: dict[str, object], max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     potential, batch = make_potential(**options).eval(), make_batch()
-    monkeypatch.setattr(escaip.potential.derivatives, "_PART", None)
+    monkeypatch.setattr(escaip.potential.derivatives, "_CHUNK", None)
     expected = answers(potential, batch)
-    monkeypatch.setattr(escaip.potential.derivatives, "_PART", max_tokens)
+    monkeypatch.setattr(escaip.potential.derivatives, "_CHUNK", max_tokens)
     for recompute in (None, True):
         potential.recompute = recompute
         assert_equal(answers(potential, batch), expected)
@@ -107,7 +109,7 @@ def kept_for(potential: Potential, monkeypatch: pytest.MonkeyPatch, most_kept: i
     """The most bytes that autograd holds at a time, counted by the hooks that see every saved tensor."""
     held = Held()
     with monkeypatch.context() as patch:
-        patch.setattr(escaip.potential.derivatives, "_PART", 40)
+        patch.setattr(escaip.potential.derivatives, "_CHUNK", 40)
         if most_kept is not None:
             patch.setattr(escaip.potential.derivatives, "_MOST_KEPT", (most_kept, most_kept))
         with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda x: x):
@@ -125,8 +127,8 @@ def test_recomputation_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_does_not_fit_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more: the time of large predictions grows with the share that does not fit."""
     potential, batch = make_potential().eval(), make_batch()
-    c, num_tokens = potential.config, potential.graph_of(batch).num_tokens
-    bytes_kept = num_tokens * c.num_layers * c.hidden_size * escaip.potential.derivatives._BYTES_PER_FEATURE
+    num_tokens = potential.graph_of(batch).num_tokens
+    bytes_kept = 4 * num_tokens * potential.config.kept_per_token
     nothing, half, everything = (kept_for(potential, monkeypatch, n) for n in (0, bytes_kept // 2, bytes_kept))
     assert everything == kept_for(potential, monkeypatch, None)
     assert nothing + 0.25 * (everything - nothing) < half < nothing + 0.75 * (everything - nothing)
@@ -136,18 +138,21 @@ def test_what_does_not_fit_is_computed_again(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9, 1.0])
-def test_the_share_computed_again_is_spread_evenly(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    again: list[int] = []
+def test_the_share_computed_again_is_spread_evenly(share: float) -> None:
+    calls: list[int] = []
+    x = torch.ones((), requires_grad=True)
+    chunks = chunks_of(make_batch(), 1, share)
 
-    def recomputed(function: Callable[[int], int], i: int) -> int:
-        again.append(i)
-        return function(i)
+    def function(chunk: Tokens) -> Tensor:
+        calls.append(chunk.first)
+        return x * x
 
-    monkeypatch.setattr(escaip.potential.derivatives, "_recomputed", recomputed)
-    run = escaip.potential.derivatives._keeping(share)
-    assert [run(lambda i: i + 1, i) for i in range(100)] == list(range(1, 101))
-    for start in range(0, 100, 20):
-        assert abs(sum(start <= i < start + 20 for i in again) - 20 * share) <= 1
+    torch.stack(chunks.map(function)).sum().backward()
+    count = len(chunks.chunks)
+    again = calls[count:]
+    assert calls[:count] == [chunk.first for chunk in chunks.chunks] == list(range(count))
+    for start in range(0, count - 10, 10):
+        assert abs(sum(start <= i < start + 10 for i in again) - 10 * share) <= 1
 
 
 def test_a_prediction_keeps_nothing_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,22 +169,27 @@ def test_a_prediction_keeps_nothing_for_the_weights(monkeypatch: pytest.MonkeyPa
     assert sum(weight.requires_grad for weight in potential.parameters()) > 10
 
 
-def test_parts_are_whole_neighborhoods_in_order() -> None:
-    batch, settings = make_batch(), EScAIPConfig.from_dict(SMALL).graph
+def chunks_of(batch: Any, max_tokens: int | None, recompute: float = 0.0) -> TokenChunks:
+    settings = EScAIPConfig.from_dict(SMALL).graph
     graph = build_graph(batch, settings)
     geometry = compute_geometry(batch.positions, batch.cell, batch.batch, graph, settings, torch.float64)
-    sizes = graph.offsets.diff()
-    for max_tokens in (None, 1, 20, 10_000):
-        parts = split_tokens(graph, geometry, max_tokens)
-        assert [part.first for part in parts] == [0, *torch.tensor([part.num_atoms for part in parts]).cumsum(0)[:-1]]
-        assert torch.equal(torch.cat([part.offsets.diff() for part in parts]), sizes)
-        assert torch.equal(torch.cat([part.center for part in parts]), graph.token_center)
-        assert torch.equal(torch.cat([part.distance for part in parts]), geometry.distance)
-        for part in parts:
-            assert part.offsets[0] == 0
-            assert torch.equal(part.neighbor[part.self_token], part.center[part.self_token])
-            assert max_tokens is None or len(part.center) <= max_tokens or part.num_atoms == 1
-    assert len(split_tokens(graph, geometry, 20)) > 3
+    return TokenChunks(graph, geometry, max_tokens, recompute)
+
+
+def test_chunks_are_whole_neighborhoods_in_order() -> None:
+    batch = make_batch()
+    (whole,) = chunks_of(batch, None).chunks
+    for max_tokens in (1, 20, 10_000):
+        chunks = chunks_of(batch, max_tokens).chunks
+        assert [chunk.first for chunk in chunks] == [0, *torch.tensor([x.num_atoms for x in chunks]).cumsum(0)[:-1]]
+        assert torch.equal(torch.cat([chunk.offsets.diff() for chunk in chunks]), whole.offsets.diff())
+        for name in ("center", "neighbor", "distance", "direction", "log_envelope"):
+            assert torch.equal(torch.cat([getattr(chunk, name) for chunk in chunks]), getattr(whole, name))
+        for chunk in chunks:
+            assert chunk.offsets[0] == 0
+            assert torch.equal(chunk.neighbor[chunk.self_token], chunk.center[chunk.self_token])
+            assert len(chunk.center) <= max_tokens or chunk.num_atoms == 1
+    assert len(chunks_of(batch, 20).chunks) > 3
 
 
 @pytest.mark.parametrize("kind", ["always", "inference"])
@@ -219,20 +229,12 @@ def test_kept_tables_follow_the_weights(change: str) -> None:
         assert (found[0] - before[0]).abs().max() > 1e-6
 
 
-def test_tables_are_made_once_for_fixed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_made_once_for_fixed_weights() -> None:
     potential, batch = make_potential().eval(), make_batch()
-    made = 0
-    original = type(potential.model.distances).table
-
-    def count(self: object, curve: object) -> Tensor:
-        nonlocal made
-        made += 1
-        return original(self, curve)
-
-    monkeypatch.setattr(type(potential.model.distances), "table", count)
-    for _ in range(3):
-        potential(batch)
-    assert made == 3  # the input layer's and two blocks'
-    potential.train()
     potential(batch)
-    assert made == 6
+    tables = kept_tables(potential.model)
+    assert len(tables) == 3  # the input layer's and two blocks'
+    potential(batch)
+    assert all(x is y for x, y in zip(kept_tables(potential.model), tables, strict=True))
+    potential.train()(batch).energy.sum().backward()
+    assert potential.model.attributes.distance_embedding.weight.grad is not None

@@ -19,12 +19,12 @@ from escaip.cli import parser_of
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.graph import build_graph
-from escaip.models.escaip import EScAIP
+from escaip.models import EScAIP
 from escaip.nn.layers import RMSNorm
 from escaip.potential.compile import CompiledEvaluation, compile_example
-from escaip.potential.derivatives import EvaluationInputs, evaluate
+from escaip.potential.derivatives import EvaluationInputs, energy_and_gradient
 from escaip.potential.precision import PRECISIONS, in_precision
-from escaip.types import GraphSettings, ModelOutput
+from escaip.types import ModelOutput
 
 TINY = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 12,
@@ -167,7 +167,6 @@ class Eager:
     """Stands for a compiled evaluation; torch's autocast must be off wherever the compiler looks."""
 
     model: EScAIP
-    settings: GraphSettings
     example: EvaluationInputs
     differentiate: bool
     learning: bool
@@ -180,7 +179,7 @@ class Eager:
 
     def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
         assert not torch.is_autocast_enabled("cpu")
-        return evaluate(model, self.settings, inputs, model.tables(False), self.differentiate, False)
+        return energy_and_gradient(model, inputs, self.differentiate, False)
 
 
 def test_compiled_evaluations_are_kept_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +208,7 @@ def test_casts_are_in_the_traced_graph() -> None:
     compiled = copy.deepcopy(eager)
     compiled.compile()
     with in_precision("bfloat16", device) as rounded:
-        made = CompiledEvaluation(compiled.model, eager.config.graph, example, True, False, "aot_eager")
+        made = CompiledEvaluation(compiled.model, example, True, False, "aot_eager")
         assert rounded == torch.bfloat16
     compiled._compiled[True, False, False, rounded, False] = made
     assert relative(compiled(batch).forces, expected) < 1e-6

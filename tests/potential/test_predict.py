@@ -20,13 +20,12 @@ from pymatgen.core import Lattice, Molecule, Structure
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError, DataError, UnsupportedElementError, UsageError
 from escaip.graph import build_graph, neighbor_list
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata, predict
-from escaip.potential.derivatives import plan_parts
+from escaip.potential.derivatives import plan_chunks
 from escaip.potential.predict import (
     CPU_TOKENS,
     StructurePrediction,
-    bytes_per_token,
     estimate_tokens,
     is_out_of_memory,
     iter_predict,
@@ -395,16 +394,15 @@ def test_the_budget_follows_device_and_memory(monkeypatch: pytest.MonkeyPatch) -
         potential: Any = SimpleNamespace(config=config, device=torch.device(device), dtype=torch.float32)
         return token_budget(potential, derivatives)
 
-    each = bytes_per_token(config, torch.float32, True)
-    assert bytes_per_token(config, torch.float64, True) == 2 * each
+    each = 4 * config.used_per_token(True)
     assert budget("cpu", None) == budget("cpu", 1e12) == CPU_TOKENS
     assert budget("cpu", 200.0 * each) == 100
     assert budget("cuda", 20_000.0 * each) == 10_000
     assert budget("cuda", 20_000.0 * each, derivatives=False) > 10_000
     assert budget("cpu", 0.0) == 1
     most = budget("cuda", 1e12)
-    assert not plan_parts(config, most, torch.device("cuda"))[1]
-    assert plan_parts(config, most + most // 8, torch.device("cuda"))[1]
+    assert not plan_chunks(config, most, torch.device("cuda"))[1]
+    assert plan_chunks(config, most + most // 8, torch.device("cuda"))[1]
 
 
 def test_the_budget_of_this_machine() -> None:

@@ -16,6 +16,7 @@ from escaip import EScAIPCalculator, EScAIPConfig, Potential
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.graph import build_graph, displacements
+from escaip.nn.embedding import kept_tables
 from escaip.potential.compile import CompiledEvaluation, compile_example, flat_evaluation
 from escaip.potential.derivatives import EvaluationInputs
 from escaip.potential.padding import Sizes, pad, unpad
@@ -42,7 +43,7 @@ def inputs_of(potential: Potential, *structures: ase.Atoms) -> EvaluationInputs:
     batch = collate([AtomicData.from_ase(atoms) for atoms in structures])
     graph = build_graph(batch, potential.config.graph)
     vectors = displacements(batch.positions, batch.cell, batch.batch, graph)
-    return EvaluationInputs.of_graph(
+    return EvaluationInputs(
         vectors, torch.ones(len(batch.positions), dtype=torch.float64), AtomInputs.of_batch(batch), graph
     )
 
@@ -60,7 +61,7 @@ def structures() -> list[list[ase.Atoms]]:
 
 def run(potential: Potential, tensors: list[Tensor]) -> list[Tensor]:
     model, config = potential.model, potential.config
-    return flat_evaluation(model, config.graph, model.tables(False), tensors, config.is_conservative, False)
+    return flat_evaluation(model, kept_tables(model), tensors, config.is_conservative, False)
 
 
 @pytest.mark.parametrize("options", [{}, {"forces": "direct"}, {"num_neighbors": None}, {"charge": True}],
@@ -75,16 +76,15 @@ def test_added_rows_change_nothing(options: dict[str, object], more: tuple[int, 
         padded = pad(inputs, sizes)
         assert Sizes.of(padded) == sizes
         tokens = torch.arange(sizes.tokens)
-        reverse = padded.graph.reverse
+        reverse = padded.layout.reverse
         assert torch.equal(reverse[reverse], tokens)
-        assert torch.equal(padded.graph.offsets[:-1], padded.graph.self_token)
-        assert padded.graph.offsets[-1] == sizes.tokens
-        centers = torch.repeat_interleave(torch.arange(sizes.atoms), padded.graph.offsets.diff())
-        assert torch.equal(centers, padded.graph.token_center)
+        assert torch.equal(padded.layout.offsets[:-1], padded.layout.self_token)
+        assert padded.layout.offsets[-1] == sizes.tokens
+        centers = torch.repeat_interleave(torch.arange(sizes.atoms), padded.layout.offsets.diff())
+        assert torch.equal(centers, padded.layout.token_center)
 
-        has_forces = not potential.config.is_conservative
-        (right, right_gradient) = unpad(run(potential, inputs.flat()), own, own, has_forces)
-        (found, gradient) = unpad(run(potential, padded.flat()), sizes, own, has_forces)
+        (right, right_gradient) = unpad(run(potential, inputs.flat()), own, own, potential.config)
+        (found, gradient) = unpad(run(potential, padded.flat()), sizes, own, potential.config)
         for x, y in ((found.energy, right.energy), (found.forces, right.forces), (gradient, right_gradient)):
             assert (x is None) == (y is None)
             if x is not None and y is not None:
@@ -115,14 +115,14 @@ def record(function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor
 def make_recorded(potential: Potential) -> RecordedEvaluation:
     settings, model = potential.config.graph, potential.model
     example = compile_example(settings, potential.dtype, potential.device)
-    compiled = CompiledEvaluation(model, settings, example, potential.config.is_conservative, False, backend="eager")
+    compiled = CompiledEvaluation(model, example, potential.config.is_conservative, False, backend="eager")
     return RecordedEvaluation(compiled, record)
 
 
 def assert_evaluates(recorded: RecordedEvaluation, potential: Potential, inputs: EvaluationInputs) -> list[Tensor]:
     has_forces = not potential.config.is_conservative
     own = Sizes.of(inputs)
-    expected = unpad(run(potential, inputs.flat()), own, own, has_forces)
+    expected = unpad(run(potential, inputs.flat()), own, own, potential.config)
     found = recorded(potential.model, inputs)
     torch.testing.assert_close(found[0].energy, expected[0].energy, rtol=1e-10, atol=1e-12)
     if has_forces:

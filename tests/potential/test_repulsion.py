@@ -16,7 +16,7 @@ from escaip import EScAIPCalculator, load_potential
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.info import describe_model
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.zbl import closest_distances, keep_apart, repulsion_onsets
 from escaip.testing import check_potential

@@ -15,7 +15,7 @@ from ase.calculators.emt import EMT
 
 from escaip.cli import main
 from escaip.errors import ConfigError
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 from escaip.properties import from_files as commands
 

@@ -19,7 +19,7 @@ from scipy import constants
 
 from escaip import EScAIPCalculator
 from escaip.errors import ConfigError
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 from escaip.properties import molecular_vibrations
 

@@ -15,7 +15,8 @@ from torch_geometric.data import Batch
 
 from escaip.data import AtomicData, collate
 from escaip.errors import DataError, UsageError
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
+from escaip.nn.embedding import kept_tables
 from escaip.potential import Potential
 from escaip.scaling.flops import (
     count_flops,
@@ -142,9 +143,9 @@ def test_profiling_leaves_no_trace(mode: str) -> None:
     potential(batch)
     state = {name: value.clone() for name, value in potential.state_dict().items()}
     given = {key: value.clone() for key, value in batch.to_dict().items() if isinstance(value, Tensor)}
-    tables, random, registered = potential.model._kept_tables, torch.get_rng_state(), dict(flop_counter.flop_registry)
+    tables, random, registered = kept_tables(potential.model), torch.get_rng_state(), dict(flop_counter.flop_registry)
     profile_flops(potential, batch, mode)
-    assert potential.model._kept_tables is tables
+    assert all(x is y for x, y in zip(kept_tables(potential.model), tables, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
     assert flop_counter.flop_registry == registered
     assert not potential.training

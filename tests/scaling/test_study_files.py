@@ -13,7 +13,7 @@ from escaip import EScAIP
 from escaip.data import AtomicData, collate
 from escaip.files import resource_dir
 from escaip.graph import bond_orientational_order, build_graph
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.scaling.flops import count_flops, parameter_count
 from escaip.scaling.plan import StudyPlan, study_path
 from escaip.scaling.shapes import GraphShape

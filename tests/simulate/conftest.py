@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 
 EPSILON, SIGMA, CUTOFF = 0.0104, 3.4, 8.0

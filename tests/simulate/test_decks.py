@@ -11,7 +11,7 @@ import ase.io
 import pytest
 import torch
 
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 from escaip.simulate import read_log, read_structure
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from escaip.files import list_configs, resource_dir
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.train.cli import build
 
 # Options of the command in each recipe's comment, for data that the user brings.

@@ -9,7 +9,7 @@ from training_stand_ins import TINY
 from escaip import EScAIPConfig, Potential
 from escaip.errors import ConfigError
 from escaip.train import PotentialModule
-from escaip.train.mup import at_width, fan_in_ratios, scale_outputs
+from escaip.train.mup import fan_in_ratios, scale_outputs
 from escaip.train.optim import make_schedule, parameter_groups
 
 WIDE = {**TINY, "hidden_size": 64, "num_heads": 8, "num_layers": 2}
@@ -17,8 +17,8 @@ WIDE = {**TINY, "hidden_size": 64, "num_heads": 8, "num_layers": 2}
 
 def test_heads_become_more_and_not_larger() -> None:
     config = EScAIPConfig.from_dict(WIDE)
-    assert (at_width(config, 16).hidden_size, at_width(config, 16).num_heads) == (16, 2)
-    assert at_width(config, 64) == config
+    assert (config.at_width(16).hidden_size, config.at_width(16).num_heads) == (16, 2)
+    assert config.at_width(64) == config
 
 
 @pytest.mark.bad_input

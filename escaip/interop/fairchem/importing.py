@@ -15,8 +15,7 @@ from escaip.interop.fairchem.checkpoint_file import read_checkpoint
 from escaip.interop.fairchem.options import ENERGY_HEAD, GRADIENT_HEAD, is_direct, split_config, translate
 from escaip.interop.fairchem.tasks import Normalization, read_tasks
 from escaip.interop.fairchem.weights import Source, clean_names, convert, head_prefixes
-from escaip.models.config import MAX_ATOMIC_NUMBER, EScAIPConfig
-from escaip.models.escaip import EScAIP
+from escaip.models import MAX_ATOMIC_NUMBER, EScAIP, EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
 
 
@@ -152,6 +151,7 @@ def _normalize(
                 "model cannot: pass the tasks of one data set"
             )
         if not potential.config.is_conservative:
+            assert isinstance(potential.model, EScAIP)
             with torch.no_grad():
                 potential.model.force_head.magnitude.output.weight.mul_(factors[0])
         if len(sets) == 1:

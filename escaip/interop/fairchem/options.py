@@ -8,7 +8,7 @@ from typing import Any
 
 from escaip.errors import CheckpointError, ConfigError
 from escaip.graph.features import PUBLISHED_FLOOR
-from escaip.models.config import EScAIPConfig
+from escaip.models import EScAIPConfig
 from escaip.ops.legendre import MAX_L
 
 GRADIENT_HEAD = "EScAIPGradientEnergyForceStressHead"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from escaip.errors import CheckpointError
-from escaip.models.config import MAX_ATOMIC_NUMBER
+from escaip.models import MAX_ATOMIC_NUMBER
 
 _REMEDY = "use fairchem-core for this model"
 # Relative difference of two scales that are taken for the same number in other digits.

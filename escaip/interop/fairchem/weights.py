@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from escaip.errors import CheckpointError
-from escaip.models.config import MAX_ATOMIC_NUMBER, EScAIPConfig
+from escaip.models import MAX_ATOMIC_NUMBER, EScAIPConfig
 
 _NUM_ELEMENTS = MAX_ATOMIC_NUMBER + 1
 
