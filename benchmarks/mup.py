@@ -37,7 +37,6 @@ from escaip import EScAIPConfig, Potential
 from escaip.errors import ConfigError, TrainingError
 from escaip.scaling.coordinates import check_coordinates
 from escaip.train.cli import TrainingCLI, build
-from escaip.train.mup import at_width
 
 RESULT = Path(__file__).parent / "results" / "mup.json"
 BASE, WIDE = 64, 256
@@ -134,7 +133,7 @@ def train(curve: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
         cli = fit(
             folder, seed_everything=seed, trainer__max_steps=steps, data__train=json.dumps(data),
             data__max_atoms=SWEEP["max_atoms"], data__split__val=SWEEP["val"], model__learning_rate=rate,
-            model__architecture=json.dumps(at_width(config, width).to_dict()), model__base_width=json.dumps(base_width),
+            model__architecture=json.dumps(config.at_width(width).to_dict()), model__base_width=json.dumps(base_width),
             model__warmup_fraction=SWEEP["warmup_fraction"],
         )  # fmt: skip
         cli.trainer.callbacks.append(kept)
