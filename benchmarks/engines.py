@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,11 +29,11 @@ import ase.io
 import numpy as np
 import torch
 from ase import Atoms, units
+from ase.calculators.socketio import SocketClient, actualunixsocketname
 from ase.md.verlet import VelocityVerlet
 from common import markdown_table, provenance, write_json
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential, load_potential
-from escaip.calculators.ipi import run_ipi
 from escaip.calculators.lammps import LammpsDriver, open_lammps
 from escaip.calculators.torchsim import EScAIPModel
 from escaip.errors import ConfigError
@@ -140,7 +142,7 @@ INPUT = """<simulation verbosity='low'>
     <properties stride='1' filename='out'> [ potential{{electronvolt}}, virial_md{{atomic_unit}} ] </properties>
   </output>
   <total_steps> {steps} </total_steps>
-  <ffsocket mode='unix' name='escaip' pbc='False'> <address> escaip </address> <latency> 1e-4 </latency> </ffsocket>
+  <ffsocket mode='unix' name='escaip' pbc='False'> <address> {address} </address> <latency> 1e-4 </latency> </ffsocket>
   <system>
     <initialize nbeads='1'>
       <file mode='xyz'> start.xyz </file> <velocities mode='xyz'> velocities.xyz </velocities>
@@ -164,10 +166,14 @@ def with_ipi(potential: Potential, atoms: Atoms, steps: int) -> Run:
     ):
         rows = [f"{s} {x:.17g} {y:.17g} {z:.17g}" for s, (x, y, z) in zip(atoms.symbols, values, strict=True)]
         Path(name).write_text("\n".join([str(len(atoms)), f"# CELL(abcABC): {box} {what} cell{{angstrom}}", *rows, ""]))
-    Path("input.xml").write_text(INPUT.format(steps=steps, timestep=TIMESTEP))
+    address = f"escaip_{os.getpid()}"
+    Path("input.xml").write_text(INPUT.format(steps=steps, timestep=TIMESTEP, address=address))
     volume = atoms.get_volume() / units.Bohr**3 * units.Hartree
     atoms.calc = calculator = Watched(potential)
-    run_ipi("input.xml", atoms)
+    with subprocess.Popen([Path(sys.executable).with_name("i-pi"), "input.xml"], stdout=subprocess.DEVNULL) as ipi:
+        while not Path(actualunixsocketname(address)).exists() and ipi.poll() is None:
+            time.sleep(0.05)
+        SocketClient(unixsocket=address).run(atoms, use_stress=True)
     rows = np.loadtxt("ipi.out")
     virial = rows[0, 1:][[0, 3, 4, 3, 1, 5, 4, 5, 2]].reshape(3, 3) * volume
     seconds = calculator.times[-1] - calculator.times[0]

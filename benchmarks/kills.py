@@ -1,6 +1,6 @@
 """Runs that are killed without warning, over and over, beside one that is not: is the result the same, bit for bit?
 
-python benchmarks/kills.py --model FILE --structure FILE [--kills 20] [--steps 4000] [--formats extxyz traj h5]
+python benchmarks/kills.py --model FILE --structure FILE [--kills 20] [--steps 4000] [--formats extxyz traj]
 
 For every format a run of ``escaip md`` goes through once. A second one gets SIGKILL after a random time, is continued
 with ``--resume``, gets another, and so on until it has been killed so many times, and is then left to end. Compared are
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--structure", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--formats", nargs="+", default=["extxyz", "traj", "h5"])
+    parser.add_argument("--formats", nargs="+", default=["extxyz", "traj"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -22,7 +22,7 @@ from escaip.analysis.spectra import WAVENUMBER, vibrations
 from escaip.analysis.thermo import RunLog
 from escaip.analysis.transport import mean_square_displacement
 from escaip.errors import DataError, UsageError
-from escaip.simulate.trajectory import read_trajectory
+from escaip.simulate.output import read_trajectory
 
 _FROM_LOG = ("temperature", "pressure", "drift")
 _DYNAMIC = ("msd", "vacf")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from escaip.analysis.averages import Average
 from escaip.errors import DataError
 from escaip.simulate.analysis import EnergyDrift, energy_drift
-from escaip.simulate.outputs import read_log
+from escaip.simulate.output import read_log
 
 
 class RunLog:

@@ -1,7 +1,7 @@
-"""A trained potential in the programs that people already use."""
+"""Potentials as calculators of the programs that people already use."""
 
 from escaip.calculators.ase import EScAIPCalculator
 from escaip.calculators.committee import CommitteeCalculator
-from escaip.calculators.dispersion import with_dispersion
+from escaip.calculators.dispersion import DispersionCalculator
 
-__all__ = ["CommitteeCalculator", "EScAIPCalculator", "with_dispersion"]
+__all__ = ["CommitteeCalculator", "DispersionCalculator", "EScAIPCalculator"]

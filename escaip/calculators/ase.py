@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,25 +19,111 @@ from escaip.errors import ConfigError, DataError
 from escaip.graph import displacements, tight_graph
 from escaip.potential import Potential
 from escaip.potential.precision import check_precision
+from escaip.types import StructureBatch
 
-_SKIN = 0.5
-# Tokens of a kept graph from which on leaving out those that do not count takes less time than evaluating them, on a
-# CPU and on CUDA, where smaller evaluations wait for launches (a guess until a GPU has told).
+DEFAULT_SKIN = 0.5
+"""Å by which neighbor searches reach farther than needed."""
+# From this many tokens of a kept graph on, removing masked tokens takes less time than evaluating them: on a
+# CPU, and on CUDA, where small evaluations wait for kernel launches.
 _TIGHT_FROM = (0, 10_000)
-_STRESSES = ("stress", "stresses")
 
 
-class EScAIPCalculator(Calculator):
+class PotentialCalculator(Calculator):
+    """Base of the calculators of one or several potentials.
+
+    Several threads may share a calculator: a lock is held during each query, so that every thread gets the answer for
+    the structure that it asked about. Copies and pickles leave out what the next evaluation rebuilds.
+    """
+
+    # Neither enters a potential; total charge and spin do, and check_state compares them.
+    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
+    _rebuilt: tuple[str, ...] = ("_lock",)
+
+    @property
+    def potentials(self) -> Sequence[Potential]:
+        """The potentials that are evaluated."""
+        raise NotImplementedError
+
+    @property
+    def is_conservative(self) -> bool:
+        """Whether all forces are derivatives of energies."""
+        return all(potential.config.is_conservative for potential in self.potentials)
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """Names what changed since the last evaluation; charge and spin count where a potential uses them."""
+        changes = list(super().check_state(atoms, tol))
+        if self.atoms is not None and self._charge_and_spin(atoms) != self._charge_and_spin(self.atoms):
+            changes.append("charge_and_spin")
+        return changes
+
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """Returns a property of ``atoms``, by default of the structure evaluated last; safe to call from any thread.
+
+        Raises:
+            PropertyNotImplementedError: stress or virials of a direct-force model, or stress of a structure without
+                periodic axes; the message gives the reason.
+        """
+        if ("stress" in name or name == "virials") and not self.is_conservative:
+            raise PropertyNotImplementedError(
+                "a direct-force model has no stress: use a model trained with forces: conservative"
+            )
+        subject = atoms if atoms is not None else self.atoms
+        if "stress" in name and subject is not None and not has_volume(subject):
+            raise PropertyNotImplementedError(
+                "stress needs a cell with volume and at least one periodic axis: set atoms.cell and atoms.pbc"
+            )
+        with self._lock:
+            return super().get_property(name, atoms, allow_calculation)
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Evaluates the structure; ``atoms`` is not changed.
+
+        Raises:
+            UnsupportedElementError: a potential was not trained on an element of the structure.
+            DataError: the structure is invalid: NaN coordinates, a cell without volume, ...
+        """
+        with self._lock:
+            super().calculate(atoms, properties, system_changes)
+            assert self.atoms is not None
+            self.results = self._evaluate(self.atoms, properties, system_changes)
+
+    def _evaluate(self, atoms: Atoms, properties: Sequence[str], changes: Sequence[str]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """Sets the attributes named in ``_rebuilt`` to their initial state."""
+        self._lock = threading.RLock()
+
+    def _charge_and_spin(self, atoms: Atoms) -> tuple[Any, Any]:
+        configs = [potential.config for potential in self.potentials]
+        charge = atoms.info.get("charge", 0) if any(config.charge for config in configs) else 0
+        spin = atoms.info.get("spin_multiplicity", atoms.info.get("spin", 1))
+        return charge, spin if any(config.spin for config in configs) else 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self._rebuilt}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+class EScAIPCalculator(PotentialCalculator):
     """Energies, forces and stress of a potential for :class:`ase.Atoms`.
 
-    The candidate neighbor list is kept with a skin and rebuilt exactly when it must be; answers do not depend on it.
-    With ``graph_skin`` so is the graph itself: an evaluation then waits for the device once, for its results, and once
-    more for sizes where it is worth leaving out the tokens that do not count at the moment.
+    The neighbor list is kept with a skin and rebuilt when a pair could be missing; answers do not depend on it. With
+    ``graph_skin`` the graph is kept as well, which saves waits for a GPU.
+
     Charge and spin multiplicity are read from ``atoms.info`` (``"charge"``, ``"spin_multiplicity"`` or ``"spin"``)
-    by potentials that use them. Every evaluation gives forces and, with a periodic cell, stress: its cost beside the
-    forces is within the noise, and constant-pressure runs then evaluate once per step. ``stresses``, each atom's share
-    of the stress (:func:`escaip.potential.derivatives.virials_of`), are evaluated when they are asked for.
-    So are ``virials``, ``(N, 3, 3)`` eV: ``−V`` times that, which molecules have as well.
+    by potentials that use them. Every evaluation gives forces and, for structures with a periodic cell, stress, so that
+    constant-pressure runs evaluate once per step. Two properties are evaluated only on request: ``stresses``
+    ``(N, 6)`` eV/Å³, each atom's share of the stress (:func:`escaip.potential.derivatives.virials_of`), and
+    ``virials`` ``(N, 3, 3)`` eV, which is ``−V`` times that and is defined for molecules too.
 
     Args:
         model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
@@ -45,13 +132,16 @@ class EScAIPCalculator(Calculator):
         compile: compile energy and forces into one graph at the first evaluation, which then takes a minute or two (on
             a CPU once per configuration, user and machine); worth it for runs of thousands of steps.
         skin: Å by which the neighbor search reaches farther than needed; 0 searches at every evaluation.
-        dataset: whose element references give the energies, for potentials trained on several sets.
+        dataset: data set whose atomic energies are used, for potentials trained on several.
         precision: ``"highest"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"`` (docs/precision.md); by default the
-            potential's, which of a file is the highest.
+            potential's, which is the highest for a file.
         graph_skin: Å by which distances may change before the tokens are chosen again; 0 chooses them at every
             evaluation. For CUDA, where building a graph takes longer than evaluating a small system. Answers depend on
             it by rounding.
         cuda_graphs: with ``compile``, on CUDA: one launch for each evaluation (:meth:`~escaip.Potential.compile`).
+
+    Attributes:
+        potential: the potential, with its weights frozen.
 
     Raises:
         CheckpointError: the file is missing, damaged or unsafe.
@@ -62,8 +152,7 @@ class EScAIPCalculator(Calculator):
     implemented_properties = [  # noqa: RUF012 - ASE's name
         "energy", "free_energy", "energies", "forces", "stress", "stresses", "virials",
     ]  # fmt: skip
-    # Neither enters the potential; total charge and spin do, and check_state sees them.
-    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
+    _rebuilt = ("_lock", "_batch", "_place", "_neighbors", "_graph")
 
     def __init__(
         self,
@@ -72,7 +161,7 @@ class EScAIPCalculator(Calculator):
         dtype: str | torch.dtype | None = None,
         compile: bool = False,
         *,
-        skin: float = _SKIN,
+        skin: float = DEFAULT_SKIN,
         dataset: str | None = None,
         precision: str | None = None,
         graph_skin: float = 0.0,
@@ -97,18 +186,15 @@ class EScAIPCalculator(Calculator):
             raise ConfigError(f"the potential has references for each of {names}: choose one with dataset=NAME")
         self.skin, self.graph_skin = float(skin), float(graph_skin)
         self.potential.config.check_graph_skin(self.graph_skin)
-        if not self.potential.config.is_conservative:
-            without = (*_STRESSES, "virials")
+        if not self.is_conservative:
+            without = ("stress", "stresses", "virials")
             self.implemented_properties = [name for name in self.implemented_properties if name not in without]
         self._forget()
 
-    def _forget(self) -> None:
-        """Forgets what the next evaluation makes anew."""
-        reach = self.potential.search_cutoff + self.graph_skin
-        self._neighbors = SkinnedNeighbors(reach, self.skin)
-        self._graph = SkinnedGraph(self.potential.graph_of, reach, self.graph_skin)
-        self._batch: Any = None
-        self._place: Place | None = None
+    @property
+    def potentials(self) -> Sequence[Potential]:
+        """The potential alone."""
+        return (self.potential,)
 
     @property
     def num_neighbor_builds(self) -> int:
@@ -120,43 +206,18 @@ class EScAIPCalculator(Calculator):
         """Graphs built so far."""
         return self._graph.num_builds
 
-    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """Says what changed since the last evaluation; total charge and spin count where the potential uses them."""
-        changes = list(super().check_state(atoms, tol))
-        if self.atoms is not None and self._charge_and_spin(atoms) != self._charge_and_spin(self.atoms):
-            changes.append("charge_and_spin")
-        return changes
+    def _forget(self) -> None:
+        super()._forget()
+        reach = self.potential.search_cutoff + self.graph_skin
+        self._neighbors = SkinnedNeighbors(reach, self.skin)
+        self._graph = SkinnedGraph(self.potential.graph_of, reach, self.graph_skin)
+        self._batch: Any = None
+        self._place: Place | None = None
 
-    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
-        """ASE's entry; says why there is no stress where there is none.
-
-        Raises:
-            PropertyNotImplementedError: stress of a direct-force model or of a structure without periodic axes, or
-                virials of a direct-force model.
-        """
-        if name in _STRESSES:
-            check_stress(self.potential.config.is_conservative, atoms if atoms is not None else self.atoms)
-        elif name == "virials":
-            check_stress(self.potential.config.is_conservative, None)
-        return super().get_property(name, atoms, allow_calculation)
-
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
-        system_changes: Sequence[str] = tuple(all_changes),
-    ) -> None:
-        """Evaluates the potential; ``atoms`` is not changed.
-
-        Raises:
-            UnsupportedElementError: an element that the potential was not trained on.
-            DataError: a structure that no potential can mean (NaN coordinates, a cell without volume, ...).
-        """
-        super().calculate(atoms, properties, system_changes)
-        assert self.atoms is not None
-        with_stress = self.potential.config.is_conservative and has_volume(self.atoms)
+    def _evaluate(self, atoms: Atoms, properties: Sequence[str], changes: Sequence[str]) -> dict[str, Any]:
+        with_stress = self.is_conservative and has_volume(atoms)
         with_virials = "virials" in properties or (with_stress and "stresses" in properties)
-        batch, place = self._to_batch(self.atoms, system_changes)
+        batch, place = self.update_batch(atoms, changes)
         with torch.no_grad():
             graph = self._graph.get(batch, place, lambda: self._neighbors.get(batch, place))
             if self.graph_skin > 0.0 and graph.num_tokens >= _TIGHT_FROM[batch.positions.is_cuda]:
@@ -170,27 +231,27 @@ class EScAIPCalculator(Calculator):
         if with_stress:
             assert prediction.stress is not None
             parts.append(prediction.stress)
-        # One copy from the device, and one wait.
+        # A single copy from the device, so that the host waits once.
         values = torch.cat([part.detach().double().reshape(-1) for part in parts]).cpu().numpy()
         count = len(batch.positions)
         energy, energies, forces, stress = np.split(values, np.cumsum([1, count, 3 * count]))
-        self.results = {
+        results = {
             "energy": float(energy[0]),
             "free_energy": float(energy[0]),
             "energies": energies,
             "forces": forces.reshape(-1, 3),
         }
         if with_stress:
-            self.results["stress"] = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
+            results["stress"] = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
         if with_virials:
             assert prediction.atomic_virials is not None
-            self.results["virials"] = -prediction.atomic_virials.detach().cpu().numpy()
+            results["virials"] = -prediction.atomic_virials.detach().cpu().numpy()
             if with_stress:
-                stresses = self.results["virials"] / -self.atoms.get_volume()
-                self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
+                results["stresses"] = full_3x3_to_voigt_6_stress(results["virials"] / -atoms.get_volume())
+        return results
 
     def get_hessian(self, atoms: Atoms | None = None, **options: Any) -> np.ndarray:
-        """``(3n, 3n)`` float64 eV/Å², ``∂²E/∂r²`` by automatic differentiation; constraints are not looked at.
+        """``(3n, 3n)`` float64 eV/Å², ``∂²E/∂r²`` by automatic differentiation; constraints are ignored.
 
         Args:
             atoms: by default those of the last evaluation.
@@ -205,21 +266,14 @@ class EScAIPCalculator(Calculator):
             raise ConfigError("no structure so far: call get_hessian(atoms)")
         return self.potential.hessian(subject, **options).numpy()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what the next evaluation makes anew."""
-        made = ("_batch", "_place", "_neighbors", "_graph")
-        return {name: value for name, value in self.__dict__.items() if name not in made}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def _to_batch(self, atoms: Atoms, changes: Sequence[str]) -> tuple[Any, Place]:
-        """The structure on the device, where only what changed is made anew, and where its atoms are, on the host."""
+    def update_batch(self, atoms: Atoms, changes: Sequence[str]) -> tuple[StructureBatch, Place]:
+        """Returns the structure as a batch on the device, updating only what changed, and its positions on the host."""
         from escaip.data import AtomicData, collate
 
         if self._batch is None or not set(changes) <= {"positions", "cell"}:
-            batch = collate([AtomicData.from_ase(_bare(atoms))])
+            bare = atoms.copy()
+            bare.calc = None  # its results would be read as labels
+            batch = collate([AtomicData.from_ase(bare)])
             self._place = Place.of(batch)
             self._batch = batch.to(self.potential.device)
             self._neighbors.reset()
@@ -231,22 +285,16 @@ class EScAIPCalculator(Calculator):
         assert self._place is not None
         positions, cell = torch.from_numpy(atoms.positions.copy()), torch.from_numpy(atoms.cell.array.copy())
         self._place = Place(positions, cell, self._place.pbc)
-        # Nothing writes to the copies on the host, so nothing needs to wait until they have arrived.
+        # Nothing writes to the copies on the host, so there is no need to wait for the transfer.
         self._batch.positions = positions.to(self.potential.device, non_blocking=True)
         self._batch.cell = cell[None].to(self.potential.device, non_blocking=True)
         return self._batch, self._place
-
-    def _charge_and_spin(self, atoms: Atoms) -> tuple[Any, Any]:
-        config = self.potential.config
-        charge = atoms.info.get("charge", 0) if config.charge else 0
-        spin = atoms.info.get("spin_multiplicity", atoms.info.get("spin", 1)) if config.spin else 1
-        return charge, spin
 
 
 def _own_potential(
     model: str | os.PathLike[str] | Potential, device: str | torch.device, dtype: str | torch.dtype | None
 ) -> Potential:
-    """A potential nobody else changes, without gradients of its weights."""
+    """Returns a copy that belongs to the calculator, with frozen weights."""
     from escaip.potential.loading import load_potential, resolve_device, resolve_dtype
 
     if not isinstance(model, Potential):
@@ -259,29 +307,6 @@ def _own_potential(
     return potential.eval().requires_grad_(False)
 
 
-def _bare(atoms: Atoms) -> Atoms:
-    """The structure without its calculator, whose results would be read as labels."""
-    bare = atoms.copy()
-    bare.calc = None
-    return bare
-
-
-def check_stress(is_conservative: bool, atoms: Atoms | None) -> None:
-    """Says why there is no stress.
-
-    Raises:
-        PropertyNotImplementedError: forces are not derivatives, or the structure has no volume.
-    """
-    if not is_conservative:
-        raise PropertyNotImplementedError(
-            "a direct-force model has no stress: use a model trained with forces: conservative"
-        )
-    if atoms is not None and not has_volume(atoms):
-        raise PropertyNotImplementedError(
-            "stress needs a cell with volume and at least one periodic axis: set atoms.cell and atoms.pbc"
-        )
-
-
 def has_volume(atoms: Atoms) -> bool:
-    """Whether stress has a meaning."""
+    """Whether stress is defined: a periodic axis, and a cell with volume."""
     return bool(atoms.pbc.any()) and abs(np.linalg.det(atoms.cell.array)) > 0

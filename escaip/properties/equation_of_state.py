@@ -14,7 +14,7 @@ from ase import Atoms, units
 from escaip.errors import ConfigError, SimulationError
 from escaip.properties.files import MODEL, new_figure, table, write_results
 from escaip.properties.start import at_rest, check_crystal, deformed
-from escaip.simulate.outputs import freeze
+from escaip.simulate.output import freeze
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from ase import Atoms
 
 from escaip.errors import ConfigError
-from escaip.simulate.structures import read_structure
+from escaip.simulate.output import read_structure
 
 Result = Any
 """Of one of the properties: with ``summary()`` and ``write(folder)``."""

@@ -24,7 +24,7 @@ from ase.utils.forcecurve import fit_images
 from escaip.errors import ConfigError, SimulationError
 from escaip.properties.files import MODEL, new_figure, table, write_results
 from escaip.properties.start import RELAXATIONS, at_rest, check_calculator
-from escaip.simulate.outputs import freeze
+from escaip.simulate.output import freeze
 
 OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS}
 # The image climbs once the band lies near the path: earlier it might climb another ridge.

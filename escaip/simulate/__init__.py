@@ -1,68 +1,43 @@
-"""Molecular dynamics and relaxation with any ASE calculator."""
+"""Molecular dynamics, relaxation, checks and analysis with any ASE calculator."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Name -> module: imported on first use, so that one of them does not import all of ASE.
-_PUBLIC = {
-    "CheckReport": "escaip.simulate.findings",
-    "EnergyDrift": "escaip.simulate.analysis",
-    "MDResult": "escaip.simulate.md",
-    "MDSettings": "escaip.simulate.settings",
-    "MDStatus": "escaip.simulate.md",
-    "ProgressLine": "escaip.simulate.progress",
-    "RelaxResult": "escaip.simulate.relaxation",
-    "check_calculator": "escaip.simulate.check",
-    "energy_drift": "escaip.simulate.analysis",
-    "read_log": "escaip.simulate.outputs",
-    "read_structure": "escaip.simulate.structures",
-    "read_trajectory": "escaip.simulate.trajectory",
-    "relax": "escaip.simulate.relaxation",
-    "run_md": "escaip.simulate.md",
-    "select_file": "escaip.simulate.selection",
-    "select_frames": "escaip.simulate.selection",
-    "write_structure": "escaip.simulate.structures",
-}
-
-__all__ = [
-    "CheckReport",
-    "EnergyDrift",
-    "MDResult",
-    "MDSettings",
-    "MDStatus",
-    "ProgressLine",
-    "RelaxResult",
-    "check_calculator",
-    "energy_drift",
-    "read_log",
-    "read_structure",
-    "read_trajectory",
-    "relax",
-    "run_md",
-    "select_file",
-    "select_frames",
-    "write_structure",
-]
-
 if TYPE_CHECKING:
     from escaip.simulate.analysis import EnergyDrift, energy_drift
     from escaip.simulate.check import check_calculator
+    from escaip.simulate.ensembles import MDSettings, default_timestep
     from escaip.simulate.findings import CheckReport
-    from escaip.simulate.md import MDResult, MDStatus, run_md
-    from escaip.simulate.outputs import read_log
-    from escaip.simulate.progress import ProgressLine
+    from escaip.simulate.md import MDResult, MDStatus, ProgressLine, run_md
+    from escaip.simulate.output import read_log, read_structure, read_trajectory, write_structure
     from escaip.simulate.relaxation import RelaxResult, relax
-    from escaip.simulate.selection import select_file, select_frames
-    from escaip.simulate.settings import MDSettings
-    from escaip.simulate.structures import read_structure, write_structure
-    from escaip.simulate.trajectory import read_trajectory
+    from escaip.simulate.select import select_file, select_frames
+
+# Names by module, imported on first use, so that one of them does not import all of ASE.
+_PUBLIC = {
+    "analysis": ("EnergyDrift", "energy_drift"),
+    "check": ("check_calculator",),
+    "findings": ("CheckReport",),
+    "ensembles": ("MDSettings", "default_timestep"),
+    "md": ("MDResult", "MDStatus", "ProgressLine", "run_md"),
+    "output": ("read_log", "read_structure", "read_trajectory", "write_structure"),
+    "relaxation": ("RelaxResult", "relax"),
+    "select": ("select_file", "select_frames"),
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [
+    "CheckReport", "EnergyDrift", "MDResult", "MDSettings", "MDStatus", "ProgressLine",
+    "RelaxResult", "check_calculator", "default_timestep", "energy_drift", "read_log",
+    "read_structure", "read_trajectory", "relax", "run_md", "select_file", "select_frames", "write_structure",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"escaip.simulate.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'escaip.simulate' has no attribute {name!r}")
 
 

@@ -16,9 +16,8 @@ from ase.md.verlet import VelocityVerlet
 from escaip.calculators import CommitteeCalculator, EScAIPCalculator
 from escaip.calculators.ase import has_volume
 from escaip.potential import Potential
+from escaip.simulate.ensembles import MDSettings, prepare_velocities
 from escaip.simulate.findings import TOLERANCES, CheckReport, Finding, Tolerances
-from escaip.simulate.settings import MDSettings
-from escaip.simulate.velocities import prepare_velocities
 from escaip.testing import (
     Evaluate,
     Evaluation,

@@ -1,13 +1,16 @@
-"""The commands ``md``, ``relax``, ``select``, ``analyze`` and ``check``."""
+"""The commands ``md``, ``relax``, ``check``, ``select`` and ``analyze``."""
 
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import Unpack
 
 from escaip.options import CalculatorOptions, ModelFile, ModelOptions, StructureFile
+
+if TYPE_CHECKING:
+    from ase.calculators.calculator import BaseCalculator
 
 
 def relax(
@@ -38,14 +41,26 @@ def relax(
 
     Example: escaip relax example:organic example:ethanol --fmax 0.01
     """
-    from escaip.simulate.from_files import relax_file
+    from pathlib import Path
 
-    result, written = relax_file(
-        model, structure, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell, pressure=pressure, frame=frame,
-        out=out, **options,
-    )  # fmt: skip
+    from escaip.errors import SimulationError
+    from escaip.files import resolve
+    from escaip.simulate.output import freeze, read_structure, write_structure
+    from escaip.simulate.relaxation import relax as relax_atoms
+
+    atoms = read_structure(structure, frame)
+    atoms.calc = make_calculator(model, **options)
+    path = Path(out or f"{resolve(structure).stem}.relaxed.extxyz")
+    result = relax_atoms(atoms, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell, pressure=pressure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_structure(path, freeze(result.atoms))
+    if not result.converged:
+        raise SimulationError(
+            f"not converged after {result.steps} steps (largest force {result.largest_force:.4f} eV/Å): the structure "
+            f"reached is in {path}: raise --steps, or try --optimizer fire"
+        )
     print(result.summary())
-    print(f"wrote {written}")
+    print(f"wrote {path}")
 
 
 def md(
@@ -53,9 +68,9 @@ def md(
     structure: StructureFile,
     *,
     ensemble: Literal["nve", "nvt", "npt"] = "nvt",
-    steps: int = 10_000,
+    steps: int = 2000,
     temperature: float = 300.0,
-    timestep: float = 0.5,
+    timestep: float | None = None,
     pressure: float | None = None,
     thermostat: Literal["langevin", "bussi", "nose-hoover"] | None = None,
     thermostat_time: float = 100.0,
@@ -85,7 +100,7 @@ def md(
         ensemble: constant energy, temperature, or temperature and pressure
         steps: steps of the whole run, resumed parts included
         temperature: temperature in K, of the thermostat and of velocities that are drawn
-        timestep: time step in fs
+        timestep: time step in fs (default: 0.5 with atoms lighter than 6 u, 1 with atoms lighter than 24 u, else 2)
         pressure: pressure in GPa, npt only (default: 0)
         thermostat: nvt only (default: langevin)
         thermostat_time: relaxation time of the thermostat in fs
@@ -106,19 +121,26 @@ def md(
         max_spread: with --committee, stop where the members' forces on an atom differ by more, in eV/Å
         save_spread: with --committee, write frames above it, in eV/Å, to OUT.uncertain.extxyz and go on
 
-    Example: escaip md example:organic example:ethanol --steps 2000 --out ethanol.extxyz
+    Example: escaip md example:organic example:ethanol
     """
-    from escaip.simulate.from_files import md_file
+    from escaip.simulate.ensembles import MDSettings, default_timestep
+    from escaip.simulate.md import ProgressLine, run_md
+    from escaip.simulate.output import read_structure
 
-    result = md_file(
-        model, structure, frame=frame, out=out, resume=resume, overwrite=overwrite, quiet=quiet,
-        graph_skin=graph_skin, cuda_graphs=cuda_graphs, ensemble=ensemble, steps=steps, temperature=temperature,
-        timestep=timestep, pressure=pressure, thermostat=thermostat, thermostat_time=thermostat_time,
-        barostat=barostat, barostat_time=barostat_time, velocities=velocities, seed=seed, log_interval=interval,
-        trajectory_interval=trajectory_interval or interval, restart_interval=restart_interval,
-        max_spread=max_spread, save_spread=save_spread, **options,
-    )  # fmt: skip
-    print(result.summary())
+    def settings(timestep: float) -> MDSettings:
+        return MDSettings(
+            ensemble=ensemble, steps=steps, timestep=timestep, temperature=temperature, pressure=pressure,
+            thermostat=thermostat, thermostat_time=thermostat_time, barostat=barostat, barostat_time=barostat_time,
+            velocities=velocities, seed=seed, log_interval=interval, restart_interval=restart_interval,
+            trajectory_interval=trajectory_interval or interval, max_spread=max_spread, save_spread=save_spread,
+        )  # fmt: skip
+
+    settings(0.5 if timestep is None else timestep)  # a mistyped number is reported before the model is loaded
+    atoms = read_structure(structure, frame)
+    asked = settings(default_timestep(atoms) if timestep is None else timestep)
+    atoms.calc = make_calculator(model, graph_skin=graph_skin, cuda_graphs=cuda_graphs, **options)
+    report = None if quiet else ProgressLine()
+    print(run_md(atoms, asked, out=out, resume=resume, overwrite=overwrite, report=report).summary())
 
 
 def check(
@@ -145,12 +167,12 @@ def check(
 
     Example: escaip check example:organic example:ethanol --dtype float64
     """
-    from escaip.simulate.from_files import check_file
+    from escaip.simulate.check import check_calculator
+    from escaip.simulate.output import read_structure
 
-    report = check_file(
-        model, structure, frame=frame, seed=seed, temperature=temperature, graph_skin=graph_skin,
-        cuda_graphs=cuda_graphs, **options,
-    )  # fmt: skip
+    atoms = read_structure(structure, frame)
+    calculator = make_calculator(model, graph_skin=graph_skin, cuda_graphs=cuda_graphs, **options)
+    report = check_calculator(calculator, atoms, seed=seed, temperature=temperature)
     print(report.table())
     report.raise_failed()
 
@@ -183,7 +205,7 @@ def select(
 
     Example: escaip select run.extxyz --committee a.ckpt b.ckpt c.ckpt --count 50 --out new.extxyz
     """
-    from escaip.simulate.selection import select_file
+    from escaip.simulate.select import select_file
 
     selection = select_file(
         trajectory, committee, out, count=count, min_spread=min_spread, max_spread=max_spread,
@@ -246,3 +268,27 @@ def analyze(
     )  # fmt: skip
     print(analysis.table())
     print(f"wrote {out}")
+
+
+def make_calculator(
+    model: str, *, committee: list[str] | None = None, d3: str | None = None, d3_damping: str = "bj", **options: Any
+) -> BaseCalculator:
+    """Returns the calculator that command-line options describe.
+
+    Args:
+        model: model file.
+        committee: further members beside it.
+        d3: functional whose D3 dispersion is added.
+        d3_damping: see :class:`~escaip.calculators.DispersionCalculator`.
+        options: of :class:`~escaip.EScAIPCalculator`.
+
+    Raises:
+        EscaipError: as these classes.
+    """
+    from escaip.calculators import CommitteeCalculator, DispersionCalculator, EScAIPCalculator
+
+    if committee:
+        made: BaseCalculator = CommitteeCalculator([model, *committee], **options)
+    else:
+        made = EScAIPCalculator(model, **options)
+    return made if d3 is None else DispersionCalculator(made, d3, d3_damping)

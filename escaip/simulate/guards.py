@@ -1,7 +1,8 @@
-"""What stops a run that no longer means anything."""
+"""Conditions that stop a run: NaN, heat, atoms in contact, a committee that disagrees."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,14 +10,18 @@ import torch
 from ase import Atoms
 from ase.data import covalent_radii
 
+from escaip.errors import ConfigError
 from escaip.graph import neighbor_list
+from escaip.simulate.output import ExtxyzTrajectory, cut_frames, make_frame
 
-# Closer than this fraction of the sum of covalent radii no bond has ever been: H-H 0.25 Å, C-C 0.61 Å.
+DEVIATION_COLUMN = "max_forces_spread_eV_A"
+"""Column of the log of a committee."""
+# No bond is shorter than this fraction of the sum of covalent radii: 0.25 Å for H-H, 0.61 Å for C-C.
 _TOUCHING = 0.4
 
 
 def find_problem(atoms: Atoms, temperature: float, max_temperature: float) -> str | None:
-    """Says in words why a step is not to be trusted; None when it is. Cheap: for every step."""
+    """Describes why a step cannot be trusted; None when it can. Cheap enough for every step."""
     for what, values in (("positions", atoms.positions), ("forces", atoms.get_forces())):
         if not np.isfinite(values).all():
             index = int(np.argmax(~np.isfinite(values).all(axis=1)))
@@ -29,16 +34,16 @@ def find_problem(atoms: Atoms, temperature: float, max_temperature: float) -> st
 
 
 def find_contact(atoms: Atoms) -> str | None:
-    """Says which atoms have come too close; None when none have. O(N): for some steps."""
+    """Describes the two atoms that are closest to each other, if they are too close; None otherwise. O(N)."""
     radii = _TOUCHING * covalent_radii[atoms.numbers]
     cell = atoms.cell.array
-    # ASE's list divides an open box into bins: of a molecule in 50 Å it would take the time of a hundred steps.
-    place = SimpleNamespace(
+    # ASE's neighbor list divides an open box into bins, which for a molecule in 50 Å takes as long as a hundred steps.
+    structure = SimpleNamespace(
         positions=torch.from_numpy(atoms.get_positions()),
         cell=torch.from_numpy(cell.copy())[None],
         pbc=torch.from_numpy(atoms.pbc.copy())[None],
     )
-    found = neighbor_list(place, 2.0 * float(radii.max(initial=0.1)))
+    found = neighbor_list(structure, 2.0 * float(radii.max(initial=0.1)))
     first, second, shift = (x.numpy() for x in (found.center, found.neighbor, found.shift))
     distance = np.linalg.norm(atoms.positions[second] - atoms.positions[first] + shift @ cell, axis=1)
     near = np.flatnonzero(distance < radii[first] + radii[second])
@@ -47,3 +52,91 @@ def find_contact(atoms: Atoms) -> str | None:
     worst = near[np.argmin(distance[near])]
     i, j = int(first[worst]), int(second[worst])
     return f"atoms {i} ({atoms.symbols[i]}) and {j} ({atoms.symbols[j]}) are {distance[worst]:.2f} Å apart"
+
+
+def is_committee(atoms: Atoms) -> bool:
+    """Whether the calculator reports how much its members disagree."""
+    return "forces_spread" in getattr(atoms.calc, "implemented_properties", ())
+
+
+def largest_spread(atoms: Atoms) -> tuple[float, int]:
+    """Returns the largest spread of a committee's forces on an atom in eV/Å, and the index of that atom."""
+    spread = atoms.calc.get_property("forces_spread", atoms)
+    index = int(np.argmax(spread))
+    return float(spread[index]), index
+
+
+class DeviationMonitor:
+    """Stops a run when a committee's forces spread too much, and saves frames for labelling.
+
+    Args:
+        atoms: the structure, with its calculator.
+        path: file of the saved frames, created with the first of them.
+        max_spread: eV/Å at which the run stops; None for no limit.
+        save_spread: eV/Å above which frames are saved, at most one per ``interval``; None to save none.
+        interval: steps.
+        timestep: fs.
+        first_step: step at which a resumed run continues; later frames are removed, since they will be saved again.
+            None for a new run, which removes all.
+
+    Raises:
+        ConfigError: a spread is given and the calculator is no committee.
+    """
+
+    def __init__(
+        self,
+        atoms: Atoms,
+        path: Path,
+        *,
+        max_spread: float | None,
+        save_spread: float | None,
+        interval: int,
+        timestep: float,
+        first_step: int | None,
+    ) -> None:
+        self._path, self._max_spread, self._save_spread = path, max_spread, save_spread
+        self._interval, self._timestep = interval, timestep
+        self._is_on = max_spread is not None or save_spread is not None
+        if self._is_on and not is_committee(atoms):
+            raise ConfigError("max_spread and save_spread need a committee: give further models with --committee")
+        self._last: int | None = None
+        self._file: ExtxyzTrajectory | None = None
+        if first_step is None:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            self._last = cut_frames(path, first_step)
+
+    def find_problem(self, atoms: Atoms, step: int) -> str | None:
+        """Saves the frame if it is due, and describes why the run must stop; None when it may go on."""
+        if not self._is_on:
+            return None
+        spread, index = largest_spread(atoms)
+        stops = self._max_spread is not None and not spread <= self._max_spread
+        due = self._last is None or step >= self._last + self._interval
+        if stops or (self._save_spread is not None and spread > self._save_spread and due):
+            self._save(atoms, step)
+        if not stops:
+            return None
+        return (
+            f"the committee's forces on atom {index} ({atoms.symbols[index]}) spread by {spread:.3g} eV/Å, above "
+            f"{self._max_spread:g} eV/Å"
+        )
+
+    def sync(self) -> None:
+        """Makes sure that the saved frames are on disk, before a restart file relies on them."""
+        if self._file is not None:
+            self._file.position()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _save(self, atoms: Atoms, step: int) -> None:
+        if self._file is None:
+            self._file = ExtxyzTrajectory(self._path, self._path.stat().st_size if self._path.exists() else None)
+        frame = make_frame(atoms, step, step * self._timestep)
+        frame.arrays["forces_spread"] = np.array(atoms.calc.get_property("forces_spread", atoms))
+        frame.info["energy_spread"] = float(atoms.calc.get_property("energy_spread", atoms))
+        self._file.write(frame)
+        self._last = step

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from ase import Atoms, units
 
 from escaip.errors import ConfigError, DataError, EscaipError, SimulationError, UsageError
 from escaip.simulate.analysis import EnergyDrift, energy_drift
-from escaip.simulate.ensembles import Ensemble, make_ensemble
-from escaip.simulate.guards import find_contact, find_problem
-from escaip.simulate.outputs import LogFile, check_trajectory_name, make_frame, open_trajectory, read_log
+from escaip.simulate.ensembles import Ensemble, MDSettings, make_ensemble, prepare_velocities, temperature
+from escaip.simulate.guards import (
+    DEVIATION_COLUMN,
+    DeviationMonitor,
+    find_contact,
+    find_problem,
+    is_committee,
+    largest_spread,
+)
+from escaip.simulate.output import (
+    LogFile,
+    check_trajectory_name,
+    make_frame,
+    open_trajectory,
+    read_log,
+    write_structure,
+)
 from escaip.simulate.restart import RestartState
-from escaip.simulate.settings import MDSettings
-from escaip.simulate.spread import LOG_COLUMN, SpreadWatch, has_spread, largest_spread
-from escaip.simulate.structures import write_structure
-from escaip.simulate.velocities import prepare_velocities, temperature
 
 _CONTACT_INTERVAL = 10
 """Steps between searches for atoms that are too close, and between the frames kept as last good."""
@@ -31,15 +43,15 @@ _CONTACT_INTERVAL = 10
 
 @dataclass(frozen=True)
 class MDStatus:
-    """Where a run is.
+    """Progress of a run.
 
     Attributes:
-        step, steps: done, of how many.
-        time: fs simulated.
+        step, steps: steps done, and steps in all.
+        time: simulated time in fs.
         temperature: K.
         energy: conserved energy, or total energy where nothing is conserved, eV.
         ns_per_day: speed; NaN before the first step.
-        seconds_left: of wall time; NaN before the first step.
+        seconds_left: wall time; NaN before the first step.
     """
 
     step: int
@@ -57,8 +69,8 @@ class MDResult:
 
     Attributes:
         atoms: the last frame, with velocities and calculator.
-        steps: done in all, resumed parts included.
-        time: fs simulated.
+        steps: steps done, resumed parts included.
+        time: simulated time in fs.
         mean_temperature: K, over the log.
         drift: of the conserved energy; None for Langevin or fewer than three log lines.
         ns_per_day: speed of this part; NaN when there was nothing left to do.
@@ -91,7 +103,7 @@ class MDResult:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Names of what a run writes, next to its trajectory."""
+    """The files that a run writes beside its trajectory."""
 
     trajectory: Path
 
@@ -116,6 +128,36 @@ class RunFiles:
         return self.trajectory.with_suffix(".last_good.extxyz")
 
 
+class ProgressLine:
+    """Rewrites one line on a terminal; elsewhere prints about ten lines in all.
+
+    Args:
+        stream: output; by default the error stream.
+    """
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self._next = 0.0
+
+    def __call__(self, status: MDStatus) -> None:
+        """Shows a status."""
+        fraction = status.step / status.steps
+        finished = status.step >= status.steps
+        if math.isnan(status.seconds_left) or (not self.live and not finished and fraction < self._next):
+            return
+        self._next = fraction + 0.1
+        minutes, seconds = divmod(int(status.seconds_left), 60)
+        hours, minutes = divmod(minutes, 60)
+        line = (
+            f"step {status.step}/{status.steps} ({100 * fraction:.0f} %)  {status.time / 1000:.3f} ps  "
+            f"{status.temperature:.0f} K  {status.energy:.4f} eV  {status.ns_per_day:.3g} ns/day  "
+            f"{f'{hours}:{minutes:02d}' if hours else minutes}:{seconds:02d} left"
+        )
+        end = "\n" if finished or not self.live else ""
+        print(f"\r{line}\x1b[K" if self.live else line, end=end, file=self.stream, flush=True)
+
+
 def run_md(
     atoms: Atoms,
     settings: MDSettings,
@@ -133,8 +175,8 @@ def run_md(
 
     Args:
         atoms: structure with a calculator.
-        settings: ensemble, steps, temperature, ...
-        out: trajectory, ``.extxyz``, ``.traj`` or ``.h5``.
+        settings: ensemble, steps, temperature, and so on.
+        out: trajectory, ``.extxyz`` or ``.traj``.
         resume: continue from the restart file until ``settings.steps``.
         overwrite: replace an unfinished run of the same name.
         report: called after each logged step.
@@ -142,8 +184,8 @@ def run_md(
     Raises:
         ConfigError: settings that do not fit the structure, or no calculator.
         UsageError: ``out`` holds an unfinished run and neither ``resume`` nor ``overwrite`` is given.
-        SimulationError: the run left the region where it means anything (the last good frame is saved), a file
-            cannot be written, or the restart file does not belong to the run.
+        SimulationError: a guard stopped the run (the last good frame is saved), a file cannot be written, or the
+            restart file does not belong to the run.
     """
     if atoms.calc is None:
         raise ConfigError("the structure has no calculator: set atoms.calc")
@@ -164,7 +206,7 @@ def run_md(
 
 
 class _Run:
-    """A run between its files and its integrator."""
+    """A run: its files and its integrator."""
 
     def __init__(
         self, atoms: Atoms, settings: MDSettings, files: RunFiles, ensemble: Ensemble, state: RestartState | None
@@ -173,11 +215,14 @@ class _Run:
         self.first_step, self.is_new = (state.step, False) if state else (0, True)
         stored = state.max_temperature if state else 10 * max(settings.temperature or 0.0, self.temperature, 300.0)
         self.max_temperature = settings.max_temperature or stored
-        self.watch = SpreadWatch(atoms, settings, files.uncertain, state.step if state else None)
-        self.logs_spread = has_spread(atoms)
+        self.monitor = DeviationMonitor(
+            atoms, files.uncertain, max_spread=settings.max_spread, save_spread=settings.save_spread,
+            interval=settings.trajectory_interval, timestep=settings.timestep, first_step=state.step if state else None,
+        )  # fmt: skip
+        self.logs_deviation = is_committee(atoms)
         self.trajectory = open_trajectory(files.trajectory, state.trajectory_position if state else None)
         try:
-            extra = (LOG_COLUMN,) if self.logs_spread else ()
+            extra = (DEVIATION_COLUMN,) if self.logs_deviation else ()
             self.log = LogFile(files.log, state.log_position if state else None, extra)
         except BaseException:
             self.trajectory.close()
@@ -218,9 +263,9 @@ class _Run:
         remaining = max(self.settings.steps - self.first_step, 0)
         try:
             with contextlib.ExitStack() as stack:
-                for file in (self.log, self.trajectory, self.watch):
+                for file in (self.log, self.trajectory, self.monitor):
                     stack.enter_context(contextlib.closing(file))
-                stack.enter_context(np.errstate(all="ignore"))  # an overflow ends as NaN, which the guard reports
+                stack.enter_context(np.errstate(all="ignore"))  # an overflow becomes NaN, which a guard reports
                 if self.is_new:
                     self._after_step(report)
                 for _ in range(remaining):
@@ -240,7 +285,7 @@ class _Run:
             dynamics.nsteps += 1
             self.atoms.get_forces()
         except (DataError, ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
-            self._stop(f"the structure cannot be evaluated ({error})", error)
+            self._stop(f"the structure cannot be evaluated ({error})", cause=error)
 
     def _after_step(self, report: Callable[[MDStatus], None] | None) -> None:
         step, settings = self.step, self.settings
@@ -253,10 +298,8 @@ class _Run:
                 self.last_good = step, make_frame(self.atoms, step, step * settings.timestep)
         if problem is not None:
             self._stop(problem)
-        if (problem := self.watch.problem(self.atoms, step)) is not None:
-            self._stop(
-                problem, remedy=f"that frame is in {self.files.uncertain}: label it and train on it, or allow more"
-            )
+        if (problem := self.monitor.find_problem(self.atoms, step)) is not None:
+            self._stop(problem, f"that frame is in {self.files.uncertain}: label it and train on it, or allow more")
         if step % settings.trajectory_interval == 0:
             self.trajectory.write(make_frame(self.atoms, step, step * settings.timestep))
         if step % settings.log_interval == 0:
@@ -283,8 +326,8 @@ class _Run:
             "volume_A3": float(self.atoms.get_volume()) if self.atoms.cell.rank == 3 else float("nan"),
             "ns_per_day": speed,
         }
-        if self.logs_spread:
-            row[LOG_COLUMN] = largest_spread(self.atoms)[0]
+        if self.logs_deviation:
+            row[DEVIATION_COLUMN] = largest_spread(self.atoms)[0]
         self.log.write(row)
         if report is not None:
             elapsed = now - self.started
@@ -294,7 +337,7 @@ class _Run:
             report(MDStatus(step, self.settings.steps, step * length, present, energy, speed, left))
 
     def _save(self) -> None:
-        self.watch.sync()
+        self.monitor.sync()
         RestartState(
             step=self.step,
             target=self.settings.steps,
@@ -311,15 +354,15 @@ class _Run:
             trajectory_position=self.trajectory.position(),
         ).save(self.files.restart)
 
-    def _stop(self, problem: str, cause: Exception | None = None, remedy: str | None = None) -> NoReturn:
-        kept = remedy or "nothing was kept: relax the structure first"
-        if self.last_good is not None and remedy is None:
+    def _stop(self, problem: str, remedy: str | None = None, cause: Exception | None = None) -> NoReturn:
+        if remedy is None and self.last_good is not None:
             write_structure(self.files.last_good, self.last_good[1])
-            kept = (
+            remedy = (
                 f"the last good frame (step {self.last_good[0]}) is in {self.files.last_good}: use a timestep below "
                 f"{self.settings.timestep:g} fs, or relax the structure first"
             )
-        raise SimulationError(f"stopped at step {self.step}: {problem}; {kept}") from cause
+        remedy = remedy or "nothing was kept: relax the structure first"
+        raise SimulationError(f"stopped at step {self.step}: {problem}; {remedy}") from cause
 
     def _result(self, num_steps: int) -> MDResult:
         log = read_log(self.files.log)
@@ -346,7 +389,7 @@ def _check_stress(atoms: Atoms, settings: MDSettings) -> None:
 
 
 def _refuse_to_lose(files: RunFiles, overwrite: bool) -> None:
-    """An unfinished run is not replaced by accident."""
+    """Refuses to replace an unfinished run by accident."""
     if overwrite or not files.restart.exists():
         return
     try:
@@ -360,7 +403,7 @@ def _refuse_to_lose(files: RunFiles, overwrite: bool) -> None:
 
 
 def _pressure(atoms: Atoms) -> float:
-    """GPa, kinetic part included; NaN where it has no meaning or no stress is known."""
+    """Returns the pressure in GPa, kinetic part included; NaN where it is not defined."""
     if not atoms.pbc.all() or "stress" not in atoms.calc.implemented_properties:
         return float("nan")
     return float(-np.trace(atoms.get_stress(voigt=False, include_ideal_gas=True)) / 3 / units.GPa)

@@ -1,4 +1,4 @@
-"""Everything a run needs to continue bit for bit, in one file that can carry no code."""
+"""The state of a run between two steps, in one file that contains no code."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import numpy as np
 from ase import Atoms
 
 from escaip.errors import SimulationError
+from escaip.files import write_aside
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class RestartState:
-    """A run between two steps.
+    """Everything that a run needs to continue bit for bit.
 
     Attributes:
         step: steps done.
@@ -29,7 +30,7 @@ class RestartState:
         momenta: ``(n, 3)`` in ASE's unit.
         cell: ``(3, 3)`` Å.
         atomic_numbers: ``(n,)``.
-        energy: potential energy in eV, to see that the potential is the same.
+        energy: potential energy in eV, to recognise the potential.
         rng: state of the random number generator.
         integrator: internal variables of thermostat and barostat, by name.
         max_temperature: K at which the run stops.
@@ -51,24 +52,20 @@ class RestartState:
     trajectory_position: int
 
     def save(self, path: Path) -> None:
-        """Writes the file aside and renames it: a reader sees the old state or the new one, whole."""
-        header = {
-            "schema": SCHEMA_VERSION,
-            **{name: getattr(self, name) for name in _HEADER},
-            "integrator": sorted(self.integrator),
-        }
+        """Replaces the file; a reader finds the old state or the new one, whole.
+
+        Raises:
+            SimulationError: the file cannot be written.
+        """
+        header = {name: getattr(self, name) for name in _HEADER}
+        header |= {"schema": SCHEMA_VERSION, "integrator": sorted(self.integrator)}
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"integrator.{name}": value for name, value in self.integrator.items()}
         text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-        aside = path.with_name(f".{path.name}.part")
-        try:
-            with aside.open("wb") as stream:
-                np.savez(stream, header=text, **arrays)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with write_aside(path, SimulationError) as aside, aside.open("wb") as stream:
+            np.savez(stream, header=text, **arrays)
+            stream.flush()
+            os.fsync(stream.fileno())
 
     @classmethod
     def load(cls, path: Path) -> RestartState:
@@ -91,7 +88,7 @@ class RestartState:
         return cls(**values, integrator=integrator)
 
     def check(self, atoms: Atoms, physics: dict[str, Any], path: Path) -> None:
-        """Refuses to continue another run.
+        """Makes sure that the state belongs to this run.
 
         Raises:
             SimulationError: another structure or other settings than those of the run.
@@ -106,7 +103,7 @@ class RestartState:
                 )
 
     def check_energy(self, energy: float, path: Path) -> None:
-        """Refuses another potential.
+        """Makes sure that the potential is the same.
 
         Raises:
             SimulationError: the energy of the stored positions differs by more than 1 meV per atom.
@@ -119,13 +116,6 @@ class RestartState:
 
 
 _HEADER = (
-    "step",
-    "target",
-    "physics",
-    "energy",
-    "rng",
-    "max_temperature",
-    "log_position",
-    "trajectory_position",
-)
+    "step", "target", "physics", "energy", "rng", "max_temperature", "log_position", "trajectory_position",
+)  # fmt: skip
 _ARRAYS = ("positions", "momenta", "cell", "atomic_numbers")

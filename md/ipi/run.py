@@ -4,11 +4,16 @@ python run.py MODEL [STRUCTURE] [--beads N] [--temperature K] [--steps N]
 """
 
 import argparse
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+from ase.calculators.socketio import SocketClient, actualunixsocketname
+
 from escaip import EScAIPCalculator
-from escaip.calculators.ipi import run_ipi
 from escaip.simulate import read_structure
 
 here = Path(__file__).parent
@@ -22,7 +27,7 @@ args = parser.parse_args()
 
 atoms = read_structure(args.structure)
 if not atoms.pbc.any():
-    atoms.center(vacuum=10.0)  # i-PI wants a cell, of which the potential hears nothing
+    atoms.center(vacuum=10.0)  # i-PI needs a cell; the potential ignores it
 box = " ".join(f"{x:.10f}" for x in atoms.cell.standard_form()[0].cellpar())
 atoms.set_cell(atoms.cell.standard_form()[0], scale_atoms=True)  # i-PI's frame: the first vector along x
 rows = [f"{s} {x:.12f} {y:.12f} {z:.12f}" for s, (x, y, z) in zip(atoms.symbols, atoms.positions, strict=True)]
@@ -35,9 +40,26 @@ settings.find("total_steps").text = str(args.steps)
 settings.find("system/initialize").set("nbeads", str(args.beads))
 for place in ("system/initialize/velocities", "system/ensemble/temperature"):
     settings.find(place).text = str(args.temperature)
+name = f"escaip_{os.getpid()}"  # a socket of its own, so that runs do not meet
+settings.find("ffsocket/address").text = name
 settings.write("ipi.xml")
 
-# Beads take turns: a skin that reaches from one to the others keeps the neighbors of all.
+program = Path(sys.executable).with_name("i-pi")
+if not program.exists():
+    raise SystemExit("i-PI is not installed: pip install ipi")
+# Beads are evaluated in turn: a skin that reaches from one to the others keeps one neighbor list for all.
 atoms.calc = EScAIPCalculator(args.model, dtype="float64", skin=2.0)
-run_ipi("ipi.xml", atoms)
+socket = Path(actualunixsocketname(name))
+with open("ipi.log", "w") as log, subprocess.Popen([program, "ipi.xml"], stdout=log, stderr=subprocess.STDOUT) as ipi:
+    try:
+        while not socket.exists():
+            if ipi.poll() is not None:
+                raise SystemExit("i-PI did not start: see ipi.log")
+            time.sleep(0.05)
+        SocketClient(unixsocket=name).run(atoms, use_stress=bool(atoms.pbc.any()))
+        if ipi.wait():
+            raise SystemExit("i-PI stopped with an error: see ipi.log")
+    finally:
+        ipi.terminate()
+        socket.unlink(missing_ok=True)
 print(f"{args.steps} steps of {args.beads} beads: energies in ipi.properties, centroids in ipi.centroid.xyz")

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     atoms.numbers[::4] = 79
     atoms.calc = EMT()
     asked = MDSettings(temperature=1500.0, timestep=5.0, steps=238, log_interval=2, trajectory_interval=2)
-    return run_md(atoms, asked, out=tmp_path_factory.mktemp("run") / "cu.h5").trajectory
+    return run_md(atoms, asked, out=tmp_path_factory.mktemp("run") / "cu.traj").trajectory
 
 
 def walkers(path: Path, seed: int = 0, count: int = 120, **info: Any) -> Path:
@@ -85,7 +85,7 @@ def test_a_part_of_a_run_uses_that_part_of_its_log(run: Path, tmp_path: Path) ->
     assert found.temperature.num_samples == 81
     assert found.radial is None
     assert found.transport is None
-    elsewhere = run.rename(tmp_path / "moved.h5")
+    elsewhere = run.rename(tmp_path / "moved.traj")
     try:
         asked = AnalysisSettings(quantities=("drift",), log=run.with_suffix(".csv"))
         assert analyze(elsewhere, asked).drift is not None
@@ -208,7 +208,7 @@ def test_wrong_requests(
 @pytest.mark.bad_input
 def test_files_that_do_not_fit(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        analyze(tmp_path / "a.h5")
+        analyze(tmp_path / "a.traj")
     frames = [Atoms("Li", positions=[[0, 0, 0]]), Atoms("Na", positions=[[0, 0, 0]])]
     ase.io.write(tmp_path / "a.extxyz", frames)
     with pytest.raises(DataError, match="frame 1 of those read holds other atoms"):

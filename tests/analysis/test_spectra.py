@@ -61,8 +61,8 @@ def test_atoms_on_springs_vibrate_at_their_frequencies(tmp_path: Path) -> None:
     atoms = Atoms("Ar2Kr2", positions=6.0 * np.eye(4, 3), cell=[20.0] * 3, pbc=True)
     atoms.calc = Springs(2.0, sites=atoms.positions.copy())
     asked = MDSettings(temperature=100.0, timestep=4.0, steps=752, trajectory_interval=2, log_interval=1000)
-    run_md(atoms, asked, out=tmp_path / "a.h5")
-    found = spectrum_of(tmp_path / "a.h5", 8.0)
+    run_md(atoms, asked, out=tmp_path / "a.traj")
+    found = spectrum_of(tmp_path / "a.traj", 8.0)
     light, heavy = (wavenumber(2.0, mass, 4.0) for mass in (39.948, 83.798))
     assert found.resolution == pytest.approx(WAVENUMBER / 1512.0)
     assert sorted(found.peaks) == pytest.approx([heavy, light], abs=0.1 * found.resolution)
@@ -70,7 +70,7 @@ def test_atoms_on_springs_vibrate_at_their_frequencies(tmp_path: Path) -> None:
         assert found.frequency[np.argmax(found.spectrum[name])] == pytest.approx(expected, abs=found.resolution)
         curve = found.vacf[name] / found.vacf[name][0]  # a cosine
         assert curve == pytest.approx(np.cos(2 * np.pi * expected / WAVENUMBER * found.lag), abs=0.05)
-    kinetic = np.mean([frame.get_kinetic_energy() for frame in read_trajectory(tmp_path / "a.h5")])
+    kinetic = np.mean([frame.get_kinetic_energy() for frame in read_trajectory(tmp_path / "a.traj")])
     squares = 2 * 39.948 * found.vacf["Ar"][0] + 2 * 83.798 * found.vacf["Kr"][0]
     assert 0.5 * squares * 103.642697 == pytest.approx(kinetic, rel=1e-6)  # eV per amu Å²/fs²
     assert found.highest == pytest.approx(WAVENUMBER / 16.0)

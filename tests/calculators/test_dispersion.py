@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from escaip import EScAIPCalculator
-from escaip.calculators import CommitteeCalculator, with_dispersion
+from escaip.calculators import CommitteeCalculator, DispersionCalculator
 from escaip.errors import ConfigError
 from escaip.potential import Potential
 from escaip.testing import check_potential
@@ -43,7 +43,7 @@ def test_it_adds_what_the_library_says_alone(make_potential: Make, damping: str,
     base = EScAIPCalculator(make_potential())
     for atoms in structures():
         found = []
-        for calculator in (with_dispersion(base, "pbe", damping), base, DFTD3(method="pbe", damping=theirs)):
+        for calculator in (DispersionCalculator(base, "pbe", damping), base, DFTD3(method="pbe", damping=theirs)):
             copy = atoms.copy()
             copy.calc = calculator
             stress = copy.get_stress() if atoms.pbc.any() else np.zeros(6)
@@ -54,14 +54,12 @@ def test_it_adds_what_the_library_says_alone(make_potential: Make, damping: str,
 
 
 @pytest.mark.usefixtures("_library")
-@pytest.mark.parametrize("three_body", [False, True])
-def test_the_sum_is_a_potential(make_potential: Make, three_body: bool) -> None:
-    calculator = with_dispersion(EScAIPCalculator(make_potential()), "b3lyp", three_body=three_body)
+def test_the_sum_is_a_potential(make_potential: Make) -> None:
+    calculator = DispersionCalculator(EScAIPCalculator(make_potential()), "b3lyp")
     molecule, crystal, _ = structures()
     check_potential(calculator, [molecule], derivative_tolerance=1e-7)
     # Under strain pairs come and go at the library's cutoff of 32 Å.
-    if not three_body:
-        check_potential(calculator, [crystal], energy_tolerance=1e-6, derivative_tolerance=5e-5)
+    check_potential(calculator, [crystal], energy_tolerance=1e-6, derivative_tolerance=5e-5)
 
 
 @pytest.mark.usefixtures("_library")
@@ -69,11 +67,13 @@ def test_axes_without_a_cell_vector(make_potential: Make) -> None:
     slab = structures()[2]
     flat = slab.copy()
     flat.set_cell(np.where(slab.pbc[:, None], slab.cell.array, 0.0))
+    far = slab.copy()
+    far.positions[:, 2] -= 9.0  # out of the cell along its open axis, where dftd3 alone would wrap it
     forces = []
-    for atoms in (slab, flat):
-        atoms.calc = with_dispersion(EScAIPCalculator(make_potential()))
+    for atoms in (slab, flat, far):
+        atoms.calc = DispersionCalculator(EScAIPCalculator(make_potential()))
         forces.append(atoms.get_forces())
-    np.testing.assert_allclose(*forces, atol=1e-10)
+    np.testing.assert_allclose(forces[1:], [forces[0]] * 2, atol=1e-10)
     with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
         flat.get_stress()
 
@@ -82,7 +82,10 @@ def test_axes_without_a_cell_vector(make_potential: Make) -> None:
 def test_a_committee_below_a_change_of_charge_and_a_journey(make_potential: Make) -> None:
     atoms = structures()[0]
     members = [make_potential(charge=True), make_potential(charge=True, num_layers=1)]
-    plain, atoms.calc = CommitteeCalculator(members), with_dispersion(CommitteeCalculator(members), cutoff=10.0)
+    plain, atoms.calc = (
+        CommitteeCalculator(members),
+        DispersionCalculator(CommitteeCalculator(members), realspace_cutoff={"disp2": 10.0}),
+    )
     spread = atoms.calc.get_property("forces_spread", atoms)
     np.testing.assert_array_equal(spread, plain.get_property("forces_spread", atoms))
     assert spread.max() > 0
@@ -96,9 +99,9 @@ def test_a_committee_below_a_change_of_charge_and_a_journey(make_potential: Make
 
 @pytest.mark.bad_input
 def test_without_the_library(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "dftd3", None)
+    monkeypatch.setitem(sys.modules, "dftd3.ase", None)
     with pytest.raises(ConfigError, match="pip install dftd3"):
-        with_dispersion(EScAIPCalculator(make_potential()))
+        DispersionCalculator(EScAIPCalculator(make_potential()))
 
 
 @pytest.mark.bad_input
@@ -106,10 +109,8 @@ def test_without_the_library(make_potential: Make, monkeypatch: pytest.MonkeyPat
 def test_wrong_settings(make_potential: Make) -> None:
     base = EScAIPCalculator(make_potential())
     with pytest.raises(ConfigError, match="no parameters for functional 'pbd'"):
-        with_dispersion(base, "pbd")
+        DispersionCalculator(base, "pbd")
     with pytest.raises(ConfigError, match="damping is 'd3bj': choose bj"):
-        with_dispersion(base, damping="d3bj")
-    with pytest.raises(ConfigError, match="cutoff of D3 is -1"):
-        with_dispersion(base, cutoff=-1.0)
+        DispersionCalculator(base, damping="d3bj")
     with pytest.raises(PropertyNotImplementedError, match="direct-force"):
-        with_dispersion(EScAIPCalculator(make_potential(forces="direct"))).get_property("stress", structures()[1])
+        DispersionCalculator(EScAIPCalculator(make_potential(forces="direct"))).get_property("stress", structures()[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import ase.build
 import numpy as np
@@ -17,6 +18,7 @@ from ase.mep import NEB
 from ase.optimize import BFGS, FIRE
 
 from escaip import EScAIPCalculator
+from escaip.calculators import CommitteeCalculator
 from escaip.potential import Potential
 
 Make = Callable[..., Potential]
@@ -88,6 +90,25 @@ def test_copies_that_differ_in_charge_or_spin_alone(make_potential: Make) -> Non
     assert [atoms.get_potential_energy() for atoms in reversed(structures)] == first[::-1]
     structures[1].info["charge"] = 0
     assert structures[1].get_potential_energy() == first[0]
+
+
+@pytest.mark.parametrize("committee", [False, True])
+def test_threads_get_the_answers_of_their_own_structures(make_potential: Make, committee: bool) -> None:
+    potential = make_potential()
+    calculator = CommitteeCalculator([potential, potential]) if committee else EScAIPCalculator(potential)
+    names = ["H2O", "CH3OH", "NH3", "CH4", "CH3CH2OH", "CO2"]
+    structures = [ase.build.molecule(name) for name in names]
+    expected = [forces_alone(make_potential, atoms) for atoms in structures]
+
+    def ask(number: int) -> float:
+        atoms = structures[number % len(names)].copy()
+        atoms.calc = calculator
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        assert calculator.get_property("energies", atoms).sum() == pytest.approx(energy, rel=1e-12)
+        return float(np.abs(forces - expected[number % len(names)]).max())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(ask, range(120))) < 1e-12
 
 
 def test_a_band_of_images_shares_it(make_potential: Make) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import ase.build
 import ase.io
 import pytest
+from ase import Atoms
 from cli_models import make_potential
 
 from escaip.cli import main
-from escaip.simulate import read_log
+from escaip.simulate import MDSettings, read_log, run_md
 
 Capture = pytest.CaptureFixture[str]
 
@@ -63,6 +66,28 @@ def test_a_committee_runs_and_frames_are_selected(
     assert len(json.loads(chosen.with_suffix(".json").read_text())["frames"]["frame"]) == 7
 
 
+@pytest.mark.parametrize(("name", "timestep"), [("CH3OH", 0.5), ("CO2", 1.0), ("Si", 2.0)])
+def test_md_runs_without_options(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, timestep: float
+) -> None:
+    asked: list[MDSettings] = []
+
+    def run(atoms: Atoms, settings: MDSettings, **options: Any) -> Any:
+        asked.append(settings)
+        return run_md(atoms, dataclasses.replace(settings, steps=2), **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("escaip.simulate.md.run_md", run)
+    ase.io.write("a.extxyz", ase.build.bulk("Si") if name == "Si" else ase.build.molecule(name))
+    elements = make_potential()
+    elements.metadata = dataclasses.replace(elements.metadata, elements=())
+    elements.save("any.escaip")
+    assert main(["md", "any.escaip", "a.extxyz"]) == 0
+    assert (asked[0].ensemble, asked[0].temperature, asked[0].timestep) == ("nvt", 300.0, timestep)
+    assert 1000 <= asked[0].steps <= 10_000
+    assert read_log("md.csv")["step"][-1] == 0
+
+
 @pytest.mark.bad_input
 def test_what_is_missing(
     model: Path, molecule: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -72,7 +97,7 @@ def test_what_is_missing(
     run = [*common, "--ensemble", "nve", "--steps", "2", "--temperature", "300", "--quiet"]
     assert main([*run, "--max-spread", "1"]) == 2
     assert "need a committee: give further models with --committee" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "dftd3", None)
+    monkeypatch.setitem(sys.modules, "dftd3.ase", None)
     assert main([*run, "--d3", "pbe"]) == 2
     assert "pip install dftd3" in capsys.readouterr().err
     assert main(["select", "t.extxyz", "--committee", str(model), "--count", "1", "--out", "o.extxyz"]) == 1

@@ -14,9 +14,7 @@ from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from escaip.analysis.averages import Average
-from escaip.simulate.ensembles import Ensemble, make_ensemble
-from escaip.simulate.settings import MDSettings
-from escaip.simulate.velocities import prepare_velocities
+from escaip.simulate.ensembles import Ensemble, MDSettings, make_ensemble, prepare_velocities
 
 TEMPERATURE = 800.0
 KT = units.kB * TEMPERATURE

@@ -18,7 +18,7 @@ from escaip.calculators import CommitteeCalculator
 from escaip.errors import ConfigError, DataError
 from escaip.potential import Potential
 from escaip.simulate import select_file, select_frames
-from escaip.simulate.selection import FrameScores, score_frames
+from escaip.simulate.select import FrameScores, score_frames
 
 Make = Callable[..., Potential]
 

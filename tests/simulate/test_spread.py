@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from escaip.calculators import CommitteeCalculator
 from escaip.errors import ConfigError, SimulationError
 from escaip.potential import Potential
 from escaip.simulate import MDSettings, MDStatus, read_log, relax, run_md
-from escaip.simulate.outputs import LOG_COLUMNS
-from escaip.simulate.spread import cut_frames
+from escaip.simulate.output import LOG_COLUMNS
 
 Make = Callable[..., Atoms]
 COLUMN = "max_forces_spread_eV_A"
@@ -142,27 +140,3 @@ def test_spreads_without_a_committee(argon: Make, committee: Make, tmp_path: Pat
     run_md(committee(), settings(steps=10), out=tmp_path / "b.extxyz")
     with pytest.raises(SimulationError, match="other columns"):
         run_md(argon(), settings(), out=tmp_path / "b.extxyz", resume=True)
-
-
-def test_frames_after_a_step_are_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "a.uncertain.extxyz"
-    for step in (0, 4, 8):
-        atoms = ase.build.molecule("H2O")
-        atoms.info["step"] = step
-        ase.io.write(path, atoms, format="extxyz", append=True)
-    assert cut_frames(path, 7) == 4
-    assert [frame.info["step"] for frame in ase.io.read(path, ":")] == [0, 4]
-    os.truncate(path, path.stat().st_size - 20)
-    assert cut_frames(path, 7) == 0
-    assert cut_frames(path, -1) is None
-    assert path.stat().st_size == 0
-
-
-@pytest.mark.bad_input
-def test_a_file_of_something_else_is_not_cut(tmp_path: Path) -> None:
-    path = tmp_path / "a.uncertain.extxyz"
-    ase.io.write(path, ase.build.molecule("H2O"))
-    before = path.read_bytes()
-    with pytest.raises(SimulationError, match="no file of this run"):
-        cut_frames(path, 10)
-    assert path.read_bytes() == before

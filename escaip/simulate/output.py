@@ -1,0 +1,345 @@
+"""Files of simulations: structures, the log of a run, and trajectories that can be cut back to a restart."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io.trajectory import Trajectory
+
+from escaip.errors import ConfigError, DataError, SimulationError, UsageError
+from escaip.files import first_line, resolve, write_aside
+
+LOG_COLUMNS = (
+    "step", "time_fs", "temperature_K", "potential_energy_eV", "kinetic_energy_eV", "total_energy_eV",
+    "conserved_energy_eV", "pressure_GPa", "volume_A3", "ns_per_day",
+)  # fmt: skip
+_HDF5 = (".h5", ".hdf5")
+_STEP = re.compile(rb"(?:^| )step=(\d+)(?: |$)")
+
+
+class LogFile:
+    """A CSV with one line per logged step; values that are not defined are left empty.
+
+    Args:
+        path: the file.
+        position: bytes to keep of an existing file; None starts anew.
+        extra: further columns, of a committee.
+
+    Raises:
+        SimulationError: the file holds fewer bytes than are to be kept, or other columns.
+    """
+
+    def __init__(self, path: Path, position: int | None, extra: Sequence[str] = ()) -> None:
+        self._columns = [*LOG_COLUMNS, *extra]
+        if position and path.is_file():
+            with path.open() as stream:
+                found = stream.readline().rstrip("\n").split(",")
+            if found != self._columns:
+                differing = ", ".join(sorted(set(found) ^ set(self._columns))) or "their order"
+                raise SimulationError(
+                    f"{path} has other columns ({differing}): resume with the same models, committee included"
+                )
+        self._stream = _open_text(path, position)
+        if position is None:
+            self._stream.write(",".join(self._columns) + "\n")
+
+    def write(self, row: dict[str, float | int]) -> None:
+        """Appends a line; floats keep every digit."""
+        values = [row[name] for name in self._columns]
+        self._stream.write(",".join("" if value != value else repr(value) for value in values) + "\n")
+        self._stream.flush()
+
+    def position(self) -> int:
+        """Number of bytes that are safely on disk."""
+        return _sync(self._stream)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+
+def read_log(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads a log into one array per column; NaN where a line has no value."""
+    with Path(path).open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        rows, found = list(reader), reader.fieldnames or ()
+    names = [*LOG_COLUMNS, *(name for name in found if name not in LOG_COLUMNS)]
+    return {name: np.array([float(row[name]) if row[name] else np.nan for row in rows]) for name in names}
+
+
+class ExtxyzTrajectory:
+    """Frames as extended XYZ; arguments as for :class:`LogFile`."""
+
+    def __init__(self, path: Path, position: int | None) -> None:
+        self._stream = _open_text(path, position)
+
+    def write(self, frame: Atoms) -> None:
+        """Appends a frame."""
+        ase.io.write(self._stream, frame, format="extxyz")
+        self._stream.flush()
+
+    def position(self) -> int:
+        """Number of bytes that are safely on disk."""
+        return _sync(self._stream)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+
+class AseTrajectory:
+    """Frames in ASE's own format; positions count frames.
+
+    Raises:
+        SimulationError: the file holds fewer frames than are to be kept.
+    """
+
+    def __init__(self, path: Path, position: int | None) -> None:
+        if position is not None:
+            _keep_frames(path, position)
+        self._count = position or 0
+        self._writer = Trajectory(path, "w" if position is None else "a")
+
+    def write(self, frame: Atoms) -> None:
+        """Appends a frame."""
+        self._writer.write(frame)
+        self._count += 1
+
+    def position(self) -> int:
+        """Number of frames written so far."""
+        return self._count
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
+def open_trajectory(path: Path, position: int | None) -> ExtxyzTrajectory | AseTrajectory:
+    """Opens a trajectory for writing, in the format of its suffix.
+
+    Raises:
+        ConfigError: the suffix is neither ``.extxyz``, ``.xyz`` nor ``.traj``.
+        SimulationError: see :class:`LogFile`.
+    """
+    check_trajectory_name(path)
+    return AseTrajectory(path, position) if path.suffix == ".traj" else ExtxyzTrajectory(path, position)
+
+
+def check_trajectory_name(path: Path) -> None:
+    """Raises ConfigError when the suffix names no format that a run can continue."""
+    if path.suffix not in (".extxyz", ".xyz", ".traj"):
+        raise ConfigError(f"trajectory {path} has no known format: choose a name that ends in .extxyz or .traj")
+
+
+def make_frame(atoms: Atoms, step: int, time: float) -> Atoms:
+    """Returns a copy with results, see :func:`freeze`, that carries its step and its time in fs."""
+    frame = freeze(atoms)
+    frame.info.update(step=step, time_fs=time)
+    return frame
+
+
+def freeze(atoms: Atoms) -> Atoms:
+    """Returns a copy that holds energy, forces and, where the calculator has evaluated it, stress."""
+    frame = atoms.copy()
+    # Other programs leave objects in info that files cannot hold.
+    frame.info = {k: v for k, v in frame.info.items() if isinstance(v, (str, bool, int, float, np.ndarray))}
+    results: dict[str, Any] = {"energy": atoms.get_potential_energy()}
+    results["forces"] = atoms.get_forces(apply_constraint=False)
+    with contextlib.suppress(NotImplementedError):  # ASE's PropertyNotImplementedError
+        results["stress"] = atoms.calc.get_property("stress", atoms, allow_calculation=False)
+    frame.calc = SinglePointCalculator(frame, **{k: v for k, v in results.items() if v is not None})
+    return frame
+
+
+def read_trajectory(
+    path: str | os.PathLike[str], *, start: int = 0, stop: int | None = None, every: int = 1
+) -> Iterator[Atoms]:
+    """Yields the frames of a trajectory one by one, holding one in memory.
+
+    Frames carry cell, momenta, energy, forces and, where it was computed, stress; ``info`` holds ``step`` and
+    ``time_fs`` where the file does, as those of :func:`~escaip.simulate.run_md` do. An incomplete frame at the end of
+    an extxyz file, whose run goes on or was killed, is left out with a warning.
+
+    Args:
+        path: ``.traj``, ``.extxyz`` or ``.xyz``, or anything else ASE reads.
+        start: first frame, from 0.
+        stop: frame to stop before; by default none.
+        every: step from one frame to the next.
+
+    Raises:
+        DataError: missing, empty or unreadable file.
+        UsageError: a negative ``start``, an empty range or ``every`` below 1.
+    """
+    path = Path(path)
+    if start < 0 or every < 1 or (stop is not None and stop <= start):
+        raise UsageError(f"no frame is in start {start}, stop {stop}, every {every}: 0 <= start < stop, every >= 1")
+    if not path.is_file():
+        raise DataError(f"trajectory {path} does not exist: check the path")
+    if path.stat().st_size == 0:
+        raise DataError(f"trajectory {path} is empty: give a file with at least one frame")
+    if path.suffix in _HDF5:
+        raise DataError(f"trajectory {path} is HDF5, which is not read: write runs to .extxyz or .traj")
+    return (_read_extxyz if path.suffix in (".extxyz", ".xyz") else _read_ase)(path, start, stop, every)
+
+
+def _read_ase(path: Path, start: int, stop: int | None, every: int) -> Iterator[Atoms]:
+    try:
+        if path.suffix == ".traj":
+            with Trajectory(path) as frames:
+                for index in range(len(frames))[start:stop:every]:
+                    yield frames[index]
+        else:
+            yield from ase.io.iread(path, index=slice(start, stop, every))
+    except Exception as error:  # ASE's readers raise anything
+        raise DataError(f"trajectory {path} cannot be read ({first_line(error)}): use a file ASE reads") from error
+
+
+def _read_extxyz(path: Path, start: int, stop: int | None, every: int) -> Iterator[Atoms]:
+    """Reads frame by frame; ASE's own reader scans the whole file first and fails on an incomplete frame."""
+    with path.open(encoding="utf-8") as stream:
+        for index in itertools.count():
+            head = stream.readline()
+            if not head.strip() or (stop is not None and index >= stop):
+                return
+            if not head.strip().isdigit():
+                raise DataError(
+                    f"trajectory {path}: frame {index} begins with {head.strip()[:40]!r} instead of a number of atoms: "
+                    "it is not extxyz"
+                )
+            lines = [head, *itertools.islice(stream, int(head) + 1)]
+            if len(lines) < int(head) + 2 or not lines[-1].endswith("\n"):
+                warnings.warn(f"trajectory {path} ends in the middle of frame {index}, which is left out", stacklevel=2)
+                return
+            if index < start or (index - start) % every:
+                continue
+            try:
+                frame: Any = ase.io.read(io.StringIO("".join(lines)), format="extxyz")
+            except Exception as error:  # ASE's readers raise anything
+                message = f"trajectory {path}: frame {index} cannot be read ({first_line(error)}): use --stop {index}"
+                raise DataError(message) from error
+            yield frame
+
+
+def cut_frames(path: Path, last_step: int) -> int | None:
+    """Cuts an extxyz file off before the first frame after a step, or before an incomplete frame.
+
+    Returns:
+        The step of the last frame kept; None when none is.
+
+    Raises:
+        SimulationError: the file was not written by a run.
+    """
+    end, kept = 0, None
+    with path.open("rb") as stream:
+        while count := stream.readline():
+            comment = stream.readline()
+            rows = [stream.readline() for _ in range(int(count))] if count.strip().isdigit() else [b""]
+            if not all(row.endswith(b"\n") for row in (count, comment, *rows)):
+                break  # the process ended while this frame was written
+            found = _STEP.search(comment)
+            if found is None:
+                raise SimulationError(f"{path} is no file of this run: move it away, or use another --out")
+            if int(found[1]) > last_step:
+                break
+            end, kept = stream.tell(), int(found[1])
+    os.truncate(path, end)
+    return kept
+
+
+def read_structure(path: str | os.PathLike[str], frame: int = -1) -> Atoms:
+    """Reads one structure, without labels, from anything ASE reads, a prepared store, or ``example:NAME``.
+
+    Args:
+        path: the file, or the folder of a store.
+        frame: index of the structure; negative counts from the end.
+
+    Raises:
+        DataError: missing, empty or unreadable file, no such frame, or an invalid structure.
+    """
+    from escaip.data import AtomicData
+
+    path = resolve(path)
+    if not path.exists():
+        raise DataError(f"structure {path} does not exist: check the path")
+    atoms = (_read_store if path.is_dir() else _read_file)(path, frame)
+    atoms.calc = None
+    AtomicData.from_ase(atoms, structure_id=path.name)  # checks the structure
+    return atoms
+
+
+def _read_file(path: Path, frame: int) -> Atoms:
+    if path.stat().st_size == 0:
+        raise DataError(f"structure {path} is empty: give a file with at least one structure")
+    try:
+        atoms: Any = ase.io.read(path, index=frame)
+    except (IndexError, StopIteration) as error:
+        raise DataError(f"structure {path} has no frame {frame}: give --frame a smaller number") from error
+    except Exception as error:  # ASE's readers raise anything
+        raise DataError(f"structure {path} cannot be read ({first_line(error)}): use a file ASE reads") from error
+    assert isinstance(atoms, Atoms)
+    return atoms
+
+
+def _read_store(path: Path, frame: int) -> Atoms:
+    from escaip.data import Store
+
+    store = Store(path)
+    if not -len(store) <= frame < len(store):
+        raise DataError(f"store {path} has {len(store)} structures, no number {frame}: give --frame a smaller number")
+    return store[frame % len(store)].to_ase()
+
+
+def write_structure(path: str | os.PathLike[str], atoms: Atoms) -> None:
+    """Writes a structure, whole or not at all, in the format of the file's suffix.
+
+    Raises:
+        DataError: the suffix names no format that ASE writes, or the file cannot be written.
+    """
+    with write_aside(path) as aside:
+        try:
+            ase.io.write(aside, atoms)
+        except OSError:
+            raise
+        except Exception as error:  # ASE's writers raise anything
+            raise DataError(f"cannot write {path} ({first_line(error)}): choose a name that ends in .extxyz") from error
+
+
+def _open_text(path: Path, position: int | None) -> IO[str]:
+    if position is None:
+        return path.open("w")
+    if not path.is_file() or path.stat().st_size < position:
+        raise SimulationError(f"{path} ends before the step of the restart file: start anew with --overwrite")
+    os.truncate(path, position)
+    return path.open("a")
+
+
+def _sync(stream: IO[str]) -> int:
+    stream.flush()
+    os.fsync(stream.fileno())
+    return os.fstat(stream.fileno()).st_size
+
+
+def _keep_frames(path: Path, count: int) -> None:
+    """Cuts an ASE trajectory back to its first frames."""
+    if not path.is_file():
+        raise SimulationError(f"{path} is gone but its restart file is there: start anew with --overwrite")
+    with Trajectory(path) as frames:
+        if len(frames) < count:
+            raise SimulationError(f"{path} ends before the step of the restart file: start anew with --overwrite")
+        if len(frames) > count:
+            with write_aside(path, SimulationError) as aside, Trajectory(aside, "w") as kept:
+                for index in range(count):
+                    kept.write(frames[index])
