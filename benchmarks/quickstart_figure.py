@@ -30,7 +30,7 @@ def draw_parity(axes: Axes, run: Path) -> None:
     potential = load_potential(run / "best.ckpt", device="cpu")
     report, records = evaluate(potential, [held_out[index] for index in range(len(held_out))])
     assert report.forces is not None
-    label, predicted = records.forces.ravel(), records.predicted_forces.ravel()
+    label, predicted = records.labels["forces"].ravel(), records.predictions["forces"].ravel()
     limit = 1.05 * float(np.abs(label).max())
     axes.plot([-limit, limit], [-limit, limit], color="0.6", linewidth=0.8, zorder=0)
     image = axes.hexbin(label, predicted, gridsize=70, bins="log", mincnt=1, linewidths=0.1, cmap="viridis")

@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from common import provenance, write_json
-from real_data_report import draw_curves, held_out_errors, read_log, results_table, write_bytes
+from real_data_report import draw_curves, held_out_errors, read_log, results_table
 from real_data_sets import SETS, SPLIT, RealSet, baselines, prepare
+
+from escaip.files import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_VALIDATIONS = 8
@@ -182,7 +184,7 @@ def report(
 ) -> dict[str, Any]:
     """Everything about one finished run, as plain values; plots go to its folder."""
     log = read_log(folder / "runs")
-    write_bytes(folder / "curve.png", draw_curves(log, chosen.what))
+    write_file(folder / "curve.png", draw_curves(log, chosen.what))
     split = json.loads((stores["test"].parent / SPLIT).read_text(encoding="utf-8"))
     return {
         "what": chosen.what,
@@ -228,7 +230,7 @@ def main() -> None:
     files = {name: out / name / "result.json" for name in SETS}
     results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.is_file()}
     write_json(out / "real_data.json", {"provenance": provenance(), "results": results})
-    write_bytes(out / "real_data.md", f"{results_table(results)}\n".encode())
+    write_file(out / "real_data.md", f"{results_table(results)}\n".encode())
     print(results_table(results))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from escaip import load_potential
 from escaip.data import Store
 from escaip.evaluate import Records, evaluate
 from escaip.evaluate.plots import draw_errors, draw_parity
+from escaip.files import write_file
+from escaip.types import TARGETS
 
 _PANELS = (
     ("energy_mae_meV_per_atom", "energy MAE (meV/atom)"),
@@ -58,7 +59,7 @@ def held_out_errors(
     report, records = evaluate(potential, structures, max_atoms=max_atoms, free_atoms_only=free_atoms_only)
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("parity.png", draw_parity), ("errors.png", draw_errors)):
-        write_bytes(out / name, draw(records, free_atoms_only=free_atoms_only))
+        write_file(out / name, draw(records, free_atoms_only=free_atoms_only))
     found = {"energy": report.energy_per_atom, "forces": report.forces, "stress": report.stress}
     mae = {name: 1e3 * quantity.errors.mae for name, quantity in found.items() if quantity is not None}
     mae["energy_within_groups"] = relative_energy_mae(records, [str(data.group) for data in structures])
@@ -72,7 +73,7 @@ def held_out_errors(
 
 def relative_energy_mae(records: Records, groups: list[str]) -> float:
     """Mean absolute energy error in meV/atom after removing the mean error of each group."""
-    error = (records.predicted_energy - records.energy) / records.num_atoms
+    error = records.per_atom(TARGETS["energy"], records.errors(TARGETS["energy"]))
     codes = np.unique(np.array(groups), return_inverse=True)[1]
     mean = np.bincount(codes, weights=error) / np.bincount(codes)
     return 1e3 * float(np.abs(error - mean[codes]).mean())
@@ -89,12 +90,12 @@ def errors_by_file(records: Records, *, free_atoms_only: bool) -> dict[str, dict
         chosen, atoms = names == name, (names == name)[records.structure]
         if free_atoms_only:
             atoms &= ~records.fixed
-        error = (records.predicted_energy - records.energy)[chosen] / records.num_atoms[chosen]
+        error = records.errors(TARGETS["energy"])[chosen] / records.num_atoms[chosen]
         found[str(name)] = {
             "structures": int(chosen.sum()),
             "energy": 1e3 * float(np.abs(error).mean()),
-            "forces": 1e3 * float(np.abs(records.predicted_forces - records.forces)[atoms].mean()),
-            "zero_forces": 1e3 * float(np.abs(records.forces)[atoms].mean()),
+            "forces": 1e3 * float(np.abs(records.errors(TARGETS["forces"]))[atoms].mean()),
+            "zero_forces": 1e3 * float(np.abs(records.labels["forces"])[atoms].mean()),
         }
     return found
 
@@ -189,13 +190,6 @@ def results_table(results: dict[str, Any]) -> str:
             _number(mae.get("stress")), _number(linear.get("stress")),
         ])  # fmt: skip
     return markdown_table(header, rows)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes aside and renames."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_bytes(content)
-    os.replace(aside, path)
 
 
 def _number(value: float | None) -> str:

@@ -34,7 +34,7 @@ from common import markdown_table, provenance, write_json
 from escaip.cli import main as main_of_escaip
 from escaip.scaling.files import claim
 from escaip.scaling.plan import study_path
-from escaip.train.checkpoints import LAST, read_checkpoint
+from escaip.train.callbacks import LAST, read_checkpoint
 
 NOT_COMPARED = {"seconds": "wall-clock time", "commit": "of the code that made the record"}
 REDUCED = {"widths": int, "data_sizes": float, "seeds": int}

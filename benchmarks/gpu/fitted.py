@@ -12,8 +12,10 @@ import numpy as np
 from common import markdown_table, provenance, write_json
 from gpu.fitting import BASE, ERRORS, REPORT, TRAINED, Job
 from gpu.pack import Limits, write_archives
-from real_data_report import draw_runs, read_log, write_bytes
+from real_data_report import draw_runs, read_log
 from real_data_sets import PARTS, SETS, SPLIT, baselines, divided
+
+from escaip.files import write_file
 
 CURVE_POINTS = 60
 # Of a row, in their order; ms and seconds as they say, errors in meV/atom, meV/Å and meV/Å³.
@@ -123,7 +125,7 @@ class Results:
             if any(key.startswith("val/") for key in curve):
                 by_set.setdefault(self._jobs[name].set, {})[name] = curve
         if by_set:
-            write_bytes(self._figure, draw_runs(by_set))
+            write_file(self._figure, draw_runs(by_set))
 
     def _wanted(self) -> dict[str, Path]:
         """Plots, then models: all of the base size, then those that improve most on it in their forces."""

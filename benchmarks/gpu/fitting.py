@@ -34,7 +34,7 @@ from real_data_sets import SETS, RealSet, divided
 
 from escaip.graph import search_cutoff
 from escaip.models import EScAIPConfig
-from escaip.train.checkpoints import BestAndLast
+from escaip.train.callbacks import BestAndLast
 from escaip.train.cli import build
 
 BASE = "1m"  # the size of the recipes

@@ -22,8 +22,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import markdown_table
-from real_data_report import write_bytes
 from real_data_sets import PARTS, SETS, SPLIT, prepare
+
+from escaip.files import write_file
 
 MIB = 2**20
 # A tar file (USTAR; others add to it) has 512 bytes before each file, which is filled up to a multiple of 512, and at
@@ -98,7 +99,7 @@ def archived(size: int) -> int:
 
 def compress(source: Path, target: Path) -> None:
     """Writes ``source`` as an .xz file, which ``xz -d`` reads; aside, and renamed."""
-    write_bytes(target, lzma.compress(source.read_bytes(), format=lzma.FORMAT_XZ, filters=_FILTERS))
+    write_file(target, lzma.compress(source.read_bytes(), format=lzma.FORMAT_XZ, filters=_FILTERS))
 
 
 def write_archives(files: Mapping[str, Path], out: Path, name: str, limits: Limits) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How wrong a potential is on labelled data: numbers, tables, plots."""
+"""Errors of a potential on labelled data: numbers, tables, plots."""
 
 from __future__ import annotations
 
@@ -9,26 +9,21 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "Errors": "escaip.evaluate.report",
     "EvaluationReport": "escaip.evaluate.report",
-    "Records": "escaip.evaluate.records",
+    "Records": "escaip.evaluate.report",
     "evaluate": "escaip.evaluate.run",
-    "evaluate_files": "escaip.evaluate.command",
+    "evaluate_files": "escaip.evaluate.run",
+    "evaluate_into": "escaip.evaluate.run",
     "rotation_error": "escaip.evaluate.run",
 }
 
-__all__ = ["Errors", "EvaluationReport", "Records", "evaluate", "evaluate_files", "rotation_error"]
+__all__ = ["Errors", "EvaluationReport", "Records", "evaluate", "evaluate_files", "evaluate_into", "rotation_error"]
 
 if TYPE_CHECKING:
-    from escaip.evaluate.command import evaluate_files
-    from escaip.evaluate.records import Records
-    from escaip.evaluate.report import Errors, EvaluationReport
-    from escaip.evaluate.run import evaluate, rotation_error
+    from escaip.evaluate.report import Errors, EvaluationReport, Records
+    from escaip.evaluate.run import evaluate, evaluate_files, evaluate_into, rotation_error
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'escaip.evaluate' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

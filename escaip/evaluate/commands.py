@@ -37,12 +37,12 @@ def evaluate(
 
     Example: escaip evaluate model.escaip test.extxyz --out evaluation
     """
-    from escaip.evaluate.command import evaluate_files
+    from escaip.evaluate.run import evaluate_files
 
     where, read = _divided(options)
     report = evaluate_files(
         model, data, out, free_atoms_only=free_atoms, max_atoms=max_atoms, plots=plots,
-        progress=sys.stderr.isatty(), **where, **reading(**read),
+        progress=sys.stderr.isatty(), model_options=where, read_options=reading(**read),
     )  # fmt: skip
     print(report.table())
     print(f"wrote {out}")

@@ -11,27 +11,28 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from escaip.evaluate.records import Records
-from escaip.units import GPA
+from escaip.evaluate.report import FloatArray, Records, baselines_of, shown_unit
+from escaip.types import TARGETS
 
 _MODEL, _BASELINE = "#2a6f97", "#b0b0b0"
 _MAX_POINTS = 50_000
 _BINS = 120
 
 
+_TITLES = {"energy": "Energy above references", "forces": "Force components", "stress": "Stress components"}
+
+
 @dataclass(frozen=True)
 class _Panel:
-    """One quantity, flat and labelled: values for the axes and the error in its own unit."""
+    """Labels and predictions of one quantity as flat arrays, and the unit of its errors."""
 
     title: str
     unit: str
     error_unit: str
     error_factor: float
-    label: NDArray[np.float64]
-    found: NDArray[np.float64]
-    trivial: NDArray[np.float64]
+    label: FloatArray
+    found: FloatArray
     trivial_name: str
 
 
@@ -54,27 +55,22 @@ def draw_errors(records: Records, *, free_atoms_only: bool = False) -> bytes:
 
 
 def _panels(records: Records, free_atoms_only: bool) -> list[_Panel]:
-    counted = ~records.fixed if free_atoms_only else np.ones(len(records.fixed), dtype=bool)
-    size = records.num_atoms
-    offset = records.reference_energy
-    name = "references alone"
-    if not offset.any():
-        per_atom = records.energy / size
-        offset = size * (np.nanmean(per_atom) if np.isfinite(per_atom).any() else 0.0)
-        name = "mean energy"
-    zero = "zero"
-    energy, found_energy = (records.energy - offset) / size, (records.predicted_energy - offset) / size
-    candidates = [
-        ("Energy above references", "eV/atom", "meV/atom", 1e3, energy, found_energy, name),
-        ("Force components", "eV/Å", "meV/Å", 1e3, records.forces[counted], records.predicted_forces[counted], zero),
-        ("Stress components", "GPa", "GPa", 1.0, records.stress / GPA, records.predicted_stress / GPA, zero),
-    ]
     panels = []
-    for title, unit, error_unit, factor, label, found, trivial in candidates:
-        valid = np.isfinite(label) & np.isfinite(found)
-        if valid.any():
-            zeros = np.zeros(int(valid.sum()))
-            panels.append(_Panel(title, unit, error_unit, factor, label[valid], found[valid], zeros, trivial))
+    for target in TARGETS.values():
+        name, trivial = next(iter(baselines_of(records, target).items()))
+        offset = trivial if target.name == "energy" else 0.0
+        label = records.per_atom(target, records.labels[target.name] - offset)
+        found = label + records.per_atom(target, records.errors(target, free_atoms_only=free_atoms_only))
+        valid = np.isfinite(found)
+        if not valid.any():
+            continue
+        error_unit, factor = shown_unit(target)
+        unit = f"{target.unit}/atom" if target.extensive else target.unit
+        if target.name == "stress":  # shown as its errors are
+            unit, label, found, factor = error_unit, factor * label, factor * found, 1.0
+        title = _TITLES.get(target.name, target.name.replace("_", " ").capitalize())
+        trivial_name = {"references": "references alone", "mean": "mean energy"}.get(name, name)
+        panels.append(_Panel(title, unit, error_unit, factor, label[valid], found[valid], trivial_name))
     return panels
 
 
@@ -108,8 +104,8 @@ def _draw_parity(axis: Axes, panel: _Panel) -> None:
     _plain_frame(axis)
 
 
-def _with_density(panel: _Panel, limits: tuple[float, float]) -> tuple[NDArray[np.float64], ...]:
-    """At most fifty thousand points, those in the densest bins on top, and how many share the bin of each."""
+def _with_density(panel: _Panel, limits: tuple[float, float]) -> tuple[FloatArray, ...]:
+    """Returns at most fifty thousand points, those in the densest bins last, and the count in the bin of each."""
     edges = np.linspace(*limits, _BINS + 1)
     counts, _, _ = np.histogram2d(panel.label, panel.found, bins=(edges, edges))
     chosen = np.arange(len(panel.label))
@@ -124,7 +120,7 @@ def _with_density(panel: _Panel, limits: tuple[float, float]) -> tuple[NDArray[n
 
 def _draw_errors(axis: Axes, panel: _Panel) -> None:
     error = np.abs(panel.found - panel.label) * panel.error_factor
-    trivial = np.abs(panel.trivial - panel.label) * panel.error_factor
+    trivial = np.abs(panel.label) * panel.error_factor
     positive = np.concatenate([error[error > 0], trivial[trivial > 0]])
     if len(positive) == 0:
         positive = np.array([1.0])

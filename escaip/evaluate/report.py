@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, and how they are printed."""
+"""Labels beside predictions, the errors between them, and the table of an evaluation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
-from escaip.evaluate.records import Records
+from escaip.types import TARGETS, Target
 from escaip.units import GPA
+
+FloatArray = NDArray[np.float64]
 
 ENERGY_THRESHOLD = 0.02
 """eV; of the total energy, for EFwT."""
@@ -20,9 +22,50 @@ FORCE_THRESHOLD = 0.03
 _NUM_WORST = 10
 
 
+def shown_unit(target: Target) -> tuple[str, float]:
+    """Returns the unit of a target in tables and plots, and the factor to it; stresses are shown in GPa."""
+    return ("GPa", 1 / GPA) if target.name == "stress" else (target.reported_unit, target.reported_factor)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Labels and predictions of ``S`` structures with ``M`` atoms in all, in units of the targets.
+
+    Attributes:
+        structure_id: ``S`` names.
+        num_atoms: ``(S,)``.
+        numbers: ``(M,)`` atomic numbers.
+        fixed: ``(M,)`` bool, constrained atoms.
+        structure: ``(M,)`` index of the structure of each atom.
+        reference_energy: ``(S,)`` eV, the potential's sum of element references.
+        labels: by target, ``(S, *shape)`` or ``(M, *shape)``; NaN where missing.
+        predictions: by target, of the same shapes; NaN where the potential does not predict.
+    """
+
+    structure_id: tuple[str, ...]
+    num_atoms: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    fixed: NDArray[np.bool_]
+    structure: NDArray[np.int64]
+    reference_energy: FloatArray
+    labels: dict[str, FloatArray]
+    predictions: dict[str, FloatArray]
+
+    def errors(self, target: Target, *, free_atoms_only: bool = False) -> FloatArray:
+        """Returns predictions less labels, NaN where either is missing or a force is not counted."""
+        difference = self.predictions[target.name] - self.labels[target.name]
+        if free_atoms_only and target.name == "forces":
+            difference[self.fixed] = np.nan
+        return difference
+
+    def per_atom(self, target: Target, values: FloatArray) -> FloatArray:
+        """Divides ``(S, *shape)`` values of an extensive target by the numbers of atoms; others stay."""
+        return values / self.num_atoms.reshape(-1, *[1] * len(target.shape)) if target.extensive else values
+
+
 @dataclass(frozen=True)
 class Errors:
-    """Of ``count`` entries: mean absolute, root mean square and largest absolute error."""
+    """Mean absolute, root mean square and largest absolute error of ``count`` entries."""
 
     count: int
     mae: float
@@ -30,7 +73,7 @@ class Errors:
     largest: float
 
     @classmethod
-    def of(cls, differences: NDArray[np.float64]) -> Errors | None:
+    def of(cls, differences: FloatArray) -> Errors | None:
         """From differences of any shape, NaN where there is no label; None without any."""
         values = differences[np.isfinite(differences)]
         if values.size == 0:
@@ -67,6 +110,8 @@ class EvaluationReport:
             equivariant by construction; else None.
         worst: structure ids with their largest force component error (eV/Å) and energy error (eV/atom), worst first.
         seconds: of wall time for the predictions.
+        properties: of further targets by name, over components, in their unit (per atom where extensive), with baseline
+            ``zero``.
     """
 
     num_structures: int
@@ -82,23 +127,21 @@ class EvaluationReport:
     rotation_error: float | None
     worst: tuple[tuple[str, float, float], ...]
     seconds: float
+    properties: dict[str, Quantity] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values; what is unknown is None."""
+        """Returns plain JSON values, each property under its name; unknown values are None."""
         values: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return values
+        return {**values.pop("properties"), **values}
 
     def table(self) -> str:
         """Returns a table for a terminal."""
         atoms = ", free atoms only" if self.free_atoms_only else ""
         lines = [f"{self.num_structures} structures, {self.num_atoms} atoms{atoms} ({self.seconds:.1f} s)", ""]
         lines.append(f"{'':<22}{'MAE':>12}{'RMSE':>12}{'largest':>12}")
-        rows = (
-            ("energy", "meV/atom", self.energy_per_atom, 1e3),
-            ("forces", "meV/Å", self.forces, 1e3),
-            ("stress", "GPa", self.stress, 1 / GPA),
-        )
-        for name, unit, quantity, factor in rows:
+        found = {"energy": self.energy_per_atom, "forces": self.forces, "stress": self.stress, **self.properties}
+        for name, quantity in found.items():
+            unit, factor = shown_unit(TARGETS[name])
             if quantity is None:
                 lines.append(f"{name:<22}{'no labels':>12}")
                 continue
@@ -119,30 +162,42 @@ def compute_report(
     records: Records, *, free_atoms_only: bool = False, rotation_error: float | None = None, seconds: float = 0.0
 ) -> EvaluationReport:
     """Turns records into a report; see :class:`EvaluationReport` for every definition."""
-    counted = ~records.fixed if free_atoms_only else np.ones(len(records.fixed), dtype=bool)
-    force_difference = np.where(counted[:, None], records.predicted_forces - records.forces, np.nan)
-    force_label = np.where(counted[:, None], records.forces, np.nan)
-    energy_difference = records.predicted_energy - records.energy
-    stress_difference = records.predicted_stress - records.stress
-    forces = _quantity(force_difference, {"zero": np.where(np.isnan(force_difference), np.nan, force_label)})
+    errors = {target.name: records.errors(target, free_atoms_only=free_atoms_only) for target in TARGETS.values()}
+    found = {name: _quantity(records, TARGETS[name], difference) for name, difference in errors.items()}
+    energy, forces = errors["energy"], errors["forces"]
+    largest = largest_by_structure(records, forces)
     return EvaluationReport(
         num_structures=len(records.num_atoms),
         num_atoms=len(records.numbers),
         free_atoms_only=free_atoms_only,
-        energy=Errors.of(energy_difference),
-        energy_per_atom=_energy_per_atom(records, energy_difference),
-        forces=forces,
-        force_cosine=_cosine(records, counted) if forces is not None else None,
-        stress=_quantity(stress_difference, {"zero": np.where(np.isnan(stress_difference), np.nan, records.stress)}),
-        energy_forces_within_threshold=_within_threshold(records, energy_difference, force_difference),
-        forces_by_element=_by_element(records, force_difference),
+        energy=Errors.of(energy),
+        energy_per_atom=found.pop("energy"),
+        forces=found.pop("forces"),
+        force_cosine=_cosine(records, forces),
+        stress=found.pop("stress"),
+        energy_forces_within_threshold=_within_threshold(energy, largest),
+        forces_by_element=_by_element(records, forces),
         rotation_error=rotation_error,
-        worst=_worst(records, energy_difference, force_difference),
+        worst=_worst(records, energy, largest),
         seconds=seconds,
+        properties={name: quantity for name, quantity in found.items() if quantity is not None},
     )
 
 
-def largest_by_structure(records: Records, difference: NDArray[np.float64]) -> NDArray[np.float64]:
+def baselines_of(records: Records, target: Target) -> dict[str, FloatArray]:
+    """Returns trivial predictions by name, of the shape of the labels: references and mean for energies, else zero."""
+    labels = records.labels[target.name]
+    if target.name != "energy":
+        return {"zero": np.zeros_like(labels)}
+    per_atom = labels / records.num_atoms
+    mean = float(np.nanmean(per_atom)) if np.isfinite(per_atom).any() else 0.0
+    trivial = {"references": records.reference_energy, "mean": np.multiply(mean, records.num_atoms, dtype=np.float64)}
+    if not records.reference_energy.any():
+        del trivial["references"]
+    return trivial
+
+
+def largest_by_structure(records: Records, difference: FloatArray) -> FloatArray:
     """``(S,)`` largest absolute component over the atoms of each structure; NaN where none counts."""
     largest = np.full(len(records.num_atoms), -np.inf)
     per_atom = np.abs(difference).max(axis=1)
@@ -151,33 +206,29 @@ def largest_by_structure(records: Records, difference: NDArray[np.float64]) -> N
     return np.where(np.isinf(largest), np.nan, largest)
 
 
-def _quantity(difference: NDArray[np.float64], baselines: dict[str, NDArray[np.float64]]) -> Quantity | None:
-    errors = Errors.of(difference)
+def _quantity(records: Records, target: Target, difference: FloatArray) -> Quantity | None:
+    errors = Errors.of(records.per_atom(target, difference))
     if errors is None:
         return None
-    trivial = {name: Errors.of(values) for name, values in baselines.items()}
-    return Quantity(errors, {name: value for name, value in trivial.items() if value is not None})
+    trivial = {}
+    for name, values in baselines_of(records, target).items():
+        shift = values - np.where(np.isnan(difference), np.nan, records.labels[target.name])
+        found = Errors.of(records.per_atom(target, shift))
+        if found is not None:
+            trivial[name] = found
+    return Quantity(errors, trivial)
 
 
-def _energy_per_atom(records: Records, difference: NDArray[np.float64]) -> Quantity | None:
-    labels = records.energy / records.num_atoms
-    if not np.isfinite(labels).any():
+def _cosine(records: Records, difference: FloatArray) -> float | None:
+    chosen = np.isfinite(difference).all(axis=1)
+    if not chosen.any():
         return None
-    baselines = {"mean": np.nanmean(labels) - labels}
-    if records.reference_energy.any():
-        baselines = {"references": records.reference_energy / records.num_atoms - labels, **baselines}
-    return _quantity(difference / records.num_atoms, baselines)
-
-
-def _cosine(records: Records, counted: NDArray[np.bool_]) -> float:
-    chosen = counted & np.isfinite(records.forces).all(axis=1)
-    label, found = records.forces[chosen], records.predicted_forces[chosen]
+    label, found = records.labels["forces"][chosen], records.predictions["forces"][chosen]
     lengths = np.linalg.norm(label, axis=1) * np.linalg.norm(found, axis=1)
     return float((np.einsum("ij,ij->i", label, found) / np.maximum(lengths, 1e-24)).mean())
 
 
-def _within_threshold(records: Records, energy: NDArray[np.float64], forces: NDArray[np.float64]) -> float | None:
-    largest = largest_by_structure(records, forces)
+def _within_threshold(energy: FloatArray, largest: FloatArray) -> float | None:
     labelled = np.isfinite(energy) & np.isfinite(largest)
     if not labelled.any():
         return None
@@ -185,19 +236,13 @@ def _within_threshold(records: Records, energy: NDArray[np.float64], forces: NDA
     return float(within.mean())
 
 
-def _by_element(records: Records, difference: NDArray[np.float64]) -> dict[str, Errors]:
-    found = {}
-    for number in np.unique(records.numbers):
-        errors = Errors.of(difference[records.numbers == number])
-        if errors is not None:
-            found[chemical_symbols[number]] = errors
-    return found
+def _by_element(records: Records, difference: FloatArray) -> dict[str, Errors]:
+    found = {chemical_symbols[z]: Errors.of(difference[records.numbers == z]) for z in np.unique(records.numbers)}
+    return {symbol: errors for symbol, errors in found.items() if errors is not None}
 
 
-def _worst(
-    records: Records, energy: NDArray[np.float64], forces: NDArray[np.float64]
-) -> tuple[tuple[str, float, float], ...]:
-    largest, per_atom = largest_by_structure(records, forces), np.abs(energy) / records.num_atoms
+def _worst(records: Records, energy: FloatArray, largest: FloatArray) -> tuple[tuple[str, float, float], ...]:
+    per_atom = np.abs(energy) / records.num_atoms
     order = np.argsort(-np.nan_to_num(largest if np.isfinite(largest).any() else per_atom), kind="stable")
     return tuple((records.structure_id[i], float(largest[i]), float(per_atom[i])) for i in order[:_NUM_WORST])
 

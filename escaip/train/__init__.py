@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # Name -> module: imported on first use, so that importing the losses does not import Lightning.
 _PUBLIC = {
-    "BestAndLast": "escaip.train.checkpoints",
+    "BestAndLast": "escaip.train.callbacks",
     "ErrorMetrics": "escaip.train.metrics",
     "RunReport": "escaip.train.callbacks",
     "ForceTerm": "escaip.train.losses",
@@ -29,8 +29,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from escaip.train.callbacks import RunReport
-    from escaip.train.checkpoints import BestAndLast
+    from escaip.train.callbacks import BestAndLast, RunReport
     from escaip.train.ema import WeightEMA
     from escaip.train.losses import ForceTerm, LossSettings, LossTerm
     from escaip.train.metrics import ErrorMetrics
@@ -41,7 +40,3 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'escaip.train' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

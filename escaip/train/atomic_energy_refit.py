@@ -1,16 +1,15 @@
-"""Element references that follow the model: shifted, epoch by epoch, by a fit to what its energies are off."""
+"""Element references that follow the model: shifted after each epoch by a fit to the remaining energy errors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from escaip.models import MAX_ATOMIC_NUMBER
-from escaip.train.losses import LossTerm, labelled_energies
-from escaip.types import Prediction
+from escaip.train.losses import LossTerm, labelled
+from escaip.types import TARGETS, Prediction, StructureBatch
 
 _LEAST_ERROR = 1e-3  # eV/atom below which absolute errors weigh no more
 _LEAST_VARIANCE = 1e-9  # of the best determined direction: below it compositions say nothing
@@ -19,11 +18,12 @@ _LEAST_VARIANCE = 1e-9  # of the best determined direction: below it composition
 class ReferenceFit:
     """Weighted least squares in the composition for the errors of the energies, gathered over an epoch.
 
-    The references that a training starts with are fitted as if atoms did not interact. What interactions have in common
-    for an element is left to the model, and its loss hardly sees that part where compositions differ little: one In too
-    many among 64 atoms of InP moves the energy per atom by a sixty-fourth of it. In the composition it is linear, so it
-    is solved for here. Each epoch is one step of iteratively reweighted least squares for the loss on the energy:
-    weights are 1 for ``mse``, ``1 / max(|error|, delta)`` for ``huber`` and ``1 / |error|`` for ``mae``.
+    The references at the start of a training are fitted as if atoms did not interact. The mean effect of interactions
+    on an element's energy is left to the model, and the loss hardly sees it where compositions differ little: one In
+    too many among 64 atoms of InP moves the energy per atom by a sixty-fourth of it. That part is linear in the
+    composition, so it is solved for here. Each epoch is one step of iteratively reweighted least squares for the loss
+    on the energy: weights are 1 for ``mse``, ``1 / max(|error|, delta)`` for ``huber`` and ``1 / |error|`` for ``mae``
+    and ``l2``.
 
     Args:
         elements: atomic numbers, ``K`` of them.
@@ -42,15 +42,15 @@ class ReferenceFit:
         self._place = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.long)
         self._place[list(self.elements)] = torch.arange(count)
 
-    def of_batch(self, prediction: Prediction, batch: Any) -> Tensor:
-        """Returns what a batch adds to ``sums``, flat, so that it can be summed over processes."""
+    def of_batch(self, prediction: Prediction, batch: StructureBatch) -> Tensor:
+        """Returns the addition of a batch to ``sums``, flat, so that it can be summed over processes."""
         sizes, count = batch.ptr[1:] - batch.ptr[:-1], len(self.elements)
         self._place = self._place.to(batch.ptr.device)
         place = batch.batch * count + self._place[batch.atomic_numbers]
         numbers = torch.zeros(len(sizes) * count, dtype=torch.float64, device=sizes.device)
         numbers = numbers.index_add(0, place, torch.ones_like(place, dtype=torch.float64)).view(-1, count)
         error = (batch.energy - prediction.energy.detach()).double() / sizes
-        chosen = labelled_energies(batch)
+        chosen = labelled(batch, TARGETS["energy"])
         sets = batch.dataset if len(self.fitted) > 1 else torch.zeros_like(sizes)
         found = []
         for index in range(len(self.fitted)):
@@ -60,18 +60,18 @@ class ReferenceFit:
         return torch.stack(found).flatten()
 
     def add(self, sums: Tensor) -> None:
-        """Adds what :meth:`of_batch` returned."""
+        """Adds the result of :meth:`of_batch`."""
         self.sums = self.sums.to(sums.device) + sums.view_as(self.sums)
 
     def restore(self, sums: Tensor) -> None:
-        """Goes on from ``sums`` of a checkpoint; those of other elements or sets, on other data, do not count."""
+        """Continues from ``sums`` of a checkpoint, unless they are of other elements or sets."""
         if sums.shape == self.sums.shape:
             self.sums = sums.clone()
 
     def solve(self) -> Tensor:
         """Returns the ``(S, 119)`` eV to be added to the references, and forgets the sums.
 
-        Of solutions that serve all compositions equally well it is the one of least norm.
+        Where compositions do not determine them, the solution of least norm is taken.
         """
         shifts = torch.zeros(len(self.fitted), MAX_ATOMIC_NUMBER + 1, dtype=torch.float64, device=self.sums.device)
         for index, fitted in enumerate(self.fitted):

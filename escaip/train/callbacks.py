@@ -1,36 +1,297 @@
-"""What a run prints and writes at its end: the table of errors, and predictions as a structure file."""
+"""Callbacks of a run: checkpoints, progress, the table of errors and the final evaluation."""
 
 from __future__ import annotations
 
+import math
 import os
+import pickle
+import sys
+import time
+import zipfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
-from escaip.train.metrics import format_table
-from escaip.types import Prediction
+from escaip.errors import CheckpointError, ConfigError, TrainingError
+from escaip.files import first_line, write_aside
+from escaip.train.commands import BEST, LAST
+from escaip.train.metrics import figure_name, format_table
+from escaip.types import TARGETS
+
+if TYPE_CHECKING:
+    from escaip.evaluate import EvaluationReport
+
 
 BASELINE = "references, zero forces"
+EVALUATION = "evaluation"
+_NUM_LINES = 20
+_NAMES_SHOWN = 8
 
 
-def folder_of_run(trainer: Trainer) -> Path:
-    """Where a run is kept, as this process knows it.
+def run_folder(trainer: Trainer) -> Path:
+    """Returns the folder of a run, as this process knows it.
 
-    ``trainer.log_dir`` asks the first process, and waits forever where not all of them ask.
+    ``trainer.log_dir`` broadcasts from the first process, and waits forever unless all processes ask.
     """
     logger = trainer.loggers[0] if trainer.loggers else None
     return Path(getattr(logger, "log_dir", None) or trainer.default_root_dir)
 
 
-class RunReport(Callback):
-    """Prints what a run is at its start, and at its end its validation errors beside those of a baseline.
+def training_error(trainer: Trainer, problem: str, names: Sequence[str]) -> TrainingError:
+    """Returns the error for numbers that are not finite: the problem, the structures and the last good checkpoint."""
+    shown = ", ".join(str(name) for name in names[:_NAMES_SHOWN])
+    shown += f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    good = "no checkpoint had been written yet"
+    for callback in reversed(trainer.checkpoint_callbacks):
+        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        good = f"the last good checkpoint is {path}" if path else good
+    return TrainingError(f"{problem} {shown}; {good}: inspect these structures, or lower model.learning_rate")
 
-    The baseline predicts the sum of element references (a linear fit in the composition) and forces of zero.
+
+class PlainCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a kill leaves the old file; reads without running code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with write_aside(path, CheckpointError) as aside, aside.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = first_line(error)
+            raise CheckpointError(f"{path} cannot be written ({reason}): check permissions and space") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint, always with ``weights_only=True``.
+
+        Raises:
+            CheckpointError: missing, damaged, or with anything but plain data.
+        """
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the content of a checkpoint to resume from.
+
+    Raises:
+        CheckpointError: missing, damaged, or with anything but plain data.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist: pass a .ckpt file, or last or best of an earlier run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} is no checkpoint, or holds objects that could run code: not read") from error
+    except (RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}): resume from another checkpoint") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "loops" not in checkpoint:
+        raise CheckpointError(f"{path} holds no training state: resume from best.ckpt or last.ckpt of a run")
+    return checkpoint
+
+
+class BestAndLast(Checkpoint):
+    """Keeps ``best.ckpt`` by a monitored figure and ``last.ckpt``, in the folder of the run.
+
+    ``last.ckpt`` is written at the end of every epoch, every ``every_n_steps`` optimizer steps and at the last step,
+    but never while gradients accumulate, since they are not stored.
+
+    Args:
+        monitor: figure that ``best`` minimises.
+        every_n_steps: optimizer steps between writings of ``last.ckpt`` within an epoch; None for none.
+        keep_every_n_steps: also keep ``step-N.ckpt`` at these steps; None for none.
+        dirpath: folder; default that of the run's log.
+
+    Raises:
+        ConfigError: a number of steps below 1.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/loss",
+        every_n_steps: int | None = 500,
+        keep_every_n_steps: int | None = None,
+        dirpath: str | None = None,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep_every_n_steps", keep_every_n_steps)):
+            if value is not None and value < 1:
+                raise ConfigError(f"checkpoint.{name} is {value}: it must be at least 1, or null")
+        self.monitor, self.dirpath = monitor, dirpath
+        self.every_n_steps, self.keep_every_n_steps = every_n_steps, keep_every_n_steps
+        self.best_model_path, self.last_model_path = "", ""
+        self.best_model_score: float | None = None
+        self.best_step: int | None = None
+        self._saved_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fixes the folder, the same on every process."""
+        folder = self.dirpath or trainer.log_dir or trainer.default_root_dir
+        self.dirpath = str(trainer.strategy.broadcast(str(folder)))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves within an epoch; the end of an epoch has a hook of its own."""
+        step = trainer.global_step
+        loop = trainer.fit_loop.epoch_loop
+        if not self._may_save(trainer) or step == self._saved_step or loop._should_accumulate():
+            return
+        if _is_due(step, self.keep_every_n_steps):
+            self._save(trainer, f"step-{step}.ckpt")
+        if not loop.batch_progress.is_last_batch and (_is_due(step, self.every_n_steps) or step == trainer.max_steps):
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the best so far.
+
+        Raises:
+            ConfigError: the monitored figure is not logged.
+        """
+        if not self._may_save(trainer):
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise ConfigError(f"checkpoint.monitor {self.monitor!r} is not logged: choose {known}")
+        score = float(trainer.callback_metrics[self.monitor])
+        if self.best_model_score is None or score < self.best_model_score or math.isnan(self.best_model_score):
+            self.best_model_score, self.best_step = score, trainer.global_step
+            self.best_model_path = os.path.join(str(self.dirpath), BEST)
+            self._save(trainer, BEST)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves after an epoch and its validation."""
+        if self._may_save(trainer) and trainer.global_step != self._saved_step:
+            self._save_last(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns path, score and step of the best checkpoint."""
+        return {name: getattr(self, name) for name in ("best_model_path", "best_model_score", "best_step")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        for name in self.state_dict():
+            setattr(self, name, state_dict[name])
+
+    def _save_last(self, trainer: Trainer) -> None:
+        self.last_model_path = self._save(trainer, LAST)
+        self._saved_step = trainer.global_step
+
+    def _save(self, trainer: Trainer, name: str) -> str:
+        path = os.path.join(str(self.dirpath), name)
+        trainer.save_checkpoint(path, weights_only=False)
+        return path
+
+    @staticmethod
+    def _may_save(trainer: Trainer) -> bool:
+        trying = bool(getattr(trainer, "fast_dev_run", False))
+        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trying
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step > 0 and step % interval == 0
+
+
+class TrainingProgress(ProgressBar):
+    """One bar over the optimizer steps of the whole run, and one line per validation.
+
+    Without a terminal (a log file, CI) it writes about twenty lines per run instead of a bar.
+
+    Args:
+        terminal: whether to draw a bar; default, whether standard error is a terminal.
+    """
+
+    def __init__(self, terminal: bool | None = None) -> None:
+        super().__init__()
+        self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._enabled = True
+        self._bar: Any = None
+        self._total: int | None = None
+        self._started = (0.0, 0)
+
+    def disable(self) -> None:
+        """Hides the bar: on other processes, and for the learning-rate finder."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Shows the bar again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the bar at the step of the run."""
+        total = trainer.estimated_stepping_batches
+        self._total = int(total) if math.isfinite(total) else None
+        self._started = (time.monotonic(), trainer.global_step)
+        if self._enabled and self._terminal:
+            self._bar = tqdm(total=self._total, initial=trainer.global_step, unit="step", dynamic_ncols=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advances the bar."""
+        if not self._enabled or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        step = trainer.global_step
+        if self._bar is not None:
+            self._bar.set_description(f"epoch {trainer.current_epoch}", refresh=False)
+            self._bar.set_postfix_str(_figures(trainer, "train"), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._total is None or step % max(1, self._total // _NUM_LINES) == 0 or step == self._total:
+            speed = (step - self._started[1]) / max(time.monotonic() - self._started[0], 1e-9)
+            self._print(f"step {self._place(step)}  {_figures(trainer, 'train')}  {speed:.2f} steps/s")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints one line per validation during training."""
+        if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            place = f"epoch {trainer.current_epoch}  step {self._place(trainer.global_step)}"
+            self._print(f"{place}  validation: {_figures(trainer, 'val')}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Closes the bar, so that the message stands on a line of its own."""
+        self.on_train_end(trainer, pl_module)
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def _place(self, step: int) -> str:
+        return f"{step}/{self._total}" if self._total else str(step)
+
+
+def _figures(trainer: Trainer, stage: str) -> str:
+    """Formats the loss and the errors of a stage that are logged."""
+    metrics = trainer.callback_metrics
+    shown = [f"loss {float(metrics[f'{stage}/loss']):.4g}"] if f"{stage}/loss" in metrics else []
+    for target in TARGETS.values():
+        name = f"{stage}/{figure_name(target, 'mae')}"
+        if name in metrics:
+            shown.append(f"{target.name} {float(metrics[name]):.1f} {target.reported_unit}")
+    return "  ".join(shown)
+
+
+class RunReport(Callback):
+    """Prints data, model and device at the start of a run, and at its end its errors beside those of a baseline.
+
+    The baseline predicts the sum of element references (a linear fit in the composition) and zero for everything else.
     """
 
     def __init__(self) -> None:
@@ -50,7 +311,7 @@ class RunReport(Callback):
         count = sum(parameter.numel() for parameter in pl_module.parameters())
         where = f"{trainer.world_size} x {pl_module.device}, precision {trainer.precision}"
         print(f"model: {count:,} parameters on {where}")
-        print(f"run: {os.path.relpath(folder_of_run(trainer))}", flush=True)
+        print(f"run: {os.path.relpath(run_folder(trainer))}", flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the errors while training; prints them for ``escaip validate``."""
@@ -60,117 +321,71 @@ class RunReport(Callback):
         if trainer.state.fn == "fit":
             self._history[trainer.global_step] = errors
         else:
-            self._print(_columns(errors, "model"))
+            _print_table(_columns(errors, "model"))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the errors for ``escaip test``."""
         errors = getattr(pl_module, "last_errors", None)
         if errors:
-            self._print(_columns(errors, "model"), part="test")
+            _print_table(_columns(errors, "model"), "test")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the table and where the checkpoints are."""
+        """Prints the table and the paths of the checkpoints."""
         if not self._history:
             return
-        last = max(self._history)
-        best = getattr(trainer.checkpoint_callback, "best_step", None)
+        last, best = max(self._history), getattr(trainer.checkpoint_callback, "best_step", None)
         columns = {}
         if best in self._history and best != last:
             columns[f"best (step {best})"] = self._history[best]["model"]
-        self._print({**columns, **_columns(self._history[last], f"step {last}")}, trainer)
-
-    @rank_zero_only
-    def _print(
-        self, columns: dict[str, dict[str, float]], trainer: Trainer | None = None, part: str = "validation"
-    ) -> None:
-        print(f"\n{format_table(columns, part)}")
-        if trainer is None:
-            return
+        _print_table({**columns, **_columns(self._history[last], f"step {last}")})
         for name in ("best", "last"):
             path = getattr(trainer.checkpoint_callback, f"{name}_model_path", "")
-            if path:
+            if path and trainer.is_global_zero:
                 print(f"{name}: {os.path.relpath(path)}")
 
 
-class PredictionFile(BasePredictionWriter):
-    """Writes ``predictions.extxyz`` into the folder of the run, one frame per structure, in the order predicted.
-
-    With several processes each writes its own, ``predictions-RANK.extxyz``.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("batch")
-        self._stream: TextIO | None = None
-        self._target = Path()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the file beside its final name."""
-        suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._target = folder / f"predictions{suffix}.extxyz"
-        self._stream = self._aside.open("w", encoding="utf-8")
-
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: dict[str, Any],
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Adds the structures of a batch."""
-        from ase.io import write
-
-        assert self._stream is not None
-        for atoms in predicted_structures(Prediction(**prediction), batch):
-            write(self._stream, atoms, format="extxyz")
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the file its name."""
-        if self._stream is not None:
-            self._stream.close()
-            os.replace(self._aside, self._target)
-            print(f"wrote {os.path.relpath(self._target)}")
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves no half file."""
-        if self._stream is not None and not self._stream.closed:
-            self._stream.close()
-            self._aside.unlink(missing_ok=True)
-
-    @property
-    def _aside(self) -> Path:
-        return self._target.with_name(f".{self._target.name}.{os.getpid()}.part")
-
-
-def predicted_structures(prediction: Prediction, batch: Any) -> list[Any]:
-    """Returns :class:`ase.Atoms` of a batch with predicted energy, forces and stress instead of the labels."""
-    from ase import Atoms
-    from ase.calculators.singlepoint import SinglePointCalculator
-
-    host = {name: getattr(batch, name).cpu().numpy() for name in ("positions", "atomic_numbers", "cell", "pbc", "ptr")}
-    energies = prediction.energy.double().cpu().numpy()
-    forces = None if prediction.forces is None else prediction.forces.double().cpu().numpy()
-    stresses = None if prediction.stress is None else prediction.stress.double().cpu().numpy()
-    frames = []
-    for index, (start, stop) in enumerate(zip(host["ptr"][:-1], host["ptr"][1:], strict=True)):
-        cell, pbc = host["cell"][index], host["pbc"][index]
-        atoms = Atoms(host["atomic_numbers"][start:stop], host["positions"][start:stop], cell=cell, pbc=pbc)
-        results: dict[str, Any] = {"energy": float(energies[index])}
-        if forces is not None:
-            results["forces"] = forces[start:stop]
-        if stresses is not None and np.isfinite(stresses[index]).all():
-            results["stress"] = stresses[index].ravel()[[0, 4, 8, 5, 2, 1]]
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        atoms.info["structure_id"] = str(batch.structure_id[index])
-        frames.append(atoms)
-    return frames
+@rank_zero_only
+def _print_table(columns: dict[str, dict[str, float]], part: str = "validation") -> None:
+    print(f"\n{format_table(columns, part)}")
 
 
 def _columns(errors: dict[str, dict[str, float]], name: str) -> dict[str, dict[str, float]]:
-    """The model, the sets of a mixture, the baseline."""
+    """Returns the columns of a table: the model under ``name``, the sets of a mixture, the baseline."""
     sets = {key: value for key, value in errors.items() if key not in ("model", "baseline")}
     return {name: errors["model"], **sets, BASELINE: errors["baseline"]}
+
+
+class FinalEvaluation(Callback):
+    """Writes ``evaluation/{report.json, parity.png, errors.png}`` into the folder of a run when it has ended.
+
+    It loads the best checkpoint as a user would, so that the report describes the file.
+
+    Args:
+        max_structures: of the validation set, taken in order; 0 leaves the evaluation out.
+        max_atoms: in a batch.
+    """
+
+    def __init__(self, max_structures: int = 1000, max_atoms: int = 500) -> None:
+        self.max_structures, self.max_atoms = max_structures, max_atoms
+        self.report: EvaluationReport | None = None
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluates, where the run has a checkpoint and a validation set."""
+        best = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+        datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
+        if self.max_structures < 1 or not os.path.isfile(best) or "val" not in datasets:
+            return
+        from escaip.evaluate import evaluate_into
+        from escaip.potential.loading import load_potential
+
+        held_out, folder = datasets["val"], Path(best).parent / EVALUATION
+        potential = load_potential(best, device=pl_module.device)
+        structures = islice((held_out[index] for index in range(len(held_out))), self.max_structures)
+        count = min(len(held_out), self.max_structures)
+        origin = {"model": os.path.relpath(best), "data": f"validation set of the run, {count} of {len(held_out)}"}
+        # Fixed atoms are flagged only where the run leaves them out.
+        self.report = evaluate_into(
+            folder, potential, structures, origin, max_atoms=self.max_atoms, free_atoms_only=True
+        )
+        print(f"parity plots: {os.path.relpath(folder)}")

@@ -1,4 +1,4 @@
-"""``escaip fit | validate | test | predict``: a configuration file, overrides, and a folder for each run."""
+"""``escaip fit | validate | test``: a configuration file, overrides, and a folder for each run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError, TrainingError
-from escaip.files import config_path, resolve
-from escaip.models import EScAIPConfig
+from escaip.models import build_config, settings_of
 from escaip.potential.loading import migrate
-from escaip.train.callbacks import PredictionFile, RunReport, folder_of_run
-from escaip.train.checkpoints import BEST, LAST, BestAndLast, PlainCheckpointIO, read_checkpoint
+from escaip.train.callbacks import (
+    BestAndLast,
+    FinalEvaluation,
+    PlainCheckpointIO,
+    RunReport,
+    TrainingProgress,
+    read_checkpoint,
+    run_folder,
+)
+from escaip.train.commands import find_checkpoint, prepare
 from escaip.train.ema import WeightEMA
-from escaip.train.evaluation import FinalEvaluation
 from escaip.train.module import PotentialModule
-from escaip.train.progress import TrainingProgress
 
 LATEST = "latest"
-_OF_ONE_COMMAND = ("ckpt_path", "config", "lr_find", "return_predictions", "verbose", "weights_only")
-_CONFIG_OPTIONS = ("--config", "-c")
+_OF_ONE_COMMAND = ("ckpt_path", "config", "lr_find", "verbose", "weights_only")
 _LONGEST_MESSAGE = 400
-# What may differ between a checkpoint and the run that resumes it: it does not change the function.
+# Settings that may differ between a checkpoint and the run that resumes it: they do not change the function.
 _FREE_ON_RESUME = (
     "attention_backend", "dropout", "attention_dropout", "node_dropout", "edge_dropout", "scalar_dropout",
     "vector_dropout", "stochastic_depth",
@@ -37,18 +41,15 @@ _FREE_ON_RESUME = (
 
 
 def run(argv: list[str]) -> int:
-    """Runs one of the training commands.
+    """Runs one of the training commands and returns 0.
 
     Args:
         argv: ``["fit", "--config", FILE, "--trainer.max_steps", "100", ...]``; ``FILE`` is a path or the name of a
             recipe.
 
-    Returns:
-        0.
-
     Raises:
         ConfigError: a setting that does not exist or cannot be used.
-        EscaipError: data, checkpoint or training failed; the message names what and the remedy.
+        EscaipError: data, checkpoint or training failed; the message names the thing and the remedy.
     """
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
@@ -65,7 +66,7 @@ def run(argv: list[str]) -> int:
 
 def build(argv: list[str]) -> TrainingCLI:
     """Parses the same arguments and builds model, data module and trainer, without running anything."""
-    arguments, name = _with_resolved_configs(argv)
+    arguments, name, _ = prepare(argv)
     return TrainingCLI(
         PotentialModule,
         AtomicDataModule,
@@ -90,7 +91,7 @@ def build(argv: list[str]) -> TrainingCLI:
 
 
 class OneLineParser(LightningArgumentParser):
-    """Reports what is wrong in one line instead of the usage of some hundred options; options have one spelling."""
+    """Reports an error in one line instead of the usage of some hundred options; abbreviations are refused."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
@@ -106,9 +107,9 @@ class OneLineParser(LightningArgumentParser):
 
 
 class RunFolder(SaveConfigCallback):
-    """Saves ``config.yaml`` in the folder of the run and points ``latest`` beside it there.
+    """Saves ``config.yaml`` in the folder of the run and points the link ``latest`` beside it at that folder.
 
-    What belongs to one command only is left out, so that the file configures any of them and a rerun starts afresh.
+    Options of one command only are left out, so that the file configures any of them and a rerun starts afresh.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
@@ -118,8 +119,8 @@ class RunFolder(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Moves the link; the rest is done before."""
-        folder = folder_of_run(trainer)  # called on the first process alone
+        """Moves the link."""
+        folder = run_folder(trainer)  # called on the first process alone
         if stage != "fit" or not folder.name.startswith("version_"):
             return
         link = folder.parent / LATEST
@@ -137,11 +138,16 @@ class TrainingCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing yet: building and running are two steps here."""
+        """Does nothing, so that building and running are two steps."""
 
     def execute(self) -> None:
         """Runs the command that was parsed."""
         super()._run_subcommand(str(self.subcommand))
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Returns the commands; predictions are a command of their own, ``escaip predict``."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of a run."""
@@ -155,8 +161,6 @@ class TrainingCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument("--lr_find", type=bool, default=False, help="search model.learning_rate first")
-        elif subcommand == "predict":
-            parser.set_defaults({"return_predictions": False})
         else:
             parser.set_defaults({"verbose": False})
         return parser
@@ -177,10 +181,11 @@ class TrainingCLI(LightningCLI):
         checkpoint = read_checkpoint(path)
         if "escaip" not in checkpoint:
             raise CheckpointError(f"{path} is a checkpoint of another program: pass one that escaip fit wrote")
-        stored = migrate(checkpoint["escaip"], path)["config"]
+        description = migrate(checkpoint["escaip"], path)
+        stored = {"name": description["architecture"], **description["config"]}
         config.ckpt_path = str(path)
         if command != "fit":
-            config.model.architecture = dict(stored)
+            config.model.architecture = stored
             return
         _check_same_model(config.model.architecture, stored, path)
         limit = config.trainer.max_epochs
@@ -188,23 +193,10 @@ class TrainingCLI(LightningCLI):
             epoch = checkpoint["epoch"]
             raise ConfigError(f"{path} is at epoch {epoch}, trainer.max_epochs is {limit}: raise it to go on")
 
-    def instantiate_classes(self) -> None:
-        """Builds everything; the saved configuration keeps portable names such as ``dataset:spice/sample.hdf5``."""
-        written = self.config
-        self.config = written.clone()
-        data = self.config[self.subcommand].data
-        for part in ("train", "val", "test", "predict"):
-            data[part] = _resolved(data[part])
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.config = written
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
-        self.trainer = self.instantiate_trainer()
-
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         folder = Path(self._get(self.config, "out")) / self._get(self.config, "name")
         callbacks = [c for c in callbacks if not (isinstance(c, WeightEMA) and c.decay == 0.0)]
-        callbacks += [RunReport(), PredictionFile()]
+        callbacks.append(RunReport())
         if config.get("enable_progress_bar") is not False:
             callbacks.append(TrainingProgress())
         if config.get("enable_checkpointing") is False:
@@ -216,10 +208,10 @@ class TrainingCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
-        """Searches a learning rate where asked.
+        """Searches a learning rate with ``--lr_find true``.
 
         Raises:
-            ConfigError: asked together with a checkpoint, which has one already, or with a base width.
+            ConfigError: together with a checkpoint, which has one already, or with a base width.
         """
         config = self.config[self.subcommand]
         if not config.lr_find:
@@ -261,53 +253,8 @@ def find_learning_rate(trainer: Trainer, model: PotentialModule, datamodule: Ato
     return float(suggestion)
 
 
-def find_checkpoint(given: str | os.PathLike[str], folder: Path) -> Path:
-    """Returns the checkpoint meant by a path, ``last`` or ``best``: the newest of that name in the runs of ``folder``.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    names = {"last": LAST, "best": BEST}
-    if str(given) not in names:
-        if not Path(given).is_file():
-            raise CheckpointError(f"checkpoint {given} does not exist: pass a .ckpt file, last or best")
-        return Path(given)
-    found = [path for path in folder.glob(f"version_*/{names[str(given)]}") if path.is_file()]
-    if not found:
-        file = names[str(given)]
-        raise CheckpointError(f"no run in {folder} has a {file}: name the run with --name, or pass the file")
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
-
-
-def _with_resolved_configs(argv: list[str]) -> tuple[list[str], str]:
-    """Replaces recipe names by their files; the last configuration names the run."""
-    arguments, name = list(argv), "run"
-    for index, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option not in _CONFIG_OPTIONS or (not equals and index + 1 == len(arguments)):
-            continue
-        path = config_path(value if equals else arguments[index + 1])
-        name = path.stem if path.stem != "config" else path.resolve().parent.parent.name
-        if equals:
-            arguments[index] = f"{option}={path}"
-        else:
-            arguments[index + 1] = str(path)
-    return arguments, name
-
-
-def _resolved(spec: Any) -> Any:
-    """A data specification with ``dataset:NAME/FILE`` replaced by the file."""
-    if isinstance(spec, str):
-        return str(resolve(spec)) if spec.startswith("dataset:") else spec
-    if isinstance(spec, list):
-        return [_resolved(entry) for entry in spec]
-    if isinstance(spec, Mapping):
-        return {**spec, **({"path": _resolved(spec["path"])} if "path" in spec else {})}
-    return spec
-
-
 def _loggers(given: Any, folder: Path) -> list[Any] | bool:
-    """CSV always, unless logging is off; others beside it."""
+    """Returns the CSV logger and the others asked for, unless logging is off."""
     if given is False:
         return False
     others = [] if given in (None, True) else given if isinstance(given, list) else [given]
@@ -315,10 +262,10 @@ def _loggers(given: Any, folder: Path) -> list[Any] | bool:
 
 
 def _check_same_model(given: Mapping[str, Any], stored: Mapping[str, Any], path: Path) -> None:
-    wanted, have = EScAIPConfig.from_dict(dict(given)).to_dict(), EScAIPConfig.from_dict(dict(stored)).to_dict()
-    for key, value in wanted.items():
-        if value != have[key] and key not in _FREE_ON_RESUME:
-            was = have[key]
+    wanted, have = settings_of(build_config(dict(given))), settings_of(build_config(dict(stored)))
+    for key in {**wanted, **have}:
+        was, value = have.get(key), wanted.get(key)
+        if value != was and key not in _FREE_ON_RESUME:
             raise ConfigError(f"{path} has model.architecture.{key} {was!r}, this run {value!r}: resume with the same")
 
 

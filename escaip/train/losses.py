@@ -1,6 +1,6 @@
-"""Weighted losses on energy, forces and stress, as sums and counts that add up over batches and processes.
+"""Weighted losses over the table of targets, as sums and counts that add up over batches and processes.
 
-A label that is NaN is missing. Labelled entries are chosen before anything is computed on them, so that no NaN can
+A label that is NaN is missing. Labelled entries are selected before anything is computed on them, so that no NaN can
 reach a gradient (``0 · NaN`` is NaN). Atoms flagged ``fixed`` carry no force loss; a data set clears the flags with
 ``fixed_atoms: all`` where constrained atoms should count.
 """
@@ -8,6 +8,7 @@ reach a gradient (``0 · NaN`` is NaN). Atoms flagged ``fixed`` carry no force l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,101 +16,121 @@ import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.types import Prediction
+from escaip.types import TARGETS, Prediction, StructureBatch, Target
 
-TERMS = ("energy", "forces", "stress")
-SCALAR_KINDS = ("mae", "mse", "huber")
-FORCE_KINDS = ("l2", "mae", "mse", "huber")
+# A kind of loss turns errors (n, c) of n entries with c components and the width ``delta`` into n values.
+KINDS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "mae": lambda error, delta: error.abs().mean(-1),
+    "mse": lambda error, delta: error.square().mean(-1),
+    "huber": lambda error, delta: (
+        torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta) / delta
+    ).mean(-1),
+    # The gradient at an error of 0 is 0: vector_norm uses that subgradient.
+    "l2": lambda error, delta: torch.linalg.vector_norm(error, dim=-1),
+}
 AVERAGES = ("structure", "atom")
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """Loss on the energy per atom (eV/atom) or on the stress (eV/Å³, mean over its nine components).
+    """Loss on one target, in the unit of its label; extensive targets are divided by the number of atoms.
 
     Attributes:
         weight: factor in the total; 0 leaves the term out.
-        kind: ``"mae"``, ``"mse"`` or ``"huber"``.
+        kind: ``"mae"``, ``"mse"`` or ``"huber"``, the mean over the components, or ``"l2"``, the Euclidean norm
+            (arXiv 2410.24169 uses it for forces).
         delta: where Huber turns from quadratic to linear, in the unit of the label. Huber is divided by ``delta``, so
             that it has the slope of the MAE for large errors.
-        final_weight: what ``weight`` becomes towards the end of a training, see :meth:`LossSettings.at`; default the
-            same.
+        final_weight: value that ``weight`` reaches towards the end of a training, see :meth:`LossSettings.at`; default
+            the same.
+        average: of a target with one value per atom: ``"structure"`` averages over the atoms of each structure, then
+            over structures; ``"atom"`` over all atoms at once.
 
     Raises:
-        ConfigError: an unknown kind, a negative weight, a ``delta`` not above 0, a final weight for a term left out.
+        ConfigError: an unknown kind or average, a negative weight, a ``delta`` not above 0, a final weight for a term
+            left out.
     """
 
     weight: float = 0.0
     kind: str = "mae"
     delta: float = 0.01
     final_weight: float | None = None
+    average: str = "structure"
 
     def __post_init__(self) -> None:
-        _check_term(self, SCALAR_KINDS)
+        if self.kind not in KINDS:
+            raise ConfigError(f"loss kind {self.kind!r} does not exist: choose {' or '.join(KINDS)}")
+        if self.average not in AVERAGES:
+            raise ConfigError(f"loss average {self.average!r} does not exist: choose {' or '.join(AVERAGES)}")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ConfigError(f"loss weight {self.weight} is not usable: it must be a number of at least 0")
+        if not self.delta > 0:
+            raise ConfigError(f"loss delta {self.delta} is not usable: it must be above 0")
+        if self.final_weight is None:
+            return
+        if not (math.isfinite(self.final_weight) and self.final_weight > 0):
+            raise ConfigError(f"loss final_weight {self.final_weight} is not usable: it must be a number above 0")
+        if self.weight == 0:
+            raise ConfigError(
+                f"loss final_weight is {self.final_weight}, but weight is 0: set a small weight to start from"
+            )
 
 
 @dataclass(frozen=True)
-class ForceTerm:
-    """Loss on the forces (eV/Å).
-
-    Attributes:
-        weight: factor in the total; 0 leaves the term out.
-        kind: ``"l2"`` (Euclidean norm of each atom's error, arXiv 2410.24169), or ``"mae"``, ``"mse"``, ``"huber"``,
-            the mean over the three components.
-        delta: as in :class:`LossTerm`.
-        average: ``"structure"`` averages over the atoms of each structure, then over structures; ``"atom"`` over all
-            atoms at once.
-        final_weight: as in :class:`LossTerm`.
-
-    Raises:
-        ConfigError: as :class:`LossTerm`, or an unknown average.
-    """
+class ForceTerm(LossTerm):
+    """Loss on the forces (eV/Å): a :class:`LossTerm` with the published default, the norm of each atom's error."""
 
     weight: float = 10.0
     kind: str = "l2"
-    delta: float = 0.01
-    average: str = "structure"
-    final_weight: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_term(self, FORCE_KINDS)
-        if self.average not in AVERAGES:
-            raise ConfigError(f"force loss average {self.average!r} does not exist: choose {' or '.join(AVERAGES)}")
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Total loss ``Σ weight · term`` over the terms ``energy``, ``forces`` and ``stress``.
+    """Total loss ``Σ weight · term`` over the terms.
 
     Attributes:
         energy: per atom.
         forces: of atoms that are free to move.
         stress: of periodic structures.
         change_after: part of a training after which weights begin to move to the final ones.
+        properties: of further registered targets by name (:func:`escaip.types.register_target`).
 
     Raises:
-        ConfigError: every weight is 0, or ``change_after`` is outside [0, 1].
+        ConfigError: a property that is not registered, every weight is 0, an average over atoms of a target that has
+            one value per structure, or ``change_after`` is outside [0, 1].
     """
 
     energy: LossTerm = field(default_factory=lambda: LossTerm(weight=1.0))
     forces: ForceTerm = field(default_factory=ForceTerm)
     stress: LossTerm = field(default_factory=LossTerm)
     change_after: float = 0.5
+    properties: dict[str, LossTerm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.change_after <= 1:
             raise ConfigError(f"losses.change_after is {self.change_after}: it must be in [0, 1]")
-        if not any(weight > 0 for weight in self.weights):
+        for name in self.properties:
+            if name in ("energy", "forces", "stress"):
+                raise ConfigError(f"losses.properties.{name} is not used: write losses.{name}")
+            if name not in TARGETS:
+                raise ConfigError(f"losses.properties.{name} is no registered target: choose {', '.join(TARGETS)}")
+        for name, term in self.terms.items():
+            if term.average != "structure" and not TARGETS[name].per_atom:
+                raise ConfigError(f"losses.{name}.average is {term.average!r}, but {name} has one value per structure")
+        if not any(weight > 0 for weight in self.weights.values()):
             raise ConfigError("every loss weight is 0: set losses.energy.weight, losses.forces.weight or both")
 
     @property
-    def weights(self) -> tuple[float, float, float]:
-        """Weights at the end of a training, those of a validation, in the order of ``TERMS``."""
-        energy, forces, stress = (
-            term.weight if term.final_weight is None else term.final_weight
-            for term in (self.energy, self.forces, self.stress)
-        )
-        return energy, forces, stress
+    def terms(self) -> dict[str, LossTerm]:
+        """Every term by the name of its target."""
+        return {"energy": self.energy, "forces": self.forces, "stress": self.stress, **self.properties}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights at the end of a training, those of a validation, by the name of the target."""
+        return {
+            name: term.weight if term.final_weight is None else term.final_weight for name, term in self.terms.items()
+        }
 
     def at(self, progress: float) -> LossSettings:
         """Returns the settings with the weights of a moment of the training.
@@ -120,25 +141,25 @@ class LossSettings:
         Args:
             progress: part of the training that is done, in [0, 1].
         """
-        late = max(0.0, progress - self.change_after) / max(1.0 - self.change_after, 1e-12)
+        late = min(1.0, max(0.0, progress - self.change_after) / max(1.0 - self.change_after, 1e-12))
 
         def moved(term: Any) -> Any:
             if term.final_weight is None:
                 return term
-            return replace(
-                term, weight=term.weight * (term.final_weight / term.weight) ** min(1.0, late), final_weight=None
-            )
+            return replace(term, weight=term.weight * (term.final_weight / term.weight) ** late, final_weight=None)
 
-        return replace(self, energy=moved(self.energy), forces=moved(self.forces), stress=moved(self.stress))
+        properties = {name: moved(term) for name, term in self.properties.items()}
+        named = {name: moved(getattr(self, name)) for name in ("energy", "forces", "stress")}
+        return replace(self, properties=properties, **named)
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums of each term over labelled entries, and how many there were; both add up over batches and processes.
+    """Sums of each term over labelled entries, and their counts; both add up over batches and processes.
 
     Attributes:
-        sums: ``(3,)`` float64, in the order of ``TERMS``; differentiable.
-        counts: ``(3,)`` float64.
+        sums: ``(K,)`` float64, in the order of :attr:`LossSettings.terms`; differentiable.
+        counts: ``(K,)`` float64.
     """
 
     sums: Tensor
@@ -149,107 +170,75 @@ class LossSums:
 
         Args:
             settings: the weights.
-            counts: ``(3,)`` counts to divide by instead of its own, those of all processes for example.
+            counts: ``(K,)`` counts to divide by instead of its own, those of all processes for example.
         """
         counts = self.counts if counts is None else counts
         means = self.sums / counts.clamp_min(1.0)
-        # Numbers, not a tensor of them, which a GPU would have to be waited for.
-        return torch.stack([weight * mean for weight, mean in zip(settings.weights, means, strict=True)]).sum()
+        # The weights stay numbers: copying a tensor of them to a GPU would wait for the device.
+        return torch.stack([w * mean for w, mean in zip(settings.weights.values(), means, strict=True)]).sum()
 
 
-def loss_sums(prediction: Prediction, batch: Any, settings: LossSettings) -> LossSums:
+def loss_sums(prediction: Prediction, batch: StructureBatch, settings: LossSettings) -> LossSums:
     """Evaluates the terms on the labelled entries of a batch.
 
     Every predicted quantity stays in the graph, with gradient zero where nothing is labelled, so that each parameter
     has a gradient on every process.
 
     Args:
-        prediction: of the batch; forces and stress may be None where their weight is 0.
-        batch: with labels, NaN where missing, ``fixed (N,)``, ``batch (N,)``, ``ptr (B + 1,)``.
+        prediction: of the batch; a target that it lacks contributes nothing.
+        batch: with labels, NaN where missing.
         settings: kinds and weights.
     """
-    energy, forces, stress = prediction.energy, prediction.forces, prediction.stress
+    zero = torch.zeros((), dtype=torch.float64, device=batch.ptr.device)
     sums, counts = [], []
-    for term in (
-        _energy_term(energy, batch, settings.energy),
-        _nothing(energy) if forces is None else _force_term(forces, batch, settings.forces),
-        _nothing(energy) if stress is None else _stress_term(stress, batch, settings.stress),
-    ):
-        sums.append(term[0])
-        counts.append(term[1])
+    for name, term in settings.terms.items():
+        value = predicted_values(prediction, name)
+        total, count = (zero, zero) if value is None else _term_sums(value, batch, TARGETS[name], term)
+        sums.append(total)
+        counts.append(count)
     return LossSums(torch.stack(sums), torch.stack(counts))
 
 
-def labelled_energies(batch: Any) -> Tensor:
-    """``(B,)`` bool: structures with an energy."""
-    return ~torch.isnan(batch.energy)
+def predicted_values(prediction: Prediction, name: str) -> Tensor | None:
+    """Returns the predicted values of a target, or None where the prediction lacks it."""
+    found: Tensor | None = prediction.properties.get(name, getattr(prediction, name, None))
+    return found
 
 
-def labelled_atoms(batch: Any) -> Tensor:
-    """``(N,)`` bool: atoms that have a force label and are free to move."""
-    return ~torch.isnan(batch.forces).any(-1) & ~batch.fixed
+def labelled(batch: StructureBatch, target: Target) -> Tensor:
+    """Returns a mask of the labelled entries, ``(N,)`` bool for a target per atom, else ``(B,)``.
+
+    Fixed atoms have no force label. A batch made before the target was registered has no label at all.
+    """
+    labels: Tensor | None = getattr(batch, target.name, None)
+    if labels is None:
+        return torch.zeros_like(batch.batch if target.per_atom else batch.ptr[1:], dtype=torch.bool)
+    missing = torch.isnan(labels).flatten(1).any(-1) if target.shape else torch.isnan(labels)
+    return ~missing & ~batch.fixed if target.name == "forces" else ~missing
 
 
-def labelled_stresses(batch: Any) -> Tensor:
-    """``(B,)`` bool: structures with a stress."""
-    return ~torch.isnan(batch.stress).flatten(1).any(-1)
+def errors_of(
+    value: Tensor, batch: StructureBatch, target: Target, chosen: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Compares predictions with labels in the ``n`` chosen entries, in the unit of the target.
+
+    Returns:
+        Errors ``(n, c)`` float64, prediction less label, of ``c`` components, per atom for extensive targets; and the
+        predictions and labels themselves, ``(n, *shape)`` float64.
+    """
+    labels: Tensor = getattr(batch, target.name, value)
+    pair = value[chosen].double(), labels[chosen].double()
+    error = (pair[0] - pair[1]).unsqueeze(-1).flatten(1)
+    if target.extensive:
+        error = error / (batch.ptr[1:] - batch.ptr[:-1])[chosen].unsqueeze(-1)
+    return error, pair
 
 
-def _energy_term(energy: Tensor, batch: Any, term: LossTerm) -> tuple[Tensor, Tensor]:
-    chosen = labelled_energies(batch)
-    error = (energy[chosen] - batch.energy[chosen]) / (batch.ptr[1:] - batch.ptr[:-1])[chosen]
-    values = _penalty(error.double(), term.kind, term.delta)
-    return values.sum(), chosen.sum().double()
-
-
-def _force_term(forces: Tensor, batch: Any, term: ForceTerm) -> tuple[Tensor, Tensor]:
-    chosen = labelled_atoms(batch)
-    error = forces[chosen].double() - batch.forces[chosen].double()
-    per_atom = _norm(error) if term.kind == "l2" else _penalty(error, term.kind, term.delta).mean(-1)
-    if term.average == "atom":
-        return per_atom.sum(), chosen.sum().double()
+def _term_sums(value: Tensor, batch: StructureBatch, target: Target, term: LossTerm) -> tuple[Tensor, Tensor]:
+    chosen = labelled(batch, target)
+    values = KINDS[term.kind](errors_of(value, batch, target, chosen)[0], term.delta)
+    if not target.per_atom or term.average == "atom":
+        return values.sum(), chosen.sum().double()
     structure = batch.batch[chosen]
-    atoms = per_atom.new_zeros(batch.ptr.numel() - 1).index_add(0, structure, torch.ones_like(per_atom).detach())
-    return (per_atom / atoms[structure]).sum(), (atoms > 0).sum().double()
-
-
-def _stress_term(stress: Tensor, batch: Any, term: LossTerm) -> tuple[Tensor, Tensor]:
-    chosen = labelled_stresses(batch)
-    error = stress[chosen].double() - batch.stress[chosen].double()
-    values = _penalty(error, term.kind, term.delta).flatten(1).mean(-1)
-    return values.sum(), chosen.sum().double()
-
-
-def _nothing(like: Tensor) -> tuple[Tensor, Tensor]:
-    zero = torch.zeros((), dtype=torch.float64, device=like.device)
-    return zero, zero
-
-
-def _norm(error: Tensor) -> Tensor:
-    """Euclidean norm with gradient 0 at 0 (``torch.linalg.vector_norm`` uses that subgradient)."""
-    return torch.linalg.vector_norm(error, dim=-1)
-
-
-def _penalty(error: Tensor, kind: str, delta: float) -> Tensor:
-    if kind == "mae":
-        return error.abs()
-    if kind == "mse":
-        return error.square()
-    return torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta) / delta
-
-
-def _check_term(term: LossTerm | ForceTerm, kinds: tuple[str, ...]) -> None:
-    if term.kind not in kinds:
-        raise ConfigError(f"loss kind {term.kind!r} does not exist: choose {' or '.join(kinds)}")
-    if not (math.isfinite(term.weight) and term.weight >= 0):
-        raise ConfigError(f"loss weight {term.weight} is not usable: it must be a number of at least 0")
-    if not term.delta > 0:
-        raise ConfigError(f"loss delta {term.delta} is not usable: it must be above 0")
-    if term.final_weight is None:
-        return
-    if not (math.isfinite(term.final_weight) and term.final_weight > 0):
-        raise ConfigError(f"loss final_weight {term.final_weight} is not usable: it must be a number above 0")
-    if term.weight == 0:
-        raise ConfigError(
-            f"loss final_weight is {term.final_weight}, but weight is 0: set a small weight to start from"
-        )
+    atoms = values.new_zeros(batch.ptr.numel() - 1).index_add(0, structure, torch.ones_like(values).detach())
+    return (values / atoms[structure]).sum(), (atoms > 0).sum().double()

@@ -2,87 +2,113 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from escaip.train.losses import (
-    LossSettings,
-    LossSums,
-    labelled_atoms,
-    labelled_energies,
-    labelled_stresses,
-    loss_sums,
-)
-from escaip.types import Prediction
+from escaip.train.losses import LossSettings, LossSums, errors_of, labelled, loss_sums, predicted_values
+from escaip.types import TARGETS, Prediction, StructureBatch, Target
 
-MILLI = 1000.0
-# Name -> (numerator, denominator, whether the root is taken, factor); positions in a row of the sums.
-_FORMULAS: dict[str, tuple[int, int, bool, float]] = {
-    "energy_mae_meV_per_atom": (1, 0, False, MILLI),
-    "energy_rmse_meV_per_atom": (2, 0, True, MILLI),
-    "force_mae_meV_per_A": (4, 3, False, MILLI),
-    "force_rmse_meV_per_A": (5, 3, True, MILLI),
-    "force_cosine": (7, 6, False, 1.0),
-    "stress_mae_meV_per_A3": (9, 8, False, MILLI),
-    "stress_rmse_meV_per_A3": (10, 8, True, MILLI),
-}
-NUM_SUMS = 11
-ERROR_NAMES = tuple(_FORMULAS)
+_SPELLED = str.maketrans({"/": "_per_", "Å": "A", "³": "3", "²": "2", "·": "_", " ": "_"})
 
 
-def error_sums(prediction: Prediction, batch: Any, only: Tensor | None = None) -> Tensor:
-    """Returns ``(11,)`` float64 sums over labelled entries, detached: counts, absolute and squared errors, cosines.
+@dataclasses.dataclass(frozen=True)
+class ErrorFigure:
+    """One logged figure, computed from a row of :func:`error_sums`.
 
-    Energy errors are per atom, force and stress errors per component. A force of zero has no direction: atoms whose
-    predicted or labelled force vanishes have cosine 0.
+    Attributes:
+        name: in logs: ``energy_mae_meV_per_atom``.
+        label: in tables: ``energy MAE (meV/atom)``.
+        numerator: position of the sum.
+        denominator: position of the count.
+        factor: multiplies the figure.
+        root: whether the square root of the mean is taken.
+        digits: after the point, in tables.
+    """
+
+    name: str
+    label: str
+    numerator: int
+    denominator: int
+    factor: float = 1.0
+    root: bool = False
+    digits: int = 2
+
+
+def figure_name(target: Target, kind: str) -> str:
+    """Returns the name under which an error is logged: ``energy_mae_meV_per_atom``, ``force_rmse_meV_per_A``."""
+    return f"{_singular(target)}_{kind}_{target.reported_unit.translate(_SPELLED)}"
+
+
+def _singular(target: Target) -> str:
+    return "force" if target.name == "forces" else target.name
+
+
+def error_figures() -> list[ErrorFigure]:
+    """Returns MAE and RMSE of every registered target in its reported unit, and the cosine of the forces."""
+    figures = []
+    for index, target in enumerate(TARGETS.values()):
+        factor, count = target.reported_factor, 3 * index
+        for place, kind in enumerate(("mae", "rmse"), start=count + 1):
+            name, label = figure_name(target, kind), f"{_singular(target)} {kind.upper()} ({target.reported_unit})"
+            figures.append(ErrorFigure(name, label, place, count, factor, root=kind == "rmse"))
+        if target.name == "forces":
+            last = 3 * len(TARGETS)
+            figures.append(ErrorFigure("force_cosine", "force cosine", last + 1, last, digits=3))
+    return figures
+
+
+def error_sums(prediction: Prediction, batch: StructureBatch, only: Tensor | None = None) -> Tensor:
+    """Returns ``(3 K + 2,)`` float64 sums over labelled entries, detached.
+
+    For each of the ``K`` registered targets: the number of components, absolute and squared errors in its unit (per
+    atom where it is extensive). Then the number of forces and their cosines with the labels. A force of zero has no
+    direction: atoms whose predicted or labelled force vanishes have cosine 0.
 
     Args:
         prediction: of the batch.
         batch: with labels.
         only: ``(B,)`` bool, the structures that count; default all.
     """
-    counted = torch.ones_like(batch.energy, dtype=torch.bool) if only is None else only
     zero = torch.zeros((), dtype=torch.float64, device=batch.ptr.device)
-    sums = [zero] * NUM_SUMS
-    chosen = labelled_energies(batch) & counted
-    natoms = (batch.ptr[1:] - batch.ptr[:-1])[chosen]
-    error = (prediction.energy.detach()[chosen] - batch.energy[chosen]).double() / natoms
-    sums[0:3] = [chosen.sum().double(), error.abs().sum(), error.square().sum()]
-    if prediction.forces is not None:
-        chosen = labelled_atoms(batch) & counted[batch.batch]
-        forces, labels = prediction.forces.detach()[chosen].double(), batch.forces[chosen].double()
-        error = forces - labels
-        cosine = torch.nn.functional.cosine_similarity(forces, labels, dim=-1, eps=1e-12)
-        sums[3:6] = [3.0 * chosen.sum().double(), error.abs().sum(), error.square().sum()]
-        sums[6:8] = [chosen.sum().double(), cosine.sum()]
-    if prediction.stress is not None:
-        chosen = labelled_stresses(batch) & counted
-        error = prediction.stress.detach()[chosen].double() - batch.stress[chosen].double()
-        sums[8:11] = [9.0 * chosen.sum().double(), error.abs().sum(), error.square().sum()]
-    return torch.stack([value.double() for value in sums])
+    sums, cosines = [], [zero, zero]
+    for target in TARGETS.values():
+        value = predicted_values(prediction, target.name)
+        if value is None:
+            sums += [zero] * 3
+            continue
+        chosen = labelled(batch, target)
+        if only is not None:
+            chosen = chosen & (only[batch.batch] if target.per_atom else only)
+        error, pair = errors_of(value.detach(), batch, target, chosen)
+        count = chosen.sum().double()
+        sums += [error.shape[1] * count, error.abs().sum(), error.square().sum()]
+        if target.name == "forces":
+            cosines = [count, torch.nn.functional.cosine_similarity(*pair, dim=-1, eps=1e-12).sum()]
+    return torch.stack([*sums, *cosines])
 
 
 def errors_from_sums(sums: Tensor) -> dict[str, float]:
-    """Turns :func:`error_sums` into named errors in meV; a label that never occurred is left out."""
+    """Turns :func:`error_sums` into named errors in reported units; a label that never occurred is left out."""
     values = sums.tolist()
     errors = {}
-    for name, (numerator, denominator, root, factor) in _FORMULAS.items():
-        if values[denominator] > 0:
-            mean = values[numerator] / values[denominator]
-            errors[name] = factor * (mean**0.5 if root else mean)
+    for figure in error_figures():
+        if values[figure.denominator] > 0:
+            mean = values[figure.numerator] / values[figure.denominator]
+            errors[figure.name] = figure.factor * (mean**0.5 if figure.root else mean)
     return errors
 
 
-def baseline_prediction(prediction: Prediction, batch: Any, atomic: Tensor) -> Prediction:
-    """What needs no model: the sum of the ``(N,)`` element references, forces and stress of zero."""
+def baseline_prediction(prediction: Prediction, batch: StructureBatch, atomic: Tensor) -> Prediction:
+    """Returns a prediction without a model: energies that sum the ``(N,)`` atomic ones, zero for everything else."""
     energy = atomic.new_zeros(batch.ptr.numel() - 1).index_add(0, batch.batch, atomic)
     forces = None if prediction.forces is None else torch.zeros_like(prediction.forces)
     stress = None if prediction.stress is None else torch.zeros_like(prediction.stress)
-    return Prediction(energy, forces, stress, atomic)
+    properties = {name: torch.zeros_like(value) for name, value in prediction.properties.items()}
+    return Prediction(energy, forces, stress, atomic, properties=properties)
 
 
 class ErrorMetrics(Metric):
@@ -90,7 +116,7 @@ class ErrorMetrics(Metric):
 
     Args:
         settings: of the loss.
-        datasets: names of the sets of a mixture, whose errors are kept apart as well.
+        datasets: names of the sets of a mixture, whose errors are also kept apart.
     """
 
     full_state_update = False
@@ -101,12 +127,15 @@ class ErrorMetrics(Metric):
     def __init__(self, settings: LossSettings, datasets: Sequence[str] = ()) -> None:
         super().__init__()
         self._settings, self.datasets = settings, tuple(datasets)
-        shape = (max(len(datasets), 1), NUM_SUMS)
-        self.add_state("by_set", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("sums", torch.zeros(2, NUM_SUMS, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("loss", torch.zeros(2, 3, dtype=torch.float64), dist_reduce_fx="sum")
+        shapes = {
+            "by_set": (max(len(datasets), 1), 3 * len(TARGETS) + 2),
+            "sums": (2, 3 * len(TARGETS) + 2),
+            "loss": (2, len(settings.terms)),
+        }
+        for name, shape in shapes.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, prediction: Prediction, batch: Any, atomic_references: Tensor) -> None:
+    def update(self, prediction: Prediction, batch: StructureBatch, atomic_references: Tensor) -> None:
         """Adds a batch, with the ``(N,)`` eV element reference of each atom."""
         baseline = baseline_prediction(prediction, batch, atomic_references)
         self.sums += torch.stack([error_sums(prediction, batch), error_sums(baseline, batch)])
@@ -125,21 +154,11 @@ class ErrorMetrics(Metric):
 
 def format_table(columns: Mapping[str, Mapping[str, float]], part: str = "validation") -> str:
     """Returns a table of errors of a part of the data as text, one column for each name given."""
-    labels = {
-        "energy_mae_meV_per_atom": "energy MAE (meV/atom)",
-        "energy_rmse_meV_per_atom": "energy RMSE (meV/atom)",
-        "force_mae_meV_per_A": "force MAE (meV/Å)",
-        "force_rmse_meV_per_A": "force RMSE (meV/Å)",
-        "force_cosine": "force cosine",
-        "stress_mae_meV_per_A3": "stress MAE (meV/Å³)",
-        "stress_rmse_meV_per_A3": "stress RMSE (meV/Å³)",
-    }
-    present = [name for name in ERROR_NAMES if any(name in errors for errors in columns.values())]
     rows = [[f"{part} error", *columns]]
-    for name in present:
-        digits = 3 if name == "force_cosine" else 2
-        cells = [f"{errors[name]:.{digits}f}" if name in errors else "-" for errors in columns.values()]
-        rows.append([labels[name], *cells])
+    for figure in error_figures():
+        cells = [f"{e[figure.name]:.{figure.digits}f}" if figure.name in e else "-" for e in columns.values()]
+        if any(cell != "-" for cell in cells):
+            rows.append([figure.label, *cells])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = []
     for row in rows:

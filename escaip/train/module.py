@@ -1,7 +1,9 @@
-"""The Lightning module: a potential, its losses and what is logged."""
+"""The Lightning module: a potential, its losses and its logged figures."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,33 +11,31 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from escaip.errors import ConfigError
-from escaip.models import build_config
+from escaip.errors import ConfigError, TrainingError
+from escaip.models import ModelConfig, build_config
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.loading import describe_potential
 from escaip.potential.potential import ENERGY_BUFFERS
 from escaip.potential.zbl import check_fraction, keep_apart
 from escaip.train.atomic_energy_refit import ReferenceFit
-from escaip.train.guard import check_prediction, gradient_failure, loss_failure
-from escaip.train.losses import TERMS, LossSettings, LossSums, loss_sums
-from escaip.train.metrics import NUM_SUMS, ErrorMetrics, error_sums, errors_from_sums
+from escaip.train.callbacks import training_error
+from escaip.train.losses import LossSettings, LossSums, loss_sums, predicted_values
+from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums, figure_name
 from escaip.train.mup import fan_in_ratios, scale_outputs
 from escaip.train.optim import make_optimizer, make_schedule
-from escaip.train.reduction import sum_over_processes, trained_with_scaler
-from escaip.train.settings import plain_values
-from escaip.types import Prediction
+from escaip.types import TARGETS, Prediction, StructureBatch
 
 DEFAULT_ARCHITECTURE: dict[str, Any] = {"preset": "1m"}
 DEFAULT_LOSSES = LossSettings()
-_SHOWN = ("energy_mae_meV_per_atom", "force_mae_meV_per_A", "stress_mae_meV_per_A3")
 
 
 class PotentialModule(LightningModule):
     """Trains a :class:`~escaip.Potential`.
 
-    Logged at each step: ``train/loss``, ``train/energy_mae_meV_per_atom``, ``train/force_mae_meV_per_A``,
-    ``train/grad_norm`` and ``lr``; at each validation ``val/loss``, the errors of ``escaip.train.metrics`` and those
-    of the trivial baseline as ``val_baseline/...``.
+    Logged at each step: ``train/loss``, the MAE of every target that is predicted and labelled
+    (``train/energy_mae_meV_per_atom``, ``train/force_mae_meV_per_A``), ``train/grad_norm`` and ``lr``; at each
+    validation ``val/loss``, the errors of ``escaip.train.metrics`` and those of the trivial baseline as
+    ``val_baseline/...``.
 
     With several processes the loss of a step is that of the union of their batches: sums over all labelled entries
     divided by their number, so two processes train as one process would on both batches. Gradient accumulation
@@ -43,7 +43,7 @@ class PotentialModule(LightningModule):
     so a resumed run draws those of an uninterrupted one.
 
     Attributes:
-        potential: what is trained.
+        potential: the potential in training.
         learning_rate: peak learning rate; the learning-rate finder writes it.
         last_errors: of the last validation, ``{"model": ..., "baseline": ...}``, and of a mixture each set by name.
     """
@@ -78,43 +78,28 @@ class PotentialModule(LightningModule):
             datasets: names of the training sets; stored with the model.
             compile: compile energy, forces and their derivatives into one graph (docs/performance.md): the first step
                 takes minutes, the others half as long as without.
-            recompute: keep only what enters each block and compute the rest again for the derivatives: a fraction of
+            recompute: keep only the inputs of each block and compute the rest again for the derivatives: a fraction of
                 the memory for about a third more time (arXiv 1604.06174).
-            refit_references: after each epoch shift the element references by a fit to what the energies are still off
+            refit_references: after each epoch shift the element references by a fit to the remaining energy errors
                 (docs/training.md); those given as energies of isolated atoms stay.
             base_width: ``hidden_size`` at which ``learning_rate`` and ``weight_decay`` were found; other widths scale
                 them, and the first outputs, so that they stay right (maximal-update parametrisation,
                 ``escaip.train.mup``). Default: used as they are.
-            repulsion: of atoms closer than this fraction of the shortest distance between their elements in the
+            repulsion: between atoms closer than this fraction of the shortest distance between their elements in the
                 training set (:mod:`escaip.potential.zbl`); null for none.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
         """
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if compile and recompute:
             raise ConfigError("compile and recompute do not go together: set one of them to false")
         _check_schedule(learning_rate, weight_decay, warmup_fraction, final_fraction)
         check_fraction(repulsion)
         config = build_config(dict(architecture))
-        if losses.stress.weight > 0 and not config.is_conservative:
-            raise ConfigError("losses.stress.weight is above 0, but a direct-force model has no stress: set it to 0")
-        settings = {
-            "architecture": dict(architecture),
-            "losses": losses,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "warmup_fraction": warmup_fraction,
-            "final_fraction": final_fraction,
-            "level_of_theory": level_of_theory,
-            "datasets": list(datasets),
-            "compile": compile,
-            "recompute": recompute,
-            "refit_references": refit_references,
-            "base_width": base_width,
-            "repulsion": repulsion,
-        }
-        self.save_hyperparameters(plain_values(settings), logger=False)
+        _check_losses(losses, config)
+        self.save_hyperparameters(_plain(settings), logger=False)
         self.losses = losses
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_fraction, self.final_fraction = warmup_fraction, final_fraction
@@ -150,34 +135,43 @@ class PotentialModule(LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         statistics = getattr(data, "statistics", None)
         if statistics is not None:
-            several = isinstance(statistics, Mapping)
-            counts = [item.label_counts for item in (statistics.values() if several else [statistics])]
-            for name, weight in zip(TERMS, self.losses.weights, strict=True):
-                if weight > 0 and not any(count.get(name, 0) for count in counts):
-                    raise ConfigError(
-                        f"losses.{name}.weight is {weight:g}, but no training structure has {name}: "
-                        "set it to 0, or name the label's key in data.train"
-                    )
-            if several:
-                self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
-            else:
-                self.potential.set_statistics(statistics)
-            if self.repulsion is not None:
-                keep_apart(self.potential, _training_structures(data), self.repulsion)
-            if self.refit_references:
-                fitted = [item.references_fitted for item in (statistics.values() if several else [statistics])]
-                self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)
-            level = getattr(data, "level_of_theory", "")
-            if self.potential.metadata.level_of_theory == "unknown" and level:
-                values = {**self.potential.metadata.to_dict(), "level_of_theory": level}
-                self.potential.set_metadata(PotentialMetadata.from_dict(values))
+            self._use_statistics(statistics, data)
         elif not self.potential.metadata.elements:
             raise ConfigError(
                 "no statistics of the training set: pass a data module, or call module.potential.set_statistics first"
             )
 
+    def _use_statistics(self, statistics: Any, data: Any) -> None:
+        several = isinstance(statistics, Mapping)
+        sets = list(statistics.values()) if several else [statistics]
+        for name, weight in self.losses.weights.items():
+            if weight > 0 and not any(item.label_counts.get(name, 0) for item in sets):
+                raise ConfigError(
+                    f"losses.{_place(name)}.weight is {weight:g}, but no training structure has {name}: "
+                    "set it to 0, or name the label's key in data.train"
+                )
+        if several:
+            self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
+        else:
+            self.potential.set_statistics(statistics)
+        if self.repulsion is not None:
+            structures = getattr(data, "datasets", {}).get("train")
+            if structures is None:
+                raise ConfigError(
+                    "model.repulsion looks at the training structures, and this data module has no "
+                    "datasets['train']: set it to null"
+                )
+            keep_apart(self.potential, structures, self.repulsion)
+        if self.refit_references:
+            fitted = [item.references_fitted for item in sets]
+            self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)
+        level = getattr(data, "level_of_theory", "")
+        if self.potential.metadata.level_of_theory == "unknown" and level:
+            values = {**self.potential.metadata.to_dict(), "level_of_theory": level}
+            self.potential.set_metadata(PotentialMetadata.from_dict(values))
+
     def on_train_start(self) -> None:
-        """Puts the training data where a resumed run left it.
+        """Returns the training data to the place where a resumed run left it.
 
         Lightning restores loaders only where it had not built them yet, but ``estimated_stepping_batches`` builds them
         before it reads their state. A loader reads its own when the first batch is taken, which comes after this.
@@ -187,37 +181,38 @@ class PotentialModule(LightningModule):
             loader.load_state_dict(self._loader_state)
         self._loader_state = None
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: StructureBatch, batch_idx: int) -> None:
         """Makes the random numbers of this batch a function of (seed, epoch, batch, process)."""
-        place = (self.current_epoch, batch_idx, self.global_rank)
         seed = self._dropout_seed
-        for part in place:
+        for part in (self.current_epoch, batch_idx, self.global_rank):
             seed = (seed * 6_364_136_223_846_793_005 + part + 1_442_695_040_888_963_407) % 2**63
         torch.manual_seed(seed)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: StructureBatch, batch_idx: int) -> Tensor:
         """Returns the loss of this process; its mean over processes is the loss of the union of their batches.
 
         Raises:
             TrainingError: the loss is NaN or Inf.
         """
         losses = self.losses.at(self.trainer.global_step / self._total_steps)
-        _, forces, stress = losses.weights
-        prediction = self.potential(batch, compute_forces=forces > 0, compute_stress=stress > 0, create_graph=True)
+        forces, stress = losses.weights["forces"] > 0, losses.weights["stress"] > 0
+        prediction = self.potential(batch, compute_forces=forces, compute_stress=stress, create_graph=True)
         terms = loss_sums(prediction, batch, losses)
-        local = torch.cat([terms.sums.detach(), terms.counts, error_sums(prediction, batch)])
+        local = [terms.sums.detach(), terms.counts, error_sums(prediction, batch)]
         if self._reference_fit is not None:
-            local = torch.cat([local, self._reference_fit.of_batch(prediction, batch)])
-        total = sum_over_processes(local)
-        counts = total[3:6]
+            local.append(self._reference_fit.of_batch(prediction, batch))
+        total = self.trainer.strategy.reduce(torch.cat(local), reduce_op="sum")
+        sums, counts, errors, *fit = total.split([len(part) for part in local])
         loss = terms.total(losses, counts) * self.trainer.world_size
-        logged = LossSums(total[:3], counts).total(losses)
-        self._remember(batch)
+        logged = LossSums(sums, counts).total(losses)
+        self._recent.extend(str(name) for name in batch.structure_id)
         if not torch.isfinite(logged):
-            raise loss_failure(self.trainer, float(logged), local[:3], batch)
-        self._refit(total[6 + NUM_SUMS :])
-        errors = errors_from_sums(total[6 : 6 + NUM_SUMS])
-        shown = {f"train/{name}": errors[name] for name in _SHOWN if name in errors}
+            raise self._loss_failure(float(logged), terms, batch)
+        if self._reference_fit is not None:
+            self._refit(self._reference_fit, *fit)
+        found = errors_from_sums(errors)
+        names = [figure_name(target, "mae") for target in TARGETS.values()]
+        shown = {f"train/{name}": found[name] for name in names if name in found}
         self.log_dict({"train/loss": float(logged), **shown}, batch_size=1)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return loss
@@ -235,8 +230,10 @@ class PotentialModule(LightningModule):
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm) and not trained_with_scaler(self.trainer):
-            raise gradient_failure(self.trainer, float(norm), self._recent)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not torch.isfinite(norm) and not scaled:
+            problem = f"gradient norm is {float(norm)} at step {self.trainer.global_step} after the batch of"
+            raise training_error(self.trainer, problem, self._recent)
         self.log("train/grad_norm", norm, batch_size=1)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._recent = []
@@ -247,16 +244,31 @@ class PotentialModule(LightningModule):
             self.validation_errors = ErrorMetrics(self.losses, self.potential.datasets).to(self.device)
 
     def on_test_epoch_start(self) -> None:
-        """As before a validation."""
+        """Prepares the errors as before a validation."""
         self.on_validation_epoch_start()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Adds the errors of a batch."""
-        self._evaluate(batch)
+    def validation_step(self, batch: StructureBatch, batch_idx: int) -> None:
+        """Adds the errors of a batch.
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+        Raises:
+            TrainingError: a prediction is NaN or Inf.
+        """
+        prediction = self._predict(batch)
+        finite = torch.ones_like(batch.ptr[1:], dtype=torch.bool)
+        for target in TARGETS.values():
+            # Stress is NaN by definition where a structure has no volume.
+            value = predicted_values(prediction, target.name) if target.name != "stress" else None
+            if value is not None:
+                bad = ~torch.isfinite(value).reshape(len(value), -1).all(-1)
+                finite[batch.batch[bad] if target.per_atom else bad] = False
+        if not bool(finite.all()):
+            names = [name for name, fine in zip(batch.structure_id, finite.tolist(), strict=True) if not fine]
+            raise training_error(self.trainer, "prediction is NaN or Inf in validation for", names)
+        self.validation_errors.update(prediction, batch, self.potential.atomic_references(batch))
+
+    def test_step(self, batch: StructureBatch, batch_idx: int) -> None:
         """Adds the errors of a batch."""
-        self._evaluate(batch)
+        self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Logs errors, loss and baseline of the whole set."""
@@ -266,13 +278,8 @@ class PotentialModule(LightningModule):
         """Logs errors, loss and baseline of the whole set."""
         self._log_errors("test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor | None]:
-        """Returns the fields of :class:`~escaip.types.Prediction`; stress where a structure is periodic."""
-        conservative = self.potential.config.is_conservative
-        return vars(self._predict(batch, stress=conservative and bool(batch.pbc.any()))).copy()
-
     def configure_optimizers(self) -> Any:
-        """AdamW, warm-up and cosine over the whole run, stepped with the optimizer."""
+        """Returns AdamW, with warm-up and cosine over the whole run, stepped with the optimizer."""
         optimizer = make_optimizer(self, self.learning_rate, self.weight_decay, self._ratios)
         total = self.trainer.estimated_stepping_batches
         schedule = make_schedule(optimizer, total, self.warmup_fraction, self.final_fraction)
@@ -280,7 +287,7 @@ class PotentialModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what :func:`escaip.load_potential` reads, the seed of dropout and the place in the data."""
+        """Adds the entries that :func:`escaip.load_potential` reads, the seed of dropout and the place in the data."""
         checkpoint["escaip"] = describe_potential(self.potential)
         checkpoint["dropout_seed"] = self._dropout_seed
         if self._reference_fit is not None:
@@ -290,7 +297,7 @@ class PotentialModule(LightningModule):
             checkpoint["train_loader"] = loader.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes elements, level of theory and the seed from a checkpoint; weights come by themselves."""
+        """Takes elements, level of theory and the seed from a checkpoint; Lightning restores the weights."""
         if "escaip" in checkpoint:
             self.potential.set_metadata(PotentialMetadata.from_dict(checkpoint["escaip"]["metadata"]))
         for weights in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
@@ -307,14 +314,9 @@ class PotentialModule(LightningModule):
         self._loader_state = checkpoint.get("train_loader")
         self._dropout_seed = int(checkpoint.get("dropout_seed", self._dropout_seed))
 
-    def _evaluate(self, batch: Any) -> None:
+    def _predict(self, batch: Any) -> Prediction:
+        """Predicts for a validation; conservative forces are derivatives, also in Lightning's inference mode."""
         stress = self.potential.config.is_conservative and bool((~torch.isnan(batch.stress)).any())
-        prediction = self._predict(batch, stress=stress)
-        check_prediction(self.trainer, prediction, batch)
-        self.validation_errors.update(prediction, batch, self.potential.atomic_references(batch))
-
-    def _predict(self, batch: Any, *, stress: bool) -> Prediction:
-        """Conservative forces are derivatives, also in Lightning's inference mode."""
         if not torch.is_inference_mode_enabled():
             return self.potential(batch, compute_stress=stress, create_graph=False)
         with torch.inference_mode(False):
@@ -332,32 +334,52 @@ class PotentialModule(LightningModule):
         }
         self.log_dict({**model, **baseline, **sets}, batch_size=1, sync_dist=True)
 
-    def _refit(self, sums: Tensor) -> None:
+    def _refit(self, fit: ReferenceFit, sums: Tensor) -> None:
         """Adds a batch of all processes, and after the last of an epoch shifts the references.
 
         Before the optimizer's step, so that averaged weights and checkpoints go with them.
         """
-        if self._reference_fit is None:
-            return
-        self._reference_fit.add(sums)
+        fit.add(sums)
         if self.trainer.is_last_batch:
             shifts = self.potential.element_shifts
-            self.potential.element_shifts = shifts + self._reference_fit.solve().view_as(shifts)
+            self.potential.element_shifts = shifts + fit.solve().view_as(shifts)
 
-    def _remember(self, batch: Any) -> None:
-        """Names of the structures since the last optimizer step."""
-        self._recent.extend(str(name) for name in batch.structure_id)
+    def _loss_failure(self, loss: float, terms: LossSums, batch: StructureBatch) -> Exception:
+        finite = torch.isfinite(terms.sums).tolist()
+        bad = [name for name, fine in zip(self.losses.terms, finite, strict=True) if not fine]
+        problem = f"loss is {loss} at step {self.trainer.global_step}"
+        if not bad:
+            return TrainingError(f"{problem} in another process: see its message")
+        return training_error(self.trainer, f"{problem} (from {', '.join(bad)}) in the batch of", batch.structure_id)
 
 
-def _training_structures(data: Any) -> Any:
-    """What ``model.repulsion`` looks at."""
-    structures = getattr(data, "datasets", {}).get("train")
-    if structures is None:
-        raise ConfigError(
-            "model.repulsion looks at the training structures, and this data module has no datasets['train']: "
-            "set it to null"
-        )
-    return structures
+def _place(name: str) -> str:
+    """Returns where the loss on a target stands in ``losses``."""
+    return name if name in ("energy", "forces", "stress") else f"properties.{name}"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings as dicts, lists, numbers and text, which a checkpoint can hold without running code."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(settings, default=dataclasses.asdict))
+    except TypeError as error:
+        raise ConfigError(f"a setting of the model cannot be stored ({error}): use numbers, text and lists") from error
+    return plain
+
+
+def _check_losses(losses: LossSettings, config: ModelConfig) -> None:
+    """Raises ConfigError for a loss on a target that the model does not predict, or a head that no loss trains."""
+    heads = config.heads
+    for name, term in losses.terms.items():
+        if name == "stress" and term.weight > 0 and not config.is_conservative:
+            raise ConfigError("losses.stress.weight is above 0, but a direct-force model has no stress: set it to 0")
+        if name not in ("energy", "forces", "stress", *heads):
+            raise ConfigError(
+                f"losses.{_place(name)} needs a head that predicts {name}: name it in model.architecture.heads"
+            )
+    for name in heads:
+        if name not in losses.properties:
+            raise ConfigError(f"head {name!r} has no loss: give losses.{_place(name)}, or remove it from heads")
 
 
 def _check_schedule(learning_rate: float, weight_decay: float, warmup: float, final: float) -> None:

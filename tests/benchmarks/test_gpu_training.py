@@ -251,11 +251,10 @@ def test_sets_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 def test_errors_of_each_file_by_hand() -> None:
     records = Records(
-        structure_id=("a.xyz:0", "b.xyz:7"), num_atoms=np.array([1, 2]), energy=np.array([1.0, 2.0]),
-        predicted_energy=np.array([1.5, 1.0]), reference_energy=np.zeros(2), numbers=np.array([1, 1, 1]),
-        fixed=np.array([False, False, True]), structure=np.array([0, 1, 1]), forces=np.full((3, 3), 0.5),
-        predicted_forces=np.array([[0.4] * 3, [0.7] * 3, [9.0] * 3]), stress=np.full((2, 3, 3), np.nan),
-        predicted_stress=np.full((2, 3, 3), np.nan),
+        structure_id=("a.xyz:0", "b.xyz:7"), num_atoms=np.array([1, 2]), numbers=np.array([1, 1, 1]),
+        fixed=np.array([False, False, True]), structure=np.array([0, 1, 1]), reference_energy=np.zeros(2),
+        labels={"energy": np.array([1.0, 2.0]), "forces": np.full((3, 3), 0.5)},
+        predictions={"energy": np.array([1.5, 1.0]), "forces": np.array([[0.4] * 3, [0.7] * 3, [9.0] * 3])},
     )  # fmt: skip
     found = errors_by_file(records, free_atoms_only=True)
     assert found["a.xyz"] == pytest.approx({"structures": 1, "energy": 500.0, "forces": 100.0, "zero_forces": 500.0})

@@ -107,7 +107,7 @@ def test_our_progress_prints_what_is_read(capsys: pytest.CaptureFixture[str]) ->
     from types import SimpleNamespace
     from typing import Any
 
-    from escaip.train.progress import TrainingProgress
+    from escaip.train.callbacks import TrainingProgress
 
     metrics = {"val/loss": 4.519, "val/energy_mae_meV_per_atom": 17.9, "val/force_mae_meV_per_A": 224.7}
     trainer: Any = SimpleNamespace(

@@ -119,7 +119,7 @@ def test_bugs_and_interruptions_are_one_line(monkeypatch: pytest.MonkeyPatch, ca
         raise KeyError("a\nb")
 
     monkeypatch.setattr(escaip.train.cli, "run", broken)
-    fails(["fit", "--config", "x"], 1, "unexpected KeyError", capsys)
+    fails(["fit", "--config", "quickstart"], 1, "unexpected KeyError", capsys)
     with pytest.raises(KeyError):
         main(["fit", "--debug"])
 

@@ -19,8 +19,7 @@ from escaip.data import collate, open_source
 from escaip.errors import DataError
 from escaip.evaluate import evaluate, evaluate_files
 from escaip.evaluate.plots import draw_errors, draw_parity
-from escaip.evaluate.records import Records
-from escaip.evaluate.report import compute_report
+from escaip.evaluate.report import Records, compute_report
 from escaip.potential import Potential
 
 
@@ -113,9 +112,9 @@ def test_records_are_in_the_order_of_the_file(labelled: Path) -> None:
         with torch.no_grad():
             alone = potential(collate([data]), compute_stress=True, create_graph=False)
         stop = start + data.num_nodes
-        assert records.predicted_energy[index] == pytest.approx(float(alone.energy[0]), abs=1e-10)
-        np.testing.assert_allclose(records.predicted_forces[start:stop], alone.forces, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(records.predicted_stress[index], alone.stress[0], rtol=0, atol=1e-10)
+        assert records.predictions["energy"][index] == pytest.approx(float(alone.energy[0]), abs=1e-10)
+        np.testing.assert_allclose(records.predictions["forces"][start:stop], alone.forces, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(records.predictions["stress"][index], alone.stress[0], rtol=0, atol=1e-10)
         assert records.reference_energy[index] == float(potential.element_references[data.atomic_numbers].sum())
         start = stop
 
@@ -151,10 +150,11 @@ def records(energy_error: list[float], force_error: list[float]) -> Records:
     found = forces.copy()
     found[::2, 1] = force_error
     return Records(
-        structure_id=tuple(f"s{i}" for i in range(size)), num_atoms=np.full(size, 2), energy=np.zeros(size),
-        predicted_energy=np.array(energy_error), reference_energy=np.zeros(size), numbers=np.ones(2 * size, dtype=int),
-        fixed=np.zeros(2 * size, dtype=bool), structure=np.repeat(np.arange(size), 2), forces=forces,
-        predicted_forces=found, stress=np.full((size, 3, 3), np.nan), predicted_stress=np.full((size, 3, 3), np.nan),
+        structure_id=tuple(f"s{i}" for i in range(size)), num_atoms=np.full(size, 2),
+        numbers=np.ones(2 * size, dtype=int), fixed=np.zeros(2 * size, dtype=bool),
+        structure=np.repeat(np.arange(size), 2), reference_energy=np.zeros(size),
+        labels={"energy": np.zeros(size), "forces": forces, "stress": np.full((size, 3, 3), np.nan)},
+        predictions={"energy": np.array(energy_error), "forces": found, "stress": np.full((size, 3, 3), np.nan)},
     )  # fmt: skip
 
 

@@ -11,16 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import pytest
 import torch
+import yaml
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from training_stand_ins import write_molecules, write_recipe
 
 from escaip import load_potential
 from escaip.cli import main
 from escaip.train import PotentialModule
+from escaip.train.cli import build
 
 
 @pytest.fixture
@@ -247,3 +250,75 @@ def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: 
     assert main(["info", str(best)]) == 0
     shown = capsys.readouterr().out
     assert "force_scale" in shown
+
+
+MERGED = [
+    ({"units": {"length": "bohr", "energy": "hartree"}}, ["units.length=bohr", "units.energy=hartree"]),
+    ({"keys": {"forces": "F", "energy": "E"}, "units": {"length": "nm"}}, ["keys.energy=E"]),
+    ({"keys": {"forces": "G"}, "units": {"length": "nm"}, "limit": 7}, ["keys.forces=G", "limit=7"]),
+]
+
+
+@pytest.mark.parametrize(("expected", "options"), MERGED)
+def test_nested_options_are_merged(folder: Path, expected: dict[str, Any], options: list[str]) -> None:
+    """Later options leave the earlier ones, and the recipe's, in place; in the equals form and in the other."""
+    recipe = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
+    recipe["data"]["train"] = {"path": recipe["data"]["train"]}
+    if len(expected) > 1:
+        recipe["data"]["train"].update(keys={"forces": "F"}, units={"length": "nm"})
+    (folder / "merged.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    expected = {"path": recipe["data"]["train"]["path"], **expected}
+    for separate in (False, True):
+        given = [f"--data.train.{option}" for option in options]
+        given = [part for option in given for part in option.split("=")] if separate else given
+        assert build(["fit", "--config", "merged.yaml", *given]).config["fit"].data.train == expected
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--data.train.keys.energy", "E"], "--data.train.keys.energy cannot be merged with"),
+        (["--data.train.path", "x", "--data.train", "y"], "write --data.train.path y"),
+        (["--data.split.by.x", "1"], "--data.split.by.x cannot be merged with 'structure'"),
+    ],
+)
+def test_options_that_cannot_be_merged(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], text: str
+) -> None:
+    assert main(["fit", "--config", "tiny.yaml", *options]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_errors_come_before_heavy_imports(folder: Path) -> None:
+    """Wrong names and paths, and a class whose module a configuration would import."""
+    (folder / "evil.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    for name, trainer in {
+        "class": {"callbacks": [{"class_path": "evil.Callback"}]}, "short": {"logger": "evil.Logger"},
+    }.items():  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"trainer": trainer}), encoding="utf-8")
+    cases = {
+        "no-such-recipe": ["fit", "--config", "no-such-recipe"],
+        "--modle": ["fit", "--config", "tiny.yaml", "--modle.learning_rate", "1"],
+        "nowhere.extxyz": ["fit", "--config=tiny.yaml", "--data.train=nowhere.extxyz"],
+        "nothing.hdf5": ["fit", "--config", "tiny.yaml", "--data.val", "dataset:spice/nothing.hdf5"],
+        "nowhere.ckpt": ["validate", "--config", "tiny.yaml", "--ckpt_path", "nowhere.ckpt"],
+        "evil.Callback": ["fit", "--config", "class.yaml"],
+        "evil.Logger": ["fit", "--config", "short.yaml"],
+    }
+    code = f"""if True:
+        import sys
+        from escaip.errors import EscaipError
+        from escaip.train import commands
+        for text, (command, *options) in {cases!r}.items():
+            try:
+                getattr(commands, command)(options)
+                raise AssertionError(f"{{text}}: no error")
+            except EscaipError as error:
+                assert text in str(error), (text, error)
+        heavy = {{"torch", "numpy", "lightning", "ase"}} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

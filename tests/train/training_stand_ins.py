@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from escaip.data import AtomicDataModule
-from escaip.train.checkpoints import PlainCheckpointIO
+from escaip.train.callbacks import PlainCheckpointIO
 
 TINY = {
     "preset": "1m", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": [4, 2, 2],
