@@ -40,9 +40,8 @@ from torch_geometric.loader import DataLoader
 
 from escaip.data import AtomicData, AtomicDataset, BudgetBatchSampler, Store, StoreWriter, collate
 from escaip.data.loader import BatchLoader
-from escaip.data.shards import Stream, pack_text, save_arrays, write_bytes
-from escaip.data.store_index import COLUMNS, composition_key, pack_compositions
-from escaip.data.store_writer import MANIFEST
+from escaip.data.store import COLUMNS, MANIFEST, composition_key
+from escaip.data.store_writer import Stream, pack_compositions, pack_text, save_arrays
 
 ATOMS_PER_BATCH = 4_000
 REPEATS = 5
@@ -188,7 +187,7 @@ def write_large_store(path: Path, structures: list[AtomicData], copies: int) -> 
     index = save_arrays(path / "index.safetensors", {**columns, **tables})
     manifest = {**seed.manifest, "num_structures": frames, "num_atoms": frames * len(numbers)}
     manifest.update(splits={"all": frames}, shards=shards, index=index)
-    write_bytes(path / MANIFEST, json.dumps(manifest).encode())
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def measure_shards(shards: int) -> dict[str, Any]:

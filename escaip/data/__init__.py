@@ -13,7 +13,7 @@ _PUBLIC = {
     "Statistics": "escaip.data.statistics",
     "fit_statistics": "escaip.data.statistics",
     "Store": "escaip.data.store",
-    "StoreWriter": "escaip.data.store",
+    "StoreWriter": "escaip.data.store_writer",
     "AtomicDataset": "escaip.data.dataset",
     "AtomicDataModule": "escaip.data.datamodule",
     "BudgetBatchSampler": "escaip.data.sampler",
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from escaip.data.readers import open_source
     from escaip.data.sampler import BudgetBatchSampler
     from escaip.data.statistics import Statistics, fit_statistics
-    from escaip.data.store import Store, StoreWriter
+    from escaip.data.store import Store
+    from escaip.data.store_writer import StoreWriter
     from escaip.data.structure import AtomicData, LabelKeys, collate
 
 

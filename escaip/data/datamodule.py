@@ -6,23 +6,30 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 
+from escaip.data.dataset import AtomicDataset, MixedDataset, StructureSet
 from escaip.data.loader import START_METHODS, BatchLoader
-from escaip.data.mixing import MixedDataset, Sampling, StructureSet
-from escaip.data.readers import ReadReport
-from escaip.data.sampler import OVERSIZED, BudgetBatchSampler, estimate_edges
-from escaip.data.sets import DataSpec, SetOpener, named_sets
-from escaip.data.splits import SplitSettings
+from escaip.data.readers import ReadReport, expand_paths, open_source
+from escaip.data.sampler import OVERSIZED, BudgetBatchSampler, Quota, Sampling, estimate_edges
+from escaip.data.splits import SplitSettings, make_split, nested_subset, parse_train_size
 from escaip.data.statistics import Statistics, TrainingSums
-from escaip.data.subsets import nested_subset, parse_train_size
-from escaip.errors import ConfigError
+from escaip.data.store import MANIFEST, Store, label_counts
+from escaip.data.structure import AtomicData
+from escaip.errors import ConfigError, DataError
 
+DataSpec = str | list[str] | dict[str, Any]
 PARTS = ("train", "val", "test", "predict")
+WHOLE = "all"
+_MAX_VERIFIED = 4 << 30
+"""Bytes up to which a store's checksums are compared when it is opened for training."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,12 +85,12 @@ class AtomicDataModule(LightningDataModule):
             split: ``{by: group | structure, val: fraction or number, test: ...}``, default ``{val: 0.1}`` by group.
             train_size: take part of the training set, once ``split`` has made the others: a fraction of its structures
                 up to 1.0, or a number of them, at most; groups stay whole unless ``split`` is by structure. See
-                :func:`escaip.data.subsets.nested_subset`.
+                :func:`escaip.data.splits.nested_subset`.
             batch_size: structures per batch and process; or else
             max_atoms: atoms per batch and process, and
             max_edges: edges per batch and process, estimated from
             num_neighbors: neighbors per atom of the model (``k``).
-            oversized: what to do with a structure larger than the budget: ``error``, ``skip`` or ``own_batch``.
+            oversized: policy for a structure larger than the budget: ``error``, ``skip`` or ``own_batch``.
             required_labels: labels that every structure of train, val and test must carry.
             fixed_atoms: ``free_only`` leaves constrained atoms out of losses, metrics and the force scale; ``all`` not.
             isolated_energies: eV of isolated atoms by symbol or atomic number, as element references; for a mixture by
@@ -95,7 +102,7 @@ class AtomicDataModule(LightningDataModule):
             seed: of split, order and rotations.
             cache_dir: where statistics are kept; default nowhere (those of a store come from its index at once).
             sampling: for a mixture, ``{weights: {SET: share}}`` or ``{temperature: T}``, and ``epoch_size``; see
-                :class:`escaip.data.mixing.Sampling`.
+                :class:`escaip.data.sampler.Sampling`.
             scale: for a mixture, ``shared`` or ``per_set`` force scale; see :meth:`escaip.Potential.set_statistics`.
             verify: compare the checksums of stores; default for those up to 4 GiB.
 
@@ -104,7 +111,6 @@ class AtomicDataModule(LightningDataModule):
         """
         super().__init__()
         specs = {"train": train, "val": val, "test": test, "predict": predict}
-        self._specs: dict[str, DataSpec | None] = specs
         self._sets = {part: named_sets(f"data.{part}", spec) for part, spec in specs.items()}
         self._split, self._sampling = SplitSettings.parse(split), Sampling.parse(sampling)
         if scale not in ("shared", "per_set"):
@@ -141,7 +147,7 @@ class AtomicDataModule(LightningDataModule):
             DataError: unreadable data, a missing label, an impossible split, 0 structures.
             ConfigError: no path for a set that is needed.
         """
-        if stage in ("fit", None) and self._specs["train"] is None:
+        if stage in ("fit", None) and not self._sets["train"]:
             raise ConfigError("data.train: name the training data (--data.train PATH)")
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
         wanted = needed[stage] if stage is not None else PARTS
@@ -194,7 +200,7 @@ class AtomicDataModule(LightningDataModule):
         return self._loader("predict", shuffle=False)
 
     def summary(self) -> str:
-        """A few lines: structures and labels of each set, what was skipped."""
+        """Returns a few lines: structures and labels of each set, and structures left out."""
         lines = [
             f"{part}: {len(data)} structures, {int(data.natoms.sum())} atoms" for part, data in self.datasets.items()
         ]
@@ -212,12 +218,12 @@ class AtomicDataModule(LightningDataModule):
 
     @property
     def reports(self) -> dict[str, ReadReport]:
-        """What was read and skipped, by place in the configuration, for the sets read from files."""
+        """Counts of structures read and skipped, by place in the configuration, for the sets read from files."""
         return self._opener.reports
 
     @property
     def level_of_theory(self) -> str:
-        """What the training stores state; empty where none does."""
+        """Level of theory that the training stores state; empty where none does."""
         stated = {name: self._opener.levels.get(_place("train", name), "") for name in self._sets["train"]}
         if not self._mixed:
             return next(iter(stated.values()), "")
@@ -228,7 +234,7 @@ class AtomicDataModule(LightningDataModule):
         return "" not in self._sets["train"] and bool(self._sets["train"])
 
     def _open(self, part: str) -> None:
-        """Opens one part, as it is named or out of the training data."""
+        """Opens one part, by its name or out of the training data."""
         if part in self.datasets:
             return
         named, train = self._sets[part], self._sets["train"]
@@ -310,7 +316,7 @@ class AtomicDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
             oversized=self._oversized,
-            quotas=data.quotas(self._sampling) if shuffle and self._mixed and isinstance(data, MixedDataset) else None,
+            quotas=self._quotas(data) if shuffle and self._mixed and isinstance(data, MixedDataset) else None,
             **self._budget,
         )
         if sampler.skipped:
@@ -323,6 +329,14 @@ class AtomicDataModule(LightningDataModule):
             neighbor_cutoff=self._neighbor_cutoff,
             train_size=self._train_size if part == "train" else None,
         )
+
+    def _quotas(self, data: MixedDataset) -> list[Quota] | None:
+        """Returns the structures that an epoch draws of each set; None when it is every structure once."""
+        draws = self._sampling.draws({name: len(member) for name, member in data.members.items()})
+        if draws is None:
+            return None
+        spans = pairwise(data.starts)
+        return [Quota(start, stop, draws[name]) for name, (start, stop) in zip(data.members, spans, strict=True)]
 
     def _fit_statistics(self) -> Statistics | dict[str, Statistics]:
         data = self.datasets["train"]
@@ -341,7 +355,7 @@ class AtomicDataModule(LightningDataModule):
         }
 
     def _fit_set(self, data: StructureSet, isolated: dict[int, float] | None) -> Statistics:
-        """Statistics of one set, kept in ``cache_dir`` under a hash of the structures."""
+        """Fits statistics of one set, kept in ``cache_dir`` under a hash of the structures."""
         cache = None
         if self._cache_dir is not None:
             key = json.dumps([data.fingerprint, sorted((isolated or {}).items())])
@@ -376,7 +390,7 @@ class _Names(Sequence[str]):
 
 
 def parse_isolated_energies(energies: Mapping[Any, float] | None) -> dict[int, float] | None:
-    """Energies by atomic number, from keys that are symbols or numbers.
+    """Returns energies by atomic number, from keys that are symbols or numbers.
 
     Raises:
         ConfigError: a key that is neither.
@@ -392,3 +406,187 @@ def parse_isolated_energies(energies: Mapping[Any, float] | None) -> dict[int, f
             raise ConfigError(f"isolated_energies: {key!r} is no element symbol or atomic number")
         parsed[number] = float(value)
     return parsed
+
+
+@dataclass
+class SetOpener:
+    """Opens sets; its settings hold for all of them.
+
+    Attributes:
+        fixed_atoms: see :class:`AtomicDataset`.
+        seed: of rotations and splits.
+        required: labels that every structure must carry.
+        verify: compare the checksums of stores; None for those up to 4 GiB.
+        reports: counts of structures read and skipped, by place in the configuration, for sets read from files.
+        levels: level of theory that a store states, by place.
+    """
+
+    fixed_atoms: str = "free_only"
+    seed: int = 0
+    required: tuple[str, ...] = ()
+    verify: bool | None = None
+    reports: dict[str, ReadReport] = field(default_factory=dict)
+    levels: dict[str, str] = field(default_factory=dict)
+    _verified: set[str] = field(default_factory=set)
+    _opened: dict[str, Store] = field(default_factory=dict)
+
+    def open(self, place: str, spec: DataSpec, part: str, *, code: int = -1, rotate: bool = False) -> StructureSet:
+        """Returns the structures of one set.
+
+        Args:
+            place: its place in the configuration, for messages: ``data.train.oc20``.
+            spec: a path, a list of paths, or a mapping ``{path, split, format, keys, ...}``.
+            part: ``train``, ``val``, ``test`` or ``predict``; of a divided store, the split of that name.
+            code: number of the set in a mixture.
+            rotate: see :class:`AtomicDataset`.
+
+        Raises:
+            DataError: unreadable data, a missing label, 0 structures.
+            ConfigError: no path, or a split that the store does not have.
+        """
+        options: dict[str, Any] = {"path": spec} if isinstance(spec, str | list) else dict(spec)
+        required = () if part == "predict" else self.required
+        stores = self._stores(place, options)
+        if stores is None:
+            structures = self._read(place, options, required)
+            return AtomicDataset(structures, fixed_atoms=self.fixed_atoms, rotate=rotate, seed=self.seed, code=code)
+        members: dict[str, StructureSet] = {}
+        for name, store in stores.items():
+            chosen = store_split(place, store, options.get("split"), part)
+            _require(place, store, chosen, required)
+            members[name] = AtomicDataset(
+                store, chosen, fixed_atoms=self.fixed_atoms, rotate=rotate, seed=self.seed, code=code
+            )
+        levels = {name: str(store.manifest.get("level_of_theory", "")) for name, store in stores.items()}
+        check_poolable(levels)
+        self.levels[place] = max(levels.values())
+        return next(iter(members.values())) if len(members) == 1 else MixedDataset(members)
+
+    def has_split(self, spec: DataSpec, part: str) -> bool:
+        """Whether a set is a divided store that has a split of this name."""
+        options: dict[str, Any] = {"path": spec} if isinstance(spec, str | list) else dict(spec)
+        if set(options) - {"path", "format"}:
+            return False
+        files = expand_paths(options["path"])
+        return all(_is_store(file) and part in self._store(file).splits for file in files)
+
+    def _store(self, path: Path) -> Store:
+        """Returns a store, opened once: training, validation and test sets share its maps."""
+        if str(path) not in self._opened:
+            self._opened[str(path)] = Store(path)
+        return self._opened[str(path)]
+
+    def divide(self, place: str, spec: DataSpec, settings: SplitSettings, **how: Any) -> dict[str, StructureSet]:
+        """Makes training, validation and test sets out of one; those of size 0 are left out."""
+        rotate = how.pop("rotate", False)
+        whole = self.open(place, spec, "train", **how)
+        split = make_split(whole.groups, settings, seed=self.seed)
+        parts: dict[str, StructureSet] = {"train": whole.subset(split.train, rotate=rotate)}
+        for part in ("val", "test"):
+            indices = getattr(split, part)
+            if len(indices):
+                parts[part] = whole.subset(indices)
+        return parts
+
+    def _stores(self, place: str, options: Mapping[str, Any]) -> dict[str, Store] | None:
+        """Returns the prepared stores that the paths are, by name; None when they are files to read."""
+        files = expand_paths(options["path"])
+        prepared = [_is_store(file) for file in files]
+        others = set(options) - {"path", "format", "split"}
+        if not any(prepared) or others or options.get("format") not in (None, "store"):
+            if "split" in options:
+                raise ConfigError(f"{place}: split: only a prepared store has splits; use data.split to divide files")
+            return None
+        if not all(prepared):
+            raise ConfigError(f"{place}: mixes prepared stores with other files; prepare those as well")
+        stores = {str(file): self._store(file) for file in files}
+        for name, store in stores.items():
+            wanted = store.nbytes <= _MAX_VERIFIED if self.verify is None else self.verify
+            if wanted and name not in self._verified:
+                store.verify()
+                self._verified.add(name)
+        return stores
+
+    def _read(self, place: str, options: Mapping[str, Any], required: tuple[str, ...]) -> list[AtomicData]:
+        report = self.reports[place] = ReadReport()
+        structures = list(open_source(report=report, required_labels=required, **options))
+        if not structures:
+            raise DataError(
+                f"{place}: 0 structures in {options['path']} ({report.summary()}); check index, subset and on_error"
+            )
+        _log.info("%s: %s", place, report.summary())
+        return structures
+
+
+def _is_store(path: Path) -> bool:
+    return path.is_dir() and (path / MANIFEST).is_file()
+
+
+def store_split(place: str, store: Store, split: str | None, part: str) -> NDArray[np.int64] | None:
+    """Returns the positions of a split in a store; None for all of it.
+
+    Args:
+        place: for messages.
+        store: the store.
+        split: its name, or ``all``; None for the split named like the part.
+        part: the part.
+
+    Raises:
+        ConfigError: the store has no such split.
+    """
+    if split == WHOLE or (split is None and store.splits == [WHOLE]):
+        return None
+    name = split or part
+    if name not in store.splits:
+        raise ConfigError(
+            f"{place}: {store.path} has no split {name!r}; it has {', '.join(store.splits)}: write "
+            f"{{path: {store.path}, split: NAME}}, or split: all for everything"
+        )
+    return store.split_indices(name)
+
+
+def named_sets(place: str, spec: DataSpec | None) -> dict[str, DataSpec]:
+    """Returns sets by name; a single one has the name ``""``.
+
+    Raises:
+        ConfigError: a mapping that is neither a set nor sets by name.
+    """
+    if spec is None:
+        return {}
+    if not isinstance(spec, Mapping) or "path" in spec:
+        return {"": spec}
+    named = [
+        isinstance(value, str | list) or (isinstance(value, Mapping) and "path" in value) for value in spec.values()
+    ]
+    if not spec or not all(named):
+        raise ConfigError(f"{place}: has no path; write {{path: FILE, ...}}, or sets by name: {{A: {{path: ...}}}}")
+    return dict(spec)
+
+
+def _require(place: str, store: Store, chosen: NDArray[np.int64] | None, required: Sequence[str]) -> None:
+    labels = store.index["labels"] if chosen is None else store.index["labels"][chosen]
+    counts = label_counts(labels, store.labels)
+    for label in required:
+        if lacking := len(labels) - counts.get(label, 0):
+            raise DataError(
+                f"{place}: {lacking} of {len(labels)} structures in {store.path} have no {label}, which "
+                "required_labels asks for; drop it from required_labels to train on the others"
+            )
+
+
+def check_poolable(levels: Mapping[str, str]) -> None:
+    """Refuses to pool stores of different levels of theory, whose energies have different zeros.
+
+    Args:
+        levels: level of theory by name; an empty one is unknown and stops nothing.
+
+    Raises:
+        DataError: two that differ.
+    """
+    known = {name: level for name, level in levels.items() if level}
+    if len(set(known.values())) > 1:
+        text = ", ".join(f"{name} ({level})" for name, level in known.items())
+        raise DataError(
+            f"{text}: energies of different levels of theory need references of their own; name the sets "
+            "(data.train: {A: {path: ...}, B: {path: ...}}) instead of listing them"
+        )

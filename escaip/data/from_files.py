@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from escaip.data.inspect import Inspection, inspect_structures, plot_inspection
 from escaip.data.readers import PathLike, ReadReport, expand_paths, open_source
-from escaip.data.store import Store, StoreWriter
-from escaip.data.store_writer import MANIFEST
+from escaip.data.store import MANIFEST, Store
+from escaip.data.store_writer import StoreWriter
 from escaip.errors import DataError
 
 if TYPE_CHECKING:

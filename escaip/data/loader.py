@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from escaip.data.dataset import BatchDataset
-from escaip.data.mixing import StructureSet
+from escaip.data.dataset import StructureSet
 from escaip.data.sampler import BudgetBatchSampler
 from escaip.errors import DataError
 
@@ -20,6 +19,25 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
 START_METHODS = ("fork", "spawn", "forkserver")
+
+
+class _Batches(Dataset["Batch"]):
+    """Whole batches, by epoch and members, with candidate neighbors where a cutoff is given."""
+
+    def __init__(self, structures: StructureSet, neighbor_cutoff: float | None) -> None:
+        self._structures, self._neighbor_cutoff = structures, neighbor_cutoff
+
+    def __getitem__(self, item: tuple[int, NDArray[np.int64]]) -> Batch:
+        epoch, members = item
+        batch = self._structures.batch(members, epoch)
+        if self._neighbor_cutoff is not None:
+            from escaip.graph import neighbor_list
+
+            neighbors = neighbor_list(batch, self._neighbor_cutoff)
+            batch.edge_index = torch.stack([neighbors.center, neighbors.neighbor])
+            batch.edge_shift = neighbors.shift
+            batch.edge_cutoff = torch.full((len(members),), neighbors.cutoff, dtype=torch.float64)
+        return batch
 
 
 class BatchLoader:
@@ -50,16 +68,17 @@ class BatchLoader:
             batch_sampler: over their positions.
             num_workers: loader processes; 0 loads in this one.
             start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``; default the platform's.
-            neighbor_cutoff: Å, attach candidate neighbors in the workers.
-            train_size: which part of a training set the structures are; None for all of it. A state of another part is
-                refused.
+            neighbor_cutoff: Å, attach candidate neighbors ``edge_index (2, E)``, ``edge_shift (E, 3)`` and
+                ``edge_cutoff (B,)`` in the workers; None leaves the search to the model's device.
+            train_size: part of a training set that the structures are; None for all of it. A state of another part
+                is refused.
         """
         self.dataset, self.batch_sampler = dataset, batch_sampler
         self._train_size = train_size
         self._epoch_batches = _EpochBatches()
         context = multiprocessing.get_context(start_method) if num_workers and start_method else None
         self._loader: DataLoader[Any] = DataLoader(
-            BatchDataset(dataset, neighbor_cutoff),
+            _Batches(dataset, neighbor_cutoff),
             batch_size=None,
             sampler=self._epoch_batches,
             collate_fn=_as_it_is,
@@ -91,7 +110,7 @@ class BatchLoader:
             yield batch
 
     def state_dict(self) -> dict[str, int | float]:
-        """Epoch, batches taken in it by the training loop, how many there are, any ``train_size``: plain numbers."""
+        """Returns epoch, batches taken in it by the training loop, batches in all, and any ``train_size``."""
         state: dict[str, int | float] = {"epoch": self._epoch, "consumed": self._consumed, "num_batches": len(self)}
         return state if self._train_size is None else {**state, "train_size": self._train_size}
 
@@ -139,5 +158,5 @@ def _shown(train_size: int | float | None) -> str:
 
 
 def _as_it_is(batch: Batch) -> Batch:
-    """In place of torch's conversion, which has nothing to do here."""
+    """Replaces torch's conversion, which has nothing to do here."""
     return batch

@@ -1,56 +1,141 @@
-"""Native files into a prepared store: in parallel, in bounded memory, and again after a kill where it was.
+"""Native files into a prepared store: in parallel, in bounded memory, and resumed after a kill.
 
 The files are divided into parts. Each part is read, checked and written to a folder of its own, which takes its name
-when it is whole; the work folder ``.NAME.work`` beside the store keeps them until all are there. The same command
-run again keeps the whole parts and makes the others. Then the shards move into the store, the index is joined,
-splits and statistics are made from it, and the store takes its name.
+once it is whole; the work folder ``.NAME.work`` beside the store keeps the parts. The same command run again keeps
+whole parts and makes the others. Then the shards are linked into the store, the indices are joined, splits and
+statistics are made, and the store takes its name.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from itertools import chain, islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from escaip.data.prepare_parts import Reading, Recipe, WorkItem, make_parts, part_folder
-from escaip.data.readers import READERS, PathLike, list_files
-from escaip.data.readers.policy import ReadReport
-from escaip.data.shards import PRECISIONS, Arrays, disk_errors, read_text, write_bytes
+from escaip.data.readers import READERS, DataFile, PathLike, checked, list_files, read_file
+from escaip.data.readers.policy import Part, ReadPolicy, ReadReport
 from escaip.data.splits import PARTS, SplitSettings, assign_parts
-from escaip.data.statistics import fit_index_statistics
-from escaip.data.store import Store
-from escaip.data.store_index import count_duplicates, index_histograms
+from escaip.data.statistics import TrainingSums, index_histograms
+from escaip.data.store import SCHEMA_VERSION, Arrays, Store, group_names
 from escaip.data.store_writer import (
     DEFAULT_SHARD_ATOMS,
-    SCHEMA_VERSION,
-    SplitCodes,
+    PartWriter,
     assemble,
     check_target,
+    disk_errors,
     publish,
     read_part,
 )
 from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
-from escaip.files import DATASET_PREFIX, list_datasets, resolve
+from escaip.files import DATASET_PREFIX, list_datasets, resolve, try_lock, write_json
+from escaip.types import TARGETS, Target, register_target
+from escaip.units import Units
+
+if TYPE_CHECKING:
+    from escaip.data.structure import AtomicData
 
 PART_SIZE = 5_000
-"""Structures of a part, where a file can be divided: what a kill can cost each worker."""
+"""Structures of a part, where a file can be divided: a kill costs each worker at most these."""
 SKIPPED = "skipped.txt"
+_KEPT = "whole parts were kept for the next run"
+_MAKING = "making-"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How structures are read: the arguments of :func:`escaip.data.open_source`, as plain values."""
+
+    keys: Mapping[str, str | None] | None = None
+    units: Mapping[str, str] | None = None
+    on_error: str = "raise"
+    required_labels: tuple[str, ...] = ()
+    check_units: bool = True
+    max_force: float | None = None
+    limit: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def policy(self, report: ReadReport) -> ReadPolicy:
+        """Returns the policy by which structures are admitted."""
+        units = Units.parse(self.units) if self.units is not None else None
+        return ReadPolicy(units, self.on_error, report, tuple(self.required_labels), self.max_force)
+
+    def stream(self, item: WorkItem, report: ReadReport) -> Iterator[AtomicData]:
+        """Yields the structures of one part."""
+        policy, keys = self.policy(report), LabelKeys.parse(self.keys)
+        files = [read_file(file, policy, part=item.part, keys=keys, **self.options) for file in item.files]
+        stream: Iterator[AtomicData] = islice(chain.from_iterable(files), self.limit)
+        return checked(stream) if self.check_units else stream
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One part of the work.
+
+    Attributes:
+        folder: where the part is once it is whole.
+        files: one file, or all of a split when a limit is counted through them.
+        part: range of the one file; None for all of it.
+        split: code of its split.
+    """
+
+    folder: Path
+    files: tuple[DataFile, ...]
+    part: Part | None
+    split: int
+
+    def make(self, reading: Reading, dtype: str, shard_atoms: int) -> None:
+        """Reads the part into a folder aside and gives it its name.
+
+        Raises:
+            DataError: unreadable data, a bad structure, a full disk.
+        """
+        messages: list[str] = []
+        report = ReadReport(log=messages.append)
+        aside = self.folder.with_name(f"{_MAKING}{self.folder.name}-{os.getpid()}")
+        with disk_errors(self.folder.parent, _KEPT):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            writer = PartWriter(aside, dtype=dtype, shard_atoms=shard_atoms)
+            for data in reading.stream(self, report):
+                writer.write(data)
+            writer.close(skipped=report.skipped, filtered=report.filtered, messages=messages)
+            try:
+                os.replace(aside, self.folder)
+            except OSError:
+                # A worker of a killed run may have outlived it and come first; its part is as good.
+                if read_part(self.folder) is None:
+                    raise
+                shutil.rmtree(aside)
+
+    def describe(self) -> list[Any]:
+        """Returns JSON values that change when the files do."""
+        stamps = []
+        for file in self.files:
+            path = file.path
+            entries = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
+            facts = [[entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in entries]
+            stamps.append([file.source, file.name, facts])
+        return [self.split, self.part and [*self.part], stamps]
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What became of the files.
+    """Outcome of a preparation.
 
     Attributes:
         path: the store.
@@ -61,7 +146,7 @@ class PrepareReport:
         splits: structures of each split.
         duplicates: structures that occur again in another split.
         messages: the first reasons for leaving out.
-        seconds: it took.
+        seconds: duration.
     """
 
     path: Path
@@ -75,7 +160,7 @@ class PrepareReport:
     seconds: float
 
     def summary(self) -> str:
-        """A few lines."""
+        """Returns a few lines."""
         lines = [
             f"{self.path}: {self.written} structures written, {self.skipped} skipped, {self.filtered} filtered out, "
             f"in {self.seconds:.1f} s"
@@ -116,10 +201,10 @@ def prepare(
     Args:
         source: path, pattern or list of them, or a mapping of them by split (``{"train": ..., "val": ...}``) for sets
             that come divided.
-        out: directory to create.
+        out: folder to create.
         format: layout of the files; default found from each.
         reading: labels, units and policies.
-        split: ``{by: group | structure, val: ..., test: ...}`` to divide what does not come divided.
+        split: ``{by: group | structure, val: ..., test: ...}`` to divide a set that does not come divided.
         seed: of the split.
         workers: processes.
         dtype: of forces and stress in the store.
@@ -137,34 +222,51 @@ def prepare(
     """
     began = time.perf_counter()
     reading, target = reading or Reading(), Path(out)
-    recipe = Recipe(reading, dtype, shard_atoms)
-    settings = SplitSettings.parse(split) if split is not None else None
-    _check_settings(recipe, workers, settings, source)
+    divide = SplitSettings.parse(split) if split is not None else None
+    if workers < 1:
+        raise ConfigError(f"workers: {workers} is not a positive number")
+    if divide is not None and isinstance(source, Mapping):
+        raise ConfigError("split: the sources are named by split already; name them or divide them, not both")
+    recipe = (reading, dtype, shard_atoms)
+    PartWriter(target, dtype=dtype, shard_atoms=shard_atoms)  # refuses a wrong dtype before any file is opened
+    LabelKeys.parse(reading.keys)
+    reading.policy(ReadReport())
     check_target(target, overwrite)
-    names = list(source) if isinstance(source, Mapping) else ["all"]
-    items = _plan(source, names, format, reading, part_size)
     work = target.parent / f".{target.name}.work"
-    with disk_errors(target, "whole parts were kept for the next run"), _locked(work, target):
-        _check_plan(work, items, [asdict(recipe), part_size, SCHEMA_VERSION], restart)
-        kept = sum(read_part(part_folder(work, item.number)) is not None for item in items)
-        make_parts(work, items, recipe, workers, progress=progress)
-        parts = [part_folder(work, item.number) for item in items]
-        reports = [read_part(folder) or {} for folder in parts]
+    sources = dict(source) if isinstance(source, Mapping) else {"all": source}
+    items = _plan(work, sources, format, reading, part_size)
+    with disk_errors(target, _KEPT), _locked(work, target):
+        settings = [asdict(reading), dtype, shard_atoms, part_size, SCHEMA_VERSION, list(TARGETS)]
+        _check_plan(work, items, settings, restart)
+        kept = sum(read_part(item.folder) is not None for item in items)
+        _make_parts(work, items, recipe, workers, progress=progress)
+        reports = [read_part(item.folder) or {} for item in items]
         messages = [message for report in reports for message in report["messages"]]
         counts = {key: sum(report[key] for report in reports) for key in ("skipped", "filtered")}
-        store = work / "store"
-        divide = _splitter(names, items, reports, settings, seed)
-        about = {"read": counts, **(facts or {})}
-        manifest = assemble(parts, store, dtype=dtype, source=_describe(source), split=divide, **about)
+
+        def split_index(index: Arrays) -> tuple[list[str], NDArray[np.uint8]]:
+            if divide is not None:
+                return _divide(index, divide, seed)
+            sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
+            return list(sources), np.repeat(np.array([item.split for item in items], dtype="u1"), sizes)
+
+        described = "; ".join(f"{name}={_names(given)}" for name, given in sources.items())
+        manifest = assemble(
+            [item.folder for item in items],
+            work / "store",
+            dtype=dtype,
+            source=described if isinstance(source, Mapping) else _names(source),
+            split=split_index,
+            **{"read": counts, **(facts or {})},
+        )
         if messages:
-            write_bytes(store / SKIPPED, "".join(f"{message}\n" for message in messages).encode())
-        duplicates = _finish(store)
-        publish(store, target)
+            (work / "store" / SKIPPED).write_text("".join(f"{message}\n" for message in messages), encoding="utf-8")
+        duplicates = _finish(work / "store")
+        publish(work / "store", target)
     return PrepareReport(
         path=target,
         written=manifest["num_structures"],
-        skipped=counts["skipped"],
-        filtered=counts["filtered"],
+        **counts,
         kept_parts=kept,
         splits=manifest["splits"],
         duplicates=duplicates,
@@ -173,28 +275,16 @@ def prepare(
     )
 
 
-def _check_settings(recipe: Recipe, workers: int, split: SplitSettings | None, source: Any) -> None:
-    """What can be refused before any file is opened."""
-    if workers < 1:
-        raise ConfigError(f"workers: {workers} is not a positive number")
-    if recipe.dtype not in PRECISIONS:
-        raise ConfigError(f"dtype: {recipe.dtype!r} is not {' or '.join(PRECISIONS)}")
-    LabelKeys.parse(recipe.reading.keys)
-    recipe.reading.policy(ReadReport())
-    if split is not None and isinstance(source, Mapping):
-        raise ConfigError("split: the sources are named by split already; name them or divide them, not both")
-
-
 def prepare_named(
     name: str, sources: Sequence[str], out: PathLike, *, options: Mapping[str, Any], **settings: Any
 ) -> PrepareReport:
-    """:func:`prepare` for files of a data set with a card, or of a layout.
+    """Runs :func:`prepare` on files of a data set with a card, or of a layout.
 
     Args:
         name: of a card (``escaip data list``), whose layouts, labels and options are the defaults, or of a layout in
             :data:`escaip.data.readers.READERS`.
         sources: paths, each bare or as ``SPLIT=PATH``.
-        out: directory to create.
+        out: folder to create.
         options: arguments of :func:`escaip.data.open_source`, those of the layout among them.
         **settings: of :func:`prepare`.
 
@@ -203,39 +293,32 @@ def prepare_named(
         DataError: as :func:`prepare`; or files of another layout than the set's.
     """
     cards = {card.name: card for card in list_datasets()}
-    facts: dict[str, Any] = {"dataset": name}
-    merged = dict(options)
+    merged, facts, given = dict(options), {"dataset": name}, _by_split(sources)
     if name in cards:
         about = cards[name].manifest["dataset"]
         # The sample that comes with a card has labels of its own.
         is_sample = any(DATASET_PREFIX in source for source in sources)
         described = cards[name].manifest.get("sample", {}) if is_sample else about
         facts["level_of_theory"] = described.get("level_of_theory", "")
-        # What a card says of labels and options is meant for the layout that it names.
-        given = _by_split(sources)
-        listed = [path for paths in given.values() for path in paths] if isinstance(given, dict) else given
+        # Labels and options of a card are meant for the layout that it names.
+        listed = [*chain.from_iterable(given.values())] if isinstance(given, dict) else given
         if {file.source for file in list_files(listed, merged.get("format"))} == {about.get("format")}:
             merged = {**about.get("options", {}), **merged}
             if "keys" in about:
                 merged["keys"] = {**about["keys"], **merged.get("keys", {})}
     elif name in READERS:
-        facts = {"dataset": ""}
-        merged["format"] = name
+        facts, merged["format"] = {"dataset": ""}, name
     else:
         raise ConfigError(
             f"{name!r} is neither a data set ({', '.join(cards)}) nor a layout ({', '.join(READERS)}): choose one"
         )
-    known = {item.name for item in fields(Reading)} - {"options"}
-    layout = merged.pop("format", None)
-    reading = Reading(
-        **{key: value for key, value in merged.items() if key in known},
-        options={key: value for key, value in merged.items() if key not in known},
-    )
-    return prepare(_by_split(sources), out, format=layout, reading=reading, facts=facts, **settings)
+    layout, known = merged.pop("format", None), {item.name for item in fields(Reading)} - {"options"}
+    own = {key: merged.pop(key) for key in [*merged] if key not in known}
+    return prepare(given, out, format=layout, reading=Reading(**merged, options=own), facts=facts, **settings)
 
 
 def _by_split(sources: Sequence[str]) -> list[Path] | dict[str, list[Path]]:
-    """Paths, or paths by split for ``train=PATH``; a path that exists is never taken for one with a split."""
+    """Returns paths, or paths by split for ``train=PATH``; an existing path is never taken for one with a split."""
     pairs = [("", text) if Path(text).exists() else text.partition("=")[::2] for text in sources]
     pairs = [(name, path) if path else ("", name) for name, path in pairs]
     if not any(name for name, _ in pairs):
@@ -249,112 +332,133 @@ def _by_split(sources: Sequence[str]) -> list[Path] | dict[str, list[Path]]:
     return named
 
 
-def _plan(source: Any, names: Sequence[str], format: str | None, reading: Reading, part_size: int) -> list[WorkItem]:
-    """The parts, in order. A limit is counted through all files, so that it makes one part of each split."""
-    items: list[WorkItem] = []
-    for code, name in enumerate(names):
-        files = list_files(source[name] if isinstance(source, Mapping) else source, format)
-        if reading.limit is not None:
-            items.append(WorkItem(len(items), tuple(files), None, code))
-            continue
-        for file in files:
-            divided = file.parts(part_size) if "index" not in reading.options else []
-            for part in divided or [None]:
-                items.append(WorkItem(len(items), (file,), part, code))
-    return items
-
-
-def _check_plan(work: Path, items: Sequence[WorkItem], settings: Any, restart: bool) -> None:
-    """Keeps the parts whose files are unchanged; refuses to mix parts made with other options."""
-    described = [
-        [item.split, item.part, [[file.source, file.name, _stamp(file.path)] for file in item.files]] for item in items
-    ]
-    plan = json.loads(json.dumps({"settings": settings, "items": described}, default=list))
-    file = work / "plan.json"
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before["settings"] != plan["settings"] and not restart:
-            raise DataError(
-                f"{work}: holds unfinished work with other options; run that command again to finish it, or add "
-                "--restart to throw it away"
-            )
-        same = before["settings"] == plan["settings"]
-        stale = [k for k, entry in enumerate(before["items"]) if not same or entry not in plan["items"][k : k + 1]]
-        for number in stale:
-            shutil.rmtree(part_folder(work, number), ignore_errors=True)
-        if stale:
-            shutil.rmtree(work / "store", ignore_errors=True)
-    write_bytes(file, json.dumps(plan).encode())
-
-
-def _stamp(path: Path) -> list[Any]:
-    """What changes when a file does."""
-    paths = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
-    return [[entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in paths]
-
-
-def _splitter(
-    names: Sequence[str],
-    items: Sequence[WorkItem],
-    reports: Sequence[dict[str, Any]],
-    settings: SplitSettings | None,
-    seed: int,
-) -> SplitCodes:
-    """Splits as the sources name them, or as the settings divide them."""
-
-    def named(index: Arrays) -> tuple[list[str], NDArray[np.uint8]]:
-        counts = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
-        return list(names), np.repeat(np.array([item.split for item in items], dtype="u1"), counts)
-
-    def divided(index: Arrays) -> tuple[list[str], NDArray[np.uint8]]:
-        assert settings is not None
-        if settings.by == "structure":
-            count = len(index["natoms"])
-            codes = assign_parts([str(k) for k in range(count)], np.ones(count), settings, seed=seed)
-        else:
-            groups = [read_text(index, "group", code) for code in range(len(index["group_offsets"]) - 1)]
-            counts = np.bincount(index["group_codes"], minlength=len(groups))
-            codes = assign_parts(groups, counts, settings, seed=seed)[index["group_codes"]]
-        kept = np.unique(codes)  # a part that was not asked for has no name
-        return [PARTS[code] for code in kept.tolist()], np.searchsorted(kept, codes).astype(np.uint8)
-
-    return named if settings is None else divided
-
-
-def _finish(store: Path) -> int:
-    """Statistics and histograms of the first split into ``statistics.json``; returns the number of duplicates."""
-    opened = Store(store)
-    first = opened.split_indices(opened.splits[0])
-    if len(first) == 0:
-        raise DataError(f"{store}: 0 structures in the split {opened.splits[0]}; check the source, filters and split")
-    statistics = fit_index_statistics(opened.index, first, require_energy=False)
-    duplicates = count_duplicates(opened.index)
-    content = {
-        "split": opened.splits[0],
-        "statistics": statistics.to_dict(),
-        "histograms": index_histograms(opened.index, first, statistics.element_references),
-        "duplicates_across_splits": duplicates,
-    }
-    write_bytes(store / "statistics.json", json.dumps(content, indent=1).encode())
-    return duplicates
-
-
-def _describe(source: Any) -> str:
-    if isinstance(source, Mapping):
-        return "; ".join(f"{name}={_describe(given)}" for name, given in source.items())
+def _names(source: PathLike | Sequence[PathLike]) -> str:
     given = [source] if isinstance(source, str | os.PathLike) else source
     return ", ".join(os.fspath(item) for item in given)
 
 
+def _plan(
+    work: Path, sources: Mapping[str, Any], format: str | None, reading: Reading, part_size: int
+) -> list[WorkItem]:
+    """Returns the parts, in order. A limit is counted through all files, so that it makes one part of each split."""
+    found: list[tuple[tuple[DataFile, ...], Part | None, int]] = []
+    for code, source in enumerate(sources.values()):
+        files = list_files(source, format)
+        if reading.limit is not None:
+            found.append((tuple(files), None, code))
+            continue
+        for file in files:
+            divided = file.parts(part_size) if "index" not in reading.options else []
+            found += [((file,), part, code) for part in divided or [None]]
+    return [WorkItem(work / f"part-{number:06d}", *facts) for number, facts in enumerate(found)]
+
+
+def _check_plan(work: Path, items: Sequence[WorkItem], settings: list[Any], restart: bool) -> None:
+    """Keeps the parts whose files are unchanged; refuses to mix parts made with other options."""
+    plan = json.loads(json.dumps({"settings": settings, "items": [item.describe() for item in items]}, default=list))
+    file = work / "plan.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else plan
+    same = before["settings"] == plan["settings"]
+    if not same and not restart:
+        raise DataError(
+            f"{work}: holds unfinished work with other options; run that command again to finish it, or add --restart "
+            "to throw it away"
+        )
+    for number, entry in enumerate(before["items"]):
+        if not same or entry not in plan["items"][number : number + 1]:
+            shutil.rmtree(work / f"part-{number:06d}", ignore_errors=True)
+            shutil.rmtree(work / "store", ignore_errors=True)
+    write_json(file, plan)
+
+
+def _make_parts(
+    work: Path, items: Sequence[WorkItem], recipe: tuple[Reading, str, int], workers: int, *, progress: bool
+) -> None:
+    """Makes the parts that are not there; after an error the other parts that are whole stay."""
+    for leftover in work.glob(f"{_MAKING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    todo = [item for item in items if read_part(item.folder) is None]
+    with tqdm(total=len(items), initial=len(items) - len(todo), unit=" parts", disable=not progress) as bar:
+        if workers == 1 or len(todo) <= 1:
+            for item in todo:
+                item.make(*recipe)
+                bar.update()
+            return
+        # Spawned, not forked: handles of HDF5 and LMDB and threads must not be inherited.
+        pool = ProcessPoolExecutor(
+            min(workers, len(todo)),
+            mp_context=get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(os.getpid(), list(TARGETS.values())),
+        )
+        running: set[Future[None]] = set()
+        try:
+            for number, item in enumerate(todo, 1):
+                running.add(pool.submit(item.make, *recipe))
+                # A few ahead of the workers: a data set may have tens of thousands of parts.
+                while running and (number == len(todo) or len(running) >= 2 * workers):
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                        bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(parent: int, targets: Sequence[Target]) -> None:
+    """Registers the parent's targets, and ends this worker when the parent is gone, killed for instance."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    for target in targets:
+        register_target(target)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _divide(index: Arrays, settings: SplitSettings, seed: int) -> tuple[list[str], NDArray[np.uint8]]:
+    """Returns names of splits and the code of each structure, by group or by structure."""
+    count, groups = len(index["natoms"]), group_names(index)
+    if settings.by == "structure":
+        codes = assign_parts([str(k) for k in range(count)], np.ones(count), settings, seed=seed)
+    else:
+        counts = np.bincount(index["group_codes"], minlength=len(groups))
+        codes = assign_parts(groups, counts, settings, seed=seed)[index["group_codes"]]
+    kept = np.unique(codes)  # a part that was not asked for has no name
+    return [PARTS[code] for code in kept.tolist()], np.searchsorted(kept, codes).astype(np.uint8)
+
+
+def _finish(path: Path) -> int:
+    """Writes statistics and histograms of the first split; returns how many structures of it occur in others too."""
+    store = Store(path)
+    first = store.split_indices(store.splits[0])
+    if len(first) == 0:
+        raise DataError(f"{path}: 0 structures in the split {store.splits[0]}; check the source, filters and split")
+    sums = TrainingSums()
+    sums.add_rows(store, first)
+    statistics = sums.statistics(require_energy=False)
+    split, hashes = store.index["split"], store.index["content_hash"]
+    duplicates = int(np.isin(hashes[split != 0], hashes[split == 0]).sum())
+    content = {
+        "split": store.splits[0],
+        "statistics": statistics.to_dict(),
+        "histograms": index_histograms(store.index, first, statistics.element_references),
+        "duplicates_across_splits": duplicates,
+    }
+    write_json(path / "statistics.json", content)
+    return duplicates
+
+
 @contextmanager
 def _locked(work: Path, target: Path) -> Iterator[None]:
-    """One process at a time; the lock of a killed one is gone with it. The folder goes when the work is done."""
+    """Lets one process at a time prepare a store; the work folder goes when the work is done."""
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{target}: another process is preparing it; wait for that one") from error
+    lock = try_lock(work / "lock")
+    if lock is None:
+        raise DataError(f"{target}: another process is preparing it; wait for that one")
+    with lock:
         try:
             yield
         except BaseException:

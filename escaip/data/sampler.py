@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from escaip.data.packing import Sizes, pack, sorted_pack, split_to_count
 from escaip.errors import ConfigError, DataError
 
 OVERSIZED = ("error", "skip", "own_batch")
@@ -25,7 +25,7 @@ def estimate_edges(
     num_neighbors: int | None,
     counted: ArrayLike | None = None,
 ) -> NDArray[np.int64]:
-    """``(num_structures,)`` cheap bound on the edges: ``n·k``, or ``n·min(k, n − 1)`` without images.
+    """Returns ``(num_structures,)`` a cheap bound on the edges: ``n·k``, or ``n·min(k, n − 1)`` without images.
 
     Args:
         natoms: ``(num_structures,)`` atoms.
@@ -55,6 +55,65 @@ class Quota:
     draws: int
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Share of each set of a mixture in an epoch.
+
+    Attributes:
+        weights: share of each set by name, in any unit; None for shares from ``temperature``.
+        temperature: shares proportional to ``N^(1/temperature)`` for sets of ``N`` structures: 1 takes sets as large
+            as they are, infinity all alike (Devlin et al., multilingual BERT; Conneau et al., arXiv 1911.02116).
+        epoch_size: structures in an epoch; None for as many as there are.
+    """
+
+    weights: Mapping[str, float] | None = None
+    temperature: float = 1.0
+    epoch_size: int | None = None
+
+    @classmethod
+    def parse(cls, spec: Mapping[str, Any] | Sampling | None) -> Sampling:
+        """Reads a mapping from a configuration.
+
+        Raises:
+            ConfigError: an unknown key or an impossible value.
+        """
+        if isinstance(spec, Sampling):
+            return spec
+        known = [item.name for item in fields(cls)]
+        for key in spec or {}:
+            if key not in known:
+                raise ConfigError(f"sampling: unknown setting {key!r}; use {', '.join(known)}")
+        settings = cls(**dict(spec or {}))
+        if settings.weights is not None and any(not weight > 0 for weight in settings.weights.values()):
+            raise ConfigError(f"sampling: weights: {dict(settings.weights)} must be positive; leave a set out instead")
+        if not settings.temperature > 0:
+            raise ConfigError(f"sampling: temperature: {settings.temperature} is not a positive number")
+        if settings.epoch_size is not None and settings.epoch_size < 1:
+            raise ConfigError(f"sampling: epoch_size: {settings.epoch_size} is not a positive number")
+        return settings
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuses weights for other sets than there are.
+
+        Raises:
+            ConfigError: a set without a weight, or a weight without a set.
+        """
+        if self.weights is not None and set(self.weights) != set(names):
+            raise ConfigError(f"sampling: weights name {', '.join(self.weights)}, but the sets are {', '.join(names)}")
+
+    def draws(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
+        """Returns the structures of each set in an epoch; None when an epoch is simply every structure once."""
+        if self.weights is None and self.temperature == 1.0 and self.epoch_size is None:
+            return None
+        if self.weights is not None:
+            shares = np.array([self.weights[name] for name in sizes])
+        else:
+            shares = np.array([float(size) for size in sizes.values()]) ** (1.0 / self.temperature)
+        total = self.epoch_size or sum(sizes.values())
+        counts = np.maximum(1, np.round(total * shares / shares.sum())).astype(int)
+        return dict(zip(sizes, counts.tolist(), strict=True))
+
+
 class BudgetBatchSampler(Sampler[list[int]]):
     """Batches of indices whose atoms, edges and number stay within budgets.
 
@@ -71,7 +130,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
     Batches depend on ``(seed, epoch)`` alone; rank ``r`` of ``W`` gets those at ``r, r + W, ...``.
 
     Attributes:
-        epoch: what :meth:`set_epoch` was last told.
+        epoch: the one that the next iteration packs.
         skipped: indices larger than a budget, left out under ``oversized="skip"``.
         left_out: structures that found no batch in the epoch packed last (see above).
     """
@@ -107,7 +166,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
             seed: of the order.
             rank: of this process.
             world_size: number of processes.
-            oversized: what to do with a structure larger than a budget: ``"error"``, ``"skip"`` or ``"own_batch"``.
+            oversized: policy for a structure larger than a budget: ``"error"``, ``"skip"`` or ``"own_batch"``.
             quotas: how many structures of each set an epoch takes, for sets that are mixed; shuffles always.
 
         Raises:
@@ -151,11 +210,11 @@ class BudgetBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> BudgetBatchSampler:
-        """Itself: Lightning calls ``set_epoch`` on ``loader.batch_sampler.sampler``."""
+        """This sampler; Lightning calls ``set_epoch`` on ``loader.batch_sampler.sampler``."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration packs."""
+        """Sets the epoch that the next iteration packs."""
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -166,7 +225,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return (batch.tolist() for batch in self.batches(self.epoch))
 
     def batches(self, epoch: int) -> list[Indices]:
-        """This rank's batches of one epoch, each ``(B,)`` int64."""
+        """Returns this rank's batches of one epoch, each ``(B,)`` int64."""
         if self._cache is None or self._cache[0] != epoch:
             packed = self._pack(epoch)
             self._cache = (epoch, packed[self._rank :: self._world_size])
@@ -181,7 +240,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return np.random.default_rng([self._seed, epoch]).permutation(self._usable)
 
     def _draw(self, number: int, quota: Quota, epoch: int) -> Indices:
-        """This epoch's structures of one set: the next ones of an endless row of its permutations."""
+        """Returns this epoch's structures of one set: the next ones of an endless row of its permutations."""
         members = self._usable[(self._usable >= quota.start) & (self._usable < quota.stop)]
         if len(members) == 0:
             raise DataError("sampler: 0 structures of one of the sets fit the budget; raise max_atoms")
@@ -192,7 +251,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return np.concatenate(row)[offset : offset + quota.draws]
 
     def _plan(self) -> int:
-        """Batches in all, a multiple of the number of ranks."""
+        """Returns the number of batches on all ranks, a multiple of the number of ranks."""
         count = len(pack(self._order(0), self._sizes))
         if self._shuffle and not self._sizes.uniform(self._usable):
             if len(self._usable) <= _EXACT_PACKING and self._quotas is None:
@@ -251,3 +310,95 @@ def _oversized_message(
         f"{name}: has {sizes[index, column]} {keys[column]}, more than max_{keys[column]} = {budget[column]}; "
         "raise it, or set oversized: skip or own_batch"
     )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Size of each structure and budget of a batch, in each of ``K`` quantities.
+
+    Attributes:
+        each: ``(num_structures, K)`` int64, none above the budget.
+        budget: ``(K,)`` int64.
+    """
+
+    each: NDArray[np.int64]
+    budget: NDArray[np.int64]
+
+    def uniform(self, indices: Indices) -> bool:
+        """Whether all these structures are of one size, so that every order packs alike."""
+        return bool((self.each[indices] == self.each[indices[0]]).all())
+
+    def squeeze(self, batches: list[Indices], count: int) -> list[Indices] | None:
+        """Returns ``count`` batches, the smallest ones filled into the others, or None if they do not fit."""
+        filled = np.stack([self.each[batch].sum(axis=0) for batch in batches])
+        order = np.argsort((filled / self.budget).max(axis=1), kind="stable")
+        surplus = len(batches) - count
+        kept = [batches[k] for k in sorted(order[surplus:].tolist())]
+        room = self.budget - np.stack([filled[k] for k in sorted(order[surplus:].tolist())])
+        loose = [index for k in order[:surplus] for index in batches[k].tolist()]
+        for index in sorted(loose, key=lambda k: (-int(self.each[k, -1]), k)):
+            fits = (room >= self.each[index]).all(axis=1)
+            if not fits.any():
+                return None
+            target = int(np.argmax(fits))
+            kept[target] = np.append(kept[target], index)
+            room[target] -= self.each[index]
+        return kept
+
+
+def pack(order: Indices, sizes: Sizes) -> list[Indices]:
+    """Returns consecutive runs of ``order`` within the budget, each as long as it can be, as views of it."""
+    totals = np.concatenate([np.zeros((1, sizes.each.shape[1]), dtype=np.int64), sizes.each[order].cumsum(axis=0)])
+    batches, start = [], 0
+    while start < len(order):
+        stops = [
+            int(np.searchsorted(totals[:, k], totals[start, k] + sizes.budget[k], side="right")) - 1
+            for k in range(sizes.each.shape[1])
+        ]
+        stop = max(min(stops), start + 1)
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+def sorted_pack(indices: Indices, sizes: Sizes) -> list[Indices]:
+    """Packs by first-fit decreasing: structures by decreasing size, each into the first batch with room.
+
+    The number of batches depends on the sizes alone, not on the order given.
+    """
+    fraction = (sizes.each[indices] / sizes.budget).max(axis=1)
+    keys = [sizes.each[indices, k] for k in range(sizes.each.shape[1])]
+    order = indices[np.lexsort([*keys, -fraction])]
+    batches: list[list[int]] = []
+    room = np.zeros((0, sizes.each.shape[1]), dtype=np.int64)
+    used = 0
+    for index in order.tolist():
+        fits = (room[:used] >= sizes.each[index]).all(axis=1)
+        target = int(np.argmax(fits)) if fits.any() else used
+        if target == used:
+            if used == len(room):
+                room = np.concatenate([room, np.tile(sizes.budget, (max(16, used), 1))])
+            batches.append([])
+            used += 1
+        batches[target].append(index)
+        room[target] -= sizes.each[index]
+    return [np.array(batch, dtype=np.int64) for batch in batches]
+
+
+def split_to_count(batches: list[Indices], count: int, sizes: Sizes) -> list[Indices]:
+    """Returns ``count`` batches, halving the fullest ones that hold more than one structure; their order is kept."""
+    if len(batches) >= count:
+        return batches
+
+    def entry(batch: Indices, position: tuple[int, ...]) -> tuple[float, tuple[int, ...], Indices]:
+        fullness = float((sizes.each[batch].sum(axis=0) / sizes.budget).max()) if len(batch) > 1 else 0.0
+        return (-fullness, position, batch)
+
+    heap = [entry(batch, (k,)) for k, batch in enumerate(batches)]
+    heapq.heapify(heap)
+    while len(heap) < count:
+        _, position, batch = heapq.heappop(heap)
+        middle = len(batch) // 2
+        heapq.heappush(heap, entry(batch[:middle], (*position, 0)))
+        heapq.heappush(heap, entry(batch[middle:], (*position, 1)))
+    return [batch for _, _, batch in sorted(heap, key=lambda item: item[1])]

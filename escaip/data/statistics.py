@@ -1,10 +1,10 @@
-"""What a potential needs to know about its training set: element references, force scale, counts."""
+"""Statistics of a training set: atomic energies, force scale, counts, histograms."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.store_index import composition_at, composition_key, label_counts
+from escaip.data.store import Arrays, Store, composition_key, compositions, label_counts
 from escaip.data.structure import LABELS
 from escaip.data.validation import MAX_ATOMIC_NUMBER
 from escaip.errors import DataError
+from escaip.files import write_json
+from escaip.types import TARGETS
 
 if TYPE_CHECKING:
-    from escaip.data.shards import Arrays
     from escaip.data.structure import AtomicData
 
 _BLOCK = 2048
@@ -36,9 +37,9 @@ class Statistics:
         energy_residual_rms_per_atom: eV/atom, root mean square of ``(energy − sum of references) / n``; NaN without
             energies.
         elements: atomic numbers present, sorted.
-        num_structures: structures looked at.
+        num_structures: structures of the set.
         num_atoms: atoms in them.
-        label_counts: structures that carry ``energy``, ``forces``, ``stress``.
+        label_counts: structures that carry each of :data:`escaip.types.TARGETS`; further ones only where there are any.
         references_unique: False when the compositions do not determine the references (a single molecule, a fixed
             stoichiometry): the references are then those of least norm, their sum still right for such compositions.
         mean_neighbors: neighbors per atom, where it was measured.
@@ -57,7 +58,7 @@ class Statistics:
     references_fitted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; NaN becomes None."""
+        """Returns plain JSON values; NaN becomes None."""
         values = asdict(self)
         values["element_references"] = {str(z): energy for z, energy in self.element_references.items()}
         values["elements"] = list(self.elements)
@@ -67,7 +68,7 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
-        """Undoes :meth:`to_dict`.
+        """Returns the statistics that :meth:`to_dict` described.
 
         Raises:
             DataError: unknown or missing entries.
@@ -83,15 +84,12 @@ class Statistics:
             raise DataError(f"statistics: cannot be read ({error!r}); fit them again") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, aside first and then under its name."""
-        target = Path(path)
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        aside.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        os.replace(aside, target)
+        """Writes a JSON file."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Reads what :meth:`save` wrote.
+        """Reads a file that :meth:`save` wrote.
 
         Raises:
             DataError: no such file, or damaged.
@@ -108,7 +106,7 @@ def fit_statistics(
     *,
     require_energy: bool = True,
 ) -> Statistics:
-    """Statistics in one pass over a training set, with memory for its compositions, not its structures.
+    """Fits statistics in one pass over a training set, with memory for its compositions, not its structures.
 
     References minimise ``sum_s [(E_s − sum_Z n_sZ e_Z) / n_s]²`` in float64, through a QR factorisation updated
     block by block (normal equations would square the condition number). Where compositions do not determine them, the
@@ -129,36 +127,13 @@ def fit_statistics(
     return sums.statistics(isolated_energies, require_energy=require_energy)
 
 
-def fit_index_statistics(
-    index: Arrays,
-    indices: NDArray[np.int64],
-    isolated_energies: Mapping[int, float] | None = None,
-    *,
-    require_energy: bool = True,
-) -> Statistics:
-    """:func:`fit_statistics` of some structures of a prepared store, from its index alone.
-
-    Args:
-        index: of the store.
-        indices: positions of the training structures.
-        isolated_energies: as there.
-        require_energy: as there.
-
-    Raises:
-        DataError: as there.
-    """
-    sums = TrainingSums()
-    sums.add_rows(index, indices)
-    return sums.statistics(isolated_energies, require_energy=require_energy)
-
-
 class TrainingSums:
-    """Sums over a training set. Energies are kept by composition: structures of one composition share their row."""
+    """Sums over a training set; energies are kept by composition."""
 
     def __init__(self) -> None:
         self.num_structures = 0
         self.num_atoms = 0
-        self.labels = dict.fromkeys(LABELS, 0)
+        self.labels = dict.fromkeys(TARGETS, 0)
         self._present = np.zeros(MAX_ATOMIC_NUMBER + 1, dtype=bool)
         self._force_sum, self._force_count = 0.0, 0
         # Energy per atom by composition: number, mean, sum of squared deviations from the mean.
@@ -180,36 +155,37 @@ class TrainingSums:
         self._force_sum += float((forces**2).sum())
         self._force_count += forces.size
 
-    def add_rows(self, index: Arrays, rows: NDArray[np.int64]) -> None:
-        """Adds structures of a store by their rows of its index."""
-        compositions = [composition_at(index, code) for code in range(len(index["composition_offsets"]) - 1)]
+    def add_rows(self, store: Store, rows: NDArray[np.int64]) -> None:
+        """Adds structures of a store by their positions, from its index alone."""
+        keys = compositions(store.index)
         for start in range(0, len(rows), _BLOCK_ROWS):
-            self._add_block(index, rows[start : start + _BLOCK_ROWS], compositions)
+            self._add_block(store, rows[start : start + _BLOCK_ROWS], keys)
 
-    def _add_block(self, index: Arrays, rows: NDArray[np.int64], compositions: Sequence[bytes]) -> None:
+    def _add_block(self, store: Store, rows: NDArray[np.int64], keys: list[bytes]) -> None:
+        index = store.index
         natoms, codes = index["natoms"][rows], index["composition_codes"][rows]
         self.num_structures += len(rows)
         self.num_atoms += int(natoms.sum(dtype=np.int64))
         for code in np.unique(codes).tolist():
-            self._present[np.frombuffer(compositions[code], dtype="<i4")[::2]] = True
-        for label, count in label_counts(index["labels"][rows]).items():
-            self.labels[label] += count
+            self._present[np.frombuffer(keys[code], dtype="<i4")[::2]] = True
+        for label, count in label_counts(index["labels"][rows], store.labels).items():
+            self.labels[label] = self.labels.get(label, 0) + count
         self._force_sum += float(index["force_square_sum"][rows].sum())
         self._force_count += int(index["force_count"][rows].sum(dtype=np.int64))
         per_atom = index["energy"][rows] / natoms
         known = ~np.isnan(per_atom)
         per_atom, codes = per_atom[known], codes[known]
         # Deviations from one value of the composition: energies are large, their spread is not.
-        shift = np.zeros(len(compositions))
+        shift = np.zeros(len(keys))
         shift[codes] = per_atom
-        counts = np.bincount(codes, minlength=len(compositions))
+        counts = np.bincount(codes, minlength=len(keys))
         deviations = per_atom - shift[codes]
-        sums = np.bincount(codes, deviations, minlength=len(compositions))
-        squares = np.bincount(codes, deviations**2, minlength=len(compositions))
+        sums = np.bincount(codes, deviations, minlength=len(keys))
+        squares = np.bincount(codes, deviations**2, minlength=len(keys))
         for code in np.flatnonzero(counts).tolist():
             count, offset = int(counts[code]), sums[code] / counts[code]
             spread = max(float(squares[code] - counts[code] * offset**2), 0.0)
-            self._merge(compositions[code], count, float(shift[code] + offset), spread)
+            self._merge(keys[code], count, float(shift[code] + offset), spread)
 
     def statistics(
         self, isolated_energies: Mapping[int, float] | None = None, *, require_energy: bool = True
@@ -225,7 +201,7 @@ class TrainingSums:
             elements=tuple(int(z) for z in np.flatnonzero(self._present)),
             num_structures=self.num_structures,
             num_atoms=self.num_atoms,
-            label_counts=dict(self.labels),
+            label_counts={label: count for label, count in self.labels.items() if count or label in LABELS},
         )
         factor = self._factor()
         if isolated_energies is not None:
@@ -257,7 +233,7 @@ class TrainingSums:
         )
 
     def _factor(self) -> NDArray[np.float64]:
-        """R of a QR factorisation of rows ``√m [n_Z / n, mean(E / n)]``, one for each composition."""
+        """Returns R of a QR factorisation of rows ``√m [n_Z / n, mean(E / n)]``, one for each composition."""
         factor = np.zeros((0, MAX_ATOMIC_NUMBER + 2))
         items = list(self._energies.items())
         for start in range(0, len(items), _BLOCK):
@@ -296,3 +272,46 @@ def _given_references(energies: Mapping[int, float], elements: tuple[int, ...]) 
             f"isolated_energies: no energy for {', '.join(missing)}; add it or drop isolated_energies to fit"
         )
     return {z: float(energies[z]) for z in elements}
+
+
+def index_histograms(
+    index: Arrays, rows: NDArray[np.int64], element_references: Mapping[int, float]
+) -> dict[str, dict[str, list[float]]]:
+    """Returns distributions over structures of a store, each as ``edges (b+1,)`` and ``counts (b,)``.
+
+    Args:
+        index: of the store.
+        rows: of the structures.
+        element_references: eV by atomic number.
+
+    Returns:
+        ``natoms``; ``energy_residual`` in eV/atom, after references; ``force_rms`` and ``max_force`` in eV/Å,
+        logarithmic; ``neighbors`` per atom within 6 Å.
+    """
+    natoms = index["natoms"][rows].astype(np.float64)
+    tables = [np.frombuffer(key, dtype="<i4").reshape(-1, 2).tolist() for key in compositions(index)]
+    references = np.array([sum(element_references.get(z, 0.0) * count for z, count in table) for table in tables])
+    residual = (index["energy"][rows] - references[index["composition_codes"][rows]]) / natoms
+    forced = rows[index["force_count"][rows] > 0]
+    rms = np.sqrt(index["force_square_sum"][forced] / index["force_count"][forced])
+    return {
+        "natoms": _histogram(natoms),
+        "energy_residual": _histogram(residual[np.isfinite(residual)]),
+        "force_rms": _histogram(rms, log=True),
+        "max_force": _histogram(index["max_force"][forced].astype(np.float64), log=True),
+        "neighbors": _histogram(index["num_edges"][rows] / natoms),
+    }
+
+
+def _histogram(values: NDArray[np.float64], bins: int = 50, *, log: bool = False) -> dict[str, list[float]]:
+    if log:
+        values = values[values > 0]
+    if len(values) == 0:
+        return {"edges": [], "counts": []}
+    low, high = float(values.min()), float(values.max())
+    edges: Any = bins if high > low else 1
+    if log and high > low:
+        edges = np.geomspace(low, high, bins + 1)
+        values = np.clip(values, edges[0], edges[-1])
+    counts, edges = np.histogram(values, edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}

@@ -1,9 +1,9 @@
-"""Prepared store: structures in memory-mapped shards, random access, no pickle.
+"""Prepared store: structures in memory-mapped shards with random access, without pickle.
 
-A store is a directory: ``manifest.json`` (schema, counts, checksums, labels, splits, source), ``index.safetensors``
-(:data:`escaip.data.store_index.COLUMNS` of every structure, names of groups, compositions) and shards in safetensors
-format. A shard holds its structures' arrays end to end, with offsets; names are UTF-8 bytes with offsets. See
-:mod:`escaip.data.store_writer` for how it is written.
+A store is a folder of ``manifest.json`` (schema, counts, checksums, labels, splits, source), ``index.safetensors``
+(:data:`COLUMNS` of every structure, names of groups, compositions) and shards in safetensors format. A shard holds its
+structures' arrays end to end, with offsets; texts are UTF-8 bytes with offsets. Every target of
+:data:`escaip.types.TARGETS` is stored; one that a shard does not hold reads as NaN.
 """
 
 from __future__ import annotations
@@ -12,44 +12,134 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escaip.data.shards import MOMENTS, STORED_FIELDS, Arrays, map_safetensors, read_text
-from escaip.data.store_writer import MANIFEST, SCHEMA_VERSION, StoreWriter
-from escaip.data.structure import PER_ATOM_FIELDS, AtomicData
+from escaip.data.structure import AtomicData, make_batch
 from escaip.errors import ConfigError, DataError
+from escaip.files import sha256
+from escaip.types import TARGETS
 
-__all__ = ["Store", "StoreWriter"]
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
 
-TARGET_DTYPES = {
-    "positions": np.dtype("f8"),
-    "atomic_numbers": np.dtype("i8"),
-    "cell": np.dtype("f8"),
-    "pbc": np.dtype("?"),
-    "charge": np.dtype("i8"),
-    "spin_multiplicity": np.dtype("i8"),
-    "energy": np.dtype("f8"),
-    "forces": np.dtype("f8"),
-    "stress": np.dtype("f8"),
-    "fixed": np.dtype("?"),
-    "tags": np.dtype("i8"),
+Arrays = dict[str, NDArray[Any]]
+Indices = NDArray[np.int64]
+
+SCHEMA_VERSION = 2
+MANIFEST = "manifest.json"
+INDEX = "index.safetensors"
+EDGE_CUTOFF = 6.0
+"""Å within which the edges of a structure are counted, to balance batches by."""
+
+COLUMNS: dict[str, str] = {
+    "natoms": "<i4",
+    "periodic": "?",
+    "labels": "u1",
+    "split": "u1",
+    "group_codes": "<i4",
+    "composition_codes": "<i4",
+    "num_edges": "<i4",
+    "energy": "<f8",
+    "force_square_sum": "<f8",
+    "force_count": "<i4",
+    "max_force": "<f4",
+    "content_hash": "<u8",
 }
-_PER_ATOM = frozenset(PER_ATOM_FIELDS)
+"""Per structure: atoms; any periodic axis; labels as bits, in the order of the manifest's ``labels``; position of its
+part in the manifest's ``splits``; group; composition; directed pairs within ``EDGE_CUTOFF``; energy in eV (NaN
+missing); sum of squared force components of free, labelled atoms in (eV/Å)², their number, and the largest force on one
+of them in eV/Å; hash of elements, coordinates, cell, charge and spin."""
+
+FIELDS = {
+    "positions": ("<f8", "f8"),
+    "atomic_numbers": ("u1", "i8"),
+    "cell": ("<f8", "f8"),
+    "pbc": ("?", "?"),
+    "charge": ("<i4", "i8"),
+    "spin_multiplicity": ("<i4", "i8"),
+    "fixed": ("?", "?"),
+    "tags": ("<i4", "i8"),
+}
+"""How the fields besides targets are stored, and their dtype in memory."""
+_PER_ATOM = ("positions", "atomic_numbers", "fixed", "tags")
+MOMENTS = "magnetic_moments"
+DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U64": "<u8", "U8": "u1", "BOOL": "?"}
+
+
+def map_arrays(path: Path) -> Arrays:
+    """Returns the arrays of a safetensors file as read-only views of one memory map.
+
+    The map is torch's, which keeps no file descriptor: a store may have more shards than a process may have of those.
+
+    Raises:
+        DataError: a header that is damaged or points outside the file.
+    """
+    try:
+        size = path.stat().st_size
+        if size < 8:
+            raise ValueError(f"{size} bytes")
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        data.flags.writeable = False
+        length = int.from_bytes(data[:8].tobytes(), "little")
+        if not 2 <= length <= min(size - 8, 1 << 20):
+            raise ValueError("impossible header length")
+        header, body = json.loads(data[8 : 8 + length].tobytes()), data[8 + length :]
+        header.pop("__metadata__", None)
+        arrays: Arrays = {}
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            if not 0 <= start <= stop <= len(body):
+                raise ValueError(f"array {name!r} lies outside the file")
+            arrays[name] = body[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged shard ({error}); prepare the store again") from error
+    return arrays
+
+
+def read_text(arrays: Arrays, kind: str, index: int) -> str:
+    """Returns one of the texts of :func:`pack_text`."""
+    start, stop = arrays[f"{kind}_offsets"][index : index + 2].tolist()
+    return arrays[f"{kind}_bytes"][start:stop].tobytes().decode("utf-8")
+
+
+def group_names(index: Arrays) -> list[str]:
+    """Returns the names of the groups of an index."""
+    return [read_text(index, "group", code) for code in range(len(index["group_offsets"]) - 1)]
+
+
+def composition_key(numbers: NDArray[Any]) -> bytes:
+    """Returns elements and how many of each, as bytes that are equal for equal compositions."""
+    counts = np.bincount(numbers)
+    elements = np.flatnonzero(counts)
+    return np.stack([elements, counts[elements]], axis=1).astype("<i4").tobytes()
+
+
+def compositions(index: Arrays) -> list[bytes]:
+    """Returns the :func:`composition_key` of every composition of an index."""
+    table = np.stack([index["composition_elements"], index["composition_counts"]], axis=1).astype("<i4")
+    bounds = index["composition_offsets"].tolist()
+    return [table[start:stop].tobytes() for start, stop in pairwise(bounds)]
+
+
+def label_counts(labels: NDArray[Any], names: Sequence[str]) -> dict[str, int]:
+    """Returns how many structures carry each label, from the index's bits."""
+    return {name: int(np.count_nonzero(labels & (1 << bit))) for bit, name in enumerate(names)}
 
 
 class Store:
     """Random access to a prepared store.
 
-    Opening reads the manifest and checks that every file is there with its size; shards are mapped when first used,
-    in each process for itself, so that a store can be pickled and used under fork, spawn and forkserver alike.
+    Opening reads the manifest and checks that every file is there with its size. Shards are mapped when first used, in
+    each process for itself, so that a store can be pickled and used under fork, spawn and forkserver alike.
 
     Attributes:
-        path: the directory.
+        path: the folder.
         manifest: contents of ``manifest.json``.
     """
 
@@ -62,7 +152,7 @@ class Store:
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file()}
-        for entry in [*self.manifest["shards"], self.manifest["index"]]:
+        for entry in self._entries:
             size = sizes.get(entry["file"], -1)
             if size != entry["bytes"]:
                 state = "is missing" if size < 0 else f"has {size} bytes instead of {entry['bytes']} (truncated?)"
@@ -78,50 +168,54 @@ class Store:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> AtomicData:
-        """The structure at ``index``, its tensors copied out of the file."""
-        arrays, local = self.locate(index)
+        """Returns the structure at ``index``, its tensors copied out of the file.
+
+        Raises:
+            IndexError: outside the store.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path}: index {index} outside 0..{len(self) - 1}")
+        index %= len(self)
+        ((arrays, local),) = self._locate([index])
         start, stop = arrays["offsets"][local : local + 2].tolist()
-        fields: dict[str, Any] = {}
-        for key in STORED_FIELDS:
-            piece = arrays[key][start:stop] if key in _PER_ATOM else arrays[key][local : local + 1]
-            fields[key] = torch.from_numpy(piece.astype(TARGET_DTYPES[key]))
+        fields: dict[str, Any] = self._gather([(arrays, local, start, stop)])
         if MOMENTS in arrays and not np.isnan(arrays[MOMENTS][start:stop]).any():
             fields[MOMENTS] = torch.from_numpy(arrays[MOMENTS][start:stop].astype("f8"))
         fields["dataset"] = torch.tensor([-1])
         fields["structure_id"] = read_text(arrays, "id", local)
-        fields["group"] = self.group(index)
+        fields["group"] = read_text(self.index, "group", int(self.index["group_codes"][index]))
         fields["num_nodes"] = stop - start
         return AtomicData.from_fields(fields)
 
     def __iter__(self) -> Iterator[AtomicData]:
         return (self[index] for index in range(len(self)))
 
-    def get_arrays(self, index: int) -> Arrays:
-        """The structure's arrays as read-only views of the file, in the stored precision, without names.
+    def batch(self, positions: Sequence[int] | Indices) -> Batch:
+        """Returns what :func:`escaip.data.collate` makes of structures, joined from the shards without making them.
 
-        Shapes are those of :class:`AtomicData`.
+        Args:
+            positions: ``(B,)`` of the structures, each inside the store.
         """
-        arrays, local = self.locate(index)
-        start, stop = arrays["offsets"][local : local + 2].tolist()
-        return {
-            key: arrays[key][start:stop] if key in _PER_ATOM else arrays[key][local : local + 1]
-            for key in STORED_FIELDS
-        }
+        located = self._locate(positions)
+        spans = [(arrays, local, *arrays["offsets"][local : local + 2].tolist()) for arrays, local in located]
+        fields: dict[str, Any] = self._gather(spans)
+        fields["dataset"] = torch.full((len(spans),), -1)
+        fields["structure_id"] = [read_text(arrays, "id", local) for arrays, local in located]
+        codes = self.index["group_codes"][np.asarray(positions, dtype=np.int64)].tolist()
+        names = {code: read_text(self.index, "group", code) for code in set(codes)}
+        fields["group"] = [names[code] for code in codes]
+        return make_batch(fields, torch.tensor([stop - start for _, _, start, stop in spans]))
 
     def structure_id(self, index: int) -> str:
-        """Name of one structure."""
-        arrays, local = self.locate(index)
+        """Returns the name of one structure."""
+        ((arrays, local),) = self._locate([index])
         return read_text(arrays, "id", local)
-
-    def group(self, index: int) -> str:
-        """Group of one structure."""
-        return read_text(self.index, "group", int(self.index["group_codes"][index]))
 
     @property
     def index(self) -> Arrays:
-        """:data:`~escaip.data.store_index.COLUMNS` of every structure, read-only and mapped, and their tables."""
+        """:data:`COLUMNS` of every structure, read-only and mapped, names of groups, and compositions."""
         if self._index is None:
-            self._index = map_safetensors(self.path / self.manifest["index"]["file"])
+            self._index = map_arrays(self.path / self.manifest["index"]["file"])
         return self._index
 
     @property
@@ -130,28 +224,22 @@ class Store:
         return self.index["natoms"]
 
     @property
-    def periodic(self) -> NDArray[np.bool_]:
-        """``(num_structures,)`` whether any axis is periodic."""
-        return self.index["periodic"]
-
-    @property
-    def group_codes(self) -> NDArray[np.int32]:
-        """``(num_structures,)`` position of each structure's group in :attr:`groups`."""
-        return self.index["group_codes"]
-
-    @property
     def groups(self) -> list[str]:
-        """Names of the groups."""
-        index = self.index
-        return [read_text(index, "group", k) for k in range(len(index["group_offsets"]) - 1)]
+        """Names of the groups; the index's ``group_codes`` are positions in them."""
+        return group_names(self.index)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the labels, in the order of the bits of the index's ``labels``."""
+        return list(self.manifest["labels"])
 
     @property
     def splits(self) -> list[str]:
         """Names of the parts the store was divided into; ``["all"]`` when it was not."""
         return list(self.manifest["splits"])
 
-    def split_indices(self, name: str) -> NDArray[np.int64]:
-        """Ascending positions of the structures of one split.
+    def split_indices(self, name: str) -> Indices:
+        """Returns the ascending positions of the structures of one split.
 
         Raises:
             ConfigError: the store has no such split.
@@ -169,7 +257,7 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return int(sum(entry["bytes"] for entry in [*self.manifest["shards"], self.manifest["index"]]))
+        return sum(int(entry["bytes"]) for entry in self._entries)
 
     def verify(self) -> None:
         """Reads everything and compares checksums.
@@ -177,38 +265,45 @@ class Store:
         Raises:
             DataError: naming the first damaged file.
         """
-        for entry in [*self.manifest["shards"], self.manifest["index"]]:
-            digest = hashlib.sha256()
-            with open(self.path / entry["file"], "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-            if digest.hexdigest() != entry["sha256"]:
+        for entry in self._entries:
+            if sha256(self.path / entry["file"]) != entry["sha256"]:
                 raise DataError(f"{self.path / entry['file']}: checksum differs, the file is damaged; prepare it again")
 
-    def locate(self, index: int) -> tuple[Arrays, int]:
-        """The mapped shard of a structure, and its position there.
+    @property
+    def _entries(self) -> list[dict[str, Any]]:
+        return [*self.manifest["shards"], self.manifest["index"]]
 
-        Raises:
-            IndexError: outside the store.
-        """
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path}: index {index} outside 0..{len(self) - 1}")
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._map(shard), index - int(self._starts[shard])
-
-    def locate_many(self, indices: Sequence[int] | NDArray[np.int64]) -> list[tuple[Arrays, int]]:
-        """:meth:`locate` of structures inside the store, all at once."""
+    def _locate(self, indices: Sequence[int] | Indices) -> list[tuple[Arrays, int]]:
+        """Returns the mapped shard of each structure and its position there."""
         positions = np.asarray(indices, dtype=np.int64)
         shards = np.searchsorted(self._starts, positions, side="right") - 1
         local = positions - self._starts[shards]
         return [(self._map(shard), k) for shard, k in zip(shards.tolist(), local.tolist(), strict=True)]
 
+    def _gather(self, spans: Sequence[tuple[Arrays, int, int, int]]) -> dict[str, torch.Tensor]:
+        """Returns the fields of structures, joined; targets that are not stored are NaN."""
+        fields: dict[str, torch.Tensor] = {}
+        kinds = {key: (key in _PER_ATOM, dtype, None) for key, (_, dtype) in FIELDS.items()}
+        targets = {key: (target.per_atom, "f8", target.shape) for key, target in TARGETS.items()}
+        for key, (per_atom, dtype, shape) in {**kinds, **targets}.items():
+            if shape is None or all(key in arrays for arrays, *_ in spans):
+                if per_atom:
+                    pieces = [arrays[key][start:stop] for arrays, _, start, stop in spans]
+                else:
+                    pieces = [arrays[key][local : local + 1] for arrays, local, *_ in spans]
+            else:
+                rows = [slice(start, stop) if per_atom else slice(k, k + 1) for _, k, start, stop in spans]
+                pieces = [
+                    arrays[key][row] if key in arrays else np.full((row.stop - row.start, *shape), np.nan)
+                    for (arrays, *_), row in zip(spans, rows, strict=True)
+                ]
+            fields[key] = torch.from_numpy(np.concatenate(pieces).astype(dtype, copy=False))
+        return fields
+
     def _map(self, shard: int) -> Arrays:
         arrays = self._shards.get(shard)
         if arrays is None:
-            arrays = self._shards[shard] = map_safetensors(self.path / self.manifest["shards"][shard]["file"])
+            arrays = self._shards[shard] = map_arrays(self.path / self.manifest["shards"][shard]["file"])
         return arrays
 
 
@@ -217,15 +312,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{path}: is no prepared store (no {MANIFEST}); make one with escaip data convert SRC {path}")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = dict(json.loads(file.read_text(encoding="utf-8")))
         version = int(manifest["schema_version"])
-        shards, index = manifest["shards"], manifest["index"]
-        [(entry["file"], entry["bytes"], entry["num_structures"], entry["sha256"]) for entry in shards]
-        (index["file"], index["bytes"], index["sha256"])
+        [(entry["file"], entry["bytes"], entry["num_structures"], entry["sha256"]) for entry in manifest["shards"]]
+        [manifest["index"][key] for key in ("file", "bytes", "sha256")]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: damaged manifest ({error!r}); prepare the store again") from error
-    if version > SCHEMA_VERSION:
-        raise DataError(f"{file}: schema {version} is newer than this version reads ({SCHEMA_VERSION}); update escaip")
-    if version < SCHEMA_VERSION:
-        raise DataError(f"{file}: schema {version} is older than this version reads; prepare the store again")
-    return dict(manifest)
+    if version != SCHEMA_VERSION:
+        age, remedy = ("newer", "update escaip") if version > SCHEMA_VERSION else ("older", "prepare the store again")
+        raise DataError(f"{file}: schema {version} is {age} than this version reads ({SCHEMA_VERSION}); {remedy}")
+    return manifest

@@ -17,8 +17,7 @@ import pytest
 import torch
 from ase import Atoms
 
-from escaip.data import AtomicData, Store, fit_statistics, open_source
-from escaip.data import prepare_parts as parts_module
+from escaip.data import AtomicData, Store, fit_statistics, open_source, store_writer
 from escaip.data.prepare import Reading, prepare, prepare_named
 from escaip.data.splits import SplitSettings, make_split
 from escaip.data.structure import TENSOR_FIELDS
@@ -141,7 +140,7 @@ def killed(files: Path, out: Path, parts: int, workers: int) -> None:
     """A slowed run that is killed without warning some time after it has made so many parts."""
     code = (
         "from escaip.data.prepare import prepare\n"
-        "import sys, time, escaip.data.prepare_parts as parts\n"
+        "import sys, time, escaip.data.store_writer as parts\n"
         "genuine = parts.PartWriter.write\n"
         "def slow(self, data):\n"
         "    time.sleep(0.02)\n"
@@ -224,7 +223,7 @@ def test_other_options_do_not_mix(files: Path, tmp_path: Path) -> None:
 
 @pytest.mark.bad_input
 def test_a_full_disk_keeps_whole_parts(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine, calls = parts_module.PartWriter.close, 0
+    genuine, calls = store_writer.PartWriter.close, 0
 
     def full(self: Any, **facts: Any) -> None:
         nonlocal calls
@@ -234,7 +233,7 @@ def test_a_full_disk_keeps_whole_parts(files: Path, tmp_path: Path, monkeypatch:
         genuine(self, **facts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts_module.PartWriter, "close", full)
+        patch.setattr(store_writer.PartWriter, "close", full)
         with pytest.raises(DataError, match="the disk is full, whole parts were kept for the next run; free space"):
             prepare([str(files / "*.extxyz")], tmp_path / "s")
     assert prepare([str(files / "*.extxyz")], tmp_path / "s").kept_parts == 3

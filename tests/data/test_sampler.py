@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from escaip.data.packing import Sizes, pack, sorted_pack, split_to_count
-from escaip.data.sampler import BudgetBatchSampler, Quota, estimate_edges
+from escaip.data.sampler import BudgetBatchSampler, Quota, Sizes, estimate_edges, pack, sorted_pack, split_to_count
 from escaip.errors import ConfigError, DataError
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=80)

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from escaip.data import AtomicData, AtomicDataModule, StoreWriter, fit_statistics
 from escaip.data.prepare import prepare
-from escaip.data.subsets import group_order, nested_subset, parse_train_size
+from escaip.data.splits import group_order, nested_subset, parse_train_size, random_keys
 from escaip.errors import ConfigError, DataError
 
 PARTS = ("train", "val", "test")
@@ -279,7 +279,8 @@ def test_more_than_there_are_is_all_and_said(store: str, caplog: pytest.LogCaptu
 
 def test_fractions_are_what_is_written() -> None:
     class Hundred:
-        indices = np.arange(100)
+        def random_keys(self, seed: int) -> np.ndarray:
+            return random_keys(np.arange(100), seed)
 
         def __len__(self) -> int:
             return 100
