@@ -57,8 +57,8 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     from ase.data import chemical_symbols
 
     from escaip.files import resolve
+    from escaip.potential.export import describe_package, is_package
     from escaip.potential.loading import describe_potential, read_potential
-    from escaip.potential.packaged import describe_package, is_package
 
     path = resolve(path)
     potential = read_potential(path)

@@ -29,6 +29,7 @@ def export(
     """
     from escaip.potential.export import check_request, export_model
 
-    if check_request(out, format, device) == "aoti":
+    check_request(out, format, device)
+    if format == "aoti":
         print("compiling takes a minute or two", file=sys.stderr)
     print("\n".join(export_model(model, out, format, device=device, dtype=dtype)))

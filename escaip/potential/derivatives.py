@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,73 @@ def energy_and_gradient(
             return output, None
         (gradient,) = torch.autograd.grad(output.energy, vectors, inputs.weight, create_graph=create_graph)
     return output, gradient
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """The kind of an evaluation.
+
+    Attributes:
+        differentiate: whether the gradient with respect to the displacements is computed.
+        create_graph: whether the gradient will be differentiated.
+        learning: whether the weights need gradients.
+        precision: of :data:`escaip.potential.precision.PRECISIONS`.
+        recompute: whether activations are recomputed for derivatives; None where a prediction would keep too many.
+    """
+
+    differentiate: bool
+    create_graph: bool
+    learning: bool
+    precision: str = "highest"
+    recompute: bool | None = None
+
+    @property
+    def is_prediction(self) -> bool:
+        """Whether nothing is differentiated afterwards."""
+        return not (self.learning or self.create_graph)
+
+    def share_recomputed(self, config: ModelConfig, inputs: EvaluationInputs) -> float:
+        """Returns the share of the calls whose activations are computed twice."""
+        if self.recompute is not None:
+            return float(self.recompute)
+        if not self.is_prediction:
+            return 0.0
+        return plan_chunks(config, inputs.layout.num_tokens, inputs.vectors.device)[1]
+
+
+class Evaluator(Protocol):
+    """Evaluates a model and the gradient of its energy: uncompiled, compiled, or by exported code."""
+
+    def __call__(
+        self, model: Model, inputs: EvaluationInputs, request: EvaluationRequest
+    ) -> tuple[ModelOutput, Tensor | None]:
+        """Evaluates a batch.
+
+        Args:
+            model: in the dtype of the inputs' weights.
+            inputs: of the batch.
+            request: the kind of evaluation.
+
+        Returns:
+            The model's output, and the gradient ``(R, 3)`` of the weighted energies with respect to the displacements
+            in float64, eV/Å, at least if it was asked for.
+        """
+
+
+class EagerEvaluator:
+    """Evaluates operation by operation, in chunks that fit into caches and memory."""
+
+    def __call__(
+        self, model: Model, inputs: EvaluationInputs, request: EvaluationRequest
+    ) -> tuple[ModelOutput, Tensor | None]:
+        """Evaluates a batch; see :class:`Evaluator`."""
+        device, predicting = inputs.vectors.device, request.is_prediction
+        most = plan_chunks(model.config, inputs.layout.num_tokens, device)[0] if predicting else None
+        recompute = request.share_recomputed(model.config, inputs) if torch.is_grad_enabled() else 0.0
+        with in_precision(request.precision, device), frozen(model) if predicting else contextlib.nullcontext():
+            return energy_and_gradient(
+                model, inputs, request.differentiate, request.create_graph, max_tokens=most, recompute=recompute
+            )
 
 
 @contextlib.contextmanager

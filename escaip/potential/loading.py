@@ -3,7 +3,7 @@
 A ``.escaip`` file is a safetensors file whose metadata entry ``escaip`` is the JSON description of
 the potential (schema version, config, metadata, units); its tensors are the weights. Neither
 format can carry code; ``torch.load`` is called with ``weights_only=True`` and nothing else. Packages of machine code
-(:mod:`escaip.potential.packaged`) are run by :func:`load_potential` alone, and only from files named ``.pt2``.
+(:mod:`escaip.potential.export`) are run by :func:`load_potential` alone, and only from files named ``.pt2``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def load_potential(
         CheckpointError: missing, damaged, unsafe, or of another schema; the message says which.
         ConfigError: no such set, device or dtype, or a precision that they do not have.
     """
-    from escaip.potential.packaged import is_package, load_package
+    from escaip.potential.export import is_package, load_package
 
     path = resolve(path)
     _check_exists(path)
@@ -123,12 +123,12 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and weights."""
-    from escaip.potential.packaged import is_package, read_packaged
+    from escaip.potential.export import is_package, read_package
 
     _check_exists(path)
     path = Path(path)
     if is_package(path):
-        return read_packaged(path)
+        return read_package(path)
     return _read_lightning(path) if _is_zip(path) else _read_safetensors(path)
 
 

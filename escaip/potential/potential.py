@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,21 +13,19 @@ from escaip.errors import ConfigError
 from escaip.graph import attached_neighbors, build_graph, displacements, search_cutoff
 from escaip.models import MAX_ATOMIC_NUMBER, ModelConfig, kind_of
 from escaip.ops import sum_rows
-from escaip.potential.ahead import CodeEvaluation, kept_code, serves
 from escaip.potential.atomic_energies import check_elements, dataset_codes, missing_reference, references_of
-from escaip.potential.compile import CompiledEvaluation, compile_example
+from escaip.potential.compile import compiled
 from escaip.potential.derivatives import (
+    EagerEvaluator,
     EvaluationInputs,
-    energy_and_gradient,
+    EvaluationRequest,
+    Evaluator,
     forces_of,
-    frozen,
-    plan_chunks,
     stress_of,
     virials_of,
 )
 from escaip.potential.metadata import PotentialMetadata
-from escaip.potential.precision import check_precision, in_precision
-from escaip.potential.recorded import RecordedEvaluation
+from escaip.potential.precision import check_precision
 from escaip.potential.zbl import Repulsion
 from escaip.types import TARGETS, AtomInputs, Graph, ModelOutput, NeighborList, Prediction, StructureBatch
 
@@ -66,6 +63,7 @@ class Potential(nn.Module):
             third more time. None, the default: where a prediction would otherwise keep several GiB; never in training.
         precision: ``"highest"``, the model's own; ``"tf32"`` for products of float32 matrices on CUDA; ``"float16"`` or
             ``"bfloat16"`` for products and attention of tokens, the rest in float32 (docs/precision.md).
+        evaluator: of the model and the gradient of its energy: uncompiled, compiled, or exported.
     """
 
     element_references: Tensor
@@ -86,8 +84,7 @@ class Potential(nn.Module):
         self._dataset = -1
         self.recompute: bool | None = None
         self.precision = "highest"
-        self._is_compiled = self._is_recorded = False
-        self._compiled: dict[tuple[Any, ...], CompiledEvaluation | CodeEvaluation | RecordedEvaluation] = {}
+        self.evaluator: Evaluator = EagerEvaluator()
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -321,56 +318,25 @@ class Potential(nn.Module):
         """
         weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
         inputs = EvaluationInputs(vectors, weight, atoms, graph)
-        predicting = not (learning or create_graph)
-        most, recompute = plan_chunks(self.config, graph.num_tokens, self.device) if predicting else (None, 0.0)
-        recompute = recompute if self.recompute is None else float(self.recompute)
         check_precision(self.precision, self.dtype, self.device)
-        with in_precision(self.precision, self.device) as rounded:
-            if self._is_compiled and not recompute and not vectors.requires_grad:
-                return self._compiled_evaluation(differentiate, learning, rounded)(self.model, inputs)
-            with frozen(self.model) if predicting else contextlib.nullcontext():
-                return energy_and_gradient(
-                    self.model, inputs, differentiate, create_graph,
-                    max_tokens=most, recompute=recompute if torch.is_grad_enabled() else 0.0,
-                )  # fmt: skip
+        request = EvaluationRequest(differentiate, create_graph, learning, self.precision, self.recompute)
+        return self.evaluator(self.model, inputs, request)
 
     def compile(self, *_: Any, cuda_graphs: bool = False, **__: Any) -> None:
         """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.
 
-        On a CPU what predictions need is compiled once per configuration, user and machine, and kept.
-        Answers are those of the uncompiled potential to rounding, for batches of any size without compiling again.
-        Evaluations that recompute, and those whose positions require gradients (for Hessians), are not compiled.
+        Answers are those of the uncompiled potential to rounding, for batches of any size without compiling again. On a
+        CPU predictions are compiled once per configuration, user and machine, and kept. Evaluations that recompute, and
+        those whose positions require gradients (for Hessians), are not compiled.
 
         Args:
-            cuda_graphs: record predictions on CUDA in CUDA graphs: one launch instead of hundreds, which is what small
-                systems wait for. For simulations: sizes far from all that were met before are recorded anew.
+            cuda_graphs: launch predictions on CUDA as one CUDA graph instead of hundreds of kernels, which is what
+                small systems wait for. For simulations: each size far from those met before is recorded anew.
 
         Raises:
             ConfigError: ``cuda_graphs`` for a potential that is not on CUDA.
         """
-        if cuda_graphs and self.device.type != "cuda":
-            raise ConfigError(f"cuda_graphs: the potential is on {self.device}: move it to CUDA, or leave them out")
-        if cuda_graphs != self._is_recorded:
-            self._compiled = {}
-        self._is_compiled, self._is_recorded = True, cuda_graphs
-
-    def _compiled_evaluation(
-        self, differentiate: bool, learning: bool, rounded: torch.dtype | None
-    ) -> CompiledEvaluation | CodeEvaluation | RecordedEvaluation:
-        key = (differentiate, learning, self.training, rounded, self.precision == "tf32")
-        if key not in self._compiled or not self._compiled[key].fits(self.model):
-            if not learning and not self.training and serves(self.device):
-                self._compiled[key] = kept_code(self.model, differentiate, rounded)
-            else:
-                example = compile_example(self.config.graph, self.dtype, self.device)
-                made = CompiledEvaluation(self.model, example, differentiate, learning)
-                recorded = self._is_recorded and not learning and not self.training
-                self._compiled[key] = RecordedEvaluation(made) if recorded else made
-        return self._compiled[key]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without compiled code: a copy compiles its own."""
-        return {**self.__dict__, "_compiled": {}}
+        self.evaluator = compiled(self.evaluator, self.device, cuda_graphs)
 
     def predict(
         self,

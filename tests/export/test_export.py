@@ -27,11 +27,10 @@ from escaip.cli import main
 from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
 from escaip.info import describe_model
-from escaip.potential import PotentialMetadata, export, packaged
-from escaip.potential.ahead import INFO, environment
-from escaip.potential.export import export_model
+from escaip.potential import PotentialMetadata, export
+from escaip.potential.compile import INFO, environment
+from escaip.potential.export import VERSION, WEIGHTS, export_model
 from escaip.potential.loading import describe_potential, read_description, read_potential
-from escaip.potential.packaged import VERSION, WEIGHTS, PackagedPotential
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -162,7 +161,7 @@ def test_a_schema_that_is_too_new_is_refused(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.bad_input
 def test_machine_code_is_run_only_from_files_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaged, "PackagedEvaluation", lambda *_: pytest.fail("code was run"))
+    monkeypatch.setattr(export, "ExportedEvaluator", lambda *_: pytest.fail("code was run"))
     for name in ("model.escaip", "model.ckpt", "model"):
         path = fake_package(tmp_path / name, make_potential())
         with pytest.raises(CheckpointError, match="holds machine code"):
@@ -191,7 +190,7 @@ def test_damaged_packages_are_refused_in_one_line(damage: str, tmp_path: Path) -
 
 @pytest.mark.bad_input
 def test_a_folder_that_is_not_there_costs_no_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "compile_code", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(export, "compile_ahead", lambda *_: pytest.fail("compiled"))
     make_potential().save(tmp_path / "made.escaip")
     with pytest.raises(CheckpointError, match=r"cannot write .*model\.pt2: No such file"):
         export_model(tmp_path / "made.escaip", tmp_path / "missing" / "model.pt2", "aoti")
@@ -221,7 +220,7 @@ for atoms in read(sys.argv[2], ":"):
     atoms.calc = EScAIPCalculator(sys.argv[1])
     stress = atoms.get_stress().tolist() if atoms.pbc.any() else None
     results.append([atoms.get_potential_energy(), atoms.get_forces().tolist(), stress])
-kind = type(atoms.calc.potential).__name__
+kind = type(atoms.calc.potential.evaluator).__name__
 print(json.dumps({"results": results, "commands": commands, "kind": kind}))
 """
 
@@ -243,7 +242,7 @@ def test_a_package_gives_eager_answers_in_a_process_that_compiles_nothing(packag
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kind"] == "PackagedPotential"
+    assert found["kind"] == "ExportedEvaluator"
     assert [command for command in found["commands"] if "--version" not in command] == []
     for result, right in zip(found["results"], expected, strict=True):
         for x, y in zip(result, right, strict=True):
@@ -286,6 +285,7 @@ def test_copies_pickles_and_second_derivatives(package: Path) -> None:
         found = other(batch, compute_stress=True)
         torch.testing.assert_close(found.forces, expected.forces, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(found.stress, expected.stress, rtol=1e-9, atol=1e-11, equal_nan=True)
+    potential.compile()
     torch.testing.assert_close(potential(batch, compute_forces=False).energy, expected.energy)
     batch.positions.requires_grad_()
     forces = potential(batch, create_graph=True).forces
@@ -294,34 +294,47 @@ def test_copies_pickles_and_second_derivatives(package: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_package_follows_weights_that_are_changed(package: Path) -> None:
+    potential, eager, batch = load_potential(package), make_potential(), batch_of(*structures())
+    for each in (potential, eager):
+        with torch.no_grad():
+            for weight in each.model.parameters():
+                weight.mul_(1.1)
+    torch.testing.assert_close(potential(batch).forces, eager(batch).forces, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
-    ("act", "message"),
+    ("change", "message"),
     [
         (lambda potential: potential.train(), "cannot be trained"),
         (lambda potential: potential.requires_grad_(), "cannot be trained"),
-        (lambda potential: potential.float(), "float64 on cpu cannot be made one for float32"),
-        (lambda potential: change_weights(potential)(batch_of(Atoms("Cu"))), "weights of the package .* were changed"),
-        (lambda potential: in_half(potential, batch_of(Atoms("Cu"))), "no other precision"),
+        (lambda potential: potential.float(), "the dtype and device that it was exported for"),
+        (lambda potential: potential.compile(cuda_graphs=True), "cuda_graphs"),
+        (lambda potential: setattr(potential, "evaluator", InHalf(potential.evaluator)), "no other precision"),
     ],
-    ids=["train", "gradients", "dtype", "weights", "precision"],
+    ids=["train", "gradients", "dtype", "graphs", "precision"],
 )
-def test_what_a_package_cannot_do_is_said(package: Path, act: Callable[[Potential], Any], message: str) -> None:
-    potential = load_potential(package)
-    assert isinstance(potential, PackagedPotential)
+def test_what_a_package_cannot_do_is_said(package: Path, change: Callable[[Potential], Any], message: str) -> None:
+    def evaluate_changed() -> None:
+        potential = load_potential(package)
+        change(potential)
+        potential(batch_of(Atoms("Cu")), create_graph=True)
+
     with pytest.raises(ConfigError, match=message):
-        act(potential)
+        evaluate_changed()
 
 
-def change_weights(potential: Potential) -> Potential:
-    with torch.no_grad():
-        next(potential.model.parameters()).mul_(1.1)
-    return potential
+class InHalf:
+    """Evaluates under autocast."""
 
+    def __init__(self, evaluator: Any) -> None:
+        self.evaluator = evaluator
 
-def in_half(potential: Potential, batch: Any) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        potential(batch)
+    def __call__(self, *arguments: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.evaluator(*arguments)
 
 
 @pytest.mark.slow

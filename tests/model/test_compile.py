@@ -1,11 +1,14 @@
-"""Compiled energy and forces: eager's answers from one graph for all sizes, in prediction and training."""
+"""Compiled energy and forces: the answers of eager mode from one graph for all sizes, in prediction and training."""
 
 from __future__ import annotations
 
 import copy
+import os
 import pickle
-from collections.abc import Callable, Iterator
-from functools import partial
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import ase.build
@@ -15,24 +18,26 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-import escaip.potential.potential
 from escaip import EScAIPCalculator, EScAIPConfig, Potential
 from escaip.data import AtomicData, collate
-from escaip.models import EScAIP
-from escaip.potential import ahead
-from escaip.potential.compile import CompiledEvaluation, compile_example, flat_evaluation, trace
+from escaip.errors import ConfigError
+from escaip.potential import compile
+from escaip.potential.compile import CompiledEvaluator, JitCode, compile_example, flat_evaluation, trace
 
 TINY = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": [3, 3, 2], "num_radial": 8,
     "radial_width": 1.0, "distance_size": 8, "element_size": 4, "boo_size": 4, "boo_degrees": 3, "num_neighbors": 6,
     "distance_table": "always", "distance_knots": 16,
 }  # fmt: skip
+# Operations for which a host waits for its device: sizes or values that the host reads depend on values.
+WAITING = {"nonzero", "_local_scalar_dense", "item", "masked_select", "unique",
+           "repeat_interleave", "bincount", "equal"}  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is")
 
 
 def batches() -> list[Batch]:
-    """No two of one size; what a compiler would take for a special case is among them."""
+    """No two of one size, with the sizes that a compiler would specialise."""
     lonely = [ase.Atoms("Cu")]
     apart = [ase.Atoms("CuH", positions=[[0, 0, 0], [0, 0, 50.0]])]
     pair = [ase.Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]])]
@@ -46,23 +51,22 @@ def batches() -> list[Batch]:
     return [collate([AtomicData.from_ase(atoms) for atoms in structures]) for structures in made]
 
 
-def make_potential(**overrides: object) -> Potential:
+def make_potential(backend: str = "", **overrides: object) -> Potential:
+    """A potential, compiled by a backend; "eager" traces, where mistakes are made, and is fifty times as fast."""
     torch.manual_seed(0)
     potential = Potential(EScAIPConfig.from_dict({**TINY, **overrides})).double()
     with torch.no_grad():
         potential.scale.fill_(3.0)
+    if backend:
+        potential.evaluator = CompiledEvaluator(backend=backend)
     return potential
 
 
-@pytest.fixture
-def use_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Compiles by another backend: tracing, where mistakes are made, is the same and fifty times as fast."""
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(escaip.potential.potential, "serves", lambda _: False)  # nothing ahead of time
-    yield lambda name: monkeypatch.setattr(
-        escaip.potential.potential, "CompiledEvaluation", partial(CompiledEvaluation, backend=name)
-    )
+    yield
     torch._dynamo.reset()
 
 
@@ -89,6 +93,16 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
 
 
+def scale_weights(potential: Potential, in_place: bool) -> None:
+    """Changes every weight, in place or by new tensors."""
+    with torch.no_grad():
+        for index, weight in enumerate(potential.parameters()):
+            if in_place:
+                weight.add_(0.1).mul_(1.1)
+            else:
+                weight.data = weight.detach() * (1.0 + 0.01 * index)
+
+
 OPTIONS = [
     {},
     {"forces": "direct"},
@@ -100,26 +114,18 @@ OPTIONS = [
 
 @pytest.mark.parametrize("training", [False, True], ids=["prediction", "training"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(map(str, o.values())) or "default")
-def test_traced_graphs_give_eager_answers_for_every_size(
-    options: dict[str, object], training: bool, use_backend: Callable[[str], None]
-) -> None:
-    use_backend("eager")
-    eager = make_potential(**options).train(training)
-    compiled = copy.deepcopy(eager)
-    compiled.compile()
+def test_traced_graphs_give_eager_answers_for_every_size(options: dict[str, object], training: bool) -> None:
+    eager, compiled = (make_potential(backend, **options).train(training) for backend in ("", "eager"))
     for batch in batches():
         assert_equal(answers(compiled, batch), answers(eager, batch))
     assert num_graphs() == 1
 
 
 @pytest.mark.slow
-def test_inductor_gives_eager_answers_in_the_process(use_backend: Callable[[str], None]) -> None:
-    """As where nothing is compiled ahead of time; on one thread, as below."""
-    use_backend("inductor")
-    eager = make_potential(num_layers=1).eval()
-    compiled = copy.deepcopy(eager)
-    compiled.compile()
-    assert len(batches()) == 10
+def test_inductor_gives_eager_answers_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on machines where nothing is compiled ahead of time; on one thread, as below."""
+    monkeypatch.setattr(compile, "compiles_ahead", lambda _: False)
+    eager, compiled = (make_potential(backend, num_layers=1).eval() for backend in ("", "inductor"))
     for batch in batches():
         assert_equal(answers(compiled, batch), answers(eager, batch))
     assert 1 <= num_graphs() <= 2  # Inductor compares sizes with widths of this tiny model
@@ -127,122 +133,138 @@ def test_inductor_gives_eager_answers_in_the_process(use_backend: Callable[[str]
 
 @pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr(ahead, "cache_folder", lambda _: tmp_path)
-    return tmp_path
+    """Returns the folder that keeps code compiled ahead of time; skips where there is none."""
+    if not compile.compiles_ahead(torch.device("cpu")):
+        pytest.skip("this PyTorch, or this machine, compiles nothing ahead of time")
+    monkeypatch.setenv("ESCAIP_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    return tmp_path / "compiled"
 
 
 @pytest.mark.slow
 def test_code_compiled_ahead_gives_eager_answers_and_is_kept(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one thread as all tests here run, where Inductor's own sums over repeated indices are wrong (ops/rows.py)."""
-    if not ahead.serves(torch.device("cpu")):
-        pytest.skip("this torch, or this machine, compiles nothing ahead of time")
+    """On one thread as all tests here, where Inductor's own sums over repeated indices are wrong (ops/rows.py)."""
     eager = make_potential(num_layers=1).eval()
-    compiled = copy.deepcopy(eager)
+    compiled, batch = copy.deepcopy(eager), batches()[6]
     compiled.compile()
-    for batch in batches():
-        assert_equal(answers(compiled, batch), answers(eager, batch))
+    for each in batches():
+        assert_equal(answers(compiled, each), answers(eager, each))
     (file,) = empty_cache.iterdir()
-    written = file.stat().st_ino
+    whole, written = file.read_bytes(), file.stat().st_ino
 
-    for potential in (compiled, eager):  # biases begin as zeros, which a compiler may take for constants
-        with torch.no_grad():
-            for weight in potential.parameters():
-                weight.add_(0.1)
-    assert_equal(answers(compiled, batches()[6]), answers(eager, batches()[6]))
-    for potential in (compiled, eager):
-        for index, weight in enumerate(potential.parameters()):  # other tensors
-            weight.data = weight.detach() * (1.0 + 0.01 * index)
-    assert_equal(answers(compiled, batches()[6]), answers(eager, batches()[6]))
+    for in_place in (True, False):  # biases begin as zeros, which a compiler may take for constants
+        for potential in (compiled, eager):
+            scale_weights(potential, in_place)
+        assert_equal(answers(compiled, batch), answers(eager, batch))
 
-    other = make_potential(num_layers=1).eval()
-    other.compile()
-    assert_equal(answers(other, batches()[6]), answers(make_potential(num_layers=1).eval(), batches()[6]))
+    expected, made = answers(make_potential(num_layers=1).eval(), batch), []
+
+    def first_answers() -> None:
+        """Of a potential that has the weights of the first one, and no code yet."""
+        fresh = make_potential(num_layers=1).eval()
+        fresh.compile()
+        assert_equal(answers(fresh, batch), expected)
+
+    first_answers()
     assert [path.stat().st_ino for path in empty_cache.iterdir()] == [written]
+    constants = next(iter(compiled.evaluator.codes.values()))._constants
 
-    whole, constants, made = file.read_bytes(), next(iter(other._compiled.values()))._constants, []
-
-    def write(model: EScAIP, differentiate: bool, path: Path) -> dict[str, str]:
+    def write(model: object, differentiate: bool, path: Path) -> tuple[dict[str, str], bool]:
         made.append(path)
         path.write_bytes(whole)
-        return constants
+        return constants, True
 
-    monkeypatch.setattr(ahead, "_write", write)
+    monkeypatch.setattr(compile, "compile_ahead", write)
+    monkeypatch.setattr(compile, "add_entries", lambda *_: None)
     file.write_bytes(whole[:-100])  # a full disk
-    other._compiled.clear()
-    assert_equal(answers(other, batches()[6]), answers(make_potential(num_layers=1).eval(), batches()[6]))
-    assert len(made) == 1
+    first_answers()
     assert [path.read_bytes() for path in empty_cache.iterdir()] == [whole]
-    monkeypatch.setattr(ahead, "_tolerance", lambda *_: -1.0)  # what is kept gives other answers than the weights
-    other._compiled.clear()
-    answers(other, batches()[6])
+    file.write_bytes(whole)
+    with monkeypatch.context() as patch:  # the kept code gives other answers than the weights
+        patch.setattr(compile.AotCode, "check", lambda *_: (_ for _ in ()).throw(compile.CheckpointError("other")))
+        first_answers()
     assert len(made) == 2
+    monkeypatch.setattr(compile.AotCode, "__init__", lambda *_: pytest.fail("code was run"))
+    file.chmod(0o666)
+    with pytest.raises(ConfigError, match="can be written by other users"):
+        first_answers()
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["prediction", "training"])
-def test_compiled_code_follows_the_weights(training: bool, use_backend: Callable[[str], None]) -> None:
-    use_backend("eager")
-    potential, batch = make_potential().train(training), batches()[5]
+@pytest.mark.parametrize("place", [".", "compiled", "inductor"])
+def test_code_that_others_may_have_written_is_not_loaded(place: str, empty_cache: Path) -> None:
+    folder = empty_cache.parent / place
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)
+    potential = make_potential().eval()
     potential.compile()
+    with pytest.raises(ConfigError, match="can be written by other users"):
+        answers(potential, batches()[5])
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777
+    assert not list(empty_cache.glob("*.pt2"))
+
+
+@pytest.mark.parametrize("chosen", [None, "mine"])
+def test_generated_code_goes_to_a_private_folder(chosen: str | None, tmp_path: Path) -> None:
+    """In the user's cache, and not under a name in the folder of temporary files that others can take first."""
+    program = (
+        "from escaip.potential.compile import use_private_folder\nuse_private_folder()\n"
+        "from torch._inductor.runtime.cache_dir_utils import cache_dir\nprint(cache_dir())"
+    )
+    environment = {**os.environ, "ESCAIP_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    if chosen is not None:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / chosen)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = Path(done.stdout.strip())
+    assert found == tmp_path / (chosen or "cache/inductor")
+    assert chosen or stat.S_IMODE(found.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("training", [False, True], ids=["prediction", "training"])
+def test_compiled_code_follows_the_weights(training: bool, in_place: bool) -> None:
+    potential, batch = make_potential("eager", num_layers=1).train(training), batches()[5]
     before = answers(potential, batch)
-    with torch.no_grad():
-        for weight in potential.parameters():
-            weight.mul_(1.1)
-    eager = make_potential().train(training)
+    scale_weights(potential, in_place)
+    eager = make_potential(num_layers=1).train(training)
     eager.load_state_dict(potential.state_dict())
     found = answers(potential, batch)
     assert_equal(found, answers(eager, batch))
     assert (found[0] - before[0]).abs().max() > 1e-6
-    assert num_graphs() == 1
+    assert num_graphs() == 1 if in_place else 2
 
 
-def test_another_precision_is_compiled_anew_and_copies_compile_their_own(use_backend: Callable[[str], None]) -> None:
-    use_backend("eager")
-    potential, batch = make_potential().eval(), batches()[5]
-    potential.compile()
+def test_another_precision_is_compiled_anew_and_copies_compile_their_own() -> None:
+    potential, batch = make_potential("eager", num_layers=1).eval(), batches()[5]
     expected = answers(potential, batch)
     for other in (copy.deepcopy(potential), pickle.loads(pickle.dumps(potential))):
         assert_equal(answers(other, batch), expected)
+        assert other.evaluator.codes.keys() == potential.evaluator.codes.keys()
     single = answers(potential.float(), batch)
     assert single[1].dtype == torch.float32
     torch.testing.assert_close(single[1].double(), expected[1], rtol=1e-3, atol=1e-5)
 
 
-def test_other_weights_are_taken(use_backend: Callable[[str], None]) -> None:
-    use_backend("eager")
-    potential, batch = make_potential().eval(), batches()[5]
-    potential.compile()
-    answers(potential, batch)
-    torch.manual_seed(1)
-    other = Potential(potential.config).double().eval()
-    potential.load_state_dict(other.state_dict())
-    assert_equal(answers(potential, batch), answers(other, batch))
-    for weight in potential.parameters():  # new tensors, which compiled code does not know
-        weight.data = weight.detach() * 1.1
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.mul_(1.1)
-    assert_equal(answers(potential, batch), answers(other, batch))
-
-
-def test_the_calculator_compiles(use_backend: Callable[[str], None]) -> None:
-    use_backend("eager")
+def test_the_calculator_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompiledEvaluator.__init__, "__defaults__", (False, "eager"))
     results = []
     for is_compiled in (True, False):
         atoms = ase.build.bulk("Cu", cubic=True)
         atoms.rattle(0.05, seed=0)
-        atoms.calc = EScAIPCalculator(make_potential(), compile=is_compiled)
+        atoms.calc = EScAIPCalculator(make_potential(num_layers=1), compile=is_compiled)
         results.append([atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()])
         assert num_graphs() == 1
     for found, expected in zip(*results, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_positions_that_require_gradients_are_evaluated_without_compiling(use_backend: Callable[[str], None]) -> None:
-    use_backend("eager")
-    potential, batch = make_potential().eval(), batches()[3]
-    potential.compile()
+def test_positions_that_require_gradients_are_evaluated_without_compiling() -> None:
+    potential, batch = make_potential("eager").eval(), batches()[3]
     batch.positions.requires_grad_()
     forces = potential(batch, create_graph=True).forces
     (row,) = torch.autograd.grad(forces[0, 0], batch.positions)
@@ -251,18 +273,59 @@ def test_positions_that_require_gradients_are_evaluated_without_compiling(use_ba
 
 
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
-def test_a_traced_graph_holds_weights_alone(forces: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any other constant is a copy from the host at every call, which a CUDA graph cannot record."""
+def test_a_traced_graph_can_be_recorded_in_a_cuda_graph(forces: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds weights alone, since any other constant is a copy from the host, and waits for nothing."""
     monkeypatch.setattr("escaip.graph.features.has_kernels", lambda x: False)  # as on CUDA
     potential = make_potential(forces=forces, num_layers=1, distance_table="never").eval().requires_grad_(False)
-    model, settings = potential.model, potential.config.graph
-    inputs = compile_example(settings, potential.dtype, potential.device)
+    model = potential.model
 
     def function(*tensors: Tensor) -> list[Tensor]:
         return flat_evaluation(model, [], tensors, forces == "conservative", False)
 
-    graph = trace(function, inputs.flat(), False)
+    graph = trace(function, compile_example(potential.config.graph, potential.dtype, potential.device).flat(), False)
     weights = {id(x) for x in (*model.parameters(), *model.buffers())}
     held = [getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")]
     assert held
     assert all(id(x) in weights for x in held)
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert len(names) > 100
+    assert [name for name in names if WAITING & set(name.split("."))] == []
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+def test_cuda_graphs_rarely_meet_a_new_size(forces: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch records a graph for each size, and overwrites results at the next launch; both are played here."""
+    eager = make_potential(forces=forces, num_layers=1).eval().requires_grad_(False)
+    compiled, sizes, launched = copy.deepcopy(eager), set(), []
+    compiled.evaluator = CompiledEvaluator(cuda_graphs=True, backend="eager")
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: [x.fill_(torch.nan) for x in launched])
+    original = JitCode._run
+
+    def run(self: JitCode, tables: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        results = original(self, tables, tensors)
+        sizes.add((len(tensors[0]), len(tensors[1]), len(tensors[-1])))
+        launched[:] = results
+        return results
+
+    monkeypatch.setattr(JitCode, "_run", run)
+    made, found = [], []
+    with torch.no_grad():
+        for seed in range(12):
+            crystal = ase.build.bulk("Cu", cubic=True).repeat((8, 1, 1))
+            crystal.rattle(0.1, seed=seed)
+            made.append(collate([AtomicData.from_ase(crystal)]))
+            found.append(answers(compiled, made[-1]))
+        assert len({eager.graph_of(batch).num_tokens for batch in made}) > 6
+        assert len(sizes) <= 3  # that of the compiler's example is one of them
+        answers(compiled, batches()[3])
+    for batch, result in zip(made, found, strict=True):
+        assert_equal(result, answers(eager, batch))
+    assert len(sizes) <= 4
+    assert min(num_atoms for _, num_atoms, _ in sizes) < 13  # small structures are not padded to the size of large ones
+
+
+def test_cuda_graphs_want_cuda_and_compiled_code() -> None:
+    with pytest.raises(ConfigError, match="the potential is on cpu"):
+        make_potential().compile(cuda_graphs=True)
+    with pytest.raises(ConfigError, match="set compile=True"):
+        EScAIPCalculator(make_potential(), cuda_graphs=True)

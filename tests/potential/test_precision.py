@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ase.build
@@ -19,12 +18,9 @@ from escaip.cli import parser_of
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.graph import build_graph
-from escaip.models import EScAIP
 from escaip.nn.layers import RMSNorm
-from escaip.potential.compile import CompiledEvaluation, compile_example
-from escaip.potential.derivatives import EvaluationInputs, energy_and_gradient
+from escaip.potential.compile import CompiledEvaluator
 from escaip.potential.precision import PRECISIONS, in_precision
-from escaip.types import ModelOutput
 
 TINY = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 12,
@@ -162,57 +158,20 @@ def test_float64_is_left_alone() -> None:
         assert torch.equal(potential(batch).forces, expected)
 
 
-@dataclass
-class Eager:
-    """Stands for a compiled evaluation; torch's autocast must be off wherever the compiler looks."""
-
-    model: EScAIP
-    example: EvaluationInputs
-    differentiate: bool
-    learning: bool
-
-    def __post_init__(self) -> None:
-        assert not torch.is_autocast_enabled("cpu")
-
-    def fits(self, model: EScAIP) -> bool:
-        return model is self.model
-
-    def __call__(self, model: EScAIP, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
-        assert not torch.is_autocast_enabled("cpu")
-        return energy_and_gradient(model, inputs, self.differentiate, False)
-
-
-def test_compiled_evaluations_are_kept_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("escaip.potential.potential.CompiledEvaluation", Eager)
-    monkeypatch.setattr("escaip.potential.potential.serves", lambda _: False)  # nothing ahead of time
-    eager, batch = make_potential().requires_grad_(False), make_batch()
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_evaluations_are_kept_by_precision(backend: str) -> None:
+    """The casts are in the graph, and torch's autocast is off wherever the compiler looks."""
+    eager, batch = make_potential(num_layers=1).requires_grad_(False), make_batch()
     compiled = copy.deepcopy(eager)
-    compiled.compile()
+    compiled.evaluator = CompiledEvaluator(backend=backend)
     for kind in ("highest", "bfloat16"):
         eager.precision = compiled.precision = kind
         expected = eager(batch).forces
-        assert torch.equal(compiled(batch).forces, expected)
+        assert relative(compiled(batch).forces, expected) < 1e-6
     compiled.precision = "highest"
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(compiled(batch).forces, expected)
-    assert len(compiled._compiled) == 2
-
-
-@pytest.mark.slow
-def test_casts_are_in_the_traced_graph() -> None:
-    eager, batch = make_potential(num_layers=1).requires_grad_(False), make_batch()
-    device = torch.device("cpu")
-    example = compile_example(eager.config.graph, torch.float32, device)
-    eager.precision = "bfloat16"
-    expected = eager(batch).forces
-    compiled = copy.deepcopy(eager)
-    compiled.compile()
-    with in_precision("bfloat16", device) as rounded:
-        made = CompiledEvaluation(compiled.model, example, True, False, "aot_eager")
-        assert rounded == torch.bfloat16
-    compiled._compiled[True, False, False, rounded, False] = made
-    assert relative(compiled(batch).forces, expected) < 1e-6
-    assert list(compiled._compiled.values()) == [made]
+        assert relative(compiled(batch).forces, expected) < 1e-6
+    assert len(compiled.evaluator.codes) == 2
 
 
 def flags() -> tuple[Any, ...]:
