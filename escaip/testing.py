@@ -1,24 +1,27 @@
-"""The physics contracts, for anyone's potential.
+"""Physics contracts for any potential: invariances, forces and stress as derivatives, independence of batching.
 
-Every check takes an :data:`Evaluate` function, so that an escaip :class:`~escaip.Potential` and any
-ASE calculator are tested alike, and returns the largest error it found; :func:`check_potential` runs
-them and compares with tolerances.
+Every check takes an :data:`Evaluate` function, made by :func:`evaluator` of an escaip :class:`~escaip.Potential` or of
+an ASE calculator, and returns the largest error it finds. :func:`check_potential` runs them and compares the errors
+with tolerances.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import Calculator
 from scipy.spatial.transform import Rotation
+
+from escaip.data import AtomicData, collate
+from escaip.potential import Potential
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers for one structure.
+    """Energy, forces and stress of one structure.
 
     Attributes:
         energy: eV.
@@ -39,9 +42,9 @@ class Check:
     """Outcome of one contract.
 
     Attributes:
-        name: which.
-        error: the largest error found, relative for energies, eV/Å for forces, eV/Å³ for stress.
-        tolerance: what is allowed.
+        name: structure and contract.
+        error: the largest error found; relative for energies, eV/Å for forces, eV/Å³ for stress.
+        tolerance: largest error allowed.
     """
 
     name: str
@@ -54,17 +57,15 @@ class Check:
         return self.error <= self.tolerance
 
 
-def evaluator(potential: Any) -> Evaluate:
-    """Wraps a :class:`~escaip.Potential` or an ASE calculator."""
-    from escaip.potential import Potential
-
+def evaluator(potential: Potential | Calculator) -> Evaluate:
+    """Wraps a :class:`~escaip.Potential` or an ASE calculator as a function of structures."""
     if isinstance(potential, Potential):
         return lambda structures: _evaluate_potential(potential, structures)
     return lambda structures: [_evaluate_calculator(potential, atoms) for atoms in structures]
 
 
 def check_potential(
-    potential: Any,
+    potential: Potential | Calculator,
     structures: Sequence[Atoms],
     *,
     seed: int = 0,
@@ -72,21 +73,21 @@ def check_potential(
     derivative_tolerance: float = 1e-6,
     rotation: bool = True,
 ) -> list[Check]:
-    """Runs every contract that applies to the structures and raises on the first report of a failure.
+    """Runs every contract that applies to the structures, and raises where any of them fails.
 
     Args:
         potential: an escaip potential (in float64 for the default tolerances) or an ASE calculator.
-        structures: at least one; periodic ones also test re-wrapping, stress and supercells.
-        seed: of the random rotations, permutations and displacements.
+        structures: at least one. Periodic ones also test re-wrapping, stress and supercells.
+        seed: of random rotations, permutations and displacements.
         energy_tolerance: relative.
-        derivative_tolerance: eV/Å and eV/Å³.
+        derivative_tolerance: in eV/Å and eV/Å³.
         rotation: False for models that are not rotation-equivariant, such as direct-force heads.
 
     Returns:
-        The checks, all passed.
+        All checks, every one passed.
 
     Raises:
-        AssertionError: at least one failed; the message lists each with its error and tolerance.
+        AssertionError: at least one check failed; the message lists each with its error and tolerance.
     """
     evaluate = evaluator(potential)
     rng = np.random.default_rng(seed)
@@ -116,7 +117,7 @@ def check_potential(
 
 
 def rotation_errors(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator) -> tuple[float, float]:
-    """Relative energy error and absolute force error (eV/Å) under a random rotation."""
+    """Returns the relative energy error and the force error in eV/Å under a random rotation."""
     matrix = Rotation.random(random_state=rng).as_matrix()
     rotated = atoms.copy()
     rotated.set_cell(atoms.cell.array @ matrix.T)
@@ -126,14 +127,14 @@ def rotation_errors(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator) 
 
 
 def translation_error(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator) -> float:
-    """Relative energy error when all atoms move by the same random vector."""
+    """Returns the relative energy error when all atoms move by the same random vector."""
     moved = atoms.copy()
     moved.positions += rng.normal(scale=3.0, size=3)
     return _relative(evaluate([atoms])[0].energy, evaluate([moved])[0].energy)
 
 
 def permutation_error(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator) -> float:
-    """Relative error of energy and, scaled by the largest force, of forces when atoms change order."""
+    """Returns the larger relative error of energy and forces when atoms change order."""
     order = rng.permutation(len(atoms))
     if (order == np.arange(len(atoms))).all():
         order = order[::-1]
@@ -143,7 +144,7 @@ def permutation_error(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator
 
 
 def wrapping_error(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator) -> float:
-    """Relative energy error when atoms move by whole lattice vectors along periodic axes."""
+    """Returns the relative energy error when atoms move by whole lattice vectors along periodic axes."""
     unwrapped = atoms.copy()
     jumps = rng.integers(-3, 4, size=(len(atoms), 3)) * atoms.pbc
     unwrapped.positions += jumps @ atoms.cell.array
@@ -151,7 +152,7 @@ def wrapping_error(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator) -
 
 
 def supercell_error(evaluate: Evaluate, atoms: Atoms) -> float:
-    """Relative error of ``E(supercell) = n·E(cell)``, doubled along each periodic axis in turn and all at once."""
+    """Returns the relative error of ``E(supercell) = n·E(cell)``, doubled along each periodic axis and along all."""
     energy = evaluate([atoms])[0].energy
     repeats = [tuple(2 if axis == i else 1 for axis in range(3)) for i in range(3) if atoms.pbc[i]]
     repeats.append(tuple(2 if periodic else 1 for periodic in atoms.pbc))
@@ -161,7 +162,7 @@ def supercell_error(evaluate: Evaluate, atoms: Atoms) -> float:
 
 
 def batching_error(evaluate: Evaluate, structures: Sequence[Atoms]) -> float:
-    """Relative error between structures alone and together."""
+    """Returns the relative energy error between structures evaluated alone and together."""
     together = evaluate(structures)
     return max(
         _relative(evaluate([atoms])[0].energy, answer.energy)
@@ -172,43 +173,32 @@ def batching_error(evaluate: Evaluate, structures: Sequence[Atoms]) -> float:
 def force_error_by_difference(
     evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, num_components: int = 12, step: float = 1e-4
 ) -> float:
-    """Largest difference in eV/Å between forces and fourth-order central differences of the energy."""
+    """Returns the largest difference in eV/Å between forces and fourth-order central differences of the energy."""
     forces = evaluate([atoms])[0].forces
     components = rng.choice(forces.size, size=min(num_components, forces.size), replace=False)
     worst = 0.0
     for component in components:
-        index, axis = divmod(int(component), 3)
-
-        def moved(distance: float, index: int = index, axis: int = axis) -> Atoms:
-            copy = atoms.copy()
-            copy.positions[index, axis] += distance
-            return copy
-
-        worst = max(worst, abs(forces[index, axis] + _derivative(evaluate, moved, step)))
+        direction = np.zeros(forces.size)
+        direction[component] = 1.0
+        worst = max(worst, _force_error_along(evaluate, atoms, forces, direction.reshape(-1, 3), step))
     return worst
 
 
 def direction_error_by_difference(
     evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, num_directions: int = 4, step: float = 1e-4
 ) -> float:
-    """As :func:`force_error_by_difference`, in eV/Å, for all atoms moving at once along random unit vectors."""
+    """Returns the error of :func:`force_error_by_difference` when all atoms move along random unit vectors, in eV/Å."""
     forces = evaluate([atoms])[0].forces
     worst = 0.0
     for _ in range(num_directions):
         direction = rng.normal(size=forces.shape)
         direction /= np.linalg.norm(direction)
-
-        def moved(distance: float, direction: np.ndarray = direction) -> Atoms:
-            copy = atoms.copy()
-            copy.positions += distance * direction
-            return copy
-
-        worst = max(worst, abs(float((forces * direction).sum()) + _derivative(evaluate, moved, step)))
+        worst = max(worst, _force_error_along(evaluate, atoms, forces, direction, step))
     return worst
 
 
 def stress_error_by_difference(evaluate: Evaluate, atoms: Atoms, step: float = 1e-4) -> float:
-    """Largest difference in eV/Å³ between the stress and finite symmetric strains."""
+    """Returns the largest difference in eV/Å³ between the stress and finite symmetric strains."""
     stress = evaluate([atoms])[0].stress
     if stress is None:
         return float("nan")
@@ -217,12 +207,12 @@ def stress_error_by_difference(evaluate: Evaluate, atoms: Atoms, step: float = 1
         for j in range(i, 3):
 
             def strained(amount: float, i: int = i, j: int = j) -> Atoms:
-                strain = np.zeros((3, 3))
-                strain[i, j] += 0.5 * amount
-                strain[j, i] += 0.5 * amount
+                deformation = np.eye(3)
+                deformation[i, j] += 0.5 * amount
+                deformation[j, i] += 0.5 * amount
                 copy = atoms.copy()
-                copy.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=False)
-                copy.set_positions(atoms.positions @ (np.eye(3) + strain))
+                copy.set_cell(atoms.cell.array @ deformation)
+                copy.set_positions(atoms.positions @ deformation)
                 return copy
 
             worst = max(worst, abs(stress[i, j] - _derivative(evaluate, strained, step) / atoms.get_volume()))
@@ -230,10 +220,10 @@ def stress_error_by_difference(evaluate: Evaluate, atoms: Atoms, step: float = 1
 
 
 def continuity_error(evaluate: Evaluate, path: Sequence[Atoms]) -> tuple[float, float]:
-    """Largest jump in energy (eV) and in a force component (eV/Å) along a path of small equal steps.
+    """Returns the largest jump in energy (eV) and in a force component (eV/Å) along a path of small equal steps.
 
-    A smooth function's second difference over three neighboring points is of the order of the
-    step squared; a jump shows up in it whole.
+    The second difference of a smooth function over three neighboring points is of the order of the step squared, and
+    contains a jump in full.
     """
     answers = evaluate(path)
     energies = np.array([answer.energy for answer in answers])
@@ -241,18 +231,28 @@ def continuity_error(evaluate: Evaluate, path: Sequence[Atoms]) -> tuple[float, 
     return _largest(np.diff(energies, n=2)), _largest(np.diff(forces, n=2, axis=0))
 
 
+def _force_error_along(
+    evaluate: Evaluate, atoms: Atoms, forces: np.ndarray, direction: np.ndarray, step: float
+) -> float:
+    def moved(distance: float) -> Atoms:
+        copy = atoms.copy()
+        copy.positions += distance * direction
+        return copy
+
+    return abs(float((forces * direction).sum()) + _derivative(evaluate, moved, step))
+
+
 def _derivative(evaluate: Evaluate, at: Callable[[float], Atoms], step: float) -> float:
     energy = [answer.energy for answer in evaluate([at(factor * step) for factor in (-2, -1, 1, 2)])]
     return (energy[0] - 8 * energy[1] + 8 * energy[2] - energy[3]) / (12 * step)
 
 
-def _evaluate_potential(potential: Any, structures: Sequence[Atoms]) -> list[Evaluation]:
-    from escaip.data import AtomicData, collate
-
+def _evaluate_potential(potential: Potential, structures: Sequence[Atoms]) -> list[Evaluation]:
     batch = collate([AtomicData.from_ase(atoms) for atoms in structures]).to(potential.device)
     conservative = potential.config.is_conservative
     prediction = potential(batch, compute_stress=conservative and bool(batch.pbc.any()), create_graph=False)
     sizes = [len(atoms) for atoms in structures]
+    assert prediction.forces is not None
     forces = prediction.forces.detach().cpu().split(sizes)
     answers = []
     for index, atoms in enumerate(structures):
@@ -263,7 +263,7 @@ def _evaluate_potential(potential: Any, structures: Sequence[Atoms]) -> list[Eva
     return answers
 
 
-def _evaluate_calculator(calculator: Any, atoms: Atoms) -> Evaluation:
+def _evaluate_calculator(calculator: Calculator, atoms: Atoms) -> Evaluation:
     copy = atoms.copy()
     copy.calc = calculator
     stress = copy.get_stress(voigt=False) if atoms.pbc.any() else None

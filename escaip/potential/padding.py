@@ -1,4 +1,4 @@
-"""Inputs of an evaluation padded to given sizes by rows that no result depends on: for compilers and CUDA graphs."""
+"""Padding of an evaluation's inputs to given sizes by rows that no result depends on, for compilers and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from escaip.models import ModelConfig
 from escaip.potential.derivatives import ATOMS, LAYOUT, EvaluationInputs
 from escaip.types import AtomInputs, ModelOutput, TokenLayout
 
-# Compilers treat sizes of 0 and 1 apart.
-_LEAST = 2
-# Room above the sizes at hand, and steps per doubling, of a capacity.
-_ROOM, _STEPS = 1.03, 16
+_LEAST = 2  # compilers specialise sizes of 0 and 1
+_ROOM, _STEPS = 1.03, 16  # of a capacity: room above the present sizes, and steps per doubling
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the inputs of an evaluation.
+    """Sizes of the inputs of an evaluation.
 
     Attributes:
         atoms: ``N``.
@@ -36,20 +34,20 @@ class Sizes:
 
     @classmethod
     def of(cls, inputs: EvaluationInputs) -> Sizes:
-        """Of a batch."""
+        """Reads the sizes of a batch."""
         tokens, rows = inputs.layout.num_tokens, inputs.vectors.shape[0]
         return cls(inputs.weight.shape[0], tokens, rows - tokens, inputs.layout.rank_token.shape[0])
 
     def at_least_two(self) -> Sizes:
-        """The least sizes that no compiler takes for a special case."""
+        """Returns the smallest sizes from here on that no compiler specialises."""
         added = max(0, _LEAST - self.atoms)
         extra, pairs = (x if x >= _LEAST else x + _LEAST for x in (self.extra, self.pairs))
         return Sizes(self.atoms + added, self.tokens + added, extra, pairs)
 
     def capacity(self) -> Sizes:
-        """Sizes for these and somewhat larger ones, of which there are sixteen per doubling."""
+        """Returns larger sizes, rounded up to one of sixteen steps per doubling."""
         rounded = [_round_up(math.ceil(_ROOM * size) + 1) for size in astuple(self)]
-        # Each added atom has a token at least.
+        # Each added atom has at least one token.
         return Sizes(rounded[0], max(rounded[1], self.tokens + rounded[0] - self.atoms), rounded[2], rounded[3])
 
     def hold(self, other: Sizes) -> bool:
@@ -64,7 +62,7 @@ def _round_up(size: int) -> int:
 
 
 def pad(inputs: EvaluationInputs, sizes: Sizes) -> EvaluationInputs:
-    """Adds atoms that only see themselves, tokens of theirs, rows of length zero and comparisons among those.
+    """Adds atoms that see only themselves, their tokens, rows of length zero and comparisons among those tokens.
 
     Nothing waits for the device.
 
@@ -79,12 +77,12 @@ def pad(inputs: EvaluationInputs, sizes: Sizes) -> EvaluationInputs:
     device = inputs.vectors.device
     atoms, tokens = sizes.atoms - own.atoms, sizes.tokens - own.tokens
     place = torch.arange(tokens, device=device)
-    # Added atom a has the added tokens from a·tokens // atoms on.
+    # Added atom a owns the added tokens from a·tokens // atoms on.
     center = own.atoms + torch.div((place + 1) * atoms - 1, max(tokens, 1), rounding_mode="floor")
     bounds = torch.arange(atoms + 1, device=device) * tokens
     bounds = own.tokens + torch.div(bounds, max(atoms, 1), rounding_mode="floor")
     extra = own.atoms if atoms else 0
-    # Of added tokens no rank is read, nor of the first atom's self token.
+    # The ranks of added tokens, and of the first atom's self token, are never read.
     rank = place[torch.arange(sizes.pairs - own.pairs, device=device) % tokens] + own.tokens if tokens else None
 
     def extended(x: Tensor, added: Tensor | int, count: int) -> Tensor:
@@ -92,7 +90,7 @@ def pad(inputs: EvaluationInputs, sizes: Sizes) -> EvaluationInputs:
         return torch.cat([x, tail])
 
     def between(x: Tensor, added: Tensor | int) -> Tensor:
-        """After the tokens, and more after the rows that follow them."""
+        """Adds rows after the tokens, and after the extra rows."""
         return extended(
             torch.cat([extended(x[: own.tokens], added, tokens), x[own.tokens :]]), extra if x.dim() == 1 else 0,
             sizes.extra - own.extra,
@@ -124,12 +122,12 @@ def pad(inputs: EvaluationInputs, sizes: Sizes) -> EvaluationInputs:
 
 
 def unpad(results: list[Tensor], padded: Sizes, own: Sizes, config: ModelConfig) -> tuple[ModelOutput, Tensor | None]:
-    """Takes from the results of padded inputs the part of the inputs.
+    """Removes the results of added rows.
 
     Args:
-        results: of :func:`escaip.potential.compile.flat_evaluation`.
-        padded: sizes of what was evaluated.
-        own: those of the inputs.
+        results: of :func:`escaip.potential.compile.flat_evaluation` for padded inputs.
+        padded: sizes of the padded inputs.
+        own: sizes of the inputs.
         config: of the model.
     """
     rest = list(results)

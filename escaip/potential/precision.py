@@ -1,4 +1,4 @@
-"""The precision of an evaluation, set around it and restored (docs/precision.md)."""
+"""Precision of matrix products, set around an evaluation and restored afterwards (docs/precision.md)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from escaip.errors import ConfigError
 
 PRECISIONS = ("highest", "tf32", "float16", "bfloat16")
 _HALF_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# What products of tokens are rounded to, while torch's own autocast is off.
+# Half precision of products of tokens; PyTorch's own autocast is off meanwhile.
 _rounded: ContextVar[torch.dtype | None] = ContextVar("escaip_rounded", default=None)
 
 
 @contextlib.contextmanager
 def in_precision(name: str, device: torch.device) -> Iterator[torch.dtype | None]:
-    """Sets the precision of evaluations within.
+    """Sets the precision of evaluations within the context.
 
-    Torch's autocast is off within: it would round what atoms alone need, and derivatives, and what is compiled once
-    more. Products and attention of tokens are rounded to the half type asked for, or to the one autocast was set to.
+    PyTorch's autocast is switched off: it would also round per-atom products and derivatives, and compile anew.
+    Products and attention of tokens are rounded to the half precision of ``name``, or else to that of an autocast
+    around the context.
 
     Args:
-        name: of :data:`PRECISIONS`; ``"highest"`` rounds where autocast is on around it.
+        name: of :data:`PRECISIONS`; ``"highest"`` rounds only under an autocast.
         device: of the evaluation.
 
-    Returns:
-        That type, or None where nothing is rounded.
+    Yields:
+        The half precision, or None where nothing is rounded.
     """
     around = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else _rounded.get()
     rounded = _HALF_TYPES.get(name, around)
@@ -41,7 +42,7 @@ def in_precision(name: str, device: torch.device) -> Iterator[torch.dtype | None
 
 
 def check_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ConfigError for a precision that does not exist, or not for a model of this dtype on this device."""
+    """Raises ConfigError for a precision that is unknown, or unavailable for this dtype or device."""
     given = str(dtype).removeprefix("torch.")
     if name not in PRECISIONS:
         raise ConfigError(f"precision {name!r} does not exist: choose {', '.join(PRECISIONS)}")
@@ -55,7 +56,7 @@ def check_precision(name: str, dtype: torch.dtype, device: torch.device) -> None
 
 @contextlib.contextmanager
 def _tf32() -> Iterator[None]:
-    """Products of float32 matrices on CUDA through TF32."""
+    """Lets CUDA multiply float32 matrices in TF32."""
     matmul = torch.backends.cuda.matmul
     before = getattr(matmul, "fp32_precision", None)  # of PyTorch from 2.9 on
     if before == "tf32" or (before is None and matmul.allow_tf32):
