@@ -4,7 +4,7 @@
 
 For each teacher (EMT copper, Lennard-Jones argon): strained, rattled frames, some with a vacancy, labelled by the
 teacher; a model of less than 0.3 M parameters trained on them by ``escaip fit``; the same properties of both by
-``escaip.properties``, ``escaip.simulate`` and ``escaip.analysis``. Dynamics are random: the teacher runs twice, with
+``escaip.properties`` and ``escaip.simulate``. Dynamics are random: the teacher runs twice, with
 different seeds, and what its radial distribution is off from itself stands beside what the model's is off from it. The
 JSON holds the curves that ``deck_figures.py`` draws. Needs phonopy (pip install 'escaip[sim]').
 """
@@ -29,11 +29,11 @@ from common import markdown_table, provenance, write_json
 from property_teachers import TEACHERS, Teacher, cpu_seconds, hop, train
 
 from escaip import EScAIPCalculator
-from escaip.analysis import RadialDistribution, radial_distribution
 from escaip.errors import SimulationError
 from escaip.properties import crystal_phonons, elastic_constants, fit_equation_of_state, minimum_energy_path
 from escaip.properties.phonons import Bands, Phonons
 from escaip.simulate import MDSettings, relax, run_md
+from escaip.simulate.analysis import RadialDistribution, radial_distribution
 
 X, L = (0.5, 0.0, 0.5), (0.5, 0.5, 0.5)
 DEFAULTS = {"frames": 240, "steps": 3000, "md_steps": 2400}

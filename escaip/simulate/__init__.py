@@ -6,31 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from escaip.simulate.analysis import EnergyDrift, energy_drift
+    from escaip.simulate.analysis import EnergyDrift, energy_drift, radial_distribution
     from escaip.simulate.check import check_calculator
     from escaip.simulate.ensembles import MDSettings, default_timestep
     from escaip.simulate.findings import CheckReport
     from escaip.simulate.md import MDResult, MDStatus, ProgressLine, run_md
     from escaip.simulate.output import read_log, read_structure, read_trajectory, write_structure
     from escaip.simulate.relaxation import RelaxResult, relax
+    from escaip.simulate.report import AnalysisSettings, analyze
     from escaip.simulate.select import select_file, select_frames
 
 # Names by module, imported on first use, so that one of them does not import all of ASE.
 _PUBLIC = {
-    "analysis": ("EnergyDrift", "energy_drift"),
+    "analysis": ("EnergyDrift", "energy_drift", "radial_distribution"),
     "check": ("check_calculator",),
     "findings": ("CheckReport",),
     "ensembles": ("MDSettings", "default_timestep"),
     "md": ("MDResult", "MDStatus", "ProgressLine", "run_md"),
     "output": ("read_log", "read_structure", "read_trajectory", "write_structure"),
     "relaxation": ("RelaxResult", "relax"),
+    "report": ("AnalysisSettings", "analyze"),
     "select": ("select_file", "select_frames"),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [
-    "CheckReport", "EnergyDrift", "MDResult", "MDSettings", "MDStatus", "ProgressLine",
-    "RelaxResult", "check_calculator", "default_timestep", "energy_drift", "read_log",
+    "AnalysisSettings", "CheckReport", "EnergyDrift", "MDResult", "MDSettings", "MDStatus", "ProgressLine",
+    "RelaxResult", "analyze", "check_calculator", "default_timestep", "energy_drift", "radial_distribution", "read_log",
     "read_structure", "read_trajectory", "relax", "run_md", "select_file", "select_frames", "write_structure",
 ]  # fmt: skip
 

@@ -257,7 +257,7 @@ def analyze(
 
     Example: escaip analyze md.extxyz --quantities rdf msd
     """
-    from escaip.analysis.command import analyze_file
+    from escaip.simulate.report import analyze_file
 
     chosen = None if quantities is None else tuple(n for item in quantities for n in item.split(",") if n)
     analysis = analyze_file(

@@ -14,7 +14,7 @@ import deck_figures
 import properties
 import property_teachers
 
-from escaip.analysis import RadialDistribution
+from escaip.simulate.analysis import RadialDistribution
 
 
 def peaked(center: float, width: float, height: float) -> RadialDistribution:

@@ -13,7 +13,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from escaip.analysis.averages import Average
+from escaip.simulate.analysis import Average
 from escaip.simulate.ensembles import Ensemble, MDSettings, make_ensemble, prepare_velocities
 
 TEMPERATURE = 800.0

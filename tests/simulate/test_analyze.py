@@ -15,11 +15,10 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 
-from escaip.analysis import AnalysisSettings, analyze
-from escaip.analysis.settings import QUANTITIES
 from escaip.cli import main
 from escaip.errors import ConfigError, DataError, UsageError
-from escaip.simulate import MDSettings, read_log, run_md
+from escaip.simulate import AnalysisSettings, MDSettings, analyze, read_log, run_md
+from escaip.simulate.report import QUANTITIES
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ import pytest
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator, all_changes
 
-from escaip.analysis import Vibrations, vibrations
-from escaip.analysis.frames import group_weights, velocities
-from escaip.analysis.spectra import WAVENUMBER
 from escaip.errors import DataError, UsageError
 from escaip.simulate import MDSettings, read_trajectory, run_md
+from escaip.simulate.analysis import WAVENUMBER, Vibrations, vibrations
+from escaip.simulate.report import group_weights
 
 
 class Springs(Calculator):
@@ -53,7 +52,7 @@ def wavenumber(stiffness: float, mass: float, timestep: float) -> float:
 def spectrum_of(path: Path, interval: float, **options: Any) -> Vibrations:
     frames = list(read_trajectory(path))
     groups, weights = group_weights(frames[0])
-    moving = np.array([velocities(frame) for frame in frames])
+    moving = np.array([frame.get_velocities() for frame in frames]) * units.fs
     return vibrations(moving, groups, weights, frames[0].get_masses(), interval, **options)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from escaip.analysis import Average
+from escaip.simulate.analysis import Average
 
 
 def correlated(seed: int, memory: float, number: int = 4096) -> np.ndarray:

@@ -11,9 +11,8 @@ from ase import Atoms
 from ase.geometry.rdf import get_rdf
 from ase.neighborlist import neighbor_list
 
-from escaip.analysis import radial_distribution
-from escaip.analysis.radial import default_r_max
 from escaip.errors import DataError, UsageError
+from escaip.simulate.analysis import radial_distribution
 
 
 def gas(number: int, cell: object, seed: int, symbols: str | None = None) -> Atoms:
@@ -106,8 +105,8 @@ def test_any_cell_out_to_any_distance() -> None:
 
 
 def test_default_range() -> None:
-    assert default_r_max(ase.build.bulk("Cu", a=3.6)) == pytest.approx(3.6 / np.sqrt(3) / 2)
-    assert default_r_max(gas(5, [30.0, 40.0, 50.0], 0)) == 10.0
+    assert radial_distribution([ase.build.bulk("Cu", a=3.6)]).edges[-1] == pytest.approx(3.6 / np.sqrt(3) / 2)
+    assert radial_distribution([gas(5, [30.0, 40.0, 50.0], 0)]).edges[-1] == 10.0
 
 
 @pytest.mark.bad_input
@@ -122,4 +121,4 @@ def test_what_has_no_radial_distribution_is_refused() -> None:
         radial_distribution([gas(5, [9.0] * 3, 0), gas(6, [9.0] * 3, 0)], 4.0)
     for r_max, width in ((0.0, 0.05), (-3.0, 0.05), (5.0, 0.0), (5.0, 6.0), (np.inf, 0.1)):
         with pytest.raises(UsageError, match="r_max is"):
-            radial_distribution([slab], r_max, width)
+            radial_distribution([gas(5, [9.0] * 3, 0)], r_max, width)
