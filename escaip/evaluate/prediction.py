@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import ase.io
-from ase.calculators.singlepoint import SinglePointCalculator
-from ase.stress import full_3x3_to_voigt_6_stress
+import torch
 from tqdm import tqdm
 
-from escaip.data import open_source
+from escaip.data import AtomicData, open_source
 from escaip.errors import UsageError
 from escaip.files import resolve, write_aside
 from escaip.potential.loading import load_potential
-from escaip.potential.predict import predict_pairs
+from escaip.potential.predict import StructurePrediction, predict_pairs
+from escaip.types import TARGETS
 
 
 def predict_file(
@@ -29,7 +29,7 @@ def predict_file(
     model_options: dict[str, Any] | None = None,
     read_options: dict[str, Any] | None = None,
 ) -> int:
-    """Writes the structures of a data file with predicted energy, forces and, for conservative models, stress.
+    """Writes the structures of a data file with every predicted target instead of its labels.
 
     Args:
         model: ``.ckpt`` or ``.escaip``.
@@ -61,11 +61,16 @@ def predict_file(
     with write_aside(path) as aside, aside.open("w", encoding="utf-8") as stream:
         pairs = predict_pairs(potential, structures, compute_stress=stress, max_atoms=max_atoms)
         for structure, predicted in tqdm(pairs, disable=not progress, unit="structure"):
-            atoms = structure.to_ase()
-            results: dict[str, Any] = {"energy": float(predicted.energy), "forces": predicted.forces.numpy()}
-            if predicted.stress is not None and atoms.pbc.any():
-                results["stress"] = full_3x3_to_voigt_6_stress(predicted.stress.numpy())
-            atoms.calc = SinglePointCalculator(atoms, **results)
-            ase.io.write(stream, atoms, format="extxyz")
+            ase.io.write(stream, _with_predictions(structure, predicted).to_ase(), format="extxyz")
             count += 1
     return count
+
+
+def _with_predictions(structure: AtomicData, predicted: StructurePrediction) -> AtomicData:
+    """Returns the structure with predictions instead of its labels."""
+    fields = dict(structure._store)
+    for target in TARGETS.values():
+        shape = (structure.num_nodes if target.per_atom else 1, *target.shape)
+        value = predicted.properties.get(target.name, getattr(predicted, target.name, None))
+        fields[target.name] = torch.full(shape, torch.nan) if value is None else torch.as_tensor(value).reshape(shape)
+    return AtomicData.from_fields(fields)

@@ -195,7 +195,7 @@ def _records(potential: Potential, members: Sequence[tuple[AtomicData, Structure
 
 def _predicted(found: Sequence[StructurePrediction], target: Target, shape: tuple[int, ...]) -> FloatArray:
     """Joins the predictions of a target; NaN where the potential has none."""
-    values = [getattr(each, "properties", {}).get(target.name, getattr(each, target.name, None)) for each in found]
+    values = [each.properties.get(target.name, getattr(each, target.name, None)) for each in found]
     if any(value is None for value in values):
         return np.full(shape, np.nan)
     return np.concatenate([np.asarray(value, dtype=np.float64).reshape(-1, *target.shape) for value in values])

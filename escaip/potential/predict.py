@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from escaip.errors import ConfigError, DataError, UnsupportedElementError, Usage
 from escaip.files import first_line
 from escaip.models import Model, ModelConfig
 from escaip.potential.derivatives import plan_chunks
-from escaip.types import GraphSettings, Prediction
+from escaip.types import TARGETS, GraphSettings, Prediction
 
 CPU_TOKENS = 4096
 """Tokens of a pack on a CPU: larger packs are not faster (docs/prediction.md)."""
@@ -77,12 +77,14 @@ class StructurePrediction:
         stress: ``(3, 3)`` eV/Å³, positive in tension, in the potential's dtype, or None when not asked for; NaN for a
             structure without periodic axes or without volume.
         atomic_energies: ``(n,)`` float64 eV, references included; their sum is ``energy``.
+        properties: values of the model's further heads by the name of their target, ``(n, *shape)`` or ``shape``.
     """
 
     energy: float
     forces: Tensor | None
     stress: Tensor | None
     atomic_energies: Tensor
+    properties: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -374,10 +376,13 @@ def _divide(prediction: Prediction, counts: list[int]) -> list[StructurePredicti
     missing = [None] * len(counts)
     forces = missing if prediction.forces is None else _pieces(prediction.forces, counts)
     stresses = missing if prediction.stress is None else [x.squeeze(0) for x in _pieces(prediction.stress, 1)]
-    rows = zip(
-        prediction.energy.tolist(), forces, stresses, _pieces(prediction.atomic_energies, counts), strict=True
-    )  # fmt: skip
-    return [StructurePrediction(*row) for row in rows]
+    properties: list[dict[str, Tensor]] = [{} for _ in counts]
+    for name, values in prediction.properties.items():
+        pieces = _pieces(values, counts) if TARGETS[name].per_atom else [x.squeeze(0) for x in _pieces(values, 1)]
+        for found, piece in zip(properties, pieces, strict=True):
+            found[name] = piece
+    energies, atomic = prediction.energy.tolist(), _pieces(prediction.atomic_energies, counts)
+    return [StructurePrediction(*row) for row in zip(energies, forces, stresses, atomic, properties, strict=True)]
 
 
 def _pieces(values: Tensor, sizes: list[int] | int) -> list[Any]:
