@@ -19,7 +19,7 @@ from escaip.errors import ConfigError, DataError
 from escaip.graph import displacements, tight_graph
 from escaip.potential import Potential
 from escaip.potential.precision import check_precision
-from escaip.types import StructureBatch
+from escaip.types import TARGETS, StructureBatch
 
 DEFAULT_SKIN = 0.5
 """Å by which neighbor searches reach farther than needed."""
@@ -123,7 +123,8 @@ class EScAIPCalculator(PotentialCalculator):
     by potentials that use them. Every evaluation gives forces and, for structures with a periodic cell, stress, so that
     constant-pressure runs evaluate once per step. Two properties are evaluated only on request: ``stresses``
     ``(N, 6)`` eV/Å³, each atom's share of the stress (:func:`escaip.potential.derivatives.virials_of`), and
-    ``virials`` ``(N, 3, 3)`` eV, which is ``−V`` times that and is defined for molecules too.
+    ``virials`` ``(N, 3, 3)`` eV, which is ``−V`` times that and is defined for molecules too. Further heads of the
+    model are properties by the name of their target (:data:`escaip.types.TARGETS`), such as ``"dipole"``.
 
     Args:
         model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
@@ -189,6 +190,7 @@ class EScAIPCalculator(PotentialCalculator):
         if not self.is_conservative:
             without = ("stress", "stresses", "virials")
             self.implemented_properties = [name for name in self.implemented_properties if name not in without]
+        self.implemented_properties = [*self.implemented_properties, *self.potential.config.heads]
         self._forget()
 
     @property
@@ -235,12 +237,15 @@ class EScAIPCalculator(PotentialCalculator):
         values = torch.cat([part.detach().double().reshape(-1) for part in parts]).cpu().numpy()
         count = len(batch.positions)
         energy, energies, forces, stress = np.split(values, np.cumsum([1, count, 3 * count]))
-        results = {
+        results: dict[str, Any] = {
             "energy": float(energy[0]),
             "free_energy": float(energy[0]),
             "energies": energies,
             "forces": forces.reshape(-1, 3),
         }
+        for name, value in prediction.properties.items():
+            array = value.detach().double().cpu().numpy()
+            results[name] = array if TARGETS[name].per_atom else array[0]
         if with_stress:
             results["stress"] = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
         if with_virials:

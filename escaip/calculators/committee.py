@@ -16,7 +16,7 @@ from escaip.calculators.skin import SkinnedGraph, SkinnedNeighbors
 from escaip.errors import ConfigError
 from escaip.potential import Potential
 from escaip.potential.atomic_energies import check_elements
-from escaip.types import GraphSettings, Prediction, StructureBatch
+from escaip.types import TARGETS, GraphSettings, Prediction, StructureBatch
 
 
 class CommitteeCalculator(PotentialCalculator):
@@ -35,7 +35,8 @@ class CommitteeCalculator(PotentialCalculator):
     ============== ============= ============================================================================
 
     Spreads divide by ``M`` members, not ``M − 1``. Agreement within a committee does not make extrapolation safe: the
-    members can be wrong together. ``energy_spread`` is meaningful for members with the same atomic energies.
+    members can be wrong together. ``energy_spread`` is meaningful for members with the same atomic energies. Heads that
+    all members have are averaged.
 
     Members share one neighbor search, and those with equal graph settings share the graph.
 
@@ -86,6 +87,8 @@ class CommitteeCalculator(PotentialCalculator):
             raise ConfigError(f"members are on different devices ({', '.join(sorted(devices))}): set device")
         if not self.is_conservative:
             self.implemented_properties = [name for name in self.implemented_properties if "stress" not in name]
+        shared = set.intersection(*(set(potential.config.heads) for potential in self.potentials))
+        self.implemented_properties = [*self.implemented_properties, *sorted(shared)]
         self._forget()
 
     @property
@@ -142,6 +145,10 @@ class CommitteeCalculator(PotentialCalculator):
                 for member in self.members
             ]  # fmt: skip
         results = _results(predictions, with_stress)
+        for name in set.intersection(*(set(prediction.properties) for prediction in predictions)):
+            values = torch.stack([prediction.properties[name].detach().double() for prediction in predictions])
+            mean = values.mean(dim=0).cpu().numpy()
+            results[name] = mean if TARGETS[name].per_atom else mean[0]
         if with_stresses:
             virials = _of_members(predictions, "atomic_virials").mean(axis=0)
             results["stresses"] = full_3x3_to_voigt_6_stress(virials) / atoms.get_volume()

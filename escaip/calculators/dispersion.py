@@ -13,6 +13,7 @@ from ase.cell import Cell
 from escaip.calculators.ase import PotentialCalculator, has_volume
 from escaip.errors import ConfigError, DataError
 from escaip.potential import Potential
+from escaip.types import TARGETS
 
 DAMPINGS = ("bj", "zero", "bjm", "zerom", "op")
 _SUMMED = ("forces", "energy", "free_energy", "stress")  # forces first: dftd3 then evaluates once
@@ -23,7 +24,7 @@ class DispersionCalculator(PotentialCalculator):
     """Sum of a calculator and D3 dispersion, which ``dftd3.ase.DFTD3`` evaluates.
 
     Use it only where the training data contain no dispersion: a model trained on PBE-D3, ωB97M-V or other energies with
-    dispersion would count it twice. The spreads of a committee are passed on: every member gets the same dispersion.
+    dispersion would count it twice. The spreads of a committee and further targets are passed on.
 
     Args:
         calculator: the calculator without dispersion.
@@ -46,7 +47,8 @@ class DispersionCalculator(PotentialCalculator):
         self.calculator = calculator
         self.options = {"method": functional, "damping": f"d3{damping}", **options}
         known = calculator.implemented_properties
-        self.implemented_properties = [name for name in (*_SUMMED, *_PASSED) if name in known]
+        passed = [name for name in known if name in (*TARGETS, *_PASSED) and name not in _SUMMED]
+        self.implemented_properties = [*(name for name in _SUMMED if name in known), *passed]
         self._forget()
 
     @property

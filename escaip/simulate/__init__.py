@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from escaip.simulate.analysis import EnergyDrift, energy_drift, radial_distribution
-    from escaip.simulate.check import check_calculator
+    from escaip.simulate.check import CheckReport, check_calculator
     from escaip.simulate.ensembles import MDSettings, default_timestep
-    from escaip.simulate.findings import CheckReport
     from escaip.simulate.md import MDResult, MDStatus, ProgressLine, run_md
     from escaip.simulate.output import read_log, read_structure, read_trajectory, write_structure
     from escaip.simulate.relaxation import RelaxResult, relax
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 # Names by module, imported on first use, so that one of them does not import all of ASE.
 _PUBLIC = {
     "analysis": ("EnergyDrift", "energy_drift", "radial_distribution"),
-    "check": ("check_calculator",),
-    "findings": ("CheckReport",),
+    "check": ("CheckReport", "check_calculator"),
     "ensembles": ("MDSettings", "default_timestep"),
     "md": ("MDResult", "MDStatus", "ProgressLine", "run_md"),
     "output": ("read_log", "read_structure", "read_trajectory", "write_structure"),

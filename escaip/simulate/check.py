@@ -1,12 +1,14 @@
-"""Whether a model is what a simulation takes it for: derivatives, symmetries, continuity, conservation."""
+"""Checks that a potential is one: derivatives, symmetries, continuity, conservation of energy."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import ase.build
 import numpy as np
 import torch
 from ase import Atoms, units
@@ -15,9 +17,9 @@ from ase.md.verlet import VelocityVerlet
 
 from escaip.calculators import CommitteeCalculator, EScAIPCalculator
 from escaip.calculators.ase import has_volume
+from escaip.errors import SimulationError, UsageError
 from escaip.potential import Potential
 from escaip.simulate.ensembles import MDSettings, prepare_velocities
-from escaip.simulate.findings import TOLERANCES, CheckReport, Finding, Tolerances
 from escaip.testing import (
     Evaluate,
     Evaluation,
@@ -30,27 +32,142 @@ from escaip.testing import (
     wrapping_error,
 )
 
-_DISPLACEMENT = 0.03
-_STEPS = 32
-_CROSSINGS = 6
-_DIRECTIONS = 6
+_DISPLACEMENT = 0.03  # Å
+_STEPS = 32  # of the short run
+_CROSSINGS = 6  # changes of the graph looked at
+_DIRECTIONS = 6  # of the Jacobian
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Errors that rounding explains.
+
+    Attributes:
+        energy: eV per atom, between equivalent structures.
+        derivative: relative to the largest force, or to 1 eV/Å where that is larger; for stress in eV per atom.
+        steps: Å of finite differences; the best of them counts.
+        jump: eV, for energies; for forces 100 times as much in eV/Å.
+        leak: meV per atom; smaller energy errors of a short run need not fall with the timestep.
+    """
+
+    energy: float
+    derivative: float
+    steps: tuple[float, ...]
+    jump: float
+    leak: float
+
+
+TOLERANCES = {
+    "float64": Tolerances(energy=1e-9, derivative=1e-5, steps=(1e-4,), jump=1e-8, leak=1e-8),
+    "float32": Tolerances(energy=1e-5, derivative=2e-3, steps=(1e-2, 3e-3), jump=1e-5, leak=1e-3),
+    "rounded": Tolerances(energy=1e-3, derivative=0.1, steps=(5e-2,), jump=1e-3, leak=1.0),
+}
+"""Tolerances by the dtype of the model; "rounded" for products in TF32, float16 or bfloat16."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison.
+
+    Attributes:
+        name: quantity compared.
+        value: error found; NaN fails.
+        unit: of the value, empty for a number.
+        limit: largest error allowed; None for information.
+        note: details in words.
+    """
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """``pass``, ``FAIL`` or ``info``."""
+        if self.limit is None:
+            return "info"
+        return "pass" if self.value <= self.limit else "FAIL"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Comparisons around one structure.
+
+    Attributes:
+        subject: structure and kind of model in words.
+        findings: one for each comparison.
+    """
+
+    subject: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """The findings outside of their limit."""
+        return tuple(finding for finding in self.findings if finding.verdict == "FAIL")
+
+    def table(self) -> str:
+        """Returns a table for a terminal."""
+        rows = [
+            (f.verdict, f.name, f"{f.value:.2e}", "" if f.limit is None else f"{f.limit:.0e}", f.unit, f.note)
+            for f in self.findings
+        ]
+        header = ("", "comparison", "found", "allowed", "", "")
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *rows)]
+        return "\n".join([self.subject, *(line.rstrip() for line in lines)])
+
+    def raise_failed(self) -> None:
+        """Raises SimulationError when a comparison failed."""
+        if self.failed:
+            names = "; ".join(finding.name for finding in self.failed)
+            raise SimulationError(
+                f"{self.subject}: {len(self.failed)} of {len(self.findings)} comparisons failed: {names}: see the "
+                "table; --dtype float64 takes rounding away"
+            )
+
+
+def default_structures(calculator: BaseCalculator) -> list[Atoms]:
+    """Returns a molecule and a crystal that the calculator can evaluate, or one of them.
+
+    Raises:
+        UsageError: the calculator evaluates none of the candidates.
+    """
+    molecules = [ase.build.molecule(name) for name in ("CH3CH2OH", "H2O", "N2", "O2")]
+    crystals = [ase.build.bulk(name, cubic=True) for name in ("Si", "Cu", "Al", "Fe", "Li")]
+    crystals += [ase.build.bulk("NaCl", "rocksalt", a=5.64), ase.build.bulk("Ar", "fcc", a=5.3, cubic=True)]
+    found = []
+    for candidates in (molecules, crystals):
+        for atoms in candidates:
+            atoms.set_initial_magnetic_moments(None)
+            try:
+                calculator.get_property("forces", atoms)
+            except Exception:  # calculators refuse elements with any exception
+                continue
+            found.append(atoms)
+            break
+    if not found:
+        raise UsageError("the calculator evaluates none of the built-in structures: give --structure FILE")
+    return found
 
 
 def check_calculator(
     calculator: BaseCalculator, atoms: Atoms, *, seed: int = 0, temperature: float | None = None
 ) -> CheckReport:
-    """Compares what a calculator answers around a structure with what physics demands of it.
+    """Compares a calculator's answers around a structure with the demands of physics.
 
-    At the structure, displaced a little, since much vanishes in a perfect crystal: forces with central differences of
-    the energy, for some atoms and some random directions; stress with finite strains; the energy under translation,
-    rotation, permutation and re-wrapping, forces under rotation; a kept neighbor list with none; energy and forces
-    where a neighbor enters or leaves the graph; the energy of a short NVE run at a timestep and at half of it, whose
-    error must fall to a quarter. Of direct-force models what they do not promise is information: how far forces are
-    from derivatives, and the share of their Jacobian that no energy has.
+    The structure is displaced a little, since much vanishes in a perfect crystal. Compared are: forces with central
+    differences of the energy; stress with finite strains; the energy under translation, rotation, permutation and
+    re-wrapping, and forces under rotation; a kept neighbor list with a fresh one; energy and forces where a neighbor
+    enters or leaves the graph; and the energy error of a short NVE run at a timestep and at half of it, which must fall
+    to a quarter. Direct-force models get information instead where they promise nothing: how far forces are from
+    derivatives, and the antisymmetric share of their Jacobian.
 
     Args:
         calculator: an :class:`~escaip.EScAIPCalculator`, a committee, either with dispersion, or any other of ASE's.
-        atoms: the structure; constraints are left out, neither it nor its calculator is changed.
+        atoms: the structure; constraints are ignored, neither it nor its calculator is changed.
         seed: of directions, rotations and velocities.
         temperature: K, of the velocities; 300 by default.
     """
@@ -128,7 +245,7 @@ def _symmetries(
     evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, limits: Tolerances, conservative: bool
 ) -> list[Finding]:
     answer = evaluate([atoms])[0]
-    # Differences to this energy: absolute, where a relative one would be hidden by the energies of the atoms.
+    # Errors relative to the total energy would be hidden by the energies of the atoms.
     differences = _less(evaluate, answer.energy)
     energy, forces = rotation_errors(differences, atoms, rng)
     moved, permuted = translation_error(differences, atoms, rng), permutation_error(differences, atoms, rng)
@@ -145,7 +262,7 @@ def _symmetries(
 
 
 def _skin(base: Any, plain: Any, atoms: Atoms, rng: np.random.Generator, limits: Tolerances) -> Finding:
-    """Largest difference on a walk that uses the skin up several times and brings neighbors nearer."""
+    """Compares answers on a walk that exhausts the skin several times and compresses the structure."""
     moving, worst = atoms.copy(), 0.0
     before = base.num_neighbor_builds
     for _ in range(10):
@@ -159,7 +276,7 @@ def _skin(base: Any, plain: Any, atoms: Atoms, rng: np.random.Generator, limits:
 
 
 def _crossings(evaluate: Evaluate, members: Sequence[Potential], atoms: Atoms, limits: Tolerances) -> list[Finding]:
-    """Largest jumps of energy and forces where a token comes or goes while an atom moves through the cutoff."""
+    """Measures the largest jumps where a token appears or disappears as an atom moves through the cutoff."""
     found = [pair for member in members for pair in _token_changes(member, *_path(atoms, member.cutoff))]
     found = found[: _CROSSINGS * len(members)]
     if not found:
@@ -175,21 +292,21 @@ def _crossings(evaluate: Evaluate, members: Sequence[Potential], atoms: Atoms, l
 
 
 def _path(atoms: Atoms, cutoff: float) -> tuple[Callable[[float], Atoms], float]:
-    """A structure for each Å of the way of an atom through the cutoff of others, and how long the way is.
+    """Returns a function from a distance in Å to a structure with one atom moved that far, and the whole distance.
 
-    With an open axis the way of one more atom towards the outermost one; else that of the first atom towards another.
+    With an open axis, a further atom approaches the outermost one; otherwise the first atom approaches another.
     """
     open_axes = np.flatnonzero(~atoms.pbc)
     moving, length = atoms.copy(), 1.05 * cutoff - 1.0
     if len(open_axes):
         direction = np.eye(3)[open_axes[-1]]
-        if atoms.pbc.any():  # square to the periodic axes
+        if atoms.pbc.any():  # perpendicular to the periodic axes
             direction = np.linalg.svd(atoms.cell.array[atoms.pbc])[2][-1]
         outermost = int(np.argmax(atoms.positions @ direction))
         moving += Atoms([atoms.numbers[outermost]], [atoms.positions[outermost] + 1.05 * cutoff * direction])
         index = len(moving) - 1
     else:
-        moving = moving.repeat(2) if len(moving) == 1 else moving  # alone it would not move against its images
+        moving = moving.repeat(2) if len(moving) == 1 else moving  # a single atom would not move against its images
         index, length = 0, min(length, 1.0)
         distance = moving.get_distance(0, len(moving) - 1, mic=True, vector=True)
         direction = -distance / np.linalg.norm(distance)
@@ -203,7 +320,7 @@ def _path(atoms: Atoms, cutoff: float) -> tuple[Callable[[float], Atoms], float]
 
 
 def _token_changes(potential: Potential, at: Callable[[float], Atoms], length: float) -> list[tuple[Atoms, Atoms]]:
-    """Structures just before and after a change of the tokens, as near to each other as positions can be."""
+    """Returns pairs of structures just before and after a change of the tokens, by bisection."""
     ways = np.linspace(0.0, length, 41)
     tokens = [_tokens(potential, at(way)) for way in ways]
     found: list[tuple[Atoms, Atoms]] = []
@@ -218,13 +335,13 @@ def _token_changes(potential: Potential, at: Callable[[float], Atoms], length: f
 
 
 def _tokens(potential: Potential, atoms: Atoms) -> torch.Tensor:
-    """What decides which neighbors count, in an order of its own."""
+    """Returns rows that identify the tokens, in an order that does not depend on the structure's."""
     from escaip.data import AtomicData, collate
 
     graph = potential.graph_of(collate([AtomicData.from_ase(atoms)]).to(potential.device))
     count = graph.num_tokens
     columns = [graph.token_center[:, None], graph.token_neighbor[:, None], graph.shift[:count]]
-    if not potential.config.graph.soft:  # counted ranks jump while the tokens stay
+    if not potential.config.graph.soft:  # counted ranks jump without a change of tokens
         columns.append((2.0 * graph.rank_base[:, None]).long())
     return torch.cat(columns, dim=1).unique(dim=0)
 
@@ -232,9 +349,9 @@ def _tokens(potential: Potential, atoms: Atoms) -> torch.Tensor:
 def _conservation(
     calculator: BaseCalculator, atoms: Atoms, seed: int, temperature: float, limits: Tolerances, conservative: bool
 ) -> Finding:
-    """How the error of the total energy falls with the timestep: Verlet's is of second order, a leak's of none.
+    """Measures how the energy error falls with the timestep: to second order for Verlet, not at all for a leak.
 
-    A surface with features finer than a step has a higher order, or none yet: the step is then halved again.
+    Where the energy surface has features finer than a step, the step is halved again.
     """
     timestep = min(0.5 * math.sqrt(float(atoms.get_masses().min())), 1.0)  # fs: 0.5 for hydrogen
     settings = MDSettings(temperature=temperature, velocities="draw", timestep=timestep)
@@ -250,7 +367,7 @@ def _conservation(
 
 
 def _energy_error(calculator: BaseCalculator, atoms: Atoms, seed: int, settings: MDSettings, parts: int) -> float:
-    """Root mean square change of the total energy in meV/atom, at the same times for any number of parts of a step."""
+    """Returns the root mean square change of the total energy in meV/atom, at the same times for any ``parts``."""
     moving = atoms.copy()
     moving.calc = calculator
     prepare_velocities(moving, settings, np.random.default_rng(seed))
@@ -285,16 +402,13 @@ def _less(evaluate: Evaluate, energy: float) -> Evaluate:
 
 
 def _base(calculator: Any) -> Any:
-    """Without dispersion."""
+    """Returns the calculator below dispersion."""
     return getattr(calculator, "calculator", calculator)
 
 
 def _members(calculator: Any) -> list[Potential]:
-    """The potentials of a calculator; none of another program's."""
-    base = _base(calculator)
-    if isinstance(base, CommitteeCalculator):
-        return [member.potential for member in base.members]
-    return [base.potential] if isinstance(base, EScAIPCalculator) else []
+    """Returns the potentials of a calculator; none for another program's."""
+    return list(getattr(_base(calculator), "potentials", ()))
 
 
 def _without_skin(base: EScAIPCalculator | CommitteeCalculator) -> EScAIPCalculator | CommitteeCalculator:

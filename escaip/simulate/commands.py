@@ -144,37 +144,47 @@ def md(
 
 
 def check(
-    model: ModelFile,
-    structure: StructureFile,
+    model: ModelFile | None = None,
     *,
+    calculator: str | None = None,
+    structure: list[StructureFile] | None = None,
     frame: int = -1,
     seed: int = 0,
-    temperature: float | None = None,
+    temperature: float = 300.0,
     graph_skin: float = 0.0,
     cuda_graphs: bool = False,
     **options: Unpack[CalculatorOptions],
 ) -> None:
-    """Compares a model with what physics demands: forces as derivatives, symmetries, smoothness, conservation.
+    """Compares a potential with what physics demands: forces as derivatives, symmetries, smoothness, conservation.
 
     Args:
         model: a model file
-        structure: the structure to test around; anything ASE reads
-        frame: which structure of the file (default: the last)
+        calculator: instead of MODEL, module:NAME of any ASE calculator; a class or a function without arguments
+        structure: structures to test around, anything ASE reads (default: a molecule and a crystal, where possible)
+        frame: which structure of each file (default: the last)
         seed: seed of displacements and velocities
         temperature: temperature of the test of conservation in K
         graph_skin: keep the graph while distances change by less than this many Å
         cuda_graphs: with --compile, on CUDA, launch each evaluation as one graph
 
-    Example: escaip check example:organic example:ethanol --dtype float64
+    Example: escaip check example:organic --dtype float64
     """
-    from escaip.simulate.check import check_calculator
+    from escaip.errors import UsageError
+
+    if (model is None) == (calculator is None):
+        raise UsageError("give either MODEL or --calculator module:NAME")
+    from escaip.simulate.check import check_calculator, default_structures
     from escaip.simulate.output import read_structure
 
-    atoms = read_structure(structure, frame)
-    calculator = make_calculator(model, graph_skin=graph_skin, cuda_graphs=cuda_graphs, **options)
-    report = check_calculator(calculator, atoms, seed=seed, temperature=temperature)
-    print(report.table())
-    report.raise_failed()
+    if model is not None:
+        made = make_calculator(model, graph_skin=graph_skin, cuda_graphs=cuda_graphs, **options)
+    else:
+        made = import_calculator(calculator or "")
+    structures = [read_structure(path, frame) for path in structure or ()] or default_structures(made)
+    reports = [check_calculator(made, atoms, seed=seed, temperature=temperature) for atoms in structures]
+    print("\n\n".join(report.table() for report in reports))
+    for report in reports:
+        report.raise_failed()
 
 
 def select(
@@ -292,3 +302,33 @@ def make_calculator(
     else:
         made = EScAIPCalculator(model, **options)
     return made if d3 is None else DispersionCalculator(made, d3, d3_damping)
+
+
+def import_calculator(name: str) -> BaseCalculator:
+    """Returns the ASE calculator that ``module:NAME`` names, imported from here or from the current folder.
+
+    Raises:
+        UsageError: no such module or name, or it makes no calculator.
+    """
+    import importlib
+
+    from ase.calculators.calculator import BaseCalculator
+
+    from escaip.errors import UsageError
+    from escaip.files import first_line
+
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        made = getattr(importlib.import_module(module), attribute)
+        if not isinstance(made, BaseCalculator):
+            made = made()
+    except Exception as error:  # somebody else's module raises anything
+        raise UsageError(
+            f"--calculator {name}: {first_line(error)}: name a class or function as module:NAME"
+        ) from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(made, BaseCalculator):
+        raise UsageError(f"--calculator {name} is no ASE calculator: name a class or function that makes one")
+    return made

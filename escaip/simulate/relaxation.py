@@ -17,16 +17,16 @@ OPTIMIZERS = {"bfgs": BFGS, "fire": FIRE}
 
 @dataclass(frozen=True)
 class RelaxResult:
-    """Outcome of a relaxation.
+    """Result of a relaxation.
 
     Attributes:
         atoms: the relaxed structure, with its calculator.
         converged: whether the largest force fell to ``fmax``.
-        steps: taken.
+        steps: number of steps taken.
         energy, initial_energy: eV.
-        largest_force: eV/Å; with the cell, its generalised forces are included.
-        volume: Å³ with a cell, else NaN.
-        pressure: GPa with three periodic axes and a calculator that knows stress, else NaN.
+        largest_force: eV/Å; includes the generalised forces of a relaxed cell.
+        volume: Å³; NaN without a cell.
+        pressure: GPa; NaN without three periodic axes or without stress.
     """
 
     atoms: Atoms
@@ -65,7 +65,7 @@ def relax(
     Args:
         atoms: structure with a calculator; constraints are kept.
         fmax: largest force at the end, eV/Å.
-        steps: give up after so many.
+        steps: largest number of steps.
         optimizer: ``"bfgs"`` or ``"fire"``.
         cell: relax the cell as well (Fréchet filter); needs three periodic axes.
         pressure: GPa, with ``cell``.

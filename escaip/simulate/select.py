@@ -1,9 +1,8 @@
-"""Which frames of a trajectory to label next: those a committee disagrees on, and no two alike."""
+"""Selection of frames to label next: those on which a committee disagrees, without duplicates."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +14,22 @@ import numpy as np
 from ase import Atoms
 
 from escaip.errors import ConfigError, DataError
+from escaip.files import first_line, write_aside, write_json
 from escaip.simulate.guards import find_contact
 
 
 @dataclass(frozen=True)
 class FrameScores:
-    """What a committee says of ``F`` frames.
+    """A committee's answers for ``F`` frames.
 
     Attributes:
         forces_spread: ``(F,)`` eV/Å, the largest of an atom's ``√⟨|F_i − ⟨F_i⟩|²⟩`` over the members.
         mean_forces_spread: ``(F,)`` eV/Å, its mean over the atoms.
         energy_spread: ``(F,)`` eV, standard deviation of the energies.
         descriptors: of each frame ``(M · n,)`` eV: the atomic energies of each of ``M`` members, sorted within each
-            element. Invariant under rotation, translation, re-wrapping and permutation, without further evaluations.
-        formulas: of each frame; frames of different ones are never duplicates.
+            element. They need no further evaluations and are invariant under rotation, translation, re-wrapping and
+            permutation.
+        formulas: of each frame; frames of different formulas are never duplicates.
     """
 
     forces_spread: np.ndarray
@@ -40,18 +41,18 @@ class FrameScores:
 
 @dataclass(frozen=True)
 class Selection:
-    """Frames chosen, in the order in which they were.
+    """The frames chosen from a file, in the order of choice.
 
     Attributes:
-        chosen: ``(K,)`` indices into what was scored.
-        distances: ``(K,)`` eV, of each to the nearest one chosen before; inf for the first of its formula.
-        out: the structures.
-        report: the spreads, JSON.
-        count: asked for.
-        considered: frames within the limits.
-        frames: in all.
-        broken: left out because atoms touch or the members' answers are no numbers.
-        spread: largest and smallest ``forces_spread`` of those chosen, eV/Å.
+        chosen: ``(K,)`` indices into the sound frames.
+        distances: ``(K,)`` eV, to the nearest frame chosen before; inf for the first of its formula.
+        out: file of the structures.
+        report: file of the spreads, JSON.
+        count: number of frames asked for.
+        considered: number of frames within the limits.
+        frames: number of frames in all.
+        broken: number of frames left out because atoms touch or the members' answers are not finite.
+        spread: largest and smallest ``forces_spread`` of the frames chosen, eV/Å.
     """
 
     chosen: np.ndarray
@@ -68,7 +69,7 @@ class Selection:
         """Returns a few lines for people."""
         lines = [f"{len(self.chosen)} of {self.frames} frames chosen, {self.considered} were within the limits"]
         if self.broken:
-            lines.append(f"{self.broken} frames are broken (atoms touch, or the answers are no numbers) and left out")
+            lines.append(f"{self.broken} frames are broken (atoms touch, or answers are not finite) and left out")
         if len(self.chosen) < self.count:
             lines.append(f"fewer than {self.count}: the others are too near to these, see --min-distance")
         lines.append(f"force spread {self.spread[1]:.3g} to {self.spread[0]:.3g} eV/Å; wrote {self.out}, {self.report}")
@@ -78,17 +79,17 @@ class Selection:
 def select_frames(
     scores: FrameScores, count: int, candidates: np.ndarray, min_distance: float = 0.005
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses by spread and diversity: the most uncertain frame, then whichever has the largest product of spread and
-    distance to the nearest one chosen (farthest-point sampling, weighted).
+    """Chooses frames by spread and diversity: weighted farthest-point sampling.
 
-    The distance of two frames of one formula is the root mean square difference of their descriptors, eV; a frame of a
-    formula that was not chosen yet counts as far as the farthest of the others.
+    The first frame has the largest spread; each further one the largest product of spread and distance to the nearest
+    frame chosen. The distance of two frames of one formula is the root mean square difference of their descriptors, eV;
+    a frame of a formula that was not chosen yet counts as far as the farthest of the others.
 
     Args:
         scores: of all frames.
-        count: at most so many.
+        count: largest number of frames to choose.
         candidates: indices to choose from.
-        min_distance: eV; nearer frames are the same.
+        min_distance: eV; nearer frames are duplicates.
 
     Returns:
         Indices in the order chosen, and the distance of each to those before it.
@@ -96,22 +97,22 @@ def select_frames(
     distance = np.full(len(scores.forces_spread), np.inf)
     chosen: list[int] = []
     distances: list[float] = []
-    open_ = np.zeros(len(distance), dtype=bool)
-    open_[candidates] = True
+    is_open = np.zeros(len(distance), dtype=bool)
+    is_open[candidates] = True
     _, kind = np.unique(scores.formulas, return_inverse=True)
     members = [np.flatnonzero(kind == number) for number in range(kind.max() + 1)]
     tables = [np.stack([scores.descriptors[index] for index in same]) for same in members]
-    while len(chosen) < count and open_.any():
-        farthest = distance[open_ & np.isfinite(distance)].max(initial=0.0) or 1.0
+    while len(chosen) < count and is_open.any():
+        farthest = distance[is_open & np.isfinite(distance)].max(initial=0.0) or 1.0
         weight = scores.forces_spread * np.where(np.isfinite(distance), distance, farthest)
-        index = int(np.argmax(np.where(open_, weight, -1.0)))
+        index = int(np.argmax(np.where(is_open, weight, -1.0)))
         chosen.append(index)
         distances.append(float(distance[index]))
         same = members[kind[index]]
         differences = tables[kind[index]] - scores.descriptors[index]
         distance[same] = np.minimum(distance[same], np.sqrt((differences**2).mean(axis=1)))
-        open_ &= distance > min_distance
-        open_[index] = False
+        is_open &= distance > min_distance
+        is_open[index] = False
     return np.array(chosen, dtype=np.int64), np.array(distances)
 
 
@@ -119,13 +120,13 @@ def score_frames(
     frames: Sequence[Atoms], models: Sequence[str | os.PathLike[str]], *, max_atoms: int | None = None,
     progress: bool = False, **options: Any,
 ) -> FrameScores:  # fmt: skip
-    """Evaluates frames with each member, packed by size, one member in memory at a time.
+    """Evaluates frames with each member, in batches of frames, with one member in memory at a time.
 
     Args:
         frames: without labels; charge and spin in ``info``.
         models: two or more model files.
         max_atoms: as in :meth:`~escaip.Potential.predict`.
-        progress: as there.
+        progress: show a bar.
         **options: ``device, dtype, precision, dataset`` as in :class:`~escaip.EScAIPCalculator`.
 
     Raises:
@@ -175,34 +176,32 @@ def select_file(
     progress: bool = False,
     **options: Any,
 ) -> Selection:
-    """Selects frames of a file, writes them without labels (extxyz), and the spreads of all beside them (JSON).
+    """Selects frames of a file; writes them without labels (extxyz) and the spreads of all beside them (JSON).
 
     Args:
         trajectory: anything ASE reads.
         models: the committee.
         out: ends in ``.extxyz``.
-        count: frames to choose, at most.
-        min_spread: eV/Å, below which nothing is learnt.
-        max_spread: eV/Å, above which frames are taken for broken.
+        count: largest number of frames to choose.
+        min_spread: eV/Å; frames below teach nothing.
+        max_spread: eV/Å; frames above are broken.
         min_distance: see :func:`select_frames`.
-        every: look at every so many-th frame.
-        max_atoms: see :func:`score_frames`.
-        progress: see there.
-        **options: see there.
+        every: look at every N-th frame.
+        max_atoms, progress, **options: see :func:`score_frames`.
 
     Raises:
         ConfigError: a setting is out of range.
         DataError: the file cannot be read, or no frame is within the limits.
     """
     _check(out, count, min_spread, max_spread, min_distance, every)
-    frames, indices = _read(Path(trajectory), every)
-    sound = np.array([_is_sound(atoms) for atoms in frames])
+    frames = _read(Path(trajectory), every)
+    sound = [bool(np.isfinite(atoms.positions).all()) and find_contact(atoms) is None for atoms in frames]
     kept = [atoms for atoms, good in zip(frames, sound, strict=True) if good]
     if not kept:
         raise DataError(
             f"{trajectory}: no frame is sound (atoms touch, or coordinates are NaN): use another trajectory"
         )
-    numbers = indices[sound]
+    numbers = every * np.flatnonzero(sound)
     scores = score_frames(kept, models, max_atoms=max_atoms, progress=progress, **options)
     finite = np.isfinite(scores.forces_spread) & np.isfinite(scores.energy_spread)
     inside = finite & (scores.forces_spread >= min_spread)
@@ -213,13 +212,26 @@ def select_file(
         raise DataError(f"{trajectory}: no frame is within the limits: force spreads are {low:.3g} to {high:.3g} eV/Å")
     chosen, distances = select_frames(scores, count, np.flatnonzero(inside), min_distance)
     path = Path(out)
-    _write_frames(path, [kept[index] for index in chosen], numbers[chosen], scores, chosen)
     report = path.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bare = [_without_labels(kept[index], int(numbers[index]), float(scores.forces_spread[index])) for index in chosen]
+    with write_aside(path) as aside:
+        ase.io.write(aside, bare, format="extxyz")
+    write_json(report, {
+        "trajectory": os.fspath(trajectory),
+        "models": [os.fspath(model) for model in models],
+        "units": {"forces_spread": "eV/Å", "energy_spread": "eV", "distance": "eV"},
+        "chosen": {"frame": numbers[chosen].tolist(), "distance": _plain(distances)},
+        "frames": {
+            "frame": numbers.tolist(),
+            "max_forces_spread": _plain(scores.forces_spread),
+            "mean_forces_spread": _plain(scores.mean_forces_spread),
+            "energy_spread": _plain(scores.energy_spread),
+        },
+    })  # fmt: skip
     spreads = scores.forces_spread[chosen]
-    _write_report(report, trajectory, models, numbers, scores, chosen, distances)
-    broken = len(frames) - int(finite.sum())
     return Selection(
-        chosen, distances, path, report, count, int(inside.sum()), len(frames), broken,
+        chosen, distances, path, report, count, int(inside.sum()), len(frames), len(frames) - int(finite.sum()),
         (float(spreads.max()), float(spreads.min())),
     )  # fmt: skip
 
@@ -244,72 +256,28 @@ def _check(
         raise ConfigError(f"max_spread is {max_spread}: it must be above min_spread, {min_spread:g}")
 
 
-def _read(path: Path, every: int) -> tuple[list[Atoms], np.ndarray]:
-    """Every so many-th frame without its labels, and their indices in the file."""
+def _read(path: Path, every: int) -> list[Atoms]:
+    """Reads every N-th frame."""
     if not path.exists():
         raise DataError(f"trajectory {path} does not exist: check the path")
-    frames = []
     try:
-        for atoms in ase.io.iread(path, index=f"::{every}"):
-            atoms.calc = None
-            frames.append(atoms)
+        frames = list(ase.io.iread(path, index=f"::{every}"))
     except Exception as error:  # ASE's readers raise anything
-        raise DataError(f"trajectory {path} cannot be read ({error}): use a file ASE reads") from error
+        raise DataError(f"trajectory {path} cannot be read ({first_line(error)}): use a file ASE reads") from error
     if not frames:
         raise DataError(f"trajectory {path} is empty: give a file with at least one structure")
-    return frames, np.arange(len(frames)) * every
+    for atoms in frames:
+        atoms.calc = None
+    return frames
 
 
-def _is_sound(atoms: Atoms) -> bool:
-    return bool(np.isfinite(atoms.positions).all()) and find_contact(atoms) is None
+def _without_labels(atoms: Atoms, number: int, spread: float) -> Atoms:
+    frame = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    names = ("charge", "spin", "spin_multiplicity")
+    frame.info = {name: atoms.info[name] for name in names if name in atoms.info}
+    frame.info.update(source_frame=number, max_forces_spread=spread)
+    return frame
 
 
-def _write_frames(
-    path: Path, frames: list[Atoms], numbers: np.ndarray, scores: FrameScores, chosen: np.ndarray
-) -> None:
-    bare = []
-    for atoms, number, index in zip(frames, numbers, chosen, strict=True):
-        frame = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-        names = ("charge", "spin", "spin_multiplicity")
-        frame.info = {name: atoms.info[name] for name in names if name in atoms.info}
-        frame.info.update(source_frame=int(number), max_forces_spread=float(scores.forces_spread[index]))
-        bare.append(frame)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.part.extxyz")
-    try:
-        ase.io.write(aside, bare, format="extxyz")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write_report(
-    path: Path,
-    trajectory: str | os.PathLike[str],
-    models: Sequence[str | os.PathLike[str]],
-    numbers: np.ndarray,
-    scores: FrameScores,
-    chosen: np.ndarray,
-    distances: np.ndarray,
-) -> None:
-    def plain(values: np.ndarray) -> list[float | None]:
-        return [float(value) if np.isfinite(value) else None for value in values]
-
-    content = {
-        "trajectory": os.fspath(trajectory),
-        "models": [os.fspath(model) for model in models],
-        "units": {"forces_spread": "eV/Å", "energy_spread": "eV", "distance": "eV"},
-        "chosen": {"frame": numbers[chosen].tolist(), "distance": plain(distances)},
-        "frames": {
-            "frame": numbers.tolist(),
-            "max_forces_spread": plain(scores.forces_spread),
-            "mean_forces_spread": plain(scores.mean_forces_spread),
-            "energy_spread": plain(scores.energy_spread),
-        },
-    }
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+def _plain(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]

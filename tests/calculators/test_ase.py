@@ -17,11 +17,14 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from escaip import EScAIPCalculator
+from escaip.calculators import CommitteeCalculator
 from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError, DataError, UnsupportedElementError
+from escaip.nn.heads import HEADS
 from escaip.potential import Potential
 from escaip.simulate import MDSettings, run_md
 from escaip.testing import check_potential
+from escaip.types import TARGETS, Target
 
 Make = Callable[..., Potential]
 
@@ -55,6 +58,24 @@ def test_answers_alone_equal_answers_in_a_batch(make_potential: Make) -> None:
         if atoms.pbc.any():
             np.testing.assert_allclose(atoms.get_stress(voigt=False), together.stress[index].numpy(), atol=1e-12)
         assert atoms == before
+
+
+def test_further_heads_are_properties(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "dipole", Target("dipole", False, (3,), "e Å", "e Å"))
+    monkeypatch.setitem(TARGETS, "softness", Target("softness", True, (), "1", "1"))
+    monkeypatch.setitem(HEADS, "dipole", lambda size: torch.nn.Linear(size, 3))
+    monkeypatch.setitem(
+        HEADS, "softness", lambda size: torch.nn.Sequential(torch.nn.Linear(size, 1), torch.nn.Flatten(0))
+    )
+    potential, plain = make_potential(heads=("dipole", "softness")), make_potential()
+    atoms = ase.build.molecule("CH3OH")
+    expected = potential(collate([AtomicData.from_ase(atoms)])).properties
+    for calculator in (EScAIPCalculator(potential), CommitteeCalculator([potential, potential])):
+        atoms.calc = calculator
+        assert atoms.get_dipole_moment() == pytest.approx(expected["dipole"][0].detach().numpy(), rel=1e-12)
+        assert calculator.get_property("softness", atoms) == pytest.approx(expected["softness"].detach().numpy())
+    assert "dipole" not in EScAIPCalculator(plain).implemented_properties
+    assert "dipole" not in CommitteeCalculator([potential, plain]).implemented_properties
 
 
 def walk(atoms: Atoms, steps: int, seed: int = 0) -> list[Atoms]:

@@ -32,16 +32,39 @@ def second(tmp_path: Path) -> Path:
 
 def test_check(model: Path, molecule: Path, tmp_path: Path, capsys: Capture) -> None:
     ase.io.write(molecule, ase.build.molecule("H2O"))
-    assert main(["check", str(model), str(molecule)]) == 0
+    assert main(["check", str(model), "--structure", str(molecule)]) == 0
     printed = capsys.readouterr().out
     assert "pass  forces: F = -dE/dr, some atoms" in printed
     assert "FAIL" not in printed
     jumping = tmp_path / "jumping.escaip"
     make_potential(boo_weighting="uniform").save(jumping)
-    assert main(["check", str(jumping), str(molecule)]) == 1
+    assert main(["check", str(jumping), "--structure", str(molecule)]) == 1
     printed = capsys.readouterr()
     assert "FAIL  energy where neighbors come and go" in printed.out
     assert "comparisons failed" in printed.err
+
+
+def test_check_of_any_calculator_on_structures_that_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from ase.calculators.emt import EMT\n"
+        "class Wrong(EMT):\n"
+        "    def calculate(self, *args, **kwargs):\n"
+        "        super().calculate(*args, **kwargs)\n"
+        "        self.results['forces'] = 1.1 * self.results['forces']\n"
+    )
+    assert main(["check", "--calculator", "ase.calculators.emt:EMT"]) == 0
+    printed = capsys.readouterr().out
+    assert "C2H6O, 9 atoms" in printed
+    assert "Cu4, 4 atoms" in printed
+    assert main(["check", "--calculator", "mine:Wrong"]) == 1
+    printed = capsys.readouterr()
+    assert "FAIL  forces: F = -dE/dr" in printed.out
+    assert printed.err.count("\n") == 1
+    for arguments in ([], ["--calculator", "mine:Nothing"], ["--calculator", "json:dumps"]):
+        assert main(["check", *arguments]) == 2
 
 
 def test_a_committee_runs_and_frames_are_selected(
