@@ -187,7 +187,9 @@ def select_file(
         max_spread: eV/Å; frames above are broken.
         min_distance: see :func:`select_frames`.
         every: look at every N-th frame.
-        max_atoms, progress, **options: see :func:`score_frames`.
+        max_atoms: see :func:`score_frames`.
+        progress: show a bar.
+        **options: see :func:`score_frames`.
 
     Raises:
         ConfigError: a setting is out of range.
