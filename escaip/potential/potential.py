@@ -269,9 +269,10 @@ class Potential(nn.Module):
             if output.forces is not None and compute_forces:
                 direct = scale.unsqueeze(-1) * output.forces.double()
                 forces = (direct + forces_of(slope, graph) if self.repulsion else direct).to(self.dtype)
+        properties = {name: self._of_target(name, x, batch) for name, x in output.properties.items()}
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()
-        properties = {name: self._of_target(name, x, batch) for name, x in output.properties.items()}
+            properties = {name: x.detach() for name, x in properties.items()}
         return Prediction(energy, forces, stress, atomic_energies, virials, properties)
 
     @staticmethod
