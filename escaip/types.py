@@ -339,3 +339,8 @@ class Prediction:
     atomic_energies: Tensor
     atomic_virials: Tensor | None = None
     properties: dict[str, Tensor] = field(default_factory=dict)
+
+    def of_target(self, name: str) -> Tensor | None:
+        """Returns the values of a target, or None where they are missing."""
+        found: Tensor | None = self.properties.get(name, getattr(self, name, None))
+        return found

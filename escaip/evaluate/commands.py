@@ -68,7 +68,7 @@ def predict(
 
     Example: escaip predict example:organic structures.xyz --out predictions.extxyz
     """
-    from escaip.evaluate.prediction import predict_file
+    from escaip.evaluate.run import predict_file
 
     where, read = _divided(options)
     count = predict_file(

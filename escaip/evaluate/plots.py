@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,21 +38,27 @@ class _Panel:
 
 
 def draw_parity(records: Records, *, free_atoms_only: bool = False) -> bytes:
-    """Predictions against labels, colored by the density of points; a panel for each quantity with labels."""
-    panels = _panels(records, free_atoms_only)
-    figure, axes = _figure(panels)
-    for axis, panel in zip(axes, panels, strict=True):
-        _draw_parity(axis, panel)
-    return _png(figure)
+    """Draws predictions against labels, colored by the density of points; a panel for each quantity with labels."""
+    return _draw(records, free_atoms_only, _draw_parity)
 
 
 def draw_errors(records: Records, *, free_atoms_only: bool = False) -> bytes:
-    """Histograms of absolute errors on a logarithmic axis, beside those of the trivial predictor."""
+    """Draws histograms of absolute errors on a logarithmic axis, beside those of the trivial predictor."""
+    return _draw(records, free_atoms_only, _draw_errors)
+
+
+def _draw(records: Records, free_atoms_only: bool, draw: Callable[[Axes, _Panel], None]) -> bytes:
     panels = _panels(records, free_atoms_only)
-    figure, axes = _figure(panels)
-    for axis, panel in zip(axes, panels, strict=True):
-        _draw_errors(axis, panel)
-    return _png(figure)
+    figure = Figure(figsize=(4.6 * max(len(panels), 1), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid: Any = figure.subplots(1, max(len(panels), 1), squeeze=False)
+    for axis, panel in zip(grid[0], panels, strict=False):
+        draw(axis, panel)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    return stream.getvalue()
 
 
 def _panels(records: Records, free_atoms_only: bool) -> list[_Panel]:
@@ -74,13 +81,6 @@ def _panels(records: Records, free_atoms_only: bool) -> list[_Panel]:
     return panels
 
 
-def _figure(panels: list[_Panel]) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.6 * max(len(panels), 1), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid: Any = figure.subplots(1, max(len(panels), 1), squeeze=False)
-    return figure, list(grid[0][: len(panels)])
-
-
 def _draw_parity(axis: Axes, panel: _Panel) -> None:
     low = float(min(panel.label.min(), panel.found.min()))
     high = float(max(panel.label.max(), panel.found.max()))
@@ -101,7 +101,6 @@ def _draw_parity(axis: Axes, panel: _Panel) -> None:
     text = "\n".join([*lines, f"n = {len(panel.label):,}"])
     box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": "0.8", "alpha": 0.9}
     axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", ha="left", fontsize=9, bbox=box)
-    _plain_frame(axis)
 
 
 def _with_density(panel: _Panel, limits: tuple[float, float]) -> tuple[FloatArray, ...]:
@@ -136,15 +135,3 @@ def _draw_errors(axis: Axes, panel: _Panel) -> None:
     axis.set_xlabel(f"absolute error ({panel.error_unit}); dashed: mean")
     axis.set_ylim(top=axis.get_ylim()[1] * 1.25)
     axis.legend(frameon=False, fontsize=9, loc="upper left")
-    _plain_frame(axis)
-
-
-def _plain_frame(axis: Axes) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=9)
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
-    return stream.getvalue()

@@ -1,30 +1,30 @@
-"""Compares the predictions of a potential with labels, and writes report and plots."""
+"""Compares the predictions of a potential with labels; writes report and plots, or the predictions themselves."""
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ase.io
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from escaip.data import collate, open_source
+from escaip.data import AtomicData, collate, open_source
 from escaip.data.dataset import random_rotation, rotate_structure
-from escaip.errors import DataError
-from escaip.evaluate.report import EvaluationReport, FloatArray, Records, compute_report
-from escaip.files import resolve, write_file
+from escaip.errors import DataError, UsageError
+from escaip.evaluate.report import EvaluationReport, Records, compute_report
+from escaip.files import resolve, write_aside, write_file
 from escaip.potential import Potential
 from escaip.potential.loading import load_potential
 from escaip.potential.predict import StructurePrediction, join_structures, predict_pairs
-from escaip.types import TARGETS, Target
-
-if TYPE_CHECKING:
-    from escaip.data import AtomicData
+from escaip.types import TARGETS
 
 _RECORDED_TOGETHER = 256
 _NUM_ROTATED = 10
@@ -127,18 +127,28 @@ def evaluate(
         UnsupportedElementError: an element that the potential was not trained on.
         UsageError: ``max_atoms`` below 1, or a potential in training mode.
     """
-    parts: list[Records] = []
-    first: list[AtomicData] = []
-    started = time.perf_counter()
-    pairs = predict_pairs(
-        potential, structures, compute_stress=potential.config.is_conservative, max_atoms=max_atoms, progress=progress
-    )
+    first, names, started = list[AtomicData](), list[str](), time.perf_counter()
+    columns = collections.defaultdict[str | tuple[str, str], list[NDArray[Any]]](list)
+    stress = potential.config.is_conservative
+    pairs = predict_pairs(potential, structures, compute_stress=stress, max_atoms=max_atoms, progress=progress)
     while members := list(islice(pairs, _RECORDED_TOGETHER)):
         first.extend(data for data, _ in members[: _NUM_ROTATED - len(first)])
-        parts.append(_records(potential, members))
-    if not parts:
+        names.extend(data.structure_id for data, _ in members)
+        for key, values in _columns(potential, members).items():
+            columns[key].append(values)
+    if not names:
         raise DataError("0 structures to evaluate: check the file, --limit and --format")
-    records = _joined(parts)
+    joined = {key: np.concatenate(values) for key, values in columns.items()}
+    records = Records(
+        structure_id=tuple(names),
+        num_atoms=joined["num_atoms"],
+        numbers=joined["atomic_numbers"],
+        fixed=joined["fixed"],
+        structure=np.repeat(np.arange(len(names)), joined["num_atoms"]),
+        reference_energy=joined["reference_energy"],
+        labels={name: joined["label", name] for name in TARGETS},
+        predictions={name: joined["prediction", name] for name in TARGETS},
+    )
     seconds = time.perf_counter() - started
     if not any(np.isfinite(values).any() for values in records.labels.values()):
         raise DataError(
@@ -148,6 +158,54 @@ def evaluate(
     rotation = None if potential.config.is_conservative else rotation_error(potential, first)
     report = compute_report(records, free_atoms_only=free_atoms_only, rotation_error=rotation, seconds=seconds)
     return report, records
+
+
+def predict_file(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    max_atoms: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    model_options: Mapping[str, Any] | None = None,
+    read_options: Mapping[str, Any] | None = None,
+) -> int:
+    """Writes the structures of a data file with every predicted target instead of its labels.
+
+    Args:
+        model: ``.ckpt`` or ``.escaip``.
+        data: see :func:`escaip.data.open_source`; labels in it are left out of the result.
+        out: extxyz file to write; energies in eV, forces in eV/Å, stress in eV/Å³.
+        max_atoms: atoms evaluated at once; by default what is fastest and fits into memory.
+        overwrite: replace a file that exists.
+        progress: show a bar.
+        model_options: of :func:`escaip.load_potential`.
+        read_options: of :func:`escaip.data.open_source`.
+
+    Returns:
+        The number of structures written.
+
+    Raises:
+        UsageError: the name does not end in ``.extxyz`` or ``.xyz``, or the file exists.
+        EscaipError: the model or the data cannot be used, or the file cannot be written.
+    """
+    path = Path(out)
+    if path.suffix not in (".extxyz", ".xyz"):
+        raise UsageError(f"{out} is no extxyz file: give --out a name that ends in .extxyz")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{out} exists: choose another --out, or replace it with --overwrite")
+    potential = load_potential(model, **(model_options or {}))
+    structures = open_source(resolve(data), **(read_options or {}))
+    stress = potential.config.is_conservative
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(path) as aside, aside.open("w", encoding="utf-8") as stream:
+        pairs = predict_pairs(potential, structures, compute_stress=stress, max_atoms=max_atoms, progress=progress)
+        for structure, predicted in pairs:
+            ase.io.write(stream, _with_predictions(structure, predicted).to_ase(), format="extxyz")
+            count += 1
+    return count
 
 
 def rotation_error(potential: Potential, structures: Sequence[AtomicData], seed: int = 0) -> float:
@@ -171,53 +229,34 @@ def _forces(potential: Potential, data: AtomicData) -> torch.Tensor:
     return prediction.forces.detach().cpu().double()
 
 
-def _records(potential: Potential, members: Sequence[tuple[AtomicData, StructurePrediction]]) -> Records:
-    """Puts labels beside predictions for some structures."""
-    batch = join_structures([data for data, _ in members])
-    references = potential.atomic_references(batch.to(potential.device)).cpu().numpy()
-    batch = batch.to("cpu")
-    structure, found = batch.batch.numpy(), [prediction for _, prediction in members]
-    shapes = {
-        target.name: (len(structure) if target.per_atom else len(members), *target.shape) for target in TARGETS.values()
+def _columns(
+    potential: Potential, members: Sequence[tuple[AtomicData, StructurePrediction]]
+) -> dict[str | tuple[str, str], NDArray[Any]]:
+    """Returns labels beside predictions of some structures, NaN where missing, and the other arrays of records."""
+    batch = join_structures([data for data, _ in members]).to(potential.device)
+    references, batch = potential.atomic_references(batch).cpu().numpy(), batch.to("cpu")
+    found: dict[str | tuple[str, str], NDArray[Any]] = {
+        "num_atoms": np.diff(batch.ptr.numpy()),
+        "atomic_numbers": batch.atomic_numbers.numpy(),
+        "fixed": batch.fixed.numpy(),
+        "reference_energy": np.bincount(batch.batch.numpy(), weights=references, minlength=len(members)),
     }
-    labels = {name: batch[name].numpy() if name in batch else np.full(shape, np.nan) for name, shape in shapes.items()}
-    return Records(
-        structure_id=tuple(batch.structure_id),
-        num_atoms=(batch.ptr[1:] - batch.ptr[:-1]).numpy(),
-        numbers=batch.atomic_numbers.numpy(),
-        fixed=batch.fixed.numpy(),
-        structure=structure,
-        reference_energy=np.bincount(structure, weights=references, minlength=len(members)).astype(np.float64),
-        labels=labels,
-        predictions={target.name: _predicted(found, target, shapes[target.name]) for target in TARGETS.values()},
-    )
+    for name, target in TARGETS.items():
+        missing = np.full((len(batch.batch) if target.per_atom else len(members), *target.shape), np.nan)
+        values = [prediction.of_target(name) for _, prediction in members]
+        arrays = [
+            np.asarray(value, dtype=np.float64).reshape(-1, *target.shape) for value in values if value is not None
+        ]
+        found["label", name] = batch[name].numpy() if name in batch else missing
+        found["prediction", name] = np.concatenate(arrays) if len(arrays) == len(members) else missing
+    return found
 
 
-def _predicted(found: Sequence[StructurePrediction], target: Target, shape: tuple[int, ...]) -> FloatArray:
-    """Joins the predictions of a target; NaN where the potential has none."""
-    values = [each.properties.get(target.name, getattr(each, target.name, None)) for each in found]
-    if any(value is None for value in values):
-        return np.full(shape, np.nan)
-    return np.concatenate([np.asarray(value, dtype=np.float64).reshape(-1, *target.shape) for value in values])
-
-
-def _joined(parts: Sequence[Records]) -> Records:
-    """Joins records of consecutive structures."""
-
-    def join(name: str) -> Any:
-        return np.concatenate([getattr(part, name) for part in parts])
-
-    def join_targets(name: str) -> dict[str, FloatArray]:
-        return {key: np.concatenate([getattr(part, name)[key] for part in parts]) for key in getattr(parts[0], name)}
-
-    before = np.cumsum([0, *(len(part.num_atoms) for part in parts)])
-    return Records(
-        structure_id=tuple(name for part in parts for name in part.structure_id),
-        num_atoms=join("num_atoms"),
-        numbers=join("numbers"),
-        fixed=join("fixed"),
-        structure=np.concatenate([part.structure + start for part, start in zip(parts, before, strict=False)]),
-        reference_energy=join("reference_energy"),
-        labels=join_targets("labels"),
-        predictions=join_targets("predictions"),
-    )
+def _with_predictions(structure: AtomicData, predicted: StructurePrediction) -> AtomicData:
+    """Returns the structure with predictions instead of its labels."""
+    fields = dict(structure._store)
+    for name, target in TARGETS.items():
+        shape = (structure.num_nodes if target.per_atom else 1, *target.shape)
+        value = predicted.of_target(name)
+        fields[name] = torch.full(shape, torch.nan) if value is None else torch.as_tensor(value).reshape(shape)
+    return AtomicData.from_fields(fields)

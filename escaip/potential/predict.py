@@ -86,6 +86,11 @@ class StructurePrediction:
     atomic_energies: Tensor
     properties: dict[str, Tensor] = field(default_factory=dict)
 
+    def of_target(self, name: str) -> Tensor | float | None:
+        """Returns the values of a target, or None where they are missing."""
+        found: Tensor | float | None = self.properties.get(name, getattr(self, name, None))
+        return found
+
 
 @dataclass(frozen=True)
 class _Item:

@@ -192,17 +192,11 @@ def loss_sums(prediction: Prediction, batch: StructureBatch, settings: LossSetti
     zero = torch.zeros((), dtype=torch.float64, device=batch.ptr.device)
     sums, counts = [], []
     for name, term in settings.terms.items():
-        value = predicted_values(prediction, name)
+        value = prediction.of_target(name)
         total, count = (zero, zero) if value is None else _term_sums(value, batch, TARGETS[name], term)
         sums.append(total)
         counts.append(count)
     return LossSums(torch.stack(sums), torch.stack(counts))
-
-
-def predicted_values(prediction: Prediction, name: str) -> Tensor | None:
-    """Returns the predicted values of a target, or None where the prediction lacks it."""
-    found: Tensor | None = prediction.properties.get(name, getattr(prediction, name, None))
-    return found
 
 
 def labelled(batch: StructureBatch, target: Target) -> Tensor:

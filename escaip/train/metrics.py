@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from escaip.train.losses import LossSettings, LossSums, errors_of, labelled, loss_sums, predicted_values
+from escaip.train.losses import LossSettings, LossSums, errors_of, labelled, loss_sums
 from escaip.types import TARGETS, Prediction, StructureBatch, Target
 
 _SPELLED = str.maketrans({"/": "_per_", "Å": "A", "³": "3", "²": "2", "·": "_", " ": "_"})
@@ -76,7 +76,7 @@ def error_sums(prediction: Prediction, batch: StructureBatch, only: Tensor | Non
     zero = torch.zeros((), dtype=torch.float64, device=batch.ptr.device)
     sums, cosines = [], [zero, zero]
     for target in TARGETS.values():
-        value = predicted_values(prediction, target.name)
+        value = prediction.of_target(target.name)
         if value is None:
             sums += [zero] * 3
             continue

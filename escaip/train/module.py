@@ -19,7 +19,7 @@ from escaip.potential.potential import ENERGY_BUFFERS
 from escaip.potential.zbl import check_fraction, keep_apart
 from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.callbacks import training_error
-from escaip.train.losses import LossSettings, LossSums, loss_sums, predicted_values
+from escaip.train.losses import LossSettings, LossSums, loss_sums
 from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums, figure_name
 from escaip.train.mup import fan_in_ratios, scale_outputs
 from escaip.train.optim import make_optimizer, make_schedule
@@ -257,7 +257,7 @@ class PotentialModule(LightningModule):
         finite = torch.ones_like(batch.ptr[1:], dtype=torch.bool)
         for target in TARGETS.values():
             # Stress is NaN by definition where a structure has no volume.
-            value = predicted_values(prediction, target.name) if target.name != "stress" else None
+            value = prediction.of_target(target.name) if target.name != "stress" else None
             if value is not None:
                 bad = ~torch.isfinite(value).reshape(len(value), -1).all(-1)
                 finite[batch.batch[bad] if target.per_atom else bad] = False
