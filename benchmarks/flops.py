@@ -21,8 +21,7 @@ from common import markdown_table, provenance, write_json
 
 from escaip import EScAIPConfig
 from escaip.data import AtomicData, collate
-from escaip.scaling.flops import count_flops, parameter_count, profile_flops
-from escaip.scaling.shapes import GraphShape
+from escaip.scaling.flops import GraphShape, count_flops, parameter_count, profile_flops
 
 HEADER = [
     "preset", "forces", "N", "on tokens", "formula, GFLOP", "profiler, GFLOP", "ratio", "MFLOP per atom",

@@ -32,8 +32,8 @@ import yaml
 from common import markdown_table, provenance, write_json
 
 from escaip.cli import main as main_of_escaip
-from escaip.scaling.files import claim
-from escaip.scaling.plan import study_path
+from escaip.files import try_lock
+from escaip.scaling.study import study_path
 from escaip.train.callbacks import LAST, read_checkpoint
 
 NOT_COMPARED = {"seconds": "wall-clock time", "commit": "of the code that made the record"}
@@ -69,7 +69,7 @@ def state(study: Path) -> dict[str, int]:
 
 def alive(study: Path) -> int:
     """Runs whose lock a process has."""
-    locks = [claim(file.parent) for file in study.glob("jobs/*/job.json")]
+    locks = [try_lock(file.with_name("lock")) for file in study.glob("jobs/*/job.json")]
     for lock in locks:
         if lock is not None:
             lock.close()

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import markdown_table, provenance, write_json
 
-from escaip.scaling.checks import lack_of_fit
-from escaip.scaling.laws import FitSettings, LawFit, fit_joint, fit_power
+from escaip.scaling.laws import FitSettings, fit_law, lack_of_fit
 
 RESULT = Path(__file__).parent / "results" / "scaling_recovery.json"
 # Truth: E, N term at a million parameters, α, D term at ten thousand structures, β; losses like force errors in eV/Å.
@@ -56,7 +54,7 @@ def power_case(truth: tuple[float, ...], design: tuple[int, int, float]) -> tupl
 
 
 def recover(
-    fit: Callable[..., LawFit],
+    kind: str,
     case: tuple[list[Any], Any, dict[str, float]],
     noise: float,
     repeats: int,
@@ -64,7 +62,6 @@ def recover(
 ) -> dict[str, Any]:
     """Coverage and width of every interval, and the rate of flags on losses that obey the law."""
     inputs, exact, truth = case
-    kind = "joint" if len(inputs) == 2 else "power"
     hits: dict[str, list[bool]] = {name: [] for name in truth}
     widths: dict[str, list[float]] = {name: [] for name in truth}
     values: dict[str, list[float]] = {name: [] for name in truth}
@@ -72,13 +69,13 @@ def recover(
     for repeat in range(repeats):
         rng = np.random.default_rng([repeat, 7])
         losses = exact * np.exp(noise * rng.standard_normal(len(exact)))
-        found = fit(*inputs, losses, FitSettings(bootstrap=bootstrap, seed=repeat))
+        found = fit_law(kind, inputs, losses, FitSettings(bootstrap=bootstrap, seed=repeat))
         for name, value in truth.items():
             one = found.estimates[name]
             hits[name].append(one.covers(value))
             widths[name].append(one.high - one.low)
             values[name].append(one.value)
-        flags.append(lack_of_fit(kind, inputs, losses).flagged)
+        flags.append(found.lack_of_fit.flagged)
     return {
         "coverage": {name: float(np.mean(one)) for name, one in hits.items()},
         "mean_width": {name: float(np.mean(one)) for name, one in widths.items()},
@@ -89,10 +86,9 @@ def recover(
     }
 
 
-def plateau(case: tuple[list[Any], Any, dict[str, float]], noise: float, repeats: int) -> dict[str, Any]:
+def plateau(kind: str, case: tuple[list[Any], Any, dict[str, float]], noise: float, repeats: int) -> dict[str, Any]:
     """How often losses that stop falling at their 30 % quantile are flagged."""
     inputs, exact, _ = case
-    kind = "joint" if len(inputs) == 2 else "power"
     stopped = np.maximum(exact, np.quantile(np.unique(exact), 0.3))
     flags = []
     for repeat in range(repeats):
@@ -101,15 +97,15 @@ def plateau(case: tuple[list[Any], Any, dict[str, float]], noise: float, repeats
     return {"flagged": float(np.mean(flags))}
 
 
-def cases() -> dict[str, tuple[Callable[..., LawFit], tuple[list[Any], Any, dict[str, float]], float]]:
-    """Name to fit, truth and noise."""
-    found: dict[str, tuple[Callable[..., LawFit], tuple[list[Any], Any, dict[str, float]], float]] = {}
+def cases() -> dict[str, tuple[str, tuple[list[Any], Any, dict[str, float]], float]]:
+    """Name to kind of law, truth and noise."""
+    found: dict[str, tuple[str, tuple[list[Any], Any, dict[str, float]], float]] = {}
     for design, numbers in DESIGNS.items():
         for law, truth in JOINT.items():
-            found[f"joint {law}, {design}"] = (fit_joint, joint_case(truth, numbers), numbers[-1])
+            found[f"joint {law}, {design}"] = ("joint", joint_case(truth, numbers), numbers[-1])
     for design, numbers3 in BUDGETS.items():
         for law, truth in POWER.items():
-            found[f"power {law}, {design}"] = (fit_power, power_case(truth, numbers3), numbers3[-1])
+            found[f"power {law}, {design}"] = ("power", power_case(truth, numbers3), numbers3[-1])
     return found
 
 
@@ -122,12 +118,12 @@ def main() -> None:
     args = parser.parse_args()
     words = [word for word in args.only.split(",") if word]
     results: dict[str, Any] = {}
-    for name, (fit, case, noise) in cases().items():
+    for name, (kind, case, noise) in cases().items():
         if words and not any(word in name for word in words):
             continue
         start = time.process_time()
-        found = recover(fit, case, noise, args.repeats, args.bootstrap)
-        found["plateau"] = plateau(case, noise, args.repeats)
+        found = recover(kind, case, noise, args.repeats, args.bootstrap)
+        found["plateau"] = plateau(kind, case, noise, args.repeats)
         found["processor_seconds"] = time.process_time() - start
         results[name] = found
         content = {"provenance": provenance(), "repeats": args.repeats, "bootstrap": args.bootstrap, "cases": results}

@@ -49,7 +49,7 @@ def small_study(file: Path) -> Path:
 
 def scaling(setting: Setting) -> Iterator[Row]:
     """A scaling study: a row for each run that ended; its tables and plots under ``out``."""
-    from escaip.scaling.records import RECORDS, read_records
+    from escaip.scaling.study import RECORDS, read_records
 
     small, out = setting.small, setting.out
     study = out / "study" if small else STUDY
@@ -69,7 +69,7 @@ def scaling(setting: Setting) -> Iterator[Row]:
         return
     records = read_records(study)
     with contextlib.suppress(subprocess.CalledProcessError, subprocess.TimeoutExpired):  # too few runs for any law
-        subprocess.run([*ESCAIP, "scaling", "plot", str(study)], check=True, timeout=60.0 if small else 12.0)
+        subprocess.run([*ESCAIP, "scaling", "plot", str(study)], check=True, timeout=60.0)
     for file in STUDY_FILES:
         if (study / file).is_file():
             (out / "scaling").mkdir(parents=True, exist_ok=True)

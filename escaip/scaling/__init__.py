@@ -1,4 +1,4 @@
-"""Scaling laws of a study's runs, with intervals and what speaks against them."""
+"""Scaling-law studies: which runs, their cost, and the laws they obey."""
 
 from __future__ import annotations
 
@@ -7,55 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 # Name -> module: imported on first use, so that reading records does not import SciPy.
 _PUBLIC = {
-    "Difference": "escaip.scaling.compare",
-    "FitSettings": "escaip.scaling.laws",
-    "Interval": "escaip.scaling.laws",
-    "IsoFlop": "escaip.scaling.isoflop",
-    "LackOfFit": "escaip.scaling.checks",
-    "LawFit": "escaip.scaling.laws",
-    "LeftOut": "escaip.scaling.checks",
-    "Record": "escaip.scaling.records",
-    "StudyFit": "escaip.scaling.summary",
-    "fit_isoflop": "escaip.scaling.isoflop",
-    "fit_joint": "escaip.scaling.laws",
-    "fit_power": "escaip.scaling.laws",
-    "fit_study": "escaip.scaling.summary",
-    "lack_of_fit": "escaip.scaling.checks",
-    "leave_largest_out": "escaip.scaling.checks",
-    "read_records": "escaip.scaling.records",
+    "FitSettings": "laws",
+    "Interval": "laws",
+    "LawFit": "laws",
+    "Record": "study",
+    "StudyFit": "fits",
+    "fit_isoflop": "fits",
+    "fit_law": "laws",
+    "fit_study": "fits",
+    "lack_of_fit": "laws",
+    "read_records": "study",
 }
-
 __all__ = [
-    "Difference",
-    "FitSettings",
-    "Interval",
-    "IsoFlop",
-    "LackOfFit",
-    "LawFit",
-    "LeftOut",
-    "Record",
-    "StudyFit",
-    "fit_isoflop",
-    "fit_joint",
-    "fit_power",
-    "fit_study",
-    "lack_of_fit",
-    "leave_largest_out",
+    "FitSettings", "Interval", "LawFit", "Record", "StudyFit", "fit_isoflop", "fit_law", "fit_study", "lack_of_fit",
     "read_records",
-]
+]  # fmt: skip
 
 if TYPE_CHECKING:
-    from escaip.scaling.checks import LackOfFit, LeftOut, lack_of_fit, leave_largest_out
-    from escaip.scaling.compare import Difference
-    from escaip.scaling.isoflop import IsoFlop, fit_isoflop
-    from escaip.scaling.laws import FitSettings, Interval, LawFit, fit_joint, fit_power
-    from escaip.scaling.records import Record, read_records
-    from escaip.scaling.summary import StudyFit, fit_study
+    from escaip.scaling.fits import StudyFit, fit_isoflop, fit_study
+    from escaip.scaling.laws import FitSettings, Interval, LawFit, fit_law, lack_of_fit
+    from escaip.scaling.study import Record, read_records
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+        return getattr(importlib.import_module(f"escaip.scaling.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'escaip.scaling' has no attribute {name!r}")
 
 

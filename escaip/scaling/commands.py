@@ -48,8 +48,7 @@ def run(
     """
     from escaip.scaling.run import run_study
 
-    options = None if slurm is None else [f"--{option}" for option in slurm]
-    if run_study(config, out, changes=set or [], workers=workers, slurm=options):
+    if run_study(config, out, changes=set or [], workers=workers, slurm=slurm):
         print(f"complete: escaip scaling plot {out}")
 
 
@@ -62,10 +61,12 @@ def fit(folder: str, **options: Unpack[_FitOptions]) -> None:
     Example: escaip scaling fit studies/smoke
     """
     metric, settings = _settings(options)
-    from escaip.scaling.summary import FIT, fit_study
+    from escaip.scaling.fits import fit_study
+    from escaip.scaling.report import markdown, write_fit
 
-    print(fit_study(folder, metric, settings).summary())
-    print(f"\nwrote {FIT} in {folder}")
+    study = fit_study(folder, metric, settings)
+    file = write_fit(study, folder)
+    print(f"{markdown(study)}\n\nwrote {file}")
 
 
 def plot(folder: str, **options: Unpack[_FitOptions]) -> None:
@@ -77,10 +78,10 @@ def plot(folder: str, **options: Unpack[_FitOptions]) -> None:
     Example: escaip scaling plot studies/smoke
     """
     metric, settings = _settings(options)
-    from escaip.scaling.document import write_report
+    from escaip.scaling.fits import fit_study
+    from escaip.scaling.report import write_report
 
-    _, files = write_report(folder, metric, settings)
-    print("wrote " + ", ".join(str(file) for file in files))
+    print("wrote " + ", ".join(map(str, write_report(fit_study(folder, metric, settings), folder))))
 
 
 def _settings(options: _FitOptions) -> tuple[str, Any]:

@@ -1,14 +1,13 @@
-"""Does the size of what a model computes depend on its width after some steps of training?
+"""The coordinate check of Yang et al. (arXiv:2203.03466, appendix D.1).
 
-The coordinate check of Yang et al. (arXiv 2203.03466, appendix D.1): with maximal-update parametrisation features and
-outputs move by the same amount at every width; with the usual one wide models move further, until they diverge.
+With maximal-update parametrisation features and outputs move by the same amount at every width; with the standard one
+those of wide models move further, until training diverges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,30 +19,31 @@ from escaip.potential import Potential
 from escaip.train.losses import LossSettings, loss_sums
 from escaip.train.mup import fan_in_ratios, scale_outputs
 from escaip.train.optim import make_optimizer
+from escaip.types import StructureBatch
 
 
 @dataclass(frozen=True)
 class CoordinateCheck:
-    """What moved by how much.
+    """Changes since the start of training.
 
     Attributes:
         widths: ``hidden_size`` of each model.
-        changes: by coordinate, ``(steps, widths)``: root mean square of what it has moved by since the start, means
-            over seeds. ``block 0`` and on are node features, ``energy`` and ``forces`` what the potential returns.
+        changes: coordinate to the root mean square of its change ``(steps, widths)``, means over seeds. ``block 0`` and
+            on are node features, ``energy`` and ``forces`` the predictions.
     """
 
     widths: tuple[int, ...]
     changes: dict[str, np.ndarray]
 
     def slopes(self, step: int = -1) -> dict[str, float]:
-        """``d log(change) / d log(width)`` of each coordinate after a step: 0 is flat, 1 is as wide as it moves."""
+        """Returns ``d log(change) / d log(width)`` of each coordinate after a step; 0: independent of the width."""
         logs = np.log(self.widths)
         return {name: float(np.polyfit(logs, np.log(values[step]), 1)[0]) for name, values in self.changes.items()}
 
 
 def check_coordinates(
     config: EScAIPConfig,
-    batch: Any,
+    batch: StructureBatch,
     widths: Sequence[int] = (64, 128, 256, 512),
     *,
     base_width: int | None,
@@ -57,11 +57,11 @@ def check_coordinates(
     Args:
         config: the model at any width.
         batch: labelled structures.
-        widths: of the models; multiples of the size of a head.
-        base_width: of the parametrisation; None for the usual one.
-        steps: of the optimizer.
+        widths: multiples of the size of a head.
+        base_width: of the parametrisation; None for the standard one.
+        steps: number of steps.
         learning_rate: at the base width; constant.
-        losses: default that of training.
+        losses: default those of training.
         seeds: of the initial weights.
 
     Raises:
@@ -73,16 +73,16 @@ def check_coordinates(
     for column, width in enumerate(widths):
         sized = config.at_width(width)
         for seed in seeds:
-            model = _train(sized, batch, base_width, steps, learning_rate, losses or LossSettings(), seed)
-            for name, values in model.items():
-                table = found.setdefault(name, np.zeros((steps, len(widths))))
-                table[:, column] += np.array(values) / len(seeds)
+            moved = _train(sized, batch, base_width, steps, learning_rate, losses or LossSettings(), seed)
+            for name, values in moved.items():
+                found.setdefault(name, np.zeros((steps, len(widths))))[:, column] += np.array(values) / len(seeds)
     return CoordinateCheck(tuple(widths), found)
 
 
 def _train(
-    config: EScAIPConfig, batch: Any, base_width: int | None, steps: int, rate: float, losses: LossSettings, seed: int
-) -> dict[str, list[float]]:
+    config: EScAIPConfig, batch: StructureBatch, base_width: int | None, steps: int, rate: float,
+    losses: LossSettings, seed: int,
+) -> dict[str, list[float]]:  # fmt: skip
     torch.manual_seed(seed)
     potential = Potential(config)
     ratios: dict[str, float] = {}
@@ -90,28 +90,25 @@ def _train(
         ratios = {f"model.{name}": ratio for name, ratio in fan_in_ratios(config, base_width).items()}
         scale_outputs(potential.model, config, base_width)
     optimizer = make_optimizer(potential, rate, 0.0, ratios)
-    seen: dict[str, Tensor] = {}
+    now: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
+        return lambda module, inputs, output: now.update({name: output[0].detach()})
+
     for depth, block in enumerate(potential.model.get_submodule("blocks").children()):
-        block.register_forward_hook(_keep(seen, f"block {depth}"))
+        block.register_forward_hook(keep(f"block {depth}"))
     moved: dict[str, list[float]] = {}
     start: dict[str, Tensor] = {}
     for step in range(steps + 1):
         prediction = potential(batch, compute_forces=True, compute_stress=False, create_graph=True)
-        now = {**seen, "energy": prediction.energy.detach(), "forces": prediction.forces.detach()}
+        now.update(energy=prediction.energy.detach(), forces=prediction.forces.detach())
         if step == 0:
             start = {name: value.clone() for name, value in now.items()}
-        for name, value in now.items():
-            if step:
+        else:
+            for name, value in now.items():
                 moved.setdefault(name, []).append(float((value - start[name]).double().square().mean().sqrt()))
         terms = loss_sums(prediction, batch, losses)
         optimizer.zero_grad()
         terms.total(losses, terms.counts).backward()
         optimizer.step()
     return moved
-
-
-def _keep(seen: dict[str, Tensor], name: str) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        seen[name] = output[0].detach()
-
-    return hook

@@ -1,13 +1,13 @@
-"""What an evaluation and a training step of an EScAIP cost, in floating-point operations: by formula, and measured.
+"""Floating-point operations of an evaluation and of a training step of an EScAIP: by formula, and measured.
 
-Counted are matrix products and the products within attention, one multiply-add as two operations, as
-:class:`torch.utils.flop_counter.FlopCounterMode` does. **Not counted** is everything else: activations, norms, softmax,
+Matrix products and the products within attention are counted, a multiply-add as two operations, as
+:class:`torch.utils.flop_counter.FlopCounterMode` does. Everything else is **not counted**: activations, norms, softmax,
 Legendre polynomials, gathers and sums over rows, Gaussians and splines, bond-orientational order, graph and geometry,
-references, loss and optimizer. All of it is linear in the tokens or pairs; in time it counts for more than here.
+atomic energies, loss and optimizer. All of it is linear in tokens or pairs, and takes a larger share of the time.
 
-A matrix product of ``rows × in`` by ``in × out`` is ``2 · rows · in · out``. With ``N`` atoms, ``T`` tokens (kept
-directed edges and ``N`` self tokens), ``P = Σ_i T_i²`` pairs of tokens of the same atom, ``L`` layers, ``H`` features,
-``h`` heads, ``K`` knots, ``R`` Gaussians and ``D, Z, B`` the sizes of distance, element and order embedding:
+A product of ``rows × in`` by ``in × out`` costs ``2 · rows · in · out``. With ``N`` atoms, ``T`` tokens (kept directed
+edges and ``N`` self tokens), ``P = Σ_i T_i²`` pairs of tokens of the same atom, ``L`` layers, ``H`` features, ``h``
+heads, ``K`` knots, ``R`` Gaussians and ``D, Z, B`` the sizes of distance, element and order embedding:
 
     edge attributes (L + 1 times)   rows T: R × D, D × H (K + 9 rows from a table, none from a kept one)
                                     rows N, for each end: boo_degrees × B, (B + Z) × H
@@ -33,28 +33,85 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from escaip.errors import UsageError
+import escaip.ops  # noqa: F401  # registers the operators
+from escaip.data import AtomicData, collate
+from escaip.errors import DataError, UsageError
+from escaip.graph import build_graph
 from escaip.models import EScAIP, EScAIPConfig
 from escaip.nn.embedding import kept_tables
 from escaip.ops import spline
 from escaip.potential import Potential
-from escaip.scaling.operators import operator_formulas
-from escaip.scaling.shapes import GraphShape
+from escaip.types import Graph, GraphSettings, StructureBatch
 
 MODES = ("energy", "forces", "energy_training", "training")
 """Energies alone; energies and forces; a training step on energies; one on energies and forces, direct or conservative
-as the configuration says; stress adds nothing. Tables of distances are kept from one prediction to the next, and made
-again in each step of training."""
+as the configuration says. Stress adds nothing. Distance tables are kept between predictions and made again in each step
+of training."""
 
-_SPLINE_ENDS = 2 * spline.GHOSTS + 1  # a table is made of this many more rows than it has intervals
+_SPLINE_ENDS = 2 * spline.GHOSTS + 1  # rows of a table beyond the number of its intervals
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """Sizes of a batch on which its cost depends; means need not be whole.
+
+    Attributes:
+        num_atoms: ``N``.
+        num_tokens: ``T``, kept directed edges and ``N`` self tokens.
+        num_pairs: ``P = Σ_i T_i²`` over the ``T_i`` tokens of each atom.
+    """
+
+    num_atoms: float
+    num_tokens: float
+    num_pairs: float
+
+    @classmethod
+    def of_graph(cls, graph: Graph) -> GraphShape:
+        """Takes the sizes of a graph without skin."""
+        return cls(graph.num_atoms, graph.num_tokens, int(graph.offsets.diff().square().sum()))
+
+    @classmethod
+    def of_batch(cls, batch: StructureBatch, settings: GraphSettings) -> GraphShape:
+        """Takes the sizes of the graph that a model with these settings builds for a batch."""
+        return cls.of_graph(build_graph(batch, settings))
+
+    @classmethod
+    def of_counts(cls, num_atoms: float, num_edges: float) -> GraphShape:
+        """Estimates sizes as if all atoms had equally many of the kept directed edges; pairs are underestimated.
+
+        Raises:
+            UsageError: no atoms, or a negative number of edges.
+        """
+        if not (num_atoms > 0 and num_edges >= 0):
+            raise UsageError(
+                f"{num_atoms:g} atoms with {num_edges:g} edges: give at least one atom and no fewer than 0"
+            )
+        tokens = num_atoms + num_edges
+        return cls(num_atoms, tokens, tokens**2 / num_atoms)
+
+    def times(self, factor: float) -> GraphShape:
+        """Returns the sizes of so many such batches."""
+        return GraphShape(*(factor * size for size in dataclasses.astuple(self)))
+
+
+def mean_shape(structures: Iterable[AtomicData], settings: GraphSettings) -> GraphShape:
+    """Returns mean sizes of a sample of structures, building one graph at a time.
+
+    Raises:
+        DataError: there is no structure.
+    """
+    shapes = [dataclasses.astuple(GraphShape.of_batch(collate([one]), settings)) for one in structures]
+    if not shapes:
+        raise DataError("the sample has no structure: give at least one to count edges in")
+    return GraphShape(*map(sum, zip(*shapes, strict=True))).times(1.0 / len(shapes))
 
 
 @dataclass(frozen=True)
@@ -62,13 +119,13 @@ class _Product:
     """A matrix product with weights.
 
     Attributes:
-        layer: where, for tables.
-        rows: of what it has one row each: ``"token"``, ``"atom"`` or ``"knot"``.
+        layer: kind of layer, for tables.
+        rows: ``"token"``, ``"atom"`` or ``"knot"``: the input has one row for each.
         fan_in: columns of the input.
         fan_out: columns of the output.
-        moves: whether its input depends on positions.
-        learned: whether its input depends on weights.
-        last: whether nothing with weights follows.
+        moves: whether the input depends on positions.
+        learned: whether the input depends on weights.
+        last: whether no weights follow.
     """
 
     layer: str
@@ -85,7 +142,7 @@ class _Product:
         return self.fan_in * self.fan_out
 
     def passes(self, mode: str, conservative: bool) -> int:
-        """How often a product of its size is computed (module docstring)."""
+        """Returns how often a product of this size is computed (see the module)."""
         if mode == "energy" or (mode == "forces" and not conservative):
             return 1
         if mode == "forces":
@@ -96,25 +153,27 @@ class _Product:
         return 1 + first + 1 + (self.moves or self.learned)
 
 
-def count_flops(model: EScAIPConfig | Potential, batch: Any, mode: str = "training") -> float:
-    """Counts the floating-point operations of one evaluation or training step by formula (module docstring).
+def count_flops(model: EScAIPConfig | Potential, batch: StructureBatch | GraphShape, mode: str = "training") -> float:
+    """Counts the floating-point operations of one evaluation or training step by formula.
 
     Args:
         model: a configuration, or a potential for its configuration.
-        batch: what :func:`escaip.data.collate` returns, for whose graph is built; or a :class:`GraphShape`.
+        batch: structures, or the sizes of their graph.
         mode: one of :data:`MODES`.
 
     Returns:
-        Operations of the whole batch; whole numbers for whole sizes.
+        Operations for the whole batch; whole numbers for whole sizes.
 
     Raises:
-        UsageError: no such mode, or training on energies alone of a direct-force model.
+        UsageError: there is no such mode, or a direct-force model is to be trained on energies alone.
     """
     return sum(flops_by_layer(model, batch, mode).values())
 
 
-def flops_by_layer(model: EScAIPConfig | Potential, batch: Any, mode: str = "training") -> dict[str, float]:
-    """As :func:`count_flops`, for each kind of layer apart; all blocks together."""
+def flops_by_layer(
+    model: EScAIPConfig | Potential, batch: StructureBatch | GraphShape, mode: str = "training"
+) -> dict[str, float]:
+    """Counts as :func:`count_flops`, for each kind of layer apart; all blocks together."""
     config = _config_of(model)
     _check_mode(config, mode)
     shape = batch if isinstance(batch, GraphShape) else GraphShape.of_batch(batch, config.graph)
@@ -129,7 +188,7 @@ def flops_by_layer(model: EScAIPConfig | Potential, batch: Any, mode: str = "tra
 
 
 def _attention(config: EScAIPConfig, shape: GraphShape, mode: str) -> float:
-    """Products of queries, keys, values and directions in all blocks."""
+    """Counts the products of queries, keys, values and directions in all blocks."""
     derivatives = 1 if mode == "energy" or (mode == "forces" and not config.is_conservative) else 3
     with_direction = derivatives
     if mode == "training" and config.is_conservative:
@@ -150,7 +209,7 @@ def _last_reads_self(config: EScAIPConfig) -> bool:
 
 
 def _products(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
-    """All products with weights, in the order of the forward pass."""
+    """Yields all products with weights, in the order of the forward pass."""
     c, hidden = config, config.hidden_size
     yield from _edge_attributes(c, mode)
     yield from _network("input network", "token", hidden, 1)
@@ -205,13 +264,13 @@ def _readouts(layer: str, rows: str, config: EScAIPConfig) -> Iterator[_Product]
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many parameters a model has.
+    """Number of parameters of a model.
 
     Attributes:
-        total: all.
-        embedding: tables from which rows are taken, no product: elements of either end in each block, total charge,
-            spin multiplicity. References and scale are no parameters.
-        token: weights in products with a row for each token, the ones that cost: the others have a row for each atom or
+        total: all parameters; atomic energies and scale are none.
+        embedding: tables from which rows are taken without a product: elements of either end in each block, total
+            charge, spin multiplicity.
+        token: weights in products with a row for each token, which cost most; the others have a row for each atom or
             knot, or are biases and norms.
     """
 
@@ -221,12 +280,12 @@ class ParameterCount:
 
     @property
     def non_embedding(self) -> int:
-        """All but embeddings: ``N`` of scaling laws (Kaplan et al., arXiv 2001.08361)."""
+        """All but embeddings: ``N`` of scaling laws (Kaplan et al., arXiv:2001.08361)."""
         return self.total - self.embedding
 
 
 def parameter_count(config: EScAIPConfig) -> ParameterCount:
-    """Counts the parameters of a model that is built without memory for them."""
+    """Counts the parameters of a model without memory for them."""
     with torch.device("meta"):
         model = EScAIP(config)
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -239,12 +298,12 @@ def parameter_count(config: EScAIPConfig) -> ParameterCount:
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """What a training run costs; validation is not in it.
+    """Cost of a training run without validation.
 
     Attributes:
         total: ``C``, operations of all steps.
-        steps: how many.
-        structures: seen, those seen again included.
+        steps: number of steps.
+        structures: number of structures seen; those seen again count again.
         per_atom: operations per atom and visit.
     """
 
@@ -268,16 +327,16 @@ def training_flops(
 
     Args:
         config: the model.
-        structure: mean sizes of a training structure, from :func:`~escaip.scaling.shapes.mean_shape` or, from counts
-            alone, :meth:`GraphShape.of_counts`.
-        batch_size: structures per step, all processes together; the mean where batches are packed by atoms.
-        num_structures: in the training set; needed with ``epochs``.
-        epochs: how often each is seen; or
-        steps: how many steps are taken.
+        structure: mean sizes of a training structure, from :func:`mean_shape` or :meth:`GraphShape.of_counts`.
+        batch_size: structures per step in all processes; the mean where batches are packed by atoms.
+        num_structures: size of the training set; needed with ``epochs``.
+        epochs: passes over the training set; or
+        steps: number of steps.
         mode: ``"training"`` or ``"energy_training"``.
 
     Raises:
-        UsageError: not exactly one of ``epochs`` and ``steps``, or a number that is not positive, or another mode.
+        UsageError: not exactly one of ``epochs`` and ``steps`` is given, a number is not positive, or the mode trains
+            nothing.
     """
     if not mode.endswith("training"):
         raise UsageError(f"mode {mode!r} trains nothing: choose training or energy_training")
@@ -300,16 +359,15 @@ def training_flops(
     return TrainingFlops(total, steps, seen, total / (seen * structure.num_atoms))
 
 
-def profile_flops(model: EScAIPConfig | Potential, batch: Any, mode: str = "training") -> int:
-    """Measures what :func:`count_flops` counts: runs it once under PyTorch's counter.
+def profile_flops(model: EScAIPConfig | Potential, batch: StructureBatch, mode: str = "training") -> int:
+    """Measures the operations that :func:`count_flops` predicts by one evaluation or step under PyTorch's counter.
 
-    What runs is a fresh potential of the configuration, without dropout, on the batch's device: operations do not
-    depend on weights, and the potential given, the batch and the random numbers stay as they are. Attention counts with
-    :func:`operator_formulas`.
+    A fresh potential of the configuration without dropout is run on the batch's device; the potential given, the batch
+    and the state of the random numbers do not change. Attention is counted by :func:`operator_formulas`.
 
     Args:
         model: a configuration, or a potential for its configuration.
-        batch: what :func:`escaip.data.collate` returns.
+        batch: structures.
         mode: one of :data:`MODES`.
 
     Raises:
@@ -322,10 +380,10 @@ def profile_flops(model: EScAIPConfig | Potential, batch: Any, mode: str = "trai
     config = dataclasses.replace(config, **off, stochastic_depth=0.0, attention_backend="auto")
     with torch.random.fork_rng(devices=[]):
         potential = Potential(config).to(batch.positions.device).train(training)
-    potential.recompute = False  # what is computed again is no use
+    potential.recompute = False  # computing something again is no useful work
     graph = potential.graph_of(batch)
     if not training:
-        kept_tables(potential.model)  # kept from one prediction to the next: made before the counting
+        kept_tables(potential.model)  # kept between predictions, so made before the counting
     with (
         FlopCounterMode(display=False, custom_mapping=operator_formulas()) as counter,
         torch.set_grad_enabled(training),
@@ -350,3 +408,44 @@ def _check_mode(config: EScAIPConfig, mode: str) -> None:
         raise UsageError(f"mode {mode!r} does not exist: choose {', '.join(MODES)}")
     if mode == "energy_training" and not config.is_conservative:
         raise UsageError("a direct-force model is trained on forces, too: count mode training, or forces: conservative")
+
+
+def operator_formulas() -> dict[Any, Callable[..., int]]:
+    """Returns the costs of the package's operators, a ``custom_mapping`` for :class:`FlopCounterMode`.
+
+    Useful operations are counted: those of the value and of its first and second derivative if all intermediates are
+    kept. Kernels recompute logits and share the work of the second derivative; that is not counted.
+    """
+    operators = torch.ops.escaip
+    formulas: dict[Any, Any] = {
+        operators.attention: _forward,
+        operators.attention_backward: _backward,
+        operators.attention_double_backward: _double_backward,
+    }
+    for formula in formulas.values():
+        formula._get_raw = True  # the sizes of neighborhoods are values of tensors, not shapes
+    return formulas
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, log_envelope: Any, direction: Any, *rest: Any, out_val: Any) -> int:
+    products, cosines = _operands(q, *rest[:3])
+    return products + (0 if direction is None else cosines)
+
+
+def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any) -> int:
+    products, cosines = _operands(q, rest[2], rest[3], rest[6])
+    return 2 * products + (2 * cosines if rest[-1] else 0)
+
+
+def _double_backward(
+    tq: Tensor, tk: Tensor, tv: Tensor, tb: Any, tn: Any, grad_out: Tensor, q: Tensor, *rest: Any, out_val: Any
+) -> int:
+    products, cosines = _operands(q, rest[4], rest[5], rest[8])
+    return 4 * products + (0 if tn is None else 4 * cosines)
+
+
+def _operands(q: Tensor, query_offsets: Tensor, key_offsets: Tensor, widths: list[int]) -> tuple[int, int]:
+    """Counts the operations of logits and values, and of the cosines between directions."""
+    pairs = int((query_offsets.diff() * key_offsets.diff()).sum())
+    heads, head_size = q.shape[1:]
+    return 2 * pairs * heads * (sum(widths) + head_size), 6 * pairs

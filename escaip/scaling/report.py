@@ -1,42 +1,94 @@
-"""Fits of a study as plain JSON values and as Markdown."""
+"""The report of a study: its fits as JSON, numbers, protocol and limits in Markdown, and one sheet of plots."""
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
 import math
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from escaip.scaling.isoflop import IsoFlop
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from escaip.files import write_file, write_json
+from escaip.scaling.fits import IsoFlop, StudyFit, VariantFit, group_budgets
 from escaip.scaling.laws import Interval, LawFit
+from escaip.scaling.study import Record, read_records, variants
 
-if TYPE_CHECKING:
-    from escaip.scaling.summary import Law, StudyFit, VariantFit
-
+FIT, REPORT, SHEET = "fit.json", "report.md", "scaling"
 _FORMULAS = {"joint": "L = E + A N^-alpha + B D^-beta", "power": "L = E + F C^-gamma, on the frontier"}
 _ORDER = {"joint": ("alpha", "beta", "gamma", "E", "A", "B"), "power": ("gamma", "E", "F")}
-_MEANING = {"gamma": {"joint": "gamma = alpha beta / (alpha + beta)", "power": "gamma"}}
+_UNITS = {"energy_mae": "eV/atom", "forces_mae": "eV/Å", "stress_mae": "eV/Å³"}
+_LAW = "#303030"
+_LIMITS = """## Limits
+
+- The laws hold inside the ranges above. Outside nothing was measured: a law that fits says how steep the next factor of
+  two is, not where it ends.
+- They belong to these data, this recipe and this length of training. Another schedule, mixture or level of theory has
+  other exponents, and E depends on the labels and the validation set as much as on the models.
+- Compute counts matrix and attention products of training (docs/scaling.md), not time.
+- Seeds change weights and order of the data. The effect of another split is not in the intervals.
+"""
 
 
-def shown(one: Interval | None) -> str:
-    """``value (low to high)``."""
-    if one is None:
-        return ""
-    if not one.known:
-        return f"{one.value:.3g} (unknown)"
-    return f"{one.value:.3g} ({one.low:.3g} to {one.high:.3g})"
+def write_fit(study: StudyFit, folder: str | os.PathLike[str]) -> Path:
+    """Writes ``fit.json`` into the folder of a study and returns its path; intervals are ``[value, low, high]``.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    place = Path(folder)
+    file = (place if place.is_dir() else place.parent) / FIT
+    write_json(file, plain(study))
+    return file
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as their widest cell."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in [header, *rows]
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+def plain(value: Any) -> Any:
+    """Turns fits into plain JSON values without arrays of runs and refits; what is not finite becomes None."""
+    if isinstance(value, Interval):
+        return [plain(one) for one in (value.value, value.low, value.high)]
+    if dataclasses.is_dataclass(value):
+        return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value) if one.repr}
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
-def render(study: StudyFit) -> str:
-    """The report: a table over variants, what tells them apart, and the details of each."""
+def write_report(study: StudyFit, folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes ``fit.json``, ``report.md``, ``scaling.png`` and ``scaling.pdf`` into the folder of a study.
+
+    Raises:
+        DataError: records that cannot be read, or a file that cannot be written.
+    """
+    place = Path(folder)
+    records = read_records(place)
+    figure = draw_sheet(study, records)
+    files = [write_fit(study, place)]
+    for kind in ("png", "pdf"):
+        stream = io.BytesIO()
+        # Without a date, so that the same study is the same file.
+        figure.savefig(stream, format=kind, dpi=110, metadata={"CreationDate": None} if kind == "pdf" else None)
+        files.append(place / f"{SHEET}.{kind}")
+        write_file(files[-1], stream.getvalue())
+    text = "\n\n".join([markdown(study), f"![sheet]({SHEET}.png)", _protocol(place, records), _LIMITS])
+    write_file(place / REPORT, text)
+    return [*files, place / REPORT]
+
+
+def markdown(study: StudyFit) -> str:
+    """Returns a table over variants, their differences, and the laws of each with warnings in words."""
     settings = study.settings
     ends = "" if settings.floor else ", E fixed to 0"
     parts = [
@@ -45,59 +97,66 @@ def render(study: StudyFit) -> str:
         _overview(study),
     ]
     if study.differences:
-        parts += ["## Variants beside each other", _differences(study)]
+        head = ["first", "second", "law", "exponent", "first − second", "first steeper in", "told apart"]
+        rows = [
+            [
+                one.first, one.second, "N, D" if one.law == "joint" else "frontier", one.exponent,
+                _shown(one.difference),
+                "" if math.isnan(one.first_steeper) else f"{100 * one.first_steeper:.0f} %",
+                "yes" if one.distinct else "no",
+            ]
+            for one in study.differences
+        ]  # fmt: skip
+        parts += ["## Variants beside each other", _table(head, rows)]
         parts.append("Where an interval of a difference covers zero, these data do not tell the two apart.")
-        parts.append("\n".join(f"- {one.text}" for one in study.ratios))
+        parts.append(_bullets(one.text for one in study.loss_ratios))
     for name, fits in study.variants.items():
-        parts += [f"## {name}", *_variant(fits)]
+        parts.append(f"## {name}")
+        for law in (fits.joint, fits.power):
+            parts += [] if law is None else _law(law)
+        if fits.gamma_difference is not None:
+            parts.append(f"γ of the frontier less αβ/(α+β): {_shown(fits.gamma_difference)}")
+        parts += [] if fits.isoflop is None else _isoflop(fits.isoflop)
+        parts += [_bullets(fits.notes)] if fits.notes else []
     return "\n\n".join(parts)
+
+
+def _shown(one: Interval | None) -> str:
+    if one is None:
+        return ""
+    return f"{one.value:.3g} " + (f"({one.low:.3g} to {one.high:.3g})" if one.known else "(unknown)")
+
+
+def _bullets(texts: Iterable[str]) -> str:
+    return "\n".join(f"- {one}" for one in texts)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in [header, *rows]
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
 
 
 def _overview(study: StudyFit) -> str:
     rows = []
     for name, fits in study.variants.items():
-        joint = {} if fits.joint is None else fits.joint.fit.estimates
-        power = {} if fits.power is None else fits.power.fit.estimates
+        joint = {} if fits.joint is None else fits.joint.estimates
+        power = {} if fits.power is None else fits.power.estimates
         law = fits.joint or fits.power
-        verdict = "no law" if law is None else "NO" if law.lack.flagged else "yes"
-        if law is not None and law.lack.method == "none":
-            verdict = "not tested"
-        rows.append([
-            name, str(len(fits.points.losses)), shown(power.get("gamma")),
-            *(shown(joint.get(one)) for one in ("gamma", "alpha", "beta", "E")), verdict,
-        ])  # fmt: skip
-    head = ["variant", "runs", "gamma (frontier)", "alpha beta/(alpha+beta)", "alpha", "beta", "E", "law fits"]
-    return markdown_table(head, rows)
-
-
-def _differences(study: StudyFit) -> str:
-    rows = []
-    for one in study.differences:
-        law = "N, D" if one.law == "joint" else "frontier"
-        told = "yes" if one.distinct else "no"
-        steeper = "" if math.isnan(one.steeper) else f"{100 * one.steeper:.0f} %"
-        rows.append([one.first, one.second, law, one.exponent, shown(one.difference), steeper, told])
-    head = ["first", "second", "law", "exponent", "first − second", "first steeper in", "told apart"]
-    return markdown_table(head, rows)
-
-
-def _variant(fits: VariantFit) -> list[str]:
-    parts = []
-    for law in (fits.joint, fits.power):
+        verdict = "no law"
         if law is not None:
-            parts += _law(law)
-    if fits.gamma_difference is not None:
-        parts.append(f"γ of the frontier less αβ/(α+β): {shown(fits.gamma_difference)}")
-    if fits.isoflop is not None:
-        parts += _isoflop(fits.isoflop)
-    if fits.notes:
-        parts.append("\n".join(f"- {note}" for note in fits.notes))
-    return parts
+            verdict = {True: "NO", False: "yes"}[law.lack_of_fit.flagged]
+            verdict = "not tested" if math.isnan(law.lack_of_fit.p_value) else verdict
+        shown = [_shown(power.get("gamma")), *(_shown(joint.get(one)) for one in ("gamma", "alpha", "beta", "E"))]
+        rows.append([name, str(len(fits.points.losses)), *shown, verdict])
+    head = ["variant", "runs", "gamma (frontier)", "alpha beta/(alpha+beta)", "alpha", "beta", "E", "law fits"]
+    return _table(head, rows)
 
 
-def _law(law: Law) -> list[str]:
-    fit = law.fit
-    percent = f"{100 * fit.settings.level:g} % interval"
+def _law(fit: LawFit) -> list[str]:
     rows = []
     for name in _ORDER[fit.kind]:
         one = fit.estimates[name]
@@ -105,117 +164,226 @@ def _law(law: Law) -> list[str]:
             continue
         ends = f"{one.low:.3g} to {one.high:.3g}" if one.known else "unknown"
         bare = f"{fit.without_floor[name]:.3g}" if name in fit.without_floor else ""
-        rows.append([_MEANING.get(name, {}).get(fit.kind, name), f"{one.value:.4g}", ends, bare])
+        of_both = name == "gamma" and fit.kind == "joint"
+        rows.append(["gamma = alpha beta / (alpha + beta)" if of_both else name, f"{one.value:.4g}", ends, bare])
     seeds = "one seed each" if fit.noise.seeds is None else f"seeds differ by {100 * fit.noise.seeds:.2g} %"
     ranges = ", ".join(f"{axis} {low:.3g} to {high:.3g}" for axis, (low, high) in fit.ranges.items())
     head = (
-        f"`{_FORMULAS[fit.kind]}`: {fit.num_runs} runs at {fit.num_cells} points ({ranges}), {fit.num_parameters} "
-        f"parameters; {seeds}, runs lie {100 * fit.noise.run:.2g} % about the law."
+        f"`{_FORMULAS[fit.kind]}`: {fit.num_runs} runs at {fit.num_points} points ({ranges}); {seeds}, runs lie "
+        f"{100 * fit.noise.run:.2g} % about the law."
     )
-    words = [law.lack.text, *(one.text for one in law.left_out), *fit.warnings]
-    return [head, markdown_table(["", "value", percent, "with E = 0"], rows), "\n".join(f"- {one}" for one in words)]
+    words = [fit.lack_of_fit.text, *(one.text for one in fit.left_out), *fit.warnings]
+    return [
+        head, _table(["", "value", f"{100 * fit.settings.level:g} % interval", "with E = 0"], rows), _bullets(words)
+    ]  # fmt: skip
 
 
 def _isoflop(found: IsoFlop) -> list[str]:
     rows = [
-        [
-            f"{one.flops:.3g}",
-            str(one.num_runs),
-            shown(one.best_parameters) or "refused",
-            shown(one.best_structures),
-            shown(one.best_loss),
-        ]
-        for one in found.parabolas
+        [f"{one.flops:.3g}", str(one.num_runs), _shown(one.N) or "refused", _shown(one.D), _shown(one.loss)]
+        for one in found.budgets
     ]
-    parts = ["IsoFLOP parabolas:", markdown_table(["FLOPs", "runs", "N*", "D*", "loss"], rows)]
-    if found.size_exponent is not None:
-        parts.append(f"N* ∝ C^a, a = {shown(found.size_exponent)}; D* ∝ C^b, b = {shown(found.data_exponent)}")
-    if found.warnings:
-        parts.append("\n".join(f"- {one}" for one in found.warnings))
-    return parts
+    parts = ["IsoFLOP parabolas:", _table(["FLOPs", "runs", "N*", "D*", "loss"], rows)]
+    if found.a is not None:
+        parts.append(f"N* ∝ C^a, a = {_shown(found.a)}; D* ∝ C^b, b = {_shown(found.b)}")
+    return [*parts, _bullets(found.warnings)] if found.warnings else parts
 
 
-def to_dict(study: StudyFit) -> dict[str, Any]:
-    """Plain JSON values; an interval is ``[value, low, high]``."""
-    settings = study.settings
-    return {
-        "metric": study.metric,
-        "settings": {
-            "huber": settings.huber, "bootstrap": settings.bootstrap, "level": settings.level, "seed": settings.seed,
-            "floor": settings.floor,
-        },
-        "variants": {name: _variant_dict(fits) for name, fits in study.variants.items()},
-        "differences": [
-            {
-                "first": one.first, "second": one.second, "law": one.law, "exponent": one.exponent,
-                "difference": one.difference.to_list(), "first_steeper": _number(one.steeper), "distinct": one.distinct,
-                "text": one.text,
-            }
-            for one in study.differences
-        ],
-        "loss_ratios": [
-            {
-                "first": one.first, "second": one.second, "law": one.law, "at": list(one.inputs),
-                "ratio": one.ratio.to_list(), "text": one.text,
-            }
-            for one in study.ratios
-        ],
-    }  # fmt: skip
+def _protocol(folder: Path, records: Sequence[Record]) -> str:
+    """Describes what was run, from ``study.json`` and the records."""
+    parts = ["## Protocol"]
+    file = folder / "study.json"
+    if file.is_file():
+        import yaml
+
+        plan = json.loads(file.read_text(encoding="utf-8"))["study"]
+        parts.append(f"```yaml\n{yaml.safe_dump(plan, sort_keys=False, allow_unicode=True).strip()}\n```")
+    rows = []
+    for variant, size in dict.fromkeys((one.variant, one.size) for one in records):
+        mine = [one for one in records if (one.variant, one.size) == (variant, size)]
+        rates = ", ".join(f"{rate:.3g}" for rate in sorted({one.learning_rate for one in mine}))
+        rows.append([
+            variant, size, f"{mine[0].parameters:,}", f"{mine[0].parameters_total:,}", str(len(mine)),
+            _span([one.structures for one in mine], "d"), _span([one.flops for one in mine], ".2g"), rates,
+            f"{sum(one.seconds for one in mine) / 60:.0f}",
+        ])  # fmt: skip
+    header = ["variant", "size", "N", "with embeddings", "runs", "D", "C (FLOPs)", "learning rate", "minutes"]
+    parts.append(_table(header, rows))
+    lost = [one.id for one in records if not one.losses]
+    if lost:
+        parts.append(f"Diverged, and in no fit: {', '.join(lost)}.")
+    measured = [one.profiled for one in records if one.profiled is not None]
+    if measured:
+        parts.append(
+            "C is by formula; a training step on two structures, run under PyTorch's counter, had "
+            f"{_span(measured, '.5g')} times the formula's operations ({len(measured)} runs)."
+        )
+    commits = ", ".join(sorted({one.commit for one in records if one.commit}))
+    parts.append(
+        "N counts no embeddings. Losses are of the last validation, of averaged weights where the recipe has them. "
+        f"{len(records)} runs, {sum(one.seconds for one in records) / 3600:.2f} hours in all; code: "
+        f"{commits or 'unknown'}."
+    )
+    return "\n\n".join(parts)
 
 
-def _variant_dict(fits: VariantFit) -> dict[str, Any]:
-    return {
-        "num_runs": len(fits.points.losses),
-        "joint": None if fits.joint is None else _law_dict(fits.joint),
-        "power": None if fits.power is None else _law_dict(fits.power),
-        "isoflop": None if fits.isoflop is None else _isoflop_dict(fits.isoflop),
-        "gamma_difference": None if fits.gamma_difference is None else fits.gamma_difference.to_list(),
-        "notes": list(fits.notes),
-    }
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
 
 
-def _law_dict(law: Law) -> dict[str, Any]:
-    fit: LawFit = law.fit
-    return {
-        "formula": _FORMULAS[fit.kind],
-        "num_runs": fit.num_runs, "num_points": fit.num_cells, "num_parameters": fit.num_parameters,
-        "ranges": {axis: list(ends) for axis, ends in fit.ranges.items()},
-        "estimates": {name: fit.estimates[name].to_list() for name in _ORDER[fit.kind]},
-        "with_E_0": dict(fit.without_floor), "E_0_p_value": _number(fit.floor_p_value),
-        "noise_run": fit.noise.run, "noise_freedom": fit.noise.freedom, "noise_seeds": fit.noise.seeds,
-        "lack_of_fit": {
-            "method": law.lack.method, "p_value": _number(law.lack.p_value), "flagged": law.lack.flagged,
-            "text": law.lack.text,
-        },
-        "left_out": [
-            {
-                "axis": one.axis, "value": one.value,
-                "predicted": [_number(x) for x in (one.predicted, one.low, one.high)],
-                "observed": one.observed, "error_percent": _number(one.error), "holds": one.holds, "text": one.text,
-            }
-            for one in law.left_out
-        ],
-        "warnings": list(fit.warnings),
-    }  # fmt: skip
+def draw_sheet(study: StudyFit, records: Iterable[Record]) -> Figure:
+    """Draws a row of five panels for each variant; bands are intervals at the level of the study.
+
+    The panels show loss against compute with the frontier and its law; losses of each budget against N with their
+    parabolas, then N* and D*, or where no budget has a minimum losses against N and against D with the joint law;
+    residuals of the joint law; learning curves.
+    """
+    groups = {name: group for name, group in variants(records).items() if name in study.variants}
+    figure = Figure(figsize=(20.0, 4.0 * len(groups)), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss = f"{study.metric} ({_UNITS[study.metric]})" if study.metric in _UNITS else study.metric
+    rows: Any = figure.subplots(len(groups), 5, squeeze=False)
+    for axes, (name, group) in zip(rows, groups.items(), strict=True):
+        fits = study.variants[name]
+        _compute(axes[0], fits, f"{name}: compute", loss)
+        isoflop = fits.isoflop
+        # Cells of a grid may happen to cost the same, and are then no search for a minimum.
+        if isoflop is not None and (fits.joint is None or any(one.N is not None for one in isoflop.budgets)):
+            _budgets(axes[1], fits, isoflop, loss)
+            _best(axes[2], isoflop)
+        else:
+            _slices(axes[1], fits, "N", loss)
+            _slices(axes[2], fits, "D", loss)
+        _residuals(axes[3], fits, loss)
+        _learning(axes[4], [one for one in group if study.metric in one.losses])
+        for axis in axes:
+            _few_labels(axis)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=9, which="both")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False, fontsize=8)
+    return figure
 
 
-def _isoflop_dict(found: IsoFlop) -> dict[str, Any]:
-    def of(one: Interval | None) -> list[float | None] | None:
-        return None if one is None else one.to_list()
-
-    return {
-        "budgets": [
-            {
-                "flops": one.flops, "num_runs": one.num_runs, "sizes": list(one.sizes), "N": of(one.best_parameters),
-                "D": of(one.best_structures), "loss": of(one.best_loss), "text": one.text,
-            }
-            for one in found.parabolas
-        ],
-        "a": of(found.size_exponent),
-        "b": of(found.data_exponent),
-        "warnings": list(found.warnings),
-    }  # fmt: skip
+def _few_labels(axis: Axes) -> None:
+    """Puts labels between decades only where a logarithmic axis is shorter than one, and few of them."""
+    for ticks, scale, (low, high) in (
+        (axis.xaxis, axis.get_xscale(), axis.get_xlim()),
+        (axis.yaxis, axis.get_yscale(), axis.get_ylim()),
+    ):
+        short = high / low < 10.0 if scale == "log" else False
+        if scale == "log":
+            ticks.set_minor_locator(LogLocator(subs=[2.0, 3.0, 5.0] if short else [float(x) for x in range(2, 10)]))
+            ticks.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:.3g}") if short else NullFormatter())
+        if short:
+            ticks.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
 
 
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _colored(values: Iterable[float]) -> list[tuple[float, Any]]:
+    """Pairs each distinct value with a color."""
+    distinct = sorted(set(values))
+    return [(x, colormaps["viridis"](0.05 + 0.85 * i / max(1, len(distinct) - 1))) for i, x in enumerate(distinct)]
+
+
+def _empty(axis: Axes, text: str) -> None:
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", fontsize=9)
+    axis.set(xticks=[], yticks=[])
+
+
+def _band(axis: Axes, x: np.ndarray, fit: LawFit, *inputs: Any) -> None:
+    value, refits = fit.predict(*inputs)
+    axis.plot(x, value, color=_LAW, linewidth=1.2)
+    if len(refits) > 1:
+        low, high = np.quantile(refits, fit.settings.percentiles, axis=0)
+        axis.fill_between(x, low, high, color=_LAW, alpha=0.15, linewidth=0)
+
+
+def _compute(axis: Axes, fits: VariantFit, title: str, loss: str) -> None:
+    points, chosen = fits.points, fits.on_frontier
+    for size, color in _colored(points.parameters):
+        mine = points.parameters == size
+        axis.plot(points.flops[mine], points.losses[mine], ".", color=color, label=f"N = {size:.3g}")
+    x, y = points.flops[chosen], points.losses[chosen]
+    axis.plot(x, y, "o", label="frontier", markersize=8, markerfacecolor="none", color=_LAW)
+    if fits.power is not None:
+        x = np.geomspace(points.flops[chosen].min(), points.flops.max(), 100)
+        _band(axis, x, fits.power, x)
+    axis.set(title=title, xlabel="training compute C (FLOPs)", ylabel=loss, xscale="log", yscale="log")
+
+
+def _budgets(axis: Axes, fits: VariantFit, found: IsoFlop, loss: str) -> None:
+    points = fits.points
+    groups = [g for g in group_budgets(points.flops) if len(np.unique(points.parameters[g])) >= 3]
+    colors = _colored(range(len(groups)))
+    for group, parabola, (_, color) in zip(groups, found.budgets, colors, strict=True):
+        axis.plot(points.parameters[group], points.losses[group], ".", color=color, label=f"C = {parabola.flops:.2g}")
+        u = np.log(np.geomspace(*parabola.sizes, 60))
+        axis.plot(np.exp(u), np.exp(np.polyval(parabola.coefficients, u - parabola.center)), color=color, linewidth=1)
+        if parabola.N is not None and parabola.loss is not None:
+            axis.plot(parabola.N.value, parabola.loss.value, "*", markersize=11, color=color)
+    axis.set(title="budgets", xlabel="parameters N", ylabel=loss, xscale="log", yscale="log")
+
+
+def _best(axis: Axes, found: IsoFlop) -> None:
+    axis.set(title="best size and data of a budget", xlabel="C (FLOPs)", ylabel="N*, D*")
+    usable = [one for one in found.budgets if one.N is not None]
+    if not usable:
+        _empty(axis, "no budget has a minimum\nwithin its sizes")
+        return
+    x = np.array([one.flops for one in usable])
+    for name, exponent, color, marker in (("N", found.a, "#2a6f97", "o"), ("D", found.b, "#c8553d", "s")):
+        best: list[Interval] = [getattr(one, name) for one in usable]
+        y = np.array([one.value for one in best])
+        ends = np.maximum([[one.value - one.low for one in best], [one.high - one.value for one in best]], 0.0)
+        label = f"{name}*" if exponent is None else f"{name}* ∝ C^{exponent.value:.2f}"
+        axis.errorbar(x, y, np.nan_to_num(ends), fmt=marker, color=color, label=label, capsize=3)
+        if len(x) > 1:
+            axis.plot(x, np.exp(np.polyval(np.polyfit(np.log(x), np.log(y), 1), np.log(x))), color=color, linewidth=1)
+    axis.set(xscale="log", yscale="log")
+
+
+def _slices(axis: Axes, fits: VariantFit, along: str, loss: str) -> None:
+    """Plots losses along one input in a color for each value of the other."""
+    points = fits.points
+    x, other = points.parameters, points.structures
+    title, xlabel, label = "size", "parameters N", "D"
+    if along == "D":
+        x, other, title, xlabel, label = other, x, "data", "training structures D", "N"
+    colored = _colored(other)
+    for value, color in colored:
+        here = other == value
+        axis.plot(x[here], points.losses[here], ".", color=color, label=f"{label} = {value:.3g}")
+        if fits.joint is None or x.min() == x.max():
+            continue
+        dense = np.geomspace(x.min(), x.max(), 60)
+        inputs = (dense, np.full_like(dense, value))[:: 1 if along == "N" else -1]
+        if value in (colored[0][0], colored[-1][0]):
+            _band(axis, dense, fits.joint, *inputs)
+        else:
+            axis.plot(dense, fits.joint.predict(*inputs)[0], color=color, linewidth=0.8)
+    axis.set(title=title, xlabel=xlabel, ylabel=loss, xscale="log", yscale="log")
+
+
+def _residuals(axis: Axes, fits: VariantFit, loss: str) -> None:
+    if fits.joint is None:
+        _empty(axis, "no law of N and D:\ntoo few sizes and data")
+        return
+    points = fits.points
+    predicted = fits.joint.predict(points.parameters, points.structures)[0]
+    for size, color in _colored(points.parameters):
+        here = points.parameters == size
+        axis.plot(predicted[here], 100 * np.log(points.losses[here] / predicted[here]), ".", color=color)
+    axis.axhline(0.0, color=_LAW, linewidth=0.8)
+    title = "runs about the law of N and D"
+    axis.set(title=title, xlabel=f"predicted {loss}", ylabel="off by (%)", xscale="log")
+
+
+def _learning(axis: Axes, records: Sequence[Record]) -> None:
+    for size, color in _colored(one.parameters for one in records):
+        for one in records:
+            if one.parameters == size and one.curve:
+                _, flops, values = np.array(one.curve).T
+                axis.plot(flops, values, color=color, linewidth=0.8)
+    labels = {"xlabel": "C so far (FLOPs)", "ylabel": "validation loss"}
+    axis.set(title="learning curves", xscale="log", yscale="log", **labels)

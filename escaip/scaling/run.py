@@ -1,40 +1,49 @@
-"""Runs the jobs of a study: one after the other, several at once, or as a SLURM array."""
+"""Runs the jobs of a study: in processes of this machine, or as a SLURM array.
+
+Each job is a process of its own, ``python -m escaip.scaling.run DIR ID``, started by whoever holds the lock of its
+folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import dataclasses
+import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from escaip.errors import ConfigError, DataError, TrainingError
-from escaip.scaling.files import claim, write_whole
-from escaip.scaling.job import JOB, LOG, RECORD, as_json, folder_of
-from escaip.scaling.plan import Job, StudyPlan, same_study
-from escaip.scaling.records import RECORDS, Record
+from escaip.errors import ConfigError, DataError, EscaipError, TrainingError
+from escaip.files import first_line, try_lock, write_file
+from escaip.scaling.study import RECORDS, Job, Record, StudyPlan
+
+if TYPE_CHECKING:
+    from escaip.train.cli import TrainingCLI
 
 SWEEP = "sweep.jsonl"
-COMMAND = (sys.executable, "-m", "escaip.scaling.job")
-"""What runs a job, given the folder of the study and an id."""
-TASK = "-m escaip.scaling.job '{folder}' slurm-jobs.txt --array"
-"""What a task of an array gives to Python."""
+RECORD, JOB, LOG, LOCK = "record.json", "job.json", "log.txt", "lock"
+COMMAND = (sys.executable, "-m", "escaip.scaling.run")
+"""Command that runs a job, given the folder of the study and an id."""
+SAMPLE = 256
+"""Structures, evenly through the training set, whose edges are counted."""
 _POLL = 0.2  # s
 
-Say = Callable[[str], None]
-
-
-@dataclass
-class _Running:
-    job: Job
-    process: subprocess.Popen[bytes]
-    lock: IO[bytes]
-    began: float
+# Name in the log of a validation -> name and unit in a record.
+_METRICS = {
+    "loss": ("loss", 1.0),
+    "energy_mae_meV_per_atom": ("energy_mae", 1e-3),
+    "force_mae_meV_per_A": ("forces_mae", 1e-3),
+    "stress_mae_meV_per_A3": ("stress_mae", 1e-3),
+}
 
 
 def run_study(
@@ -44,48 +53,47 @@ def run_study(
     changes: Sequence[str] = (),
     workers: int = 1,
     slurm: Sequence[str] | None = None,
-    say: Say = print,
+    say: Callable[[str], None] = print,
 ) -> bool:
-    """Runs what is missing of a study; whatever has a record is left as it is.
+    """Runs what is missing of a study; runs with a record are left as they are.
 
     Args:
         config: a file, or a recipe of ``configs/scaling``.
-        out: folder of the study: ``study.json``, ``jobs/ID/``, ``records.jsonl`` of the grid and ``sweep.jsonl`` of
-            the search of learning rates.
+        out: folder of the study: ``study.json``, ``jobs/ID/``, ``records.jsonl`` of the grid and ``sweep.jsonl`` of the
+            search of learning rates.
         changes: ``KEY=VALUE`` put into the settings of every run.
         workers: runs at once on this machine, each with its share of the cores.
-        slurm: options of ``sbatch``: runs are submitted as an array instead, and the command comes back at once.
-        say: gets a line for each run that ends.
+        slurm: options of ``sbatch`` such as ``gres=gpu:1``; runs are then submitted as an array, and this returns at
+            once.
+        say: receives a line for each run that ends.
 
     Returns:
         Whether the study is complete.
 
     Raises:
-        ConfigError: a study that cannot be run.
-        DataError: the folder holds another study.
+        ConfigError: the study or an option is impossible, or there is no SLURM or submitit.
+        DataError: the folder holds another study, or its array is still in the queue.
         TrainingError: runs failed; all others were run first.
     """
     plan, folder = StudyPlan.read(config, changes), Path(out)
     if workers < 1:
         raise ConfigError(f"--workers {workers}: at least 1")
-    sweep = plan.sweep_jobs()
+    sweep, rates = plan.sweep_jobs(), None
     if sweep:
-        same_study(folder, plan, sweep)
+        plan.claim_folder(folder, sweep)
         if not _execute(folder, sweep, workers, slurm, say, SWEEP):
             say("the search of learning rates is submitted: run the same command when it has ended")
             return False
         rates = best_rates(plan, read_finished(folder, sweep))
         for (variant, size), rate in rates.items():
             say(f"learning rate of {variant}, {size}: {rate:.3g}")
-        jobs = plan.jobs(rates)
-    else:
-        jobs = plan.jobs()
-    same_study(folder, plan, sweep, jobs)
+    jobs = plan.jobs(rates)
+    plan.claim_folder(folder, sweep, jobs)
     return _execute(folder, jobs, workers, slurm, say, RECORDS)
 
 
-def best_rates(plan: StudyPlan, finished: Mapping[str, Record], metric: str = "loss") -> dict[tuple[str, str], float]:
-    """The learning rate of the lowest loss for each variant and size, or of the base size for all.
+def best_rates(plan: StudyPlan, finished: Mapping[str, Record]) -> dict[tuple[str, str], float]:
+    """Returns the learning rate of the lowest loss for each variant and size, or that of the base size for all.
 
     Raises:
         TrainingError: every rate diverged.
@@ -93,46 +101,47 @@ def best_rates(plan: StudyPlan, finished: Mapping[str, Record], metric: str = "l
     found: dict[tuple[str, str], float] = {}
     for variant in plan.variants:
         for size in plan.swept_sizes(variant):
-            tried = [r for r in finished.values() if (r.variant, r.size) == (variant, size) and metric in r.losses]
+            tried = [r for r in finished.values() if (r.variant, r.size) == (variant, size) and "loss" in r.losses]
             if not tried:
                 raise TrainingError(
                     f"every learning rate of {variant}, {size} diverged: add lower ones to learning_rate.sweep"
                 )
-            found[variant, size] = min(tried, key=lambda record: record.losses[metric]).learning_rate
+            found[variant, size] = min(tried, key=lambda record: record.losses["loss"]).learning_rate
     if plan.learning_rate.base_width is not None:
         base = {variant: rate for (variant, _), rate in found.items()}
         return {(variant, size): base[variant] for variant in plan.variants for size in plan.sizes}
     return found
 
 
+def folder_of(study: Path, job_id: str) -> Path:
+    """Returns the folder of a run."""
+    return study / "jobs" / job_id
+
+
 def read_finished(folder: Path, jobs: Sequence[Job]) -> dict[str, Record]:
-    """Records of those of the jobs that have one."""
-    found = {}
-    for job in jobs:
-        file = folder_of(folder, job.id) / RECORD
-        if file.is_file():
-            found[job.id] = Record.from_json(file.read_text(encoding="utf-8"))
-    return found
+    """Reads the records of those of the jobs that have ended."""
+    files = {job.id: folder_of(folder, job.id) / RECORD for job in jobs}
+    return {name: Record.from_json(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 
-def write_records(folder: Path, jobs: Sequence[Job], name: str) -> dict[str, Record]:
-    """Writes the records of the jobs into one file, in the order of the plan."""
+def _collect(folder: Path, jobs: Sequence[Job], name: str) -> dict[str, Record]:
+    """Writes the records of the jobs into one file, in the order of the plan, and returns them."""
     found = read_finished(folder, jobs)
     if found:
-        write_whole(folder / name, "".join(found[job.id].to_json() + "\n" for job in jobs if job.id in found))
+        write_file(folder / name, "".join(record.to_json() + "\n" for record in found.values()))
     return found
 
 
 def _execute(
-    folder: Path, jobs: Sequence[Job], workers: int, slurm: Sequence[str] | None, say: Say, records: str
+    folder: Path, jobs: Sequence[Job], workers: int, slurm: Sequence[str] | None, say: Callable[[str], None], name: str
 ) -> bool:
-    """Runs those without a record; False when they were submitted elsewhere."""
+    """Runs the jobs without a record; returns False when they were submitted."""
     for job in jobs:
         place = folder_of(folder, job.id)
         place.mkdir(parents=True, exist_ok=True)
         if not (place / JOB).is_file():
-            write_whole(place / JOB, as_json(job))
-    finished = write_records(folder, jobs, records)
+            write_file(place / JOB, json.dumps(dataclasses.asdict(job), indent=1) + "\n")
+    finished = _collect(folder, jobs, name)
     missing = [job for job in jobs if job.id not in finished]
     if finished:
         say(f"{len(finished)} of {len(jobs)} runs are done already")
@@ -141,13 +150,13 @@ def _execute(
         return False
     failed: list[Job] = []
     for job, status, seconds in _in_processes(folder, missing, workers):
-        done = write_records(folder, jobs, records)
+        done = _collect(folder, jobs, name)
         if job.id not in done:
             failed.append(job)
             say(f"{job.id} failed (status {status})")
             continue
         record = done[job.id]
-        errors = ", ".join(f"{name} {value:.4g}" for name, value in record.losses.items()) or "diverged"
+        errors = ", ".join(f"{metric} {value:.4g}" for metric, value in record.losses.items()) or "diverged"
         say(f"{len(done)} of {len(jobs)}: {job.id}: {errors}; {record.flops:.3g} FLOPs, {seconds:.0f} s")
     if failed:
         log = folder_of(folder, failed[0].id) / LOG
@@ -159,18 +168,32 @@ def _execute(
     return True
 
 
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    lock: IO[bytes]
+    began: float
+
+
 def _in_processes(folder: Path, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int, float]]:
-    """Runs jobs, at most ``workers`` at once; those that another command is running are waited for."""
+    """Runs jobs, at most ``workers`` at once, and waits for those that another command runs."""
+    threads = max(1, _cores() // workers)
     waiting, running = list(jobs), list[_Running]()
     try:
         while waiting or running:
             for job in list(waiting):
                 if len(running) >= workers:
                     break
-                lock = claim(folder_of(folder, job.id))
-                if lock is not None:
-                    waiting.remove(job)
-                    running.append(_Running(job, _start(folder, job, workers, lock), lock, time.time()))
+                lock = try_lock(folder_of(folder, job.id) / LOCK)
+                if lock is None:
+                    continue
+                waiting.remove(job)
+                if (folder_of(folder, job.id) / RECORD).is_file():  # another command was faster
+                    lock.close()
+                    yield job, 0, 0.0
+                else:
+                    running.append(_Running(job, _start(folder, job.id, threads, lock), lock, time.time()))
             time.sleep(_POLL)
             for one in list(running):
                 status = one.process.poll()
@@ -188,12 +211,14 @@ def _in_processes(folder: Path, jobs: Sequence[Job], workers: int) -> Iterator[t
             one.lock.close()
 
 
-def _start(folder: Path, job: Job, workers: int, lock: IO[bytes]) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
-    with (folder_of(folder, job.id) / LOG).open("ab") as log:
+def _start(folder: Path, job_id: str, threads: int, lock: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Starts a job, which holds the lock of its folder as well, until its last process ends."""
+    # Lightning starts the processes of the devices itself, also within a SLURM task.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_NTASKS")}
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    with (folder_of(folder, job_id) / LOG).open("ab") as log:
         return subprocess.Popen(
-            [*COMMAND, str(folder), job.id], stdin=subprocess.DEVNULL, stdout=log,
+            [*COMMAND, str(folder), job_id], stdin=subprocess.DEVNULL, stdout=log,
             stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()],
         )  # fmt: skip
 
@@ -202,33 +227,234 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def submit(folder: Path, jobs: Sequence[Job], options: Sequence[str]) -> str:
-    """Writes a batch script of a SLURM array, one task for each run, and hands it to ``sbatch``.
+def submit(folder: Path, jobs: Sequence[Job], options: Sequence[str], cluster: str = "slurm") -> str:
+    """Submits jobs as a SLURM array, one task for each run, and returns a line that says so.
+
+    Args:
+        folder: of the study.
+        jobs: to run.
+        options: of ``sbatch``, such as ``gres=gpu:1``.
+        cluster: ``slurm``, or another executor of submitit.
 
     Raises:
-        ConfigError: there is no ``sbatch``, or it refuses.
+        ConfigError: there is no submitit or no ``sbatch``, an option is no ``NAME=VALUE``, or ``sbatch`` refuses.
         DataError: runs of this study are in the queue.
     """
+    try:
+        import submitit
+    except ImportError:
+        raise ConfigError("--slurm needs submitit: pip install 'escaip[cluster]', or leave --slurm out") from None
+    parameters = dict(option.lstrip("-").partition("=")[::2] for option in options)
+    if "" in parameters.values():
+        raise ConfigError(f"--slurm {' '.join(options)}: write options of sbatch as NAME=VALUE, such as time=4:00:00")
+    if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise ConfigError("there is no sbatch here: run this on a machine that submits jobs, or leave --slurm out")
+    executor = submitit.AutoExecutor(folder.resolve() / "slurm", cluster=cluster)
+    if cluster == "slurm":
+        executor.update_parameters(slurm_use_srun=False, slurm_additional_parameters=parameters)
     pending = folder / "slurm.txt"
     before = pending.read_text(encoding="utf-8").strip() if pending.is_file() else ""
     if before and shutil.which("squeue") and _queued(before):
         raise DataError(f"{folder}: its array {before} is still in the queue: wait for it")
-    write_whole(folder / "slurm-jobs.txt", "\n".join(job.id for job in jobs) + "\n")
-    lines = ["#!/bin/bash", f"#SBATCH --array=0-{len(jobs) - 1}", "#SBATCH --job-name=escaip-scaling"]
-    lines += [f"#SBATCH --output={folder.resolve()}/slurm-%A-%a.txt", *(f"#SBATCH {option}" for option in options)]
-    lines += [f"exec '{sys.executable}' {TASK.format(folder=folder.resolve())}"]
-    script = folder / "slurm.sh"
-    write_whole(script, "\n".join(lines) + "\n")
-    if shutil.which("sbatch") is None:
-        raise ConfigError(f"there is no sbatch here: submit {script} where there is one, or leave --slurm out")
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"sbatch refuses {script}: {' '.join(done.stderr.split())[:300]}")
-    array = done.stdout.strip().partition(";")[0]  # the name of a cluster may follow
-    write_whole(pending, array + "\n")
+    executor.update_parameters(name="escaip-scaling")
+    try:
+        tasks = executor.map_array(run_claimed, [str(folder.resolve())] * len(jobs), [job.id for job in jobs])
+    except submitit.core.utils.FailedJobError as error:
+        raise ConfigError(f"sbatch refuses the runs: {first_line(error)}") from error
+    array = tasks[0].job_id.partition("_")[0]
+    write_file(pending, array + "\n")
     return f"{len(jobs)} runs are submitted as array {array}: run the same command when it has ended"
 
 
 def _queued(array: str) -> bool:
     done = subprocess.run(["squeue", "--noheader", "--jobs", array], capture_output=True, text=True, check=False)
     return done.returncode == 0 and bool(done.stdout.strip())
+
+
+def run_claimed(study: str, job_id: str) -> None:
+    """Runs a job unless another process does; the task of an array.
+
+    Raises:
+        TrainingError: the job failed.
+    """
+    folder = folder_of(Path(study), job_id)
+    lock = try_lock(folder / LOCK)
+    if lock is None:
+        print(f"another process runs {job_id}: left to it")
+        return
+    with lock:
+        if (folder / RECORD).is_file():
+            return
+        status = _start(Path(study), job_id, _cores(), lock).wait()
+    if status:
+        raise TrainingError(f"{job_id} failed (status {status}): see {folder / LOG}")
+
+
+def read_job(study: Path, job_id: str) -> Job:
+    """Reads the job that :func:`run_study` wrote.
+
+    Raises:
+        DataError: there is no such run.
+    """
+    file = folder_of(study, job_id) / JOB
+    if not file.is_file():
+        raise DataError(f"{study} has no run {job_id}: start it by escaip scaling run")
+    return Job(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def train(study: Path, job: Job) -> Record:
+    """Trains a job, from its last checkpoint where there is one, and writes the record.
+
+    A run whose loss or predictions are no longer finite is recorded without losses.
+
+    Raises:
+        DataError: a budget below one step, or no validation.
+    """
+    import yaml
+
+    from escaip.train.cli import build
+
+    folder = folder_of(study, job.id)
+    began = time.time()
+    write_file(folder / "config.yaml", yaml.safe_dump(dict(job.config), sort_keys=False, allow_unicode=True))
+    arguments = ["fit", "--config", str(folder / "config.yaml"), "--out", str(folder), "--name", "run"]
+    if job.budget is not None:
+        steps = _steps_within(job.budget, build(arguments))
+        arguments += ["--trainer.max_steps", str(steps), "--trainer.max_epochs=-1"]
+    if any((folder / "run").glob("version_*/last.ckpt")):
+        arguments += ["--ckpt_path", "last"]
+    cli = build(arguments)
+    finite = True
+    try:
+        cli.execute()
+    except TrainingError as error:
+        print(f"diverged: {error}", flush=True)
+        finite = False
+    record = _record(job, cli, folder, finite, time.time() - began)
+    if cli.trainer.is_global_zero:
+        write_file(folder / RECORD, record.to_json() + "\n")
+    return record
+
+
+def _record(job: Job, cli: TrainingCLI, folder: Path, finite: bool, seconds: float) -> Record:
+    from escaip.scaling.flops import parameter_count
+
+    steps = max(1, int(cli.trainer.global_step))
+    flops, data = _flops(cli, steps), cli.datamodule.datasets["train"]
+    rows = read_validations(folder / "run", steps)
+    curve = [(float(step), flops * step / steps, row["val/loss"]) for step, row in rows.items() if "val/loss" in row]
+    count = parameter_count(cli.model.potential.config)
+    epochs = steps * int(cli.trainer.accumulate_grad_batches) / len(cli.datamodule.train_dataloader())
+    seen = min(1.0, epochs)  # a budget may end before all data were seen: D is what the run has learned from
+    return Record(
+        id=job.id, variant=job.variant, size=job.size, seed=job.seed, parameters=count.non_embedding,
+        parameters_total=count.total, structures=max(1, round(seen * len(data))),
+        atoms=max(1, round(seen * int(sum(data.natoms)))), epochs=epochs, steps=steps, flops=flops,
+        learning_rate=job.learning_rate, losses=_losses(rows) if finite else {},
+        curve=tuple(point for point in curve if math.isfinite(point[2])), seconds=seconds, commit=version(),
+        config=dict(job.config), profiled=_profiled(cli),
+    )  # fmt: skip
+
+
+def _flops(cli: TrainingCLI, steps: int) -> float:
+    """Returns the FLOPs of the first steps of a run."""
+    from escaip.scaling.flops import mean_shape, training_flops
+
+    data, config = cli.datamodule.datasets["train"], cli.model.potential.config
+    chosen = sorted({round(i * (len(data) - 1) / (SAMPLE - 1)) for i in range(SAMPLE)})
+    shape = mean_shape((data[index] for index in chosen), config.graph)
+    per_step = len(data) / len(cli.datamodule.train_dataloader()) * int(cli.trainer.accumulate_grad_batches)
+    return training_flops(config, shape, batch_size=per_step, steps=steps, mode=_mode(cli)).total
+
+
+def _mode(cli: TrainingCLI) -> str:
+    losses = cli.model.losses
+    return "training" if losses.forces.weight > 0 or losses.stress.weight > 0 else "energy_training"
+
+
+def _profiled(cli: TrainingCLI) -> float:
+    """Returns the operations of a training step on two structures by PyTorch's counter over those of the formula."""
+    from escaip.data import collate
+    from escaip.scaling.flops import count_flops, profile_flops
+
+    data, config = cli.datamodule.datasets["train"], cli.model.potential.config
+    two = collate([data[0], data[len(data) // 2]])
+    return profile_flops(config, two, _mode(cli)) / count_flops(config, two, _mode(cli))
+
+
+def _steps_within(budget: float, cli: TrainingCLI) -> int:
+    cli.datamodule.setup("fit")
+    one = _flops(cli, 1)
+    steps = round(budget / one)
+    if steps < 1:
+        raise DataError(
+            f"a budget of {budget:.3g} FLOPs is less than one step, {one:.3g}: raise it, or leave the size out"
+        )
+    return steps
+
+
+def _losses(rows: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Returns the metrics of the last validation that are finite."""
+    if not rows:
+        raise DataError("a run has validated nothing: name data.val, or let data.split make it")
+    last = rows[max(rows)]
+    found = {new: last[f"val/{old}"] * unit for old, (new, unit) in _METRICS.items() if f"val/{old}" in last}
+    return {name: value for name, value in found.items() if math.isfinite(value) and value > 0}
+
+
+def read_validations(run: Path, steps: int) -> dict[int, dict[str, float]]:
+    """Reads the validation metrics after each step; of a run that was resumed the later part counts.
+
+    A line that a killed process left unfinished is skipped. Validations within a run are logged under the step before,
+    one after its end under the last, ``steps``.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for folder in sorted(run.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_"))):
+        file = folder / "metrics.csv"
+        if not file.is_file():
+            continue
+        with file.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                values = {k: v for k, v in row.items() if k and v and k.startswith("val/")}
+                if values and row.get("step") and None not in row:
+                    found[min(int(row["step"]) + 1, steps)] = {key: float(value) for key, value in values.items()}
+    return dict(sorted(found.items()))
+
+
+def version() -> str:
+    """Returns the commit of the code that runs, or its version where there is no repository."""
+    from escaip import __version__
+
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return __version__
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or __version__
+
+
+def _end_with_parent() -> None:
+    """Lets the kernel kill this process when its parent dies (Linux), so that a killed study leaves no runs behind."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains the job of a study's folder and an id, and returns the exit status."""
+    study, job_id = Path(argv[0]), argv[1]
+    _end_with_parent()
+    try:
+        if not (folder_of(study, job_id) / RECORD).is_file():
+            train(study, read_job(study, job_id))
+    except EscaipError as error:
+        print(f"escaip: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

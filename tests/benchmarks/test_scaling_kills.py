@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from scaling_kills import alive, compared, differences, killed_study, moments, state, unlike_weights
 
-from escaip.scaling.files import claim
+from escaip.files import try_lock
 
 
 def record(number: int, **changes: Any) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_what_a_kill_meets(tmp_path: Path) -> None:
     (study / "jobs" / "r0" / "record.json").touch()
     (study / "jobs" / "r1" / "run" / "version_0" / "last.ckpt").unlink()
     assert state(study) == {"finished": 1, "begun": 2, "with_checkpoint": 1}
-    lock = claim(study / "jobs" / "r1")
+    lock = try_lock(study / "jobs" / "r1" / "lock")
     assert lock is not None
     assert alive(study) == 1
     lock.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from escaip.scaling import Record
-from escaip.scaling.records import RECORDS
+from escaip.scaling.study import RECORDS
 
 LAW = {"E": 0.02, "A": 0.03 * 1e6**0.3, "alpha": 0.3, "B": 0.03 * 1e4**0.4, "beta": 0.4, "gamma": 0.12 / 0.7}
 
@@ -19,10 +19,16 @@ def grid(sizes: int = 4, data: int = 3, seeds: int = 2) -> tuple[np.ndarray, np.
     return np.repeat(n.ravel(), seeds), np.repeat(d.ravel(), seeds)
 
 
-def loss(n: np.ndarray, d: np.ndarray, noise: float = 0.0, seed: int = 0, **changed: float) -> np.ndarray:
+def noise(spread: float, number: int, seed: int = 0) -> np.ndarray:
+    """Log-normal factors of the losses of runs."""
+    factors: np.ndarray = np.exp(spread * np.random.default_rng(seed).standard_normal(number))
+    return factors
+
+
+def loss(n: np.ndarray, d: np.ndarray, spread: float = 0.0, seed: int = 0, **changed: float) -> np.ndarray:
     law = {**LAW, **changed}
     exact = law["E"] + law["A"] * n ** -law["alpha"] + law["B"] * d ** -law["beta"]
-    drawn: np.ndarray = exact * np.exp(noise * np.random.default_rng(seed).standard_normal(len(exact)))
+    drawn: np.ndarray = exact * noise(spread, len(exact), seed)
     return drawn
 
 

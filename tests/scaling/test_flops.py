@@ -19,14 +19,15 @@ from escaip.models import EScAIPConfig
 from escaip.nn.embedding import kept_tables
 from escaip.potential import Potential
 from escaip.scaling.flops import (
+    GraphShape,
     count_flops,
     flops_by_layer,
+    mean_shape,
+    operator_formulas,
     parameter_count,
     profile_flops,
     training_flops,
 )
-from escaip.scaling.operators import operator_formulas
-from escaip.scaling.shapes import GraphShape, mean_shape
 
 SMALL: dict[str, Any] = {"preset": "300k"}
 SIZES: dict[str, dict[str, Any]] = {

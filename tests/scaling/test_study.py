@@ -1,118 +1,256 @@
-"""The fit of a whole study and its command."""
+"""Which runs a study is made of, and the records that it leaves."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from synthetic_runs import grid, loss, records, write, write_study
+import yaml
+from synthetic_runs import record, write
 
-from escaip.cli import main
-from escaip.errors import DataError
-from escaip.scaling import FitSettings, fit_study
+from escaip.errors import ConfigError, DataError
+from escaip.scaling.study import Record, StudyPlan, merged, read_records, variants
 
-FEW = FitSettings(bootstrap=80)
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    """Two variants on a grid and one of IsoFLOP runs."""
-    n, d = grid()
-    write_study(tmp_path, records(n, d, loss(n, d, 0.02, 1, E=0.03), "hard"))
-    return tmp_path
-
-
-def test_everything_the_records_allow(study: Path) -> None:
-    found = fit_study(study, settings=FEW)
-    assert list(found.variants) == ["default", "hard", "isoflop"]
-    one = found.variants["default"]
-    assert one.joint is not None
-    assert one.power is not None
-    assert one.gamma_difference is not None
-    assert one.isoflop is None or one.isoflop.parabolas
-    assert found.variants["isoflop"].isoflop is not None
-    assert len(one.joint.left_out) == 2
-    assert one.on_frontier.sum() >= 6
-    written = json.loads((study / "fit.json").read_text(encoding="utf-8"))
-    assert written == found.to_dict()
-    alpha = written["variants"]["default"]["joint"]["estimates"]["alpha"]
-    assert alpha[1] < alpha[0] < alpha[2]
-    assert [path.name for path in study.iterdir() if "part" in path.name] == []
+STUDY: dict[str, Any] = {
+    "recipe": "quickstart",
+    "settings": {"model": {"architecture": {"angular_channels": [8, 4, 1, 1, 2], "hidden_size": 32, "num_heads": 2}}},
+    "widths": [16, 32, 64],
+    "width_per_layer": 24,
+    "data_sizes": [0.5, 1.0],
+    "seeds": [0, 1],
+    "epochs": 3,
+    "learning_rate": 0.002,
+    "variants": {"conservative": {}, "direct": {"model": {"architecture": {"forces": "direct"}}}},
+}
 
 
-def test_the_report_in_words(study: Path) -> None:
-    text = fit_study(study, settings=FEW).summary()
-    for part in (
-        "# Scaling of forces_mae", "| variant", "## Variants beside each other", "## default", "## isoflop",
-        "the law fits within the noise of seeds", "largest N (1e+07) left out", "γ of the frontier less αβ/(α+β)",
-        "IsoFLOP parabolas", "E = 0", "Intervals hold 90 % (80 refits)",
-    ):  # fmt: skip
-        assert part in text, part
-    assert "nan" not in text
+def study(**changes: Any) -> dict[str, Any]:
+    content = {**copy.deepcopy(STUDY), **changes}
+    return {key: value for key, value in content.items() if value is not None}
 
 
-def test_a_variant_with_few_points_is_said_not_hidden(study: Path) -> None:
-    n, d = grid(2, 2)
-    write(study, records(n, d, loss(n, d, 0.02)), records(*grid(), loss(*grid(), 0.02), "full"))
-    found = fit_study(study, settings=FEW)
-    assert found.variants["default"].joint is None
-    assert any("4 distinct points (N, D) for a law of 5 parameters" in one for one in found.variants["default"].notes)
-    assert "4 distinct points" in found.summary()
-    assert "not tested" in found.summary()
-
-
-def test_runs_without_the_metric_are_counted(study: Path) -> None:
-    n, d = grid()
-    runs = records(n, d, loss(n, d, 0.02))
-    write(study, [*runs[:-1], type(runs[-1])(**{**vars(runs[-1]), "losses": {}})])
-    found = fit_study(study, settings=FEW, write=False)
-    assert "1 of 24 runs have no forces_mae and are left out" in found.variants["default"].notes
-    assert not (study / "fit.json").exists()
-
-
-def test_command(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["scaling", "fit", str(study), "--bootstrap", "60", "--level", "0.8", "--no-floor", "--huber", "1"]) == 0
+def test_the_grid_is_whole_and_every_run_is_one_of_its_own() -> None:
+    plan = StudyPlan.parse(study())
+    jobs = plan.jobs()
+    assert len(jobs) == len({job.id for job in jobs}) == 3 * 2 * 2 * 2
+    assert {(j.variant, j.size, j.data_size, j.seed) for j in jobs} == set(
+        itertools.product(("conservative", "direct"), ("w16", "w32", "w64"), (0.5, 1.0), (0, 1))
     )
-    out = capsys.readouterr().out
-    assert "Intervals hold 80 % (60 refits), Huber δ = 1, E fixed to 0" in out
-    assert out.rstrip().endswith(f"wrote fit.json in {study}")
-    assert json.loads((study / "fit.json").read_text(encoding="utf-8"))["settings"]["floor"] is False
-    assert main(["scaling", "fit", "--help"]) == 0
-    assert main(["scaling", "--help"]) == 0
+    assert jobs == plan.jobs()
+    assert [job.data_size for job in jobs] == sorted(job.data_size for job in jobs)
+
+
+def test_the_rule_of_sizes() -> None:
+    plan = StudyPlan.parse(study())
+    sizes = [plan.architecture("direct", name) for name in plan.sizes]
+    assert [(c.hidden_size, c.num_heads, c.num_layers) for c in sizes] == [(16, 1, 1), (32, 2, 1), (64, 4, 3)]
+    assert {c.forces for c in sizes} == {"direct"}
+
+
+def test_what_a_run_is_configured_with() -> None:
+    job = StudyPlan.parse(study(learning_rate={"value": 0.01, "base_width": 16})).jobs()[-1]
+    config = job.config
+    assert config["seed_everything"] == job.seed == 1
+    assert config["data"]["train_size"] == 1.0
+    assert config["data"]["split"] == {"by": "structure", "val": 0.1}  # of the recipe
+    assert config["trainer"]["max_epochs"] == 3
+    assert (config["model"]["learning_rate"], config["model"]["base_width"]) == (0.01, 16)
+    assert config["model"]["architecture"]["forces"] == "direct"
+    assert job.learning_rate == 0.01
+
+
+def test_steps_numbers_of_structures_and_sizes_by_name() -> None:
+    content = study(widths=None, width_per_layer=None, epochs=None, steps=50, data_sizes=[100], seeds=[0], variants={})
+    content["variants"] = {"only": {}}
+    content["sizes"] = {"a": {"num_layers": 1}, "b": {"num_layers": 2}}
+    jobs = StudyPlan.parse(content).jobs()
+    assert [job.size for job in jobs] == ["a", "b"]
+    assert {(job.config["trainer"]["max_steps"], job.config["trainer"]["max_epochs"]) for job in jobs} == {(50, -1)}
+    assert jobs[0].config["data"]["train_size"] == 100
+
+
+def test_budgets() -> None:
+    jobs = StudyPlan.parse(study(epochs=None, budgets=["1e12", 2e12], data_sizes=[1.0], seeds=[0])).jobs()
+    assert len(jobs) == 2 * 3 * 2
+    assert {job.budget for job in jobs} == {1e12, 2e12}
+
+
+def test_a_sweep_gives_each_size_its_rate() -> None:
+    plan = StudyPlan.parse(study(learning_rate={"sweep": [0.001, 0.003], "epochs": 1}))
+    sweep = plan.sweep_jobs()
+    assert len(sweep) == 2 * 3 * 2
+    assert all(job.sweep and job.config["trainer"]["max_epochs"] == 1 and job.data_size == 0.5 for job in sweep)
+    with pytest.raises(ConfigError, match="come from a sweep"):
+        plan.jobs()
+    rates = {(v, s): 0.001 if s == "w16" else 0.003 for v in plan.variants for s in plan.sizes}
+    assert {(job.size, job.learning_rate) for job in plan.jobs(rates)} == {
+        ("w16", 0.001),
+        ("w32", 0.003),
+        ("w64", 0.003),
+    }
+
+
+def test_a_sweep_at_the_base_width_alone() -> None:
+    plan = StudyPlan.parse(study(learning_rate={"sweep": [0.001, 0.003], "base_width": 32}))
+    assert {job.size for job in plan.sweep_jobs()} == {"w32"}
+
+
+def test_other_settings_are_other_runs() -> None:
+    before = {job.id for job in StudyPlan.parse(study()).jobs()}
+    after = {job.id for job in StudyPlan.parse(study(learning_rate=0.003)).jobs()}
+    assert not before & after
+    more = {job.id for job in StudyPlan.parse(study(seeds=[0, 1, 2])).jobs()}
+    assert before < more
+
+
+def test_a_folder_keeps_to_its_study(tmp_path: Path) -> None:
+    for seeds in ([0, 1], [0, 1], [0, 1, 2]):  # more of the same is the same study
+        plan = StudyPlan.parse(study(seeds=seeds))
+        plan.claim_folder(tmp_path, [], plan.jobs())
+    plan = StudyPlan.parse(study())
+    with pytest.raises(DataError, match=r"holds another study: its run .*-s2-.* is not of this one"):
+        plan.claim_folder(tmp_path, [], plan.jobs())
+
+
+def test_later_layers_win() -> None:
+    assert merged({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2], "d": {"e": 3}}}) == {
+        "a": {"b": 1, "c": [2], "d": {"e": 3}}
+    }
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
-    ("options", "status", "message"),
+    ("changes", "message"),
     [
-        (["--metric", "energy_mae"], 1, "no record holds 'energy_mae': use --metric with one of forces_mae"),
-        (["--bootstrap", "5"], 2, "bootstrap is 5"),
-        (["--level", "90"], 2, "level is 90.0"),
-        (["--huber", "0"], 2, "huber is 0.0"),
+        ({"depth": 3}, "'depth' is no entry of a study"),
+        ({"recipe": None}, "recipe is missing"),
+        ({"recipe": "nothing"}, "neither a file nor a recipe"),
+        ({"epochs": None}, "give one .found none."),
+        ({"steps": 5}, "give one .found"),
+        ({"sizes": {"a": {}}}, "give one of them"),
+        ({"widths": [15]}, "width of 15 is not a multiple of the size of a head"),
+        ({"widths": ["wide"]}, "widths is .*list of numbers"),
+        ({"data_sizes": [0.5, 0.5]}, "each once"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"learning_rate": {"rate": 1}}, "learning_rate.rate does not exist"),
+        ({"learning_rate": {"sweep": [0.1]}}, "two or more"),
+        ({"learning_rate": {"value": -1.0}}, "above 0"),
+        ({"learning_rate": {"sweep": [0.1, 0.2], "base_width": 48}}, "has no such size"),
+        ({"epochs": None, "budgets": [1e12]}, "budgets are spent on one set of data"),
+        ({"variants": {"a": {"model": {"architecture": {"colour": 1}}}}}, "'colour' does not exist"),
+        ({"settings": 3}, "settings is 3: it must be a mapping"),
+    ],
+)  # fmt: skip
+def test_bad_studies(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StudyPlan.parse(study(**changes))
+
+
+def test_settings_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(study()), "utf-8")
+    plan = StudyPlan.read(tmp_path / "a.yaml", ["data.train=[a.xyz, b.xyz]", "data.split.val=0.2"])
+    data = plan.jobs()[0].config["data"]
+    assert data["train"] == ["a.xyz", "b.xyz"]
+    assert data["split"] == {"by": "structure", "val": 0.2}
+    assert plan.source["settings"]["model"] == STUDY["settings"]["model"]
+    for wrong in ("data.train", "=3", "a..b=1", "a=["):
+        with pytest.raises(ConfigError, match=r"write KEY=VALUE|is no YAML"):
+            StudyPlan.read(tmp_path / "a.yaml", [wrong])
+
+
+@pytest.mark.bad_input
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"neither a file nor a recipe: recipes are .*smoke"):
+        StudyPlan.read("nothing")
+    (tmp_path / "a.yaml").write_text("a: [", "utf-8")
+    with pytest.raises(ConfigError, match="no YAML"):
+        StudyPlan.read(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("3", "utf-8")
+    with pytest.raises(ConfigError, match="a study is a mapping"):
+        StudyPlan.read(tmp_path / "a.yaml")
+
+
+def test_a_record_survives_its_line() -> None:
+    one = record()
+    line = one.to_json()
+    assert "\n" not in line
+    assert Record.from_json(line) == one
+    assert Record.from_json(json.dumps({**json.loads(line), "commit": "", "losses": {}})).losses == {}
+
+
+def test_records_are_read_in_order_and_twins_count_once(tmp_path: Path) -> None:
+    file = write(tmp_path, [record(id="b"), record(id="a", variant="hard"), record(id="b")])
+    assert [one.id for one in read_records(tmp_path)] == ["b", "a"]
+    assert read_records(file) == read_records(tmp_path)
+    assert {name: len(group) for name, group in variants(read_records(file)).items()} == {"default": 1, "hard": 1}
+
+
+@pytest.mark.bad_input
+def test_a_line_cut_by_a_kill_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path, [record(id="a"), record(id="b")])
+    file.write_text(file.read_text(encoding="utf-8")[:-40], encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 2: a record is no JSON .*: remove its line and run the study again"):
+        read_records(tmp_path)
+
+
+@pytest.mark.bad_input
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path, [record(id="a"), record(id="b")])
+    file.write_text(file.read_text(encoding="utf-8").replace('"id": "a",', '"id": "a"'), encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1: a record is no JSON .*: remove its line and run the study again"):
+        read_records(tmp_path)
+
+
+@pytest.mark.bad_input
+def test_two_different_records_of_one_run(tmp_path: Path) -> None:
+    write(tmp_path, [record(), record(seed=1)])
+    with pytest.raises(DataError, match=r"line 2: a second, different record of 'a': keep one of them"):
+        read_records(tmp_path)
+
+
+@pytest.mark.bad_input
+def test_no_records(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no records: run `escaip scaling run` first, or name the folder"):
+        read_records(tmp_path)
+    (tmp_path / "records.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no records"):
+        read_records(tmp_path)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 3}, "record a: unknown field 'width'"),
+        ({"id": ""}, "id is ''"),
+        ({"parameters": 0}, "parameters is 0, not a whole number above zero"),
+        ({"parameters": True}, "parameters is True"),
+        ({"structures": 1.5}, "structures is 1.5"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"flops": -1.0}, "flops is -1.0, not a number above zero"),
+        ({"seconds": -1}, "seconds is -1"),
+        ({"losses": {"forces_mae": 0.0}}, "losses.forces_mae is 0.0"),
+        ({"losses": [1.0]}, "losses is .*not a mapping"),
+        ({"curve": [[1, 2]]}, "curve is .*not a list of"),
+        ({"curve": 3}, "curve is 3, not a list of"),
+        ({"config": None}, "config is None"),
     ],
 )
-def test_usage(study: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, message: str) -> None:
-    assert main(["scaling", "fit", str(study), *options]) == status
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
+def test_impossible_fields(change: dict[str, object], message: str) -> None:
+    line = json.dumps({**json.loads(record().to_json()), **change})
+    with pytest.raises(DataError, match=message):
+        Record.from_json(line)
 
 
 @pytest.mark.bad_input
-def test_nothing_can_be_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path, records(np.array([1e5, 1e6]), np.array([1e3, 1e3]), np.array([0.2, 0.1])))
-    with pytest.raises(DataError, match="nothing can be fitted: law of N and D not fitted: 2 distinct points"):
-        fit_study(tmp_path, settings=FEW)
-    assert not (tmp_path / "fit.json").exists()
-    assert main(["scaling", "fit", str(tmp_path / "nowhere")]) == 1
-    assert "no records: run `escaip scaling run` first" in capsys.readouterr().err
-
-
-@pytest.mark.bad_input
-def test_a_folder_that_cannot_be_written(study: Path) -> None:
-    (study / "fit.json").mkdir()
-    with pytest.raises(DataError, match=r"cannot write .*fit\.json: .*: check its folder and the disk"):
-        fit_study(study, settings=FEW)
+def test_missing_fields_and_other_json() -> None:
+    values = json.loads(record().to_json())
+    del values["flops"]
+    with pytest.raises(DataError, match="field 'flops' is missing"):
+        Record.from_json(json.dumps(values))
+    with pytest.raises(DataError, match="no mapping"):
+        Record.from_json("[1]")

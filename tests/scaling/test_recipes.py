@@ -14,9 +14,8 @@ from escaip.data import AtomicData, collate
 from escaip.files import resource_dir
 from escaip.graph import bond_orientational_order, build_graph
 from escaip.models import EScAIPConfig
-from escaip.scaling.flops import count_flops, parameter_count
-from escaip.scaling.plan import StudyPlan, study_path
-from escaip.scaling.shapes import GraphShape
+from escaip.scaling.flops import GraphShape, count_flops, parameter_count
+from escaip.scaling.study import StudyPlan, study_path
 
 NAMES = sorted(path.stem for path in (resource_dir("configs") / "scaling").glob("*.yaml"))
 # Mean structures that the headers count with; of the molecules of SPICE as they were measured.

@@ -1,0 +1,390 @@
+"""Everything that the records of a study allow to be fitted: laws, IsoFLOP parabolas, and differences of variants."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from escaip.errors import DataError
+from escaip.scaling.laws import Array, Cells, FitSettings, Interval, LawFit, fit_law, leave_largest_out
+from escaip.scaling.study import Record, read_records, variants
+
+BINS_PER_DECADE = 3
+"""Bins of compute from each of which the frontier takes at most one cell."""
+BUDGET_TOLERANCE = 0.08
+"""Budgets count as equal if C differs by no more than this fraction from the middle of their group."""
+
+
+def frontier(flops: Array, parameters: Array, structures: Array, losses: Array) -> NDArray[np.bool_]:
+    """Chooses the runs that are best for their compute, ``(n,)``.
+
+    In each bin of log C this is the cell (N, D) of the lowest geometric mean of ``losses (n,)`` over its seeds, unless
+    a cell of a cheaper bin is as good. The choice makes the best of several noisy cells look better than it is, by less
+    than the noise of their means; intervals of a law fitted to the frontier do not contain that.
+    """
+    cells = Cells.of(np.stack([parameters, structures]))
+    means, cost = cells.means(np.log(losses)), cells.means(np.log10(flops))
+    bin_of = np.floor((cost - cost.min()) * BINS_PER_DECADE + 1e-9)
+    chosen, lowest = [], np.inf
+    for one in np.unique(bin_of):
+        members = np.nonzero(bin_of == one)[0]
+        best = members[np.argmin(means[members])]
+        if means[best] < lowest:
+            chosen.append(best)
+            lowest = means[best]
+    return np.isin(cells.index, chosen)
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """Parabola ``log L = a + b u + c u²``, ``u = log N``, through the runs of one budget.
+
+    Attributes:
+        flops: geometric mean C of the runs.
+        num_runs: number of runs.
+        sizes: lowest and highest N.
+        N, D, loss: values at the minimum; None where it does not lie inside the sizes.
+        coefficients: ``(c, b, a)`` in ``u − mean u``.
+        center: mean of u.
+        text: the result in words.
+    """
+
+    flops: float
+    num_runs: int
+    sizes: tuple[float, float]
+    N: Interval | None
+    D: Interval | None
+    loss: Interval | None
+    coefficients: tuple[float, ...]
+    center: float
+    text: str
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """Parabolas of all budgets by rising C, and the exponents of ``N* ∝ C^a``, ``D* ∝ C^b`` through their minima.
+
+    With fewer than two minima the exponents are None.
+    """
+
+    budgets: tuple[Parabola, ...]
+    a: Interval | None
+    b: Interval | None
+    warnings: tuple[str, ...]
+
+
+def group_budgets(flops: Array) -> list[NDArray[np.int64]]:
+    """Returns indices of runs of nearly equal C, by rising C; no two of a group differ by more than twice 8 %."""
+    logs = np.log(np.asarray(flops, dtype=np.float64))
+    found: list[list[int]] = []
+    for index in np.argsort(logs, kind="stable"):
+        if found and logs[index] - logs[found[-1][0]] <= 2 * np.log1p(BUDGET_TOLERANCE):
+            found[-1].append(int(index))
+        else:
+            found.append([int(index)])
+    return [np.array(group) for group in found]
+
+
+def fit_isoflop(
+    flops: Array, parameters: Array, structures: Array, losses: Array, settings: FitSettings
+) -> IsoFlop | None:
+    """Fits the parabola of every budget with three sizes or more (Hoffmann et al., arXiv:2203.15556, approach 2).
+
+    Least squares in log L. Intervals are percentiles of fits to the parabolas plus normal residuals, whose spread is
+    that of all budgets together, divided by the root of a drawn ``χ²_ν/ν``. D* is the value at N* of the line of log D
+    over log N through the runs of the budget.
+
+    Args:
+        flops: C ``(n,)`` of each run.
+        parameters: N ``(n,)``.
+        structures: D ``(n,)``.
+        losses: ``(n,)`` positive.
+        settings: number of refits, level and seed.
+
+    Returns:
+        None where no budget has three sizes.
+    """
+    rng = np.random.default_rng([settings.seed, 2])
+    groups = [g for g in group_budgets(flops) if len(np.unique(np.round(np.log(parameters[g]), 6))) >= 3]
+    if not groups:
+        return None
+    freedom = sum(len(group) - 3 for group in groups)
+    scale, squares = np.zeros(0), 0.0
+    for group in groups:
+        design = np.vander(np.log(parameters[group] / parameters[group].mean()), 3)
+        y = np.log(losses[group])
+        squares += float(np.square(y - design @ np.linalg.pinv(design) @ y).sum())
+    if freedom > 0:
+        scale = np.sqrt(squares / rng.chisquare(freedom, size=settings.bootstrap))
+    fitted = [
+        _parabola(flops[g], parameters[g], structures[g], np.log(losses[g]), scale, settings, rng) for g in groups
+    ]
+    budgets = tuple(one for one, _ in fitted)
+    warnings = [one.text for one in budgets if one.N is None]
+    if freedom == 0:
+        warnings.append("three runs in each budget: the noise is not known, no intervals")
+    usable = [(np.log(one.flops), minima) for one, minima in fitted if one.N is not None]
+    if len(usable) < 2:
+        warnings.append("fewer than two budgets have a minimum inside their sizes: no exponents of N* and D*")
+        return IsoFlop(budgets, None, None, tuple(warnings))
+    if len(usable) == 2:
+        warnings.append("two budgets only: N* and D* need not follow a power law")
+    logs = np.array([one for one, _ in usable])
+    line = np.linalg.pinv(np.vander(logs - logs.mean(), 2))[0]
+    slopes = np.einsum("b,bkr->kr", line, np.stack([minima for _, minima in usable]))
+    lost = float(np.isnan(slopes[0, 1:]).mean()) if freedom else 0.0
+    if lost > 0.05:
+        warnings.append(
+            f"{100 * lost:.0f} % of the refits have a budget without a minimum: a and b are hardly determined"
+        )
+    a, b = (Interval.of(float(row[0]), row[1:], settings) for row in slopes)
+    for name, one, axis in (("a", a, "N*"), ("b", b, "D*")):
+        if one.covers(0.0):
+            level = f"{100 * settings.level:g} %"
+            warnings.append(f"the {level} interval of {name} covers zero: not shown that {axis} grows with compute")
+    return IsoFlop(budgets, a, b, tuple(warnings))
+
+
+def _parabola(
+    c: Array, n: Array, d: Array, y: Array, scale: Array, settings: FitSettings, rng: np.random.Generator
+) -> tuple[Parabola, Array]:
+    """Returns the fit, and ``(2, 1 + R)`` log N* and log D* of fit and refits, NaN where there is no minimum."""
+    u = np.log(n)
+    center = float(u.mean())
+    design = np.vander(u - center, 3)
+    inverse = np.linalg.pinv(design)
+    best = inverse @ y
+    drawn = design @ best + scale[:, None] * rng.standard_normal((len(scale), len(y)))
+    curvature, slope, constant = np.vstack([best, drawn @ inverse.T]).T
+    curvature = np.where(curvature > 0, curvature, np.nan)
+    minima = np.stack([center - slope / (2 * curvature)] * 2)
+    minima[1] = np.polyval(np.polyfit(u - center, np.log(d), 1), minima[0] - center)
+    depth = constant - slope**2 / (4 * curvature)
+    flops, sizes = float(np.exp(np.log(c).mean())), (float(n.min()), float(n.max()))
+    best_n, best_d, best_loss = None, None, None
+    if u.min() < minima[0, 0] < u.max():
+        best_n, best_d, best_loss = (
+            Interval.of(float(np.exp(row[0])), np.exp(row[1:]), settings) for row in (*minima, depth)
+        )
+        text = f"best size {np.exp(minima[0, 0]):.3g} of {sizes[0]:.3g} to {sizes[1]:.3g}"
+    else:
+        low, high = (float(np.polyval(best, end - center)) for end in (u.min(), u.max()))
+        outside = f"its minimum lies outside of N {sizes[0]:.3g} to {sizes[1]:.3g}"
+        why = "the curve has no minimum" if np.isnan(minima[0, 0]) else outside
+        text = f"refused, {why}: add {'larger' if high < low else 'smaller'} models at this budget"
+    text = f"budget {flops:.3g} FLOPs: {text}"
+    return Parabola(flops, len(y), sizes, best_n, best_d, best_loss, tuple(best.tolist()), center, text), minima
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference between an exponent of two variants that were fitted apart.
+
+    Attributes:
+        first, second: names of the variants.
+        law: ``joint`` or ``power``.
+        exponent: ``alpha``, ``beta`` or ``gamma``.
+        difference: of the first less the second.
+        first_steeper: fraction of refits in which the first is the steeper.
+        distinct: whether the interval of the difference leaves out zero.
+        text: the result in words.
+    """
+
+    first: str
+    second: str
+    law: str
+    exponent: str
+    difference: Interval
+    first_steeper: float
+    distinct: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class LossRatio:
+    """Ratio of the losses of two variants by their laws, at the largest C, or N and D, that both have (``at``)."""
+
+    first: str
+    second: str
+    law: str
+    at: tuple[float, ...]
+    ratio: Interval
+    text: str
+
+
+def compare(fits: Mapping[str, LawFit]) -> tuple[list[Difference], list[LossRatio]]:
+    """Compares the same law of every pair of variants.
+
+    Refits of different variants are independent: they are paired at random, and intervals are percentiles of the pairs.
+    Of ten pairs that are equal, one seems different at a level of 90 %.
+    """
+    differences, ratios = [], []
+    for number, (first, second) in enumerate(combinations(fits, 2)):
+        rng = np.random.default_rng([number, 3])
+        one, other = fits[first], fits[second]
+        for exponent in ("gamma",) if one.kind == "power" else ("alpha", "beta", "gamma"):
+            differences.append(_difference(first, second, one, other, exponent, rng))
+        ratios.append(_ratio(first, second, one, other, rng))
+    return differences, ratios
+
+
+def _paired(one: Array, other: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    number = min(len(one), len(other))
+    return rng.permutation(one)[:number], rng.permutation(other)[:number]
+
+
+def _difference(
+    first: str, second: str, one: LawFit, other: LawFit, exponent: str, rng: np.random.Generator
+) -> Difference:
+    a, b = _paired(one.replicates[exponent], other.replicates[exponent], rng)
+    found = Interval.of(one.estimates[exponent].value - other.estimates[exponent].value, a - b, one.settings)
+    steeper, distinct = float(np.mean(a > b)) if len(a) else np.nan, found.known and not found.covers(0.0)
+    if not found.known:
+        text = f"{exponent} of {first} and {second}: no intervals, nothing can be said"
+    elif not distinct:
+        text = f"{exponent} of {first} and {second}: the interval covers zero: these data do not tell them apart"
+    else:
+        steep, flat = (first, second) if found.low > 0 else (second, first)
+        percent = 100 * max(steeper, 1 - steeper)
+        text = f"{exponent} of {steep} is larger than that of {flat} ({percent:.0f} % of the refits)"
+    return Difference(first, second, one.kind, exponent, found, steeper, distinct, text)
+
+
+def _ratio(first: str, second: str, one: LawFit, other: LawFit, rng: np.random.Generator) -> LossRatio:
+    at = tuple(min(one.ranges[axis][1], other.ranges[axis][1]) for axis in one.ranges)
+    (value, drawn), (value2, drawn2) = one.predict(*at), other.predict(*at)
+    a, b = _paired(drawn[:, 0], drawn2[:, 0], rng)
+    ratio = Interval.of(float(value[0] / value2[0]), a / b, one.settings)
+    where = ", ".join(f"{axis} = {number:.3g}" for axis, number in zip(one.ranges, at, strict=True))
+    text = f"loss of {first} over that of {second} at {where}: {ratio.value:.3f}"
+    if ratio.known:
+        text += f" ({ratio.low:.3f} to {ratio.high:.3f})"
+        text += ": these data do not tell them apart" if ratio.covers(1.0) else ""
+    lowest = {name: [low for low, _ in fit.ranges.values()] for name, fit in ((first, one), (second, other))}
+    below = [name for name, ends in lowest.items() if any(x < low for x, low in zip(at, ends, strict=True))]
+    if below:
+        text += f"; outside of the range of {' and '.join(below)}: an extrapolation"
+    return LossRatio(first, second, one.kind, at, ratio, text)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Values of the runs that are fitted: N, D, C and the loss of one metric, each ``(n,)``."""
+
+    parameters: Array
+    structures: Array
+    flops: Array
+    losses: Array
+
+
+@dataclass(frozen=True)
+class VariantFit:
+    """Fits of one variant of a study.
+
+    Attributes:
+        points: the runs fitted.
+        on_frontier: ``(n,)`` whether the law of compute was fitted to a run.
+        joint: L = E + A N^-α + B D^-β, where there are points enough.
+        power: L = E + F C^-γ on the frontier, where there are points enough.
+        isoflop: where a budget was spent on three sizes or more.
+        gamma_difference: γ of the frontier less αβ/(α+β); None without both.
+        notes: what was not fitted and why, and what to be careful with.
+    """
+
+    points: Points = field(repr=False)
+    on_frontier: NDArray[np.bool_] = field(repr=False)
+    joint: LawFit | None
+    power: LawFit | None
+    isoflop: IsoFlop | None
+    gamma_difference: Interval | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StudyFit:
+    """Fits of a study: of each variant in the order of the records, and of every pair of variants."""
+
+    metric: str
+    settings: FitSettings
+    variants: Mapping[str, VariantFit]
+    differences: tuple[Difference, ...]
+    loss_ratios: tuple[LossRatio, ...]
+
+
+def fit_study(
+    folder: str | os.PathLike[str],
+    metric: str = "forces_mae",
+    settings: FitSettings | None = None,
+) -> StudyFit:
+    """Fits every law that the records of a study allow.
+
+    Args:
+        folder: of the study, holding ``records.jsonl``.
+        metric: of the records, such as ``forces_mae``, ``energy_mae`` or ``loss``.
+        settings: default δ = 1e-3, 1000 refits, 90 %.
+
+    Raises:
+        DataError: records that cannot be read, a metric that none holds, or too few points for any law.
+    """
+    settings = settings or FitSettings()
+    records = read_records(folder)
+    known = sorted({name for record in records for name in record.losses})
+    if metric not in known:
+        raise DataError(f"{folder}: no record holds {metric!r}: use --metric with one of {', '.join(known) or 'none'}")
+    fits = {
+        name: fit_variant(group, metric, replace(settings, seed=settings.seed + number))
+        for number, (name, group) in enumerate(variants(records).items())
+    }
+    if all(one.joint is None and one.power is None and one.isoflop is None for one in fits.values()):
+        reasons = "; ".join(dict.fromkeys(note for one in fits.values() for note in one.notes))
+        raise DataError(f"{folder}: nothing can be fitted: {reasons}")
+    joint = compare({name: one.joint for name, one in fits.items() if one.joint is not None})
+    power = compare({name: one.power for name, one in fits.items() if one.power is not None})
+    return StudyFit(metric, settings, fits, (*joint[0], *power[0]), (*joint[1], *power[1]))
+
+
+def fit_variant(records: Sequence[Record], metric: str, settings: FitSettings) -> VariantFit:
+    """Fits every law that the records of one variant allow; notes say what they do not allow."""
+    rows = [(one.parameters, one.structures, one.flops, one.losses[metric]) for one in records if metric in one.losses]
+    points = Points(*np.array(rows, dtype=np.float64).reshape(-1, 4).T)
+    n, d, c, losses = points.parameters, points.structures, points.flops, points.losses
+    notes = []
+    if len(losses) < len(records):
+        notes.append(f"{len(records) - len(losses)} of {len(records)} runs have no {metric} and are left out")
+    chosen = frontier(c, n, d, losses) if len(losses) else np.zeros(0, dtype=bool)
+    joint = _law("joint", [n, d], losses, settings, notes)
+    power = _law("power", [c[chosen]], losses[chosen], settings, notes)
+    difference = None
+    if joint is not None and power is not None:
+        a, b = _paired(power.replicates["gamma"], joint.replicates["gamma"], np.random.default_rng([settings.seed, 4]))
+        value = power.estimates["gamma"].value - joint.estimates["gamma"].value
+        difference = Interval.of(value, a - b, settings)
+        if difference.known and not difference.covers(0.0):
+            notes.append(
+                "γ of the frontier and αβ/(α+β) differ: sizes and data on the frontier are not the best for their "
+                "compute, compute is not proportional to N D, or a law does not hold"
+            )
+    return VariantFit(
+        points, chosen, joint, power, fit_isoflop(c, n, d, losses, settings), difference, tuple(notes)
+    )  # fmt: skip
+
+
+def _law(kind: str, inputs: list[Array], losses: Array, settings: FitSettings, notes: list[str]) -> LawFit | None:
+    try:
+        fit = fit_law(kind, inputs, losses, settings)
+    except DataError as error:
+        notes.append(f"{'law of N and D' if kind == 'joint' else 'law of compute'} not fitted: {error}")
+        return None
+    lack = fit.lack_of_fit
+    if kind == "power" and lack.flagged:  # a frontier is chosen, so that a misfit does not condemn the law itself
+        text = (
+            f"points of the frontier lie off the law by more than the noise (F test, p = {lack.p_value:.2g}): their "
+            "sizes and data are not all the best for their compute (a grid gives a staircase), or the law does not hold"
+        )
+        lack = replace(lack, text=text)
+    return replace(fit, lack_of_fit=lack, left_out=leave_largest_out(kind, inputs, losses, settings))

@@ -1,0 +1,530 @@
+"""The plan of a study, the runs that it consists of, and the records of finished runs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from escaip.errors import ConfigError, DataError
+from escaip.files import config_path, resource_dir, write_json
+from escaip.models import EScAIPConfig
+
+RECORDS = "records.jsonl"
+"""The file in the folder of a study that holds its records."""
+# Every job draws no pictures and shows no progress bar, whatever its recipe says.
+_QUIET = {"trainer": {"enable_progress_bar": False}, "evaluation": {"max_structures": 0}}
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """How the learning rate of each size is found.
+
+    Attributes:
+        value: one rate for all sizes; or
+        sweep: rates that are tried for each size, of which the best is taken; with ``base_width`` for that size alone.
+        base_width: ``hidden_size`` from which rates are transferred to other widths (:mod:`escaip.train.mup`).
+        data_size: of the sweep; default the smallest of the study.
+        epochs: of the sweep; default those of the study.
+    """
+
+    value: float | None = None
+    sweep: tuple[float, ...] = ()
+    base_width: int | None = None
+    data_size: float | None = None
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (not self.sweep):
+            raise ConfigError("learning_rate: give value, or sweep with two or more rates")
+        if len(set(self.sweep)) == 1 or any(not rate > 0 for rate in (*self.sweep, self.value or 1.0)):
+            raise ConfigError("learning_rate: rates must be above 0, and a sweep has two or more")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study.
+
+    Attributes:
+        id: place in the grid, and eight digits of the configuration's digest.
+        variant, size, seed, data_size: place in the grid.
+        budget: FLOPs to spend, in a study of budgets; the number of steps is found when the data are read.
+        sweep: whether the run belongs to the search of learning rates, which enters no fit.
+        config: the whole configuration of ``escaip fit``.
+    """
+
+    id: str
+    variant: str
+    size: str
+    seed: int
+    data_size: float
+    budget: float | None
+    sweep: bool
+    config: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest rate of the schedule, before it is divided for wide weights."""
+        return float(self.config["model"]["learning_rate"])
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A grid of runs: variants × sizes × (data sizes or budgets) × seeds.
+
+    Attributes:
+        recipe: the configuration of ``escaip fit`` that every run starts from.
+        variants: name to changes of the configuration, for architectures or options that are compared.
+        sizes: name to settings of ``model.architecture``.
+        data_sizes: fractions (at most 1) or numbers of the training structures, nested.
+        seeds: of weights and order of the data.
+        epochs: passes of each run over its data; or
+        steps: of the optimizer, the same for every run; or
+        budgets: FLOPs, each spent by every size on all data.
+        learning_rate: see :class:`LearningRate`.
+        settings: changes of the configuration for every run.
+        source: the plan as it was written.
+    """
+
+    recipe: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    sizes: dict[str, dict[str, Any]]
+    data_sizes: tuple[float, ...]
+    seeds: tuple[int, ...]
+    epochs: int | None
+    steps: int | None
+    budgets: tuple[float, ...]
+    learning_rate: LearningRate
+    settings: dict[str, Any]
+    source: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], changes: Sequence[str] = ()) -> StudyPlan:
+        """Reads a file, or a recipe of ``configs/scaling`` by name.
+
+        Args:
+            path: file, or name of a recipe.
+            changes: ``KEY=VALUE`` put into ``settings``, such as ``data.train=train.xyz``; values as in YAML.
+
+        Raises:
+            ConfigError: the file does not exist or holds something impossible.
+        """
+        import yaml
+
+        file = study_path(os.fspath(path))
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: no YAML: {' '.join(str(error).split())[:200]}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{file}: a study is a mapping: recipe, sizes, data_sizes, ...")
+        try:
+            content["settings"] = merged(_mapping("settings", content.get("settings")), *map(_change, changes))
+            return cls.parse(content)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> StudyPlan:
+        """Makes a plan from a mapping and checks each of its configurations.
+
+        Raises:
+            ConfigError: an unknown or impossible entry, which the message names.
+        """
+        given = {"variants": {"default": {}}, "settings": {}, "data_sizes": [1.0], "seeds": [0], **content}
+        known = {one.name for one in dataclasses.fields(cls)} - {"source"} | {"widths", "width_per_layer"}
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"{key!r} is no entry of a study: they are {', '.join(sorted(known))}")
+        for key in ("recipe", "learning_rate"):
+            if key not in given:
+                raise ConfigError(f"{key} is missing")
+        recipe, settings = _recipe(given["recipe"]), _mapping("settings", given["settings"])
+        rate = given["learning_rate"]
+        plan = cls(
+            recipe=recipe, settings=settings, variants=_mappings("variants", given["variants"]),
+            sizes=_sizes(merged(recipe, settings), given),
+            data_sizes=tuple(_numbers("data_sizes", given["data_sizes"])),
+            seeds=tuple(int(x) for x in _numbers("seeds", given["seeds"], least=0)),
+            epochs=_count("epochs", given.get("epochs")), steps=_count("steps", given.get("steps")),
+            budgets=tuple(_numbers("budgets", given.get("budgets", []))),
+            learning_rate=_learning_rate(rate if isinstance(rate, Mapping) else {"value": rate}),
+            source=copy.deepcopy(dict(content)),
+        )  # fmt: skip
+        plan._check()
+        return plan
+
+    def jobs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[Job]:
+        """Returns the runs of the grid, small ones first.
+
+        Args:
+            rates: learning rate of each variant and size; needed where :meth:`sweep_jobs` search it.
+        """
+        if self.learning_rate.sweep and rates is None:
+            raise ConfigError("the learning rates of this study come from a sweep, which has not run")
+        found = []
+        grid = product(self.budgets or (None,), self.data_sizes, self.sizes, self.variants, self.seeds)
+        for budget, data_size, size, variant, seed in grid:
+            rate = self.learning_rate.value if rates is None else rates[variant, size]
+            found.append(self._job(variant, size, data_size, budget, seed, rate))
+        return found
+
+    def sweep_jobs(self) -> list[Job]:
+        """Returns the runs of the search of learning rates, one seed each; none where the rate is given."""
+        rate = self.learning_rate
+        data_size = min(self.data_sizes) if rate.data_size is None else rate.data_size
+        return [
+            self._job(variant, size, data_size, None, self.seeds[0], value, sweep=True)
+            for variant in self.variants
+            for size in self.swept_sizes(variant)
+            for value in rate.sweep
+        ]
+
+    def swept_sizes(self, variant: str) -> list[str]:
+        """Returns the sizes whose learning rate is searched: the one of the base width, or all."""
+        base = self.learning_rate.base_width
+        names = list(self.sizes)
+        return names if base is None else [n for n in names if self.architecture(variant, n).hidden_size == base][:1]
+
+    def architecture(self, variant: str, size: str) -> EScAIPConfig:
+        """Returns the configuration of the model of a variant and size."""
+        return EScAIPConfig.from_dict(self._merged(variant, size)["model"]["architecture"])
+
+    def _merged(self, variant: str, size: str) -> dict[str, Any]:
+        architecture = {"model": {"architecture": self.sizes[size]}}
+        return merged(self.recipe, _QUIET, self.settings, architecture, self.variants[variant])
+
+    def _job(
+        self, variant: str, size: str, data_size: float, budget: float | None, seed: int, rate: float | None,
+        sweep: bool = False,
+    ) -> Job:  # fmt: skip
+        epochs = self.learning_rate.epochs or self.epochs if sweep else self.epochs
+        steps = None if sweep and self.learning_rate.epochs else self.steps
+        trainer = {"max_steps": -1, "max_epochs": epochs} if steps is None else {"max_steps": steps, "max_epochs": -1}
+        model = {"learning_rate": rate, "base_width": self.learning_rate.base_width}
+        data = {"train_size": int(data_size) if data_size > 1 else data_size}
+        run = {"seed_everything": seed, "model": model, "data": data, "trainer": trainer}
+        config = merged(self._merged(variant, size), run)
+        place = [variant, size, f"d{data_size:g}", f"s{seed}"]
+        place += [f"c{budget:.3g}"] if budget is not None else []
+        place += [f"lr{rate:.3g}"] if sweep else []
+        digest = hashlib.sha256(json.dumps([config, budget], sort_keys=True).encode()).hexdigest()[:8]
+        return Job("-".join([*place, digest]), variant, size, seed, data_size, budget, sweep, config)
+
+    def _check(self) -> None:
+        lengths = [name for name in ("epochs", "steps", "budgets") if getattr(self, name)]
+        if len(lengths) != 1:
+            raise ConfigError(f"the length of a run is epochs, steps or budgets: give one (found {lengths or 'none'})")
+        rate = self.learning_rate
+        if self.budgets and rate.sweep and rate.epochs is None:
+            raise ConfigError("learning_rate.epochs: a sweep in a study of budgets needs its own length")
+        if self.budgets and len(self.data_sizes) > 1:
+            raise ConfigError("budgets are spent on one set of data: leave data_sizes out, or give one")
+        for variant in self.variants:
+            for size in self.sizes:
+                config = self.architecture(variant, size)  # refuses what cannot be built
+                if rate.base_width is not None:
+                    config.at_width(rate.base_width)
+            if rate.sweep and not self.swept_sizes(variant):
+                raise ConfigError(f"learning_rate.base_width {rate.base_width}: variant {variant} has no such size")
+
+    def claim_folder(self, folder: Path, sweep: Sequence[Job], jobs: Sequence[Job] | None = None) -> None:
+        """Makes sure that a folder holds this study or a smaller part of it, and writes the plan to ``study.json``.
+
+        Args:
+            folder: of the study; it need not exist.
+            sweep: runs of the search of learning rates.
+            jobs: runs of the grid; None where they are not known yet, and nothing is written.
+
+        Raises:
+            DataError: the folder holds another study.
+        """
+        file = folder / "study.json"
+        now = {"sweep": [job.id for job in sweep], **({} if jobs is None else {"jobs": [job.id for job in jobs]})}
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            missing = [name for part, names in now.items() for name in before[part] if name not in set(names)]
+            if missing:
+                raise DataError(
+                    f"{folder} holds another study: its run {missing[0]} is not of this one "
+                    f"({len(missing)} such): choose another --out, or go back to the configuration in {file.name}"
+                )
+        if jobs is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"study": self.source, **now})
+
+
+def study_path(name: str) -> Path:
+    """Returns the path of a file, or of a recipe of ``configs/scaling`` by name.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = resource_dir("configs") / "scaling"
+    file = folder / f"{name.removesuffix('.yaml')}.yaml"
+    if "/" not in name and file.is_file():
+        return file
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ConfigError(f"study {name!r} is neither a file nor a recipe: recipes are {names}")
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges nested mappings; any other value of a later layer replaces that of an earlier one."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Mapping) and isinstance(result.get(key), dict):
+                result[key] = merged(result[key], value)
+            else:
+                result[key] = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
+    return result
+
+
+def _recipe(name: Any) -> dict[str, Any]:
+    import yaml
+
+    content = yaml.safe_load(config_path(str(name)).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {name} is no configuration of escaip fit")
+    content.setdefault("model", {}).setdefault("architecture", {"preset": "1m"})
+    return content
+
+
+def _change(text: str) -> dict[str, Any]:
+    """Turns ``a.b=1`` into ``{a: {b: 1}}``."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{text!r}: write KEY=VALUE, such as data.train=train.xyz")
+    try:
+        result = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {value!r} is no YAML") from error
+    for part in reversed(key.split(".")):
+        result = {part: result}
+    return dict(result)
+
+
+def _sizes(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Reads sizes by name, or derives them from widths: more heads of the same size, layers as ``width_per_layer``."""
+    if ("sizes" in given) == ("widths" in given):
+        raise ConfigError("sizes are written one by one as sizes, or follow from widths: give one of them")
+    if "sizes" in given:
+        named = _mappings("sizes", given["sizes"])
+        if not named:
+            raise ConfigError("sizes: there are none")
+        return named
+    start = EScAIPConfig.from_dict(settings["model"]["architecture"])
+    per_layer = given.get("width_per_layer")
+    found = {}
+    for width in _numbers("widths", given["widths"]):
+        config = start.at_width(int(width))
+        layers = start.num_layers if per_layer is None else max(1, math.floor(width / float(per_layer) + 0.5))
+        heads = {"hidden_size": config.hidden_size, "num_heads": config.num_heads}
+        found[f"w{int(width)}"] = {**heads, "num_layers": layers}
+    return found
+
+
+def _learning_rate(values: Mapping[str, Any]) -> LearningRate:
+    known = {one.name for one in dataclasses.fields(LearningRate)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"learning_rate.{key} does not exist: there are {', '.join(sorted(known))}")
+    return LearningRate(**{**values, "sweep": tuple(_numbers("learning_rate.sweep", values.get("sweep", [])))})
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping | None):
+        raise ConfigError(f"{name} is {value!r}: it must be a mapping")
+    return {str(key): entry for key, entry in (value or {}).items()}
+
+
+def _mappings(name: str, value: Any) -> dict[str, dict[str, Any]]:
+    return {key: _mapping(f"{name}.{key}", entry) for key, entry in _mapping(name, value).items()}
+
+
+def _numbers(name: str, values: Any, least: float = 1e-300) -> list[float]:
+    values = values if isinstance(values, list | tuple) else [values]
+    try:
+        found = [float(value) for value in values]  # YAML reads 1e18 as text
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {values!r}: it must be a list of numbers") from None
+    if any(not (math.isfinite(x) and x >= least) for x in found) or len(set(found)) < len(found):
+        raise ConfigError(f"{name} is {values!r}: numbers above 0, each once")
+    return found
+
+
+def _count(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f"{name} is {value!r}: it must be a whole number, at least 1")
+    return value
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run.
+
+    Attributes:
+        id: unique in the study.
+        size: name of the model's size.
+        seed: of weights and order of the data.
+        parameters: N, without embeddings of elements.
+        parameters_total: number of all parameters.
+        structures: D, distinct training structures; of less than an epoch, those that were seen.
+        atoms: in those structures.
+        epochs: passes over them.
+        steps: of the optimizer.
+        flops: C, floating-point operations of the whole training by formula.
+        learning_rate: the highest of the schedule.
+        losses: metric to the last validation value, of averaged weights where the recipe averages them: ``energy_mae``
+            eV/atom, ``forces_mae`` eV/Å, ``stress_mae`` eV/Å³, ``loss``. A run that diverged has none.
+        variant: name of the architecture or set of options; variants are fitted apart from each other.
+        curve: ``(step, flops so far, validation loss)`` over the run.
+        seconds: of training.
+        commit: of the code.
+        config: of ``escaip fit``.
+        profiled: operations of a training step on two structures by PyTorch's counter over those of the formula; None
+            where they were not measured.
+    """
+
+    id: str
+    size: str
+    seed: int
+    parameters: int
+    parameters_total: int
+    structures: int
+    atoms: int
+    epochs: float
+    steps: int
+    flops: float
+    learning_rate: float
+    losses: Mapping[str, float]
+    variant: str = "default"
+    curve: tuple[tuple[float, float, float], ...] = ()
+    seconds: float = 0.0
+    commit: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    profiled: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every value.
+
+        Raises:
+            DataError: a value is of the wrong kind or not possible.
+        """
+        for name, (kind, holds) in _FIELDS.items():
+            value = getattr(self, name)
+            if not holds(value):
+                raise DataError(f"{name} is {value!r}, not {kind}: run that point again or remove its line")
+        for metric, value in self.losses.items():
+            if not (_is_number(value) and value > 0):
+                raise DataError(f"losses.{metric} is {value!r}, not a number above zero: run that point again")
+
+    def to_json(self) -> str:
+        """Returns one line of JSON without its end."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """Reads a line that :meth:`to_json` wrote.
+
+        Raises:
+            DataError: the line is no JSON, or a field is unknown, missing or impossible.
+        """
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"a record is no JSON ({error}): remove its line and run the study again") from None
+        if not isinstance(values, dict):
+            raise DataError("a record is no mapping of fields: remove its line and run the study again")
+        name = f"record {values.get('id')}"
+        known = {one.name: one for one in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise DataError(f"{name}: unknown field {key!r}: written by another version; rename it")
+        for key, one in known.items():
+            if key not in values and one.default is MISSING and one.default_factory is MISSING:
+                raise DataError(f"{name}: field {key!r} is missing: run that point again")
+        if isinstance(values.get("curve"), list):
+            values["curve"] = tuple(tuple(one) if isinstance(one, list) else one for one in values["curve"])
+        try:
+            return cls(**values)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_point(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(_is_number(one) for one in value)
+
+
+# Kind of the value of each field, and a check of it.
+_NAME = ("a name", lambda x: isinstance(x, str) and x != "")
+_COUNT = ("a whole number above zero", lambda x: _is_number(x) and x == int(x) and x > 0)
+_POSITIVE = ("a number above zero", lambda x: _is_number(x) and x > 0)
+_MAPPING = ("a mapping", lambda x: isinstance(x, Mapping))
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("id", "size", "variant"), _NAME),
+    **dict.fromkeys(("parameters", "parameters_total", "structures", "atoms", "steps"), _COUNT),
+    **dict.fromkeys(("epochs", "flops", "learning_rate"), _POSITIVE),
+    **dict.fromkeys(("losses", "config"), _MAPPING),
+    "commit": ("a name", lambda x: isinstance(x, str)),
+    "seed": ("a whole number", lambda x: _is_number(x) and x == int(x)),
+    "seconds": ("a time in seconds", lambda x: _is_number(x) and x >= 0),
+    "profiled": ("a number above zero, or null", lambda x: x is None or (_is_number(x) and x > 0)),
+    "curve": ("a list of [step, flops, value]", lambda x: isinstance(x, tuple) and all(map(_is_point, x))),
+}
+
+
+def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
+    """Reads the records of a study in the order written; a run that was written twice, alike, counts once.
+
+    Args:
+        path: folder of a study, or its file of records.
+
+    Raises:
+        DataError: there is no file, a line is damaged, or one id has two different records.
+    """
+    file = Path(path)
+    file = file / RECORDS if file.is_dir() else file
+    if not file.is_file():
+        raise DataError(f"{file}: no records: run `escaip scaling run` first, or name the folder of a study")
+    try:
+        text = file.read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}: check the path and its permissions") from error
+    found: dict[str, Record] = {}
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: names may hold other ends of lines
+        if not line.strip():
+            continue
+        try:
+            record = Record.from_json(line)
+        except DataError as error:
+            raise DataError(f"{file}: line {number}: {error}") from None
+        if found.setdefault(record.id, record) != record:
+            raise DataError(f"{file}: line {number}: a second, different record of {record.id!r}: keep one of them")
+    if not found:
+        raise DataError(f"{file}: no records: run `escaip scaling run` first")
+    return tuple(found.values())
+
+
+def variants(records: Iterable[Record]) -> dict[str, tuple[Record, ...]]:
+    """Returns the records of each variant, in the order in which variants first appear."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.variant, []).append(record)
+    return {name: tuple(group) for name, group in found.items()}

@@ -1,0 +1,173 @@
+"""Frontier, budgets, variants beside each other, and all fits of a study."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_runs import LAW, grid, loss, noise, records, write, write_study
+
+from escaip.errors import DataError
+from escaip.scaling import FitSettings, fit_isoflop, fit_law, fit_study
+from escaip.scaling.fits import IsoFlop, compare, frontier, group_budgets
+
+FEW = FitSettings(bootstrap=60)
+
+
+def test_the_frontier_is_the_lower_envelope_of_cells() -> None:
+    n, d = np.array([1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0]), np.ones(7)
+    c = np.array([1e12, 1e12, 1.1e12, 1.1e12, 1e13, 1e13, 1e14])
+    losses = np.array([0.5, 0.3, 0.35, 0.36, 0.2, 0.2, 0.3])
+    # The second cell has the lower mean in its bin; the last costs more and is worse.
+    assert frontier(c, n, d, losses).tolist() == [False, False, True, True, True, True, False]
+
+
+def budgets(span: float = 6.0, shift: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """C, N and D of four budgets with seven sizes about the best each, C = 60 N D."""
+    c = np.repeat(np.logspace(12, 15, 4), 14)
+    total = LAW["alpha"] + LAW["beta"]
+    best = (LAW["alpha"] * LAW["A"] / LAW["beta"] / LAW["B"]) ** (1 / total) * (c / 60) ** (LAW["beta"] / total)
+    n = best * shift * np.tile(np.repeat(np.logspace(-np.log10(span), np.log10(span), 7), 2), 4)
+    return c, n, c / (60 * n)
+
+
+def isoflop(c: np.ndarray, n: np.ndarray, d: np.ndarray, spread: float = 0.0, settings: FitSettings = FEW) -> IsoFlop:
+    found = fit_isoflop(c, n, d, loss(n, d, spread, settings.seed), settings)
+    assert found is not None
+    return found
+
+
+def test_minima_and_exponents_of_budgets() -> None:
+    """Exponents of the best size and data are β/(α+β) and α/(α+β)."""
+    found = isoflop(*budgets(), 0.005, FitSettings(bootstrap=300))
+    assert found.a is not None
+    assert found.b is not None
+    assert (found.a.value, found.b.value) == pytest.approx((0.4 / 0.7, 0.3 / 0.7), abs=0.06)
+    assert found.a.value + found.b.value == pytest.approx(1.0, abs=1e-6)
+    assert found.a.covers(0.4 / 0.7)
+    assert found.warnings == ()
+    assert len(found.budgets) == 4
+    for one in found.budgets:
+        assert one.N is not None
+        assert one.D is not None
+        assert one.N.value * one.D.value * 60 == pytest.approx(one.flops, rel=1e-6)
+        assert one.N.covers(one.N.value)
+        assert one.N.value == pytest.approx(np.sqrt(one.sizes[0] * one.sizes[1]), rel=0.3)
+
+
+def test_intervals_of_budgets_hold_the_truth() -> None:
+    exact = isoflop(*budgets()).a
+    assert exact is not None
+    held = 0
+    for seed in range(30):
+        one = isoflop(*budgets(), 0.02, FitSettings(bootstrap=200, seed=seed)).a
+        held += one is not None and one.covers(exact.value)
+    assert held >= 23
+
+
+def test_a_minimum_outside_of_the_sizes_is_refused() -> None:
+    found = isoflop(*budgets(3.0, 8.0))
+    assert all(one.N is None for one in found.budgets)
+    assert found.a is None
+    assert "its minimum lies outside of N" in found.warnings[0]
+    assert "add smaller models at this budget" in found.warnings[0]
+    assert "fewer than two budgets" in found.warnings[-1]
+    assert "add larger models" in isoflop(*budgets(3.0, 1 / 8)).warnings[0]
+    n = np.logspace(4, 6, 5)
+    upside_down = fit_isoflop(np.full(5, 1e12), n, 1e12 / n, np.exp(-0.1 * np.log(n / 1e5) ** 2), FEW)
+    assert upside_down is not None
+    assert "the curve has no minimum" in upside_down.warnings[0]
+
+
+def test_what_is_hardly_known_of_budgets_is_said() -> None:
+    c, n, d = budgets()
+    assert any("two budgets only" in one for one in isoflop(c[:28], n[:28], d[:28], 0.005).warnings)
+    picked = np.concatenate([np.arange(0, 14, 6), np.arange(14, 28, 6)])
+    exact = isoflop(c[picked], n[picked], d[picked])
+    assert any("no intervals" in one for one in exact.warnings)
+    assert exact.a is not None
+    assert not exact.a.known
+
+
+def test_budgets_are_grouped_within_the_tolerance() -> None:
+    c = np.array([1.0, 2.0, 1.05, 0.96, 2.1, 1.3])
+    assert [sorted(group.tolist()) for group in group_budgets(c)] == [[0, 2, 3], [5], [1, 4]]
+    assert max(len(group) for group in group_budgets(1.05 ** np.arange(9))) == 4  # a chain is not followed
+    assert fit_isoflop(np.array([1.0, 1.0, 1.0, 5.0]), np.array([1.0, 2.0, 2.0, 4.0]), c[:4], c[:4], FEW) is None
+
+
+def test_exponents_that_differ_and_such_that_do_not() -> None:
+    n, d = grid(6, 5, 3)
+    fits = {
+        name: fit_law(
+            "joint", [n, d], loss(n, d, 0.01, seed, alpha=alpha, A=0.03 * 1e6**alpha), replace(FEW, seed=seed)
+        )
+        for seed, (name, alpha) in enumerate({"one": 0.3, "same": 0.3, "steep": 0.55}.items())
+    }
+    differences, ratios = compare({**fits, "again": fits["one"]})
+    assert [(one.first, one.second) for one in ratios[:2]] == [("one", "same"), ("one", "steep")]
+    found = {(one.first, one.second, one.exponent): one for one in differences}
+    assert len(found) == 6 * 3
+    alike, apart = found["one", "same", "alpha"], found["one", "steep", "alpha"]
+    assert (alike.distinct, apart.distinct) == (False, True)
+    assert "these data do not tell them apart" in alike.text
+    assert 0.02 < alike.first_steeper < 0.98
+    assert apart.difference.high < 0
+    assert "alpha of steep is larger than that of one" in apart.text
+    assert ratios[0].at == (n.max(), d.max())
+    assert ratios[0].ratio.covers(1.0)
+    assert ratios[1].ratio.low > 1
+    # Refits of equal seeds are not taken for pairs: the difference of a fit from itself is uncertain.
+    itself, alpha = found["one", "again", "alpha"].difference, fits["one"].estimates["alpha"]
+    assert itself.high - itself.low > 1.2 * (alpha.high - alpha.low)
+
+
+def test_ratio_at_the_largest_common_budget() -> None:
+    c, factors = np.repeat(np.logspace(12, 15, 5), 2), noise(0.01, 10)
+    settings = FitSettings(bootstrap=60, floor=False)
+    fits = {
+        "short": fit_law("power", [c], 2.0 * c**-0.1 * factors, settings),
+        "long": fit_law("power", [100 * c], c**-0.1 * 100**-0.1 * factors[::-1], settings),
+        "far": fit_law("power", [1e9 * c], (1e9 * c) ** -0.1 * factors[::-1], settings),
+    }
+    near, far, _ = compare(fits)[1]
+    assert near.at == (1e15,)
+    assert abs(near.ratio.value - 2) < 0.1
+    assert "extrapolation" not in near.text
+    assert "outside of the range of far: an extrapolation" in far.text
+    exact = fit_law("power", [[1e12, 1e13, 1e14]], [0.3, 0.2, 0.15], FEW)
+    differences, ratios = compare({"a": exact, "b": exact})
+    assert "nothing can be said" in differences[0].text
+    assert not differences[0].distinct
+    assert ratios[0].text.endswith("1.000")
+
+
+def test_everything_the_records_allow(tmp_path: Path) -> None:
+    n, d = grid()
+    runs = records(n, d, loss(n, d, 0.02, 1, E=0.03), "hard")
+    small = grid(2, 2)
+    few = records(*small, loss(*small, 0.02), "few")
+    write_study(tmp_path, [*runs[:-1], replace(runs[-1], losses={})], few)
+    found = fit_study(tmp_path, settings=FEW)
+    assert list(found.variants) == ["default", "hard", "few", "isoflop"]
+    one = found.variants["default"]
+    assert one.joint is not None
+    assert one.power is not None
+    assert one.gamma_difference is not None
+    assert len(one.joint.left_out) == 2
+    assert one.on_frontier.sum() >= 6
+    assert found.variants["isoflop"].isoflop is not None
+    assert "1 of 24 runs have no forces_mae and are left out" in found.variants["hard"].notes
+    assert found.variants["few"].joint is None
+    assert any("4 distinct points (N, D) for a law of 5 parameters" in note for note in found.variants["few"].notes)
+
+
+@pytest.mark.bad_input
+def test_nothing_can_be_fitted(tmp_path: Path) -> None:
+    write(tmp_path, records(np.array([1e5, 1e6]), np.array([1e3, 1e3]), np.array([0.2, 0.1])))
+    with pytest.raises(DataError, match="nothing can be fitted: law of N and D not fitted: 2 distinct points"):
+        fit_study(tmp_path, settings=FEW)
+    with pytest.raises(DataError, match="no record holds 'energy_mae': use --metric with one of forces_mae"):
+        fit_study(tmp_path, "energy_mae")

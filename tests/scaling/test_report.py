@@ -1,0 +1,118 @@
+"""The report of a study, its sheet, and the commands that write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_runs import grid, loss, record, records, write, write_study
+
+from escaip.cli import main
+from escaip.errors import DataError
+from escaip.scaling import FitSettings, fit_study, read_records
+from escaip.scaling.report import draw_sheet, markdown, write_fit, write_report
+
+FEW = FitSettings(bootstrap=60)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Two variants on a grid, one of budgets, one run that diverged and one that stands alone."""
+    n, d = grid()
+    alone = [record(id="lost", losses={}, profiled=1.0), record(id="spent", profiled=1.02)]
+    write_study(tmp_path, records(n, d, loss(n, d, 0.02, 1, E=0.03), "hard"), alone)
+    (tmp_path / "study.json").write_text(json.dumps({"study": {"recipe": "quickstart", "epochs": 7}}))
+    return tmp_path
+
+
+def test_the_same_study_is_the_same_report(study: Path) -> None:
+    found = fit_study(study, settings=FEW)
+    files = write_report(found, study)
+    assert {file.name for file in files} == {"fit.json", "report.md", "scaling.png", "scaling.pdf"}
+    assert {path.name for path in study.iterdir()} == {*(one.name for one in files), "records.jsonl", "study.json"}
+    before = {file: file.read_bytes() for file in files}
+    assert before[study / "scaling.png"].startswith(b"\x89PNG")
+    assert before[study / "scaling.pdf"].startswith(b"%PDF")
+    write_report(fit_study(study, settings=FEW), study)
+    assert before == {file: file.read_bytes() for file in files}
+    text = (study / "report.md").read_text("utf-8")
+    for part in (
+        markdown(found), "# Scaling of forces_mae", "| variant", "## Variants beside each other", "## default",
+        "fits within the noise of seeds", "largest N (1e+07) left out", "γ of the frontier less αβ/(α+β)",
+        "IsoFLOP parabolas", "Intervals hold 90 % (60 refits)", "![sheet](scaling.png)", "epochs: 7",
+        "Diverged, and in no fit: lost.", "code: abc", "had 1 to 1.02 times the formula's operations (2 runs)",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "nan" not in text
+
+
+def test_fits_as_json(study: Path) -> None:
+    found = fit_study(study, settings=FEW)
+    written = json.loads(write_fit(found, study / "records.jsonl").read_text("utf-8"))
+    default = found.variants["default"].joint
+    assert default is not None
+    alpha = default.estimates["alpha"]
+    assert written["variants"]["default"]["joint"]["estimates"]["alpha"] == [alpha.value, alpha.low, alpha.high]
+    assert written["settings"]["bootstrap"] == 60
+    assert written["differences"][0]["exponent"] == "alpha"
+
+
+def test_panels(study: Path) -> None:
+    """A grid has sizes and data, budgets have parabolas and their minima, and learning curves are always there."""
+    c = np.repeat([1e11, 1e12, 1e13], 5)
+    best = 1e5 * (c / 1e11) ** 0.5
+    n = best * np.tile([0.3, 0.5, 1.0, 2.0, 3.0], 3)
+    write_study(study, records(n, c / 60 / n, c**-0.1 * np.exp(0.3 * np.log(n / best) ** 2), "spent"))
+    axes = draw_sheet(fit_study(study, settings=FEW), read_records(study)).axes
+    titles = [axis.get_title() for axis in axes]
+    assert titles[:5] == ["default: compute", "size", "data", "runs about the law of N and D", "learning curves"]
+    row = titles.index("spent: compute")
+    assert titles[row + 1 : row + 3] == ["budgets", "best size and data of a budget"]
+    assert all(axis.lines and not axis.texts for axis in axes)
+
+
+def test_a_panel_with_nothing_to_show_says_so(tmp_path: Path) -> None:
+    n = np.array([1e5, 3e5, 1e6])
+    write(tmp_path, records(n, 1e10 / n, np.array([0.1, 0.2, 0.4])))  # one budget; the smallest is the best
+    axes = draw_sheet(fit_study(tmp_path, settings=FEW), read_records(tmp_path)).axes
+    texts = [" ".join(text.get_text().split()) for axis in axes[2:4] for text in axis.texts]
+    assert texts == ["no budget has a minimum within its sizes", "no law of N and D: too few sizes and data"]
+
+
+def test_commands(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--bootstrap", "60", "--level", "0.8", "--no-floor", "--huber", "1"]
+    assert main(["scaling", "fit", str(study), *options]) == 0
+    out = capsys.readouterr().out
+    assert "Intervals hold 80 % (60 refits), Huber δ = 1, E fixed to 0" in out
+    assert json.loads((study / "fit.json").read_text("utf-8"))["settings"]["floor"] is False
+    assert main(["scaling", "plot", str(study), *options]) == 0
+    assert "report.md" in capsys.readouterr().out
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--metric", "energy_mae"], 1, "no record holds 'energy_mae'"),
+        (["--bootstrap", "5"], 2, "bootstrap is 5"),
+        (["--level", "90"], 2, "level is 90.0"),
+        (["--huber", "0"], 2, "huber is 0.0"),
+    ],
+)
+def test_usage(study: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, message: str) -> None:
+    assert main(["scaling", "fit", str(study), *options]) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.bad_input
+def test_nothing_half_written(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (study / "fit.json").mkdir()
+    with pytest.raises(DataError, match=r"cannot write .*fit\.json: "):
+        write_fit(fit_study(study, settings=FEW), study)
+    assert main(["scaling", "plot", str(tmp_path / "nowhere")]) == 1
+    assert "no records: run `escaip scaling run` first" in capsys.readouterr().err
+    assert not list(study.glob("*.p*"))
