@@ -26,6 +26,7 @@ from common import markdown_table, provenance, write_json
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential
 from escaip.potential.export import export_model
+from escaip.potential.loading import read_potential
 
 WAYS = ("eager", "compile=True", "package")
 
@@ -89,7 +90,7 @@ def compare(preset: str, threads: int, repeats: int) -> dict[str, Any]:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "export")
         Potential(EScAIPConfig.preset(preset)).save(folder / "model.escaip")
         began = time.perf_counter()
-        export_model(folder / "model.escaip", folder / "model.pt2", "aoti")
+        export_model(read_potential(folder / "model.escaip"), folder / "model.pt2", "aoti")
         result: dict[str, Any] = {"export_seconds": time.perf_counter() - began, "rows": []}
         result["package_MiB"] = (folder / "model.pt2").stat().st_size / 2**20
         processes, first = {}, {}

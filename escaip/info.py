@@ -58,11 +58,11 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     from escaip.files import resolve
     from escaip.potential.export import describe_package, is_package
-    from escaip.potential.loading import describe_potential, read_potential
+    from escaip.potential.loading import read_potential
 
     path = resolve(path)
     potential = read_potential(path)
-    description = describe_potential(potential)
+    description = potential.describe()
     metadata = description["metadata"]
     names = potential.datasets or ("",)
     rows = {name: (row, scale) for name, row, scale in zip(names, *_by_set(potential), strict=True)}

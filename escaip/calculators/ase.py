@@ -300,7 +300,8 @@ def _own_potential(
     model: str | os.PathLike[str] | Potential, device: str | torch.device, dtype: str | torch.dtype | None
 ) -> Potential:
     """Returns a copy that belongs to the calculator, with frozen weights."""
-    from escaip.potential.loading import load_potential, resolve_device, resolve_dtype
+    from escaip.potential.loading import load_potential
+    from escaip.potential.precision import resolve_device, resolve_dtype
 
     if not isinstance(model, Potential):
         return load_potential(model, device=device, dtype=dtype).requires_grad_(False)

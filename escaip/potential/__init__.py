@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
     "Potential": "escaip.potential.potential",
-    "PotentialMetadata": "escaip.potential.metadata",
+    "PotentialMetadata": "escaip.potential.model_file",
     "load_potential": "escaip.potential.loading",
 }
 
@@ -15,7 +15,7 @@ __all__ = ["Potential", "PotentialMetadata", "load_potential"]
 
 if TYPE_CHECKING:
     from escaip.potential.loading import load_potential
-    from escaip.potential.metadata import PotentialMetadata
+    from escaip.potential.model_file import PotentialMetadata
     from escaip.potential.potential import Potential
 
 

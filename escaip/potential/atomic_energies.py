@@ -1,24 +1,22 @@
-"""Element references and scale: from the statistics of training sets, and whose are meant."""
+"""Atomic energies and scale: from the statistics of training sets, one set of each or one for each data set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from escaip.data import Statistics
 from escaip.errors import ConfigError, UnsupportedElementError
 from escaip.models import MAX_ATOMIC_NUMBER
-
-if TYPE_CHECKING:
-    from escaip.data import Statistics
+from escaip.types import StructureBatch
 
 
 def references_of(
     sets: Mapping[str, Statistics], shares: Mapping[str, float] | None, scale: str
 ) -> tuple[Tensor, Tensor]:
-    """Of each of ``S`` sets.
+    """Returns element references and scales of ``S`` data sets.
 
     Args:
         sets: statistics by name.
@@ -48,7 +46,7 @@ def references_of(
 
 
 def _force_scale(statistics: Statistics) -> float:
-    """Force RMS; 1 for a set without forces."""
+    """Returns the force RMS of a data set, 1 for a set without forces."""
     if not statistics.label_counts.get("forces", 0):
         return 1.0
     if not statistics.force_rms > 0:
@@ -56,18 +54,19 @@ def _force_scale(statistics: Statistics) -> float:
     return float(statistics.force_rms)
 
 
-def dataset_codes(batch: Any, chosen: int, names: Sequence[str]) -> Tensor:
-    """``(B,)`` int64, the set of each structure.
+def dataset_codes(batch: StructureBatch, chosen: int, names: Sequence[str]) -> Tensor:
+    """Returns the data set of each structure, ``(B,)`` int64.
 
     Args:
-        batch: which may state some, −1 where it does not.
-        chosen: for those, or −1.
+        batch: may state sets; −1 where it does not.
+        chosen: the set of the others, or −1.
         names: of the sets.
 
     Raises:
-        ConfigError: neither says which.
+        ConfigError: a structure has no set.
     """
-    stated = batch.dataset if "dataset" in batch else batch.ptr.new_full((batch.ptr.numel() - 1,), -1)
+    stated = getattr(batch, "dataset", None)
+    stated = batch.ptr.new_full((batch.ptr.numel() - 1,), -1) if stated is None else stated
     codes = torch.where(stated < 0, chosen, stated)
     if bool(((codes < 0) | (codes >= len(names))).any()):
         raise ConfigError(
@@ -77,7 +76,9 @@ def dataset_codes(batch: Any, chosen: int, names: Sequence[str]) -> Tensor:
     return codes
 
 
-def missing_reference(references: Tensor, batch: Any, codes: Tensor, names: Sequence[str]) -> UnsupportedElementError:
+def missing_reference(
+    references: Tensor, batch: StructureBatch, codes: Tensor, names: Sequence[str]
+) -> UnsupportedElementError:
     """The error for the first of the ``(N,)`` references that is NaN."""
     from ase.data import chemical_symbols
 

@@ -28,8 +28,9 @@ def export(
     Example: escaip export runs/quickstart/latest/best.ckpt --format escaip --out model.escaip
     """
     from escaip.potential.export import check_request, export_model
+    from escaip.potential.loading import read_potential
 
     check_request(out, format, device)
     if format == "aoti":
         print("compiling takes a minute or two", file=sys.stderr)
-    print("\n".join(export_model(model, out, format, device=device, dtype=dtype)))
+    print("\n".join(export_model(read_potential(model), out, format, device=device, dtype=dtype)))

@@ -24,17 +24,10 @@ from escaip.errors import CheckpointError, ConfigError
 from escaip.files import first_line, write_aside
 from escaip.models import Model
 from escaip.ops.native.build import availability
-from escaip.potential import Potential
 from escaip.potential.compile import INFO, AotCode, add_entries, compile_ahead, environment, instructions, read_entry
 from escaip.potential.derivatives import EagerEvaluator, EvaluationInputs, EvaluationRequest
-from escaip.potential.loading import (
-    build_potential,
-    describe_potential,
-    read_potential,
-    resolve_device,
-    resolve_dtype,
-)
-from escaip.potential.precision import in_precision
+from escaip.potential.potential import Potential, build_potential
+from escaip.potential.precision import in_precision, resolve_device, resolve_dtype
 from escaip.types import ModelOutput
 
 FORMATS = ("escaip", "aoti")
@@ -95,16 +88,16 @@ class ExportedEvaluator:
 
 
 def export_model(
-    model: str | os.PathLike[str],
+    potential: Potential,
     out: str | os.PathLike[str],
     format: str,
     device: str | None = None,
     dtype: str | None = None,
 ) -> list[str]:
-    """Writes a model file in another format.
+    """Writes a potential in a format of :data:`FORMATS`.
 
     Args:
-        model: ``.ckpt``, ``.escaip`` or a package.
+        potential: on the CPU, as stored; may be changed.
         out: the file to write.
         format: ``"escaip"`` for weights and description, ``"aoti"`` for a package.
         device: of a package, by default the CPU.
@@ -114,11 +107,10 @@ def export_model(
         Lines that say what was written.
 
     Raises:
-        CheckpointError: the model cannot be read, or the file cannot be written.
+        CheckpointError: the file cannot be written.
         ConfigError: an option that does not fit the format, a device that is missing, or code that does not compile.
     """
     check_request(out, format, device)
-    potential = read_potential(model)
     if dtype is not None:
         potential = potential.to(resolve_dtype(dtype))
     if format == "escaip":
@@ -162,7 +154,7 @@ def save_package(potential: Potential, path: str | os.PathLike[str]) -> dict[str
         with in_precision("highest", potential.device):
             constants, has_native = compile_ahead(potential.model, potential.config.is_conservative, aside)
         made = {"version": VERSION, **environment(potential.model), "native_kernels": has_native}
-        info = {"package": made, "model": describe_potential(potential), "constants": constants}
+        info = {"package": made, "model": potential.describe(), "constants": constants}
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
         add_entries(aside, {INFO: json.dumps(info).encode(), WEIGHTS: save(weights)})
     return made
@@ -218,7 +210,7 @@ def load_package(
     _check_environment(path, made)
     chosen = resolve_device(made.get("device", "cpu") if device == "auto" else device)
     _check_options(path, made, chosen, dtype, precision)
-    potential = build_potential(info["model"], weights, path, Potential)
+    potential = build_potential(info["model"], weights, path)
     if dataset is not None:
         potential.choose_dataset(dataset)
     potential = potential.to(chosen).eval().requires_grad_(False)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from escaip.errors import ConfigError
+from escaip.data import Statistics
+from escaip.errors import CheckpointError, ConfigError, EscaipError
+from escaip.files import first_line
 from escaip.graph import attached_neighbors, build_graph, displacements, search_cutoff
-from escaip.models import MAX_ATOMIC_NUMBER, ModelConfig, kind_of
+from escaip.models import MAX_ATOMIC_NUMBER, ModelConfig, kind_named, kind_of
 from escaip.ops import sum_rows
 from escaip.potential.atomic_energies import check_elements, dataset_codes, missing_reference, references_of
 from escaip.potential.compile import compiled
@@ -24,14 +27,12 @@ from escaip.potential.derivatives import (
     stress_of,
     virials_of,
 )
-from escaip.potential.metadata import PotentialMetadata
+from escaip.potential.hessian import hessian
+from escaip.potential.model_file import PotentialMetadata, describe, migrate, write_model_file
 from escaip.potential.precision import check_precision
+from escaip.potential.predict import StructurePrediction, iter_predict
 from escaip.potential.zbl import Repulsion
 from escaip.types import TARGETS, AtomInputs, Graph, ModelOutput, NeighborList, Prediction, StructureBatch
-
-if TYPE_CHECKING:
-    from escaip.data import Statistics
-    from escaip.potential.predict import StructurePrediction
 
 __all__ = ["Potential", "PotentialMetadata"]
 
@@ -354,8 +355,6 @@ class Potential(nn.Module):
         (n,)`` on the CPU. Arguments and errors: :func:`escaip.potential.predict.predict_pairs`; for streams,
         :func:`escaip.potential.predict.iter_predict`.
         """
-        from escaip.potential.predict import iter_predict
-
         return list(
             iter_predict(
                 self, structures, compute_forces=compute_forces, compute_stress=compute_stress, max_atoms=max_atoms,
@@ -365,12 +364,47 @@ class Potential(nn.Module):
 
     def hessian(self, structure: Any, **options: Any) -> Tensor:
         """``(3n, 3n)`` float64 eV/Å² of a structure on the CPU: see :func:`escaip.potential.hessian.hessian`."""
-        from escaip.potential.hessian import hessian
-
         return hessian(self, structure, **options)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes weights, config, units, references and provenance to one file (docs/checkpoints.md)."""
-        from escaip.potential.loading import save_potential
+    def describe(self) -> dict[str, Any]:
+        """Returns everything but the weights as plain JSON values (docs/checkpoints.md)."""
+        return describe(self.config, self.metadata)
 
-        save_potential(self, path)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes weights, config, units, references and provenance to one file (docs/checkpoints.md).
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        write_model_file(path, self.describe(), self.state_dict())
+
+
+def build_potential(description: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Potential:
+    """Builds a potential from the contents of a file, on the CPU, in training mode as any new module.
+
+    Args:
+        description: of any schema.
+        weights: by name.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: a schema, model or head that is unknown here, or weights that do not fit the description.
+    """
+    description = migrate(description, path)
+    try:
+        config = kind_named(description["architecture"]).config.from_dict(description["config"])
+        potential = Potential(config, metadata=PotentialMetadata.from_dict(description["metadata"]))
+        floating = [tensor.dtype for name, tensor in weights.items() if name.startswith("model.")]
+        if floating:
+            potential = potential.to(floating[0])
+        # One set of references, or one for each of several: the file says.
+        shifts = torch.zeros_like(weights["element_references"], dtype=torch.float64)
+        weights = {"element_shifts": shifts, **weights}  # before version 3 there were none
+        for name in ENERGY_BUFFERS:
+            setattr(potential, name, torch.zeros_like(weights[name], dtype=torch.float64))
+        potential.load_state_dict(weights)
+    except EscaipError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not describe a whole potential ({first_line(error)})") from error
+    return potential

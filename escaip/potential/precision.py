@@ -69,3 +69,34 @@ def _tf32() -> Iterator[None]:
         matmul.allow_tf32 = False
         if before is not None:
             matmul.fp32_precision = before
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Returns a device by name; ``"auto"`` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: it does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} does not exist: choose auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for, but this machine has no usable CUDA: choose auto or cpu")
+    return chosen
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Returns the dtype of a model by name, ``float32`` or ``float64``.
+
+    Raises:
+        ConfigError: another one.
+    """
+    choices = {"float32": torch.float32, "float64": torch.float64}
+    name = str(dtype).removeprefix("torch.")
+    if name not in choices:
+        hint = f", with precision {name} for the products" if name in PRECISIONS else ""
+        raise ConfigError(f"dtype {name!r} is not supported: choose {' or '.join(choices)}{hint}")
+    return choices[name]

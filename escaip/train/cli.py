@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError, TrainingError
 from escaip.models import build_config, settings_of
-from escaip.potential.loading import migrate
+from escaip.potential.model_file import migrate
 from escaip.train.callbacks import (
     BestAndLast,
     FinalEvaluation,

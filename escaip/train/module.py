@@ -14,7 +14,6 @@ from torch import Tensor
 from escaip.errors import ConfigError, TrainingError
 from escaip.models import ModelConfig, build_config
 from escaip.potential import Potential, PotentialMetadata
-from escaip.potential.loading import describe_potential
 from escaip.potential.potential import ENERGY_BUFFERS
 from escaip.potential.zbl import check_fraction, keep_apart
 from escaip.train.atomic_energy_refit import ReferenceFit
@@ -288,7 +287,7 @@ class PotentialModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the entries that :func:`escaip.load_potential` reads, the seed of dropout and the place in the data."""
-        checkpoint["escaip"] = describe_potential(self.potential)
+        checkpoint["escaip"] = self.potential.describe()
         checkpoint["dropout_seed"] = self._dropout_seed
         if self._reference_fit is not None:
             checkpoint["reference_fit"] = self._reference_fit.sums

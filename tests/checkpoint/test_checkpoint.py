@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
 from escaip.models import EScAIPConfig
-from escaip.potential import Potential, PotentialMetadata
-from escaip.potential import loading as checkpoint_module
-from escaip.potential.loading import describe_potential, load_potential, migrate
+from escaip.potential import Potential, PotentialMetadata, model_file
+from escaip.potential.loading import load_potential
+from escaip.potential.model_file import migrate
 
 SMALL = {
     "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
@@ -40,7 +40,7 @@ def potential() -> Potential:
 
 def save_lightning(potential: Potential, path: Path, **extra: Any) -> None:
     state = {f"potential.{name}": tensor for name, tensor in potential.state_dict().items()}
-    torch.save({"escaip": describe_potential(potential), "state_dict": state, **extra}, path)
+    torch.save({"escaip": potential.describe(), "state_dict": state, **extra}, path)
 
 
 def assert_same(found: Potential, expected: Potential) -> None:
@@ -99,14 +99,14 @@ def test_version_1_is_migrated(potential: Potential, tmp_path: Path) -> None:
 
 
 def test_version_3_keeps_its_floor(potential: Potential) -> None:
-    now = describe_potential(potential)
+    now = potential.describe()
     description = {**now, "schema": 3, "config": {k: v for k, v in now["config"].items() if k != "boo_floor"}}
     assert migrate(description, "x.escaip")["config"]["boo_floor"] == 1e-6
     assert migrate(now, "x.escaip")["config"]["boo_floor"] == 1e-4
 
 
 def test_version_4_had_no_repulsion(potential: Potential, tmp_path: Path) -> None:
-    description = {**describe_potential(potential), "schema": 4}
+    description = {**potential.describe(), "schema": 4}
     assert migrate(description, "x.escaip")["schema"] == 5
     save_file(potential.state_dict(), tmp_path / "old.escaip", metadata={"escaip": json.dumps(description)})
     loaded = load_potential(tmp_path / "old.escaip", device="cpu")
@@ -115,7 +115,7 @@ def test_version_4_had_no_repulsion(potential: Potential, tmp_path: Path) -> Non
 
 
 def test_version_2_had_no_shifts(potential: Potential, tmp_path: Path) -> None:
-    description = {**describe_potential(potential), "schema": 2}
+    description = {**potential.describe(), "schema": 2}
     weights = {name: value for name, value in potential.state_dict().items() if name != "element_shifts"}
     save_file(weights, tmp_path / "old.escaip", metadata={"escaip": json.dumps(description)})
     assert_same(load_potential(tmp_path / "old.escaip", device="cpu"), potential)
@@ -182,12 +182,12 @@ def test_files_of_others_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.bad_input
 def test_future_schema_and_unknown_settings(potential: Potential, tmp_path: Path) -> None:
-    description = {**describe_potential(potential), "schema": 99}
+    description = {**potential.describe(), "schema": 99}
     with pytest.raises(CheckpointError, match="install a newer escaip"):
         migrate(description, "x.escaip")
     with pytest.raises(CheckpointError, match="no valid schema"):
         migrate({"schema": "two"}, "x.escaip")
-    description = describe_potential(potential)
+    description = potential.describe()
     description["config"]["wings"] = 2
     save_file(potential.state_dict(), tmp_path / "odd.escaip", metadata={"escaip": json.dumps(description)})
     with pytest.raises(CheckpointError, match="'wings' does not exist"):
@@ -198,7 +198,7 @@ def test_future_schema_and_unknown_settings(potential: Potential, tmp_path: Path
 def test_missing_weights_are_noticed(potential: Potential, tmp_path: Path) -> None:
     state = potential.state_dict()
     state.pop("model.energy_head.mlp.output.weight")
-    save_file(state, tmp_path / "part.escaip", metadata={"escaip": json.dumps(describe_potential(potential))})
+    save_file(state, tmp_path / "part.escaip", metadata={"escaip": json.dumps(potential.describe())})
     with pytest.raises(CheckpointError, match="whole potential"):
         load_potential(tmp_path / "part.escaip")
 
@@ -233,5 +233,5 @@ def test_header_is_readable_without_this_package(potential: Potential, tmp_path:
     potential.save(tmp_path / "model.escaip")
     with safe_open(tmp_path / "model.escaip", framework="np") as stream:
         description = json.loads(stream.metadata()["escaip"])
-    assert description["schema"] == checkpoint_module.SCHEMA_VERSION
+    assert description["schema"] == model_file.SCHEMA_VERSION
     assert description["units"]["stress"].endswith("positive in tension")

@@ -30,7 +30,7 @@ from escaip.info import describe_model
 from escaip.potential import PotentialMetadata, export
 from escaip.potential.compile import INFO, environment
 from escaip.potential.export import VERSION, WEIGHTS, export_model
-from escaip.potential.loading import describe_potential, read_description, read_potential
+from escaip.potential.loading import read_description, read_potential
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -68,7 +68,7 @@ def fake_package(path: Path, potential: Potential, **changes: Any) -> Path:
     """A package as far as it is read before its code is run, which this one does not have."""
     info = {
         "package": {"version": VERSION, **environment(potential.model), "native_kernels": True, **changes},
-        "model": describe_potential(potential),
+        "model": potential.describe(),
         "constants": {},
     }
     with zipfile.ZipFile(path, "w") as archive:
@@ -80,7 +80,7 @@ def fake_package(path: Path, potential: Potential, **changes: Any) -> Path:
 def test_a_training_checkpoint_becomes_a_model_file(tmp_path: Path) -> None:
     potential = make_potential()
     state = {f"potential.{name}": tensor for name, tensor in potential.state_dict().items()}
-    torch.save({"escaip": describe_potential(potential), "state_dict": state}, tmp_path / "last.ckpt")
+    torch.save({"escaip": potential.describe(), "state_dict": state}, tmp_path / "last.ckpt")
     out = tmp_path / "model.escaip"
     assert main(["export", str(tmp_path / "last.ckpt"), "--format", "escaip", "--out", str(out)]) == 0
     loaded = load_potential(out, device="cpu")
@@ -88,7 +88,7 @@ def test_a_training_checkpoint_becomes_a_model_file(tmp_path: Path) -> None:
     assert loaded.dtype == torch.float64
     batch = batch_of(*structures())
     assert torch.equal(loaded(batch).energy, potential(batch).energy)
-    export_model(out, tmp_path / "single.escaip", "escaip", dtype="float32")
+    export_model(read_potential(out), tmp_path / "single.escaip", "escaip", dtype="float32")
     assert load_potential(tmp_path / "single.escaip", device="cpu").dtype == torch.float32
 
 
@@ -122,7 +122,7 @@ def test_without_a_compiler_nothing_is_written(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("CXX", "no-such-compiler")
     make_potential().save(tmp_path / "made.escaip")
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*no-such-compiler"):
-        export_model(tmp_path / "made.escaip", tmp_path / "model.pt2", "aoti")
+        export_model(make_potential(), tmp_path / "model.pt2", "aoti")
     assert [path.name for path in tmp_path.iterdir()] == ["made.escaip"]
 
 
@@ -152,8 +152,8 @@ def test_packages_for_other_places_are_refused(changes: dict[str, Any], message:
 
 @pytest.mark.bad_input
 def test_a_schema_that_is_too_new_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    newer = {**describe_potential(make_potential()), "schema": 1000}
-    monkeypatch.setattr(sys.modules[__name__], "describe_potential", lambda _: newer)
+    newer = {**make_potential().describe(), "schema": 1000}
+    monkeypatch.setattr(Potential, "describe", lambda _: newer)
     path = fake_package(tmp_path / "model.pt2", make_potential())
     with pytest.raises(CheckpointError, match="has schema 1000"):
         load_potential(path, device="cpu")
@@ -193,14 +193,14 @@ def test_a_folder_that_is_not_there_costs_no_compilation(tmp_path: Path, monkeyp
     monkeypatch.setattr(export, "compile_ahead", lambda *_: pytest.fail("compiled"))
     make_potential().save(tmp_path / "made.escaip")
     with pytest.raises(CheckpointError, match=r"cannot write .*model\.pt2: No such file"):
-        export_model(tmp_path / "made.escaip", tmp_path / "missing" / "model.pt2", "aoti")
+        export_model(make_potential(), tmp_path / "missing" / "model.pt2", "aoti")
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package")
     make_potential().save(folder / "made.escaip")
-    lines = export_model(folder / "made.escaip", folder / "made.pt2", "aoti")
+    lines = export_model(make_potential(), folder / "made.pt2", "aoti")
     assert "load only packages that you made" in lines[-1]
     assert sorted(path.name for path in folder.iterdir()) == ["made.escaip", "made.pt2"]
     return folder / "made.pt2"
