@@ -31,7 +31,7 @@ from escaip.potential.hessian import hessian
 from escaip.potential.model_file import PotentialMetadata, describe, migrate, write_model_file
 from escaip.potential.precision import check_precision
 from escaip.potential.predict import StructurePrediction, iter_predict
-from escaip.potential.zbl import Repulsion
+from escaip.potential.zbl import ZBL
 from escaip.types import TARGETS, AtomInputs, Graph, ModelOutput, NeighborList, Prediction, StructureBatch
 
 __all__ = ["Potential", "PotentialMetadata"]
@@ -76,7 +76,7 @@ class Potential(nn.Module):
         super().__init__()
         self.config = config
         self.model = kind_of(config).model(config)
-        self.repulsion = Repulsion()
+        self.repulsion = ZBL()
         for name in ("element_references", "element_shifts"):
             self.register_buffer(name, torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))

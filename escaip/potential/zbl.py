@@ -1,43 +1,39 @@
-"""Repulsion of screened nuclei at distances shorter than any that a model was trained on."""
+"""Ziegler–Biersack–Littmark repulsion at distances shorter than those that a model was trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from escaip.data import AtomicData
 from escaip.errors import ConfigError
 from escaip.graph import neighbor_list
 from escaip.models import MAX_ATOMIC_NUMBER
 from escaip.ops import sum_rows
-
-if TYPE_CHECKING:
-    from escaip.data import AtomicData
-    from escaip.potential import Potential
-    from escaip.types import Graph
+from escaip.types import Graph
 
 # Ziegler, Biersack and Littmark, The Stopping and Range of Ions in Solids (1985): φ(x) = Σ c exp(−d x).
 _SCREENING = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.02817, 0.20162))
 _SCREENING_LENGTH = 0.8854 * 0.529177  # Å, over Z₁^0.23 + Z₂^0.23
 _COULOMB = 14.399645  # e²/4πε₀, eV Å
-# Of the sum of covalent radii: about as short and as long as bonds are (N₂ 0.77, CH₄ 1.02).
+# The shortest and longest bonds in units of the sum of covalent radii (N₂ 0.77, CH₄ 1.02).
 _SHORTEST_BOND = 0.7
 _LONGEST_BOND = 1.2
 
 
-class Repulsion(nn.Module):
+class ZBL(nn.Module):
     """``V(r) = Z₁Z₂ e²/4πε₀r · φ(r/a) · exp(−x²/(1 − x²))``, ``x = r / onset``, between pairs closer than their onset.
 
-    What a network says about atoms closer than in any of its training structures is chance, and may be a deep well.
-    There the universal potential of Ziegler, Biersack and Littmark (1985) keeps atoms apart. Onsets are shorter than
-    all distances in the training set, so that nothing learned changes; all derivatives are continuous.
+    A network is not trained at distances shorter than those in its training set, where it may predict a deep well. The
+    universal potential of Ziegler, Biersack and Littmark (1985) repels atoms there. Onsets lie below all distances in
+    the training set, so that no learned energy changes. All derivatives are continuous.
 
     Attributes:
-        onset: ``(119, 119)`` Å by atomic numbers, symmetric; ``(0, 0)`` for none. Kept in float32 whatever the model's
-            precision: it is a choice, not a result.
+        onset: ``(119, 119)`` Å by atomic numbers, symmetric; ``(0, 0)`` for no repulsion. Always float32.
     """
 
     onset: Tensor
@@ -50,7 +46,7 @@ class Repulsion(nn.Module):
         return self.onset.numel() > 0
 
     def forward(self, vectors: Tensor, graph: Graph, atomic_numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Half of each pair's energy on either atom, and the gradient of the sum.
+        """Returns half of each pair's energy for either atom, and the gradient of the sum.
 
         Args:
             vectors: ``(T + X, 3)`` Å, float64, displacements of the rows of the graph.
@@ -65,15 +61,15 @@ class Repulsion(nn.Module):
         onset = self.onset[first, second].double()
         square = (tokens * tokens).sum(dim=1)
         inside = (square < onset * onset) & (square > 0.0)  # an atom is no neighbor of itself
-        # There is hardly ever a pair, and a step of a molecule takes milliseconds. A GPU would have to be waited for.
+        # Pairs are rare, so skip the rest; on a GPU the test would make the host wait.
         if not vectors.is_cuda and not bool(inside.any()):
             return vectors.new_zeros(graph.num_atoms), torch.zeros_like(vectors)
         energy, slope = _pairs(square, inside, first, second, onset)
         gradient = torch.cat([slope.unsqueeze(1) * tokens, torch.zeros_like(vectors[graph.num_tokens :])])
         return 0.5 * sum_rows(energy, graph.token_center, graph.num_atoms), 0.5 * gradient
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Repulsion:
-        """Moves like any module, and keeps its precision."""
+    def _apply(self, fn: Any, recurse: bool = True) -> ZBL:
+        """Moves to another device, but keeps float32."""
         kept = self.onset
         super()._apply(fn, recurse)
         self.onset = kept.to(self.onset.device)
@@ -84,14 +80,14 @@ class Repulsion(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any, **__: Any) -> None:
-        """Takes a table of any shape; files of before there were any have none."""
+        """Accepts a table of any shape; files before schema 5 have none."""
         stored = state_dict.get(f"{prefix}onset", torch.zeros(0, 0))
         self.onset = stored.detach().to(self.onset.device, torch.float32, copy=True)
 
 
 def _pairs(square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
-    """Energy of each pair, eV, and its derivative by the distance over the distance, eV/Å²; ``(T,)`` each."""
-    # What lies outside is computed for a harmless distance, so that no derivative of it is NaN.
+    """Returns the energy of each pair, eV, and ``V′(r)/r``, eV/Å²; ``(T,)`` each."""
+    # Pairs outside get a harmless distance, so that no derivative is NaN.
     distance = torch.where(inside, square, 1.0).sqrt()
     x = torch.where(inside, distance / onset.clamp_min(1e-6), 0.5)
     charges = _COULOMB * first.double() * second.double()
@@ -107,27 +103,28 @@ def _pairs(square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset:
     return torch.where(inside, energy, 0.0), torch.where(inside, slope / distance, 0.0)
 
 
-def keep_apart(potential: Potential, structures: Sequence[AtomicData], fraction: float = 0.9) -> None:
-    """Gives a potential the repulsion that fits its training set.
+def fit_zbl_onsets(repulsion: ZBL, structures: Sequence[AtomicData], cutoff: float, fraction: float = 0.9) -> None:
+    """Sets the onsets of a repulsion in place, below all distances of a training set.
 
     Args:
-        potential: is changed; beyond its cutoff nothing repels, so that no energy jumps there.
+        repulsion: of a potential.
         structures: see :func:`closest_distances`.
-        fraction: see :func:`repulsion_onsets`.
+        cutoff: Å, of the potential; onsets do not exceed it, so that no energy jumps there.
+        fraction: see :func:`zbl_onsets`.
 
     Raises:
         ConfigError: a fraction out of range.
     """
-    onsets = repulsion_onsets(closest_distances(structures), fraction).clamp_max(potential.cutoff)
-    potential.repulsion.onset = onsets.to(potential.device, torch.float32)
+    onsets = zbl_onsets(closest_distances(structures), fraction).clamp_max(cutoff)
+    repulsion.onset = onsets.to(repulsion.onset.device, torch.float32)
 
 
 def closest_distances(structures: Sequence[AtomicData], max_structures: int = 10_000) -> Tensor:
-    """``(119, 119)`` Å, the shortest distance between atoms of two elements, of those within bonding distance.
+    """Returns the shortest bonding distance between atoms of each two elements, ``(119, 119)`` Å.
 
     Args:
-        structures: a training set, or any part of it that may be indexed.
-        max_structures: of a larger set so many are looked at, evenly spread.
+        structures: a training set.
+        max_structures: of a larger set so many are read, evenly spread.
 
     Returns:
         float64, symmetric; infinite for pairs that never come within 1.2 times the sum of their covalent radii.
@@ -148,11 +145,11 @@ def closest_distances(structures: Sequence[AtomicData], max_structures: int = 10
     return torch.where(closest < _LONGEST_BOND * bonding, closest, torch.inf)
 
 
-def repulsion_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
-    """``(119, 119)`` Å, where repulsion begins: a fraction of the shortest distance in the training set.
+def zbl_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
+    """Returns the onsets of repulsion, ``(119, 119)`` Å: a fraction of the shortest distances in the training set.
 
-    Pairs that it does not hold within bonding distance have the fraction of 0.7 of the sum of their covalent radii
-    (Cordero et al., Dalton Trans. 2832, 2008, as in ASE), which is about as short as bonds are.
+    Elements without a bond in the training set have the fraction of 0.7 of the sum of their covalent radii (Cordero et
+    al., Dalton Trans. 2832, 2008, as in ASE), about the shortest bond that exists.
 
     Args:
         closest: of :func:`closest_distances`.
@@ -168,7 +165,7 @@ def repulsion_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
 
 
 def check_fraction(fraction: float | None) -> None:
-    """Raises ConfigError for what is neither a fraction nor None."""
+    """Raises ConfigError unless the value is a fraction or None."""
     if fraction is not None and not 0.0 < fraction <= 1.0:
         raise ConfigError(f"repulsion is {fraction}: it must be above 0 and at most 1, or null for none")
 

@@ -15,7 +15,7 @@ from escaip.errors import ConfigError, TrainingError
 from escaip.models import ModelConfig, build_config
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.potential import ENERGY_BUFFERS
-from escaip.potential.zbl import check_fraction, keep_apart
+from escaip.potential.zbl import check_fraction, fit_zbl_onsets
 from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.callbacks import training_error
 from escaip.train.losses import LossSettings, LossSums, loss_sums
@@ -160,7 +160,7 @@ class PotentialModule(LightningModule):
                     "model.repulsion looks at the training structures, and this data module has no "
                     "datasets['train']: set it to null"
                 )
-            keep_apart(self.potential, structures, self.repulsion)
+            fit_zbl_onsets(self.potential.repulsion, structures, self.potential.cutoff, self.repulsion)
         if self.refit_references:
             fitted = [item.references_fitted for item in sets]
             self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)

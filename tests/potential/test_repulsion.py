@@ -18,7 +18,7 @@ from escaip.errors import ConfigError
 from escaip.info import describe_model
 from escaip.models import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
-from escaip.potential.zbl import closest_distances, keep_apart, repulsion_onsets
+from escaip.potential.zbl import closest_distances, fit_zbl_onsets, zbl_onsets
 from escaip.testing import check_potential
 
 SMALL = {
@@ -69,7 +69,7 @@ def test_contracts_hold_where_atoms_repel() -> None:
     crystal.rattle(0.1, seed=1)
     rod = Atoms("C2", positions=[[0, 0, 0], [0.1, 1.3, 0.2]], cell=[[2.6, 0.4, 0], [0, 0, 0], [0, 0, 0]],
                 pbc=[True, False, False])  # fmt: skip
-    onsets = repulsion_onsets(torch.full((119, 119), 3.0, dtype=torch.float64)).float()
+    onsets = zbl_onsets(torch.full((119, 119), 3.0, dtype=torch.float64)).float()
     potential = make_potential(None)
     potential.repulsion.onset = onsets
     assert energy(potential, molecule) > energy(make_potential(None), molecule) + 1.0
@@ -165,18 +165,18 @@ def test_a_large_set_is_sampled() -> None:
 def test_onsets() -> None:
     closest = torch.full((119, 119), math.inf, dtype=torch.float64)
     closest[6, 6] = 1.2
-    found = repulsion_onsets(closest, 0.8)
+    found = zbl_onsets(closest, 0.8)
     assert float(found[6, 6]) == pytest.approx(0.96)
     assert float(found[1, 6]) == pytest.approx(0.8 * 0.7 * (covalent_radii[1] + covalent_radii[6]))
     for fraction in (0.0, 1.1, math.nan):
         with pytest.raises(ConfigError, match="it must be above 0 and at most 1, or null"):
-            repulsion_onsets(closest, fraction)
+            zbl_onsets(closest, fraction)
 
 
 def test_nothing_repels_beyond_the_cutoff() -> None:
     potential = make_potential(None)
     cesium = Atoms("Cs2", positions=[[0, 0, 0], [0, 0, 5.5]])
-    keep_apart(potential, [AtomicData.from_ase(cesium)])
+    fit_zbl_onsets(potential.repulsion, [AtomicData.from_ase(cesium)], potential.cutoff)
     assert float(closest_distances([AtomicData.from_ase(cesium)])[55, 55]) == pytest.approx(5.5)
     assert float(potential.repulsion.onset.max()) == potential.cutoff
     inside, outside = (Atoms("Cs2", positions=[[0, 0, 0], [0, 0, potential.cutoff + x]]) for x in (-1e-3, 1e-3))
@@ -191,4 +191,4 @@ def test_a_file_says_where_it_begins(tmp_path: Path) -> None:
     for expected in ("none", [0.391, 0.981]):
         potential.save(tmp_path / "model.escaip")
         assert describe_model(tmp_path / "model.escaip")["repulsion_below"] == expected
-        keep_apart(potential, [AtomicData.from_ase(ase.build.molecule("CH4"))])
+        fit_zbl_onsets(potential.repulsion, [AtomicData.from_ase(ase.build.molecule("CH4"))], potential.cutoff)

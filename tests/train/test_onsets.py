@@ -12,7 +12,7 @@ from training_stand_ins import TINY, make_data, make_trainer
 
 from escaip import Potential, load_potential
 from escaip.errors import ConfigError
-from escaip.potential.zbl import closest_distances, repulsion_onsets
+from escaip.potential.zbl import closest_distances, zbl_onsets
 from escaip.train import BestAndLast, PotentialModule, WeightEMA
 
 
@@ -25,7 +25,7 @@ def _train(folder: Path, epochs: int = 1, resume: str | None = None, **settings:
 
 def test_onsets_are_those_of_the_training_set(tmp_path: Path) -> None:
     trained, data = _train(tmp_path)
-    expected = repulsion_onsets(closest_distances(data.datasets["train"])).float()
+    expected = zbl_onsets(closest_distances(data.datasets["train"])).float()
     assert 0.7 < float(expected[1, 8]) < 0.97
     for potential in (trained, load_potential(tmp_path / "last.ckpt"), load_potential(tmp_path / "best.ckpt")):
         assert torch.equal(potential.repulsion.onset, expected)
