@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ase.build
@@ -199,7 +200,7 @@ def test_tf32_is_set_within_and_restored(before: str) -> None:
         matmul.fp32_precision = original
 
 
-def test_where_a_precision_is_given(tmp_path: Any) -> None:
+def test_where_a_precision_is_given(tmp_path: Path) -> None:
     path = tmp_path / "model.escaip"
     make_potential().save(path)
     assert load_potential(path, device="cpu").precision == "highest"
@@ -213,23 +214,30 @@ def test_where_a_precision_is_given(tmp_path: Any) -> None:
 
 
 @pytest.mark.bad_input
-def test_precisions_that_cannot_be(tmp_path: Any) -> None:
-    path = tmp_path / "model.escaip"
-    potential, batch = make_potential(), make_batch()
-    potential.save(path)
-    for precision, dtype, message in (
+@pytest.mark.parametrize(
+    ("precision", "dtype", "message"),
+    [
         ("half", None, "precision 'half' does not exist: choose highest"),
         ("tf32", None, "'tf32' exists on CUDA devices, and the model is on cpu"),
         ("bfloat16", "float64", "'bfloat16' is for float32 models, and this one is float64"),
         ("highest", "bfloat16", "dtype 'bfloat16' is not supported: .* with precision bfloat16"),
         ("highest", torch.float16, "dtype 'float16' is not supported"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            load_potential(path, device="cpu", dtype=dtype, precision=precision)
-        with pytest.raises(ConfigError, match=message):
-            EScAIPCalculator(potential, dtype=dtype, precision=precision)
+    ],
+)
+def test_precisions_that_cannot_be(precision: str, dtype: Any, message: str, tmp_path: Path) -> None:
+    potential = make_potential()
+    potential.save(tmp_path / "model.escaip")
+    with pytest.raises(ConfigError, match=message):
+        load_potential(tmp_path / "model.escaip", device="cpu", dtype=dtype, precision=precision)
+    with pytest.raises(ConfigError, match=message):
+        EScAIPCalculator(potential, dtype=dtype, precision=precision)
+
+
+@pytest.mark.bad_input
+def test_precisions_are_checked_at_every_evaluation() -> None:
+    potential = make_potential()
     potential.precision = "tf32"
     with pytest.raises(ConfigError, match="'tf32' exists on CUDA"):
-        potential(batch)
+        potential(make_batch())
     with pytest.raises(ConfigError, match="weights in bfloat16"):
-        make_potential().bfloat16()(batch)
+        make_potential().bfloat16()(make_batch())

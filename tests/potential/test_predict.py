@@ -110,23 +110,17 @@ def test_the_same_as_one_by_one_in_the_order_given(max_atoms: int | None, overri
     potential = make_potential(**overrides)
     with_stress = potential.config.is_conservative
     predictions = potential.predict(structures(), compute_stress=with_stress, max_atoms=max_atoms)
-    assert len(predictions) == len(structures())
-    for found, atoms in zip(predictions, structures(), strict=True):
+    energies = potential.predict(structures(), compute_forces=False, max_atoms=max_atoms)
+    for found, only, atoms in zip(predictions, energies, structures(), strict=True):
         assert isinstance(found.energy, float)
-        assert found.forces is not None
         assert found.forces.shape == (len(atoms), 3)
-        check_equal(found, alone(potential, atoms, compute_stress=with_stress))
         assert (found.stress is None) != with_stress
-        if with_stress:
-            assert bool(torch.isfinite(found.stress).all()) == (atoms.pbc.any() and atoms.cell.volume > 0)
-
-
-def test_energies_alone() -> None:
-    potential = make_potential()
-    for found, atoms in zip(potential.predict(structures(), compute_forces=False), structures(), strict=True):
-        assert found.forces is None
-        assert found.stress is None
-        assert found.energy == pytest.approx(float(alone(potential, atoms).energy[0]), abs=1e-10)
+        assert found.stress is None or bool(found.stress.isfinite().all()) == (
+            atoms.pbc.any() and atoms.cell.volume > 0
+        )
+        check_equal(found, alone(potential, atoms, compute_stress=with_stress))
+        assert only.forces is None is only.stress
+        assert only.energy == pytest.approx(found.energy, abs=1e-10)
 
 
 def test_every_kind_of_structure_and_no_label() -> None:
@@ -164,18 +158,17 @@ def test_each_structure_has_the_references_of_its_own_set() -> None:
 
 
 def test_nothing_is_changed_and_results_own_their_memory() -> None:
-    potential = make_potential()
     data = [AtomicData.from_ase(atoms) for atoms in structures()]
     before = [item.clone() for item in data]
-    predictions = potential.predict(data)
-    for item, copy in zip(data, before, strict=True):
+    potential = make_potential()
+    with torch.inference_mode():
+        predictions = potential.predict(data)
+    for item, copy, found in zip(data, before, predictions, strict=True):
         for key, value in copy._store.items():
             if torch.is_tensor(value):
                 torch.testing.assert_close(item._store[key], value, rtol=0, atol=0, equal_nan=True)
             else:
                 assert item._store[key] == value
-    for item, found in zip(data, predictions, strict=True):
-        assert found.forces is not None
         assert found.forces.untyped_storage().nbytes() == item.num_nodes * 24
         assert not found.forces.requires_grad
         assert not found.atomic_energies.requires_grad
@@ -191,22 +184,19 @@ def test_neighbor_lists_of_some_structures_do_not_matter() -> None:
         check_equal(found, alone(potential, atoms))
 
 
-def test_inside_inference_mode() -> None:
-    potential = make_potential()
-    with torch.inference_mode():
-        found = potential.predict(waters(1))
-    check_equal(found[0], alone(potential, waters(1)[0]))
-
-
-def test_packs_keep_to_the_budget_and_hold_structures_alike() -> None:
+def test_packs_keep_to_the_budget_and_hold_structures_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     potential = make_potential(Limited)
     benzenes = [ase.build.molecule("C6H6") for _ in range(10)]
     mixed = [atoms for pair in zip(waters(10), benzenes, strict=True) for atoms in pair]
     potential.predict(mixed, max_atoms=48)
     assert potential.packs == [[12] * 4, [12] * 4, [12, 12] + [3] * 8, [3, 3]]
     potential.packs.clear()
-    potential.predict(mixed)  # 10 waters and 10 benzenes are far fewer tokens than pay at once
+    potential.predict(mixed)  # 10 waters and 10 benzenes are far fewer tokens than the budget
     assert len(potential.packs) == 1
+    potential.packs.clear()
+    monkeypatch.setattr(predict, "_LOOKAHEAD_STRUCTURES", 5)  # however small the structures
+    potential.predict(waters(12))
+    assert [len(pack) for pack in potential.packs] == [5, 5, 2]
 
 
 def test_a_stream_is_read_as_results_are_taken() -> None:
@@ -227,13 +217,6 @@ def test_a_stream_is_read_as_results_are_taken() -> None:
     assert taken == 16 * 2
     next(results)
     assert taken == 16 * 4
-
-
-def test_few_structures_are_held_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "_LOOKAHEAD_STRUCTURES", 5)
-    potential = make_potential(Limited)
-    potential.predict(waters(12))
-    assert [len(pack) for pack in potential.packs] == [5, 5, 2]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
@@ -317,58 +300,61 @@ def test_another_error_is_not_taken_for_memory() -> None:
     assert not is_out_of_memory(DataError("out of memory"))
 
 
-@pytest.mark.bad_input
-def test_bad_structures_are_named_by_index() -> None:
-    potential = make_potential(charge=True)
-    iron = Atoms("Fe", positions=[[0, 0, 0]])
-    with pytest.raises(UnsupportedElementError, match=r"^structure 2 \(Fe\): the potential was not trained on Fe"):
-        potential.predict([*waters(2), iron, *waters(2)])
-    charged = ase.build.molecule("H2O")
-    charged.info["charge"] = 10_000
-    with pytest.raises(DataError, match=r"^structure 1 \(H2O\): total charge outside"):
-        potential.predict([*waters(1), charged, *waters(1)])
-    twice = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0]])
-    with pytest.raises(DataError, match=r"^structure 3: H2: atoms 0 and 1 are 0 Å apart"):
-        potential.predict([*waters(3), twice])
-    broken = AtomicData.from_ase(ase.build.molecule("H2O"))
-    broken.positions = broken.positions * math.nan
-    with pytest.raises(DataError, match=r"^structure 1 \(H2O\): system 0, atom 0: position is NaN"):
-        potential.predict([*waters(1), broken])
-    with pytest.raises(UsageError, match=r"structure 1 is a str: predict takes ase\.Atoms"):
-        potential.predict([*waters(1), "H2O"])
+def water_with(**changes: Any) -> AtomicData:
+    data = AtomicData.from_ase(ase.build.molecule("H2O"))
+    for name, value in changes.items():
+        setattr(data, name, value)
+    return data
 
 
 @pytest.mark.bad_input
-def test_what_is_no_series_of_structures() -> None:
-    potential = make_potential()
-    one = ase.build.molecule("H2O")
-    data = AtomicData.from_ase(one)
-    cases: list[tuple[Any, str]] = [
-        (one, "got one Atoms: pass a list of it"),
-        (data, "got one AtomicData: pass a list"),
+@pytest.mark.parametrize(
+    ("structure", "error", "message"),
+    [
+        (Atoms("Fe"), UnsupportedElementError, r"^structure 2 \(Fe\): the potential was not trained on Fe"),
+        (water_with(charge=torch.tensor([10_000])), DataError, r"^structure 2 \(H2O\): total charge outside"),
+        (Atoms("H2", positions=np.zeros((2, 3))), DataError, "^structure 2: H2: atoms 0 and 1 are 0 Å apart"),
+        (water_with(positions=torch.full((3, 3), torch.nan)), DataError, r"^structure 2 \(H2O\): system 0, atom 0"),
+        ("H2O", UsageError, r"structure 2 is a str: predict takes ase\.Atoms"),
+    ],
+)  # fmt: skip
+def test_bad_structures_are_named_by_index(structure: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_potential(charge=True).predict([*waters(2), structure, *waters(2)])
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (ase.build.molecule("H2O"), "got one Atoms: pass a list of it"),
+        (water_with(), "got one AtomicData: pass a list"),
         (Molecule(["H"], [[0, 0, 0]]), "got one Molecule: pass a list"),
-        (collate([data]), r"not a batch: call potential\(batch\)"),
+        (collate([water_with()]), r"not a batch: call potential\(batch\)"),
         ("data.extxyz", "not the path 'data.extxyz'"),
         (3, "got int"),
-    ]
-    for given, message in cases:
-        with pytest.raises(UsageError, match=message):
-            potential.predict(given)
+    ],
+)  # fmt: skip
+def test_arguments_that_are_no_series_of_structures(given: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_potential().predict(given)
+
+
+@pytest.mark.bad_input
+def test_options_out_of_range() -> None:
     with pytest.raises(ConfigError, match="max_atoms is 0"):
-        potential.predict([one], max_atoms=0)
+        make_potential().predict(waters(1), max_atoms=0)
     with pytest.raises(ConfigError, match="direct-force model has no stress"):
-        make_potential(forces="direct").predict([one], compute_stress=True)
+        make_potential(forces="direct").predict(waters(1), compute_stress=True)
     with pytest.raises(UsageError, match=r"training mode.*eval\(\)"):
-        make_potential().train().predict([one])
-    assert potential.predict([]) == []
+        make_potential().train().predict(waters(1))
 
 
 def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    potential = make_potential()
-    potential.predict(waters(3))
-    assert capsys.readouterr().err == ""
-    potential.predict(waters(3), progress=True)
-    assert "3/3" in capsys.readouterr().err
+    assert make_potential().predict([]) == []
+    for progress in (False, True):
+        make_potential().predict(waters(3), progress=progress)
+        assert ("3/3" in capsys.readouterr().err) == progress
 
 
 @pytest.mark.parametrize("num_neighbors", [30, None])
@@ -403,7 +389,5 @@ def test_the_budget_follows_device_and_memory(monkeypatch: pytest.MonkeyPatch) -
     most = budget("cuda", 1e12)
     assert not plan_chunks(config, most, torch.device("cuda"))[1]
     assert plan_chunks(config, most + most // 8, torch.device("cuda"))[1]
-
-
-def test_the_budget_of_this_machine() -> None:
+    monkeypatch.undo()
     assert 1 <= token_budget(make_potential()) <= CPU_TOKENS
