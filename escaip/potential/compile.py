@@ -65,7 +65,7 @@ _NEW_OPTIONS = ("aot_inductor.enable_line_tables",)  # missing before PyTorch 2.
 _OLDEST_TORCH = (2, 13)  # for code compiled ahead of time
 _MOST_KEPT = 32  # files in the cache, some MiB each
 _WASTE = 1.25  # largest ratio of padded tokens to those needed
-# Instruction sets in /proc/cpuinfo, which lists other features too.
+# Instruction sets among the flags of /proc/cpuinfo; ARM lists nothing else under Features.
 _INSTRUCTIONS = re.compile(r"(avx|sse|ssse|fma|f16c|bmi|amx|vaes|vpclmul|gfni|adx|abm|movbe|popcnt)\w*|pni")
 
 
@@ -399,17 +399,12 @@ def environment(model: Model) -> dict[str, Any]:
 def instructions() -> list[str]:
     """Returns the instruction sets of this processor that compilers use."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    words: set[str] = set()
-    for line in text.splitlines():
-        name, _, values = line.partition(":")
-        if name.strip() == "Features":  # ARM lists instruction sets only
-            words.update(values.split())
-        elif name.strip() == "flags":
-            words.update(word for word in values.split() if _INSTRUCTIONS.fullmatch(word))
-    return sorted(words)
+    found = {word for line in lines if line.startswith("flags") for word in line.split()}
+    on_arm = {word for line in lines if line.startswith("Features") for word in line.partition(":")[2].split()}
+    return sorted({word for word in found if _INSTRUCTIONS.fullmatch(word)} | on_arm)
 
 
 def read_entry(path: Path, name: str) -> bytes:

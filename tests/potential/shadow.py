@@ -1,10 +1,10 @@
-"""A stand-in for a GPU where there is none: tensors that say they are on CUDA and hold their values on the CPU.
+"""A simulated GPU: tensors that report CUDA as their device and hold their values on the CPU.
 
-Within :func:`shadow_device` a ``device="cuda"`` gives such tensors. An operation that meets one of them and a tensor of
-the CPU raises as PyTorch would, and what makes a host wait for its device is counted with the line that asked for it.
+Within :func:`shadow_device`, ``device="cuda"`` gives such tensors. An operation on one of them and a tensor of the CPU
+raises as PyTorch would, and synchronisations between host and device are counted by the line that caused them.
 
-What it cannot see: kernels that do not exist or differ on CUDA, the order of floating-point sums there, memory, what
-C++ of PyTorch decides by the device (autocast, fused optimizers), and copies that C++ makes on its own.
+Not simulated: kernels that are missing or differ on CUDA, the order of floating-point sums, memory, choices by device
+in PyTorch's C++ (autocast, fused optimizers), and copies made by C++.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ CUDA = torch.device("cuda", 0)
 _PACKAGE = str(Path(escaip.__file__).parent)
 aten = torch.ops.aten
 
-# Results whose size, or a value that the host reads, depends on values.
+# Operations whose output size, or a value read by the host, depends on values.
 _WAITING = {
     aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique, aten._unique2, aten.unique_dim,
     aten.unique_consecutive, aten.bincount, aten.equal, aten.is_nonzero, aten.histc, aten.nonzero_static,
 }  # fmt: skip
 _INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 _COPYING = {aten.copy_, aten.copy, aten._foreach_copy_}
-# Beside pointwise operations, what takes a number of the host for one of the device.
+# Operations besides pointwise ones that accept a CPU scalar.
 _NUMBERS = {aten.fill, aten.fill_, aten.masked_fill, aten.masked_fill_, aten.index_put, aten.index_put_}
 
 
 class ShadowTensor(torch.Tensor):
-    """A tensor that says it is on CUDA; ``held`` are its values."""
+    """A tensor that reports CUDA as its device, with its values in ``held``."""
 
     held: Tensor
 
@@ -89,7 +89,7 @@ class ShadowTensor(torch.Tensor):
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
-    """All tensors in lists, tuples and dicts."""
+    """Yields all tensors in lists, tuples and dicts."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, list | tuple | dict):
@@ -98,7 +98,7 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 
 def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
-    """The same of what a function makes of the leaves."""
+    """Applies a function to the leaves of lists, tuples and dicts."""
     if isinstance(x, dict):
         return {name: _mapped(function, value) for name, value in x.items()}
     if isinstance(x, list | tuple):
@@ -107,9 +107,9 @@ def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
 
 
 def _own_operator(function: Callable[..., Any], args: Any) -> Any:
-    """In Python, as on CUDA, where the dispatcher has no kernels of ours; for Triton's stand plain operations.
+    """Runs one of our operators in Python, as on CUDA; plain operations replace Triton's slow interpreter.
 
-    Triton's interpreter takes seconds for what these take milliseconds, and tests/ops/test_triton.py compares the two.
+    tests/ops/test_triton.py compares the two.
     """
     if "triton" in args:
         return _mapped(_shadow, function(*_mapped(lambda x: "blocked" if isinstance(x, str) else _held(x), args)))
@@ -126,7 +126,7 @@ def _shadow(x: Any) -> Any:
 
 
 def _check_devices(func: Any, args: Any, others: list[Tensor]) -> None:
-    """As PyTorch: nothing of the host, but for numbers among pointwise operations, copies and indices."""
+    """Raises as PyTorch does for tensors of the host, other than scalars, sources of copies and indices."""
     packet = func.overloadpacket
     if not others or packet in _COPYING:
         return
@@ -161,7 +161,7 @@ _waits: list[Counter[str]] = []
 
 
 def _wait(what: str) -> None:
-    """Counts a wait, by the line of the package that asks for it."""
+    """Counts a synchronisation, by the line of the package that causes it."""
     if not _waits:
         return
     frame: Any = sys._getframe(1)
@@ -174,7 +174,7 @@ def _wait(what: str) -> None:
 
 @contextlib.contextmanager
 def counted_waits() -> Iterator[Counter[str]]:
-    """Counts how often the host waits for the device within, by place."""
+    """Counts synchronisations of host and device within, by place."""
     counter: Counter[str] = Counter()
     _waits.append(counter)
     try:
@@ -210,7 +210,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _ShadowMode(TorchFunctionMode):
-    """Takes from calls the devices that this PyTorch may not have."""
+    """Removes CUDA devices from the arguments of calls."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -233,7 +233,7 @@ class _ShadowMode(TorchFunctionMode):
 
 
 def _to(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """``Tensor.to``, in all its forms."""
+    """Replaces all forms of ``Tensor.to``."""
     x, device, rest = args[0], kwargs.pop("device", None), []
     other = kwargs.pop("other", None)
     for value in args[1:]:
@@ -268,7 +268,7 @@ def _numpy(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _where(func: Any, args: Any, kwargs: Any) -> Any:
-    """Numbers it makes on the device; a tensor of the host, however small, it copies there."""
+    """Replaces ``torch.where``, which copies even scalar tensors from the host."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     if len({isinstance(x, ShadowTensor) for x in tensors}) > 1:
         _wait("where() with a tensor of the host")
@@ -301,7 +301,7 @@ def _run_backward(*args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def shadow_device() -> Iterator[None]:
-    """Makes ``cuda`` a device of this process, within."""
+    """Makes ``cuda`` a device of this process within the context."""
     answers = {
         "is_available": True, "get_device_capability": (9, 0), "mem_get_info": (2**33, 2**33), "memory_reserved": 0,
         "memory_allocated": 0, "current_device": 0, "device_count": 1, "is_current_stream_capturing": False,

@@ -1,7 +1,6 @@
-"""On a device everything gives what it gives on the CPU, mixes no devices, and waits no more often than it says.
+"""A GPU gives the results of the CPU, without mixing devices and with few synchronisations.
 
-Where there is no GPU a stand-in takes its place (shadow.py says what it cannot see); where there is one, these tests
-run on it.
+Without a GPU a simulated one takes its place (shadow.py lists its limits).
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _device() -> Iterator[None]:
 
 @contextlib.contextmanager
 def waits() -> Iterator[Counter[str]]:
-    """What the host waits for within."""
+    """Counts synchronisations of host and device within."""
     if not REAL:
         with counted_waits() as found:
             yield found
@@ -96,7 +95,7 @@ def tolerance_of(potential: Potential) -> float:
 
 
 def assert_same(found: Any, expected: Any, tolerance: float) -> None:
-    """Of two dataclasses, the first on the device and the second on the CPU."""
+    """Compares two dataclasses, the first on the device and the second on the CPU."""
     for (name, x), y in zip(vars(found).items(), vars(expected).values(), strict=True):
         if isinstance(y, Tensor):
             assert x.device.type == "cuda", name

@@ -1,4 +1,4 @@
-"""Second derivatives: against differences of forces, under rigid motions, in every way they can be had or refused."""
+"""Second derivatives: against differences of forces, under rigid motions, by every method, and errors."""
 
 from __future__ import annotations
 

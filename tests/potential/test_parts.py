@@ -1,4 +1,4 @@
-"""How an evaluation is carried out does not change what it gives: parts, recomputation, spline tables."""
+"""Chunks, recomputation and spline tables do not change results."""
 
 from __future__ import annotations
 

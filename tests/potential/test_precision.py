@@ -1,4 +1,4 @@
-"""Lower precision rounds products of tokens and nothing else; what is set around an evaluation is restored."""
+"""Lower precision rounds products of tokens and nothing else, and settings around an evaluation are restored."""
 
 from __future__ import annotations
 

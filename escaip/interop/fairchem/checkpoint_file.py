@@ -1,8 +1,8 @@
 """Inference checkpoints of fairchem-core, read without running code from them.
 
 The file is a pickle of ``MLIPInferenceCheckpoint`` with configurations of omegaconf. ``torch.load`` reads it with
-``weights_only=True``: of all that the file names it takes tensors, plain values and the few classes below, and for
-these it makes inert records that only collect what they are given.
+``weights_only=True``, which accepts tensors, plain values and the few classes listed below. Instances of those classes
+are replaced by inert records of their state.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from escaip.errors import CheckpointError
+from escaip.files import first_line
 
 _MAX_DEPTH = 50
 
 
 @dataclass(frozen=True)
 class FairchemCheckpoint:
-    """What an inference checkpoint holds.
+    """Contents of an inference checkpoint.
 
     Attributes:
-        weights: averaged where the file has them.
+        weights: the averaged ones if present.
         config: of the model, plain values.
         tasks: their configurations, plain values.
     """
@@ -37,7 +38,7 @@ class FairchemCheckpoint:
 
 
 class _Record:
-    """Stands for any object that a checkpoint needs, and for any class it mentions; only collects its state."""
+    """Inert replacement of any object or class in a checkpoint: it keeps the state and does nothing."""
 
     __slots__ = ("state",)
     state: dict[str, Any]
@@ -57,25 +58,25 @@ class _Record:
 
 
 class _Checkpoint(_Record):
-    """``MLIPInferenceCheckpoint``."""
+    """Replaces ``MLIPInferenceCheckpoint``."""
 
     __slots__ = ()
 
 
 class _Container(_Record):
-    """A mapping or a list of omegaconf: its items are in ``_content``."""
+    """Replaces a mapping or a list of omegaconf, with its items in ``_content``."""
 
     __slots__ = ()
 
 
 class _Value(_Record):
-    """A value of omegaconf: it is in ``_val``."""
+    """Replaces a value of omegaconf, which is in ``_val``."""
 
     __slots__ = ()
 
 
 def _mapping(*_: Any) -> dict[Any, Any]:
-    """``defaultdict``, without what it would call."""
+    """Replaces ``defaultdict``, without its factory."""
     return {}
 
 
@@ -122,7 +123,7 @@ def read_checkpoint(path: Path) -> FairchemCheckpoint:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """Configurations of omegaconf as dicts, lists and values.
+    """Converts a configuration of omegaconf to dicts, lists and values.
 
     Raises:
         CheckpointError: nested too deeply, or not a configuration.
@@ -156,5 +157,4 @@ def _load(path: Path) -> Any:
             f"{path} holds objects that could run code, and was not read: pass an inference checkpoint of fairchem-core"
         ) from error
     except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged, or no checkpoint ({first_line})") from error
+        raise CheckpointError(f"{path} is damaged, or no checkpoint ({first_line(error)})") from error

@@ -14,13 +14,13 @@ from escaip.errors import CheckpointError
 from escaip.interop.fairchem.checkpoint_file import read_checkpoint
 from escaip.interop.fairchem.options import ENERGY_HEAD, GRADIENT_HEAD, is_direct, split_config, translate
 from escaip.interop.fairchem.tasks import Normalization, read_tasks
-from escaip.interop.fairchem.weights import Source, clean_names, convert, head_prefixes
-from escaip.models import MAX_ATOMIC_NUMBER, EScAIP, EScAIPConfig
+from escaip.interop.fairchem.weights import clean_names, convert, head_prefixes
+from escaip.models import MAX_ATOMIC_NUMBER, EScAIP
 from escaip.potential import Potential, PotentialMetadata
 
 
 def read_fairchem(path: str | os.PathLike[str], *, distance_table: str = "never") -> Potential:
-    """Reads an inference checkpoint of fairchem-core without running code from it; averaged weights where it has them.
+    """Reads an inference checkpoint of fairchem-core without running code from it, with averaged weights if present.
 
     Args:
         path: the file.
@@ -46,16 +46,16 @@ def from_fairchem(
     tasks: Sequence[Mapping[str, Any]] | None = None,
     distance_table: str = "never",
 ) -> Potential:
-    """Builds the potential that computes what a published EScAIP computes.
+    """Builds a potential with the energies and forces of a published EScAIP.
 
     Args:
-        state_dict: of fairchem-core's ``HydraModelV2`` (or ``HydraModel``), or of its average (``module.`` before the
-            names); changed in nothing.
-        config: ``{"backbone": {...}, "heads": {...}}``, or the options of the backbone alone. Without heads, forces
-            that are not direct mean the gradient head.
+        state_dict: of fairchem-core's ``HydraModelV2`` (or ``HydraModel``), or of its average (names that begin with
+            ``module.``); not changed.
+        config: ``{"backbone": {...}, "heads": {...}}``, or the options of the backbone alone. Without heads, a model
+            whose forces are not direct has the gradient head.
         tasks: configurations of its tasks, for scale and element references; None for bare outputs.
-        distance_table: ``"never"`` for the same function; ``"inference"`` or ``"always"`` for a faster one that differs
-            by the error of the table, see :class:`~escaip.EScAIPConfig`.
+        distance_table: ``"never"`` for the same function; ``"inference"`` or ``"always"`` for a faster approximation,
+            see :class:`~escaip.EScAIPConfig`.
 
     Returns:
         The potential in float32, in evaluation mode.
@@ -68,7 +68,7 @@ def from_fairchem(
     options, heads = split_config(config)
     energy_prefix, force_prefix, energy_norm = _choose_heads(tensors, options, heads)
     model_config = translate(options, energy_norm=energy_norm, distance_table=distance_table)
-    weights = _weights(tensors, model_config, energy_prefix, force_prefix)
+    weights = convert(tensors, model_config, energy_prefix, force_prefix)
 
     with torch.device("meta"):  # shapes before memory: a configuration can ask for any size
         expected = EScAIP(model_config).state_dict()
@@ -85,7 +85,7 @@ def from_fairchem(
 def _choose_heads(
     tensors: Mapping[str, Tensor], options: Mapping[str, Any], heads: Mapping[str, str]
 ) -> tuple[str, str | None, bool]:
-    """Prefixes of the energy and the force head, and whether the energy head has a norm."""
+    """Returns the prefixes of the energy and the force head, and whether the energy head has a norm."""
     energy, force = head_prefixes(tensors)
     if len(energy) != 1 or len(force) > 1:
         names = ", ".join([*energy, *force]) or "none"
@@ -103,26 +103,6 @@ def _choose_heads(
     if direct and kind == GRADIENT_HEAD:
         raise CheckpointError(f"fairchem head {name} takes gradients beside direct forces: {ENERGY_HEAD} is expected")
     return energy_prefix, next(iter(force.values()), None), kind == ENERGY_HEAD
-
-
-def _weights(
-    tensors: Mapping[str, Tensor], config: EScAIPConfig, energy_prefix: str, force_prefix: str | None
-) -> dict[str, Tensor]:
-    source = Source(tensors)
-    weights = convert(source, config, energy_prefix, force_prefix)
-    # Stored and never read: the norm of a gradient head, and edges of the last block where no force head is.
-    if not config.energy_norm:
-        source.drop(f"{energy_prefix}node_norm.")
-    if config.is_conservative:
-        last = f"backbone.transformer_blocks.{config.num_layers - 1}."
-        source.drop(f"{last}norm_ffn_edge.")
-        source.drop(f"{last}feedforward.mlp_edge.")
-    if source.names():
-        raise CheckpointError(
-            f"fairchem weights {source.names()[0]} have no counterpart here ({len(source.names())} such in all): the "
-            "configuration is another one, or the model has parts that are not supported"
-        )
-    return weights
 
 
 def _check_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The options of a published EScAIP, as fairchem-core 2.24 names them, and ours that mean the same."""
+"""Translation of the options of a published EScAIP, as fairchem-core 2.24 names them, into ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from escaip.ops.legendre import MAX_L
 GRADIENT_HEAD = "EScAIPGradientEnergyForceStressHead"
 ENERGY_HEAD = "EScAIPEnergyHead"
 FORCE_HEAD = "EScAIPDirectForceHead"
-# Names of the registry, and the classes they stand for.
+# Registered name or class name -> class name.
 _HEADS = {
     "EScAIP_grad_energy_force_stress_head": GRADIENT_HEAD,
     "EScAIP_energy_head": ENERGY_HEAD,
@@ -26,7 +26,7 @@ _HEADS = {
 _WRAPPER = "DatasetSpecificSingleHeadWrapper"
 _BACKBONES = ("EScAIPBackbone", "EScAIP_backbone")
 
-# Candidates after the k-th that soft ranks hear of in the published code.
+# Number of candidates after the k-th that count in the soft ranks of the published code.
 RANK_TRUNCATION = 20
 
 _REQUIRED = (
@@ -41,7 +41,7 @@ _DEFAULTS: dict[str, Any] = {
     "freequency_list": (20, 10, 4, 10, 20), "mlp_dropout": 0.0, "atten_dropout": 0.0, "stochastic_depth_prob": 0.0,
     "node_ffn_dropout": 0.0, "edge_ffn_dropout": 0.0, "scalar_output_dropout": 0.0, "vector_output_dropout": 0.0,
 }  # fmt: skip
-# Options with one value that this package computes, and why not the others.
+# Option -> the only value supported here, and why the others are not.
 _ONLY: dict[str, tuple[Any, str]] = {
     "knn_soft": (True, "its hard ranks break ties by chance"),
     "knn_use_low_mem": (True, "the sum of sigmoids over all atoms has no cutoff"),
@@ -53,7 +53,7 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "energy_reduce": ("sum", "energies are sums over atoms here"),
     "use_fp16_backbone": (False, "half precision is not supported"),
 }
-# Options that change nothing of what a trained model answers.
+# Options without effect on the results of a trained model.
 _WITHOUT_EFFECT = (
     "model", "regress_stress", "use_compile", "use_padding", "dataset_list", "max_atoms", "max_batch_size",
     "knn_pad_size", "atten_name", "angle_expansion_size", "angle_embedding_size",
@@ -67,7 +67,7 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, s
         config: ``{"backbone": {...}, "heads": {...}}``, or the options of the backbone alone.
 
     Raises:
-        CheckpointError: another architecture, or heads that are none of EScAIP's.
+        CheckpointError: another architecture, or heads of another architecture.
     """
     backbone = config.get("backbone", config)
     if not isinstance(backbone, Mapping):
@@ -80,10 +80,10 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, s
 
 
 def translate(options: Mapping[str, Any], *, energy_norm: bool, distance_table: str = "never") -> EScAIPConfig:
-    """Returns our configuration of the same function.
+    """Returns the configuration of an equivalent model.
 
     Args:
-        options: of the backbone; those left out have fairchem-core's defaults.
+        options: of the backbone; missing ones have fairchem-core's defaults.
         energy_norm: whether the energy head has a norm (its gradient head has none).
         distance_table: of :class:`~escaip.EScAIPConfig`.
 
@@ -147,7 +147,7 @@ def translate(options: Mapping[str, Any], *, energy_norm: bool, distance_table: 
 
 
 def is_direct(options: Mapping[str, Any]) -> bool:
-    """Whether the backbone has readouts of edges, which direct forces are read from."""
+    """Whether the model has direct forces."""
     return bool(options["regress_forces"]) and bool(options["direct_forces"])
 
 

@@ -1,7 +1,7 @@
-"""What fairchem-core adds to a model's outputs: normalizers and element references, by task.
+"""Normalizers and element references of fairchem-core's tasks.
 
-Its answer for a task is ``rmsd · output + mean``, for energies plus the references of all atoms. Ours is
-``scale · output`` plus references, with one scale for energy, forces and stress.
+fairchem-core predicts ``rmsd · output + mean`` for each task, and adds the references of all atoms to energies. We
+predict ``scale · output`` plus references, with one scale for energy, forces and stress.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from escaip.errors import CheckpointError
 from escaip.models import MAX_ATOMIC_NUMBER
 
 _REMEDY = "use fairchem-core for this model"
-# Relative difference of two scales that are taken for the same number in other digits.
+# Largest relative difference of two scales that are the same number, rounded differently.
 _SAME = 1e-6
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """Energies and forces of one data set.
+    """Scale and references of one data set.
 
     Attributes:
-        scale: eV that an output of 1 stands for.
-        force_factor: scale of direct forces over that of energies.
-        references: ``(119,)`` float64 eV by atomic number, NaN beyond the elements that have one.
+        scale: eV for each unit of output.
+        force_factor: ratio of the scale of direct forces to that of energies.
+        references: ``(119,)`` float64 eV by atomic number, NaN for elements without one.
     """
 
     scale: float
@@ -37,11 +37,11 @@ class Normalization:
 
 
 def read_tasks(tasks: Sequence[Mapping[str, Any]], *, conservative: bool) -> dict[str, Normalization]:
-    """Returns what belongs to each data set, in the order of the energy tasks.
+    """Returns the normalization of each data set, in the order of the energy tasks.
 
     Args:
         tasks: configurations of fairchem-core's ``Task``.
-        conservative: forces are the gradient of the energy.
+        conservative: whether forces are the gradient of the energy.
 
     Raises:
         CheckpointError: a task that a potential here cannot represent exactly; the message names it.
@@ -81,7 +81,7 @@ def _normalization(
 
 
 def _scale(task: Mapping[str, Any]) -> float:
-    """``rmsd`` of the normalizer; its mean must be zero."""
+    """Returns ``rmsd`` of the normalizer, whose mean must be zero."""
     normalizer = task.get("normalizer") or {}
     if not isinstance(normalizer, Mapping):
         raise CheckpointError(f"fairchem task {_name(task)} has a normalizer that is no mapping: {_REMEDY}")
@@ -103,7 +103,7 @@ def _scale(task: Mapping[str, Any]) -> float:
 
 
 def _references(task: Mapping[str, Any]) -> Tensor:
-    """``(119,)`` float64 eV."""
+    """Returns the element references of a task, ``(119,)`` float64 eV."""
     given = task.get("element_references")
     if given is None:
         return torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)

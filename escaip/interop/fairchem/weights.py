@@ -1,7 +1,7 @@
-"""The weights of a published EScAIP under our names.
+"""The weights of a published EScAIP under the names of :class:`escaip.EScAIP`.
 
-Where a published layer acts on a concatenation of what belongs to a token and what belongs to its two atoms, ours acts
-on the parts, so its matrix is split by columns. All else only changes its name.
+A published layer acts on a concatenation of features of a token and of its two atoms; ours acts on each part, so its
+matrix is split by columns. All other tensors only change their names.
 """
 
 from __future__ import annotations
@@ -18,38 +18,8 @@ from escaip.models import MAX_ATOMIC_NUMBER, EScAIPConfig
 _NUM_ELEMENTS = MAX_ATOMIC_NUMBER + 1
 
 
-class Source:
-    """Published tensors by name, each of which is taken once.
-
-    Args:
-        tensors: what is left of a state dict; taken from.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
-
-    def take(self, name: str) -> Tensor:
-        """Returns a tensor in float32.
-
-        Raises:
-            CheckpointError: there is none.
-        """
-        if name not in self._tensors:
-            raise CheckpointError(f"fairchem weights lack {name}: the file is not whole, or of another configuration")
-        return self._tensors.pop(name).detach().to(torch.float32)
-
-    def drop(self, prefix: str) -> None:
-        """Leaves out tensors that the model stores and never reads."""
-        for name in [name for name in self._tensors if name.startswith(prefix)]:
-            del self._tensors[name]
-
-    def names(self) -> list[str]:
-        """What has not been taken yet."""
-        return list(self._tensors)
-
-
 def clean_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Takes off what averaging and distribution put before the names, and their counters.
+    """Removes the prefixes and counters that averaging and distributed training add to a state dict.
 
     Raises:
         CheckpointError: no weights of EScAIP.
@@ -69,7 +39,7 @@ def clean_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def head_prefixes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
-    """Prefixes of the weights of energy heads and of direct-force heads, by head name."""
+    """Returns the prefixes of the weights of energy heads and of direct-force heads, by name of the head."""
     energy: dict[str, str] = {}
     force: dict[str, str] = {}
     for name in tensors:
@@ -80,114 +50,131 @@ def head_prefixes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[s
     return energy, force
 
 
-def convert(source: Source, config: EScAIPConfig, energy_prefix: str, force_prefix: str | None) -> dict[str, Tensor]:
-    """Returns the state dict of :class:`escaip.EScAIP`.
+def convert(
+    tensors: Mapping[str, Tensor], config: EScAIPConfig, energy_prefix: str, force_prefix: str | None
+) -> dict[str, Tensor]:
+    """Returns the state dict of :class:`escaip.EScAIP`, in float32.
 
     Args:
-        source: published weights; what is not read by the model stays in it.
+        tensors: published weights.
         config: of the model.
-        energy_prefix: what the names of the energy head's weights begin with.
-        force_prefix: likewise of the force head; None without one.
+        energy_prefix: of the names of the energy head's weights.
+        force_prefix: of the names of the force head's weights; None without one.
 
     Raises:
-        CheckpointError: a tensor is missing or has a shape that does not fit.
+        CheckpointError: a tensor is missing, has no counterpart, or has a shape that does not fit.
     """
-    taken: dict[str, Tensor] = {}
-    block = "backbone.input_block."
-    _attributes(source, f"{block}input_layer.", "attributes.", config, taken)
-    _feed_forward(source, f"{block}input_layer.edge_ffn.", "input_ffn.", taken)
-    _norm(source, f"{block}norm_node", "norm_node", config, taken)
-    _norm(source, f"{block}norm_edge", "norm_edge", config, taken)
-    for layer in range(config.num_layers):
-        _block(source, layer, config, taken)
-    kinds = ["node"] if config.is_conservative else ["node", "edge"]
-    for kind in kinds:
-        for depth in range(config.num_layers + 1):
-            ours, theirs = f"{kind}_readouts.{depth}.", f"backbone.readout_layers.{depth}."
-            _feed_forward(source, f"{theirs}{kind}_ffn.", f"{ours}ffn.", taken)
-            _norm(source, f"{theirs}pre_{kind}_norm", f"{ours}norm", config, taken)
-        projection = "backbone.output_projection."
-        _linear(source, f"{projection}{kind}_projection.0", f"{kind}_projection.linear", taken)
-        _norm(source, f"{projection}output_norm_{kind}", f"{kind}_projection.norm", config, taken)
-    _output(source, f"{energy_prefix}energy_layer.", "energy_head.mlp.", taken)
-    if config.energy_norm:
-        _norm(source, f"{energy_prefix}node_norm", "energy_head.norm", config, taken)
-    if force_prefix is not None:
-        _output(source, f"{force_prefix}force_direction_layer.", "force_head.vector.", taken)
-        _output(source, f"{force_prefix}force_magnitude_layer.", "force_head.magnitude.", taken)
-        _norm(source, f"{force_prefix}node_norm", "force_head.norm_node", config, taken)
-        _norm(source, f"{force_prefix}edge_norm", "force_head.norm_edge", config, taken)
-    return taken
-
-
-def _block(source: Source, layer: int, config: EScAIPConfig, taken: dict[str, Tensor]) -> None:
-    theirs, ours, hidden = f"backbone.transformer_blocks.{layer}.", f"blocks.{layer}.", config.hidden_size
-    attention = f"{theirs}graph_attention."
-    _attributes(source, attention, f"{ours}attributes.", config, taken)
-    _linear(source, f"{attention}edge_hidden_linear.0", f"{ours}message.edge_hidden", taken)
-    sender, receiver = _columns(source, f"{attention}node_hidden_linear.0.weight", [hidden, hidden])
-    taken[f"{ours}message.sender.weight"], taken[f"{ours}message.receiver.weight"] = sender, receiver
-    taken[f"{ours}message.receiver.bias"] = source.take(f"{attention}node_hidden_linear.0.bias")
-    if config.message_gate:
-        _linear(source, f"{attention}gate_linear.0", f"{ours}message.gate", taken)
-        _linear(source, f"{attention}candidate_linear.0", f"{ours}message.candidate", taken)
-    else:
-        _linear(source, f"{attention}message_linear.0", f"{ours}message.mix", taken)
-    _norm(source, f"{attention}message_norm", f"{ours}message.norm", config, taken)
-    for short, long in (("q", "query"), ("k", "key"), ("v", "value")):
-        _linear(source, f"{attention}attn_in_proj_{short}", f"{ours}attention.{long}", taken)
-    _linear(source, f"{attention}attn_out_proj", f"{ours}attention.project", taken)
-    _norm(source, f"{theirs}norm_attn_node", f"{ours}norm_node", config, taken)
-    _norm(source, f"{theirs}norm_attn_edge", f"{ours}norm_edge", config, taken)
-    _norm(source, f"{theirs}norm_ffn_node", f"{ours}norm_node_ffn", config, taken)
-    _feed_forward(source, f"{theirs}feedforward.mlp_node.", f"{ours}node_ffn.", taken)
-    if layer < config.num_layers - 1 or not config.is_conservative:
-        _norm(source, f"{theirs}norm_ffn_edge", f"{ours}norm_edge_ffn", config, taken)
-        _feed_forward(source, f"{theirs}feedforward.mlp_edge.", f"{ours}edge_ffn.", taken)
-
-
-def _attributes(source: Source, theirs: str, ours: str, config: EScAIPConfig, taken: dict[str, Tensor]) -> None:
-    """One linear layer on [distance, source order, source element, target order, target element], in three parts."""
-    end = config.boo_size + config.element_size
-    parts = _columns(source, f"{theirs}edge_attr_linear.0.weight", [config.distance_size, end, end])
-    for name, part in zip(("distance_project", "source.project", "target.project"), parts, strict=True):
-        taken[f"{ours}{name}.weight"] = part
-    taken[f"{ours}target.project.bias"] = source.take(f"{theirs}edge_attr_linear.0.bias")
-    for side in ("source", "target"):
-        table = source.take(f"{theirs}{side}_atomic_embedding.weight")[:_NUM_ELEMENTS]
-        taken[f"{ours}{side}.element.weight"] = torch.nn.functional.pad(table, (0, 0, 0, _NUM_ELEMENTS - len(table)))
-        _linear(source, f"{theirs}{side}_direction_embedding.0", f"{ours}{side}.order", taken)
-    _linear(source, f"{theirs}edge_distance_embedding.0", f"{ours}distance_embedding", taken)
-    _norm(source, f"{theirs}edge_attr_norm", f"{ours}norm", config, taken)
-
-
-def _columns(source: Source, name: str, sizes: list[int]) -> list[Tensor]:
-    weight = source.take(name)
-    if weight.dim() != 2 or weight.shape[1] != sum(sizes):
+    conversion = _Conversion(dict(tensors), config)
+    conversion.model(energy_prefix, force_prefix)
+    # Tensors that the published model stores and never reads.
+    unread = [] if config.energy_norm else [f"{energy_prefix}node_norm."]
+    if config.is_conservative:
+        last = f"backbone.transformer_blocks.{config.num_layers - 1}."
+        unread += [f"{last}norm_ffn_edge.", f"{last}feedforward.mlp_edge."]
+    left = [name for name in conversion.tensors if not name.startswith(tuple(unread))]
+    if left:
         raise CheckpointError(
-            f"fairchem weights {name} have shape {tuple(weight.shape)}, expected {sum(sizes)} columns: they are of "
-            "another configuration"
+            f"fairchem weights {left[0]} have no counterpart here ({len(left)} such in all): the configuration is "
+            "another one, or the model has parts that are not supported"
         )
-    return [part.contiguous() for part in weight.split(sizes, 1)]
+    return conversion.converted
 
 
-def _linear(source: Source, theirs: str, ours: str, taken: dict[str, Tensor]) -> None:
-    taken[f"{ours}.weight"] = source.take(f"{theirs}.weight")
-    taken[f"{ours}.bias"] = source.take(f"{theirs}.bias")
+class _Conversion:
+    """Takes published tensors one after the other; each method converts one layer, from its name to ours."""
 
+    def __init__(self, tensors: dict[str, Tensor], config: EScAIPConfig) -> None:
+        self.tensors, self.config = tensors, config
+        self.converted: dict[str, Tensor] = {}
 
-def _feed_forward(source: Source, theirs: str, ours: str, taken: dict[str, Tensor]) -> None:
-    _linear(source, f"{theirs}0.0", f"{ours}expand", taken)
-    _linear(source, f"{theirs}1.0", f"{ours}contract", taken)
+    def model(self, energy_prefix: str, force_prefix: str | None) -> None:
+        block = "backbone.input_block."
+        self.attributes(f"{block}input_layer.", "attributes.")
+        self.feed_forward(f"{block}input_layer.edge_ffn.", "input_ffn.")
+        self.norm(f"{block}norm_node", "norm_node")
+        self.norm(f"{block}norm_edge", "norm_edge")
+        for layer in range(self.config.num_layers):
+            self.block(f"backbone.transformer_blocks.{layer}.", f"blocks.{layer}.", layer)
+        for kind in ("node",) if self.config.is_conservative else ("node", "edge"):
+            for depth in range(self.config.num_layers + 1):
+                ours, theirs = f"{kind}_readouts.{depth}.", f"backbone.readout_layers.{depth}."
+                self.feed_forward(f"{theirs}{kind}_ffn.", f"{ours}ffn.")
+                self.norm(f"{theirs}pre_{kind}_norm", f"{ours}norm")
+            self.linear(f"backbone.output_projection.{kind}_projection.0", f"{kind}_projection.linear")
+            self.norm(f"backbone.output_projection.output_norm_{kind}", f"{kind}_projection.norm")
+        self.output(f"{energy_prefix}energy_layer.", "energy_head.mlp.")
+        if self.config.energy_norm:
+            self.norm(f"{energy_prefix}node_norm", "energy_head.norm")
+        if force_prefix is not None:
+            self.output(f"{force_prefix}force_direction_layer.", "force_head.vector.")
+            self.output(f"{force_prefix}force_magnitude_layer.", "force_head.magnitude.")
+            self.norm(f"{force_prefix}node_norm", "force_head.norm_node")
+            self.norm(f"{force_prefix}edge_norm", "force_head.norm_edge")
 
+    def block(self, theirs: str, ours: str, layer: int) -> None:
+        attention, hidden = f"{theirs}graph_attention.", self.config.hidden_size
+        self.attributes(attention, f"{ours}attributes.")
+        self.linear(f"{attention}edge_hidden_linear.0", f"{ours}message.edge_hidden")
+        senders = [f"{ours}message.sender.weight", f"{ours}message.receiver.weight"]
+        self.columns(f"{attention}node_hidden_linear.0.weight", senders, [hidden, hidden])
+        self.rename(f"{attention}node_hidden_linear.0.bias", f"{ours}message.receiver.bias")
+        for name in ("gate", "candidate") if self.config.message_gate else ("message",):
+            self.linear(f"{attention}{name}_linear.0", f"{ours}message.{'mix' if name == 'message' else name}")
+        self.norm(f"{attention}message_norm", f"{ours}message.norm")
+        for short, long in (("q", "query"), ("k", "key"), ("v", "value")):
+            self.linear(f"{attention}attn_in_proj_{short}", f"{ours}attention.{long}")
+        self.linear(f"{attention}attn_out_proj", f"{ours}attention.project")
+        self.norm(f"{theirs}norm_attn_node", f"{ours}norm_node")
+        self.norm(f"{theirs}norm_attn_edge", f"{ours}norm_edge")
+        for kind in ("node", "edge"):
+            if kind == "node" or layer < self.config.num_layers - 1 or not self.config.is_conservative:
+                self.norm(f"{theirs}norm_ffn_{kind}", f"{ours}norm_{kind}_ffn")
+                self.feed_forward(f"{theirs}feedforward.mlp_{kind}.", f"{ours}{kind}_ffn.")
 
-def _output(source: Source, theirs: str, ours: str, taken: dict[str, Tensor]) -> None:
-    _feed_forward(source, f"{theirs}ffn.", f"{ours}ffn.", taken)
-    taken[f"{ours}output.weight"] = source.take(f"{theirs}final_output.0.weight")
+    def attributes(self, theirs: str, ours: str) -> None:
+        """Splits a layer on [distance, source order, source element, target order, target element] in three."""
+        parts = [f"{ours}{name}.weight" for name in ("distance_project", "source.project", "target.project")]
+        end = self.config.boo_size + self.config.element_size
+        self.columns(f"{theirs}edge_attr_linear.0.weight", parts, [self.config.distance_size, end, end])
+        self.rename(f"{theirs}edge_attr_linear.0.bias", f"{ours}target.project.bias")
+        for side in ("source", "target"):
+            table = self.take(f"{theirs}{side}_atomic_embedding.weight")[:_NUM_ELEMENTS]
+            padded = torch.nn.functional.pad(table, (0, 0, 0, _NUM_ELEMENTS - len(table)))
+            self.converted[f"{ours}{side}.element.weight"] = padded
+            self.linear(f"{theirs}{side}_direction_embedding.0", f"{ours}{side}.order")
+        self.linear(f"{theirs}edge_distance_embedding.0", f"{ours}distance_embedding")
+        self.norm(f"{theirs}edge_attr_norm", f"{ours}norm")
 
+    def columns(self, theirs: str, ours: list[str], sizes: list[int]) -> None:
+        weight = self.take(theirs)
+        if weight.dim() != 2 or weight.shape[1] != sum(sizes):
+            raise CheckpointError(
+                f"fairchem weights {theirs} have shape {tuple(weight.shape)}, expected {sum(sizes)} columns: they are "
+                "of another configuration"
+            )
+        for name, part in zip(ours, weight.split(sizes, 1), strict=True):
+            self.converted[name] = part.contiguous()
 
-def _norm(source: Source, theirs: str, ours: str, config: EScAIPConfig, taken: dict[str, Tensor]) -> None:
-    if config.norm != "skip":
-        taken[f"{ours}.weight"] = source.take(f"{theirs}.weight")
-    if config.norm == "layernorm":
-        taken[f"{ours}.bias"] = source.take(f"{theirs}.bias")
+    def output(self, theirs: str, ours: str) -> None:
+        self.feed_forward(f"{theirs}ffn.", f"{ours}ffn.")
+        self.rename(f"{theirs}final_output.0.weight", f"{ours}output.weight")
+
+    def feed_forward(self, theirs: str, ours: str) -> None:
+        self.linear(f"{theirs}0.0", f"{ours}expand")
+        self.linear(f"{theirs}1.0", f"{ours}contract")
+
+    def linear(self, theirs: str, ours: str) -> None:
+        self.rename(f"{theirs}.weight", f"{ours}.weight")
+        self.rename(f"{theirs}.bias", f"{ours}.bias")
+
+    def norm(self, theirs: str, ours: str) -> None:
+        for kind in {"skip": (), "layernorm": ("weight", "bias")}.get(self.config.norm, ("weight",)):
+            self.rename(f"{theirs}.{kind}", f"{ours}.{kind}")
+
+    def rename(self, theirs: str, ours: str) -> None:
+        self.converted[ours] = self.take(theirs)
+
+    def take(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise CheckpointError(f"fairchem weights lack {name}: the file is not whole, or of another configuration")
+        return self.tensors.pop(name).detach().to(torch.float32)
