@@ -53,7 +53,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["import", "fairchem", str(tmp_path / "none.pt"), "--out", str(out)]) == 1
     assert "none.pt does not exist" in capsys.readouterr().err
     assert main(["import", "fairchem", str(ANY)]) == 2
-    assert main(["import"]) == 2
 
 
 def test_an_import_drives_a_calculator(tmp_path: Path) -> None:
