@@ -66,8 +66,8 @@ def download(
     dataset_card(name)
     from escaip.data.download import download as fetch
 
-    report = fetch(name, split=split, files=file, root=root, jobs=jobs, dry_run=dry_run, extract=extract, verify=verify)
-    print(report.table() if dry_run else report.summary())
+    options = {"jobs": jobs, "dry_run": dry_run, "extract": extract, "verify": verify}
+    print(fetch(name, split=split, files=file, root=root, **options))
 
 
 def inspect(path: DataPath, *, out: str | None = None, **read: Unpack[ReadOptions]) -> None:

@@ -52,18 +52,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A published file, and what is on disk of it before the download.
+    """A published file as its card describes it, and its state on disk before the download.
 
-    Attributes:
-        name: path below the folder of the data set.
-        url: http or https address.
-        path: where it goes.
-        size: bytes according to the card, or None; ``exact`` says whether that is more than an estimate.
-        algorithm: of the checksum, ``md5`` or ``sha256``; ``digest`` is the published one, or None.
-        split: name of its split, empty for none.
-        gated: how to get a file whose conditions a person has to accept, else empty.
-        page: address of a page about the data set.
-        there: bytes on disk; ``whole`` says whether the file is complete.
+    ``size`` is an estimate unless ``exact``; ``digest`` is None where no checksum is published; ``gated`` says how to
+    get a file whose conditions a person has to accept; ``page`` is a web page about the set; ``there`` counts bytes.
     """
 
     name: str
@@ -82,51 +74,6 @@ class RemoteFile:
     def beside(self, pattern: str) -> Path:
         """Returns the path of an attendant file, such as ``{}.part``."""
         return self.path.with_name(pattern.format(self.path.name))
-
-    @property
-    def missing(self) -> int:
-        """Bytes to download, as far as known."""
-        return 0 if self.whole else max(0, (self.size or 0) - self.there)
-
-
-@dataclass(frozen=True)
-class DownloadReport:
-    """Files asked for and files on disk.
-
-    Attributes:
-        folder: of the data set.
-        plan: files asked for, as they were before.
-        needed: bytes to download and unpack, as far as known.
-        free: bytes free on the disk before.
-        lines: one line for each file on disk; none for a dry run.
-    """
-
-    folder: Path
-    plan: tuple[RemoteFile, ...]
-    needed: int
-    free: int
-    lines: tuple[str, ...] = ()
-
-    def table(self) -> str:
-        """Returns the plan as text: file, split, size, bytes on disk, and free space."""
-        rows = [("file", "split", "size", "there")]
-        for item in self.plan:
-            there = "whole" if item.whole else bytes_text(item.there) if item.there else "-"
-            note = " (by hand: conditions)" if item.gated and not item.whole else ""
-            size = bytes_text(item.there if item.whole else item.size)
-            rows.append((item.name, item.split or "-", size if item.exact else f"about {size}", there + note))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        unknown = sum(item.size is None and not item.whole for item in self.plan)
-        more = f" and {unknown} files of unknown size" if unknown else ""
-        lines.append(f"{len(self.plan)} files into {self.folder}; needed {bytes_text(self.needed)}{more}")
-        short = f": {bytes_text(self.needed - self.free)} too little" if self.needed > self.free else ""
-        return "\n".join([*lines, f"free on that disk {bytes_text(self.free)}{short}"])
-
-    def summary(self) -> str:
-        """Returns one line for each file and one for all of them."""
-        new = sum(not item.whole for item in self.plan)
-        return "\n".join([*self.lines, f"{self.folder}: {new} files downloaded, {len(self.plan) - new} were there"])
 
 
 class _Passing(Exception):
@@ -154,7 +101,7 @@ def download(
     progress: bool = True,
     attempts: int = 6,
     delay: float = 1.0,
-) -> DownloadReport:
+) -> str:
     """Downloads the files of a data set that are not on disk yet; the same call continues after any interruption.
 
     ``http_proxy``, ``https_proxy``, ``no_proxy``, ``REQUESTS_CA_BUNDLE`` and ``SSL_CERT_FILE`` are obeyed.
@@ -165,12 +112,15 @@ def download(
         files: only these files, by name or pattern (``train/*``).
         root: folder of all data sets; default ``$ESCAIP_DATA``, else ``data`` in the current folder.
         jobs: files at the same time, one connection each.
-        dry_run: return the plan and download nothing.
+        dry_run: return the table of files and download nothing.
         extract: unpack archives, each into a folder of its name without suffix.
         verify: compute the checksums of files on disk again, instead of trusting unchanged size and time.
         progress: show a bar on a terminal.
         attempts: failures of a file in a row, without progress between them, before giving it up.
         delay: seconds before the second attempt; each further delay is twice as long, up to a minute.
+
+    Returns:
+        A line for each file and one for all; for a dry run the table of files, sizes and free space.
 
     Raises:
         ConfigError: an unknown data set, split or file.
@@ -182,12 +132,12 @@ def download(
     card = name_or_card if isinstance(name_or_card, DatasetCard) else dataset_card(name_or_card)
     folder = Path(root or os.environ.get("ESCAIP_DATA") or "data") / card.name
     plan = choose_files(card, read_files(card, folder), split, files)
-    missing = sum(item.missing for item in plan)
+    missing = sum(max(0, (item.size or 0) - item.there) for item in plan if not item.whole)
     needed = missing + (sum(_unpacking(item) for item in plan) if extract else 0)
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if dry_run:
-        return DownloadReport(folder, tuple(plan), needed, free)
+        return _table(plan, folder, needed, free)
     for item in plan:
         if item.gated and not item.whole:
             how = f"{item.gated} ({item.url}), and put it at {item.path}"
@@ -211,7 +161,24 @@ def download(
     if errors:
         more = f" ({len(errors)} of {len(plan)} files failed, {len(lines)} are there)" if len(plan) > 1 else ""
         raise DataError(f"{errors[0]}{more}") from errors[0]
-    return DownloadReport(folder, tuple(plan), needed, free, tuple(lines))
+    new = sum(not item.whole for item in plan)
+    return "\n".join([*lines, f"{folder}: {new} files downloaded, {len(plan) - new} were there"])
+
+
+def _table(plan: Sequence[RemoteFile], folder: Path, needed: int, free: int) -> str:
+    rows = [("file", "split", "size", "there")]
+    for item in plan:
+        there = "whole" if item.whole else bytes_text(item.there) if item.there else "-"
+        note = " (by hand: conditions)" if item.gated and not item.whole else ""
+        size = bytes_text(item.there if item.whole else item.size)
+        rows.append((item.name, item.split or "-", size if item.exact else f"about {size}", there + note))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    unknown = sum(item.size is None and not item.whole for item in plan)
+    more = f" and {unknown} files of unknown size" if unknown else ""
+    short = f": {bytes_text(needed - free)} too little" if needed > free else ""
+    lines.append(f"{len(plan)} files into {folder}; needed {bytes_text(needed)}{more}")
+    return "\n".join([*lines, f"free on that disk {bytes_text(free)}{short}"])
 
 
 def read_files(card: DatasetCard, folder: Path) -> list[RemoteFile]:
@@ -221,35 +188,31 @@ def read_files(card: DatasetCard, folder: Path) -> list[RemoteFile]:
         DataError: an entry that is incomplete or unsafe; the message names the manifest and the entry.
     """
     manifest, found = card.path / "manifest.toml", {}
+    page = card.manifest.get("dataset", {}).get("homepage")
     for number, entry in enumerate(card.manifest.get("files", [])):
-        where, name, url = f"{manifest}: [[files]] number {number + 1}", entry.get("name"), entry.get("url")
-        if not isinstance(name, str) or not _is_safe(name) or name in found:
-            raise DataError(f"{where}: name {name!r} is no plain file name, or occurs twice")
-        if not isinstance(url, str) or urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise DataError(f"{where}: url {url!r} is no http or https address")
+        name, url = entry.get("name"), str(entry.get("url"))
         sizes = [entry[key] for key in ("size", "approximate_size") if key in entry]
-        if any(type(size) is not int or size < 0 for size in sizes):
-            raise DataError(f"{where}: size and approximate_size must be whole numbers of bytes, not {sizes}")
         algorithm = next((key for key in _DIGITS if key in entry), "sha256")
         digest = str(entry[algorithm]).lower() if algorithm in entry else None
-        if digest is not None and not re.fullmatch(f"[0-9a-f]{{{_DIGITS[algorithm]}}}", digest):
-            raise DataError(f"{where}: {algorithm} {digest!r} is no checksum of that kind")
+        problem = None
+        if not isinstance(name, str) or not _is_safe(name) or name in found:
+            problem = f"name {name!r} is no plain file name, or occurs twice"
+        elif urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            problem = f"url {url!r} is no http or https address"
+        elif any(type(size) is not int or size < 0 for size in sizes):
+            problem = f"size and approximate_size must be whole numbers of bytes, not {sizes}"
+        elif digest is not None and not re.fullmatch(f"[0-9a-f]{{{_DIGITS[algorithm]}}}", digest):
+            problem = f"{algorithm} {digest!r} is no checksum of that kind"
+        if problem:
+            raise DataError(f"{manifest}: [[files]] number {number + 1}: {problem}")
         path, part = folder / name, folder / f"{name}.part"
         if path.is_dir():
             raise DataError(f"{path}: is a folder, where a file should go: move it away")
+        there, whole = next((file.stat().st_size for file in (path, part) if file.exists()), 0), path.exists()
+        gated = str(entry.get("how", "see the page")) if entry.get("gated") else ""
+        size, exact, part_of = sizes[0] if sizes else None, "size" in entry or not sizes, str(entry.get("split", ""))
         found[name] = RemoteFile(
-            name=name,
-            url=url,
-            path=path,
-            size=sizes[0] if sizes else None,
-            exact="size" in entry or not sizes,
-            algorithm=algorithm,
-            digest=digest,
-            split=str(entry.get("split", "")),
-            gated=str(entry.get("how", "see the page")) if entry.get("gated") else "",
-            page=str(card.manifest.get("dataset", {}).get("homepage") or url),
-            there=next((file.stat().st_size for file in (path, part) if file.exists()), 0),
-            whole=path.exists(),
+            name, url, path, size, exact, algorithm, digest, part_of, gated, page or url, there, whole
         )
     if not found:
         raise DataError(f"{manifest}: names no files to download")
@@ -394,13 +357,10 @@ def _attempt(item: RemoteFile, file: IO[bytes], state: Path, bar: tqdm, stop: Ev
     boot = _BOOT.read_text() if _BOOT.exists() else ""
     # Bytes can be trusted when a checksum will tell, or the file has a version and the machine did not crash since.
     sure = item.digest is not None or (isinstance(version, str) and known.get("boot") == boot)
-    sizes = {value for value in (size, item.size if item.exact else None) if value is not None}
-    if (
-        known.get("url") != item.url
-        or not sure
-        or len(sizes) > 1
-        or any(type(n) is not int or n < offset for n in sizes)
-    ):
+    published = item.size if item.exact else None
+    sizes = [value for value in (size, published) if value is not None]
+    fits = all(type(value) is int and offset <= value == sizes[0] for value in sizes)
+    if known.get("url") != item.url or not sure or not fits:
         offset, size, version = drop(), None, None
     if offset and offset == size:
         return
@@ -423,7 +383,7 @@ def _attempt(item: RemoteFile, file: IO[bytes], state: Path, bar: tqdm, stop: Ev
                 _log.warning("%s: starting over, the server cannot continue or the file changed", item.name)
             offset, framed = drop(), "chunked" in response.headers.get("Transfer-Encoding", "").lower()
             length = response.headers.get("Content-Length", "")
-            total = int(length) if length.isdecimal() and not framed else item.size if item.exact else None
+            total = int(length) if length.isdecimal() and not framed else published
             if total is None and not framed and item.digest is None:
                 where = f"see {item.page}"
                 raise DataError(f"{item.name}: neither the server nor the card states a length or checksum; {where}")

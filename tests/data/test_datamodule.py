@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
 from ase.geometry import get_distances
 
 from escaip.data import AtomicData, AtomicDataModule, AtomicDataset, StoreWriter, collate, fit_statistics
@@ -56,13 +54,6 @@ def test_rotations_depend_on_seed_epoch_and_structure(structures: list[AtomicDat
     assert float(mean.abs().max()) < 0.05
 
 
-def test_fixed_atoms_policy(structures: list[AtomicData]) -> None:
-    structures[0].fixed[1] = True
-    assert bool(AtomicDataset(structures)[0].fixed[1])
-    assert not bool(AtomicDataset(structures, fixed_atoms="all")[0].fixed.any())
-    assert bool(structures[0].fixed[1])
-
-
 def test_sets_statistics_and_summary(xyz_file: Path) -> None:
     module = AtomicDataModule(str(xyz_file), max_atoms=60, split={"val": 0.2, "test": 10})
     module.setup("fit")
@@ -98,32 +89,25 @@ def test_named_sets_and_options(xyz_file: Path, structures: list[AtomicData], tm
     assert len(list(module.predict_dataloader())) == 15
 
 
-def test_kept_statistics_know_whether_references_were_given(xyz_file: Path, tmp_path: Path) -> None:
-    """Files of earlier versions do not say so."""
-    for isolated in (None, {str(number): -1.0 for number in range(1, 119)}):
-        options: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "isolated_energies": isolated}
-        for _ in range(2):  # fitted, then read
-            module = AtomicDataModule(str(xyz_file), batch_size=4, **options)
-            module.setup("fit")
-            assert module.statistics.references_fitted == (isolated is None)
-            for path in (tmp_path / "cache").iterdir():
-                values = json.loads(path.read_text(encoding="utf-8"))
-                values.pop("references_fitted", None)
-                path.write_text(json.dumps(values), encoding="utf-8")
-
-
 def test_statistics_are_kept_in_the_folder_named(xyz_file: Path, tmp_path: Path) -> None:
-    def module(**options: Any) -> AtomicDataModule:
+    def fitted(**options: Any) -> Any:
         made = AtomicDataModule(str(xyz_file), batch_size=4, cache_dir=str(tmp_path / "cache"), **options)
         made.setup("fit")
-        return made
+        return made.statistics
 
-    first = module()
+    first = fitted()
     (file,) = (tmp_path / "cache").glob("statistics-*.json")
     file.write_text(file.read_text().replace('"num_structures": ', '"num_structures": 1'))
-    assert module().statistics.num_structures != first.statistics.num_structures
-    assert module(seed=5).statistics.num_structures == first.statistics.num_structures
-    assert len(list((tmp_path / "cache").glob("statistics-*.json"))) == 2
+    assert fitted().num_structures != first.num_structures
+    assert fitted(seed=5).num_structures == first.num_structures
+    given = {str(number): -1.0 for number in range(1, 119)}
+    assert not fitted(isolated_energies=given).references_fitted
+    for path in (tmp_path / "cache").iterdir():  # files of earlier versions do not say whether references were given
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in values.items() if key != "references_fitted"}))
+    assert fitted().references_fitted
+    assert not fitted(isolated_energies=given).references_fitted
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_ranks_share_the_epoch(xyz_file: Path) -> None:
@@ -263,24 +247,16 @@ def test_a_state_from_other_batches_is_refused(xyz_file: Path) -> None:
         ({"max_atoms": 60, "val": {"keys": {"energy": "e"}}}, "fit", "data.val: has no path"),
         ({"max_atoms": 60, "required_labels": ("dipole",)}, "fit", "required_labels: 'dipole'"),
         ({"max_atoms": 60, "fixed_atoms": "some"}, "fit", "fixed_atoms: 'some'"),
+        ({"max_atoms": 60, "train": None}, "fit", r"data.train: name the training data"),
     ],
 )
 def test_bad_arguments(xyz_file: Path, options: dict, stage: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        AtomicDataModule(str(xyz_file), **options).setup(stage)
+        AtomicDataModule(**{"train": str(xyz_file), **options}).setup(stage)
 
 
 @pytest.mark.bad_input
-def test_no_training_data_and_statistics_too_early() -> None:
-    module = AtomicDataModule(batch_size=2)
-    with pytest.raises(ConfigError, match=r"data.train: name the training data"):
-        module.setup("fit")
-    with pytest.raises(ConfigError, match="only known after"):
-        _ = module.statistics
-
-
-@pytest.mark.bad_input
-def test_stores_without_a_required_label(structures: list[AtomicData], tmp_path: Path) -> None:
+def test_bad_data(xyz_file: Path, structures: list[AtomicData], tmp_path: Path) -> None:
     structures[5].forces[:] = torch.nan
     with StoreWriter(tmp_path / "store") as writer:
         for data in structures:
@@ -288,17 +264,11 @@ def test_stores_without_a_required_label(structures: list[AtomicData], tmp_path:
     with pytest.raises(DataError, match=r"1 of 60 structures in .* have no forces, which required_labels asks for"):
         AtomicDataModule(str(tmp_path / "store"), batch_size=2).setup("fit")
     AtomicDataModule(str(tmp_path / "store"), batch_size=2, required_labels=("energy",)).setup("fit")
-
-
-@pytest.mark.bad_input
-def test_nothing_left_after_filtering(xyz_file: Path) -> None:
     with pytest.raises(DataError, match=r"data.train: 0 structures in .* check index"):
         AtomicDataModule({"path": str(xyz_file), "index": "100:"}, batch_size=2).setup("fit")
-
-
-@pytest.mark.bad_input
-def test_one_structure_larger_than_the_budget(xyz_file: Path, frames: list[Atoms]) -> None:
     module = AtomicDataModule(str(xyz_file), max_atoms=8, split={"val": 0})
+    with pytest.raises(ConfigError, match="only known after"):
+        _ = module.statistics
     module.setup("fit")
     with pytest.raises(DataError, match=r"made.extxyz:30: has 9 atoms, more than max_atoms = 8"):
         module.train_dataloader()
@@ -315,13 +285,3 @@ def test_shipped_files_and_stores_by_mapping(structures: list[AtomicData], tmp_p
     assert module.datasets["train"].store_path == tmp_path / "store"
     assert module.datasets["val"].store_path is None
     assert len(module.datasets["val"]) > 1000
-
-
-def test_real_complexes_split_by_molecule(shared_data: Callable[[str], Path]) -> None:
-    path = shared_data("molecular/spice_amino_acid_ligand_GFN2.hdf5")
-    module = AtomicDataModule({"path": str(path), "limit": 240}, max_atoms=300, max_edges=9000, split={"val": 0.1})
-    module.setup("fit")
-    train, val = module.datasets["train"], module.datasets["val"]
-    assert not set(train.groups) & set(val.groups)
-    for batch in module.train_dataloader():
-        assert batch.num_nodes <= 300

@@ -180,25 +180,24 @@ def test_a_flipped_bit_is_found_before_training(stores: dict) -> None:
 
 
 @pytest.mark.bad_input
-def test_bad_mixtures(stores: dict) -> None:
-    with pytest.raises(ConfigError, match="sampling: needs several sets by name"):
-        module(stores["low"], sampling={"temperature": 2.0})
-    with pytest.raises(ConfigError, match="sampling: weights name low, but the sets are low, high"):
-        module(stores, sampling={"weights": {"low": 1}})
-    with pytest.raises(ConfigError, match="sampling: unknown setting 'ratio'"):
-        module(stores, sampling={"ratio": 1})
-    with pytest.raises(ConfigError, match="must be positive; leave a set out"):
-        module(stores, sampling={"weights": {"low": 1, "high": 0}})
-    with pytest.raises(ConfigError, match="temperature: 0"):
-        module(stores, sampling={"temperature": 0})
-    with pytest.raises(ConfigError, match=r"data\.train: has no path; .* or sets by name"):
-        module({"low": 3})
-    with pytest.raises(ConfigError, match=r"data.val: names other; the training sets are low, high"):
-        module(stores, val={"other": stores["low"]})
-    with pytest.raises(ConfigError, match="isolated_energies: H: for a mixture write them by set"):
-        module(stores, isolated_energies={"H": -1.0})
-    with pytest.raises(ConfigError, match="scale: 'own'"):
-        module(stores, scale="own")
+@pytest.mark.parametrize(
+    ("sets", "options", "message"),
+    [
+        ("low", {"sampling": {"temperature": 2.0}}, "sampling: needs several sets by name"),
+        (None, {"sampling": {"weights": {"low": 1}}}, "sampling: weights name low, but the sets are low, high"),
+        (None, {"sampling": {"ratio": 1}}, "sampling: unknown setting 'ratio'"),
+        (None, {"sampling": {"weights": {"low": 1, "high": 0}}}, "must be positive; leave a set out"),
+        (None, {"sampling": {"temperature": 0}}, "temperature: 0"),
+        (None, {"train": {"low": 3}}, r"data\.train: has no path; .* or sets by name"),
+        (None, {"val": {"other": "x"}}, r"data.val: names other; the training sets are low, high"),
+        (None, {"isolated_energies": {"H": -1.0}}, "isolated_energies: H: for a mixture write them by set"),
+        (None, {"scale": "own"}, "scale: 'own'"),
+    ],
+)
+def test_bad_mixtures(stores: dict, sets: str | None, options: dict, message: str) -> None:
+    given = stores if sets is None else stores[sets]
+    with pytest.raises(ConfigError, match=message):
+        module(options.pop("train", given), **options)
 
 
 def test_the_level_of_theory_comes_from_the_stores(xyz_file: Path, tmp_path: Path) -> None:

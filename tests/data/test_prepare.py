@@ -22,6 +22,7 @@ from escaip.data.prepare import Reading, prepare, prepare_named
 from escaip.data.splits import SplitSettings, make_split
 from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import ConfigError, DataError
+from escaip.types import TARGETS, Target
 
 
 @pytest.fixture
@@ -65,6 +66,17 @@ def test_the_index_agrees_with_the_structures(files: Path, tmp_path: Path) -> No
     assert len(np.unique(index["content_hash"])) == 60
     # Neighbors within 6 Å of an atom of the cubic copper cell (3.6 Å): shells of 12, 6, 24, 12, 24 up to 5.7 Å.
     assert index["num_edges"][55] == pytest.approx(4 * 78, abs=8)
+
+
+def test_workers_know_further_targets(frames: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "dipole", Target("dipole", False, (3,), "e·Å", "me·Å", 1e3))
+    for number in (0, 1):
+        for k, atoms in enumerate(frames[number * 10 : number * 10 + 10]):
+            atoms.info["dipole"] = [k, number, 0.0]
+        ase.io.write(tmp_path / f"{number}.extxyz", frames[number * 10 : number * 10 + 10])
+    prepare([tmp_path / "0.extxyz", tmp_path / "1.extxyz"], tmp_path / "s", workers=2)
+    dipoles = Store(tmp_path / "s").batch(range(20)).dipole
+    assert dipoles.tolist() == [[k, number, 0.0] for number in (0, 1) for k in range(10)]
 
 
 def test_statistics_of_the_index_are_those_of_the_structures(files: Path, tmp_path: Path) -> None:

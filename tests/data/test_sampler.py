@@ -108,6 +108,9 @@ def test_edge_estimates() -> None:
     assert estimate_edges([1, 5, 100], False, 30).tolist() == [0, 20, 3000]
     assert estimate_edges([1, 5, 100], True, 30).tolist() == [30, 150, 3000]
     assert estimate_edges([5], False, None).tolist() == [20]
+    found = estimate_edges([10, 10, 10], [True, True, False], 20, counted=[150, 900, 90])
+    assert found.tolist() == [150, 200, 90]
+    assert estimate_edges([10], [True], None, counted=[900]).tolist() == [900]
 
 
 @pytest.mark.bad_input
@@ -158,9 +161,3 @@ def test_quotas_draw_every_structure_before_any_again() -> None:
     assert sorted(seen[0].tolist()) != sorted(seen[1].tolist())
     again = BudgetBatchSampler(natoms, max_atoms=100, quotas=quotas, seed=4)
     assert [b.tolist() for b in again.batches(7)] == [b.tolist() for b in sampler.batches(7)]
-
-
-def test_counted_edges_are_the_estimate_where_they_are_fewer() -> None:
-    found = estimate_edges([10, 10, 10], [True, True, False], 20, counted=[150, 900, 90])
-    assert found.tolist() == [150, 200, 90]
-    assert estimate_edges([10], [True], None, counted=[900]).tolist() == [900]

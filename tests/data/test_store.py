@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 
 from escaip.data import AtomicData, AtomicDataset, Store, StoreWriter, collate, open_source
 from escaip.data import store_writer as writer_module
+from escaip.data.statistics import TrainingSums
 from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import ConfigError, DataError
+from escaip.types import TARGETS, Target
 
 
 def write(path: Path, structures: Iterable[AtomicData], **options: Any) -> Store:
@@ -69,6 +71,32 @@ def test_views_are_read_only_and_shards_are_safetensors(structures: list[AtomicD
     assert not store.index["natoms"].flags.writeable
     content = load_file(tmp_path / "s" / store.manifest["shards"][0]["file"])
     assert np.array_equal(content["energy"], [float(data.energy) for data in structures])
+
+
+def test_further_targets_are_stored_and_nan_where_missing(
+    structures: list[AtomicData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = write(tmp_path / "plain", structures)
+    monkeypatch.setitem(TARGETS, "dipole", Target("dipole", False, (3,), "e·Å", "me·Å", 1e3))
+    monkeypatch.setitem(TARGETS, "charges", Target("charges", True, (), "e", "me", 1e3))
+    made = []
+    for k in range(9):
+        labels = {} if k % 3 else {"dipole": [k, 2.0, 3.0], "charges": [0.5, -0.5 * k]}
+        made.append(AtomicData.from_arrays([1, 8], [[0, 0, 0], [0, 1, k]], labels=labels, structure_id=f"s{k}"))
+    store = write(tmp_path / "s", made, shard_atoms=4)
+    assert store.manifest["labels"] == {"energy": 0, "forces": 0, "stress": 0, "dipole": 3, "charges": 3}
+    for k, data in enumerate(store):
+        assert torch.equal(data.dipole.nan_to_num(-9.0), made[k].dipole.nan_to_num(-9.0))
+        assert torch.equal(data.charges.nan_to_num(-9.0), made[k].charges.nan_to_num(-9.0))
+        assert data.has_label("dipole") == (k % 3 == 0)
+    assert torch.equal(store.batch([3, 4, 6]).dipole[::2, 0], torch.tensor([3.0, 6.0], dtype=torch.float64))
+    sums = TrainingSums()
+    AtomicDataset(store).accumulate(sums)
+    assert sums.statistics(require_energy=False).label_counts["dipole"] == 3
+    again = Store(tmp_path / "plain")
+    assert again.manifest["labels"] == plain.manifest["labels"]
+    assert bool(again[0].dipole.isnan().all())
+    assert again.batch([0, 1]).charges.isnan().all()
 
 
 def test_float32_keeps_positions_and_energies(structures: list[AtomicData], tmp_path: Path) -> None:

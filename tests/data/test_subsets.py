@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -93,14 +92,17 @@ def test_subsets_are_nested_whole_and_not_larger(sizes: list[int], seed: int) ->
     assert len(before) == len(data)
 
 
-def test_equal_groups_come_in_the_order_of_a_hash_alone() -> None:
+def test_subsets_are_fixed_for_ever(store: str) -> None:
+    """A study must find its subsets again."""
     names = [f"g{k}" for k in range(20)]
     order = [names[k] for k in group_order(names, np.full(20, 3), seed=1)]
-    assert order[:5] == ["g0", "g19", "g15", "g13", "g10"]  # fixed: a study must find its subsets again
+    assert order[:5] == ["g0", "g19", "g15", "g13", "g10"]
     assert order != [names[k] for k in group_order(names, np.full(20, 3), seed=2)]
     again = [name for name in reversed(names) if name != "g15"]
     assert [again[k] for k in group_order(again, np.full(19, 3), seed=1)] == [n for n in order if n != "g15"]
     assert list(group_order(["a", "b", "c"], np.array([0, 4, 0]))) == [1]
+    chosen = ids(module(store, 5, split={"by": "structure", "val": 0}, test=store))
+    assert chosen == {"s1", "s2", "s33", "s34", "s47"}
 
 
 @pytest.mark.parametrize("by", ["group", "structure"])
@@ -123,11 +125,6 @@ def test_validation_and_test_stay_and_training_sets_are_nested(store: str, by: s
         assert sorted(seen) == sorted(before)
     assert before == ids(whole)
     assert ids(module(store, 20, split=split, seed=1)) != ids(module(store, 20, split=split))
-
-
-def test_positions_decide_where_structures_are_taken(store: str) -> None:
-    chosen = ids(module(store, 5, split={"by": "structure", "val": 0}, test=store))
-    assert chosen == {"s1", "s2", "s33", "s34", "s47"}  # fixed: a study must find its subsets again
 
 
 @pytest.mark.parametrize("by", ["group", "structure"])
@@ -200,60 +197,21 @@ def test_of_a_mixture_each_set_gives_its_fraction(tmp_path: Path) -> None:
     assert module(sets, 1.0).shares == whole.shares
 
 
-class Model(lightning.LightningModule):
-    """Keeps the names of the structures of every batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen: list[tuple[str, ...]] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.seen.append(tuple(batch.structure_id))
-        return self.weight.sum()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        return None
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers:")
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:")
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
-@pytest.mark.filterwarnings("ignore:Total length of .list. across ranks is zero:")
-def test_a_run_goes_on_with_the_same_subset_and_no_other(store: str, tmp_path: Path) -> None:
-    def run(name: str, steps: int, size: Any, resume: Path | None = None) -> list[tuple[str, ...]]:
-        model = Model()
-        saver = lightning.pytorch.callbacks.ModelCheckpoint(
-            tmp_path / name, filename="{step}", save_top_k=-1, every_n_train_steps=1
-        )
-        trainer = lightning.Trainer(
-            max_steps=steps, accelerator="cpu", logger=False, callbacks=[saver], enable_progress_bar=False,
-            enable_model_summary=False,
-        )  # fmt: skip
-        split = {"by": "structure", "val": 0}
-        data = AtomicDataModule(store, batch_size=5, train_size=size, split=split)
-        trainer.fit(model, data, ckpt_path=resume, weights_only=True)
-        return model.seen
-
-    whole = run("whole", 12, 0.34)
-    assert run("dead", 7, 0.34) == whole[:7]
-    inside = tmp_path / "dead" / "step=7.ckpt"
-    assert run("resumed", 12, 0.34, inside) == whole[7:]
-    with pytest.raises(DataError, match=r"trained with data.train_size 0.34, now it is 0.33; use the same"):
-        run("other", 12, 0.33, inside)  # 29 structures for 30, as many batches
-    with pytest.raises(DataError, match=r"trained with data.train_size 0.34, now it is null \(all\)"):
-        run("all", 18, None, tmp_path / "whole" / "step=12.ckpt")  # the end of an epoch
-
-
-def test_states_of_runs_without_a_subset_are_what_they_were(store: str) -> None:
-    loader = module(store).train_dataloader()
-    assert set(loader.state_dict()) == {"epoch", "consumed", "num_batches"}
-    with pytest.raises(DataError, match=r"trained with data.train_size null \(all\), now it is 30"):
-        module(store, 30).train_dataloader().load_state_dict(loader.state_dict())
-    assert "train_size" not in module(store, 30).val_dataloader().state_dict()
+def test_a_state_belongs_to_one_part_of_the_training_set(store: str) -> None:
+    split = {"by": "structure", "val": 0}
+    loader = module(store, 0.34, split=split, test=store).train_dataloader()
+    batches = [tuple(batch.structure_id) for batch in loader]
+    again = module(store, 0.34, split=split, test=store).train_dataloader()
+    again.load_state_dict({**loader.state_dict(), "consumed": 2})
+    assert [tuple(batch.structure_id) for batch in again] == batches[2:]
+    for size, shown in ((0.33, "0.33"), (None, r"null \(all\)")):  # 29 structures for 30, as many batches
+        other = module(store, size, split=split, test=store)
+        with pytest.raises(DataError, match=rf"trained with data.train_size 0.34, now it is {shown}; use the same"):
+            other.train_dataloader().load_state_dict(loader.state_dict())
+    whole = module(store).train_dataloader()
+    assert set(whole.state_dict()) == {"epoch", "consumed", "num_batches"}
+    with pytest.raises(DataError, match=r"trained with data.train_size null \(all\), now it is 0.34"):
+        loader.load_state_dict(whole.state_dict())
 
 
 @pytest.mark.bad_input
