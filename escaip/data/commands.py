@@ -66,8 +66,7 @@ def download(
     dataset_card(name)
     from escaip.data.download import download as fetch
 
-    options = {"jobs": jobs, "dry_run": dry_run, "extract": extract, "verify": verify}
-    print(fetch(name, split=split, files=file, root=root, **options))
+    print(fetch(name, split=split, files=file, root=root, jobs=jobs, dry_run=dry_run, extract=extract, verify=verify))
 
 
 def inspect(path: DataPath, *, out: str | None = None, **read: Unpack[ReadOptions]) -> None:

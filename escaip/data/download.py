@@ -354,9 +354,10 @@ def _attempt(item: RemoteFile, file: IO[bytes], state: Path, bar: tqdm, stop: Ev
 
     known, offset = _read_json(state), os.fstat(file.fileno()).st_size
     size, version = known.get("size"), known.get("version")
+    version = version if isinstance(version, str) else None
     boot = _BOOT.read_text() if _BOOT.exists() else ""
     # Bytes can be trusted when a checksum will tell, or the file has a version and the machine did not crash since.
-    sure = item.digest is not None or (isinstance(version, str) and known.get("boot") == boot)
+    sure = item.digest is not None or (version is not None and known.get("boot") == boot)
     published = item.size if item.exact else None
     sizes = [value for value in (size, published) if value is not None]
     fits = all(type(value) is int and offset <= value == sizes[0] for value in sizes)
