@@ -154,7 +154,7 @@ def least_work(case: Case, inputs: dict[str, Tensor], step: str) -> tuple[float,
 
     Every input is read and every result written once per pass; a product of a matrix of logits with ``d`` channels
     takes ``2 d`` operations per pair and head. The value takes 2 such products, the gradient 5 more (q·k again) and the
-    second derivative 12 (docs/attention.md: A, two for Ȧ, E, Ė, two for Ȯ, one for v, two each for q and k).
+    second derivative 12 (docs/concepts/attention.md: A, two for Ȧ, E, Ė, two for Ȯ, one for v, two each for q and k).
     """
     sizes = inputs["offsets"].diff().double()
     pairs = float(sizes.square().sum()) * case.heads

@@ -1,6 +1,6 @@
-"""Draws docs/images from what ``properties.py`` and ``deck_runs.py`` found: a picture for each deck.
+"""Draws results/images from what ``properties.py`` and ``deck_runs.py`` found: a picture for each deck.
 
-python benchmarks/deck_figures.py [--properties FILE] [--decks FILE] [--out docs/images] [--only NAME ...]
+python benchmarks/deck_figures.py [--properties FILE] [--decks FILE] [--out benchmarks/results/images] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--properties", type=Path, default=BENCHMARKS / "results" / "properties.json")
     parser.add_argument("--decks", type=Path, default=BENCHMARKS / "results" / "decks.json")
-    parser.add_argument("--out", type=Path, default=BENCHMARKS.parent / "docs" / "images")
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "images")
     parser.add_argument("--only", nargs="+", choices=(*STUDIES, *DECKS), default=[*STUDIES, *DECKS])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

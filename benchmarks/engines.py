@@ -1,4 +1,4 @@
-"""One structure and one short NVE run in every engine that carries the potential, beside ASE (docs/engines.md).
+"""One structure and one short NVE run in every engine that carries the potential, beside ASE (docs/howto/engines.md).
 
     python benchmarks/engines.py [--model FILE | --preset 1m] [--dtype float64] [--steps 50] [--repeats 3] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""Packages compiled ahead of time beside compiling at the first evaluation and beside none of it (docs/export.md).
+"""Packages compiled ahead of time beside compiling at the first evaluation and beside none of it (docs/howto/files.md).
 
     python benchmarks/export.py [--preset 1m] [--threads 1] [--repeats 15] [--out FILE]
 

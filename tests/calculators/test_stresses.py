@@ -95,7 +95,7 @@ def flux_error(calculator: Any, virials: np.ndarray, atoms: Atoms, step: float) 
 
 
 def test_they_are_the_heat_flux_of_a_pair_potential_and_of_no_other(make_potential: Make) -> None:
-    """What docs/engines.md says of LAMMPS's heat/flux."""
+    """What docs/howto/engines.md says of LAMMPS's heat/flux."""
     atoms = crystal()
     atoms.set_pbc(False)
     pairs = LennardJones(sigma=2.3, epsilon=0.1, rc=10.0)

@@ -61,7 +61,7 @@ def test_polynomials_of_degree_five_are_exact_with_all_their_derivatives() -> No
 
 
 def test_error_falls_with_the_sixth_power_and_stays_below_its_bound() -> None:
-    """The bound that docs/performance.md states: an eighth of a width between knots."""
+    """The bound that docs/howto/speed.md states: an eighth of a width between knots."""
     coarse, fine = errors(120), errors(240)
     assert coarse[0] / fine[0] > 2**5.5
     assert coarse[1] / fine[1] > 2**4.5

@@ -194,7 +194,7 @@ def test_chunks_are_whole_neighborhoods_in_order() -> None:
 
 @pytest.mark.parametrize("kind", ["always", "inference"])
 def test_a_table_gives_the_exact_answers_within_its_bound(kind: str) -> None:
-    """Spacing a seventeenth of a Gaussian's width; docs/performance.md states the bound."""
+    """Spacing a seventeenth of a Gaussian's width; docs/howto/speed.md states the bound."""
     exact, tabulated = make_potential(distance_table="never").eval(), make_potential(distance_table=kind).eval()
     batch = make_batch()
     for found, expected in zip(answers(tabulated, batch), answers(exact, batch), strict=True):
