@@ -11,7 +11,7 @@ WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-install lint format bench clean
+.PHONY: help install quickstart test test-install lint docs format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -34,16 +34,20 @@ quickstart: $(STAMP) ## train on the sample data, show the errors, run a short M
 	    --timestep 0.5 --dtype float64 --overwrite --out $(RUN)/nve.extxyz
 	@echo "model $(RUN)/best.ckpt, plots $(RUN)/evaluation, trajectory and log $(RUN)/nve.extxyz, $(RUN)/nve.csv"
 
-test: $(STAMP) ## run the test suite (under ten minutes on two cores)
+test: $(STAMP) ## run the test suite (under seven minutes on two cores)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
 
 test-install: $(STAMP) ## only the test that the wheel works away from the checkout
 	$(BIN)/python -m pytest -q tests/test_install.py
 
-lint: $(STAMP) ## formatting, lint and types
+lint: $(STAMP) ## formatting, lint, types, and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+
+docs: $(STAMP) ## build the documentation into site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(STAMP) ## rewrite the files in the house's format
 	$(BIN)/ruff format .
@@ -54,4 +58,4 @@ bench: $(STAMP) ## the benchmarks that run in minutes on a CPU
 	$(BIN)/python benchmarks/contracts.py --out runs/bench/contracts.json
 
 clean: ## remove what the targets made, but for trained models in runs/
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -24,8 +24,9 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 REASONS = {"network", "GPU", "cluster", "published files", "shell", "installation", "checkpoint of fairchem-core"}
 FIT = (
-    "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.limit_val_batches 1 --trainer.limit_test_batches 1 "
-    "--trainer.check_val_every_n_epoch 1 --data.max_atoms 40 --trainer.enable_progress_bar false"
+    "--trainer.max_epochs 1 --trainer.check_val_every_n_epoch 1 --trainer.limit_train_batches 1 "
+    "--trainer.limit_val_batches 1 --trainer.limit_test_batches 1 --data.max_atoms 40 "
+    "--trainer.enable_progress_bar false"
 )
 REDUCED = {
     "fit": FIT,
