@@ -14,9 +14,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from escaip.calculators.skin import Place, SkinnedGraph, SkinnedNeighbors
 from escaip.errors import ConfigError, DataError
-from escaip.graph import displacements, tight_graph
+from escaip.graph import displacements, prune_graph
+from escaip.graph.skin import GraphCache, Snapshot, VerletList
 from escaip.potential import Potential
 from escaip.potential.precision import check_precision
 from escaip.types import TARGETS, StructureBatch
@@ -153,7 +153,7 @@ class EScAIPCalculator(PotentialCalculator):
     implemented_properties = [  # noqa: RUF012 - ASE's name
         "energy", "free_energy", "energies", "forces", "stress", "stresses", "virials",
     ]  # fmt: skip
-    _rebuilt = ("_lock", "_batch", "_place", "_neighbors", "_graph")
+    _rebuilt = ("_lock", "_batch", "_snapshot", "_neighbors", "_graph")
 
     def __init__(
         self,
@@ -211,10 +211,10 @@ class EScAIPCalculator(PotentialCalculator):
     def _forget(self) -> None:
         super()._forget()
         reach = self.potential.search_cutoff + self.graph_skin
-        self._neighbors = SkinnedNeighbors(reach, self.skin)
-        self._graph = SkinnedGraph(self.potential.graph_of, reach, self.graph_skin)
+        self._neighbors = VerletList(reach, self.skin)
+        self._graph = GraphCache(self.potential.graph_of, reach, self.graph_skin)
         self._batch: Any = None
-        self._place: Place | None = None
+        self._snapshot: Snapshot | None = None
 
     def _evaluate(self, atoms: Atoms, properties: Sequence[str], changes: Sequence[str]) -> dict[str, Any]:
         with_stress = self.is_conservative and has_volume(atoms)
@@ -224,7 +224,7 @@ class EScAIPCalculator(PotentialCalculator):
             graph = self._graph.get(batch, place, lambda: self._neighbors.get(batch, place))
             if self.graph_skin > 0.0 and graph.num_tokens >= _TIGHT_FROM[batch.positions.is_cuda]:
                 vectors = displacements(batch.positions, batch.cell, batch.batch, graph)
-                graph = tight_graph(graph, vectors, self.potential.config.graph)
+                graph = prune_graph(graph, vectors, self.potential.config.graph)
             prediction = self.potential(
                 batch, graph=graph, compute_stress=with_stress, compute_virials=with_virials, create_graph=False
             )
@@ -271,7 +271,7 @@ class EScAIPCalculator(PotentialCalculator):
             raise ConfigError("no structure so far: call get_hessian(atoms)")
         return self.potential.hessian(subject, **options).numpy()
 
-    def update_batch(self, atoms: Atoms, changes: Sequence[str]) -> tuple[StructureBatch, Place]:
+    def update_batch(self, atoms: Atoms, changes: Sequence[str]) -> tuple[StructureBatch, Snapshot]:
         """Returns the structure as a batch on the device, updating only what changed, and its positions on the host."""
         from escaip.data import AtomicData, collate
 
@@ -279,21 +279,21 @@ class EScAIPCalculator(PotentialCalculator):
             bare = atoms.copy()
             bare.calc = None  # its results would be read as labels
             batch = collate([AtomicData.from_ase(bare)])
-            self._place = Place.of(batch)
+            self._snapshot = Snapshot.of(batch)
             self._batch = batch.to(self.potential.device)
             self._neighbors.reset()
             self._graph.reset()
-            return self._batch, self._place
+            return self._batch, self._snapshot
         if not np.isfinite(atoms.positions).all():
             index = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
             raise DataError(f"{atoms.symbols}: coordinates of atom {index} are NaN or infinite: repair the structure")
-        assert self._place is not None
+        assert self._snapshot is not None
         positions, cell = torch.from_numpy(atoms.positions.copy()), torch.from_numpy(atoms.cell.array.copy())
-        self._place = Place(positions, cell, self._place.pbc)
+        self._snapshot = Snapshot(positions, cell, self._snapshot.pbc)
         # Nothing writes to the copies on the host, so there is no need to wait for the transfer.
         self._batch.positions = positions.to(self.potential.device, non_blocking=True)
         self._batch.cell = cell[None].to(self.potential.device, non_blocking=True)
-        return self._batch, self._place
+        return self._batch, self._snapshot
 
 
 def _own_potential(

@@ -12,8 +12,8 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from escaip.calculators.ase import DEFAULT_SKIN, EScAIPCalculator, PotentialCalculator, has_volume
-from escaip.calculators.skin import SkinnedGraph, SkinnedNeighbors
 from escaip.errors import ConfigError
+from escaip.graph.skin import GraphCache, VerletList
 from escaip.potential import Potential
 from escaip.potential.atomic_energies import check_elements
 from escaip.types import TARGETS, GraphSettings, Prediction, StructureBatch
@@ -108,15 +108,15 @@ class CommitteeCalculator(PotentialCalculator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._neighbors = SkinnedNeighbors(
+        self._neighbors = VerletList(
             max(member.potential.search_cutoff for member in self.members) + self.graph_skin, self.skin
         )
-        self._graphs: dict[GraphSettings, SkinnedGraph] = {}
+        self._graphs: dict[GraphSettings, GraphCache] = {}
         self._checked: StructureBatch | None = None
         for member in self.members:
             potential = member.potential
             reach = potential.search_cutoff + self.graph_skin
-            graph = SkinnedGraph(potential.graph_of, reach, self.graph_skin)
+            graph = GraphCache(potential.graph_of, reach, self.graph_skin)
             self._graphs.setdefault(potential.config.graph, graph)
 
     def _evaluate(self, atoms: Atoms, properties: Sequence[str], changes: Sequence[str]) -> dict[str, Any]:

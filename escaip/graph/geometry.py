@@ -5,12 +5,18 @@ Pure functions of positions and cell over a fixed topology, differentiable twice
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from escaip.graph.step import rank_step
+from escaip.errors import ConfigError
 from escaip.ops import sum_rows, take_rows
 from escaip.types import Geometry, Graph, GraphSettings, TokenLayout
+
+SUPPORT = {"sine": math.pi, "bump": 4.0}
+# The bump's exponent reaches ±800 here: its value is exactly 0 or 1 and its derivatives exactly 0 in float64.
+_BUMP_EDGE = 0.9975
 
 
 def compute_geometry(
@@ -59,7 +65,7 @@ def token_geometry(vector: Tensor, layout: TokenLayout, settings: GraphSettings,
 
 
 def displacements(positions: Tensor, cell: Tensor, batch_index: Tensor, graph: Graph) -> Tensor:
-    """``(T + X, 3)`` Å: ``r_j + S·cell − r_i`` of every row of a graph, see :func:`compute_geometry`."""
+    """Returns ``r_j + S·cell − r_i`` of every row of a graph, ``(T + X, 3)`` Å; see :func:`compute_geometry`."""
     vector = take_rows(positions, graph.neighbor) - take_rows(positions, graph.center)
     shift = graph.shift.to(positions.dtype)
     if len(cell) == 1:
@@ -69,7 +75,7 @@ def displacements(positions: Tensor, cell: Tensor, batch_index: Tensor, graph: G
 
 
 def _safe_norm(vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Length and inverse length ``(R,)``; both, and all their derivatives, are 0 for a zero vector."""
+    """Returns length and inverse length ``(R,)``; both, and all their derivatives, are 0 for a zero vector."""
     squared = vector.square().sum(dim=1)
     is_zero = squared == 0
     inverse = torch.where(is_zero, 1.0, squared).rsqrt()
@@ -77,7 +83,7 @@ def _safe_norm(vector: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def envelope_coordinate(distance: Tensor, layout: TokenLayout, settings: GraphSettings) -> Tensor:
-    """``(T,)``: ``τ log(e^{rank/(kτ)} + e^{rank of the reverse/(kτ)} + e^{d/(r_c τ)})``, or ``d/r_c`` without k."""
+    """Returns ``τ log(e^{rank/(kτ)} + e^{rank of the reverse/(kτ)} + e^{d/(r_c τ)})``, or ``d/r_c``; ``(T,)``."""
     radial = distance[: layout.num_tokens] / settings.cutoff
     if settings.num_neighbors is None:
         return radial
@@ -92,9 +98,46 @@ def envelope_coordinate(distance: Tensor, layout: TokenLayout, settings: GraphSe
 
 
 def _log_envelope(x: Tensor, self_token: Tensor) -> Tensor:
-    """``(T,)``: ``−x²/(1 − x²)``; 0 for self tokens, −inf (with zero derivatives) where ``x ≥ 1``."""
+    """Returns ``−x²/(1 − x²)``, ``(T,)``; 0 for self tokens, −inf (with zero derivatives) where ``x ≥ 1``."""
     squared = x.square()
     squared = squared.index_fill(0, self_token, 0.0)
     outside = squared >= 1.0
     inside = torch.where(outside, 0.0, squared)
     return torch.where(outside, -torch.inf, -inside / (1.0 - inside))
+
+
+def support_of(settings: GraphSettings) -> float:
+    """Returns the gap in Å beyond which two distances no longer exchange rank."""
+    if settings.num_neighbors is None or not settings.soft:
+        return 0.0
+    return step_support(settings.rank_step) * settings.rank_scale
+
+
+def step_support(name: str) -> float:
+    """Returns ``|x|`` beyond which the step is constant.
+
+    Raises:
+        ConfigError: no such step.
+    """
+    if name not in SUPPORT:
+        raise ConfigError(f"rank_step {name!r} does not exist: choose {' or '.join(SUPPORT)}")
+    return SUPPORT[name]
+
+
+def rank_step(x: Tensor, name: str) -> Tensor:
+    """Computes the step between two ranks: 0 where a neighbor is farther, 1 where it is nearer.
+
+    ``x`` has any shape and no unit; derivatives are exactly 0 outside of its support.
+
+    ``"sine"``: ``½ + ½ sin(x/2)`` for ``|x| < π`` (EScAIP, arXiv 2410.24169), continuous with its first
+    derivative. ``"bump"``: ``e^{−2/(y+1)} / (e^{−2/(y+1)} + e^{−2/(1−y)})`` with ``y = x/4`` for ``|x| < 4``
+    (AllScAIP, arXiv 2603.06567), evaluated as ``sigmoid(4y / (1 − y²))``; every derivative is continuous.
+
+    Raises:
+        ConfigError: no such step.
+    """
+    support = step_support(name)
+    if name == "sine":
+        return 0.5 + 0.5 * torch.sin(0.5 * x.clamp(-support, support))
+    y = (x / support).clamp(-_BUMP_EDGE, _BUMP_EDGE)
+    return torch.sigmoid(4.0 * y / (1.0 - y * y))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from escaip.graph.neighbors import Systems, UndirectedPairs, find_pairs, pairs_from
-from escaip.graph.settings import support_of
-from escaip.graph.step import rank_step
+from escaip.graph.geometry import rank_step, support_of
+from escaip.graph.neighbors import UndirectedPairs, find_pairs, pairs_from
+from escaip.graph.systems import Systems
 from escaip.types import Graph, GraphSettings, NeighborList
 
 # Two distances are tied, for hard ranks, within this fraction.
@@ -29,8 +29,8 @@ _CHUNK_ATOMS = 2_048
 _BOUND_MARGIN = 1e-6
 
 
-def plain_graph(
-    systems: Systems, settings: GraphSettings, neighbors: NeighborList | None, cutoff: float, slack: float
+def reference_graph(
+    systems: Systems, settings: GraphSettings, neighbors: NeighborList | None, cutoff: float, skin: float
 ) -> Graph:
     """Builds a graph in plain operations, on any device: the specification of :func:`escaip.graph.build_graph`.
 
@@ -39,7 +39,7 @@ def plain_graph(
         settings: radius, k and the shape of the ranks.
         neighbors: a list that is complete up to ``cutoff``; None to search.
         cutoff: Å up to which pairs are needed.
-        slack: see :func:`escaip.graph.build_graph`.
+        skin: ``graph_skin`` of :func:`escaip.graph.build_graph`.
 
     Raises:
         DataError: the list does not hold both directions of every pair.
@@ -48,8 +48,8 @@ def plain_graph(
     lists = _make_lists(pairs, len(systems.positions))
     if settings.num_neighbors is None:
         windows = _select_radius(lists)
-    elif slack > 0.0:
-        windows = _select_soft_within(lists, settings, slack)
+    elif skin > 0.0:
+        windows = _select_soft_within(lists, settings, skin)
     elif settings.soft:
         windows = _select_soft(lists, settings)
     else:
@@ -176,23 +176,23 @@ def _select_soft(lists: _Lists, settings: GraphSettings) -> _Windows:
     return windows.choose(keep)
 
 
-def _select_soft_within(lists: _Lists, settings: GraphSettings, slack: float) -> _Windows:
-    """As :func:`_select_soft`, for all distances that differ from these by at most ``slack`` Å.
+def _select_soft_within(lists: _Lists, settings: GraphSettings, skin: float) -> _Windows:
+    """As :func:`_select_soft`, for all distances that differ from these by at most ``skin`` Å.
 
     A gap of two distances then differs by twice as much at most, and so do the windows; whoever may come to be in one
     is in it. An edge is kept if it is a token at the smallest distance and the smallest rank that it may get.
     """
     assert settings.num_neighbors is not None
-    reach = support_of(settings) + 2.0 * slack
-    entry = ((lists.distance < settings.cutoff + slack) & (lists.edge >= 0)).nonzero().squeeze(1)
+    reach = support_of(settings) + 2.0 * skin
+    entry = ((lists.distance < settings.cutoff + skin) & (lists.edge >= 0)).nonzero().squeeze(1)
     key, start = lists.key[entry], lists.start[lists.center[entry]]
     low = torch.searchsorted(lists.key, key - reach, right=True)
-    surely_nearer = torch.searchsorted(lists.key, key - 2.0 * slack) - start
+    surely_nearer = torch.searchsorted(lists.key, key - 2.0 * skin) - start
     possible = (low - start) + surely_nearer + 1 < 2 * settings.num_neighbors
     entry, key, low, start = entry[possible], key[possible], low[possible], start[possible]
     windows = _pair(lists, entry, low - start, low, torch.searchsorted(lists.key, key + reach))
-    rank = _exact_ranks(lists, windows, settings, 2.0 * slack)
-    return windows.choose(_coordinate(lists, windows, rank, settings, slack) < 1.0)
+    rank = _exact_ranks(lists, windows, settings, 2.0 * skin)
+    return windows.choose(_coordinate(lists, windows, rank, settings, skin) < 1.0)
 
 
 def _within_reach(lists: _Lists, settings: GraphSettings) -> Iterator[tuple[Tensor, Tensor]]:
@@ -223,8 +223,8 @@ def _pair(lists: _Lists, entry: Tensor, base: Tensor, low: Tensor, high: Tensor)
     return _Windows(entry, reverse, base.to(torch.float64), low, high).choose(reverse >= 0)
 
 
-def _coordinate(lists: _Lists, windows: _Windows, rank: Tensor, settings: GraphSettings, slack: float = 0.0) -> Tensor:
-    """``(C,)`` envelope coordinate ``x``, given ranks or bounds of them, at distances less ``slack`` Å.
+def _coordinate(lists: _Lists, windows: _Windows, rank: Tensor, settings: GraphSettings, skin: float = 0.0) -> Tensor:
+    """``(C,)`` envelope coordinate ``x``, given ranks or bounds of them, at distances less ``skin`` Å.
 
     The same, to the last bit, for an edge and its reverse, so that what is decided by it is symmetric.
     """
@@ -232,7 +232,7 @@ def _coordinate(lists: _Lists, windows: _Windows, rank: Tensor, settings: GraphS
     scale = settings.envelope_scale
     own = rank / (settings.num_neighbors * scale)
     other = own[windows.reverse]
-    radial = (lists.distance[windows.entry] - slack) / (settings.cutoff * scale)
+    radial = (lists.distance[windows.entry] - skin) / (settings.cutoff * scale)
     top = torch.maximum(torch.maximum(own, other), radial)
     total = (torch.exp(own - top) + torch.exp(other - top)) + torch.exp(radial - top)
     return scale * (top + torch.log(total))

@@ -1,4 +1,4 @@
-"""The graph of a batch on the CPU in C++: what :func:`escaip.graph.knn.plain_graph` computes, field by field.
+"""The graph of a batch on the CPU in C++: what :func:`escaip.graph.knn.reference_graph` computes, field by field.
 
 What the C++ does not take, bad input above all, it leaves to the plain operations, which name what is wrong.
 """
@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from escaip.graph.settings import support_of
+from escaip.graph.geometry import support_of
 from escaip.graph.systems import Systems
 from escaip.ops.native.build import compiled, library
 from escaip.types import Graph, GraphSettings, NeighborList
@@ -49,7 +49,7 @@ def has_kernels(systems: Systems) -> bool:
 def native_graph(
     systems: Systems, settings: GraphSettings, neighbors: NeighborList | None, cutoff: float, slack: float
 ) -> Graph | None:
-    """Builds a graph, see :func:`escaip.graph.knn.plain_graph`; None where the plain operations must.
+    """Builds a graph, see :func:`escaip.graph.knn.reference_graph`; None where the plain operations must.
 
     Args:
         systems: on the CPU, not checked yet.

@@ -226,8 +226,8 @@ class Potential(nn.Module):
             batch: what :func:`escaip.data.collate` returns, on the potential's device.
             neighbors: candidate pairs complete up to at least ``search_cutoff`` (with a skin, for
                 instance); by default those attached to the batch, or a fresh list.
-            graph: of :meth:`graph_of` with some slack, for positions and cells that have not used it up; the batch is
-                then taken as it is, and nothing waits for the device but the search for references of several sets.
+            graph: of :meth:`graph_of`, valid at these positions; the batch is then not checked, and the host waits for
+                the device only where it looks up several sets of atomic energies.
             compute_forces: whether forces are wanted.
             compute_stress: whether stress is wanted; conservative models only.
             compute_virials: whether that of each atom is; conservative models only.
@@ -281,18 +281,18 @@ class Potential(nn.Module):
         """Sums per-atom values ``(N, ...)`` to ``(B, ...)`` where the target is one of the structure."""
         return values if TARGETS[name].per_atom else sum_rows(values, batch.batch, batch.ptr.numel() - 1)
 
-    def graph_of(self, batch: StructureBatch, neighbors: NeighborList | None = None, slack: float = 0.0) -> Graph:
+    def graph_of(self, batch: StructureBatch, neighbors: NeighborList | None = None, graph_skin: float = 0.0) -> Graph:
         """Checks a batch and builds its graph: see :func:`escaip.graph.build_graph`.
 
         Raises:
             UnsupportedElementError: an element the potential was not trained on.
-            ConfigError: ``slack`` for a model in which a neighbor counts as soon as it is there (as published).
+            ConfigError: ``graph_skin`` for a model in which a neighbor counts as soon as it is there (as published).
             DataError: a structure that no potential can mean.
         """
-        self.config.check_graph_skin(slack)
+        self.config.check_graph_skin(graph_skin)
         check_elements(batch.atomic_numbers, self.supported, self.metadata.elements)
         self.model.check_systems(batch.charge, batch.spin_multiplicity)
-        return build_graph(batch, self.config.graph, neighbors or attached_neighbors(batch), slack)
+        return build_graph(batch, self.config.graph, neighbors or attached_neighbors(batch), graph_skin)
 
     def _evaluate(
         self,

@@ -9,7 +9,7 @@ from graph_reference import make_batch, random_rotation, random_system
 from test_graph_brute_force import SETTINGS, edges_of, geometry_of
 
 from escaip.graph import build_graph, compute_geometry
-from escaip.graph.step import rank_step, step_support
+from escaip.graph.geometry import rank_step, step_support
 from escaip.types import GraphSettings
 
 SMALL = GraphSettings(cutoff=3.0, num_neighbors=4, rank_scale=0.3)

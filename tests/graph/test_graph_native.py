@@ -17,8 +17,8 @@ from test_graph_brute_force import SETTINGS, check_layout
 from test_graph_truncation import SETTINGS as TRUNCATED
 
 from escaip.errors import DataError
-from escaip.graph import build, build_graph, native, neighbor_list, search_cutoff
-from escaip.graph.knn import plain_graph
+from escaip.graph import build_graph, native, neighbor_list, search_cutoff
+from escaip.graph.knn import reference_graph
 from escaip.graph.native import native_graph, native_list
 from escaip.graph.neighbors import find_pairs
 from escaip.graph.systems import Systems
@@ -58,7 +58,7 @@ def plain_list(systems: Systems, cutoff: float) -> NeighborList:
 def compare(batch: SimpleNamespace, settings: GraphSettings, slack: float = 0.0) -> Graph:
     """From a search, from a list, and from a longer one in no order; returns the graph."""
     systems, cutoff = Systems.from_batch(batch), search_cutoff(settings) + slack
-    expected = plain_graph(systems, settings, None, cutoff, slack)
+    expected = reference_graph(systems, settings, None, cutoff, slack)
     assert_same(native_graph(systems, settings, None, cutoff, slack), expected)
     assert_same(native_list(systems, cutoff), plain_list(systems, cutoff))
     longer = plain_list(systems, cutoff + 0.4)
@@ -168,8 +168,8 @@ def test_threads_change_no_bit(settings: GraphSettings) -> None:
 
 def test_what_a_user_calls_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a word from the plain operations."""
-    for name in ("plain_graph", "Systems.check"):
-        monkeypatch.delattr(f"escaip.graph.build.{name}")
+    for name in ("reference_graph", "Systems.check"):
+        monkeypatch.delattr(f"escaip.graph.tokens.{name}")
     batch = make_batch(random_system(np.random.default_rng(5), "skewed_mixed", 4.0))
     batch.positions = batch.positions.to(torch.float32).t().contiguous().t()
     assert build_graph(batch, SETTINGS[0]).num_tokens > len(batch.positions)
@@ -261,4 +261,3 @@ def test_what_it_holds_is_freed_whatever_happens(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(MemoryError):
             make()
     assert len(freed) == 2
-    assert build.has_kernels is native.has_kernels

@@ -9,8 +9,7 @@ import pytest
 import torch
 from graph_reference import KINDS, make_batch, random_system
 
-from escaip.graph.neighbors import Systems
-from escaip.graph.search import search_nvalchemiops, search_pairs, search_vesin
+from escaip.graph.neighbors import Systems, search_nvalchemiops, search_pairs, search_vesin
 
 INSTALLED = importlib.util.find_spec("nvalchemiops") is not None
 

@@ -1,4 +1,4 @@
-"""Graphs with slack, less what does not count: those of the present positions."""
+"""A pruned graph gives the answers of a graph that is built at the present positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 
 from escaip.data import AtomicData, collate
-from escaip.graph import build_graph, compute_geometry, displacements, tight_graph
+from escaip.graph import build_graph, compute_geometry, displacements, prune_graph
 from escaip.types import Graph, GraphSettings
 
 SETTINGS = [
@@ -45,13 +45,13 @@ def as_dictionary(batch: Any, graph: Graph, settings: GraphSettings) -> dict[tup
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_the_graph_of_the_present_positions(settings: GraphSettings, seed: int) -> None:
     before, now = moved_batch(seed)
-    loose = build_graph(before, settings, slack=0.5)
-    tight = tight_graph(loose, displacements(now.positions, now.cell, now.batch, loose), settings)
+    loose = build_graph(before, settings, graph_skin=0.5)
+    pruned = prune_graph(loose, displacements(now.positions, now.cell, now.batch, loose), settings)
     fresh = build_graph(now, settings)
-    assert fresh.num_tokens <= tight.num_tokens < loose.num_tokens
-    assert tight.num_tokens < 1.02 * fresh.num_tokens + 4
-    assert len(tight.rank_token) < 1.05 * len(fresh.rank_token) + 20
-    found, expected = (as_dictionary(now, graph, settings) for graph in (tight, fresh))
+    assert fresh.num_tokens <= pruned.num_tokens < loose.num_tokens
+    assert pruned.num_tokens < 1.02 * fresh.num_tokens + 4
+    assert len(pruned.rank_token) < 1.05 * len(fresh.rank_token) + 20
+    found, expected = (as_dictionary(now, graph, settings) for graph in (pruned, fresh))
     assert found.keys() == expected.keys()
     for edge, numbers in expected.items():
         assert found[edge] == pytest.approx(numbers, rel=1e-10, abs=1e-12)
@@ -61,8 +61,8 @@ def test_it_is_the_graph_of_the_present_positions(settings: GraphSettings, seed:
 def test_its_layout_is_one(seed: int) -> None:
     """Everything that a graph promises (see ``Graph``)."""
     before, now = moved_batch(seed)
-    loose = build_graph(before, SETTINGS[0], slack=0.5)
-    graph = tight_graph(loose, displacements(now.positions, now.cell, now.batch, loose), SETTINGS[0])
+    loose = build_graph(before, SETTINGS[0], graph_skin=0.5)
+    graph = prune_graph(loose, displacements(now.positions, now.cell, now.batch, loose), SETTINGS[0])
     token = torch.arange(graph.num_tokens)
     assert torch.equal(graph.reverse[graph.reverse], token)
     assert torch.equal(graph.token_center[graph.reverse], graph.token_neighbor)
@@ -78,17 +78,17 @@ def test_its_layout_is_one(seed: int) -> None:
 
 def test_places_need_no_answer_of_a_device() -> None:
     """What a device does instead of ``nonzero``, on the CPU."""
-    from escaip.graph import tight
+    from escaip.graph import tokens
 
     for mask in ([True, False, True, True], [False, False], [True], []):
         values = torch.tensor(mask, dtype=torch.bool)
         expected = values.nonzero().squeeze(1)
-        assert torch.equal(tight._scattered(values, len(expected)), expected)
+        assert torch.equal(tokens._scattered(values, len(expected)), expected)
 
 
 def test_nothing_at_all() -> None:
     """One atom, which sees nobody."""
     batch = collate([AtomicData.from_ase(Atoms("He", positions=[[0.0, 0.0, 0.0]]))])
-    loose = build_graph(batch, SETTINGS[0], slack=0.3)
-    graph = tight_graph(loose, displacements(batch.positions, batch.cell, batch.batch, loose), SETTINGS[0])
+    loose = build_graph(batch, SETTINGS[0], graph_skin=0.3)
+    graph = prune_graph(loose, displacements(batch.positions, batch.cell, batch.batch, loose), SETTINGS[0])
     assert graph.num_tokens == graph.max_neighborhood == 1

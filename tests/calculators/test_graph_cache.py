@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from escaip import EScAIPCalculator
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
-from escaip.graph import displacements, tight, tight_graph
+from escaip.graph import displacements, prune_graph, tokens
 from escaip.potential import Potential
 from escaip.types import Graph, Tokens
 
@@ -134,14 +134,14 @@ def test_between_rebuilds_nothing_waits_for_the_device(
     make_potential: Make, forces: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The potential's part of a step; the calculator decides on the host and copies results once."""
-    monkeypatch.setattr("escaip.graph.build.has_kernels", lambda systems: False)  # as on a device
+    monkeypatch.setattr("escaip.graph.tokens.has_kernels", lambda systems: False)  # as on a device
     potential = make_potential(forces=forces)
     calculator = EScAIPCalculator(potential, graph_skin=0.5)
     atoms = crystal()
     atoms.calc = calculator
     atoms.get_forces()
     batch, graph = calculator._batch, calculator._graph._kept[0]
-    monkeypatch.setattr("escaip.graph.build.has_kernels", lambda _: False)  # as on a device
+    monkeypatch.setattr("escaip.graph.tokens.has_kernels", lambda _: False)  # as on a device
     with Waits() as waits, torch.no_grad():
         potential(batch, compute_stress=forces == "conservative", create_graph=False)
     assert len(waits.found) > 10  # the counter counts
@@ -166,13 +166,13 @@ def test_the_calculator_leaves_out_what_does_not_count(make_potential: Make) -> 
 
 def test_to_leave_them_out_the_device_is_asked_once(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sizes, by ``tolist``, which is not dispatched."""
-    monkeypatch.setattr("escaip.graph.tight._places", tight._scattered)  # as on a device
+    monkeypatch.setattr("escaip.graph.tokens._places", tokens._scattered)  # as on a device
     potential = make_potential()
     batch = collate([AtomicData.from_ase(crystal())])
-    graph = potential.graph_of(batch, slack=0.4)
+    graph = potential.graph_of(batch, graph_skin=0.4)
     vectors = displacements(batch.positions, batch.cell, batch.batch, graph)
     with Waits() as waits:
-        tight_graph(graph, vectors, potential.config.graph)
+        prune_graph(graph, vectors, potential.config.graph)
     assert waits.found == []
 
 

@@ -1,4 +1,4 @@
-"""A graph with slack is that of every structure whose distances differ by no more."""
+"""A graph with skin is that of every structure whose distances differ by no more."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def test_it_gives_the_envelopes_of_a_fresh_build(settings: GraphSettings, kind: 
     rng = np.random.default_rng(300 + KINDS.index(kind))
     for trial in range(4):
         system = random_system(rng, kind, settings.cutoff)
-        slack = (0.1, 0.4)[trial % 2]
+        skin = (0.1, 0.4)[trial % 2]
         batch = make_batch(system)
-        graph = build_graph(batch, settings, slack=slack)
+        graph = build_graph(batch, settings, graph_skin=skin)
         check_layout(graph)
-        listed = neighbor_list(batch, search_cutoff(settings) + slack)
-        assert edges_of(build_graph(batch, settings, listed, slack)) == edges_of(graph)
+        listed = neighbor_list(batch, search_cutoff(settings) + skin)
+        assert edges_of(build_graph(batch, settings, listed, skin)) == edges_of(graph)
         for _ in range(3):
             step = torch.tensor(rng.normal(size=batch.positions.shape))
-            step = step / step.norm(dim=1, keepdim=True) * (0.5 * slack)  # towards each other: as far as it holds
+            step = step / step.norm(dim=1, keepdim=True) * (0.5 * skin)  # towards each other: as far as it holds
             moved = make_batch((batch.positions.numpy() + step.numpy(), *system[1:]))
             fresh = build_graph(moved, settings)
             expected = geometry_of(moved, fresh, settings).log_envelope.tolist()
@@ -54,7 +54,7 @@ def test_the_farthest_of_a_shell_may_become_the_nearest() -> None:
 
     radii = 3.0 + 0.06 * np.arange(8)
     assert (0, 8, 0, 0, 0) not in edges_of(build_graph(star(radii), settings))
-    kept = build_graph(star(radii), settings, slack=0.4)
+    kept = build_graph(star(radii), settings, graph_skin=0.4)
     moved = star(radii + np.array([0.2] * 7 + [-0.2]))
     fresh = build_graph(moved, settings)
     place = edges_of(fresh, fresh.num_tokens).index((0, 8, 0, 0, 0))
@@ -68,27 +68,27 @@ def test_it_costs_some_tokens_and_no_more() -> None:
     settings = GraphSettings(cutoff=4.0, num_neighbors=8, rank_scale=0.2)
     positions = rng.uniform(0.0, 9.0, (60, 3))
     batch = make_batch((positions, np.eye(3) * 9.0, np.ones(3, bool)))
-    sizes = [build_graph(batch, settings, slack=slack).num_tokens for slack in (0.0, 0.05, 0.2)]
+    sizes = [build_graph(batch, settings, graph_skin=skin).num_tokens for skin in (0.0, 0.05, 0.2)]
     assert sizes[0] < sizes[1] < sizes[2] < 2.5 * sizes[0]
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
-    ("settings", "slack", "message"),
+    ("settings", "skin", "message"),
     [
-        (GraphSettings(cutoff=4.0, num_neighbors=8), -0.1, "slack is -0.1: it must be 0 or more"),
-        (GraphSettings(cutoff=4.0, num_neighbors=8), float("nan"), "slack is nan"),
+        (GraphSettings(cutoff=4.0, num_neighbors=8), -0.1, "graph_skin is -0.1: it must be 0 or more"),
+        (GraphSettings(cutoff=4.0, num_neighbors=8), float("nan"), "graph_skin is nan"),
         (GraphSettings(cutoff=4.0, num_neighbors=8, soft=False), 0.1, "hard ranks"),
         (GraphSettings(cutoff=4.0, num_neighbors=8, rank_truncation=20), 0.1, "truncated ranks"),
     ],
 )
-def test_slack_that_means_nothing(settings: GraphSettings, slack: float, message: str) -> None:
+def test_skin_that_means_nothing(settings: GraphSettings, skin: float, message: str) -> None:
     batch = make_batch((np.zeros((1, 3)), np.zeros((3, 3)), np.zeros(3, bool)))
     with pytest.raises(UsageError, match=message):
-        build_graph(batch, settings, slack=slack)
+        build_graph(batch, settings, graph_skin=skin)
 
 
-def test_a_list_without_the_slack_is_refused() -> None:
+def test_a_list_without_the_skin_is_refused() -> None:
     settings = GraphSettings(cutoff=4.0, num_neighbors=8)
     batch = make_batch((np.zeros((1, 3)), np.zeros((3, 3)), np.zeros(3, bool)))
     with pytest.raises(UsageError, match="but these settings need"):
