@@ -267,15 +267,33 @@ def analyze(
 
     Example: escaip analyze md.extxyz --quantities rdf msd
     """
-    from escaip.simulate.report import analyze_file
+    import json
+    from pathlib import Path
+
+    from escaip.errors import DataError
+    from escaip.files import write_file
+    from escaip.simulate.report import AnalysisSettings
+    from escaip.simulate.report import analyze as analyze_trajectory
 
     chosen = None if quantities is None else tuple(n for item in quantities for n in item.split(",") if n)
-    analysis = analyze_file(
-        trajectory, out, plots=plots, progress=sys.stderr.isatty(),
-        quantities=chosen, start=start, stop=stop, every=every,
-        timestep=timestep, log=log, r_max=rmax, bin_width=bin_width, fit=fit, num_blocks=blocks, unwrap=unwrap,
-        remove_drift=not keep_drift, vacf_length=vacf_length, mass_weighted=mass_weights,
+    settings = AnalysisSettings(
+        quantities=chosen, start=start, stop=stop, every=every, timestep=timestep, log=log, r_max=rmax,
+        bin_width=bin_width, fit=fit, num_blocks=blocks, unwrap=unwrap, remove_drift=not keep_drift,
+        vacf_length=vacf_length, mass_weighted=mass_weights,
     )  # fmt: skip
+    analysis = analyze_trajectory(trajectory, settings, progress=sys.stderr.isatty())
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
+    text = json.dumps(analysis.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_file(folder / "analysis.json", text)
+    if plots:
+        from escaip.simulate.plots import draw
+
+        for name, image in draw(analysis).items():
+            write_file(folder / f"{name}.png", image)
     print(analysis.table())
     print(f"wrote {out}")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import io
 import itertools
-import json
 import math
 import os
 import tempfile
@@ -20,7 +18,6 @@ from ase import Atoms, units
 from tqdm import tqdm
 
 from escaip.errors import ConfigError, DataError, UsageError
-from escaip.files import write_file
 from escaip.simulate.analysis import (
     WAVENUMBER,
     Array,
@@ -46,7 +43,6 @@ _GRAM_PER_CM3 = units._amu * 1e27  # per amu/Å³
 _FASTEST = ((("H",), 4500.0), (("B", "C", "N", "O", "F"), 2500.0))
 _FAR = 0.4  # of the cell: another atom may have moved farther than half of it, to an unknown image
 _DIFFUSIVE = 0.2  # deviation from 1 of an exponent that still counts as diffusion
-_COLORS = ("#2a6f97", "#c8553d", "#588157", "#8d5a97", "#d4a017", "#4a4e69", "#3a9e9e", "#a44a3f")
 
 T = TypeVar("T")
 
@@ -193,40 +189,6 @@ class Analysis:
             rows.append(("vibrations", f"peaks {peaks} cm⁻¹; resolved to {resolution:.2g}, up to {highest:.0f} cm⁻¹"))
         lines = [head, "", *(f"{name:<20}{text}" for name, text in rows)]
         return "\n".join([*lines, *(["", *self.notes] if self.notes else [])])
-
-
-def analyze_file(
-    trajectory: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    plots: bool = True,
-    progress: bool = False,
-    **settings: Any,
-) -> Analysis:
-    """Analyses a trajectory; writes ``analysis.json`` and ``rdf.png``, ``msd.png``, ``vacf.png``, ``log.png``.
-
-    Args:
-        trajectory: see :func:`~escaip.simulate.read_trajectory`.
-        out: folder, made when needed.
-        plots: whether to draw.
-        progress: show a bar.
-        **settings: of :class:`AnalysisSettings`.
-
-    Raises:
-        DataError: the trajectory cannot be used, or the folder cannot be written.
-        UsageError: settings that are out of range or do not fit the trajectory.
-    """
-    analysis = analyze(trajectory, AnalysisSettings(**settings), progress=progress)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
-    text = json.dumps(analysis.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    write_file(folder / "analysis.json", text)
-    for name, image in (draw(analysis) if plots else {}).items():
-        write_file(folder / f"{name}.png", image)
-    return analysis
 
 
 def analyze(
@@ -513,7 +475,7 @@ def _radial_values(found: RadialDistribution) -> dict[str, Any]:
 
 
 def _transport_values(found: Transport, drift_removed: bool) -> dict[str, Any]:
-    chosen = _thinned(len(found.lag))
+    chosen = thinned(len(found.lag))
     groups = {
         name: {
             "diffusion_cm2_per_s": diffusion.coefficient,
@@ -546,79 +508,6 @@ def _vibration_values(found: Vibrations) -> dict[str, Any]:
     }
 
 
-def _thinned(count: int) -> np.ndarray:
+def thinned(count: int) -> np.ndarray:
     """Returns at most a thousand evenly spaced indices."""
     return np.unique(np.linspace(0, count - 1, min(count, 1000)).astype(np.int64))
-
-
-def draw(analysis: Analysis) -> dict[str, bytes]:
-    """Returns a PNG by name for each quantity that was found: ``rdf``, ``msd``, ``vacf``, ``log``."""
-    images: dict[str, bytes] = {}
-    if (radial := analysis.radial) is not None:
-        unique = {frozenset(pair.split("-")): pair for pair in reversed(shown(radial.g))}  # g of A-B is that of B-A
-        shells = [shell for pair in radial.g if (shell := radial.first_shell(pair)) is not None]
-        top = 2.5 * max(shell.coordination for shell in shells) if shells else None
-        images["rdf"] = _plot(
-            ({pair: (radial.distance, radial.g[pair]) for pair in reversed(unique.values())},
-             {"title": "Radial distribution", "xlabel": "r (Å)", "ylabel": "g(r)", "ylim": (0, None)}),
-            ({pair: (radial.edges, radial.neighbors[pair]) for pair in shown(radial.g)},
-             {"title": "Neighbors of an atom of the first element", "xlabel": "r (Å)", "ylabel": "within r",
-              "ylim": (0, top)}),
-        )  # fmt: skip
-    if (transport := analysis.transport) is not None:
-        chosen = _thinned(len(transport.lag))[1:]
-        curves = {name: (transport.lag[chosen] * 1e-3, transport.msd[name][chosen]) for name in shown(transport.msd)}
-        look = {"title": "Mean-square displacement", "xlabel": "lag (ps)", "ylabel": "MSD (Å²)"}
-        if all((values > 0).all() for _, values in curves.values()):
-            look |= {"xscale": "log", "yscale": "log"}
-        images["msd"] = _plot((curves, look), span=(transport.window[0] * 1e-3, transport.window[1] * 1e-3))
-    if (found := analysis.vibrations) is not None:
-        total = np.cumsum(found.spectrum["all"])
-        reach = float(found.frequency[min(int(np.searchsorted(total, 0.999 * total[-1])), len(total) - 1)])
-        title = "Vibrational density of states" if found.mass_weighted else "Spectrum of velocities"
-        right = min(float(found.frequency[-1]), 1.15 * reach + 2 * found.resolution)
-        images["vacf"] = _plot(
-            ({name: (found.lag * 1e-3, found.vacf[name] / found.vacf[name][0]) for name in shown(found.vacf)},
-             {"title": "Velocity autocorrelation", "xlabel": "lag (ps)", "ylabel": "⟨v(0)·v(t)⟩ / ⟨v²⟩"}),
-            ({name: (found.frequency, found.spectrum[name]) for name in shown(found.spectrum)},
-             {"title": title, "xlabel": "wavenumber (cm⁻¹)", "ylabel": "per cm⁻¹", "xlim": (0, right)}),
-        )  # fmt: skip
-    names = {"temperature_K": "temperature (K)", "pressure_GPa": "pressure (GPa)",
-             "conserved_energy_eV": "conserved energy (eV)"}  # fmt: skip
-    log = analysis.log or {}
-    present = [name for name in names if name in log and np.isfinite(log[name]).any()]
-    if present:
-        images["log"] = _plot(*(
-            ({"": (log["time_fs"] * 1e-3, log[name])}, {"xlabel": "time (ps)", "ylabel": names[name]})
-            for name in present
-        ))  # fmt: skip
-    return images
-
-
-def _plot(
-    *panels: tuple[dict[str, tuple[Array, Array]], dict[str, Any]], span: tuple[float, float] | None = None
-) -> bytes:
-    """Draws panels of named curves side by side, without matplotlib's global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.8 * len(panels), 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid: Any = figure.subplots(1, len(panels), squeeze=False)
-    colors: dict[str, str] = {"all": "#303030"}
-    for axis, (curves, look) in zip(grid[0], panels, strict=True):
-        if span is not None:
-            axis.axvspan(*span, color="0.93", zorder=0, label="fit")
-        for name, (x, y) in curves.items():
-            color = colors.setdefault(name, _COLORS[(len(colors) - 1) % len(_COLORS)])
-            axis.plot(x, y, label=name, color=color, linewidth=1.1)
-        axis.set(**look)
-        if any(curves):
-            axis.legend(frameon=False, fontsize=9)
-        else:
-            axis.ticklabel_format(axis="y", useOffset=False)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=9)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
-    return stream.getvalue()
