@@ -223,9 +223,8 @@ class EScAIPConfig(ModelConfig):
             )
 
 
-# Sizes by number of parameters of the conservative model. Head dimension 16, 24, 32 and 64; the angular groups of the
-# larger ones are the published (20, 10, 4, 10, 20). Of 32 to 300 Gaussians, 32 of one spacing gave the least error
-# after equal steps on two sets (docs/performance.md); the two largest keep the published 600.
+# Sizes by number of parameters of the conservative model. The larger ones have the published angular groups
+# (20, 10, 4, 10, 20), the two largest also the published 600 Gaussians.
 _PUBLISHED_CHANNELS = (20, 10, 4, 10, 20)
 _COARSE_BASIS: dict[str, Any] = {
     "num_radial": 32, "radial_width": 1.0, "distance_table": "always", "distance_knots": 256,

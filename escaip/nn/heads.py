@@ -1,4 +1,4 @@
-"""Readouts of each depth, and the energy and direct-force heads."""
+"""Readouts of each depth, the energy and direct-force heads, and the registry of further heads."""
 
 from __future__ import annotations
 

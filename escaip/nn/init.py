@@ -1,8 +1,8 @@
 """Initial weights: every layer starts with a signal of unit variance, and energies and forces near zero.
 
 The default of ``nn.Linear`` shrinks a signal to a third of its variance in every layer, and Gaussians of a distance
-are sparse: with it the distances made up 0.2 % of the variance of a fresh token, so that training spent hundreds of
-steps on a plateau of zero forces before it saw the geometry at all.
+are sparse: the distances would make up 0.2 % of the variance of a fresh token, and training would start on a plateau of
+zero forces.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import nn
 from escaip.nn.embedding import EdgeAttributes
 from escaip.nn.heads import DirectForceHead, EnergyHead
 
-# Makes up for what the activation between the two maps of the distance takes away.
+# Compensates the activation between the two maps of the distance.
 _DISTANCE_GAIN = 1.3
-# A first prediction near zero, but not zero: its features should not be unlearned as noise.
+# First predictions are small, but not zero, so that gradients reach all features.
 _OUTPUT_GAIN = 0.1
 
 
@@ -28,8 +28,7 @@ def initialize(model: nn.Module, radial_width: float) -> None:
     Linear layers: normal of variance ``1 / fan-in`` (LeCun et al. 1998), biases 0. Distance embedding: variance
     ``1 / Σ_k g_k²``, where the squares of Gaussians of width ``w`` spacings sum to ``√π w`` at any distance. Outputs:
     a tenth of that; the magnitude that multiplies direct forces starts near 1, since a product of two factors near
-    zero has no gradient to leave it (3BPA, 150 steps: 444 against 697 meV/Å, zero forces 698). Embeddings and norms
-    keep what their modules drew.
+    zero has no gradient to leave it. Embeddings and norms keep the values that their modules drew.
 
     Args:
         model: with :class:`EdgeAttributes`, :class:`EnergyHead` and :class:`DirectForceHead` somewhere in it.

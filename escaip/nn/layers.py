@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """Autocast off, for rows of atoms among those of tokens: they cost nothing beside them."""
+    """Turns autocast off for rows of atoms, which cost little beside rows of tokens."""
     return torch.autocast(like.device.type, enabled=False)
 
 

@@ -32,22 +32,22 @@ from escaip.potential.model_file import PotentialMetadata, describe, migrate, wr
 from escaip.potential.precision import check_precision
 from escaip.potential.predict import StructurePrediction, iter_predict
 from escaip.potential.zbl import ZBL
-from escaip.types import TARGETS, AtomInputs, Graph, ModelOutput, NeighborList, Prediction, StructureBatch
+from escaip.types import TARGETS, AtomInputs, Graph, NeighborList, Prediction, StructureBatch
 
 __all__ = ["Potential", "PotentialMetadata"]
 
 ENERGY_BUFFERS = ("element_references", "element_shifts", "scale")
-"""Of a potential: one set of each, or one for each of several data sets."""
+"""Buffers of a potential with a leading dimension ``S`` where it was trained on ``S`` data sets."""
 
 
 class Potential(nn.Module):
     """An interatomic potential: model, element references, scale and derivatives.
 
     ``E = Σ_i (reference[Z_i] + shift[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in
-    float64; and a repulsion of atoms that come too close. Potentials trained on several sets have all three for each,
-    chosen by ``batch.dataset`` or, where that says nothing, by :meth:`choose_dataset`. Forces are ``−∂E/∂r`` or, for
-    direct-force models, ``scale ·`` the force head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in
-    tension. Positions and cells are read in float64, displacements formed in float64 and cast to the model's dtype
+    float64, plus a repulsion at short distances. Potentials trained on several data sets have one reference, shift and
+    scale for each, chosen by ``batch.dataset`` or, where that is −1, by :meth:`choose_dataset`. Forces are ``−∂E/∂r``
+    or, for direct-force models, ``scale ·`` the force head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``,
+    positive in tension. Positions and cells are read in float64, displacements formed in float64 and cast to the model's dtype
     (float32 or float64).
 
     Args:
@@ -57,14 +57,14 @@ class Potential(nn.Module):
     Attributes:
         element_references: ``(119,)`` eV by atomic number, or ``(S, 119)`` for several sets, NaN for elements that a
             set does not have.
-        element_shifts: of the same shape, eV, what training adds to them (docs/training.md).
+        element_shifts: of the same shape, eV; training adds them to the references (docs/training.md).
         scale: ``()`` or ``(S,)`` eV.
         repulsion: between atoms closer than any in training; none for a fresh model (:mod:`escaip.potential.zbl`).
-        recompute: keep only what enters each layer and compute the rest again for derivatives: less memory for about a
-            third more time. None, the default: where a prediction would otherwise keep several GiB; never in training.
+        recompute: whether activations are recomputed for derivatives (activation checkpointing): less memory for about
+            a third more time. None, the default, recomputes where a prediction would keep several GiB.
         precision: ``"highest"``, the model's own; ``"tf32"`` for products of float32 matrices on CUDA; ``"float16"`` or
             ``"bfloat16"`` for products and attention of tokens, the rest in float32 (docs/precision.md).
-        evaluator: of the model and the gradient of its energy: uncompiled, compiled, or exported.
+        evaluator: runs the model and the gradient of its energy: uncompiled, compiled, or exported.
     """
 
     element_references: Tensor
@@ -93,10 +93,10 @@ class Potential(nn.Module):
         return self.metadata.datasets if self.element_references.dim() == 2 else ()
 
     def choose_dataset(self, name: str | None) -> None:
-        """Says whose references and scale structures get that state no set themselves.
+        """Chooses the references and scale of structures that state no data set.
 
         Raises:
-            ConfigError: no such set; the message lists those there are.
+            ConfigError: no such set; the message lists the known ones.
         """
         if name is None:
             self._dataset = -1
@@ -128,7 +128,7 @@ class Potential(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.element_references.device
 
     def set_metadata(self, metadata: PotentialMetadata) -> None:
@@ -145,17 +145,16 @@ class Potential(nn.Module):
         shares: Mapping[str, float] | None = None,
         scale: str = "shared",
     ) -> None:
-        """Takes element references, scale (force RMS) and elements from a training set, or from several.
+        """Sets element references, scale (force RMS) and elements from the statistics of one or several training sets.
 
         Args:
             statistics: of the set, or of each set by name.
             shares: of each set in training, for the shared scale; default by structures.
-            scale: for several sets, ``"shared"`` (one force RMS, that of the mixture: the same forces in different
-                sets are the same output of the model) or ``"per_set"``.
+            scale: for several sets, ``"shared"`` (the force RMS of the mixture, so that equal forces in different sets
+                are equal outputs of the model) or ``"per_set"``.
 
         Raises:
-            ConfigError: the force RMS of a set is not a positive number (no forces to scale by: the scale stays 1 when
-                no set has any), or an unknown ``scale``.
+            ConfigError: the force RMS of a set with forces is not a positive number, or an unknown ``scale``.
         """
         found = statistics if isinstance(statistics, Mapping) else {"": statistics}
         references, scales = references_of(found, shares, scale)
@@ -172,11 +171,11 @@ class Potential(nn.Module):
         self.element_shifts = torch.zeros_like(self.element_references)
 
     def atomic_references(self, batch: StructureBatch) -> Tensor:
-        """``(N,)`` float64 eV, the element reference of each atom.
+        """Returns the element reference of each atom, ``(N,)`` float64 eV.
 
         Raises:
-            ConfigError: the potential has several sets of references and the batch does not say which.
-            UnsupportedElementError: an element that the set did not have.
+            ConfigError: the potential has several sets of references and the batch chooses none.
+            UnsupportedElementError: an element that the set lacks.
         """
         references = self._of_atoms(self.element_references, batch)
         if self.element_references.dim() == 2 and bool(torch.isnan(references).any()):
@@ -184,11 +183,11 @@ class Potential(nn.Module):
         return references
 
     def atomic_shifts(self, batch: StructureBatch) -> Tensor:
-        """``(N,)`` float64 eV, what training adds to the reference of each atom."""
+        """Returns the shift of each atom's reference, ``(N,)`` float64 eV."""
         return self._of_atoms(self.element_shifts, batch)
 
     def atomic_scale(self, batch: StructureBatch) -> Tensor:
-        """``()`` or ``(N,)`` float64 eV, what the model's energies are multiplied by."""
+        """Returns the scale of the model's energies, ``()`` or ``(N,)`` float64 eV."""
         return self.scale if self.scale.dim() == 0 else self.scale[self._dataset_codes(batch)[batch.batch]]
 
     def _of_atoms(self, table: Tensor, batch: StructureBatch) -> Tensor:
@@ -197,11 +196,11 @@ class Potential(nn.Module):
         return table[self._dataset_codes(batch)[batch.batch], batch.atomic_numbers]
 
     def _dataset_codes(self, batch: StructureBatch) -> Tensor:
-        """``(B,)`` the set of each structure."""
+        """Returns the data set of each structure, ``(B,)``."""
         return dataset_codes(batch, self._dataset, self.datasets)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Potential:
-        """Moves like any module, but keeps references, shifts and scale in float64."""
+        """Applies a move or cast, but keeps references, shifts and scale in float64."""
         kept = {name: getattr(self, name) for name in ENERGY_BUFFERS}
         super()._apply(fn, recurse)
         device = self.element_references.device
@@ -223,16 +222,15 @@ class Potential(nn.Module):
         """Predicts energy, forces and stress of a batch; the batch is not changed.
 
         Args:
-            batch: what :func:`escaip.data.collate` returns, on the potential's device.
-            neighbors: candidate pairs complete up to at least ``search_cutoff`` (with a skin, for
-                instance); by default those attached to the batch, or a fresh list.
+            batch: from :func:`escaip.data.collate`, on the potential's device.
+            neighbors: pairs complete up to ``search_cutoff`` or beyond; by default those attached to the batch, or a
+                fresh list.
             graph: of :meth:`graph_of`, valid at these positions; the batch is then not checked, and the host waits for
                 the device only where it looks up several sets of atomic energies.
-            compute_forces: whether forces are wanted.
-            compute_stress: whether stress is wanted; conservative models only.
-            compute_virials: whether that of each atom is; conservative models only.
-            create_graph: keep the graph of the derivatives, for training on them; default: in
-                training mode.
+            compute_forces: whether forces are computed.
+            compute_stress: whether stress is computed; conservative models only.
+            compute_virials: whether atomic virials are computed; conservative models only.
+            create_graph: whether derivatives can be differentiated, for training on them; default: in training mode.
 
         Raises:
             UnsupportedElementError: an element the potential was not trained on.
@@ -246,13 +244,15 @@ class Potential(nn.Module):
         graph = self.graph_of(batch, neighbors) if graph is None else graph
         positions, cell = batch.positions.to(torch.float64), batch.cell.to(torch.float64)
         scale = self.atomic_scale(batch)
+        weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
         learning = torch.is_grad_enabled() and (create_graph or not differentiate)
+        check_precision(self.precision, self.dtype, self.device)
+        request = EvaluationRequest(differentiate, create_graph, learning, self.precision, self.recompute)
 
         with torch.enable_grad() if differentiate else torch.set_grad_enabled(torch.is_grad_enabled()):
             vectors = displacements(positions, cell, batch.batch, graph)  # (T + X, 3)
-            output, gradient = self._evaluate(
-                vectors, graph, AtomInputs.of_batch(batch), scale, differentiate, create_graph, learning
-            )
+            inputs = EvaluationInputs(vectors, weight, AtomInputs.of_batch(batch), graph)
+            output, gradient = self.evaluator(self.model, inputs, request)
             offsets = self.atomic_references(batch) + self.atomic_shifts(batch)
             atomic_energies = offsets + scale * output.energy.double()
             if self.repulsion:
@@ -278,7 +278,7 @@ class Potential(nn.Module):
 
     @staticmethod
     def _of_target(name: str, values: Tensor, batch: StructureBatch) -> Tensor:
-        """Sums per-atom values ``(N, ...)`` to ``(B, ...)`` where the target is one of the structure."""
+        """Sums per-atom values ``(N, ...)`` to ``(B, ...)`` for targets of the structure."""
         return values if TARGETS[name].per_atom else sum_rows(values, batch.batch, batch.ptr.numel() - 1)
 
     def graph_of(self, batch: StructureBatch, neighbors: NeighborList | None = None, graph_skin: float = 0.0) -> Graph:
@@ -286,43 +286,13 @@ class Potential(nn.Module):
 
         Raises:
             UnsupportedElementError: an element the potential was not trained on.
-            ConfigError: ``graph_skin`` for a model in which a neighbor counts as soon as it is there (as published).
-            DataError: a structure that no potential can mean.
+            ConfigError: ``graph_skin`` for a model whose neighbors enter with a weight (as published).
+            DataError: an invalid structure.
         """
         self.config.check_graph_skin(graph_skin)
         check_elements(batch.atomic_numbers, self.supported, self.metadata.elements)
         self.model.check_systems(batch.charge, batch.spin_multiplicity)
         return build_graph(batch, self.config.graph, neighbors or attached_neighbors(batch), graph_skin)
-
-    def _evaluate(
-        self,
-        vectors: Tensor,
-        graph: Graph,
-        atoms: AtomInputs,
-        scale: Tensor,
-        differentiate: bool,
-        create_graph: bool,
-        learning: bool,
-    ) -> tuple[ModelOutput, Tensor | None]:
-        """Runs the model on displacements.
-
-        Args:
-            vectors: ``(T + X, 3)`` Å, float64.
-            graph: whose rows they are.
-            atoms: all of them.
-            scale: ``()`` or ``(N,)``, of the atomic energies.
-            differentiate: whether the gradient is wanted.
-            create_graph: whether the gradient will be differentiated.
-            learning: whether weights need gradients.
-
-        Returns:
-            The model's output, and the gradient of the scaled energy with respect to ``vectors`` in float64, eV/Å.
-        """
-        weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
-        inputs = EvaluationInputs(vectors, weight, atoms, graph)
-        check_precision(self.precision, self.dtype, self.device)
-        request = EvaluationRequest(differentiate, create_graph, learning, self.precision, self.recompute)
-        return self.evaluator(self.model, inputs, request)
 
     def compile(self, *_: Any, cuda_graphs: bool = False, **__: Any) -> None:
         """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.
