@@ -47,8 +47,8 @@ class Potential(nn.Module):
     float64, plus a repulsion at short distances. Potentials trained on several data sets have one reference, shift and
     scale for each, chosen by ``batch.dataset`` or, where that is −1, by :meth:`choose_dataset`. Forces are ``−∂E/∂r``
     or, for direct-force models, ``scale ·`` the force head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``,
-    positive in tension. Positions and cells are read in float64, displacements formed in float64 and cast to the model's dtype
-    (float32 or float64).
+    positive in tension. Positions and cells are read in float64, displacements formed in float64 and cast to the
+    model's dtype (float32 or float64).
 
     Args:
         config: the model.
