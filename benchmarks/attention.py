@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from escaip.errors import EscaipError
 from escaip.ops import available_backends, neighborhood_attention
-from escaip.ops.expanded import unit_harmonics
-from escaip.ops.padding import Padding
+from escaip.ops.dense import Padding
+from escaip.ops.steinhardt import spherical_harmonics
 
 CHANNELS = {
     16: (5, 3, 1, 3, 4), 32: (10, 5, 2, 5, 10), 64: (20, 10, 4, 10, 20), 80: (25, 12, 5, 13, 25),
@@ -90,7 +90,8 @@ def tokens(sizes: Tensor, heads: int, head_size: int, dtype: torch.dtype, seed: 
 def expanded_operands(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Padded q, k, v, bias with every channel of degree ``l`` times the ``2l + 1`` harmonics of its bond."""
     pad = Padding.of(inputs["offsets"], len(inputs["k"])).pad
-    degrees = [y.to(case.dtype) for y in unit_harmonics(inputs["direction"], len(case.channels) - 1)]  # (T, 2l + 1)
+    harmonics = spherical_harmonics(inputs["direction"], len(case.channels) - 1).to(case.dtype)
+    degrees = harmonics.split([2 * degree + 1 for degree in range(len(case.channels))], -1)
 
     def expand(x: Tensor) -> Tensor:
         groups = zip(x.split(case.channels, -1), degrees, strict=True)

@@ -1,113 +1,100 @@
 """What ptxas makes of the Triton attention kernels: registers, spills and shared memory, no GPU needed.
 
-Compiles every kernel ahead of time as it would be launched for the models that users have, with the built-in tiles:
+Compiles every kernel with every tile that Triton would time, for the models that users have:
 
-    python benchmarks/attention_compile.py --arch 80 90
-
-or with each tile that the tuner would try:
-
-    python benchmarks/attention_compile.py --arch 90 --head-size 64 --candidates
+    python benchmarks/attention_compile.py --arch 80 90 --head-size 64 --mode tf32x3 bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.driver import driver
 
-from escaip.ops.triton.candidates import candidates
-from escaip.ops.triton.cases import Case
-from escaip.ops.triton.compiling import compiling_for, reason
-from escaip.ops.triton.launch import Call
-from escaip.ops.triton.tiles import KERNELS, Tile, table_tile
+from escaip.ops.inputs import AttentionInputs, Gradients
+from escaip.ops.triton import launch
 
-HEAD_SIZES = (16, 32, 64, 80, 128)
-MODES = ("tf32x3", "bfloat16", "float16")
+MODES = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USES = ("angles", "envelope", "node")
 PUBLISHED = (20, 10, 4, 10, 20)  # of 64 channels; other head sizes in proportion
-NEIGHBORHOOD = 31
-SYSTEM = 256  # atoms of a system in node attention; larger ones compile to the same code
-WALKS = (12, 24, 48, 96)  # tokens of neighborhoods whose candidates differ
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One kernel as it would be launched; modes and uses are those of :class:`escaip.ops.triton.cases.Case`."""
-
-    kernel: str
-    mode: str
-    head_size: int
-    use: str
-
-    def call(self, size: int | None = None) -> Call:
-        """The launch, for neighborhoods of ``size`` tokens."""
-        size = size or (SYSTEM if self.use == "node" else NEIGHBORHOOD)
-        case = Case(self.use, self.mode, self.head_size, 8, group_widths(self.head_size), 1, size)
-        return next(call for call in case.calls(torch.device("cpu")) if call.key.kernel == self.kernel)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What came of it: ``spilled`` is bytes of local memory per thread, ``shared`` bytes per program."""
+    """A compiled kernel: ``spilled`` is bytes of local memory per thread, ``shared`` bytes per program."""
 
     kernel: str
-    mode: str
-    head_size: int
-    use: str
-    arch: int
-    own: int
-    other: int
-    warps: int
-    stages: int
+    tile: str
     registers: int
     spilled: int
     shared: int
-    seconds: float
 
 
-def group_widths(head_size: int) -> tuple[int, ...]:
-    """The published groups in proportion to the head size."""
-    outer = [width * head_size // 64 for width in PUBLISHED[1:]]
-    return (head_size - sum(outer), *outer)
+class NamedDriver:
+    """A driver that launches nothing: it says which GPU to compile for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return f"{self._target.backend} {self._target.arch}"
+
+    def get_current_stream(self, _: object = None) -> int:
+        return 0
 
 
-def configurations(modes: tuple[str, ...] = MODES) -> Iterator[Configuration]:
-    """Those of the models that users have."""
-    for kernel in KERNELS:
-        for mode in modes:
-            for head_size in HEAD_SIZES:
-                for use in USES:
-                    yield Configuration(kernel, mode, head_size, use)
+@contextlib.contextmanager
+def compiling(arch: int, precision: str, most: int | None) -> Iterator[list[Record]]:
+    """Launches within compile the last tiles for a compute capability such as 90, ``most`` or all, and run nothing."""
+    records: list[Record] = []
+
+    def run(tuner: Autotuner, *, grid: object, warmup: bool, **arguments: Any) -> None:
+        arguments["PRECISION"] = precision if precision.startswith("tf32") else arguments["PRECISION"]
+        tuner.nargs = {}
+        for config in tuner.prune_configs(arguments)[-(most or 0) :]:
+            compiled = tuner.fn.warmup(grid=(1, 1), **arguments, **config.all_kwargs())
+            registers, spilled = _resources(compiled.asm["cubin"])
+            tile = f"{config.kwargs['OWN']}x{config.kwargs['OTHER']} w{config.num_warps} s{config.num_stages}"
+            records.append(Record(tuner.base_fn.__name__, tile, registers, spilled, compiled.metadata.shared))
+
+    before = driver._active
+    driver.set_active(NamedDriver(GPUTarget("cuda", arch, 32)))
+    try:
+        with mock.patch.object(Autotuner, "run", run):
+            yield records
+    finally:
+        driver._active = before
 
 
-def compile_one(configuration: Configuration, arch: int, tile: Tile | None = None) -> Record:
-    """Compiles one configuration for a compute capability such as 80 or 90, with the built-in tile or another."""
-    started = time.perf_counter()
-    call = configuration.call()
-    tile = tile or table_tile(call.key)
-    with compiling_for(GPUTarget("cuda", arch, 32)):
-        compiled = call.compile(tile)
-    registers, spilled = _resources(compiled.asm["cubin"])
-    return Record(
-        **asdict(configuration), arch=arch, **asdict(tile), registers=registers, spilled=spilled,
-        shared=compiled.metadata.shared, seconds=round(time.perf_counter() - started, 1),
-    )  # fmt: skip
-
-
-def tiles_of(configuration: Configuration, with_candidates: bool) -> list[Tile]:
-    """The built-in tile, or all that the tuner tries for walks of any length."""
-    if not with_candidates:
-        return [table_tile(configuration.call().key)]
-    sizes = (SYSTEM,) if configuration.use == "node" else WALKS
-    return list(dict.fromkeys(tile for size in sizes for tile in candidates(configuration.call(size).key)))
+def compile_all(
+    arch: int, mode: str, head_size: int, use: str, size: int = 24, most: int | None = None
+) -> list[Record]:
+    """Compiles the five kernels for neighborhoods of ``size`` tokens of eight heads, with all tiles or ``most``."""
+    widths = tuple(width * head_size // 64 for width in PUBLISHED[1:]) if use == "angles" else ()
+    q = torch.zeros(size, 8, head_size, dtype=MODES[mode])
+    offsets, bias = torch.tensor([0, size]), None if use == "node" else torch.zeros(size)
+    direction = torch.zeros(size, 3) if use == "angles" else None
+    inputs = AttentionInputs(q, q, q, bias, direction, offsets, offsets, (head_size - sum(widths), *widths), 1.0)
+    with compiling(arch, mode, most) as records:
+        outputs = launch.forward(inputs)
+        launch.backward(inputs, outputs, q, use == "angles")
+        launch.double_backward(inputs, outputs, q, Gradients(q, q, q, bias, direction))
+    return records
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -125,27 +112,19 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--mode", nargs="+", default=MODES, help=f"default: {' '.join(MODES)}; tf32 and ieee too")
-    for name in ("kernel", "use"):
-        parser.add_argument(f"--{name}", nargs="+", help="only these")
-    parser.add_argument("--head-size", type=int, nargs="+", help="only these")
-    parser.add_argument("--candidates", action="store_true", help="every tile that the tuner tries")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["tf32x3", "bfloat16", "float16"])
+    parser.add_argument("--use", nargs="+", choices=USES, default=USES)
+    parser.add_argument("--head-size", type=int, nargs="+", default=[16, 32, 64, 80, 128])
+    parser.add_argument("--size", type=int, default=24, help="mean tokens of a neighborhood (default: 24)")
     options = parser.parse_args()
-    wanted = {name: getattr(options, name) for name in ("kernel", "use", "head_size")}
-    print("kernel                  mode        d use        sm           tile  regs  spill  shared     s")
+    print("kernel                  mode        d use        sm          tile  regs  spill  shared")
     for arch in options.arch:
-        for configuration in configurations(tuple(options.mode)):
-            if any(allowed and getattr(configuration, name) not in allowed for name, allowed in wanted.items()):
-                continue
-            for tile in tiles_of(configuration, options.candidates):
-                c = configuration
-                what = f"{c.kernel:23} {c.mode:8} {c.head_size:4} {c.use:9} {arch:3} {tile!s:>14}"
-                try:
-                    r = compile_one(c, arch, tile)
-                except Exception as error:  # a candidate that does not compile is a finding
-                    print(what, reason(error), flush=True)
-                else:
-                    print(f"{what} {r.registers:5} {r.spilled:6} {r.shared:7} {r.seconds:5}", flush=True)
+        for mode in options.mode:
+            for head_size in options.head_size:
+                for use in options.use:
+                    for r in compile_all(arch, mode, head_size, use, options.size):
+                        what = f"{r.kernel:23} {mode:8} {head_size:4} {use:9} {arch:3} {r.tile:>13}"
+                        print(f"{what} {r.registers:5} {r.spilled:6} {r.shared:7}", flush=True)
 
 
 if __name__ == "__main__":

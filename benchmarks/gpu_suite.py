@@ -34,7 +34,6 @@ PARTS = (
     Part("kernels", "gpu.checks", "kernels", 90, "attention against float64: value and two derivatives"),
     Part("compiling", "gpu.models", "compiling", 90, "first evaluations of what is compiled; beside kernels"),
     Part("models", "gpu.checks", "models", 90, "whole models against float64 on the CPU"),
-    Part("tuning", "gpu.tuning", "tuning", 60, "tiles of the kernels, measured and kept"),
     Part("dynamics", "gpu.simulations", "dynamics", 90, "molecular dynamics of 64 to 100 000 atoms, ns/day"),
     Part("training_steps", "gpu.models", "training_steps", 60, "forward, loss on forces, backward"),
     Part("predictions", "gpu.models", "predictions", 60, "energy and forces of 64 to 100 000 atoms"),

@@ -1,6 +1,5 @@
-"""Topology and geometry of a batch: neighbor search, soft k-nearest neighbors, tokens, invariant features."""
+"""Topology and geometry of a batch: neighbor search, soft k-nearest neighbors, tokens."""
 
-from escaip.graph.features import bond_orientational_order
 from escaip.graph.geometry import compute_geometry, displacements, token_geometry
 from escaip.graph.neighbors import neighbor_list
 from escaip.graph.tokens import TokenChunks, attached_neighbors, build_graph, prune_graph, search_cutoff
@@ -8,7 +7,6 @@ from escaip.graph.tokens import TokenChunks, attached_neighbors, build_graph, pr
 __all__ = [
     "TokenChunks",
     "attached_neighbors",
-    "bond_orientational_order",
     "build_graph",
     "compute_geometry",
     "displacements",

@@ -1,49 +1,27 @@
-"""The graph of a batch on the CPU in C++: what :func:`escaip.graph.knn.reference_graph` computes, field by field.
+"""The graph of a batch on the CPU in C++: computes :func:`escaip.graph.knn.reference_graph` field by field.
 
-What the C++ does not take, bad input above all, it leaves to the plain operations, which name what is wrong.
+Input that the C++ refuses, bad input above all, goes to the plain operations, which say what is wrong with it.
 """
 
 from __future__ import annotations
-
-import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
 from escaip.graph.geometry import support_of
 from escaip.graph.systems import Systems
-from escaip.ops.native.build import compiled, library
+from escaip.ops import cpp
 from escaip.types import Graph, GraphSettings, NeighborList
 
-_DONE = 0
 _LIST, _RADIUS, _HARD, _SOFT = 0, 1, 2, 3
-_INTEGERS = (
-    "atoms", "systems", "threads", "kind", "num_neighbors", "ranked", "bump",
-    "edges", "center_stride", "neighbor_stride",
-)  # fmt: skip
-_NUMBERS = ("cutoff", "radius", "support", "rank_scale", "envelope_scale", "slack")
-_POINTERS = ("positions", "cell", "pbc", "index", "ptr", "center", "neighbor", "shift")
-
-
-class _Problem(ctypes.Structure):
-    """Mirrors the struct of graph_problem.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _INTEGERS),
-        *((name, ctypes.c_double) for name in _NUMBERS),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    )
-
-
-# What is kept: kind, num_neighbors, ranked, bump, and radius, support, rank_scale, envelope_scale, slack.
+# What to keep: kind, num_neighbors, ranked, bump; and radius, support, rank_scale, envelope_scale, slack.
 _Choice = tuple[tuple[int, int, int, int], tuple[float, float, float, float, float]]
 _EVERY_PAIR: _Choice = (_LIST, 0, -1, 0), (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def has_kernels(systems: Systems) -> bool:
     """Whether the functions below take systems like these here."""
-    return systems.positions.device.type == "cpu" and compiled("double", "graph")
+    return systems.positions.device.type == "cpu" and cpp.has_kernels()
 
 
 def native_graph(
@@ -58,25 +36,15 @@ def native_graph(
         cutoff: Å up to which pairs are needed.
         slack: see :func:`escaip.graph.build_graph`.
     """
-    made = _build(systems, neighbors, cutoff, _choice(settings, slack))
-    if made is None:
+    arrays, num_tokens, longest = _build(systems, neighbors, cutoff, _choice(settings, slack))
+    if not arrays:
         return None
-    handle, (num_rows, num_tokens, num_compared, longest) = made
-    num_atoms = len(systems.positions)
-    try:
-        lengths = (num_atoms + 1, num_rows, num_rows, 3 * num_rows, num_tokens, num_atoms, num_compared, num_compared)
-        arrays = [torch.empty(length, dtype=torch.int64) for length in lengths]
-        rank_base = torch.empty(num_tokens, dtype=torch.float64)
-    except BaseException:
-        _functions().escaip_graph_free(handle)
-        raise
-    _write(handle, [*arrays, rank_base])
-    offsets, center, neighbor, shift, reverse, self_token, rank_token, rank_other = arrays
+    offsets, center, neighbor, shift, reverse, self_token, rank_base, rank_token, rank_other = arrays
     return Graph(
         offsets=offsets,
         center=center,
         neighbor=neighbor,
-        shift=shift.view(num_rows, 3),
+        shift=shift,
         reverse=reverse,
         self_token=self_token,
         rank_base=rank_base,
@@ -88,17 +56,11 @@ def native_graph(
 
 def native_list(systems: Systems, cutoff: float) -> NeighborList | None:
     """Finds all directed pairs, see :func:`escaip.graph.neighbor_list`; None where the plain operations must."""
-    made = _build(systems, None, cutoff, _EVERY_PAIR)
-    if made is None:
+    arrays, _, _ = _build(systems, None, cutoff, _EVERY_PAIR)
+    if not arrays:
         return None
-    handle, (num_edges, *_) = made
-    try:
-        center, neighbor, shift = (torch.empty(n, dtype=torch.int64) for n in (num_edges, num_edges, 3 * num_edges))
-    except BaseException:
-        _functions().escaip_graph_free(handle)
-        raise
-    _write(handle, [None, center, neighbor, shift, *([None] * 5)])
-    return NeighborList(center, neighbor, shift.view(num_edges, 3), cutoff)
+    center, neighbor, shift = arrays
+    return NeighborList(center, neighbor, shift, cutoff)
 
 
 def _choice(settings: GraphSettings, slack: float) -> _Choice:
@@ -112,34 +74,10 @@ def _choice(settings: GraphSettings, slack: float) -> _Choice:
 
 def _build(
     systems: Systems, neighbors: NeighborList | None, cutoff: float, choice: _Choice
-) -> tuple[ctypes.c_void_p, list[int]] | None:
-    """A graph that the C++ holds, and its sizes; None where it holds none."""
-    held = [x.contiguous() for x in (systems.positions, systems.cell, systems.pbc, systems.index, systems.ptr)]
-    edges = (-1, 0, 0)  # to search
+) -> tuple[list[Tensor], int, int]:
+    """Arrays of the graph, the number of tokens and the longest neighborhood; no arrays where it is refused."""
+    edges: tuple[Tensor | None, ...] = (None, None, None)  # to search
     if neighbors is not None:
-        center, neighbor, shift = (
-            x.to("cpu", torch.int64) for x in (neighbors.center, neighbors.neighbor, neighbors.shift)
-        )
-        held += [center, neighbor, shift.contiguous()]
-        edges = (len(center), center.stride(0), neighbor.stride(0))
-    problem = _Problem(
-        len(held[0]), len(held[1]), torch.get_num_threads(), *choice[0], *edges, cutoff, *choice[1],
-        *[x.data_ptr() for x in held],
-    )  # fmt: skip
-    made, sizes = ctypes.c_void_p(), (ctypes.c_int64 * 4)()
-    status = _functions().escaip_graph_build(ctypes.byref(problem), ctypes.byref(made), sizes)
-    return (made, list(sizes)) if status == _DONE else None
-
-
-def _write(handle: ctypes.c_void_p, arrays: list[Tensor | None]) -> None:
-    """Fills the arrays, in the order of the struct in graph.cpp, and lets go of the graph."""
-    pointers = (ctypes.c_void_p * len(arrays))(*[None if x is None else x.data_ptr() for x in arrays])
-    _functions().escaip_graph_write(handle, pointers)
-
-
-@functools.cache
-def _functions() -> ctypes.CDLL:
-    functions = library("double", "graph")
-    functions.escaip_graph_build.restype = ctypes.c_int64
-    functions.escaip_graph_write.restype = functions.escaip_graph_free.restype = None
-    return functions
+        edges = tuple(x.to("cpu", torch.int64) for x in (neighbors.center, neighbors.neighbor, neighbors.shift))
+    own = (systems.positions, systems.cell, systems.pbc, systems.index, systems.ptr)
+    return torch.ops.escaip.graph(*own, *edges, choice[0], (cutoff, *choice[1]))

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from escaip.errors import DataError
-from escaip.graph import bond_orientational_order
-from escaip.graph.features import harmonic_recursion
 from escaip.nn.layers import make_activation, make_norm
-from escaip.ops import spline, take_rows
+from escaip.ops import bond_orientational_order, spline, take_rows
 from escaip.types import AtomInputs, Tokens
 
 # A function of encoded distances, (R,) or (R, num_radial), with values (R, H).
@@ -44,24 +42,17 @@ class GaussianBasis(nn.Module):
 
 
 class OrientationalOrder(nn.Module):
-    """Bond-orientational order of atoms from their tokens (:func:`escaip.graph.bond_orientational_order`).
+    """Bond-orientational order of atoms from their tokens (:func:`escaip.ops.bond_orientational_order`).
 
     Args:
         degrees: ``l = 0 .. degrees − 1``.
         uniform: as published: every neighbor counts alike, and the root is clamped; otherwise both are smooth.
         epsilon: floor of the root.
-
-    Attributes:
-        recursion: of the harmonics, on the model's device so that nothing waits for a copy; float64 whatever the
-            model's precision.
     """
-
-    recursion: Tensor
 
     def __init__(self, degrees: int, uniform: bool, epsilon: float) -> None:
         super().__init__()
         self.degrees, self.uniform, self.epsilon = degrees, uniform, epsilon
-        self.register_buffer("recursion", harmonic_recursion(degrees - 1), persistent=False)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Returns ``(n, degrees)`` for the atoms of a chunk."""
@@ -69,15 +60,7 @@ class OrientationalOrder(nn.Module):
         return bond_orientational_order(
             tokens.direction, weight, tokens.center - tokens.first, tokens.num_atoms, self.degrees - 1,
             floor="clamp" if self.uniform else "smooth", epsilon=self.epsilon, offsets=tokens.offsets,
-            recursion=self.recursion,
         )  # fmt: skip
-
-    def _apply(self, fn: Any, recurse: bool = True) -> OrientationalOrder:
-        """Moves like any module, and keeps its precision."""
-        kept = self.recursion
-        super()._apply(fn, recurse)
-        self.recursion = kept.to(self.recursion.device)
-        return self
 
 
 class AtomFeatures(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from escaip.errors import ConfigError
-from escaip.ops.problem import accumulation_dtype
+from escaip.ops.inputs import accumulation_dtype
 
 # Machine epsilon of float32, the floor of the published norms, in every precision.
 NORM_EPS = 1.1920928955078125e-07

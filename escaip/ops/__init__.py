@@ -1,12 +1,16 @@
-"""Neighborhood attention and node attention, each behind one function (docs/attention.md); rows by index."""
+"""Operators on packed tokens: attention within neighborhoods and among all atoms (docs/attention.md), rows by index,
+splines, bond-orientational order.
+"""
 
+from escaip.ops.attention import neighborhood_attention, node_attention
 from escaip.ops.backends import BackendInfo, available_backends
-from escaip.ops.dispatch import neighborhood_attention, node_attention
 from escaip.ops.rows import sum_rows, take_rows
+from escaip.ops.steinhardt import bond_orientational_order
 
 __all__ = [
     "BackendInfo",
     "available_backends",
+    "bond_orientational_order",
     "neighborhood_attention",
     "node_attention",
     "sum_rows",

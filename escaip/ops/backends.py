@@ -1,23 +1,23 @@
-"""The capability table: what each attention backend supports, and which one serves a request best."""
+"""The attention backends, what each supports, and the choice of the fastest that serves a request."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from dataclasses import dataclass
 
 import torch
 
 from escaip.errors import ConfigError
-from escaip.ops.problem import HALF_TYPES
+from escaip.ops import cpp, library, triton
+from escaip.ops.inputs import HALF_TYPES
 
 _ANY_TYPE = (torch.float64, torch.float32, *HALF_TYPES)
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What a backend supports.
+    """A backend and its abilities.
 
     Attributes:
         name: what to pass as ``backend``.
@@ -38,7 +38,7 @@ class BackendInfo:
     description: str
 
     def summary(self) -> str:
-        """What it is and supports, or why it is not usable here, in one line."""
+        """Describes it in one line, or says why it is not usable here."""
         reason = self.unusable_here()
         if reason is not None:
             return f"not usable here: {reason}"
@@ -52,7 +52,7 @@ class BackendInfo:
         return _unusable(self.name)
 
     def refuses(self, request: Request) -> str | None:
-        """What of a request it cannot do, in words; None when it can do all."""
+        """Names the part of a request that it cannot do; None when it can do all."""
         if self.devices and request.device not in self.devices:
             return f"does not run on {request.device}"
         if request.dtype not in self.dtypes:
@@ -68,7 +68,7 @@ class BackendInfo:
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for."""
+    """Requirements of a call."""
 
     device: str
     dtype: torch.dtype
@@ -82,7 +82,7 @@ BACKENDS = (
     BackendInfo("triton", 2, ("cuda",), (torch.float32, *HALF_TYPES), False, True,
                 "fused GPU kernels"),
     BackendInfo("native", 2, ("cpu",), _ANY_TYPE, False, False,
-                "fused C++, compiled on first use"),
+                "fused C++, compiled at first use"),
     BackendInfo("blocked", 2, (), _ANY_TYPE, False, True,
                 "plain PyTorch in blocks of like sizes, memory linear in the tokens"),
     BackendInfo("dense", None, (), _ANY_TYPE, True, True,
@@ -141,9 +141,11 @@ def _unusable(name: str) -> str | None:
 
 @functools.cache
 def _look(name: str) -> str | None:
-    if name in ("native", "triton", "xformers"):
-        return importlib.import_module(f"escaip.ops.{name}").availability()
-    return None
+    if name == "native":
+        return cpp.unavailable()
+    if name == "triton":
+        return triton.availability()
+    return library.xformers_unusable() if name == "xformers" else None
 
 
 def _reasons(request: Request) -> str:

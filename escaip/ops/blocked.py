@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from escaip.ops.legendre import legendre_derivatives
-from escaip.ops.problem import Gradients, Problem, Result, accumulation_dtype
+from escaip.ops.inputs import AttentionInputs, AttentionOutputs, Gradients, accumulation_dtype
+from escaip.ops.reference import legendre_polynomials
 
 # Elements of one (queries × keys × heads) matrix; about a dozen of them are alive at a time.
 BLOCK_ELEMENTS = 1 << 16
@@ -73,28 +73,28 @@ class _Block:
     key: _Rows
 
 
-def forward(problem: Problem) -> Result:
-    """See :class:`escaip.ops.problem.Family`."""
-    q = problem.q
+def forward(inputs: AttentionInputs) -> AttentionOutputs:
+    """See :class:`escaip.ops.inputs.KernelBackend`."""
+    q = inputs.q
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
-    for block in _blocks(problem):
-        logits = _Logits(block, problem)
+    for block in _blocks(inputs):
+        logits = _Logits(block, inputs)
         normaliser = torch.logsumexp(logits.value, -1)  # (G, h, R)
         probability = logits.value.sub_(normaliser.unsqueeze(-1)).exp_()
-        block.query.put(out, probability @ block.key.take(problem.v))
+        block.query.put(out, probability @ block.key.take(inputs.v))
         block.query.put(lse, normaliser)
-    return Result(out, lse)
+    return AttentionOutputs(out, lse)
 
 
-def backward(problem: Problem, result: Result, grad_out: Tensor, with_direction: bool) -> Gradients:
-    """See :class:`escaip.ops.problem.Family`."""
-    sums = _Sums(problem, with_direction)
-    for block in _blocks(problem):
-        logits = _Logits(block, problem)
-        p = (logits.value - block.query.take(result.lse).unsqueeze(-1)).exp_()
+def backward(inputs: AttentionInputs, outputs: AttentionOutputs, grad_out: Tensor, with_direction: bool) -> Gradients:
+    """See :class:`escaip.ops.inputs.KernelBackend`."""
+    sums = _Sums(inputs, with_direction)
+    for block in _blocks(inputs):
+        logits = _Logits(block, inputs)
+        p = (logits.value - block.query.take(outputs.lse).unsqueeze(-1)).exp_()
         g = block.query.take(grad_out, 0.0)
-        d = (g * block.query.take(result.out)).sum(-1, keepdim=True)  # (G, h, R, 1)
-        r = (g @ block.key.take(problem.v).mT).sub_(d).mul_(p)  # dS
+        d = (g * block.query.take(outputs.out)).sum(-1, keepdim=True)  # (G, h, R, 1)
+        r = (g @ block.key.take(inputs.v).mT).sub_(d).mul_(p)  # dS
         block.key.add(sums.v, p.mT @ g)
         row, column = logits.products_with([(r, logits.polynomial)])
         block.query.put(sums.q, row(logits.k))
@@ -107,16 +107,16 @@ def backward(problem: Problem, result: Result, grad_out: Tensor, with_direction:
 
 
 def double_backward(
-    problem: Problem, result: Result, grad_out: Tensor, tangents: Gradients
+    inputs: AttentionInputs, outputs: AttentionOutputs, grad_out: Tensor, tangents: Gradients
 ) -> tuple[Tensor, Gradients]:
-    """The tangent of :func:`backward`; see :class:`escaip.ops.problem.Family`."""
-    g_out, sums = torch.empty_like(problem.q), _Sums(problem, True)
-    for block in _blocks(problem):
-        logits = _Logits(block, problem)
+    """The tangent of :func:`backward`; see :class:`escaip.ops.inputs.KernelBackend`."""
+    g_out, sums = torch.empty_like(inputs.q), _Sums(inputs, True)
+    for block in _blocks(inputs):
+        logits = _Logits(block, inputs)
         tangent = _Tangent(logits, tangents)
-        values, value_tangents = block.key.take(problem.v), block.key.take(tangents.v)
-        p = (logits.value - block.query.take(result.lse).unsqueeze(-1)).exp_()
-        g, attended = block.query.take(grad_out, 0.0), block.query.take(result.out)
+        values, value_tangents = block.key.take(inputs.v), block.key.take(tangents.v)
+        p = (logits.value - block.query.take(outputs.lse).unsqueeze(-1)).exp_()
+        g, attended = block.query.take(grad_out, 0.0), block.query.take(outputs.out)
         mu = (p * tangent.value).sum(-1, keepdim=True)
         dot_p = p * (tangent.value - mu)
         dot_out = dot_p @ values + p @ value_tangents
@@ -142,14 +142,14 @@ def double_backward(
 class _Sums:
     """Accumulators of the gradients, in the accumulation dtype but for q, whose rows are written once."""
 
-    def __init__(self, problem: Problem, with_direction: bool) -> None:
-        k, dtype = problem.k, accumulation_dtype(problem.k)
+    def __init__(self, inputs: AttentionInputs, with_direction: bool) -> None:
+        k, dtype = inputs.k, accumulation_dtype(inputs.k)
         self.dtype = k.dtype
-        self.q = torch.zeros_like(problem.q)
+        self.q = torch.zeros_like(inputs.q)
         self.k, self.v = k.new_zeros(k.shape, dtype=dtype), k.new_zeros(k.shape, dtype=dtype)
-        self.log_envelope = None if problem.log_envelope is None else k.new_zeros(k.shape[:2], dtype=dtype)  # (T, h)
+        self.log_envelope = None if inputs.log_envelope is None else k.new_zeros(k.shape[:2], dtype=dtype)  # (T, h)
         self.direction: Tensor | None = None
-        if with_direction and problem.direction is not None:
+        if with_direction and inputs.direction is not None:
             self.direction = k.new_zeros((k.shape[0], 1, 3), dtype=dtype)
 
     def finish(self) -> Gradients:
@@ -162,10 +162,10 @@ class _Sums:
 class _Logits:
     """Logits ``S`` of a block ``(G, h, R, C)``, and the pieces that their derivatives need."""
 
-    def __init__(self, block: _Block, problem: Problem) -> None:
-        widths, direction, log_envelope = problem.widths, problem.direction, problem.log_envelope
-        self.block, self.widths, self.scale = block, widths, problem.scale
-        self.q, self.k = block.query.take(problem.q), block.key.take(problem.k)
+    def __init__(self, block: _Block, inputs: AttentionInputs) -> None:
+        widths, direction, log_envelope = inputs.widths, inputs.direction, inputs.log_envelope
+        self.block, self.widths, self.scale = block, widths, inputs.scale
+        self.q, self.k = block.query.take(inputs.q), block.key.take(inputs.k)
         self.groups = _group_products(self.q, self.k, widths)  # A^l
         self.direction: tuple[Tensor, Tensor] | None = None  # of queries (G, 1, R, 3) and keys (G, 1, C, 3)
         self.polynomial: list[Tensor | None] = [None]  # P_l; None for one
@@ -295,9 +295,9 @@ def _weighted_sum(groups: list[Tensor | None], weights: list[Tensor | None]) -> 
     return total
 
 
-def _blocks(problem: Problem) -> Iterator[_Block]:
+def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
     """Cuts the neighborhoods into blocks of about ``BLOCK_ELEMENTS``, like sizes together."""
-    query_offsets, key_offsets, heads = problem.query_offsets, problem.key_offsets, problem.q.shape[1]
+    query_offsets, key_offsets, heads = inputs.query_offsets, inputs.key_offsets, inputs.q.shape[1]
     query_sizes, key_sizes = query_offsets.diff().cpu(), key_offsets.diff().cpu()
     order = torch.argsort(key_sizes, stable=True)
     order = order[(key_sizes[order] > 0) & (query_sizes[order] > 0)]
@@ -331,3 +331,24 @@ def _padded_rows(offsets: Tensor, chosen: Tensor, sizes: Tensor, longest: int) -
     exists = None if int(size.min()) == longest else (place < size).to(offsets.device)
     first = offsets[chosen.to(offsets.device)].unsqueeze(1)
     return _Rows(first + torch.minimum(place, size - 1).to(offsets.device), exists)
+
+
+def legendre_derivatives(cosine: Tensor, l_max: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Evaluates ``P_l, P_l', P_l''`` for ``l = 0 .. l_max``.
+
+    ``P_{l+1}' = P_{l-1}' + (2l + 1) P_l``, and the same relation one derivative higher.
+
+    Args:
+        cosine: any shape, cosine of the angle.
+        l_max: highest degree, at least 0.
+
+    Returns:
+        ``l_max + 1`` triples of tensors of the shape of ``cosine``.
+    """
+    values = legendre_polynomials(cosine, l_max)
+    zero = torch.zeros_like(cosine)
+    first, second = [zero, torch.ones_like(cosine)], [zero, zero]
+    for degree in range(1, l_max):
+        first.append(first[degree - 1] + (2 * degree + 1) * values[degree])
+        second.append(second[degree - 1] + (2 * degree + 1) * first[degree])
+    return list(zip(values, first[: l_max + 1], second[: l_max + 1], strict=True))

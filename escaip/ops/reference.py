@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from escaip.ops.legendre import legendre_polynomials
+MAX_L = 4
 
 
 def neighborhood_pairs(offsets: Tensor, self_queries_only: bool) -> tuple[Tensor, Tensor]:
@@ -74,3 +74,20 @@ def reference_attention(
     if dropout > 0.0:
         probability = torch.nn.functional.dropout(probability, dropout)
     return torch.zeros_like(q).index_add(0, query, probability.unsqueeze(-1) * v[key])
+
+
+def legendre_polynomials(cosine: Tensor, l_max: int) -> list[Tensor]:
+    """Evaluates ``P_0 .. P_l_max`` by Bonnet's recursion.
+
+    Args:
+        cosine: any shape, cosine of the angle.
+        l_max: highest degree, at least 0.
+
+    Returns:
+        ``l_max + 1`` tensors of the shape of ``cosine``.
+    """
+    polynomials = [cosine.new_ones(()).expand_as(cosine), cosine]
+    for degree in range(1, l_max):
+        following = ((2 * degree + 1) * cosine * polynomials[degree] - degree * polynomials[degree - 1]) / (degree + 1)
+        polynomials.append(following)
+    return polynomials[: l_max + 1]

@@ -1,9 +1,10 @@
 """Taking rows by index and summing rows by index: each the other's derivative.
 
-In eager mode these are ``index_select`` and ``index_add``. Under ``torch.compile`` the sum is an opaque operator: on
-one thread, Inductor (PyTorch 2.13, CPU) turns a sum over repeated indices into a loop marked ``#pragma GCC ivdep``, a
-promise that no index repeats, and GCC then reorders loads and stores into wrong sums. A graph that is traced first and
-differentiated by the compiler afterwards must keep the pair together, so there the gather is opaque as well.
+In eager mode these are ``index_select`` and ``index_add``. Under ``torch.compile`` the sum is an opaque operator, on
+the CPU in C++ (``cpp/binding.cpp``): on one thread, Inductor (PyTorch 2.13, CPU) turns a sum over repeated indices into
+a loop marked ``#pragma GCC ivdep``, which promises that no index repeats, and GCC then reorders loads and stores into
+wrong sums. A graph that is traced first and differentiated by the compiler afterwards must keep the pair together, so
+there the gather is opaque as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Curves in feature space: a uniform quintic B-spline, evaluated at many points, differentiable any number of times.
 
-What depends on a distance alone is a curve ``f: [0, r_c] → R^H``. Its values at ``K + 1`` knots, joined by a spline of
-degree five, stand for it with an error that falls with the sixth power of the spacing (the fifth for its slope), and
-four continuous derivatives. Coefficients come from values by the local quasi-interpolant that is exact for polynomials
+A feature of a distance alone is a curve ``f: [0, r_c] → R^H``. A spline of degree five through its values at ``K + 1``
+knots replaces it with an error that falls with the sixth power of the spacing (the fifth for its slope), and four
+continuous derivatives. Coefficients come from values by the local quasi-interpolant that is exact for polynomials
 of degree five (de Boor, A Practical Guide to Splines), so no system of equations is solved and gradients reach the
 weights behind the values through five neighbors each.
 
@@ -15,14 +15,13 @@ its product with a cotangent ``D_n = Σ_H g · I_n``, and its transpose ``S_n`` 
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.ops.native.build import SCALARS, compiled, library
+from escaip.ops.cpp import has_kernels
 from escaip.ops.rows import sum_rows, take_rows
 
 DEGREE = 5
@@ -79,7 +78,10 @@ def interpolate(table: Tensor, point: Tensor) -> Tensor:
     """
     if table.shape[0] <= DEGREE:
         raise ConfigError(f"a spline table has {table.shape[0]} rows: it must have at least {DEGREE + 1}")
-    return _plain(table, point, 0) if table.device.type != "cpu" else spline_values(table, point, 0)
+    if table.device.type != "cpu":
+        return _plain(table, point, 0)  # for compilers that fuse it
+    has_kernels()
+    return spline_values(table, point, 0)
 
 
 def _basis(u: Tensor, order: int) -> Tensor:
@@ -105,7 +107,7 @@ def _locate(table_rows: int, point: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plain(table: Tensor, point: Tensor, order: int) -> Tensor:
-    """``I_n`` in plain operations, for compilers that fuse them."""
+    """``I_n`` in plain operations."""
     interval, u = _locate(table.shape[0], point)
     basis = _basis(u, order)
     value = basis[:, :1] * take_rows(table, interval)
@@ -114,58 +116,30 @@ def _plain(table: Tensor, point: Tensor, order: int) -> Tensor:
     return value
 
 
-def _has_kernels(x: Tensor) -> bool:
-    """Whether the C++ kernels take a tensor: on the CPU, in single or double precision."""
-    return x.device.type == "cpu" and x.dtype in SCALARS and compiled(SCALARS[x.dtype], "spline")
-
-
-def _call(name: str, inputs: tuple[Tensor, ...], order: int, shape: tuple[int, ...], out: Tensor) -> None:
-    """Calls ``escaip_spline_<name>``, which writes ``out``; contiguous copies live until it returns."""
-    held = [x.to(out.dtype).contiguous() for x in inputs]
-    sizes = (order, *shape, len(inputs[-1]), torch.get_num_threads())
-    function = getattr(library(SCALARS[out.dtype], "spline"), f"escaip_spline_{name}")
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in held]
-    function(*pointers, *map(ctypes.c_int64, sizes), ctypes.c_void_p(out.data_ptr()))
+# The operators in plain PyTorch, for CPUs without the kernels of cpp/binding.cpp, which take their place when loaded.
 
 
 @torch.library.custom_op("escaip::spline_values", mutates_args=())
 def spline_values(table: Tensor, point: Tensor, order: int) -> Tensor:
     """``I_n``: ``(K + 5, H)``, ``(T,)`` to ``(T, H)``."""
-    if not _has_kernels(table):
-        return _plain(table, point, order)
-    out = table.new_empty(point.shape[0], table.shape[1])
-    _call("values", (table, point), order, table.shape, out)
-    return out
+    return _plain(table, point, order)
 
 
 @torch.library.custom_op("escaip::spline_products", mutates_args=())
 def spline_products(cotangent: Tensor, table: Tensor, point: Tensor, order: int) -> Tensor:
     """``D_n``: ``(T, H)``, ``(K + 5, H)``, ``(T,)`` to ``(T,)``."""
-    if not _has_kernels(table):
-        return (cotangent * _plain(table, point, order)).sum(1)
-    out = table.new_empty(point.shape[0])
-    _call("products", (cotangent, table, point), order, table.shape, out)
-    return out
+    return (cotangent * _plain(table, point, order)).sum(1)
 
 
 @torch.library.custom_op("escaip::spline_transpose", mutates_args=())
 def spline_transpose(cotangent: Tensor, point: Tensor, order: int, num_rows: int) -> Tensor:
     """``S_n``: ``(T, H)``, ``(T,)`` to ``(num_rows, H)``."""
-    if _has_kernels(cotangent):
-        out = cotangent.new_zeros(num_rows, cotangent.shape[1])
-        _call("transpose", (cotangent, point), order, out.shape, out)
-        return out
     interval, u = _locate(num_rows, point)
     basis = _basis(u, order)
     table = cotangent.new_zeros(num_rows, cotangent.shape[1])
     for j in range(DEGREE + 1):
         table = table + sum_rows(basis[:, j : j + 1] * cotangent, interval + j, num_rows)
     return table
-
-
-# Called by kernels of the dispatcher (escaip.ops.native.operators) for what they do not serve.
-for _served in (spline_values, spline_products):
-    torch.library.custom_op(f"{_served._qualname}_in_python", _served._init_fn, mutates_args=())
 
 
 @spline_values.register_fake

@@ -1,4 +1,5 @@
-"""Sums over pairs of bonds of an atom, for its bond-orientational order, in C++ with two derivatives.
+"""Bond-orientational order of atoms (Steinhardt et al. 1983): in plain operations, and on the CPU by pairs of bonds in
+C++.
 
 By the addition theorem the norm over ``m`` of ``Σ_j w_j Ŷ_lm(n_j)`` needs no harmonics:
 
@@ -15,32 +16,101 @@ and for cotangents ``a_j`` and ``b_j`` of these two, with ``s_jk = b_j · n_k + 
     ∂/∂w_j = 2 Σ_k [a_k f(c_jk) + w_k f'(c_jk) s_jk]
     ∂/∂n_j = 2 Σ_k {[(a_j w_k + a_k w_j) f'(c_jk) + w_j w_k f''(c_jk) s_jk] n_k + w_j w_k f'(c_jk) b_k}
 
-The polynomial extends off the unit sphere otherwise than the solid harmonics do, which a direction never notices: it is
-a displacement over its length, whose derivative has no part along it.
+Off the unit sphere the Legendre polynomials differ from the solid harmonics of the plain operations. Positions do not
+see that: a direction is a displacement over its length, whose derivative has no part along it.
 """
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.ops.native.build import SCALARS, compiled, library
+from escaip.ops.cpp import has_kernels
+from escaip.ops.rows import sum_rows
+
+PUBLISHED_FLOOR = 1e-6
+MAX_DEGREE = 11  # of e3nn's harmonics
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether :func:`pair_power` takes tensors like this one here."""
-    return x.device.type == "cpu" and x.dtype in SCALARS and compiled(SCALARS[x.dtype], "orientation")
+def bond_orientational_order(
+    direction: Tensor,
+    weight: Tensor,
+    center: Tensor,
+    num_atoms: int,
+    l_max: int,
+    *,
+    floor: str = "smooth",
+    epsilon: float = PUBLISHED_FLOOR,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Computes ``BOO_l(i) = |Σ_j w_j Ŷ_l(n_j) / Σ_j w_j|`` of every atom, the norm over ``m``, for ``l = 0 .. l_max``.
+
+    The root needs a floor ``ε`` to keep its derivatives finite where symmetry makes the sum vanish.
+    ``"smooth"`` takes ``√((s + ε) / (1 + ε))`` of the squared norm ``s``: all derivatives are continuous, it is
+    ``√ε`` at 0 and 1 at 1, so that ``BOO_0 = 1`` stays exact, and it differs from ``√s`` by at most ``√ε``. In a
+    perfect crystal it is a parabola for displacements below some ``√ε`` of a bond, and a cone beyond.
+    ``"clamp"`` takes ``√max(s, ε)`` as published, for weights trained that way: its slope jumps at ``s = ε``, and so
+    do forces.
+
+    Args:
+        direction: ``(T, 3)`` unit vectors, zero for self tokens (which then count in ``l = 0`` only).
+        weight: ``(T,)``, non-negative: ``exp(log_envelope)``, or ones for the published, discontinuous feature.
+        center: ``(T,)`` int64, atom each token belongs to.
+        num_atoms: ``N``.
+        l_max: highest degree.
+        floor: ``"smooth"`` or ``"clamp"``.
+        epsilon: ``ε``.
+        offsets: ``(N + 1,)`` int64 where the tokens of an atom are consecutive: on the CPU the sums are then made by
+            one kernel, with two derivatives. None for plain operations, with any number of them.
+
+    Returns:
+        ``(N, l_max + 1)``, without unit, differentiable twice in ``direction`` and ``weight``.
+
+    Raises:
+        ConfigError: no such floor, or a degree outside of 0 .. 11.
+    """
+    if floor not in ("smooth", "clamp"):
+        raise ConfigError(f"floor {floor!r} does not exist: choose smooth or clamp")
+    if not 0 <= l_max <= MAX_DEGREE:
+        raise ConfigError(f"l_max is {l_max}: it must be in 0 .. {MAX_DEGREE}")
+    total = sum_rows(weight, center, num_atoms)
+    if offsets is not None and direction.device.type == "cpu" and has_kernels():
+        power = power_spectrum(direction, weight, offsets, l_max) / total.square()[:, None]
+    else:
+        harmonics = spherical_harmonics(direction, l_max)
+        sums = sum_rows(harmonics * weight[:, None], center, num_atoms)
+        squares = (sums / total[:, None]).square()
+        sizes = [2 * degree + 1 for degree in range(l_max + 1)]
+        power = torch.stack([part.sum(dim=1) for part in squares.split(sizes, dim=1)], dim=1)
+    if floor == "clamp":
+        return power.clamp(min=epsilon).sqrt()
+    return ((power + epsilon) / (1.0 + epsilon)).sqrt()
 
 
-def pair_power(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -> Tensor:
-    """``N_l`` of every atom.
+def spherical_harmonics(direction: Tensor, l_max: int) -> Tensor:
+    """Computes real harmonics of unit norm, which vanish at the zero vector except that of ``l = 0``.
 
     Args:
         direction: ``(T, 3)`` unit vectors, or zero.
+        l_max: highest degree, at most 11.
+
+    Returns:
+        ``(T, (l_max + 1)²)``, degree by degree; ``Σ_m Ŷ_lm(n) Ŷ_lm(n') = P_l(n·n')``.
+    """
+    from e3nn import o3  # takes a second to import
+
+    degrees = list(range(l_max + 1))
+    return o3.spherical_harmonics(degrees, direction, normalize=False, normalization="norm")
+
+
+def power_spectrum(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -> Tensor:
+    """Computes ``N_l`` of every atom by the C++ kernels.
+
+    Args:
+        direction: ``(T, 3)`` unit vectors, or zero, on the CPU.
         weight: ``(T,)``.
         offsets: ``(N + 1,)`` int64; tokens of an atom are consecutive.
         l_max: highest degree, at most 16.
@@ -48,96 +118,54 @@ def pair_power(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -
     Returns:
         ``(N, l_max + 1)``, differentiable twice in ``direction`` and ``weight``.
     """
-    return orientation_value(direction, weight, offsets, l_max)
+    return torch.ops.escaip.steinhardt(direction, weight, offsets, l_max)
 
 
-@torch.library.custom_op("escaip::orientation", mutates_args=())
-def orientation_value(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -> Tensor:
-    """The value, see :func:`pair_power`."""
-    out = direction.new_empty(offsets.numel() - 1, l_max + 1)
-    _call("value", (direction, weight), offsets, (out,), out.shape)
-    return out
+def _define(suffix: str, schema: str, fake: Any, backward: Any, keep: Any) -> None:
+    """Defines an operator of ``cpp/binding.cpp``."""
+    name = f"escaip::steinhardt{suffix}"
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(name, fake)
+    torch.library.register_autograd(name, backward, setup_context=keep)
 
 
-@torch.library.custom_op("escaip::orientation_backward", mutates_args=())
-def orientation_backward(grad: Tensor, direction: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients ``(T, 3)`` and ``(T,)`` for cotangents ``(N, l_max + 1)``."""
-    results = torch.zeros_like(direction), torch.zeros_like(weight)
-    _call("backward", (grad, direction, weight), offsets, results, grad.shape)
-    return results
-
-
-@torch.library.custom_op("escaip::orientation_double_backward", mutates_args=())
-def orientation_double_backward(
-    to_direction: Tensor, to_weight: Tensor, grad: Tensor, direction: Tensor, weight: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``grad``, direction and weight for cotangents of what the backward returns."""
-    results = torch.empty(grad.shape, dtype=grad.dtype), torch.zeros_like(direction), torch.zeros_like(weight)
-    _call("double_backward", (to_direction, to_weight, grad, direction, weight), offsets, results, grad.shape)
-    return results
-
-
-def _call(
-    name: str, inputs: tuple[Tensor, ...], offsets: Tensor, results: tuple[Tensor, ...], shape: tuple[int, ...]
-) -> None:
-    """Calls ``escaip_orientation_<name>``, which writes the results; contiguous copies live until it returns."""
-    dtype = results[0].dtype
-    held = [*(x.to(dtype).contiguous() for x in inputs), offsets.contiguous()]
-    sizes = (*shape, torch.get_num_threads())
-    function = getattr(library(SCALARS[dtype], "orientation"), f"escaip_orientation_{name}")
-    pointers = [[ctypes.c_void_p(x.data_ptr()) for x in group] for group in (held, results)]
-    function(*pointers[0], *map(ctypes.c_int64, sizes), *pointers[1])
-
-
-# Called by kernels of the dispatcher (escaip.ops.native.operators) for what they do not serve.
-for _served in (orientation_value, orientation_backward):
-    torch.library.custom_op(f"{_served._qualname}_in_python", _served._init_fn, mutates_args=())
-
-
-@orientation_value.register_fake
-def _(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -> Tensor:
+def _fake_value(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -> Tensor:
     return direction.new_empty(offsets.shape[0] - 1, l_max + 1)
 
 
-@orientation_backward.register_fake
-def _(grad: Tensor, direction: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_gradients(grad: Tensor, direction: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(direction), torch.empty_like(weight)
 
 
-@orientation_double_backward.register_fake
-def _(
+def _fake_second(
     to_direction: Tensor, to_weight: Tensor, grad: Tensor, direction: Tensor, weight: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(grad), torch.empty_like(direction), torch.empty_like(weight)
 
 
-def _keep_value(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
 
 
 def _differentiate_value(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (*orientation_backward(grad, *ctx.saved_tensors), None, None)
+    return (*torch.ops.escaip.steinhardt_backward(grad, *ctx.saved_tensors), None, None)
 
 
-def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs)
+def _differentiate_gradients(ctx: Any, to_direction: Tensor, to_weight: Tensor) -> tuple[Any, ...]:
+    return (*torch.ops.escaip.steinhardt_double_backward(to_direction, to_weight, *ctx.saved_tensors), None)
 
 
-def _differentiate_backward(ctx: Any, to_direction: Tensor, to_weight: Tensor) -> tuple[Any, ...]:
-    return (*orientation_double_backward(to_direction, to_weight, *ctx.saved_tensors), None)
-
-
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-def _third_derivative(ctx: Any, *_: Any) -> None:
+def _refuse(ctx: Any, *_: Any) -> NoReturn:
     raise ConfigError(
         "the bond-orientational order has two derivatives on the CPU, and a third was asked for: compute it in plain "
-        "operations, with escaip.graph.bond_orientational_order(..., offsets=None)"
+        "operations, with bond_orientational_order(..., offsets=None)"
     )
 
 
-orientation_value.register_autograd(_differentiate_value, setup_context=_keep_value)
-orientation_backward.register_autograd(_differentiate_backward, setup_context=_keep_backward)
-orientation_double_backward.register_autograd(_third_derivative, setup_context=_keep_nothing)
+_INPUTS = "Tensor direction, Tensor weight, Tensor offsets"
+_define("", f"({_INPUTS}, int l_max) -> Tensor", _fake_value, _differentiate_value, _keep)
+_define("_backward", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)", _fake_gradients, _differentiate_gradients, _keep)
+_define(
+    "_double_backward", f"(Tensor to_direction, Tensor to_weight, Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    _fake_second, _refuse, _keep,
+)  # fmt: skip

@@ -37,8 +37,7 @@ from escaip.files import cache_folder, check_private, first_line, write_aside
 from escaip.graph import build_graph, displacements
 from escaip.models import Model, settings_of
 from escaip.nn.embedding import given_tables, kept_tables
-from escaip.ops.native.build import SCALARS, availability
-from escaip.ops.native.operators import register_operators
+from escaip.ops import cpp
 from escaip.ops.rows import traced_rows
 from escaip.potential.derivatives import (
     EagerEvaluator,
@@ -210,13 +209,12 @@ class AotCode:
         path: of the archive.
         model: the first model; its dtype and device are those of the code.
         constants: name of the weight that each constant of the code is.
-        compiles: whether C++ operators that the user's cache lacks may be compiled.
 
     Raises:
         CheckpointError: the code cannot be loaded.
     """
 
-    def __init__(self, path: Path, model: Model, constants: dict[str, str], compiles: bool = True) -> None:
+    def __init__(self, path: Path, model: Model, constants: dict[str, str]) -> None:
         self.path = path
         self._constants = constants
         self._config = model.config
@@ -225,8 +223,8 @@ class AotCode:
         self._state: list[tuple[int, int]] = []
         self._state_of = WeightState()
         index = -1 if self.device.index is None else self.device.index
-        if self.device.type == "cpu" and self._dtype in SCALARS:
-            register_operators(SCALARS[self._dtype], compiles)
+        if self.device.type == "cpu":
+            cpp.has_kernels()
         try:
             self._code = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
             self._give(model)
@@ -340,9 +338,9 @@ def compile_ahead(model: Model, differentiate: bool, path: Path) -> tuple[dict[s
     """
     model = _with_random_weights(model)
     weight, tables = next(model.parameters()), kept_tables(model)
-    problem = availability() if weight.device.type == "cpu" else None
+    problem = cpp.unavailable() if weight.device.type == "cpu" else None
     if problem is not None:
-        raise ConfigError(f"compiling {problem.split(':')[0]}: install g++ or clang++, or name one in CXX")
+        raise ConfigError(f"compiling {problem}")
 
     def function(*tensors: Tensor) -> list[Tensor]:
         return flat_evaluation(model, tables, tensors, differentiate, False)
@@ -363,14 +361,14 @@ def compile_ahead(model: Model, differentiate: bool, path: Path) -> tuple[dict[s
     names = {id(tensor): name for name, tensor in constants_of(model).items()}
     found = {node.target: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    native = any("native" in node.args or "escaip.orientation" in str(node.target) for node in calls)
+    native = any("_native" in str(node.target) or "escaip.steinhardt" in str(node.target) for node in calls)
     return {name: names[id(tensor)] for name, tensor in found.items()}, native
 
 
 def compiles_ahead(device: torch.device) -> bool:
     """Whether predictions on a device are compiled ahead of time; elsewhere they are compiled in the process."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return device.type == "cpu" and version >= _OLDEST_TORCH and availability() is None
+    return device.type == "cpu" and version >= _OLDEST_TORCH and cpp.unavailable() is None
 
 
 def constants_of(model: Model) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from escaip import __version__
 from escaip.errors import CheckpointError, ConfigError
 from escaip.files import first_line, write_aside
 from escaip.models import Model
-from escaip.ops.native.build import availability
+from escaip.ops import cpp
 from escaip.potential.compile import INFO, AotCode, add_entries, compile_ahead, environment, instructions, read_entry
 from escaip.potential.derivatives import EagerEvaluator, EvaluationInputs, EvaluationRequest
 from escaip.potential.potential import Potential, build_potential
@@ -247,7 +247,7 @@ def _check_environment(path: Path, made: dict[str, Any]) -> None:
     missing = sorted(set(made.get("instructions", [])) - set(instructions()))
     if missing:
         raise CheckpointError(f"{path} needs a processor with {', '.join(missing)}, which this one lacks: {remedy}")
-    problem = availability() if made.get("native_kernels") else None
+    problem = cpp.unavailable() if made.get("native_kernels") else None
     if problem is not None:
         raise CheckpointError(f"{path} {problem}")
 

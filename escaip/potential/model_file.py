@@ -21,7 +21,7 @@ from torch import Tensor
 
 from escaip.errors import CheckpointError
 from escaip.files import first_line, write_aside
-from escaip.graph.features import PUBLISHED_FLOOR
+from escaip.ops.steinhardt import PUBLISHED_FLOOR
 from escaip.models import ModelConfig, kind_of
 
 SCHEMA_VERSION = 5

@@ -41,13 +41,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import escaip.ops  # noqa: F401  # registers the operators
 from escaip.data import AtomicData, collate
 from escaip.errors import DataError, UsageError
 from escaip.graph import build_graph
 from escaip.models import EScAIP, EScAIPConfig
 from escaip.nn.embedding import kept_tables
 from escaip.ops import spline
+from escaip.ops.autograd import OPERATORS
 from escaip.potential import Potential
 from escaip.types import Graph, GraphSettings, StructureBatch
 
@@ -416,12 +416,11 @@ def operator_formulas() -> dict[Any, Callable[..., int]]:
     Useful operations are counted: those of the value and of its first and second derivative if all intermediates are
     kept. Kernels recompute logits and share the work of the second derivative; that is not counted.
     """
-    operators = torch.ops.escaip
-    formulas: dict[Any, Any] = {
-        operators.attention: _forward,
-        operators.attention_backward: _backward,
-        operators.attention_double_backward: _double_backward,
-    }
+    formulas: dict[Any, Any] = {}
+    for operators in OPERATORS.values():
+        formulas[operators.value.overloadpacket] = _forward
+        formulas[operators.backward.overloadpacket] = _backward
+        formulas[operators.double_backward.overloadpacket] = _double_backward
     for formula in formulas.values():
         formula._get_raw = True  # the sizes of neighborhoods are values of tensors, not shapes
     return formulas

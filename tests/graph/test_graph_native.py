@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from escaip.ops.native.build import availability, compiled
 from graph_reference import KINDS, make_batch, random_rotation, random_system
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,6 @@ from escaip.graph.knn import reference_graph
 from escaip.graph.native import native_graph, native_list
 from escaip.graph.neighbors import find_pairs
 from escaip.graph.systems import Systems
-from escaip.ops.native.build import availability, compiled
 from escaip.types import Graph, GraphSettings, NeighborList
 
 pytestmark = pytest.mark.skipif(availability() is not None, reason=f"native {availability()}")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from escaip.ops.problem import Family, Gradients, Problem
+from escaip.ops.autograd import OPERATORS
+from escaip.ops.inputs import AttentionInputs, Gradients
 from escaip.ops.reference import reference_attention
 
 Results = dict[str, Tensor | None]
@@ -19,7 +20,7 @@ NAMES = ("out", "dq", "dk", "dv", "db", "dn", "gG", "gq", "gk", "gv", "gb", "gn"
 class Case:
     """A problem with cotangents: of the value, and of the gradients of the inputs."""
 
-    problem: Problem
+    problem: AttentionInputs
     grad_out: Tensor
     tangents: Gradients
 
@@ -29,7 +30,7 @@ class Case:
         def cast(x: object) -> object:
             return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-        problem = Problem(*(cast(x) for x in vars(self.problem).values()))  # type: ignore[arg-type]
+        problem = AttentionInputs(*(cast(x) for x in vars(self.problem).values()))  # type: ignore[arg-type]
         return Case(problem, self.grad_out.to(dtype), Gradients(*(cast(x) for x in self.tangents)))  # type: ignore[arg-type]
 
     def on(self, device: str) -> Case:
@@ -38,7 +39,7 @@ class Case:
         def move(x: object) -> object:
             return x.to(device) if isinstance(x, Tensor) else x
 
-        problem = Problem(*(move(x) for x in vars(self.problem).values()))  # type: ignore[arg-type]
+        problem = AttentionInputs(*(move(x) for x in vars(self.problem).values()))  # type: ignore[arg-type]
         return Case(problem, self.grad_out.to(device), Gradients(*(move(x) for x in self.tangents)))  # type: ignore[arg-type]
 
     def changed(self, **values: object) -> Case:
@@ -78,7 +79,7 @@ def make_case(
     q, k, v = (normal(rows, heads, d, dtype=dtype) for rows in (queries, total, total))
     angles = direction if len(widths) > 1 else None
     bias = None if use == "node" else log_envelope
-    problem = Problem(q, k, v, bias, angles, query_offsets, offsets, widths, 1 / math.sqrt(d))
+    problem = AttentionInputs(q, k, v, bias, angles, query_offsets, offsets, widths, 1 / math.sqrt(d))
 
     def like(x: Tensor | None) -> Tensor | None:
         return None if x is None else normal(*x.shape, dtype=x.dtype)
@@ -86,13 +87,19 @@ def make_case(
     return Case(problem, normal(*q.shape, dtype=dtype), Gradients(*map(like, (q, k, v, bias, angles))))  # type: ignore[arg-type]
 
 
-def run_family(family: Family, case: Case, with_direction: bool = True) -> Results:
-    """Everything the three functions return, by name."""
-    result = family.forward(case.problem)
-    first = family.backward(case.problem, result, case.grad_out, with_direction)
+def run_family(backend: str, case: Case, with_direction: bool = True) -> Results:
+    """Everything that the three operators of a backend return, by name."""
+    operators, x = OPERATORS[backend], case.problem
+    inputs = (x.q, x.k, x.v, x.log_envelope, x.direction, x.query_offsets, x.key_offsets)
+    constants = (list(x.widths), x.scale)
+    out, lse = operators.value(*inputs, *constants)
+    first = operators.backward(case.grad_out, *inputs, out, lse, *constants, with_direction and x.direction is not None)
     tangents = case.tangents if with_direction else case.tangents._replace(direction=None)
-    to_grad_out, second = family.double_backward(case.problem, result, case.grad_out, tangents)
-    return dict(zip(NAMES, (result.out, *first, to_grad_out, *second), strict=True))
+    second = operators.double_backward(*tangents, case.grad_out, *inputs, out, lse, *constants)
+    found = dict(zip(NAMES, (out, *first, *second), strict=True))
+    absent = {"db", "gb"} if x.log_envelope is None else set()
+    absent |= {"dn", "gn"} if x.direction is None else set() if with_direction else {"dn"}
+    return {name: None if name in absent else tensor for name, tensor in found.items()}
 
 
 def run_reference(case: Case, with_direction: bool = True) -> Results:

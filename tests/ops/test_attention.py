@@ -11,7 +11,7 @@ from torch import Tensor
 
 from escaip.errors import ConfigError
 from escaip.ops import neighborhood_attention
-from escaip.ops.legendre import legendre_polynomials
+from escaip.ops.reference import legendre_polynomials
 
 BACKENDS = [info.name for info in CPU_BACKENDS]
 TWICE = [info.name for info in CPU_BACKENDS if info.derivatives != 1]

@@ -15,15 +15,13 @@ from typing import Any
 import attention_cases
 import pytest
 import torch
+from escaip.ops.sdpa import sdpa_attention
+from escaip.ops.xformers import xformers_attention
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.ops import expanded
-from escaip.ops import xformers as xformers_backend
-from escaip.ops.legendre import legendre_polynomials
+from escaip.ops import xformers as library_backends
 from escaip.ops.reference import reference_attention
-from escaip.ops.sdpa import sdpa_attention
-from escaip.ops.xformers import xformers_attention
 
 CHANNELS = [None, (2, 2, 1, 1, 2), (5, 3), (3, 0, 5), (8,)]
 SIZES = [[3, 1, 5, 2], [1], [4, 4], [1, 1, 17]]
@@ -127,7 +125,7 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
             BlockDiagonalMask=real.BlockDiagonalMask,
             MemoryEfficientAttentionCutlassOp=real.MemoryEfficientAttentionCutlassOp,
         )
-    monkeypatch.setattr(xformers_backend, "_library", lambda: library)
+    monkeypatch.setattr(library_backends, "_library", lambda: library)
     return calls
 
 
@@ -135,7 +133,7 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attention:
     if request.param == "sdpa":
         return sdpa_attention
-    monkeypatch.setattr(xformers_backend, "_library", lambda: stand_in_library([]))
+    monkeypatch.setattr(library_backends, "_library", lambda: stand_in_library([]))
     return xformers_attention
 
 
@@ -155,34 +153,6 @@ def gradients(function: Attention, inputs: dict[str, Tensor], weight: Tensor, **
     direction = inputs["direction"]
     moved = (direction != 0).any(-1, keepdim=True)
     return out, *found[:4], tangential(found[4], direction) * moved
-
-
-def test_harmonics_multiply_to_legendre_polynomials() -> None:
-    direction = make_inputs([30])["direction"]
-    products = [h @ h.T for h in expanded.unit_harmonics(direction, 4)]
-    cosine = direction @ direction.T
-    for degree, (found, expected) in enumerate(zip(products, legendre_polynomials(cosine, 4), strict=True)):
-        torch.testing.assert_close(found[1:, 1:], expected[1:, 1:], rtol=0, atol=1e-13)
-        assert (found[0] == float(degree == 0)).all()  # a self token
-
-
-def test_expanded_channels_multiply_to_angular_products() -> None:
-    inputs, channels = make_inputs([9]), (2, 2, 1, 1, 2)
-    harmonics = expanded.unit_harmonics(inputs["direction"], 4)
-    q, k = (expanded.expand_channels(inputs[name], harmonics, channels) for name in "qk")
-    width = sum((2 * degree + 1) * count for degree, count in enumerate(channels))
-    assert q.shape == k.shape == (9, 2, width)
-    polynomials = legendre_polynomials(inputs["direction"] @ inputs["direction"].T, 4)
-    expected, start = torch.zeros(9, 9, 2, dtype=torch.float64), 0
-    for polynomial, count in zip(polynomials, channels):
-        part = slice(start, start + count)
-        product = torch.einsum("jhc,khc->jkh", inputs["q"][..., part], inputs["k"][..., part])
-        expected[1:, 1:] += (polynomial[..., None] * product)[1:, 1:]
-        if start == 0:
-            expected[0], expected[:, 0] = product[0], product[:, 0]
-        start += count
-    torch.testing.assert_close(torch.einsum("jhc,khc->jkh", q, k), expected, rtol=1e-12, atol=1e-12)
-    assert (q[0, :, channels[0] :] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -321,7 +291,7 @@ def test_xformers_is_called_as_it_demands(calls: list[dict[str, Any]], channels:
 def test_xformers_takes_any_number_of_neighborhoods(
     calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(xformers_backend, "MAX_SEQUENCES", 3)
+    monkeypatch.setattr(library_backends, "MAX_SEQUENCES", 3)
     inputs = make_inputs([2, 1, 4, 3, 1, 2, 5])
     arguments = {"angular_channels": (5, 3), "scale": 0.37}
     expected = reference_attention(**inputs, **arguments)
@@ -352,10 +322,10 @@ def test_sdpa_takes_the_flash_kernel_where_widths_are_equal() -> None:
 
 def test_availability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'escaip[cuda]'" in str(xformers_backend.availability())
+    assert "pip install 'escaip[cuda]'" in str(library_backends.xformers_unusable())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "needs a CUDA device" in str(xformers_backend.availability())
+    assert "needs a CUDA device" in str(library_backends.xformers_unusable())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     libraries = {"xformers.ops.fmha": ["built for CUDA 12"], "mslk.attention.fmha": []}
@@ -366,13 +336,13 @@ def test_availability(monkeypatch: pytest.MonkeyPatch) -> None:
         return home
 
     monkeypatch.setattr(importlib, "import_module", found)
-    monkeypatch.setattr(xformers_backend, "_refusals", lambda home, device: libraries[home])
-    xformers_backend._library.cache_clear()
-    assert xformers_backend.availability() is None
-    assert xformers_backend._library() == "mslk.attention.fmha"
-    xformers_backend._library.cache_clear()
+    monkeypatch.setattr(library_backends, "_refusals", lambda home, device: libraries[home])
+    library_backends._library.cache_clear()
+    assert library_backends.xformers_unusable() is None
+    assert library_backends._library() == "mslk.attention.fmha"
+    library_backends._library.cache_clear()
     del libraries["mslk.attention.fmha"]
-    reason = str(xformers_backend.availability())
+    reason = str(library_backends.xformers_unusable())
     assert "built for CUDA 12" in reason
     assert "libcudart.so.13" in reason
     assert "\n" not in reason
@@ -380,11 +350,11 @@ def test_availability(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("home", ["xformers.ops.fmha", "mslk.attention.fmha"])
 def test_the_library_says_what_it_refuses(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = xformers_backend._refusals(library_or_skip(home, monkeypatch), torch.device("cpu"))
+    reasons = library_backends._refusals(library_or_skip(home, monkeypatch), torch.device("cpu"))
     assert any("device=cpu" in reason for reason in reasons)
 
 
-@pytest.mark.skipif(xformers_backend.availability() is not None, reason=str(xformers_backend.availability()))
+@pytest.mark.skipif(library_backends.xformers_unusable() is not None, reason=str(library_backends.xformers_unusable()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_xformers_on_cuda(dtype: torch.dtype) -> None:
     check_on_cuda(xformers_attention, dtype)

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from escaip.errors import ConfigError
 from escaip.ops import backends, blocked, neighborhood_attention
-from escaip.ops.operator import FAMILIES, attention, attention_backward, attention_double_backward
-from escaip.ops.problem import Gradients, Problem
+from escaip.ops.autograd import OPERATORS
+from escaip.ops.inputs import AttentionInputs, Gradients
 
 CHANNELS = (2, 1, 1, 1, 1)
-USABLE_FAMILIES = [info.name for info in CPU_BACKENDS if info.name in FAMILIES]
+USABLE_FAMILIES = [info.name for info in CPU_BACKENDS if info.name in OPERATORS]
 
 
 def call(inputs: dict[str, Tensor], backend: str, **changes: Any) -> Tensor:
@@ -31,17 +31,18 @@ def test_operators_keep_their_promises_to_pytorch(family: str, angular: bool) ->
     inputs = make_inputs([4, 1, 6])
     tensors = [inputs[name].requires_grad_() for name in LEAVES]
     geometry = tensors[3:] if angular else [None, None]
-    constants = ([*CHANNELS] if angular else [6], 0.4, family)
+    constants = ([*CHANNELS] if angular else [6], 0.4)
+    operators = OPERATORS[family]
     offsets = inputs["offsets"]
     forward = (*tensors[:3], *geometry, offsets, offsets)
-    torch.library.opcheck(attention, (*forward, *constants))
-    out, lse = (x.detach() for x in attention(*forward, *constants))
+    torch.library.opcheck(operators.value, (*forward, *constants))
+    out, lse = (x.detach() for x in operators.value(*forward, *constants))
     torch.library.opcheck(
-        attention_backward, (torch.randn_like(out).requires_grad_(), *forward, out, lse, *constants, angular)
+        operators.backward, (torch.randn_like(out).requires_grad_(), *forward, out, lse, *constants, angular)
     )
     tangents = [None if x is None else torch.randn_like(x) for x in (*tensors[:3], *geometry)]
     torch.library.opcheck(
-        attention_double_backward,
+        operators.double_backward,
         (*tangents, torch.randn_like(out), *(None if x is None else x.detach() for x in forward), out, lse, *constants),
     )
 
@@ -111,7 +112,7 @@ def test_blocked_memory_is_linear_in_the_tokens() -> None:
     atoms = 3000
     q, k, v = torch.randn(3, atoms, 1, 8)
     offsets = torch.tensor([0, atoms])
-    problem = Problem(q, k, v, None, None, offsets, offsets, (8,), 0.3)
+    problem = AttentionInputs(q, k, v, None, None, offsets, offsets, (8,), 0.3)
     with Largest() as largest:
         result = blocked.forward(problem)
         blocked.backward(problem, result, q, False)

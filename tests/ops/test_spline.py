@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from escaip.ops.native import build
 from torch import Tensor
 
 from escaip.errors import ConfigError
 from escaip.ops import spline
-from escaip.ops.native import build
 
 END = 6.0
 ORDERS = range(spline.DEGREE + 2)  # one beyond the last that is not zero

@@ -5,7 +5,6 @@ Without a GPU they run in Triton's interpreter, on CPU tensors; that they compil
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -23,8 +22,7 @@ from family_cases import Case, Results, errors, make_case, run_family, run_refer
 
 from escaip.ops import triton as triton_family  # noqa: E402
 from escaip.ops.triton import launch  # noqa: E402
-from escaip.ops.triton.chunks import cut  # noqa: E402
-from escaip.ops.triton.tiles import OVERRIDES, Tile  # noqa: E402
+from escaip.ops.triton.common import cut  # noqa: E402
 
 PUBLISHED = (20, 10, 4, 10, 20)
 # float32: accumulated rounding. Half types: every computed operand of a matrix product and every result is rounded,
@@ -32,19 +30,15 @@ PUBLISHED = (20, 10, 4, 10, 20)
 # D from the rounded output, which weighs where E − D is small.
 TOLERANCE = {torch.float32: (1e-5, 1e-5, 1e-5), torch.bfloat16: (4e-3, 6e-3, 1e-2), torch.float16: (5e-4, 1e-3, 3e-3)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes tensors of the CPU
-KERNELS = ("forward_rows", "backward_rows", "backward_columns", "double_backward_rows", "double_backward_columns")
-
-
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes as long for a small tile as for a large one; tests of the tiles choose their own."""
-    for kernel in KERNELS:
-        monkeypatch.setitem(OVERRIDES, kernel, Tile(32, 32, 4))
+KERNELS = (
+    launch.forward_rows, launch.backward_rows, launch.backward_columns, launch.double_backward_rows,
+    launch.double_backward_columns,
+)  # fmt: skip
 
 
 def run_kernels(case: Case, with_direction: bool = True) -> Results:
     """What the kernels make of a case, on the CPU."""
-    found = run_family(launch, case.on(DEVICE), with_direction)
+    found = run_family("triton", case.on(DEVICE), with_direction)
     return {name: None if x is None else x.cpu() for name, x in found.items()}
 
 
@@ -199,57 +193,67 @@ def test_lse() -> None:
     torch.testing.assert_close(lse, logits.logsumexp(1))
 
 
-@pytest.mark.parametrize("tile", [Tile(16, 32, 4), Tile(32, 16, 2), Tile(64, 64, 4)])
-def test_any_tile_gives_the_same(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("own", "other"), [(16, 32), (32, 16), (64, 64)])
+def test_any_tile_gives_the_same(own: int, other: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in KERNELS:
-        monkeypatch.setitem(OVERRIDES, kernel, tile)
+        monkeypatch.setattr(kernel, "configs", [triton.Config({"OWN": own, "OTHER": other})])
     check(make_case([21, 3, 40], widths=(8, 0, 8)))
     check(make_case([21, 0, 40], widths=(16,), use="node"))
+    check(make_case([0, 5, 16, 17, 0, 33, 1, 0], widths=(16,), use="node"))
 
 
 COMPILE = """
-import json, attention_compile as tool
-chosen = [
-    (80, "forward_rows", "bfloat16", 64, "angles"),
-    (90, "backward_rows", "bfloat16", 64, "angles"),
-    (80, "backward_columns", "bfloat16", 64, "angles"),
-    (90, "double_backward_columns", "bfloat16", 64, "angles"),
-    (90, "forward_rows", "tf32x3", 64, "angles"),
-    (80, "backward_columns", "float16", 80, "envelope"),
-    (80, "double_backward_rows", "tf32x3", 16, "node"),
-]
-records = [tool.compile_one(tool.Configuration(*rest), arch) for arch, *rest in chosen]
-print(json.dumps([(record.kernel, record.spilled, record.shared) for record in records]))
+import attention_compile as tool
+for case in [(90, "tf32x3", 64, "angles"), (80, "bfloat16", 16, "envelope"), (90, "float16", 16, "node", 300)]:
+    records = tool.compile_all(*case, most=1)
+    assert len(records) == 5
+    for record in records:
+        assert record.spilled <= 256, record
+        assert record.shared <= 99 * 1024, record  # of a consumer GPU
+"""
+CHOOSE = """
+from unittest import mock
+import attention_compile as tool
+import torch
+from escaip.ops.inputs import AttentionInputs
+from escaip.ops.triton import launch
+
+def forward(sizes):
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    q = torch.zeros(int(offsets[-1]), 2, 16)
+    launch.forward(AttentionInputs(q, q, q, q[:, 0, 0], None, offsets, offsets, (16,), 1.0))
+
+def bench(call, quantiles):
+    call()
+    tile = kernel.fn.run.call_args.kwargs
+    timed.append(tile["OWN"])
+    return [1.0 if tile["num_warps"] == 8 else 2.0] * 3
+
+kernel, timed = launch.forward_rows, []
+tool.driver.set_active(tool.NamedDriver(tool.GPUTarget("cuda", 90, 32)))
+with mock.patch.object(kernel.fn, "run"), mock.patch.object(kernel, "_do_bench", bench):
+    for sizes, expected in [([20, 24], True), ([25, 25, 28], False), ([60], True), ([18], False)]:
+        timed.clear()
+        forward(sizes)
+        assert bool(timed) == expected, sizes
+        assert kernel.fn.run.call_args.kwargs["num_warps"] == 8
+    kernel.cache.clear()
+    forward([20, 24])
+    assert not timed, "the choice is kept on disk"
 """
 
 
-@pytest.mark.slow
-def test_compiles_for_gpus_without_one(tmp_path: Path) -> None:
-    """For compute capability 8.0 and 9.0; next to nothing is spilled and consumer GPUs have the shared memory."""
+@pytest.mark.parametrize("script", [pytest.param(COMPILE, marks=pytest.mark.slow), CHOOSE], ids=["compile", "choose"])
+def test_for_gpus_without_one(script: str, tmp_path: Path) -> None:
+    """The kernels compile for compute capability 8.0 and 9.0; Triton times tiles once for each class of sizes."""
     benchmarks = Path(__file__).parents[2] / "benchmarks"
     if not (benchmarks / "attention_compile.py").exists():
         pytest.skip("needs a checkout")
     # A process of its own: here the kernels are the interpreter's.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, cwd=benchmarks, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for kernel, spilled, shared in json.loads(done.stdout):
-        assert spilled <= 64, kernel
-        assert shared <= 99 * 1024, kernel
-
-
-def test_tile_owners_cover_every_token_once() -> None:
-    sizes = [0, 5, 16, 17, 0, 33, 1, 0]
-    offsets = torch.tensor([0, *sizes], device=DEVICE).cumsum(0)
-    slots, owners = launch.tile_owners(offsets, int(offsets[-1]), 16)
-    covered: list[int] = []
-    for slot in range(slots):
-        owner = int(owners[slot])
-        begin, end = int(offsets[owner]), int(offsets[owner + 1])
-        first = begin + (slot - begin // 16 - owner) * 16
-        covered += range(first, min(end, first + 16))
-    assert covered == list(range(sum(sizes)))
 
 
 def test_chunks_cover_the_channels() -> None:

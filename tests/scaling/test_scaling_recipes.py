@@ -12,8 +12,9 @@ from ase.build import molecule
 from escaip import EScAIP
 from escaip.data import AtomicData, collate
 from escaip.files import resource_dir
-from escaip.graph import bond_orientational_order, build_graph
+from escaip.graph import build_graph
 from escaip.models import EScAIPConfig
+from escaip.ops import bond_orientational_order
 from escaip.scaling.flops import GraphShape, count_flops, parameter_count
 from escaip.scaling.study import StudyPlan, study_path
 

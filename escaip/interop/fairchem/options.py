@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from escaip.errors import CheckpointError, ConfigError
-from escaip.graph.features import PUBLISHED_FLOOR
 from escaip.models import EScAIPConfig
-from escaip.ops.legendre import MAX_L
+from escaip.ops.reference import MAX_L
+from escaip.ops.steinhardt import PUBLISHED_FLOOR
 
 GRADIENT_HEAD = "EScAIPGradientEnergyForceStressHead"
 ENERGY_HEAD = "EScAIPEnergyHead"

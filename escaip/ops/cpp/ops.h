@@ -1,0 +1,41 @@
+// The other kernels that the binding calls: rows, splines and bond-orientational order. Arrays are contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace escaip {
+
+// out (rows, width), zero on entry, plus the rows of x (terms, width) at their indices, in their order.
+template <class T>
+void sum_rows(const T* x, const int64_t* index, int64_t terms, int64_t width, int64_t threads, T* out);
+
+// Splines in feature space (../spline.py): table (rows, columns), point (points), the derivative of an order.
+struct SplineShape {
+    int64_t order, rows, columns, points, threads;
+};
+// out (points, columns)
+template <class T>
+void spline_values(const SplineShape& s, const T* table, const T* point, T* out);
+// out (points) = Σ over columns of cotangent (points, columns) times the values
+template <class T>
+void spline_products(const SplineShape& s, const T* cotangent, const T* table, const T* point, T* out);
+// out (rows, columns), zero on entry, plus the weights of each point times its row of cotangent
+template <class T>
+void spline_transpose(const SplineShape& s, const T* cotangent, const T* point, T* out);
+
+// Sums over pairs of bonds (../steinhardt.py): n (tokens, 3), w (tokens), grad (atoms, size), offsets (atoms + 1).
+struct BondShape {
+    const int64_t* offsets;
+    int64_t atoms, size, threads;
+};
+template <class T>
+void steinhardt(const BondShape& s, const T* n, const T* w, T* out);
+// to_n and to_w: zero on entry for tokens of no atom
+template <class T>
+void steinhardt_backward(const BondShape& s, const T* grad, const T* n, const T* w, T* to_n, T* to_w);
+// for cotangents tn and ta of to_n and to_w
+template <class T>
+void steinhardt_double_backward(const BondShape& s, const T* tn, const T* ta, const T* grad, const T* n, const T* w,
+                                T* to_grad, T* to_n, T* to_w);
+
+}  // namespace escaip

@@ -1,0 +1,179 @@
+"""First derivative: rows give dq and one half of dn, columns give dk, dv, db and the other half (docs/attention.md).
+
+``R_jk = p (E − D_j)`` is the gradient of a logit, ``E_jk = G_j·v_k``, ``D_j = G_j·out_j``, ``G = grad_out``.
+"""
+
+# ruff: noqa: RUF005 -- Triton compiles sums of tuples, not stars
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, operator, assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from escaip.ops.triton.common import (
+    add_rows,
+    add_weighted,
+    autotuned,
+    both_directed,
+    count,
+    degree,
+    dot,
+    dot_pairs,
+    inner,
+    legendre,
+    legendre_first,
+    load_rows,
+    load_tokens,
+    load_vectors,
+    owned_tokens,
+    row_dot,
+    store_rows,
+    store_tokens,
+    store_vectors,
+    weighted,
+    zero_rows,
+    zero_vectors,
+)
+
+
+@triton.jit
+def angular_logits_and_slopes(
+    x, y, c, a, LOGITS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``A^0 + a Σ_{l≥1} P_l A^l`` and its derivative by the cosine, ``a Σ_l P_l' A^l``, of each pair."""
+    radial = tl.zeros([OWN, OTHER], tl.float32)
+    angular = tl.zeros([OWN, OTHER], tl.float32)
+    slope = tl.zeros([OWN, OTHER], tl.float32)
+    for i in tl.static_range(count(LOGITS)):
+        if degree(LOGITS, i) == 0:
+            radial = dot(x[i], tl.trans(y[i]), radial, PRECISION)
+        else:
+            product = dot(x[i], tl.trans(y[i]), tl.zeros([OWN, OTHER], tl.float32), PRECISION)
+            angular += legendre(c, degree(LOGITS, i)) * product
+            slope += legendre_first(c, degree(LOGITS, i)) * product
+    return radial + a * angular, a * slope
+
+
+@triton.jit
+def add_angular_rows(totals, r, y, c, a, LOGITS: tl.constexpr, PRECISION: tl.constexpr):
+    """``total_j^l + Σ_k R a P_l y_k^l`` of all chunks."""
+    angular = a * r
+    sums = ()
+    for i in tl.static_range(count(LOGITS)):
+        if degree(LOGITS, i) == 0:
+            sums = sums + (weighted(totals[i], r, y[i], PRECISION),)
+        else:
+            sums = sums + (weighted(totals[i], angular * legendre(c, degree(LOGITS, i)), y[i], PRECISION),)
+    return sums
+
+
+@autotuned(1)
+@triton.jit(do_not_specialize=["neighborhoods", "num_queries"], do_not_specialize_on_alignment=["dn"])
+def backward_rows(
+    grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, neighborhoods, out, lse, dq, dn, dots,
+    scale, num_queries,
+    H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
+    BIAS: tl.constexpr, WITH_DN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
+    OTHER: tl.constexpr, OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Writes ``dq``, the row part of ``dn`` as ``(H, Q, 3)``, and ``D_j`` as ``(H, Q)`` for the columns."""
+    head = tl.program_id(1)
+    plane = head.to(tl.int64) * num_queries
+    owner, first_query, last_query = owned_tokens(query_offsets, neighborhoods, SPLIT, OWN)
+    first_key = tl.load(key_offsets + owner)
+    last_key = tl.load(key_offsets + owner + 1)
+    row, column = tl.arange(0, OWN), tl.arange(0, OTHER)
+    for j in tl.range(first_query, last_query, OWN, disable_licm=True):
+        x = load_rows(q, j, last_query, head, H, D, LOGITS, OWN)
+        g = load_rows(grad_out, j, last_query, head, H, D, VALUES, OWN)
+        o = load_rows(out, j, last_query, head, H, D, VALUES, OWN)
+        d = row_dot(g, o, VALUES, OWN)
+        store_tokens(dots + plane, d, j, last_query, OWN)
+        norm = tl.load(lse + (j + row) * H + head, mask=row < last_query - j, other=0.0)
+        sums = zero_rows(LOGITS, OWN)
+        if ANGLES:
+            n = load_vectors(direction, j, last_query, OWN)
+            turn = zero_vectors(OWN)
+        for i in tl.range(first_key, last_key, OTHER, disable_licm=True):
+            y = load_rows(k, i, last_key, head, H, D, LOGITS, OTHER)
+            if ANGLES:
+                m = load_vectors(direction, i, last_key, OTHER)
+                c, a = inner(n, m), both_directed(n, m)
+                logits, slope = angular_logits_and_slopes(x, y, c, a, LOGITS, OWN, OTHER, PRECISION)
+            else:
+                logits = dot_pairs(x, y, tl.zeros([OWN, OTHER], tl.float32), LOGITS, PRECISION)
+            logits *= scale
+            if BIAS:
+                logits += load_tokens(log_envelope, i, last_key, OTHER)[None, :]
+            p = tl.where((column < last_key - i)[None, :], tl.exp(logits - norm[:, None]), 0.0)
+            w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
+            r = p * (dot_pairs(g, w, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION) - d[:, None])
+            if ANGLES:
+                sums = add_angular_rows(sums, r, y, c, a, LOGITS, PRECISION)
+                if WITH_DN:
+                    turn = add_weighted(turn, r * slope, m)
+            else:
+                sums = add_rows(sums, r, y, LOGITS, PRECISION)
+        store_rows(dq, sums, scale, j, last_query, head, H, D, LOGITS, OWN)
+        if WITH_DN:
+            store_vectors(dn + plane * 3, turn, scale, j, last_query, OWN)
+
+
+@autotuned(1)
+@triton.jit(do_not_specialize=["neighborhoods", "num_queries", "num_keys"], do_not_specialize_on_alignment=["dn"])
+def backward_columns(
+    grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, neighborhoods, lse, dots, dk, dv, db,
+    dn, scale, num_queries, num_keys,
+    H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
+    BIAS: tl.constexpr, WITH_DN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
+    OTHER: tl.constexpr, OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Writes ``dk``, ``dv``, each head's share of ``db``, ``(H, T)``, and the column part of ``dn``, ``(H, T, 3)``."""
+    head = tl.program_id(1)
+    queries, keys = head.to(tl.int64) * num_queries, head.to(tl.int64) * num_keys
+    owner, first_key, last_key = owned_tokens(key_offsets, neighborhoods, SPLIT, OWN)
+    first_query = tl.load(query_offsets + owner)
+    last_query = tl.load(query_offsets + owner + 1)
+    column = tl.arange(0, OTHER)
+    for i in tl.range(first_key, last_key, OWN, disable_licm=True):
+        y = load_rows(k, i, last_key, head, H, D, LOGITS, OWN)
+        w = load_rows(v, i, last_key, head, H, D, VALUES, OWN)
+        sums, sums_v = zero_rows(LOGITS, OWN), zero_rows(VALUES, OWN)
+        if BIAS:
+            bias = load_tokens(log_envelope, i, last_key, OWN)
+            sum_b = tl.zeros([OWN], tl.float32)
+        if ANGLES:
+            m = load_vectors(direction, i, last_key, OWN)
+            turn = zero_vectors(OWN)
+        for j in tl.range(first_query, last_query, OTHER, disable_licm=True):
+            x = load_rows(q, j, last_query, head, H, D, LOGITS, OTHER)
+            if ANGLES:
+                n = load_vectors(direction, j, last_query, OTHER)
+                c, a = inner(m, n), both_directed(m, n)
+                logits, slope = angular_logits_and_slopes(y, x, c, a, LOGITS, OWN, OTHER, PRECISION)
+            else:
+                logits = dot_pairs(y, x, tl.zeros([OWN, OTHER], tl.float32), LOGITS, PRECISION)
+            logits *= scale
+            if BIAS:
+                logits += bias[:, None]
+            norm = tl.load(lse + (j + column) * H + head, mask=column < last_query - j, other=0.0)
+            p = tl.where((column < last_query - j)[None, :], tl.exp(logits - norm[None, :]), 0.0)
+            g = load_rows(grad_out, j, last_query, head, H, D, VALUES, OTHER)
+            d = load_tokens(dots + queries, j, last_query, OTHER)
+            r = p * (dot_pairs(w, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION) - d[None, :])
+            sums_v = add_rows(sums_v, p, g, VALUES, PRECISION)
+            if BIAS:
+                sum_b += tl.sum(r, 1)
+            if ANGLES:
+                sums = add_angular_rows(sums, r, x, c, a, LOGITS, PRECISION)
+                if WITH_DN:
+                    turn = add_weighted(turn, r * slope, n)
+            else:
+                sums = add_rows(sums, r, x, LOGITS, PRECISION)
+        store_rows(dk, sums, scale, i, last_key, head, H, D, LOGITS, OWN)
+        store_rows(dv, sums_v, 1.0, i, last_key, head, H, D, VALUES, OWN)
+        if BIAS:
+            store_tokens(db + keys, sum_b, i, last_key, OWN)
+        if WITH_DN:
+            store_vectors(dn + keys * 3, turn, scale, i, last_key, OWN)

@@ -1,0 +1,226 @@
+"""Bond-orientational order: the plain operations against the double sum, the kernels against the plain operations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from escaip.errors import ConfigError
+from escaip.ops import bond_orientational_order, cpp
+from escaip.ops.steinhardt import power_spectrum, spherical_harmonics
+
+with_kernels = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
+
+
+L_MAX = 9
+SIZES = [2 * degree + 1 for degree in range(L_MAX + 1)]
+
+
+def unit_vectors(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    poles = torch.tensor([[0.0, 0, 1], [0, 0, -1], [1, 0, 0], [0, -1, 0]], dtype=torch.float64)
+    return torch.cat([poles, normalize(torch.randn(count, 3, generator=generator, dtype=torch.float64), dim=1)])
+
+
+def test_addition_theorem() -> None:
+    vectors = unit_vectors(40)
+    harmonics = spherical_harmonics(vectors, L_MAX)
+    cosine = (vectors @ vectors.T).clamp(-1, 1).numpy()
+    for degree, part in enumerate(harmonics.split(SIZES, dim=1)):
+        legendre = np.polynomial.legendre.legval(cosine, [0.0] * degree + [1.0])
+        np.testing.assert_allclose((part @ part.T).numpy(), legendre, rtol=0, atol=2e-13)
+
+
+def test_harmonics_vanish_at_zero_with_finite_derivatives() -> None:
+    assert spherical_harmonics(torch.zeros(2, 3), L_MAX).tolist() == [[1.0] + [0.0] * 99] * 2
+    vectors = torch.cat([unit_vectors(2), torch.zeros(1, 3, dtype=torch.float64)]).requires_grad_()
+    mix = torch.randn(100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda v: spherical_harmonics(v, L_MAX) @ mix, vectors)
+    assert torch.autograd.gradgradcheck(lambda v: spherical_harmonics(v, L_MAX) @ mix, vectors)
+
+
+def direct_order(direction: np.ndarray, weight: np.ndarray) -> list[float]:
+    """Root of Σ_jk w_j w_k P_l(n_j·n_k) / (Σ w)², with P_l := δ_l0 for the zero vector."""
+    has = np.linalg.norm(direction, axis=1) > 0.5
+    result = []
+    for degree in range(L_MAX + 1):
+        legendre = np.polynomial.legendre.legval(direction @ direction.T, [0.0] * degree + [1.0])
+        legendre = np.where(has[:, None] & has[None], legendre, float(degree == 0))
+        result.append(weight @ legendre @ weight / weight.sum() ** 2)
+    return result
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
+@pytest.mark.parametrize("floor", ["smooth", "clamp"])
+def test_order_matches_the_double_sum(floor: str, epsilon: float) -> None:
+    direction = unit_vectors(20)
+    direction[[0, 7]] = 0.0
+    weight = torch.rand(24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    center = torch.tensor([0] * 7 + [1] * 17)
+    found = bond_orientational_order(direction, weight, center, 2, L_MAX, floor=floor, epsilon=epsilon)
+    for atom, part in enumerate((slice(0, 7), slice(7, 24))):
+        power = np.array(direct_order(direction[part].numpy(), weight[part].numpy()))
+        rounded = np.sqrt((power + epsilon) / (1 + epsilon))
+        expected = np.sqrt(np.maximum(power, epsilon)) if floor == "clamp" else rounded
+        np.testing.assert_allclose(found[atom].numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_known_values_of_cubic_surroundings() -> None:
+    """Simple cubic shell without its self token: Q4 = 0.7638, Q6 = 0.3536 (Steinhardt 1983); odd ones vanish."""
+    axes = torch.eye(3, dtype=torch.float64)
+    order = bond_orientational_order(torch.cat([axes, -axes]), torch.ones(6).double(), torch.zeros(6).long(), 1, 8)[0]
+    assert order[0] == 1.0
+    assert order[4] == pytest.approx(0.76376, abs=1e-4)
+    assert order[6] == pytest.approx(0.35355, abs=1e-4)
+    for degree in (1, 2, 3, 5, 7):
+        assert order[degree] == pytest.approx(1e-3, abs=1e-8)
+
+
+def test_an_atom_alone() -> None:
+    order = bond_orientational_order(torch.zeros(1, 3), torch.ones(1), torch.zeros(1).long(), 1, 3)
+    torch.testing.assert_close(order, torch.tensor([[1.0, 1e-3, 1e-3, 1e-3]]))
+
+
+def test_derivatives_flow_through_direction_and_weight() -> None:
+    direction = unit_vectors(3).requires_grad_()
+    weight = torch.rand(7, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    center = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+
+    def function(direction: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return bond_orientational_order(direction, weight, center, 2, 5)
+
+    assert torch.autograd.gradcheck(function, (direction, weight))
+    assert torch.autograd.gradgradcheck(function, (direction, weight), atol=1e-4)
+
+
+def test_smooth_floor_has_no_kink_where_the_clamp_has_one() -> None:
+    """Through the symmetric geometry of a cubic shell, where BOO_1 touches zero."""
+
+    def slopes(floor: str) -> torch.Tensor:
+        x = torch.linspace(-0.004, 0.004, 401, dtype=torch.float64, requires_grad=True)
+        one = torch.ones_like(x)
+        pair = normalize(torch.stack([torch.stack([x, 0 * x, one], 1), torch.stack([x, 0 * x, -one], 1)]), dim=2)
+        center = torch.arange(401).repeat(2)
+        order = bond_orientational_order(pair.reshape(-1, 3), one.repeat(2), center, 401, 1, floor=floor)
+        return torch.autograd.grad(order[:, 1].sum(), x)[0]
+
+    assert slopes("smooth").diff().abs().max() < 0.03
+    assert slopes("clamp").diff().abs().max() > 0.9
+
+
+@pytest.mark.bad_input
+def test_unknown_floor() -> None:
+    with pytest.raises(ConfigError, match="floor 'soft' does not exist: choose smooth or clamp"):
+        bond_orientational_order(torch.zeros(1, 3), torch.ones(1), torch.zeros(1).long(), 1, 3, floor="soft")
+
+
+@pytest.mark.bad_input
+def test_degree_out_of_range() -> None:
+    with pytest.raises(ConfigError, match=r"l_max is 17: it must be in 0 .. 11"):
+        bond_orientational_order(torch.zeros(1, 3), torch.ones(1), torch.zeros(1).long(), 1, 17)
+
+
+def bonds(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Vectors whose first of each atom is zero, weights, offsets and centers; one atom is alone."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([5, 1, 12, 2, 40])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    vector = torch.randn(int(offsets[-1]), 3, dtype=dtype, generator=generator)
+    vector[offsets[:-1]] = 0.0
+    vector[3] = -vector[2]  # antiparallel
+    weight = torch.rand(len(vector), dtype=dtype, generator=generator)
+    weight[4] = 0.0
+    return vector, weight, offsets, torch.repeat_interleave(sizes)
+
+
+def unit(vector: Tensor) -> Tensor:
+    squared = vector.square().sum(1, keepdim=True)
+    return torch.where(squared == 0, 0.0, vector * torch.where(squared == 0, 1.0, squared).rsqrt())
+
+
+def derivatives(l_max: int, with_kernel: bool, dtype: torch.dtype) -> list[Tensor]:
+    """The order, its gradient and the gradient of a product with the gradient."""
+    vector, weight, offsets, center = bonds(dtype)
+    vector.requires_grad_()
+    weight.requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    order = bond_orientational_order(unit(vector), weight, center, 5, l_max, offsets=offsets if with_kernel else None)
+    cotangent = torch.randn(order.shape, dtype=dtype, generator=generator)
+    first = torch.autograd.grad((order * cotangent).sum(), [vector, weight], create_graph=True)
+    product = sum((x * torch.randn(x.shape, dtype=dtype, generator=generator)).sum() for x in first)
+    assert isinstance(product, Tensor)
+    return [order, *first, *torch.autograd.grad(product, [vector, weight])]
+
+
+@with_kernels
+@pytest.mark.parametrize("l_max", [1, 2, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_equal_harmonics_in_value_and_two_derivatives(l_max: int, dtype: torch.dtype) -> None:
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-4
+    for found, expected in zip(derivatives(l_max, True, dtype), derivatives(l_max, False, dtype), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance * float(expected.detach().abs().max()))
+
+
+@with_kernels
+def test_degree_zero_counts_every_token() -> None:
+    vector, weight, offsets, center = bonds()
+    total = torch.zeros(5, dtype=torch.float64).index_add(0, center, weight)
+    torch.testing.assert_close(power_spectrum(unit(vector), weight, offsets, 0).squeeze(1), total.square())
+
+
+@with_kernels
+def test_derivatives_by_differences() -> None:
+    vector, weight, offsets, _ = (x[:18] if x.dim() and len(x) > 18 else x for x in bonds())
+    offsets = offsets[:4]
+    free = (vector != 0).any(1, keepdim=True).double()
+    inputs = (vector.requires_grad_(), weight.requires_grad_())
+
+    def power(vector: Tensor, weight: Tensor) -> Tensor:
+        return power_spectrum(vector * free, weight, offsets, 4)
+
+    # Of a quarter of the length: beyond 1 the polynomials grow fast.
+    scaled = (inputs[0].detach().mul(0.25).requires_grad_(), inputs[1])
+    assert torch.autograd.gradcheck(power, scaled)
+    assert torch.autograd.gradgradcheck(power, scaled)
+
+
+@with_kernels
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    vector, weight, offsets, _ = bonds(torch.float32)
+    many = torch.cat([offsets[:1], *(offsets[1:] + i * len(vector) for i in range(40))])
+    direction, weight = unit(vector).repeat(40, 1), weight.repeat(40)
+    grad = torch.ones(200, 7)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            value = torch.ops.escaip.steinhardt(direction, weight, many, 6)
+            results.append([value, *torch.ops.escaip.steinhardt_backward(grad, direction, weight, many)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@with_kernels
+def test_operators_keep_the_contract_of_the_dispatcher() -> None:
+    vector, weight, offsets, _ = bonds(torch.float32)
+    direction = unit(vector).requires_grad_()
+    torch.library.opcheck(torch.ops.escaip.steinhardt.default, (direction, weight.requires_grad_(), offsets, 3))
+    torch.library.opcheck(
+        torch.ops.escaip.steinhardt_backward.default, (torch.ones(5, 4, requires_grad=True), direction, weight, offsets)
+    )
+
+
+@with_kernels
+@pytest.mark.bad_input
+def test_a_third_derivative_is_refused_with_the_remedy() -> None:
+    vector, weight, offsets, _ = bonds()
+    direction = unit(vector).requires_grad_()
+    x = power_spectrum(direction, weight, offsets, 3).sum()
+    for _ in range(2):
+        (x,) = torch.autograd.grad(x.square().sum(), direction, create_graph=True)
+    with pytest.raises(ConfigError, match="a third was asked for"):
+        torch.autograd.grad(x.sum(), direction)
