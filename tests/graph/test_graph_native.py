@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import itertools
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from escaip.ops.native.build import availability, compiled
 from graph_reference import KINDS, make_batch, random_rotation, random_system
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,9 +21,10 @@ from escaip.graph.knn import reference_graph
 from escaip.graph.native import native_graph, native_list
 from escaip.graph.neighbors import find_pairs
 from escaip.graph.systems import Systems
+from escaip.ops import cpp
 from escaip.types import Graph, GraphSettings, NeighborList
 
-pytestmark = pytest.mark.skipif(availability() is not None, reason=f"native {availability()}")
+pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
 
 CUBE = np.eye(3)
 PERIODIC = np.ones(3, bool)
@@ -179,15 +178,10 @@ def test_what_a_user_calls_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler_the_plain_operations_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(random_system(np.random.default_rng(6), "skewed", 4.0))
     graph, found = build_graph(batch, SETTINGS[0]), neighbor_list(batch, 4.0)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(native, "library", None)
-    compiled.cache_clear()
-    try:
-        assert not native.has_kernels(Systems.from_batch(batch))
-        assert_same(build_graph(batch, SETTINGS[0]), graph)
-        assert_same(neighbor_list(batch, 4.0), found)
-    finally:
-        compiled.cache_clear()
+    monkeypatch.setattr(cpp, "has_kernels", lambda: False)
+    assert not native.has_kernels(Systems.from_batch(batch))
+    assert_same(build_graph(batch, SETTINGS[0]), graph)
+    assert_same(neighbor_list(batch, 4.0), found)
 
 
 def listed(rows: list[list[int]]) -> NeighborList:
@@ -241,23 +235,3 @@ def test_positions_and_cells_are_refused_by_name() -> None:
         build_graph(make_batch((rows, CUBE, PERIODIC)), SETTINGS[0])
     with pytest.raises(DataError, match=r"^system 0: its cell has no volume"):
         neighbor_list(make_batch((rows[:1], CUBE * 0, PERIODIC)), 4.0)
-
-
-def test_what_it_holds_is_freed_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    functions, freed = native._functions(), []
-
-    def free(handle: ctypes.c_void_p) -> None:
-        freed.append(handle)
-        functions.escaip_graph_free(handle)
-
-    def full(*_: object, **__: object) -> torch.Tensor:
-        raise MemoryError
-
-    counted = SimpleNamespace(escaip_graph_build=functions.escaip_graph_build, escaip_graph_free=free)
-    systems = Systems.from_batch(make_batch(random_system(np.random.default_rng(7), "cubic", 4.0)))
-    monkeypatch.setattr(native, "_functions", lambda: counted)
-    monkeypatch.setattr(native.torch, "empty", full)
-    for make in (lambda: native_graph(systems, SETTINGS[4], None, 3.5, 0.0), lambda: native_list(systems, 3.5)):
-        with pytest.raises(MemoryError):
-            make()
-    assert len(freed) == 2

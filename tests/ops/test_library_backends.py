@@ -15,12 +15,11 @@ from typing import Any
 import attention_cases
 import pytest
 import torch
-from escaip.ops.sdpa import sdpa_attention
-from escaip.ops.xformers import xformers_attention
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.ops import xformers as library_backends
+from escaip.ops import library as library_backends
+from escaip.ops.library import sdpa_attention, xformers_attention
 from escaip.ops.reference import reference_attention
 
 CHANNELS = [None, (2, 2, 1, 1, 2), (5, 3), (3, 0, 5), (8,)]

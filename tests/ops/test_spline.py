@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from escaip.ops.native import build
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.ops import spline
+from escaip.ops import cpp, spline
+
+Operator = Callable[..., Tensor]
+cpp.has_kernels()
 
 END = 6.0
 ORDERS = range(spline.DEGREE + 2)  # one beyond the last that is not zero
@@ -25,14 +27,6 @@ def gaussian(x: Tensor, width: float = 0.2) -> Tensor:
     return torch.exp(-((x - 3.1) ** 2) / (2.0 * width**2))
 
 
-@pytest.fixture(params=["kernels", "plain"])
-def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of making the sums; where there is no compiler they are one."""
-    if request.param == "plain":
-        monkeypatch.setattr(spline, "_has_kernels", lambda x: False)
-    return str(request.param)
-
-
 def errors(intervals: int) -> tuple[float, float]:
     """Of the value and of the slope, in units of the function's own size and of one over its width."""
     point = torch.linspace(0.0, END, 5001, dtype=torch.float64, requires_grad=True)
@@ -43,7 +37,6 @@ def errors(intervals: int) -> tuple[float, float]:
     return float(off.max()), 0.2 * float(off_slope.max())
 
 
-@pytest.mark.usefixtures("version")
 def test_polynomials_of_degree_five_are_exact_with_all_their_derivatives() -> None:
     powers = torch.tensor([0.3, -1.0, 0.7, 0.2, -0.05, 0.01], dtype=torch.float64)
 
@@ -79,7 +72,6 @@ def test_four_derivatives_are_continuous_at_knots() -> None:
     assert jump.abs().max() > 0.1
 
 
-@pytest.mark.usefixtures("version")
 def test_derivatives_of_every_operator() -> None:
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(11, 3, dtype=torch.float64, generator=generator).requires_grad_()
@@ -97,9 +89,7 @@ def test_derivatives_of_every_operator() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("points", "rows", "columns"), [(0, 8, 3), (1, 6, 1), (700, 40, 96), (300, 200, 33)])
-def test_kernels_equal_plain_operations(
-    points: int, rows: int, columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_equal_plain_operations(points: int, rows: int, columns: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(rows, columns, dtype=dtype, generator=generator)
     # Both ends, a knot, and places outside, where the nearest polynomial goes on.
@@ -108,16 +98,16 @@ def test_kernels_equal_plain_operations(
     point[: len(special)] = special.to(dtype)
     cotangent = torch.randn(columns, points, dtype=dtype, generator=generator).T  # not contiguous
 
-    def everything() -> list[Tensor]:
-        found = [spline.spline_values(table, point, order) for order in ORDERS]
-        found += [spline.spline_products(cotangent, table, point, order) for order in ORDERS]
-        found += [spline.spline_products(torch.ones_like(point)[:, None].expand(-1, columns), table, point, 0)]
-        return found + [spline.spline_transpose(cotangent, point, order, rows) for order in ORDERS]
+    def everything(values: Operator, products: Operator, transpose: Operator) -> list[Tensor]:
+        found = [values(table, point, order) for order in ORDERS]
+        found += [products(cotangent, table, point, order) for order in ORDERS]
+        found += [products(torch.ones_like(point)[:, None].expand(-1, columns), table, point, 0)]
+        return found + [transpose(cotangent, point, order, rows) for order in ORDERS]
 
-    with_kernels = everything()
-    monkeypatch.setattr(spline, "_has_kernels", lambda x: False)
+    operators = (spline.spline_values, spline.spline_products, spline.spline_transpose)
     tolerance = 2e-5 if dtype == torch.float32 else 1e-13
-    for found, expected in zip(with_kernels, everything(), strict=True):
+    plain = everything(*(operator._init_fn for operator in operators))
+    for found, expected in zip(everything(*operators), plain, strict=True):
         size = float(expected.abs().max()) if expected.numel() else 0.0
         torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance * size)
 
@@ -158,23 +148,3 @@ def test_a_table_that_is_too_short_is_refused() -> None:
 
 def test_a_place_that_is_no_number_stays_none() -> None:
     assert torch.isnan(spline.interpolate(torch.ones(9, 2), torch.tensor([torch.nan]))).all()
-
-
-def test_without_a_working_compiler_the_answers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    cotangent, point = torch.randn(5, 3), 4.0 * torch.rand(5)
-    expected = spline.spline_transpose(cotangent, point, 0, 9)
-
-    def fails(*_: object) -> None:
-        raise ConfigError("the compiler fails")
-
-    build.compiled.cache_clear()
-    monkeypatch.setattr(build, "library", fails)
-    try:
-        if build.availability() is None:
-            with pytest.warns(UserWarning, match="replaced by plain operations.*the compiler fails"):
-                found = spline.spline_transpose(cotangent, point, 0, 9)
-        else:
-            found = spline.spline_transpose(cotangent, point, 0, 9)
-    finally:
-        build.compiled.cache_clear()
-    torch.testing.assert_close(found, expected)
