@@ -36,7 +36,7 @@ def native_graph(
         cutoff: Å up to which pairs are needed.
         slack: see :func:`escaip.graph.build_graph`.
     """
-    arrays, num_tokens, longest = _build(systems, neighbors, cutoff, _choice(settings, slack))
+    arrays, longest = _build(systems, neighbors, cutoff, _choice(settings, slack))
     if not arrays:
         return None
     offsets, center, neighbor, shift, reverse, self_token, rank_base, rank_token, rank_other = arrays
@@ -56,7 +56,7 @@ def native_graph(
 
 def native_list(systems: Systems, cutoff: float) -> NeighborList | None:
     """Finds all directed pairs, see :func:`escaip.graph.neighbor_list`; None where the plain operations must."""
-    arrays, _, _ = _build(systems, None, cutoff, _EVERY_PAIR)
+    arrays, _ = _build(systems, None, cutoff, _EVERY_PAIR)
     if not arrays:
         return None
     center, neighbor, shift = arrays
@@ -74,8 +74,8 @@ def _choice(settings: GraphSettings, slack: float) -> _Choice:
 
 def _build(
     systems: Systems, neighbors: NeighborList | None, cutoff: float, choice: _Choice
-) -> tuple[list[Tensor], int, int]:
-    """Arrays of the graph, the number of tokens and the longest neighborhood; no arrays where it is refused."""
+) -> tuple[list[Tensor], int]:
+    """Arrays of the graph and the size of the longest neighborhood; no arrays where it is refused."""
     edges: tuple[Tensor | None, ...] = (None, None, None)  # to search
     if neighbors is not None:
         edges = tuple(x.to("cpu", torch.int64) for x in (neighbors.center, neighbors.neighbor, neighbors.shift))

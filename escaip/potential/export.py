@@ -57,7 +57,7 @@ class ExportedEvaluator:
     """
 
     def __init__(self, path: Path, model: Model, constants: dict[str, str]) -> None:
-        self._code = AotCode(path, model, constants, compiles=False)
+        self._code = AotCode(path, model, constants)
         self._code.check(model, model.config.is_conservative)
 
     def __call__(

@@ -249,7 +249,7 @@ Six attention_double_backward(const Tensor& tq, const Tensor& tk, const Tensor& 
 // ---- the graph --------------------------------------------------------------------------------------------------
 
 // Arrays of a graph in the order of escaip/graph/native.py, of a list center, neighbor and shift; none where it is refused.
-std::tuple<std::vector<Tensor>, int64_t, int64_t> graph(
+std::tuple<std::vector<Tensor>, int64_t> graph(
     const Tensor& positions, const Tensor& cell, const Tensor& pbc, const Tensor& index, const Tensor& ptr,
     const Optional& center, const Optional& neighbor, const Optional& shift, at::IntArrayRef choice,
     at::ArrayRef<double> lengths) {
@@ -266,13 +266,13 @@ std::tuple<std::vector<Tensor>, int64_t, int64_t> graph(
     p.edges = center ? center->size(0) : -1;
     p.center = in.get<int64_t>(center), p.neighbor = in.get<int64_t>(neighbor), p.shift = in.get<int64_t>(shift);
     std::vector<Tensor> arrays;
-    GraphSizes found{};
+    int64_t longest = 0;
     const auto integers = [&](at::IntArrayRef sizes) {
         arrays.push_back(at::empty(sizes, at::kLong));
         return arrays.back().mutable_data_ptr<int64_t>();
     };
     const bool built = build_graph(p, [&](const GraphSizes& sizes) {
-        found = sizes;
+        longest = sizes.longest;
         GraphArrays out{};
         if (p.kind != LIST) out.offsets = integers({p.atoms + 1});
         out.center = integers({sizes.rows}), out.neighbor = integers({sizes.rows}), out.shift = integers({sizes.rows, 3});
@@ -284,7 +284,7 @@ std::tuple<std::vector<Tensor>, int64_t, int64_t> graph(
         return out;
     });
     if (!built) arrays.clear();
-    return {arrays, found.tokens, found.longest};
+    return {arrays, longest};
 }
 
 }  // namespace
@@ -292,7 +292,7 @@ std::tuple<std::vector<Tensor>, int64_t, int64_t> graph(
 TORCH_LIBRARY_FRAGMENT(escaip, m) {
     m.def(
         "graph(Tensor positions, Tensor cell, Tensor pbc, Tensor index, Tensor ptr, Tensor? center, Tensor? neighbor, "
-        "Tensor? shift, int[] choice, float[] lengths) -> (Tensor[], int, int)");
+        "Tensor? shift, int[] choice, float[] lengths) -> (Tensor[], int)");
 }
 
 TORCH_LIBRARY_IMPL(escaip, CPU, m) {
