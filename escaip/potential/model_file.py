@@ -21,8 +21,8 @@ from torch import Tensor
 
 from escaip.errors import CheckpointError
 from escaip.files import first_line, write_aside
-from escaip.ops.steinhardt import PUBLISHED_FLOOR
 from escaip.models import ModelConfig, kind_of
+from escaip.ops.steinhardt import PUBLISHED_FLOOR
 
 SCHEMA_VERSION = 5
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
