@@ -75,7 +75,7 @@ class ShadowTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "escaip":
-            return _own_operator(OPDEFS[func._schema.name]._init_fn, args)
+            return _own_operator(func, args)
         tensors = list(_tensors((args, kwargs)))
         _check_devices(func, args, [x for x in tensors if not isinstance(x, ShadowTensor)])
         if _waits:
@@ -106,15 +106,17 @@ def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
     return function(x)
 
 
-def _own_operator(function: Callable[..., Any], args: Any) -> Any:
+def _own_operator(func: Any, args: Any) -> Any:
     """Runs one of our operators in Python, as on CUDA; plain operations replace Triton's slow interpreter.
 
     tests/ops/test_triton.py compares the two.
     """
-    if "triton" in args:
-        return _mapped(_shadow, function(*_mapped(lambda x: "blocked" if isinstance(x, str) else _held(x), args)))
+    name = func._schema.name
+    if "_triton" in name:
+        blocked = getattr(torch.ops.escaip, name.removeprefix("escaip::").replace("triton", "blocked"))
+        return _mapped(_shadow, blocked(*_mapped(_held, args)))
     with _ShadowMode():
-        return function(*args)
+        return OPDEFS[name]._init_fn(*args)
 
 
 def _held(x: Any) -> Any:
