@@ -23,6 +23,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 
 import escaip
+from escaip.ops.autograd import OPERATORS
 
 CUDA = torch.device("cuda", 0)
 _PACKAGE = str(Path(escaip.__file__).parent)
@@ -115,8 +116,10 @@ def _own_operator(func: Any, args: Any) -> Any:
     if "_triton" in name:
         blocked = getattr(torch.ops.escaip, name.removeprefix("escaip::").replace("triton", "blocked"))
         return _mapped(_shadow, blocked(*_mapped(_held, args)))
+    suffix = name.removeprefix("escaip::attention_blocked")
+    function = getattr(OPERATORS["blocked"], f"run{suffix}") if suffix != name else OPDEFS[name]._init_fn
     with _ShadowMode():
-        return OPDEFS[name]._init_fn(*args)
+        return function(*args)
 
 
 def _held(x: Any) -> Any:
