@@ -31,7 +31,7 @@ FLOORS: dict[str, int] = {
     "nn": 3,
     "data": 4, "models": 4,
     "potential": 5, "interop": 5,
-    "train": 6, "calculators": 6, "simulate": 6, "analysis": 6, "properties": 6, "evaluate": 6, "info": 6, "testing": 6,
+    "train": 6, "calculators": 6, "simulate": 6, "properties": 6, "evaluate": 6, "info": 6, "testing": 6,
     "scaling": 6,
     "cli": 7, "__main__": 7,
 }  # fmt: skip

@@ -90,6 +90,9 @@ def test_copies_that_differ_in_charge_or_spin_alone(make_potential: Make) -> Non
     assert [atoms.get_potential_energy() for atoms in reversed(structures)] == first[::-1]
     structures[1].info["charge"] = 0
     assert structures[1].get_potential_energy() == first[0]
+    for atoms in structures:  # a model that knows neither ignores both
+        atoms.calc = EScAIPCalculator(make_potential())
+    assert len({atoms.get_potential_energy() for atoms in structures}) == 1
 
 
 @pytest.mark.parametrize("committee", [False, True])

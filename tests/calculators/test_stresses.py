@@ -12,8 +12,6 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
-from ase.calculators.lj import LennardJones
-from ase.stress import voigt_6_to_full_3x3_stress
 
 from escaip import EScAIPCalculator
 from escaip.data import AtomicData, collate
@@ -75,34 +73,6 @@ def test_virials_are_minus_volume_times_it_and_molecules_have_them(make_potentia
     else:
         total = atoms.positions.T @ atoms.get_forces()  # Σ r ⊗ F
         np.testing.assert_allclose(virials.sum(axis=0), 0.5 * (total + total.T), atol=1e-12)
-
-
-def flux_error(calculator: Any, virials: np.ndarray, atoms: Atoms, step: float) -> float:
-    """How far ``Σ W_i v_i`` is from ``Σ r_i d(e_i + m_i v_i²/2)/dt``, relative, over a few random velocities."""
-    errors, fluxes = [], []
-    for seed in range(5):
-        velocities = np.random.default_rng(seed).normal(size=(len(atoms), 3))
-        ends = []
-        for sign in (1.0, -1.0):
-            moved = atoms.copy()
-            moved.positions += sign * step * velocities
-            ends.append(calculator.get_property("energies", moved))
-        rates = (ends[0] - ends[1]) / (2.0 * step)
-        work = (calculator.get_property("forces", atoms) * velocities).sum(axis=1)
-        fluxes.append((rates + work) @ atoms.positions)
-        errors.append(fluxes[-1] - np.einsum("nab,nb->a", virials, velocities))
-    return float(np.linalg.norm(errors) / np.linalg.norm(fluxes))
-
-
-def test_they_are_the_heat_flux_of_a_pair_potential_and_of_no_other(make_potential: Make) -> None:
-    """What docs/howto/engines.md says of LAMMPS's heat/flux."""
-    atoms = crystal()
-    atoms.set_pbc(False)
-    pairs = LennardJones(sigma=2.3, epsilon=0.1, rc=10.0)
-    shares = pairs.get_property("stresses", atoms) * -atoms.get_volume()
-    assert flux_error(pairs, voigt_6_to_full_3x3_stress(shares), atoms, 1e-5) < 1e-6
-    model = EScAIPCalculator(make_potential())
-    assert flux_error(model, model.get_property("virials", atoms), atoms, 1e-4) > 0.2
 
 
 def test_each_atom_gets_half_of_its_pairs(make_potential: Make) -> None:
