@@ -377,19 +377,17 @@ def constants_of(model: Model) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers()), **tables}
 
 
-def environment(model: Model) -> dict[str, Any]:
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Returns what compiled code depends on besides the model's configuration, as plain JSON values."""
-    weight = next(model.parameters())
-    device = weight.device.type
     return {
         "escaip": escaip.__version__,
         "torch": torch.__version__,
         "platform": sys.platform,
         "machine": platform.machine(),
+        "device": device.type,
+        "capability": list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
+        "dtype": str(dtype).removeprefix("torch."),
         "instructions": instructions(),
-        "device": device,
-        "capability": list(torch.cuda.get_device_capability(weight.device)) if device == "cuda" else None,
-        "dtype": str(weight.dtype).removeprefix("torch."),
     }
 
 
@@ -451,7 +449,9 @@ def _with_random_weights(model: Model) -> Model:
 
 
 def _key(model: Model, differentiate: bool, rounded: torch.dtype | None) -> str:
-    parts = [settings_of(model.config), environment(model), differentiate, str(rounded), _OPTIONS, _sources()]
+    weight = next(model.parameters())
+    made = environment(weight.device, weight.dtype)
+    parts = [settings_of(model.config), made, differentiate, str(rounded), _OPTIONS, _sources()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

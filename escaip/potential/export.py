@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import platform
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escaip import __version__
 from escaip.errors import CheckpointError, ConfigError
 from escaip.files import first_line, write_aside
 from escaip.models import Model
 from escaip.ops import cpp
-from escaip.potential.compile import INFO, AotCode, add_entries, compile_ahead, environment, instructions, read_entry
+from escaip.potential.compile import INFO, AotCode, add_entries, compile_ahead, environment, read_entry
 from escaip.potential.derivatives import EagerEvaluator, EvaluationInputs, EvaluationRequest
 from escaip.potential.potential import Potential, build_potential
 from escaip.potential.precision import in_precision, resolve_device, resolve_dtype
@@ -153,7 +150,7 @@ def save_package(potential: Potential, path: str | os.PathLike[str]) -> dict[str
         aside.touch()  # fails before minutes of compiling where the folder is missing
         with in_precision("highest", potential.device):
             constants, has_native = compile_ahead(potential.model, potential.config.is_conservative, aside)
-        made = {"version": VERSION, **environment(potential.model), "native_kernels": has_native}
+        made = {"version": VERSION, **environment(potential.device, potential.dtype), "native_kernels": has_native}
         info = {"package": made, "model": potential.describe(), "constants": constants}
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
         add_entries(aside, {INFO: json.dumps(info).encode(), WEIGHTS: save(weights)})
@@ -207,9 +204,11 @@ def load_package(
         )
     info, weights = _read(path)
     made = info["package"]
-    _check_environment(path, made)
     chosen = resolve_device(made.get("device", "cpu") if device == "auto" else device)
-    _check_options(path, made, chosen, dtype, precision)
+    wanted = resolve_dtype(made.get("dtype", "float32") if dtype is None else dtype)
+    _check_environment(path, made, environment(chosen, wanted))
+    if precision != "highest":
+        raise ConfigError(f"{path} is a package, which has no precision {precision!r}: {_LOAD_INSTEAD}")
     potential = build_potential(info["model"], weights, path)
     if dataset is not None:
         potential.choose_dataset(dataset)
@@ -234,34 +233,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is no package, or is damaged ({reason}): export it again") from error
 
 
-def _check_environment(path: Path, made: dict[str, Any]) -> None:
-    """Raises CheckpointError where the code of a package cannot run."""
+def _check_environment(path: Path, made: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises CheckpointError where the code of a package cannot run, ConfigError for another device or dtype."""
     remedy = "export it again from its .escaip file here"
-    for what, here in (
-        ("version", VERSION), ("escaip", __version__), ("torch", torch.__version__), ("platform", sys.platform),
-        ("machine", platform.machine()),
-    ):  # fmt: skip
-        if made.get(what) != here:
-            name = "format version" if what == "version" else what
-            raise CheckpointError(f"{path} is a package for {name} {made.get(what)}, and this is {here}: {remedy}")
-    missing = sorted(set(made.get("instructions", [])) - set(instructions()))
-    if missing:
-        raise CheckpointError(f"{path} needs a processor with {', '.join(missing)}, which this one lacks: {remedy}")
+    for name, value in {"format version": VERSION, **here}.items():
+        found = made.get("version" if name == "format version" else name)
+        missing = sorted(set(found or []) - set(value)) if name == "instructions" else []
+        if missing:
+            raise CheckpointError(f"{path} needs a processor with {', '.join(missing)}, which this one lacks: {remedy}")
+        if name != "instructions" and found != value:
+            kind = ConfigError if name in ("device", "dtype") else CheckpointError
+            raise kind(f"{path} is a package for {name} {found}, and not for {value}: {remedy}")
     problem = cpp.unavailable() if made.get("native_kernels") else None
     if problem is not None:
         raise CheckpointError(f"{path} {problem}")
-
-
-def _check_options(
-    path: Path, made: dict[str, Any], device: torch.device, dtype: torch.dtype | str | None, precision: str
-) -> None:
-    """Raises ConfigError for options that the code of a package does not have."""
-    remedy = f"leave it out, or use the .escaip file (escaip export {path} --format escaip)"
-    if device.type != made.get("device"):
-        raise ConfigError(f"{path} is a package for {made.get('device')}, not for device {device}: {remedy}")
-    if device.type == "cuda" and list(torch.cuda.get_device_capability(device)) != made.get("capability"):
-        raise ConfigError(f"{path} is a package for compute capability {made.get('capability')}: export it again here")
-    if dtype is not None and str(resolve_dtype(dtype)).removeprefix("torch.") != made.get("dtype"):
-        raise ConfigError(f"{path} is a package for {made.get('dtype')}, not for dtype {dtype}: {remedy}")
-    if precision != "highest":
-        raise ConfigError(f"{path} is a package, which has no precision {precision!r}: {remedy}")
