@@ -236,7 +236,7 @@ def test_compiled_code_follows_the_weights(training: bool, in_place: bool) -> No
     found = answers(potential, batch)
     assert_equal(found, answers(eager, batch))
     assert (found[0] - before[0]).abs().max() > 1e-6
-    assert num_graphs() == 1 if in_place else 2
+    assert not in_place or num_graphs() == 1
 
 
 def test_another_precision_is_compiled_anew_and_copies_compile_their_own() -> None:
