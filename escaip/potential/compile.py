@@ -338,9 +338,11 @@ def compile_ahead(model: Model, differentiate: bool, path: Path) -> tuple[dict[s
     """
     model = _with_random_weights(model)
     weight, tables = next(model.parameters()), kept_tables(model)
-    problem = cpp.unavailable() if weight.device.type == "cpu" else None
-    if problem is not None:
-        raise ConfigError(f"compiling {problem}")
+    if weight.device.type == "cpu":
+        try:
+            cpp.find_compiler()
+        except ConfigError as error:
+            raise ConfigError(f"compiling {error}") from error
 
     def function(*tensors: Tensor) -> list[Tensor]:
         return flat_evaluation(model, tables, tensors, differentiate, False)
