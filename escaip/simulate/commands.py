@@ -123,9 +123,11 @@ def md(
 
     Example: escaip md example:organic example:ethanol
     """
+    from pathlib import Path
+
     from escaip.simulate.ensembles import MDSettings, default_timestep
     from escaip.simulate.md import ProgressLine, run_md
-    from escaip.simulate.output import read_structure
+    from escaip.simulate.output import check_trajectory_name, read_structure
 
     def settings(timestep: float) -> MDSettings:
         return MDSettings(
@@ -135,7 +137,9 @@ def md(
             trajectory_interval=trajectory_interval or interval, max_spread=max_spread, save_spread=save_spread,
         )  # fmt: skip
 
-    settings(0.5 if timestep is None else timestep)  # a mistyped number is reported before the model is loaded
+    # Mistyped numbers and names are reported before the model is loaded.
+    settings(0.5 if timestep is None else timestep)
+    check_trajectory_name(Path(out))
     atoms = read_structure(structure, frame)
     asked = settings(default_timestep(atoms) if timestep is None else timestep)
     atoms.calc = make_calculator(model, graph_skin=graph_skin, cuda_graphs=cuda_graphs, **options)

@@ -118,6 +118,8 @@ def test_what_is_missing(
     monkeypatch.chdir(tmp_path)
     common = ["md", str(model), str(molecule)]
     run = [*common, "--ensemble", "nve", "--steps", "2", "--temperature", "300", "--quiet"]
+    assert main([*run, "--out", "run.h5"]) == 2
+    assert "run.h5 has no known format: choose a name that ends in .extxyz or .traj" in capsys.readouterr().err
     assert main([*run, "--max-spread", "1"]) == 2
     assert "need a committee: give further models with --committee" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "dftd3.ase", None)
