@@ -105,20 +105,17 @@ def test_version_3_keeps_its_floor(potential: Potential) -> None:
     assert migrate(now, "x.escaip")["config"]["boo_floor"] == 1e-4
 
 
-def test_version_4_had_no_repulsion(potential: Potential, tmp_path: Path) -> None:
-    description = {**potential.describe(), "schema": 4}
+@pytest.mark.parametrize(("version", "missing"), [(2, "element_shifts"), (4, "repulsion.onset")])
+def test_versions_without_shifts_or_repulsion_have_none(
+    potential: Potential, tmp_path: Path, version: int, missing: str
+) -> None:
+    description = {**potential.describe(), "schema": version}
     assert migrate(description, "x.escaip")["schema"] == 5
-    save_file(potential.state_dict(), tmp_path / "old.escaip", metadata={"escaip": json.dumps(description)})
-    loaded = load_potential(tmp_path / "old.escaip", device="cpu")
-    assert not loaded.repulsion
-    assert_same(loaded, potential)
-
-
-def test_version_2_had_no_shifts(potential: Potential, tmp_path: Path) -> None:
-    description = {**potential.describe(), "schema": 2}
-    weights = {name: value for name, value in potential.state_dict().items() if name != "element_shifts"}
+    weights = {name: value for name, value in potential.state_dict().items() if name != missing}
     save_file(weights, tmp_path / "old.escaip", metadata={"escaip": json.dumps(description)})
-    assert_same(load_potential(tmp_path / "old.escaip", device="cpu"), potential)
+    loaded = load_potential(tmp_path / "old.escaip", device="cpu")
+    assert_same(loaded, potential)
+    assert not loaded.repulsion
 
 
 def test_shifts_add_to_references(potential: Potential, tmp_path: Path) -> None:
