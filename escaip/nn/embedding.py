@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from escaip.errors import DataError
 from escaip.nn.layers import make_activation, make_norm
 from escaip.ops import bond_orientational_order, spline, take_rows
+from escaip.ops.steinhardt import harmonic_recursion
 from escaip.types import AtomInputs, Tokens
 
 # A function of encoded distances, (R,) or (R, num_radial), with values (R, H).
@@ -48,11 +49,18 @@ class OrientationalOrder(nn.Module):
         degrees: ``l = 0 .. degrees − 1``.
         uniform: as published: every neighbor counts alike, and the root is clamped; otherwise both are smooth.
         epsilon: floor of the root.
+
+    Attributes:
+        recursion: coefficients of the harmonics, on the model's device so that nothing waits for a copy; float64
+            whatever the model's precision.
     """
+
+    recursion: Tensor
 
     def __init__(self, degrees: int, uniform: bool, epsilon: float) -> None:
         super().__init__()
         self.degrees, self.uniform, self.epsilon = degrees, uniform, epsilon
+        self.register_buffer("recursion", harmonic_recursion(degrees - 1), persistent=False)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Returns ``(n, degrees)`` for the atoms of a chunk."""
@@ -60,7 +68,15 @@ class OrientationalOrder(nn.Module):
         return bond_orientational_order(
             tokens.direction, weight, tokens.center - tokens.first, tokens.num_atoms, self.degrees - 1,
             floor="clamp" if self.uniform else "smooth", epsilon=self.epsilon, offsets=tokens.offsets,
+            recursion=self.recursion,
         )  # fmt: skip
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OrientationalOrder:
+        """Moves like any module, and keeps its precision."""
+        kept = self.recursion
+        super()._apply(fn, recurse)
+        self.recursion = kept.to(self.recursion.device)
+        return self
 
 
 class AtomFeatures(nn.Module):

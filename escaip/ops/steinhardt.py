@@ -22,6 +22,7 @@ see that: a direction is a displacement over its length, whose derivative has no
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -32,7 +33,7 @@ from escaip.ops.cpp import has_kernels
 from escaip.ops.rows import sum_rows
 
 PUBLISHED_FLOOR = 1e-6
-MAX_DEGREE = 11  # of e3nn's harmonics
+MAX_DEGREE = 16
 
 
 def bond_orientational_order(
@@ -45,6 +46,7 @@ def bond_orientational_order(
     floor: str = "smooth",
     epsilon: float = PUBLISHED_FLOOR,
     offsets: Tensor | None = None,
+    recursion: Tensor | None = None,
 ) -> Tensor:
     """Computes ``BOO_l(i) = |Σ_j w_j Ŷ_l(n_j) / Σ_j w_j|`` of every atom, the norm over ``m``, for ``l = 0 .. l_max``.
 
@@ -65,12 +67,13 @@ def bond_orientational_order(
         epsilon: ``ε``.
         offsets: ``(N + 1,)`` int64 where the tokens of an atom are consecutive: on the CPU the sums are then made by
             one kernel, with two derivatives. None for plain operations, with any number of them.
+        recursion: result of :func:`harmonic_recursion` for this degree; see :func:`spherical_harmonics`.
 
     Returns:
         ``(N, l_max + 1)``, without unit, differentiable twice in ``direction`` and ``weight``.
 
     Raises:
-        ConfigError: no such floor, or a degree outside of 0 .. 11.
+        ConfigError: no such floor, or a degree outside of 0 .. 16.
     """
     if floor not in ("smooth", "clamp"):
         raise ConfigError(f"floor {floor!r} does not exist: choose smooth or clamp")
@@ -80,7 +83,7 @@ def bond_orientational_order(
     if offsets is not None and direction.device.type == "cpu" and has_kernels():
         power = power_spectrum(direction, weight, offsets, l_max) / total.square()[:, None]
     else:
-        harmonics = spherical_harmonics(direction, l_max)
+        harmonics = spherical_harmonics(direction, l_max, recursion)  # (T, (l_max + 1)²)
         sums = sum_rows(harmonics * weight[:, None], center, num_atoms)
         squares = (sums / total[:, None]).square()
         sizes = [2 * degree + 1 for degree in range(l_max + 1)]
@@ -90,20 +93,75 @@ def bond_orientational_order(
     return ((power + epsilon) / (1.0 + epsilon)).sqrt()
 
 
-def spherical_harmonics(direction: Tensor, l_max: int) -> Tensor:
-    """Computes real harmonics of unit norm, which vanish at the zero vector except that of ``l = 0``.
+def spherical_harmonics(vector: Tensor, l_max: int, recursion: Tensor | None = None) -> Tensor:
+    """Computes the real solid harmonics of norm ``|v|^l``: ``Σ_m Ŷ_lm(u) Ŷ_lm(v) = |u|^l |v|^l P_l(cos)``.
+
+    Polynomials in ``x, y, z``, so that nothing is singular at the poles or at the zero vector, where all but
+    ``l = 0`` vanish. Per degree the order is ``m = 0 .. l`` (cosines), then ``m = 1 .. l`` (sines).
 
     Args:
-        direction: ``(T, 3)`` unit vectors, or zero.
-        l_max: highest degree, at most 11.
+        vector: ``(T, 3)``.
+        l_max: highest degree.
+        recursion: result of :func:`harmonic_recursion` for this degree, on the device of ``vector``. None copies it
+            there, which waits for a GPU and cannot be recorded in a CUDA graph.
 
     Returns:
-        ``(T, (l_max + 1)²)``, degree by degree; ``Σ_m Ŷ_lm(n) Ŷ_lm(n') = P_l(n·n')``.
+        ``(T, (l_max + 1)²)``.
     """
-    from e3nn import o3  # takes a second to import
+    cosine, sine = _azimuthal(vector, l_max)  # (T, l_max + 1) each
+    z, squared = vector[:, 2:3], vector.square().sum(dim=1, keepdim=True)
+    if recursion is None:
+        recursion = harmonic_recursion(l_max).to(vector.device)
+    rise, fall, start = recursion.to(vector.dtype).unbind(0)
+    before, polar = torch.zeros_like(cosine), start[0].expand_as(cosine)
+    columns = [polar[:, :1]]
+    for degree in range(1, l_max + 1):
+        before, polar = polar, rise[degree] * (z * polar) - fall[degree] * (squared * before) + start[degree]
+        columns.append(polar[:, : degree + 1] * cosine[:, : degree + 1])
+        columns.append(polar[:, 1 : degree + 1] * sine[:, 1 : degree + 1])
+    return torch.cat(columns, dim=1)
 
-    degrees = list(range(l_max + 1))
-    return o3.spherical_harmonics(degrees, direction, normalize=False, normalization="norm")
+
+def harmonic_recursion(l_max: int) -> Tensor:
+    """Returns the coefficients ``rise, fall, start`` of the harmonics, ``(3, l_max + 1, l_max + 1)`` float64."""
+    size = l_max + 1
+    return torch.tensor([[row[:size] for row in table[:size]] for table in _TABLES], dtype=torch.float64)
+
+
+def _azimuthal(vector: Tensor, l_max: int) -> tuple[Tensor, Tensor]:
+    """Real and imaginary parts of ``(x + iy)^m`` for ``m = 0 .. l_max``, ``(T, l_max + 1)`` each, by doubling."""
+    real, imaginary = torch.ones_like(vector[:, :1]), torch.zeros_like(vector[:, :1])
+    step_real, step_imaginary = vector[:, 0:1], vector[:, 1:2]  # (x + iy)^(number of columns so far)
+    while real.shape[1] <= l_max:
+        more = (real * step_real - imaginary * step_imaginary, real * step_imaginary + imaginary * step_real)
+        real, imaginary = torch.cat([real, more[0]], dim=1), torch.cat([imaginary, more[1]], dim=1)
+        step_real, step_imaginary = step_real**2 - step_imaginary**2, 2.0 * step_real * step_imaginary
+    return real[:, : l_max + 1], imaginary[:, : l_max + 1]
+
+
+def _recursion(l_max: int) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+    """Tables of ``Q_l^m = rise·z·Q_{l−1}^m − fall·r²·Q_{l−2}^m + start``, rows ``l``, columns ``m``.
+
+    ``Q_l^m`` is the associated Legendre function over ``sin^m``, without the Condon–Shortley sign, scaled so
+    that the harmonics have unit norm.
+    """
+
+    def norm(l: int, m: int) -> float:  # noqa: E741
+        return math.sqrt((1 if m == 0 else 2) * math.factorial(l - m) / math.factorial(l + m))
+
+    size = l_max + 1
+    rise, fall, start = ([[0.0] * size for _ in range(size)] for _ in range(3))
+    for m in range(size):
+        start[m][m] = norm(m, m) * math.prod(range(1, 2 * m, 2))
+        for l in range(m + 1, size):  # noqa: E741
+            rise[l][m] = (2 * l - 1) / (l - m) * norm(l, m) / norm(l - 1, m)
+            if l >= m + 2:
+                fall[l][m] = (l + m - 1) / (l - m) * norm(l, m) / norm(l - 2, m)
+    return rise, fall, start
+
+
+# Rows and columns do not depend on the highest degree: computed once, sliced for each.
+_TABLES = _recursion(MAX_DEGREE)
 
 
 def power_spectrum(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -> Tensor:
