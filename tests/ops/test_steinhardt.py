@@ -34,6 +34,15 @@ def test_addition_theorem() -> None:
         np.testing.assert_allclose((part @ part.T).numpy(), legendre, rtol=0, atol=2e-13)
 
 
+def test_agrees_with_e3nn() -> None:
+    """Up to an orthogonal mix of the ``m`` of one degree: e3nn takes y as its polar axis."""
+    o3 = pytest.importorskip("e3nn.o3")
+    vectors = unit_vectors(40)
+    for degree, ours in enumerate(spherical_harmonics(vectors, L_MAX).split(SIZES, dim=1)):
+        theirs = o3.spherical_harmonics(degree, vectors, normalize=False, normalization="norm")
+        torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=0, atol=1e-12)
+
+
 def test_harmonics_vanish_at_zero_with_finite_derivatives() -> None:
     assert spherical_harmonics(torch.zeros(2, 3), L_MAX).tolist() == [[1.0] + [0.0] * 99] * 2
     vectors = torch.cat([unit_vectors(2), torch.zeros(1, 3, dtype=torch.float64)]).requires_grad_()
