@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from escaip.properties.files import MODEL, MUTED, new_figure
+from escaip.properties.common import MODEL, MUTED, new_figure
 
 BENCHMARKS = Path(__file__).resolve().parent
 TEACHER, RED, GREEN, LIGHT = "#303030", "#c8553d", "#588157", "#a9c6d9"

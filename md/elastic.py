@@ -25,4 +25,6 @@ print(relaxed.summary())
 
 # What the atoms inside the cell give way by: constants with clamped atoms are never smaller.
 clamped = elastic_constants(relaxed.atoms, strain=args.strain, relaxation="none")
-print(f"with clamped atoms: bulk {clamped.averages.bulk_hill:.2f} GPa, shear {clamped.averages.shear_hill:.2f} GPa")
+print(
+    f"with clamped atoms: bulk {clamped.averages['bulk_hill']:.2f} GPa, shear {clamped.averages['shear_hill']:.2f} GPa"
+)

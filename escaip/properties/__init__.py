@@ -1,4 +1,4 @@
-"""What a potential says of a molecule or a crystal: from any ASE calculator, each in one call."""
+"""Properties of molecules and crystals from any ASE calculator, each in one call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 # Name -> module: imported on first use, so that one of them does not import the libraries of all.
 _PUBLIC = {
-    "Averages": "escaip.properties.elastic",
     "ElasticConstants": "escaip.properties.elastic",
     "EquationOfState": "escaip.properties.equation_of_state",
     "MinimumEnergyPath": "escaip.properties.neb",
@@ -21,7 +20,6 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "Averages",
     "ElasticConstants",
     "EquationOfState",
     "MinimumEnergyPath",
@@ -35,7 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from escaip.properties.elastic import Averages, ElasticConstants, elastic_constants
+    from escaip.properties.elastic import ElasticConstants, elastic_constants
     from escaip.properties.equation_of_state import EquationOfState, fit_equation_of_state
     from escaip.properties.neb import MinimumEnergyPath, minimum_energy_path
     from escaip.properties.phonons import Phonons, crystal_phonons

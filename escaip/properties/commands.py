@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import TypedDict, Unpack
 
+from escaip.errors import ConfigError
 from escaip.options import ModelFile, StructureFile
+
+# Command -> function of escaip.properties.
+_FUNCTIONS = {
+    "vibrations": "molecular_vibrations",
+    "eos": "fit_equation_of_state",
+    "elastic": "elastic_constants",
+    "phonons": "crystal_phonons",
+    "neb": "minimum_energy_path",
+}
 
 
 class _Options(TypedDict, total=False):
@@ -192,10 +203,25 @@ def neb(
 
 
 def _run(name: str, model: str, structures: list[str], out: str, options: _Options, **settings: Any) -> None:
-    from escaip.properties.from_files import property_files
+    """Computes a property of structure files with a model file, writes it into a folder and prints its summary.
 
+    Raises:
+        ConfigError: ``out`` is a file.
+        EscaipError: as the calculator, the readers and the property.
+    """
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ConfigError(f"--out {out} is a file: name a folder")
+    from escaip import properties
+    from escaip.calculators.ase import EScAIPCalculator
+    from escaip.properties.phonons import check_phonopy
+    from escaip.simulate.output import read_structure
+
+    if name == "phonons":
+        check_phonopy()  # before the model is loaded
     calculator: dict[str, Any] = {"dtype": "float64", **options}
     frame = calculator.pop("frame", -1)
-    result = property_files(name, model, [*structures], out, frame=frame, calculator=calculator, **settings)
-    print(result.summary())
-    print(f"wrote {out}")
+    atoms = [read_structure(path, frame) for path in structures]
+    atoms[0].calc = EScAIPCalculator(model, **calculator)
+    result = getattr(properties, _FUNCTIONS[name])(*atoms, **settings)
+    result.write(out)
+    print(f"{result.summary()}\nwrote {out}")

@@ -12,8 +12,7 @@ import numpy as np
 from ase import Atoms, units
 
 from escaip.errors import ConfigError, SimulationError
-from escaip.properties.files import MODEL, new_figure, table, write_results
-from escaip.properties.start import at_rest, check_crystal, deformed
+from escaip.properties.common import MODEL, at_rest, check_crystal, deformed, new_figure, table, write_results
 from escaip.simulate.output import freeze
 
 
@@ -23,13 +22,13 @@ class EquationOfState:
 
     Attributes:
         frames: structures computed, by volume, with energy and forces.
-        volumes: ``(m,)`` Å³ of the cell.
-        energies: ``(m,)`` eV of the cell.
-        volume: Å³, of the minimum.
-        energy: eV, at the minimum.
-        bulk_modulus: GPa, at the minimum.
-        derivative: ``∂B/∂p`` there.
-        residual: meV per atom, RMS of the fit.
+        volumes: ``(m,)`` volumes of the cell, Å³.
+        energies: ``(m,)`` energies of the cell, eV.
+        volume: at the minimum, Å³.
+        energy: at the minimum, eV.
+        bulk_modulus: at the minimum, GPa.
+        derivative: ``∂B/∂p`` at the minimum.
+        residual: root mean square of the fit, meV per atom.
     """
 
     frames: list[Atoms]
@@ -43,18 +42,18 @@ class EquationOfState:
 
     @property
     def atoms(self) -> Atoms:
-        """The cell at the volume of the minimum, with neither calculator nor further relaxation."""
+        """The cell scaled to the volume of the minimum, without calculator or further relaxation."""
         nearest = self.frames[int(np.abs(self.volumes - self.volume).argmin())].copy()
         nearest.set_cell(nearest.cell * (self.volume / nearest.get_volume()) ** (1 / 3), scale_atoms=True)
         return nearest
 
     def __call__(self, volume: np.ndarray) -> np.ndarray:
-        """Energies of the fit, eV, at volumes in Å³."""
+        """Returns energies of the fit, eV, at volumes in Å³."""
         modulus = self.bulk_modulus * units.GPa
         return np.asarray(ase.eos.birchmurnaghan(volume, self.energy, modulus, self.derivative, self.volume))
 
     def summary(self) -> str:
-        """A table of what was fitted."""
+        """Returns a table of the fitted values."""
         lengths = ", ".join(f"{length:.4f}" for length in self.atoms.cell.lengths())
         count = len(self.frames[0])
         return table(
@@ -69,19 +68,13 @@ class EquationOfState:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers with units in their names."""
+        """Returns numbers with units in their names."""
         return {
-            "formula": self.frames[0].get_chemical_formula(),
-            "form": "Birch-Murnaghan, third order",
-            "V0_A3": self.volume,
-            "E0_eV": self.energy,
-            "B0_GPa": self.bulk_modulus,
-            "B_prime": self.derivative,
-            "residual_meV/atom": self.residual,
-            "volumes_A3": self.volumes,
-            "energies_eV": self.energies,
+            "formula": self.frames[0].get_chemical_formula(), "form": "Birch-Murnaghan, third order",
+            "V0_A3": self.volume, "E0_eV": self.energy, "B0_GPa": self.bulk_modulus, "B_prime": self.derivative,
+            "residual_meV/atom": self.residual, "volumes_A3": self.volumes, "energies_eV": self.energies,
             "structure": self.atoms,
-        }
+        }  # fmt: skip
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``eos.json``, ``eos.png`` and the structures, ``eos.extxyz``."""
@@ -105,19 +98,19 @@ def fit_equation_of_state(
     fmax: float = 1e-3,
     steps: int = 500,
 ) -> EquationOfState:
-    """Energies of a crystal at several volumes, and their Birch–Murnaghan fit.
+    """Fits a Birch–Murnaghan equation to the energies of a crystal at several volumes.
 
-    The cell keeps its shape. Under pressure a crystal that is not cubic would change it: B0 is then the Voigt average
-    of its elastic constants, which is above the modulus that a pressure meets, the Reuss average.
+    The cell keeps its shape, which a crystal that is not cubic would change under pressure: B0 is then the Voigt
+    average of its elastic constants, which lies above the Reuss average, the modulus measured under pressure.
 
     Args:
         atoms: structure with a calculator; it is not changed.
         relaxation: ``"full"``: atoms and cell first, then atoms at each volume; ``"ions"``: atoms at each volume;
             ``"none"``: cell and fractional positions as they are, scaled.
-        span: volumes lie within ``(1 ± span)`` of the first.
-        points: volumes, at least 5.
+        span: volumes lie within ``(1 ± span)`` of the start.
+        points: number of volumes, at least 5.
         fmax: largest force at the end, eV/Å.
-        steps: of each relaxation at most.
+        steps: largest number of steps of each relaxation.
 
     Raises:
         ConfigError: not a crystal, no calculator, or a setting out of range.
@@ -148,11 +141,11 @@ def fit_equation_of_state(
 def _fit(frames: list[Atoms], volumes: np.ndarray, energies: np.ndarray) -> EquationOfState:
     from scipy.optimize import OptimizeWarning
 
-    zero = float(energies.min())  # totals of thousands of eV would leave the fit no digits
+    zero = float(energies.min())  # energies of thousands of eV would leave the fit no digits
     curve = ase.eos.EquationOfState(volumes, energies - zero, eos="birchmurnaghan")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", OptimizeWarning)  # of the covariance, which is not used
+            warnings.simplefilter("ignore", OptimizeWarning)  # about the covariance, which is not used
             curve.fit(warn=False)
     except RuntimeError as error:
         raise SimulationError("no Birch-Murnaghan curve fits these energies: look at them, or lower span") from error
@@ -163,13 +156,7 @@ def _fit(frames: list[Atoms], volumes: np.ndarray, energies: np.ndarray) -> Equa
             "not hold: relax the cell first, or raise span"
         )
     misfit = energies - zero - ase.eos.birchmurnaghan(volumes, energy, modulus, derivative, volume)
+    residual = 1e3 * float(np.sqrt((misfit**2).mean())) / len(frames[0])
     return EquationOfState(
-        frames=frames,
-        volumes=volumes,
-        energies=energies,
-        volume=volume,
-        energy=energy + zero,
-        bulk_modulus=modulus / units.GPa,
-        derivative=derivative,
-        residual=1e3 * float(np.sqrt((misfit**2).mean())) / len(frames[0]),
-    )
+        frames, volumes, energies, volume, energy + zero, modulus / units.GPa, derivative, residual
+    )  # fmt: skip

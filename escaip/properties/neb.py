@@ -22,26 +22,32 @@ from ase.optimize import BFGS, FIRE
 from ase.utils.forcecurve import fit_images
 
 from escaip.errors import ConfigError, SimulationError
-from escaip.properties.files import MODEL, new_figure, table, write_results
-from escaip.properties.start import RELAXATIONS, at_rest, check_calculator
+from escaip.properties.common import (
+    MODEL,
+    RELAXATIONS,
+    at_rest,
+    check_calculator,
+    new_figure,
+    table,
+    write_results,
+)
 from escaip.simulate.output import freeze
 
 OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS}
-# The image climbs once the band lies near the path: earlier it might climb another ridge.
-_ROUGH = 5.0
-_SAME = 0.05
+_ROUGH = 5.0  # times fmax: the image climbs once the band lies near the path, or it might climb another ridge
+_SAME = 0.05  # Å
 
 
 @dataclass(frozen=True)
 class MinimumEnergyPath:
-    """A path.
+    """A minimum-energy path.
 
     Attributes:
-        images: structures along it, both ends included, with energies and forces.
+        images: structures along the path with both ends, energies and forces.
         energies: ``(m,)`` eV.
-        distances: ``(m,)`` Å, length of the path up to each image.
-        steps: of the optimizer.
-        largest_force: eV/Å, on the band.
+        distances: ``(m,)`` length of the path up to each image, Å.
+        steps: steps of the optimizer.
+        largest_force: on the band, eV/Å.
         climbed: whether the highest image climbed to the saddle point.
     """
 
@@ -59,54 +65,40 @@ class MinimumEnergyPath:
 
     @property
     def forward(self) -> float:
-        """eV, from the first structure up."""
+        """Barrier from the first structure, eV."""
         return float(self.energies.max() - self.energies[0])
 
     @property
     def backward(self) -> float:
-        """eV, from the last structure up."""
+        """Barrier from the last structure, eV."""
         return float(self.energies.max() - self.energies[-1])
 
     @property
     def reaction_energy(self) -> float:
-        """eV, of the last structure above the first."""
+        """Energy of the last structure less that of the first, eV."""
         return float(self.energies[-1] - self.energies[0])
 
     def summary(self) -> str:
-        """A table of the images and the barriers."""
+        """Returns a table of the images, and the barriers."""
         rows = [["image", "path (Å)", "energy (eV)"]]
         for index, (distance, energy) in enumerate(zip(self.distances, self.energies)):
-            rows.append(
-                [
-                    f"{index}{' *' if index == self.saddle else ''}",
-                    f"{distance:.3f}",
-                    f"{energy - self.energies[0]:.4f}",
-                ]
-            )
+            mark = " *" if index == self.saddle else ""
+            rows.append([f"{index}{mark}", f"{distance:.3f}", f"{energy - self.energies[0]:.4f}"])
         way = "climbing image" if self.climbed else "highest image, which need not be the saddle"
-        return "\n".join(
-            [
-                table(rows),
-                f"barrier {self.forward:.4f} eV forward, {self.backward:.4f} eV backward ({way}); reaction energy "
-                f"{self.reaction_energy:+.4f} eV",
-                f"{self.steps} steps, largest force on the band {self.largest_force:.4f} eV/Å",
-            ]
+        return (
+            f"{table(rows)}\nbarrier {self.forward:.4f} eV forward, {self.backward:.4f} eV backward ({way}); reaction "
+            f"energy {self.reaction_energy:+.4f} eV\n{self.steps} steps, largest force on the band "
+            f"{self.largest_force:.4f} eV/Å"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers with units in their names."""
+        """Returns numbers with units in their names."""
         return {
-            "formula": self.images[0].get_chemical_formula(),
-            "barrier_forward_eV": self.forward,
-            "barrier_backward_eV": self.backward,
-            "reaction_energy_eV": self.reaction_energy,
-            "climbing_image": self.climbed,
-            "saddle_image": self.saddle,
-            "distances_A": self.distances,
-            "energies_eV": self.energies,
-            "steps": self.steps,
-            "largest_force_eV/A": self.largest_force,
-        }
+            "formula": self.images[0].get_chemical_formula(), "barrier_forward_eV": self.forward,
+            "barrier_backward_eV": self.backward, "reaction_energy_eV": self.reaction_energy,
+            "climbing_image": self.climbed, "saddle_image": self.saddle, "distances_A": self.distances,
+            "energies_eV": self.energies, "steps": self.steps, "largest_force_eV/A": self.largest_force,
+        }  # fmt: skip
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``neb.json``, ``neb.png`` and the images, ``neb.extxyz``."""
@@ -121,12 +113,12 @@ class MinimumEnergyPath:
 
 
 class _Band(NEB):
-    """Remembers its largest force: asked again, a shared calculator would evaluate every image again."""
+    """Keeps its largest force; with a shared calculator, asking again would evaluate every image again."""
 
     largest_force = float("inf")
 
     def get_forces(self) -> np.ndarray:
-        """``(images · n, 3)`` eV/Å, as the optimizer asks."""
+        """Returns the forces ``(images · n, 3)`` on the band, eV/Å."""
         forces = super().get_forces()
         self.largest_force = float(np.sqrt((forces**2).sum(axis=1).max()))
         return forces
@@ -145,17 +137,17 @@ def minimum_energy_path(
     optimizer: str = "fire",
     report: Callable[[int, float], None] | None = None,
 ) -> MinimumEnergyPath:
-    """Relaxes a band of images between two structures.
+    """Finds the minimum-energy path between two structures by relaxing a band of images.
 
     Args:
-        initial: with a calculator, which serves all images; it is not changed.
-        final: the same atoms in the same order and cell; its own calculator, if any, is not used.
-        images: between the ends.
-        relaxation: of the two ends first: ``"ions"``, or ``"none"`` for ends that are minima.
-        climb: let the highest image climb to the saddle point.
+        initial: first structure with the calculator of all images; it is not changed.
+        final: last structure, the same atoms in the same order and cell; its calculator is not used.
+        images: number of images between the ends.
+        relaxation: of the ends: ``"ions"``, or ``"none"`` for ends that are minima.
+        climb: whether the highest image climbs to the saddle point.
         fmax: largest force on the band at the end, eV/Å; the ends are relaxed to a fifth of it.
-        steps: of the optimizer at most, and of each relaxation.
-        spring: eV/Å², between neighboring images.
+        steps: largest number of steps of the optimizer, and of each relaxation.
+        spring: constant between neighboring images, eV/Å².
         optimizer: ``"fire"`` or ``"bfgs"``.
         report: called after each step with the step and the largest force in eV/Å.
 
@@ -193,7 +185,7 @@ def minimum_energy_path(
 def _optimize(
     chain: _Band, optimizer: Any, fmax: float, steps: int, report: Callable[[int, float], None] | None, taken: int
 ) -> int:
-    """Runs, and returns the steps taken in all."""
+    """Runs the optimizer and returns the number of steps taken so far."""
     dynamics = optimizer(chain, logfile=None)
 
     def watch() -> None:

@@ -11,27 +11,25 @@ import numpy as np
 from ase import Atoms, units
 
 from escaip.errors import ConfigError
-from escaip.properties.files import MODEL, MUTED, new_figure, table, write_results
-from escaip.properties.start import at_rest, check_crystal
+from escaip.properties.common import ACCENT, MODEL, MUTED, at_rest, check_crystal, new_figure, table, write_results
 from escaip.properties.vibrations import second_derivatives
 
 THZ_TO_MEV = 1e3 * units._hplanck / units._e * 1e12
 THZ_TO_CM = 1e12 / (units._c * 100)
 _KJ_PER_MOL = units.kJ / units.mol
-# A mode this far below zero is none; acoustic ones at Γ are so by rounding.
-_IMAGINARY = -0.05
+_IMAGINARY = -0.05  # THz: acoustic modes at Γ lie a little below zero by rounding
 
 
 @dataclass(frozen=True)
 class Bands:
-    """Frequencies along a path.
+    """Frequencies along a path through the Brillouin zone.
 
     Attributes:
         kpoints: ``(m, 3)`` in reciprocal lattice vectors of the primitive cell.
-        distances: ``(m,)`` along the path, 1/Å.
+        distances: ``(m,)`` length of the path, 1/Å.
         frequencies: ``(m, 3n)`` THz, negative where imaginary.
-        labels: of the special points.
-        positions: of the special points on the path, 1/Å.
+        labels: names of the special points.
+        positions: special points on the path, 1/Å.
     """
 
     kpoints: np.ndarray
@@ -46,19 +44,20 @@ class Phonons:
     """Harmonic phonons; ``n`` atoms are in the primitive cell.
 
     Attributes:
-        phonopy: the object of phonopy, with force constants: for whatever is not here.
-        atoms: the unit cell they are of, with its calculator.
+        phonopy: the object of phonopy with force constants.
+        atoms: the unit cell with its calculator.
         primitive: the primitive cell.
         bands: along the path of the Bravais lattice (Setyawan and Curtarolo, Comput. Mater. Sci. 49, 299, 2010).
-        mesh: numbers of q-points along each axis.
+        mesh: number of q-points along each axis.
         mesh_frequencies: ``(q, 3n)`` THz, negative where imaginary.
-        mesh_weights: ``(q,)`` of the irreducible q-points.
-        dos_frequencies, dos: THz, and states per THz and primitive cell.
+        mesh_weights: ``(q,)`` weights of the irreducible q-points.
+        dos_frequencies: THz.
+        dos: density of states per THz and primitive cell.
         temperatures: K.
-        free_energy: eV per primitive cell, with the zero-point energy.
-        entropy, heat_capacity: eV/K per primitive cell, at constant volume.
+        free_energy: with the zero-point energy, eV per primitive cell.
+        entropy, heat_capacity: at constant volume, eV/K per primitive cell.
         zero_point_energy: eV per primitive cell.
-        residual_force: eV/Å, the largest in the perfect supercell.
+        residual_force: largest force in the perfect supercell, eV/Å.
     """
 
     phonopy: Any
@@ -78,26 +77,26 @@ class Phonons:
     residual_force: float
 
     def frequencies(self, kpoint: Sequence[float]) -> np.ndarray:
-        """``(3n,)`` THz, ascending, imaginary ones negative; ``kpoint`` in reciprocal vectors of the primitive cell."""
+        """Returns ``(3n,)`` THz, ascending, negative where imaginary; ``kpoint`` in primitive reciprocal vectors."""
         return _frequencies(self.phonopy, np.array([kpoint], dtype=float))[0]
 
     @property
     def imaginary_share(self) -> float:
-        """Share of the modes of the mesh that are imaginary."""
+        """Fraction of the modes on the mesh that are imaginary."""
         return float(self.mesh_weights @ (self.mesh_frequencies < _IMAGINARY).mean(1) / self.mesh_weights.sum())
 
     @property
     def lowest(self) -> float:
-        """THz, the lowest frequency of mesh and path."""
+        """Lowest frequency of mesh and path, THz."""
         return float(min(self.mesh_frequencies.min(), self.bands.frequencies.min()))
 
     @property
     def is_stable(self) -> bool:
-        """Whether no mode of mesh or path is imaginary, but for rounding (0.05 THz)."""
+        """Whether no mode of mesh or path is imaginary beyond rounding (0.05 THz)."""
         return self.lowest >= _IMAGINARY
 
     def summary(self) -> str:
-        """Frequencies at the special points, thermal properties, imaginary modes."""
+        """Returns frequencies at the special points, thermal properties, and a line on imaginary modes."""
         rows, seen = [["q", "reciprocal vectors", "THz"]], set()
         for label, position in zip(self.bands.labels, self.bands.positions):
             index = int(np.abs(self.bands.distances - position).argmin())
@@ -125,7 +124,7 @@ class Phonons:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers with units in their names."""
+        """Returns numbers with units in their names."""
         return {
             "formula": self.atoms.get_chemical_formula(),
             "supercell": np.asarray(self.phonopy.supercell_matrix),
@@ -181,7 +180,7 @@ class Phonons:
         figure = new_figure()
         axis = figure.subplots()
         axis.plot(self.temperatures, 1e3 * self.heat_capacity, color=MODEL, label="heat capacity (meV/K)")
-        axis.plot(self.temperatures, 1e3 * self.entropy, color="#c1121f", label="entropy (meV/K)")
+        axis.plot(self.temperatures, 1e3 * self.entropy, color=ACCENT, label="entropy (meV/K)")
         axis.axhline(3e3 * units.kB * len(self.primitive), color=MUTED, linewidth=0.8, label="Dulong–Petit")
         axis.set(xlabel="temperature (K)", ylabel=f"per cell of {len(self.primitive)} atoms")
         axis.legend()
@@ -203,22 +202,22 @@ def crystal_phonons(
     fmax: float = 1e-3,
     steps: int = 500,
 ) -> Phonons:
-    """Phonons from forces of displaced atoms in a supercell; no long-range dipoles are added, so LO and TO meet at Γ.
+    """Computes phonons from forces of displaced atoms in a supercell, without long-range dipoles (no LO-TO splitting).
 
     Args:
         atoms: unit cell with a calculator; it is not changed.
-        relaxation: first, ``"full"`` (atoms and cell), ``"ions"`` or ``"none"``.
-        supercell: repeats along each axis; by default the fewest that make it ``min_length`` wide.
-        min_length: Å between opposite faces of the supercell: twice the reach of the forces, or near it.
-        displacement: Å.
-        hessian: take force constants from second derivatives of the supercell instead of displaced atoms: no step
-            length, but no use of symmetry either.
-        mesh: Å; q-points along an axis are this over the length of the primitive vector.
+        relaxation: ``"full"`` (atoms and cell), ``"ions"`` or ``"none"``.
+        supercell: repeats along each axis; default the fewest that make it ``min_length`` wide.
+        min_length: distance of opposite faces of the supercell, Å; about twice the reach of the forces.
+        displacement: of an atom, Å.
+        hessian: take force constants from second derivatives of the supercell instead of displaced atoms, without
+            a step length but also without use of symmetry.
+        mesh: the number of q-points along an axis is this length over that of the primitive vector, Å.
         path_density: q-points per 1/Å along the path.
-        temperatures: K; by default 0 to 1000 in steps of 10.
-        symprec: Å, within which symmetry is found.
-        fmax: largest force after relaxing, eV/Å.
-        steps: of the relaxation at most.
+        temperatures: K; default 0 to 1000 in steps of 10.
+        symprec: tolerance of the symmetry, Å.
+        fmax: largest force after the relaxation, eV/Å.
+        steps: largest number of steps of the relaxation.
 
     Raises:
         ConfigError: phonopy is missing, not a crystal, no calculator, or a setting out of range.
@@ -238,7 +237,7 @@ def crystal_phonons(
 
 
 def check_phonopy() -> Any:
-    """Returns the module.
+    """Returns the module phonopy.
 
     Raises:
         ConfigError: it is not installed.
@@ -251,7 +250,7 @@ def check_phonopy() -> Any:
 
 
 def _repeats(atoms: Atoms, min_length: float) -> tuple[int, ...]:
-    """The fewest repeats whose faces are ``min_length`` apart."""
+    """Returns the fewest repeats whose opposite faces are ``min_length`` apart."""
     heights = 1 / np.linalg.norm(atoms.cell.reciprocal().array, axis=1)
     return tuple(int(value) for value in np.ceil(min_length / heights - 1e-6))
 
@@ -259,7 +258,7 @@ def _repeats(atoms: Atoms, min_length: float) -> tuple[int, ...]:
 def _force_constants(
     atoms: Atoms, repeats: Sequence[int], displacement: float, hessian: bool, symprec: float
 ) -> tuple[Any, float]:
-    """The phonopy object with force constants, and the largest force of the perfect supercell."""
+    """Returns the phonopy object with force constants, and the largest force in the perfect supercell."""
     phonopy = check_phonopy()
     from phonopy.structure.atoms import PhonopyAtoms
     from phonopy.structure.cells import guess_primitive_matrix
@@ -282,7 +281,7 @@ def _force_constants(
         )
     else:
         phonon.generate_displacements(distance=displacement)
-        # Forces that the perfect supercell has already are no answer to the displacement.
+        # Forces of the perfect supercell are no response to the displacement.
         phonon.forces = [
             _supercell(moved, atoms).get_forces() - forces for moved in phonon.supercells_with_displacements
         ]
@@ -292,7 +291,7 @@ def _force_constants(
 
 
 def _supercell(cell: Any, atoms: Atoms) -> Atoms:
-    """ASE atoms of phonopy's, with the calculator."""
+    """Returns phonopy's atoms as those of ASE, with the calculator."""
     own = Atoms(
         list(cell.symbols), scaled_positions=cell.scaled_positions, cell=cell.cell, pbc=True, masses=cell.masses
     )
@@ -309,7 +308,7 @@ def _analyse(
     phonon.run_mesh(numbers, is_gamma_center=True)
     phonon.run_total_dos()
     kelvin = np.arange(0.0, 1001.0, 10.0) if temperatures is None else np.asarray(temperatures, dtype=float)
-    # Acoustic modes at Γ are zero but for rounding, and have no thermal properties.
+    # Acoustic modes at Γ are zero up to rounding and have no thermal properties.
     phonon.run_thermal_properties(temperatures=kelvin, cutoff_frequency=1e-2)
     found = phonon.thermal_properties
     _, free_energy, entropy, heat_capacity = (np.asarray(values) for values in found.thermal_properties)
@@ -333,7 +332,7 @@ def _analyse(
 
 
 def _bands(phonon: Any, primitive: Atoms, density: float) -> Bands:
-    # A relaxed cell has its lattice to some 1e-4 only.
+    # The lattice of a relaxed cell is exact to some 1e-4 only.
     path = primitive.cell.bandpath(density=density, eps=1e-3)
     distances, positions, labels = path.get_linear_kpoint_axis()
     kpoints = np.array(path.kpts)
@@ -346,7 +345,7 @@ def _frequencies(phonon: Any, kpoints: np.ndarray) -> np.ndarray:
 
 
 def _ranges(frequencies: np.ndarray) -> str:
-    """Frequencies as text, equal ones counted: ``5.02 (2), 7.31``."""
+    """Returns frequencies as text with multiplicities: ``5.02 (2), 7.31``."""
     groups: list[list[float]] = []
     for value in np.sort(frequencies):
         if groups and abs(value - groups[-1][0]) < 5e-3:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms, units
 from ase.constraints import FixAtoms
+from ase.thermochemistry import HarmonicThermo, IdealGasThermo
 
 from escaip.errors import ConfigError, DataError
-from escaip.properties.files import MODEL, new_figure, table, write_results
-from escaip.properties.start import at_rest, check_calculator, largest_force
+from escaip.properties.common import ACCENT, MODEL, at_rest, check_calculator, new_figure, table, write_results
 
 _TO_EV = units._hbar * 1e10 / np.sqrt(units._e * units._amu)
-"""eV of ``ħω``, from ``ω²`` in eV/Å²/amu."""
-_LINEAR = 1e-4  # smallest singular value of a rotation beside the largest
+"""Factor from ``ω`` in √(eV/Å²/amu) to ``ħω`` in eV."""
+_LINEAR = 1e-4  # ratio of singular values below which a rotation does not move a linear molecule
 _NOTED_ASYMMETRY = 1e-2
 _FRAMES, _AMPLITUDE = 20, 0.25
 
@@ -31,13 +31,13 @@ class Vibrations:
     """Harmonic vibrations.
 
     Attributes:
-        atoms: the structure they are of, ``n`` atoms.
+        atoms: the structure, ``n`` atoms, with its calculator.
         energies: ``(k,)`` meV, ascending; those of imaginary modes are negative.
         modes: ``(k, n, 3)`` Cartesian displacements, mass-weighted orthonormal: ``Σ_i m_i u·u' = δ`` (amu^−1/2).
-        num_rigid: translations and rotations that were taken out.
-        rigid_energy: meV, the largest that those had: how far forces and Hessian are from knowing them.
-        largest_force: eV/Å; where it is not small, frequencies are not of a minimum.
-        asymmetry: of the Hessian before it was made symmetric, beside its largest entry.
+        num_rigid: number of translations and rotations taken out.
+        rigid_energy: largest energy of those, meV; zero for exact second derivatives.
+        largest_force: eV/Å; where it is not small, frequencies do not belong to a minimum.
+        asymmetry: of the Hessian before it was made symmetric, relative to its largest entry.
     """
 
     atoms: Atoms
@@ -55,16 +55,38 @@ class Vibrations:
 
     @property
     def num_imaginary(self) -> int:
-        """Modes along which the energy falls."""
+        """Number of modes along which the energy falls."""
         return int((self.energies < 0).sum())
 
     @property
     def zero_point_energy(self) -> float:
-        """eV, ``Σ ħω/2`` of the real modes."""
+        """``Σ ħω/2`` of the real modes, eV."""
         return float(0.5e-3 * self.energies[self.energies > 0].sum())
 
+    def thermochemistry(self, symmetry_number: int = 1, spin: float = 0.0) -> IdealGasThermo | HarmonicThermo:
+        """Returns ASE's thermochemistry: of an ideal gas for a free molecule, else of harmonic oscillators.
+
+        ``get_gibbs_energy(temperature, pressure)`` and ``get_helmholtz_energy(temperature)`` of the result take K and
+        Pa and return eV.
+
+        Args:
+            symmetry_number: number of rotations that map a free molecule onto itself, such as 2 for water.
+            spin: total electronic spin of a free molecule, 0.5 for one unpaired electron.
+
+        Raises:
+            ConfigError: a mode is imaginary.
+        """
+        if self.num_imaginary:
+            raise ConfigError(f"{self.num_imaginary} modes are imaginary: relax to a minimum before thermochemistry")
+        energies, potential = (1e-3 * self.energies).tolist(), float(self.atoms.get_potential_energy())
+        if self.num_rigid < 3 or self.atoms.pbc.any():
+            return HarmonicThermo(energies, potential)
+        geometry: Literal["monatomic", "linear", "nonlinear"]
+        geometry = "monatomic" if len(self.atoms) == 1 else "linear" if self.num_rigid == 5 else "nonlinear"
+        return IdealGasThermo(energies, geometry, potential, self.atoms, symmetry_number, spin)
+
     def summary(self) -> str:
-        """A table of all modes, and what to know of it."""
+        """Returns a table of all modes, the zero-point energy, and how far to trust them."""
         rows = [["mode", "cm⁻¹", "meV"]]
         for number, (frequency, energy) in enumerate(zip(self.frequencies, self.energies), 1):
             mark = "i" if energy < 0 else ""
@@ -80,28 +102,22 @@ class Vibrations:
         return f"{self.num_imaginary} imaginary modes" if self.num_imaginary else "a minimum: no imaginary mode"
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers with units in their names."""
+        """Returns numbers with units in their names."""
         return {
-            "formula": self.atoms.get_chemical_formula(),
-            "frequencies_cm-1": self.frequencies,
-            "energies_meV": self.energies,
-            "zero_point_energy_eV": self.zero_point_energy,
-            "num_imaginary": self.num_imaginary,
-            "num_rigid": self.num_rigid,
-            "rigid_energy_meV": self.rigid_energy,
-            "largest_force_eV/A": self.largest_force,
-            "hessian_asymmetry": self.asymmetry,
-            "modes_amu-1/2": self.modes,
-            "structure": self.atoms,
-        }
+            "formula": self.atoms.get_chemical_formula(), "frequencies_cm-1": self.frequencies,
+            "energies_meV": self.energies, "zero_point_energy_eV": self.zero_point_energy,
+            "num_imaginary": self.num_imaginary, "num_rigid": self.num_rigid, "rigid_energy_meV": self.rigid_energy,
+            "largest_force_eV/A": self.largest_force, "hessian_asymmetry": self.asymmetry,
+            "modes_amu-1/2": self.modes, "structure": self.atoms,
+        }  # fmt: skip
 
     def trajectory(self, mode: int, frames: int = _FRAMES, amplitude: float = _AMPLITUDE) -> list[Atoms]:
-        """One period of a mode.
+        """Returns one period of a mode.
 
         Args:
             mode: index from 0.
-            frames: in the period.
-            amplitude: Å, of the atom that moves most.
+            frames: number of frames.
+            amplitude: largest displacement of an atom, Å.
         """
         displacement = self.modes[mode] * (amplitude / np.sqrt((self.modes[mode] ** 2).sum(-1).max()))
         period = []
@@ -119,7 +135,7 @@ class Vibrations:
         frames = [frame for mode in range(len(self.modes)) for frame in self.trajectory(mode)]
         figure = new_figure()
         axis = figure.subplots()
-        axis.vlines(self.frequencies, 0, 1, colors=[MODEL if energy > 0 else "#c1121f" for energy in self.energies])
+        axis.vlines(self.frequencies, 0, 1, colors=[MODEL if energy > 0 else ACCENT for energy in self.energies])
         axis.set(xlabel="wavenumber (cm⁻¹; imaginary: negative)", yticks=[], ylim=(0, 1.1))
         axis.set_xlim(min(0.0, 1.05 * self.frequencies.min(initial=0.0)))
         axis.set_title(f"{self.atoms.get_chemical_formula()}: {len(self.modes)} harmonic modes")
@@ -136,21 +152,21 @@ def molecular_vibrations(
     finite_differences: bool = False,
     step: float = 0.01,
 ) -> Vibrations:
-    """Harmonic vibrations of a molecule, an adsorbate whose support is fixed, or a crystal at q = 0.
+    """Computes harmonic vibrations of a molecule, an adsorbate on a fixed support, or a crystal at q = 0.
 
-    Atoms held by ``FixAtoms`` do not move, and nothing is taken out then; of periodic structures translations are.
+    Translations are taken out, and rotations of structures that are not periodic, unless ``FixAtoms`` holds atoms.
 
     Args:
         atoms: structure with a calculator; it is not changed.
         relaxation: ``"ions"``, or ``"none"`` for a structure that is at a minimum or a saddle point.
         fmax: largest force at the end, eV/Å.
-        steps: of the relaxation at most.
-        finite_differences: of forces, also where the calculator has second derivatives.
-        step: Å, of finite differences.
+        steps: largest number of steps of the relaxation.
+        finite_differences: differentiate forces numerically even where the calculator has second derivatives.
+        step: of finite differences, Å.
 
     Raises:
         ConfigError: no calculator, a setting out of range, or a constraint other than ``FixAtoms``.
-        DataError: second derivatives that are NaN.
+        DataError: second derivatives are NaN.
         SimulationError: the relaxation did not converge.
     """
     check_calculator(atoms)
@@ -169,27 +185,21 @@ def molecular_vibrations(
     modes = np.zeros((len(values), len(own), 3))
     modes[:, free] = ((basis @ vectors) / roots[:, None]).T.reshape(len(values), len(free), 3)
     of_rigid = np.linalg.eigvalsh(rigid.T @ weighted @ rigid)
-    return Vibrations(
-        atoms=own,
-        energies=_energies(values),
-        modes=modes,
-        num_rigid=rigid.shape[1],
-        rigid_energy=float(np.abs(_energies(of_rigid)).max(initial=0.0)),
-        largest_force=largest_force(own),
-        asymmetry=asymmetry,
-    )
+    largest_force = float(np.linalg.norm(own.get_forces(), axis=1).max())  # those of fixed atoms are zero
+    rigid_energy = float(np.abs(_energies(of_rigid)).max(initial=0.0))
+    return Vibrations(own, _energies(values), modes, rigid.shape[1], rigid_energy, largest_force, asymmetry)
 
 
 def second_derivatives(
     atoms: Atoms, free: np.ndarray | None = None, *, finite_differences: bool = False, step: float = 0.01
 ) -> np.ndarray:
-    """``(3m, 3m)`` eV/Å² of ``m`` free atoms, as computed, not made symmetric.
+    """Returns second derivatives ``(3m, 3m)`` of ``m`` free atoms, eV/Å², not made symmetric.
 
-    By the calculator's ``get_hessian(atoms)`` where it has one, else by central differences of forces.
+    They come from the calculator's ``get_hessian(atoms)`` where it has one, else from central differences of forces.
 
     Raises:
-        ConfigError: ``step`` is not above 0, or a model whose forces are no derivatives.
-        DataError: they are NaN or infinite.
+        ConfigError: ``step`` is not above 0, or the forces of the model are no derivatives.
+        DataError: second derivatives are NaN or infinite.
     """
     if not step > 0:
         raise ConfigError(f"step is {step} Å: it must be above 0")
@@ -235,7 +245,7 @@ def _free_atoms(atoms: Atoms) -> np.ndarray:
 
 
 def _rigid_motions(atoms: Atoms) -> np.ndarray:
-    """``(3n, 3 to 6)``, orthonormal, mass-weighted: translations, and rotations of what is not periodic."""
+    """Returns translations, and rotations unless periodic, ``(3n, 3 to 6)``, orthonormal and mass-weighted."""
     roots = np.sqrt(atoms.get_masses())[:, None]
     motions = [(roots * axis).ravel() for axis in np.eye(3)]
     if not atoms.pbc.any():
@@ -248,5 +258,5 @@ def _rigid_motions(atoms: Atoms) -> np.ndarray:
 
 
 def _energies(values: np.ndarray) -> np.ndarray:
-    """``ħ√value`` in meV, negative for negative values."""
+    """Returns ``ħ√value`` in meV, negative for negative values."""
     return 1e3 * _TO_EV * np.sign(values) * np.sqrt(np.abs(values))

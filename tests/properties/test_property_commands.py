@@ -14,10 +14,8 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 
 from escaip.cli import main
-from escaip.errors import ConfigError
 from escaip.models import EScAIPConfig
 from escaip.potential import Potential
-from escaip.properties import from_files as commands
 
 Capture = pytest.CaptureFixture[str]
 TINY = {
@@ -44,11 +42,11 @@ def copper(tmp_path: Path) -> Path:
 def _emt(monkeypatch: pytest.MonkeyPatch) -> None:
     """EMT in the place of the model, which would be evaluated in float64."""
 
-    def attach(atoms: Atoms, model: str, options: dict[str, object]) -> None:
+    def calculator(model: str, **options: object) -> EMT:
         assert options == {"dtype": "float64"}
-        atoms.calc = EMT()
+        return EMT()
 
-    monkeypatch.setattr(commands, "_attach", attach)
+    monkeypatch.setattr("escaip.calculators.ase.EScAIPCalculator", calculator)
 
 
 @pytest.mark.usefixtures("_emt")
@@ -113,6 +111,3 @@ def test_one_line_for_every_error(model: Path, copper: Path, tmp_path: Path, cap
         assert message in printed.err
         assert printed.err.count("\n") == 1, printed.err
         assert printed.out == ""
-    with pytest.raises(ConfigError, match="no property is named 'hardness'"):
-        commands.property_files("hardness", model, [copper], tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -11,9 +11,10 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms, FixedPlane
 from scipy import constants
 
@@ -98,6 +99,20 @@ def test_water_at_rest_is_a_minimum(tmp_path: Path) -> None:
     assert (tmp_path / "vibrations.png").stat().st_size > 1000
 
 
+def test_thermochemistry() -> None:
+    """Entropies of argon, 154.846 J/mol/K at 298.15 K and 1 bar, and of a crystal that does not turn or move."""
+    argon = molecular_vibrations(Atoms("Ar", calculator=LennardJones()), relaxation="none").thermochemistry()
+    entropy = argon.get_entropy(298.15, 1e5, verbose=False)
+    assert entropy / units.kB * constants.R == pytest.approx(154.846, abs=0.02)
+    found = molecular_vibrations(Atoms(bulk("Cu", cubic=True), calculator=EMT()))
+    oscillators = found.thermochemistry()
+    assert oscillators.get_ZPE_correction() == pytest.approx(found.zero_point_energy)
+    ratio = 1e-3 * found.energies / (units.kB * 300)
+    free = found.zero_point_energy + units.kB * 300 * np.log1p(-np.exp(-ratio)).sum()
+    rest = found.atoms.get_potential_energy()
+    assert oscillators.get_helmholtz_energy(300, verbose=False) == pytest.approx(rest + free, rel=1e-9)
+
+
 def test_a_saddle_has_an_imaginary_mode(hop: Callable[[], tuple[Atoms, Atoms, Atoms]]) -> None:
     """The adsorbate alone moves: three modes each, all real in the hollow, one imaginary on the bridge."""
     hollow, _, bridge = hop()
@@ -110,6 +125,8 @@ def test_a_saddle_has_an_imaginary_mode(hop: Callable[[], tuple[Atoms, Atoms, At
         assert np.abs(found.modes[:, :-1]).max() == 0
     assert "i" in found.summary().splitlines()[1]
     assert "1 imaginary" in found.summary()
+    with pytest.raises(ConfigError, match="1 modes are imaginary"):
+        found.thermochemistry()
 
 
 def test_a_crystal_keeps_all_but_translations() -> None:
