@@ -34,7 +34,7 @@ _LIMITS = """## Limits
   two is, not where it ends.
 - They belong to these data, this recipe and this length of training. Another schedule, mixture or level of theory has
   other exponents, and E depends on the labels and the validation set as much as on the models.
-- Compute counts matrix and attention products of training (docs/scaling.md), not time.
+- Compute counts matrix and attention products of training (docs/howto/scaling.md), not time.
 - Seeds change weights and order of the data. The effect of another split is not in the intervals.
 """
 
