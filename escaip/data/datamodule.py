@@ -25,7 +25,8 @@ from escaip.data.store import MANIFEST, Store, label_counts
 from escaip.data.structure import AtomicData
 from escaip.errors import ConfigError, DataError
 
-DataSpec = str | list[str] | dict[str, Any]
+SetSpec = dict[str, Any]
+DataSpec = str | list[str] | SetSpec
 PARTS = ("train", "val", "test", "predict")
 WHOLE = "all"
 _MAX_VERIFIED = 4 << 30
@@ -254,7 +255,7 @@ class AtomicDataModule(LightningDataModule):
             elif self._makes_parts():
                 self._divide()
 
-    def _open_set(self, part: str, name: str, spec: DataSpec) -> StructureSet:
+    def _open_set(self, part: str, name: str, spec: SetSpec) -> StructureSet:
         rotate = self._rotate and part == "train"
         return self._opener.open(_place(part, name), spec, part, code=self._code(name), rotate=rotate)
 
@@ -277,10 +278,12 @@ class AtomicDataModule(LightningDataModule):
         settings = SplitSettings(by=self._split.by, val=self._part_size("val"), test=self._part_size("test"))
         made: dict[str, dict[str, StructureSet]] = {"train": {}, "val": {}, "test": {}}
         for name, spec in self._sets["train"].items():
-            place = _place("train", name)
-            parts = self._opener.divide(place, spec, settings, code=self._code(name), rotate=self._rotate)
-            for part, data in parts.items():
-                made[part][name] = data
+            whole = self._opener.open(_place("train", name), spec, "train", code=self._code(name))
+            split = make_split(whole.groups, settings, seed=self._seed)
+            for part, sets in made.items():
+                indices = getattr(split, part)
+                if len(indices):
+                    sets[name] = whole.subset(indices, rotate=self._rotate and part == "train")
         for part, sets in made.items():
             if sets:
                 self._keep(part, sets)
@@ -291,7 +294,7 @@ class AtomicDataModule(LightningDataModule):
         self.datasets[part] = MixedDataset(sets) if self._mixed else sets[""]
 
     def _take(self, place: str, data: StructureSet) -> StructureSet:
-        """The part of a training set that ``train_size`` asks for."""
+        """Returns the part of a training set that ``train_size`` asks for."""
         assert self._train_size is not None
         chosen = nested_subset(data, self._train_size, by=self._split.by, seed=self._seed, place=place)
         if self._train_size > len(data):
@@ -335,8 +338,7 @@ class AtomicDataModule(LightningDataModule):
         draws = self._sampling.draws({name: len(member) for name, member in data.members.items()})
         if draws is None:
             return None
-        spans = pairwise(data.starts)
-        return [Quota(start, stop, draws[name]) for name, (start, stop) in zip(data.members, spans, strict=True)]
+        return [Quota(*span, draws[name]) for name, span in zip(data.members, pairwise(data.starts), strict=True)]
 
     def _fit_statistics(self) -> Statistics | dict[str, Statistics]:
         data = self.datasets["train"]
@@ -414,7 +416,7 @@ class SetOpener:
 
     Attributes:
         fixed_atoms: see :class:`AtomicDataset`.
-        seed: of rotations and splits.
+        seed: of rotations.
         required: labels that every structure must carry.
         verify: compare the checksums of stores; None for those up to 4 GiB.
         reports: counts of structures read and skipped, by place in the configuration, for sets read from files.
@@ -427,92 +429,80 @@ class SetOpener:
     verify: bool | None = None
     reports: dict[str, ReadReport] = field(default_factory=dict)
     levels: dict[str, str] = field(default_factory=dict)
-    _verified: set[str] = field(default_factory=set)
-    _opened: dict[str, Store] = field(default_factory=dict)
+    _verified: set[Path] = field(default_factory=set)
+    _opened: dict[Path, Store] = field(default_factory=dict)
 
-    def open(self, place: str, spec: DataSpec, part: str, *, code: int = -1, rotate: bool = False) -> StructureSet:
+    def open(self, place: str, spec: SetSpec, part: str, *, code: int = -1, rotate: bool = False) -> StructureSet:
         """Returns the structures of one set.
 
         Args:
             place: its place in the configuration, for messages: ``data.train.oc20``.
-            spec: a path, a list of paths, or a mapping ``{path, split, format, keys, ...}``.
+            spec: ``{path, split, format, keys, ...}``.
             part: ``train``, ``val``, ``test`` or ``predict``; of a divided store, the split of that name.
             code: number of the set in a mixture.
             rotate: see :class:`AtomicDataset`.
 
         Raises:
             DataError: unreadable data, a missing label, 0 structures.
-            ConfigError: no path, or a split that the store does not have.
+            ConfigError: a split that the store does not have.
         """
-        options: dict[str, Any] = {"path": spec} if isinstance(spec, str | list) else dict(spec)
         required = () if part == "predict" else self.required
-        stores = self._stores(place, options)
-        if stores is None:
-            structures = self._read(place, options, required)
-            return AtomicDataset(structures, fixed_atoms=self.fixed_atoms, rotate=rotate, seed=self.seed, code=code)
-        members: dict[str, StructureSet] = {}
-        for name, store in stores.items():
-            chosen = store_split(place, store, options.get("split"), part)
-            _require(place, store, chosen, required)
-            members[name] = AtomicDataset(
-                store, chosen, fixed_atoms=self.fixed_atoms, rotate=rotate, seed=self.seed, code=code
+        stores = self._stores(place, spec)
+        how: dict[str, Any] = {"fixed_atoms": self.fixed_atoms, "rotate": rotate, "seed": self.seed, "code": code}
+        if not stores:
+            return AtomicDataset(self._read(place, spec, required), **how)
+        levels = {str(store.path): str(store.manifest.get("level_of_theory", "")) for store in stores}
+        if len(known := {level for level in levels.values() if level}) > 1:
+            text = ", ".join(f"{name} ({level})" for name, level in levels.items() if level)
+            raise DataError(
+                f"{text}: energies of different levels of theory need references of their own; name the sets "
+                "(data.train: {A: {path: ...}, B: {path: ...}}) instead of listing them"
             )
-        levels = {name: str(store.manifest.get("level_of_theory", "")) for name, store in stores.items()}
-        check_poolable(levels)
-        self.levels[place] = max(levels.values())
+        self.levels[place] = next(iter(known), "")
+        members: dict[str, StructureSet] = {}
+        for store in stores:
+            chosen = _split_indices(place, store, spec.get("split"), part)
+            _require(place, store, chosen, required)
+            members[str(store.path)] = AtomicDataset(store, chosen, **how)
         return next(iter(members.values())) if len(members) == 1 else MixedDataset(members)
 
-    def has_split(self, spec: DataSpec, part: str) -> bool:
+    def has_split(self, spec: SetSpec, part: str) -> bool:
         """Whether a set is a divided store that has a split of this name."""
-        options: dict[str, Any] = {"path": spec} if isinstance(spec, str | list) else dict(spec)
-        if set(options) - {"path", "format"}:
+        if set(spec) - {"path", "format"}:
             return False
-        files = expand_paths(options["path"])
-        return all(_is_store(file) and part in self._store(file).splits for file in files)
+        return all(_is_store(file) and part in self._store(file).splits for file in expand_paths(spec["path"]))
 
     def _store(self, path: Path) -> Store:
         """Returns a store, opened once: training, validation and test sets share its maps."""
-        if str(path) not in self._opened:
-            self._opened[str(path)] = Store(path)
-        return self._opened[str(path)]
+        if path not in self._opened:
+            self._opened[path] = Store(path)
+        return self._opened[path]
 
-    def divide(self, place: str, spec: DataSpec, settings: SplitSettings, **how: Any) -> dict[str, StructureSet]:
-        """Makes training, validation and test sets out of one; those of size 0 are left out."""
-        rotate = how.pop("rotate", False)
-        whole = self.open(place, spec, "train", **how)
-        split = make_split(whole.groups, settings, seed=self.seed)
-        parts: dict[str, StructureSet] = {"train": whole.subset(split.train, rotate=rotate)}
-        for part in ("val", "test"):
-            indices = getattr(split, part)
-            if len(indices):
-                parts[part] = whole.subset(indices)
-        return parts
-
-    def _stores(self, place: str, options: Mapping[str, Any]) -> dict[str, Store] | None:
-        """Returns the prepared stores that the paths are, by name; None when they are files to read."""
-        files = expand_paths(options["path"])
+    def _stores(self, place: str, spec: SetSpec) -> list[Store]:
+        """Returns the prepared stores that the paths are; none when they are files to read."""
+        files = expand_paths(spec["path"])
         prepared = [_is_store(file) for file in files]
-        others = set(options) - {"path", "format", "split"}
-        if not any(prepared) or others or options.get("format") not in (None, "store"):
-            if "split" in options:
+        others = set(spec) - {"path", "format", "split"}
+        if not any(prepared) or others or spec.get("format") not in (None, "store"):
+            if "split" in spec:
                 raise ConfigError(f"{place}: split: only a prepared store has splits; use data.split to divide files")
-            return None
+            return []
         if not all(prepared):
             raise ConfigError(f"{place}: mixes prepared stores with other files; prepare those as well")
-        stores = {str(file): self._store(file) for file in files}
-        for name, store in stores.items():
+        stores = [self._store(file) for file in files]
+        for store in stores:
             wanted = store.nbytes <= _MAX_VERIFIED if self.verify is None else self.verify
-            if wanted and name not in self._verified:
+            if wanted and store.path not in self._verified:
                 store.verify()
-                self._verified.add(name)
+                self._verified.add(store.path)
         return stores
 
-    def _read(self, place: str, options: Mapping[str, Any], required: tuple[str, ...]) -> list[AtomicData]:
+    def _read(self, place: str, spec: SetSpec, required: tuple[str, ...]) -> list[AtomicData]:
         report = self.reports[place] = ReadReport()
-        structures = list(open_source(report=report, required_labels=required, **options))
+        structures = list(open_source(report=report, required_labels=required, **spec))
         if not structures:
             raise DataError(
-                f"{place}: 0 structures in {options['path']} ({report.summary()}); check index, subset and on_error"
+                f"{place}: 0 structures in {spec['path']} ({report.summary()}); check index, subset and on_error"
             )
         _log.info("%s: %s", place, report.summary())
         return structures
@@ -522,45 +512,16 @@ def _is_store(path: Path) -> bool:
     return path.is_dir() and (path / MANIFEST).is_file()
 
 
-def store_split(place: str, store: Store, split: str | None, part: str) -> NDArray[np.int64] | None:
-    """Returns the positions of a split in a store; None for all of it.
-
-    Args:
-        place: for messages.
-        store: the store.
-        split: its name, or ``all``; None for the split named like the part.
-        part: the part.
-
-    Raises:
-        ConfigError: the store has no such split.
-    """
+def _split_indices(place: str, store: Store, split: str | None, part: str) -> NDArray[np.int64] | None:
+    """Returns the positions of the split named, else of the one named like the part; None for the whole store."""
     if split == WHOLE or (split is None and store.splits == [WHOLE]):
         return None
-    name = split or part
-    if name not in store.splits:
+    if (split or part) not in store.splits:
         raise ConfigError(
-            f"{place}: {store.path} has no split {name!r}; it has {', '.join(store.splits)}: write "
+            f"{place}: {store.path} has no split {split or part!r}; it has {', '.join(store.splits)}: write "
             f"{{path: {store.path}, split: NAME}}, or split: all for everything"
         )
-    return store.split_indices(name)
-
-
-def named_sets(place: str, spec: DataSpec | None) -> dict[str, DataSpec]:
-    """Returns sets by name; a single one has the name ``""``.
-
-    Raises:
-        ConfigError: a mapping that is neither a set nor sets by name.
-    """
-    if spec is None:
-        return {}
-    if not isinstance(spec, Mapping) or "path" in spec:
-        return {"": spec}
-    named = [
-        isinstance(value, str | list) or (isinstance(value, Mapping) and "path" in value) for value in spec.values()
-    ]
-    if not spec or not all(named):
-        raise ConfigError(f"{place}: has no path; write {{path: FILE, ...}}, or sets by name: {{A: {{path: ...}}}}")
-    return dict(spec)
+    return store.split_indices(split or part)
 
 
 def _require(place: str, store: Store, chosen: NDArray[np.int64] | None, required: Sequence[str]) -> None:
@@ -574,19 +535,16 @@ def _require(place: str, store: Store, chosen: NDArray[np.int64] | None, require
             )
 
 
-def check_poolable(levels: Mapping[str, str]) -> None:
-    """Refuses to pool stores of different levels of theory, whose energies have different zeros.
-
-    Args:
-        levels: level of theory by name; an empty one is unknown and stops nothing.
+def named_sets(place: str, spec: DataSpec | None) -> dict[str, SetSpec]:
+    """Returns sets by name, each with its ``path``; a single one has the name ``""``.
 
     Raises:
-        DataError: two that differ.
+        ConfigError: a mapping that is neither a set nor sets by name.
     """
-    known = {name: level for name, level in levels.items() if level}
-    if len(set(known.values())) > 1:
-        text = ", ".join(f"{name} ({level})" for name, level in known.items())
-        raise DataError(
-            f"{text}: energies of different levels of theory need references of their own; name the sets "
-            "(data.train: {A: {path: ...}, B: {path: ...}}) instead of listing them"
-        )
+    if spec is None:
+        return {}
+    named = spec if isinstance(spec, Mapping) and "path" not in spec else {"": spec}
+    sets = {name: {"path": value} if isinstance(value, str | list) else value for name, value in named.items()}
+    if not sets or not all(isinstance(value, Mapping) and "path" in value for value in sets.values()):
+        raise ConfigError(f"{place}: has no path; write {{path: FILE, ...}}, or sets by name: {{A: {{path: ...}}}}")
+    return {name: dict(value) for name, value in sets.items()}

@@ -34,7 +34,7 @@ from escaip.data.store import (
     label_counts,
     map_arrays,
 )
-from escaip.data.structure import AtomicData
+from escaip.data.structure import LABELS, AtomicData
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS
 
@@ -117,13 +117,12 @@ def _pack_structures(structures: Sequence[AtomicData], precision: str) -> Arrays
     for key, (dtype, _) in FIELDS.items():
         arrays[key] = np.concatenate([data._store[key].numpy() for data in structures]).astype(dtype)
     for key, target in TARGETS.items():
-        if any(key in data._store for data in structures):
+        shapes = [(data.num_nodes if target.per_atom else 1, *target.shape) for data in structures]
+        values = [_value(data, key, shape) for data, shape in zip(structures, shapes, strict=True)]
+        if key in LABELS or not all(np.isnan(value).all() for value in values):
             # float32 halves forces and stress, but never energies, whose differences matter.
-            dtype = "<f4" if precision == "float32" and key != "energy" else "<f8"
-            shapes = [(data.num_nodes if target.per_atom else 1, *target.shape) for data in structures]
-            arrays[key] = np.concatenate(
-                [_value(data, key, shape) for data, shape in zip(structures, shapes, strict=True)]
-            ).astype(dtype)
+            single = precision == "float32" and key != "energy"
+            arrays[key] = np.concatenate(values).astype("<f4" if single else "<f8")
     if any(MOMENTS in data._store for data in structures):
         moments = [_value(data, MOMENTS, (data.num_nodes,)) for data in structures]
         arrays[MOMENTS] = np.concatenate(moments).astype("<f4")

@@ -18,25 +18,12 @@ PIECE = 1 << 14
 
 @dataclass
 class Page:
-    """What the server does with one path.
+    """Behaviour of one path; ``None`` leaves a header out, entries of lists are used up one request each.
 
-    Attributes:
-        content: of the file.
-        etag: as in the header, quotes included; None sends none.
-        modified: Last-Modified; None sends none.
-        ranges: understands Range.
-        if_range: understands If-Range; else continues any version.
-        cuts: the connection breaks after so many bytes, once for each number.
-        statuses: answered instead, once each: a code, or a code and headers.
-        redirect: code and address, always.
-        content_type: of it.
-        headers: further ones.
-        length: Content-Length that is claimed; "none" sends none and closes, "chunked" sends chunks.
-        wrong_range: answers a Range with one from the beginning.
-        pause: seconds between pieces.
-        allow_head: else 405.
-        meeting: waits for other answers before it sends the body.
-        sent_before: contents sent, once each, instead of ``content``.
+    ``cuts`` break the connection after so many bytes, ``statuses`` (a code, or a code and headers) and ``sent_before``
+    are sent instead, ``length`` is the Content-Length claimed ("none" sends none and closes, "chunked" sends chunks),
+    ``wrong_range`` answers a Range from the beginning, ``if_range`` is whether If-Range is understood, ``pause`` is
+    seconds between pieces, ``meeting`` waits for other answers.
     """
 
     content: bytes = b""
@@ -52,7 +39,6 @@ class Page:
     length: int | str | None = None
     wrong_range: bool = False
     pause: float = 0.0
-    allow_head: bool = True
     meeting: threading.Barrier | None = None
     sent_before: list[bytes] = field(default_factory=list)
 
@@ -61,7 +47,6 @@ class Page:
 class Asked:
     """A request and what was sent in answer."""
 
-    method: str
     path: str
     start: int
     headers: dict[str, str]
@@ -85,10 +70,10 @@ class FileServer:
     def address(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def got(self, path: str, method: str = "GET") -> list[Asked]:
+    def got(self, path: str) -> list[Asked]:
         """Requests for a path."""
         with self.lock:
-            return [item for item in self.asked if item.path == path and item.method == method]
+            return [item for item in self.asked if item.path == path]
 
     def sent(self, path: str) -> int:
         """Bytes of a path that were sent, all requests together."""
@@ -127,37 +112,27 @@ def _handler(owner: FileServer) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def _answer(self, body: bool) -> None:
             self.close_connection = True
             proxied = self.path.startswith("http://")
             path = urlsplit(self.path).path
-            asked = Asked(self.command, path, 0, {k.lower(): v for k, v in self.headers.items()}, proxied)
+            asked = Asked(path, 0, {k.lower(): v for k, v in self.headers.items()}, proxied)
             with owner.lock:
                 owner.asked.append(asked)
                 page = owner.pages.get(path)
-                instead = page.statuses.pop(0) if page and page.statuses and body else None
-                cut = page.cuts.pop(0) if page and page.cuts and body and not instead else None
-                content = (
-                    page.sent_before.pop(0) if page and page.sent_before and body else page.content if page else b""
-                )
+                instead = page.statuses.pop(0) if page and page.statuses else None
+                cut = page.cuts.pop(0) if page and page.cuts and not instead else None
+                content = page.sent_before.pop(0) if page and page.sent_before else page.content if page else b""
             if page is None:
                 self._head(asked, 404, {})
             elif instead is not None:
                 code, headers = (instead, {}) if isinstance(instead, int) else instead
                 self._head(asked, code, headers)
-            elif not body and not page.allow_head:
-                self._head(asked, 405, {})
             elif page.redirect is not None:
                 self._head(asked, page.redirect[0], {"Location": page.redirect[1]})
             else:
-                self._file(asked, page, content, cut, body)
+                self._file(asked, page, content, cut)
 
-        def _file(self, asked: Asked, page: Page, content: bytes, cut: int | None, body: bool) -> None:
+        def _file(self, asked: Asked, page: Page, content: bytes, cut: int | None) -> None:
             match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             condition = self.headers.get("If-Range")
             current = condition is None or condition in (page.etag, page.modified) or not page.if_range
@@ -180,8 +155,6 @@ def _handler(owner: FileServer) -> type[BaseHTTPRequestHandler]:
                 claimed = page.length if isinstance(page.length, int) else len(content)
                 headers["Content-Length"] = str(claimed - asked.start)
             self._head(asked, status, headers)
-            if not body:
-                return
             try:
                 if page.meeting is not None:
                     page.meeting.wait(timeout=10.0)

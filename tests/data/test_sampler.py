@@ -76,6 +76,10 @@ def test_the_same_seed_gives_the_same_batches_and_another_does_not() -> None:
     first, second = (list(BudgetBatchSampler(natoms, max_atoms=100, seed=7)) for _ in range(2))
     assert first == second
     assert first != list(BudgetBatchSampler(natoms, max_atoms=100, seed=8))
+    sampler = BudgetBatchSampler(natoms, max_atoms=100, seed=7)
+    packings = [{frozenset(batch.tolist()) for batch in sampler.batches(epoch)} for epoch in range(3)]
+    assert packings[0] == set(map(frozenset, first))
+    assert all(len(a & b) <= 1 for a, b in itertools.combinations(packings, 2))  # repacked, not only reordered
 
 
 def test_batches_are_well_filled() -> None:
