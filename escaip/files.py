@@ -155,11 +155,11 @@ def _others_write(status: os.stat_result) -> bool:
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """What ``datasets/<name>/`` says of a data set.
+    """Card of a data set: its folder ``datasets/<name>/``.
 
     Attributes:
         name: of the folder.
-        title: in words.
+        title: the data set in words.
         manifest: the parsed ``manifest.toml``: origin, licence, level of theory, units, files, sample.
         path: the folder.
     """
@@ -171,7 +171,7 @@ class DatasetCard:
 
     @property
     def text(self) -> str:
-        """The card itself, ``README.md``."""
+        """Text of the card, its ``README.md``."""
         return (self.path / "README.md").read_text(encoding="utf-8")
 
 
@@ -231,7 +231,7 @@ def dataset_card(name: str) -> DatasetCard:
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """Turns ``dataset:NAME/FILE`` into the path of a file or folder shipped with a card; other paths stay as they are.
+    """Returns the path of ``dataset:NAME/FILE``, a file or folder shipped with a card; other paths stay as they are.
 
     ``example:NAME`` is a potential or a structure of ``md``, by its name without suffix.
 

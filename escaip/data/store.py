@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escaip.data.structure import AtomicData, make_batch
+from escaip.data.structure import AtomicData, is_per_atom, make_batch
 from escaip.errors import ConfigError, DataError
 from escaip.files import sha256
 from escaip.types import TARGETS
@@ -67,7 +68,6 @@ FIELDS = {
     "tags": ("<i4", "i8"),
 }
 """How the fields besides targets are stored, and their dtype in memory."""
-_PER_ATOM = ("positions", "atomic_numbers", "fixed", "tags")
 MOMENTS = "magnetic_moments"
 DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U64": "<u8", "U8": "u1", "BOOL": "?"}
 
@@ -176,9 +176,13 @@ class Store:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: index {index} outside 0..{len(self) - 1}")
         index %= len(self)
-        ((arrays, local),) = self._locate([index])
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        arrays, local = self._map(shard), index - int(self._starts[shard])
         start, stop = arrays["offsets"][local : local + 2].tolist()
-        fields: dict[str, Any] = self._gather([(arrays, local, start, stop)])
+        fields: dict[str, Any] = {}
+        for key, per_atom, dtype in _table(tuple(TARGETS)):
+            rows = slice(start, stop) if per_atom else slice(local, local + 1)
+            fields[key] = torch.from_numpy(_values(arrays, key, rows).astype(dtype))
         if MOMENTS in arrays and not np.isnan(arrays[MOMENTS][start:stop]).any():
             fields[MOMENTS] = torch.from_numpy(arrays[MOMENTS][start:stop].astype("f8"))
         fields["dataset"] = torch.tensor([-1])
@@ -198,7 +202,17 @@ class Store:
         """
         located = self._locate(positions)
         spans = [(arrays, local, *arrays["offsets"][local : local + 2].tolist()) for arrays, local in located]
-        fields: dict[str, Any] = self._gather(spans)
+        shards = list({id(arrays): arrays for arrays, _, _, _ in spans}.values())
+        fields: dict[str, Any] = {}
+        for key, per_atom, dtype in _table(tuple(TARGETS)):
+            if not all(key in arrays for arrays in shards):
+                rows = [slice(start, stop) if per_atom else slice(k, k + 1) for _, k, start, stop in spans]
+                pieces = [_values(arrays, key, each) for (arrays, *_), each in zip(spans, rows, strict=True)]
+            elif per_atom:
+                pieces = [arrays[key][start:stop] for arrays, _, start, stop in spans]
+            else:
+                pieces = [arrays[key][local : local + 1] for arrays, local, _, _ in spans]
+            fields[key] = torch.from_numpy(np.concatenate(pieces).astype(dtype, copy=False))
         fields["dataset"] = torch.full((len(spans),), -1)
         fields["structure_id"] = [read_text(arrays, "id", local) for arrays, local in located]
         codes = self.index["group_codes"][np.asarray(positions, dtype=np.int64)].tolist()
@@ -280,31 +294,23 @@ class Store:
         local = positions - self._starts[shards]
         return [(self._map(shard), k) for shard, k in zip(shards.tolist(), local.tolist(), strict=True)]
 
-    def _gather(self, spans: Sequence[tuple[Arrays, int, int, int]]) -> dict[str, torch.Tensor]:
-        """Returns the fields of structures, joined; targets that are not stored are NaN."""
-        fields: dict[str, torch.Tensor] = {}
-        kinds = {key: (key in _PER_ATOM, dtype, None) for key, (_, dtype) in FIELDS.items()}
-        targets = {key: (target.per_atom, "f8", target.shape) for key, target in TARGETS.items()}
-        for key, (per_atom, dtype, shape) in {**kinds, **targets}.items():
-            if shape is None or all(key in arrays for arrays, *_ in spans):
-                if per_atom:
-                    pieces = [arrays[key][start:stop] for arrays, _, start, stop in spans]
-                else:
-                    pieces = [arrays[key][local : local + 1] for arrays, local, *_ in spans]
-            else:
-                rows = [slice(start, stop) if per_atom else slice(k, k + 1) for _, k, start, stop in spans]
-                pieces = [
-                    arrays[key][row] if key in arrays else np.full((row.stop - row.start, *shape), np.nan)
-                    for (arrays, *_), row in zip(spans, rows, strict=True)
-                ]
-            fields[key] = torch.from_numpy(np.concatenate(pieces).astype(dtype, copy=False))
-        return fields
-
     def _map(self, shard: int) -> Arrays:
         arrays = self._shards.get(shard)
         if arrays is None:
             arrays = self._shards[shard] = map_arrays(self.path / self.manifest["shards"][shard]["file"])
         return arrays
+
+
+@cache
+def _table(targets: tuple[str, ...]) -> list[tuple[str, bool, np.dtype[Any]]]:
+    """Returns the name of each field and target, whether it has a row for each atom, and its dtype in memory."""
+    dtypes = {**{key: dtype for key, (_, dtype) in FIELDS.items()}, **dict.fromkeys(targets, "f8")}
+    return [(key, is_per_atom(key), np.dtype(dtype)) for key, dtype in dtypes.items()]
+
+
+def _values(arrays: Arrays, key: str, rows: slice) -> NDArray[Any]:
+    """Returns rows of a field; NaN for a target that the shard does not hold."""
+    return arrays[key][rows] if key in arrays else np.full((rows.stop - rows.start, *TARGETS[key].shape), np.nan)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

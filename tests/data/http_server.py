@@ -22,8 +22,8 @@ class Page:
 
     ``cuts`` break the connection after so many bytes, ``statuses`` (a code, or a code and headers) and ``sent_before``
     are sent instead, ``length`` is the Content-Length claimed ("none" sends none and closes, "chunked" sends chunks),
-    ``wrong_range`` answers a Range from the beginning, ``if_range`` is whether If-Range is understood, ``pause`` is
-    seconds between pieces, ``meeting`` waits for other answers.
+    ``wrong_range`` answers with as many bytes of another range, ``if_range`` is whether If-Range is understood,
+    ``pause`` is seconds between pieces, ``meeting`` waits for other answers.
     """
 
     content: bytes = b""
@@ -143,12 +143,15 @@ def _handler(owner: FileServer) -> type[BaseHTTPRequestHandler]:
                 headers["Last-Modified"] = page.modified
             status = 200
             if match and page.ranges and current:
-                asked.start = 0 if page.wrong_range else int(match[1])
+                asked.start = int(match[1])
                 if asked.start >= len(content):
                     self._head(asked, 416, {"Content-Range": f"bytes */{len(content)}"})
                     return
+                size = len(content)
+                if page.wrong_range:
+                    content, asked.start = content[: size - asked.start + asked.start // 2], asked.start // 2
                 status = 206
-                headers["Content-Range"] = f"bytes {asked.start}-{len(content) - 1}/{len(content)}"
+                headers["Content-Range"] = f"bytes {asked.start}-{len(content) - 1}/{size}"
             if page.length == "chunked":
                 headers["Transfer-Encoding"] = "chunked"
             elif page.length != "none":

@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[Page, Page, list[int]]] = {
     # name: (the first, interrupted run meets; the second run meets; first bytes asked for, both runs together)
     "interrupted": (Page(CONTENT, cuts=[2 * BLOCK]), Page(CONTENT), [0, 2 * BLOCK]),
     "ignores Range": (Page(CONTENT, cuts=[2 * BLOCK], ranges=False), Page(CONTENT, ranges=False), [0, 0]),
-    "another range": (Page(CONTENT, cuts=[2 * BLOCK]), Page(CONTENT, wrong_range=True), [0, 0, 0]),
+    "another range": (Page(CONTENT, cuts=[2 * BLOCK]), Page(CONTENT, wrong_range=True), [0, BLOCK, 0]),
     "changed": (Page(OTHER, cuts=[BLOCK], etag='"1"'), Page(CONTENT, etag='"2"'), [0, 0]),
     "changed, ignores If-Range": (
         Page(OTHER, cuts=[BLOCK], etag='"1"'), Page(CONTENT, etag='"2"', if_range=False), [0, BLOCK, 0],
