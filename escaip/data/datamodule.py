@@ -185,19 +185,19 @@ class AtomicDataModule(LightningDataModule):
         return {name: float(count) for name, count in (self._sampling.draws(sizes) or sizes).items()}
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled, repacked every epoch, resumable."""
+        """Returns a loader that shuffles, repacks every epoch and can be resumed."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
-        """In order; an empty list when there is no validation set."""
+        """Returns a loader in order; an empty list when there is no validation set."""
         return self._loader("val", shuffle=False) if "val" in self.datasets else []
 
     def test_dataloader(self) -> BatchLoader:
-        """In order."""
+        """Returns a loader in order."""
         return self._loader("test", shuffle=False)
 
     def predict_dataloader(self) -> BatchLoader:
-        """In order."""
+        """Returns a loader in order."""
         return self._loader("predict", shuffle=False)
 
     def summary(self) -> str:

@@ -58,7 +58,7 @@ _MAKING = "making-"
 
 @dataclass(frozen=True)
 class Reading:
-    """How structures are read: the arguments of :func:`escaip.data.open_source`, as plain values."""
+    """Arguments of :func:`escaip.data.open_source`, as plain values."""
 
     keys: Mapping[str, str | None] | None = None
     units: Mapping[str, str] | None = None

@@ -22,10 +22,10 @@ PARTS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """How to divide a set.
+    """Sizes of the parts of a set.
 
     Attributes:
-        by: ``"group"`` never divides a group; ``"structure"`` ignores groups, for sets that are one molecule.
+        by: ``"group"`` keeps groups whole; ``"structure"`` ignores groups, for sets that are one molecule.
         val: fraction of the structures (below 1) or number of them, at most; 0 for none.
         test: the same.
     """
@@ -174,7 +174,7 @@ def parse_train_size(value: Any, *, mixed: bool = False) -> TrainSize | None:
 
 
 class Groups(Protocol):
-    """What :func:`nested_subset` asks of a set: its length, groups, and a random order."""
+    """The part of a data set that :func:`nested_subset` needs: its length, groups, and a random order."""
 
     def __len__(self) -> int: ...
 

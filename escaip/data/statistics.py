@@ -190,7 +190,7 @@ class TrainingSums:
     def statistics(
         self, isolated_energies: Mapping[int, float] | None = None, *, require_energy: bool = True
     ) -> Statistics:
-        """See :func:`fit_statistics`."""
+        """Returns the statistics of the structures added; see :func:`fit_statistics`."""
         if self.num_structures == 0:
             raise DataError("statistics: 0 structures; check the training set, its filters and split")
         rms = float(np.sqrt(self._force_sum / self._force_count)) if self._force_count else float("nan")

@@ -67,7 +67,7 @@ FIELDS = {
     "fixed": ("?", "?"),
     "tags": ("<i4", "i8"),
 }
-"""How the fields besides targets are stored, and their dtype in memory."""
+"""Stored dtype and dtype in memory of the fields besides targets."""
 MOMENTS = "magnetic_moments"
 DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U64": "<u8", "U8": "u1", "BOOL": "?"}
 
