@@ -9,22 +9,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from escaip.data.readers import ase, aselmdb, mptrj, oc20, ocp_lmdb, pyg_files, pymatgen, spice, store, xyz_zip
-from escaip.data.readers.policy import WINDOW, Part, Reader, ReadPolicy, ReadReport, check_magnitudes
-from escaip.data.structure import LabelKeys
+from escaip.data.readers import ase, aselmdb, mptrj, oc20, ocp_lmdb, pymatgen, spice, store, xyz_zip
+from escaip.data.readers.policy import Part, Reader, ReadPolicy, ReadReport, check_magnitudes, checked
+from escaip.data.structure import AtomicData, LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.files import resolve
 from escaip.units import Units
 
-if TYPE_CHECKING:
-    from escaip.data.structure import AtomicData
-
 __all__ = [
     "READERS",
     "DataFile",
+    "ReadPolicy",
     "ReadReport",
+    "check_magnitudes",
+    "checked",
     "detect_format",
     "expand_paths",
     "list_files",
@@ -34,18 +34,10 @@ __all__ = [
 
 # In the order in which they are asked whether a file is theirs; ASE takes what is left.
 _ORDER = (
-    store.READER,
-    aselmdb.READER,
-    ocp_lmdb.READER,
-    oc20.READER,
-    mptrj.READER,
-    xyz_zip.READER,
-    pyg_files.READER,
-    spice.READER,
-    pymatgen.READER,
-    ase.READER,
-)
-READERS: dict[str, Reader] = {source.name: source for source in _ORDER}
+    store.READER, aselmdb.READER, ocp_lmdb.READER, oc20.READER, mptrj.READER, xyz_zip.READER, ocp_lmdb.PYG_READER,
+    spice.READER, pymatgen.READER, ase.READER,
+)  # fmt: skip
+READERS: dict[str, Reader] = {reader.name: reader for reader in _ORDER}
 
 PathLike = str | os.PathLike[str]
 
@@ -64,7 +56,7 @@ def open_source(
     report: ReadReport | None = None,
     **options: Any,
 ) -> Iterator[AtomicData]:
-    """Structures of one or more files.
+    """Reads the structures of one or more files.
 
     Args:
         path: a file, a prepared store, ``dataset:NAME/FILE`` (shipped with a card), a pattern (``"*.traj"``) or a
@@ -74,12 +66,12 @@ def open_source(
         units: units of the file where they are not Å and eV; see :meth:`escaip.units.Units.parse`.
         on_error: ``"raise"``, or ``"skip"`` to leave out bad structures and count them in ``report``.
         required_labels: labels without which a structure is refused.
-        check_units: refuse magnitudes that no unit of ours explains.
+        check_units: refuse magnitudes that are those of another unit.
         max_force: eV/Å; leave out and count structures with a larger force on a free atom (failed or far-off frames
             of line searches; OC20 was published with 50).
         limit: stop after this many structures.
         report: receives the counts.
-        **options: of the source: ``index``, ``group_by`` (ase), ``subset``, ``energy`` (spice), ...
+        **options: of the reader: ``index``, ``group_by`` (ase), ``subset``, ``energy`` (spice), ...
 
     Raises:
         DataError: an unreadable file, a bad structure, implausible magnitudes.
@@ -87,12 +79,9 @@ def open_source(
     """
     files = list_files(path, format)
     stated = Units.parse(units) if units is not None else None
-    report = ReadReport() if report is None else report
-    policy = ReadPolicy(stated, on_error, report, tuple(required_labels), max_force)
+    policy = ReadPolicy(stated, on_error, report or ReadReport(), tuple(required_labels), max_force)
     streams = [read_file(file, policy, keys=LabelKeys.parse(keys), **options) for file in files]
-    stream: Iterator[AtomicData] = itertools.chain.from_iterable(streams)
-    if limit is not None:
-        stream = itertools.islice(stream, limit)
+    stream = itertools.islice(itertools.chain.from_iterable(streams), limit)
     return checked(stream) if check_units else stream
 
 
@@ -102,22 +91,22 @@ class DataFile:
 
     Attributes:
         path: where it is.
-        source: name of its layout, in :data:`READERS`.
+        reader: name of its layout, in :data:`READERS`.
         name: what the ids of its structures begin with.
     """
 
     path: Path
-    source: str
+    reader: str
     name: str
 
     def parts(self, size: int) -> list[Part | None]:
-        """Ranges of about ``size`` structures, or None alone for a file that is read whole."""
-        divide = READERS[self.source].parts
+        """Ranges of about ``size`` structures; empty for a file that is read whole."""
+        divide = READERS[self.reader].parts
         return [*divide(self.path, size)] if divide is not None else []
 
 
 def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -> list[DataFile]:
-    """The files behind a path, a pattern or a list, those of folders included, with their layouts.
+    """Lists the files behind a path, a pattern or a list, those of folders included, with their layouts.
 
     Raises:
         DataError: nothing there, or a folder of no known layout.
@@ -139,40 +128,33 @@ def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -
     return [DataFile(file, kind, name) for (file, kind), name in zip(found, names, strict=True)]
 
 
-def read_file(file: DataFile, policy: ReadPolicy, *, part: Part | None = None, **options: Any) -> Iterator[AtomicData]:
-    """Structures of one file, or of a part of it.
+def read_file(
+    file: DataFile, policy: ReadPolicy, *, keys: LabelKeys | None = None, part: Part | None = None, **options: Any
+) -> Iterator[AtomicData]:
+    """Reads the structures of one file, or of a part of it.
 
     Raises:
         DataError: an unreadable file or a bad structure.
-        ConfigError: an option that its layout does not have.
+        ConfigError: an option that its layout does not have, or keys where the layout fixes the names.
     """
-    read = READERS[file.source].read
+    read = READERS[file.reader].read
     known = {key for key in inspect.signature(read).parameters if key not in ("path", "policy", "name")}
+    own = ", ".join(sorted(known - {"keys", "part"})) or "none"
     for key in options:
-        if key not in known:
-            own = ", ".join(sorted(known - {"keys", "part"})) or "none"
-            raise ConfigError(f"{file.path}: the {file.source} source has no option {key!r}; it has {own}")
-    if part is not None:
-        options["part"] = part
-    return read(file.path, policy, name=file.name, **options)
-
-
-def checked(stream: Iterator[AtomicData]) -> Iterator[AtomicData]:
-    """The same structures, looked at in windows; nothing of a refused window gets through.
-
-    Raises:
-        DataError: magnitudes that no unit of ours explains.
-    """
-    while window := list(itertools.islice(stream, WINDOW)):
-        check_magnitudes(window)
-        yield from window
+        if key not in known - {"keys", "part"}:
+            raise ConfigError(f"{file.path}: the {file.reader} reader has no option {key!r}; it has {own}")
+    if keys is not None and "keys" not in known:
+        raise ConfigError(f"{file.path}: keys: the {file.reader} layout fixes its names; drop keys (options: {own})")
+    given = {"keys": keys, "part": part}
+    options.update({key: value for key, value in given.items() if value is not None})
+    return read(file.path, file.name, policy, **options)
 
 
 def detect_format(path: PathLike) -> str:
-    """Which source reads this, from its content and suffix.
+    """Returns the name of the reader for this path, from its content and suffix.
 
     Raises:
-        DataError: a path that does not exist, or a directory that is no prepared store.
+        DataError: a path that does not exist, or a directory of no known layout.
     """
     path = Path(path)
     if not path.exists():
@@ -181,9 +163,9 @@ def detect_format(path: PathLike) -> str:
     if not path.is_dir():
         with open(path, "rb") as file:
             head = file.read(4096)
-    for source in _ORDER:
-        if source.matches(path, head):
-            return source.name
+    for reader in _ORDER:
+        if reader.matches(path, head):
+            return reader.name
     raise DataError(
         f"{path}: is a folder of no known layout (no prepared store, and no files that one would hold); name files, "
         "a pattern, or the format"
@@ -191,31 +173,29 @@ def detect_format(path: PathLike) -> str:
 
 
 def expand_paths(path: PathLike | Sequence[PathLike]) -> list[Path]:
-    """Files named by a path, ``dataset:NAME/FILE``, a pattern or a list of them; patterns in sorted order.
+    """Lists the files named by a path, ``dataset:NAME/FILE``, a pattern or a list of them; patterns in sorted order.
 
     Raises:
         DataError: nothing there.
     """
-    given = [path] if isinstance(path, str | os.PathLike) else list(path)
     found: list[Path] = []
-    for item in given:
-        text = os.path.expanduser(str(resolve(os.fspath(item))))
-        if not os.path.exists(text) and glob.has_magic(text):
-            matches = sorted(glob.glob(text, recursive=True))
-            if not matches:
-                raise DataError(f"{text}: no file matches this pattern")
-            found.extend(Path(match) for match in matches)
-        elif os.path.exists(text):
+    for item in [path] if isinstance(path, str | os.PathLike) else path:
+        text = os.path.expanduser(str(resolve(item)))
+        if os.path.exists(text):
             found.append(Path(text))
-        else:
+        elif not glob.has_magic(text):
             raise DataError(f"{text}: no such file or directory")
+        elif matched := sorted(glob.glob(text, recursive=True)):
+            found.extend(Path(match) for match in matched)
+        else:
+            raise DataError(f"{text}: no file matches this pattern")
     if not found:
         raise DataError("no data files were named; give at least one path")
     return found
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """File names, with as many parent folders as it takes to tell them apart."""
+    """Returns file names, with as many parent folders as it takes to tell them apart."""
     depth = 1
     names = [path.name for path in paths]
     while len(set(names)) < len(names) and depth < max(len(path.parts) for path in paths):

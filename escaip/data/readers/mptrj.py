@@ -1,143 +1,175 @@
 """MPTrj as published: one JSON file of 11 GB, ``{material: {frame: {structure, energies, force, stress, ...}}}``.
 
-Deng et al., Nat. Mach. Intell. 5, 1031 (2023). The file is read material by material, whole or a range of bytes of it.
+Deng et al., Nat. Mach. Intell. 5, 1031 (2023). The file is streamed material by material, whole or a range of bytes.
 """
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from escaip.data.readers.ase_row import parse_json
-from escaip.data.readers.json_scan import Member, scan_members
-from escaip.data.readers.policy import Part, Reader, ReadPolicy
-from escaip.data.structure import LabelKeys
+from escaip.data.readers.ase import one_line
+from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
+from escaip.data.readers.pymatgen import floats, parse_structure
+from escaip.data.structure import AtomicData
 from escaip.errors import ConfigError, DataError
 from escaip.units import KBAR, Units
-
-if TYPE_CHECKING:
-    from escaip.data.structure import AtomicData
 
 ENERGIES = {"uncorrected": "uncorrected_total_energy", "corrected": "corrected_total_energy"}
 UNITS = Units(stress=KBAR)
 """Å, eV, eV/Å and kbar."""
 
-MAX_DISAGREEMENT = 1e-3
-"""Å between a site's Cartesian and its fractional coordinates; beyond it one of them is wrong."""
+MAX_MATERIAL = 1 << 28
+"""Bytes of one material beyond which the layout is another one."""
 
-_HEAD = re.compile(rb'\s*\{\s*"[^"\\]*"\s*:\s*\{\s*"[^"\\]*"\s*:\s*\{\s*"([a-z_]+)"\s*:')
-_FRAME_KEYS = (
-    b"structure", b"uncorrected_total_energy", b"corrected_total_energy", b"energy_per_atom", b"ef_per_atom",
-    b"e_per_atom_relaxed", b"ef_per_atom_relaxed", b"force", b"stress", b"magmom", b"bandgap", b"mp_id",
-)  # fmt: skip
+_FRAME = (
+    rb'"[^"\\]*"\s*:\s*\{\s*"[^"\\]*"\s*:\s*\{\s*"(?:structure|uncorrected_total_energy|corrected_total_energy|'
+    rb'energy_per_atom|ef_per_atom|e_per_atom_relaxed|ef_per_atom_relaxed|force|stress|magmom|bandgap|mp_id)"\s*:'
+)
+_HEAD = re.compile(rb"\s*\{\s*" + _FRAME)
+_BORDER = re.compile(rb",\s*" + _FRAME)
+"""Where a material begins: only there an object opens in an object in an object that begins like a frame."""
+
+_BLOCK = 1 << 20
+_PARSED = 1 << 14
+_MAX_OPEN = 4000
+"""Bytes that are parsed together, and brackets that may be open in them: the parser's memory is quadratic in the depth
+of nesting."""
 
 
 def read_mptrj(
-    path: Path,
-    policy: ReadPolicy,
-    *,
-    name: str | None = None,
-    keys: LabelKeys | None = None,
-    part: Part | None = None,
-    energy: str | None = None,
+    path: Path, name: str, policy: ReadPolicy, *, part: Part | None = None, energy: str | None = None
 ) -> Iterator[AtomicData]:
-    """Frames of every material; ids are ``file:material:frame``, groups are materials.
+    """Yields the frames of every material; ids are ``name:material:frame``, groups are materials.
 
-    Stress is turned from kbar in VASP's sign (positive in compression) into eV/Å³, positive in tension. Magnetic
-    moments and band gaps are not read.
+    Stress is turned from kbar in VASP's sign (positive in compression) into eV/Å³, positive in tension. Band gaps are
+    not read.
 
     Args:
         path: JSON file.
-        policy: units (default: those of the publication) and error policy.
-        name: what ids begin with; default the file's name.
-        keys: not used by this source; the layout fixes the names.
+        name: what ids begin with.
+        policy: which structures are taken; units default to those of the publication.
         part: bytes of whole materials, from :func:`divide`.
-        energy: ``uncorrected``, what VASP gave (MACE-MP), or ``corrected`` by the MP2020 scheme (CHGNet).
+        energy: ``uncorrected``, as VASP computed it (MACE-MP), or ``corrected`` by the MP2020 scheme (CHGNet).
 
     Raises:
         DataError: truncated or damaged JSON, another layout, a frame without the chosen energy, a disordered structure.
-        ConfigError: no choice of ``energy``, or label keys.
+        ConfigError: no choice of ``energy``.
     """
-    if keys is not None:
-        raise ConfigError(
-            "keys: the MPTrj layout fixes its names; choose the energy with energy: uncorrected | corrected"
-        )
     if energy not in ENERGIES:
         given = "is not stated" if energy is None else f"{energy!r} is neither"
         raise ConfigError(
             f"{path}: energy {given}; state energy: uncorrected (VASP's total energy; MACE-MP is trained on it) or "
             "energy: corrected (MP2020 corrections added; CHGNet is trained on it)"
         )
-    name = name or path.name
-    start, stop = part if part is not None else (0, None)
-    units = policy.stated_units or UNITS
-    last = "the beginning"
-    with open(path, "rb") as file:
-        for member in scan_members(file, str(path), start, stop):
-            material, frames = _material(member, path, last)
-            last = material
-            for key, frame in frames.items():
-                structure_id = f"{name}:{material}:{key}"
-                data = policy.admit(
-                    lambda frame=frame, structure_id=structure_id, material=material: structure_of(  # type: ignore[misc]
-                        frame, structure_id, material, ENERGIES[energy], units
-                    ),
-                    lambda frame=frame: ", ".join(map(str, frame)),  # type: ignore[misc]
-                )
-                if data is not None:
-                    yield data
-    if last == "the beginning":
-        raise DataError(f"{path}: holds no materials")
+    yield from policy.admit(_records(path, name, ENERGIES[energy], policy.units or UNITS, part))
 
 
 def divide(path: Path, size: int) -> list[Part]:
-    """Ranges of bytes of whole materials with about ``size`` frames together; the file is scanned once.
-
-    Raises:
-        DataError: truncated or damaged JSON, or another layout.
-    """
-    parts: list[Part] = []
-    start, frames = None, 0
-    stop = 0
+    """Ranges of bytes of whole materials with about ``size`` frames together, judged by the frames at the beginning."""
+    total = path.stat().st_size
     with open(path, "rb") as file:
-        for member in scan_members(file, str(path)):
-            if start is not None and frames + member.inner > size:
-                parts.append((start, stop))
-                start, frames = None, 0
-            start = member.start if start is None else start
-            frames += member.inner
-            stop = member.stop
-    if start is None:
+        beginning = file.read(8 * _BLOCK)
+        frames = len(re.findall(rb'"structure"\s*:', beginning))
+        step = max(size * len(beginning) // max(frames, 1), 1)
+        borders = [0]
+        while (border := _next_border(file, borders[-1] + step)) is not None:
+            borders.append(border)
+    return list(zip(borders, [*borders[1:], total], strict=True))
+
+
+def _next_border(file: io.BufferedReader, start: int) -> int | None:
+    """Offset of the comma before the first material that begins behind ``start``; None behind the last."""
+    held, at = b"", start
+    file.seek(start)
+    while block := file.read(_BLOCK):
+        held += block
+        if match := _BORDER.search(held):
+            return at + match.start()
+        kept = min(len(held), 4096)  # a border may lie across two blocks
+        at += len(held) - kept
+        held = held[-kept:]
+    return None
+
+
+def _records(path: Path, name: str, energy_key: str, units: Units, part: Part | None) -> Iterator[Record]:
+    import ijson
+
+    material = None
+    start, stop = part or (0, path.stat().st_size)
+    with open(path, "rb") as file:
+        stream = _Materials(file, start, stop, whole=stop == path.stat().st_size)
+        try:
+            # Floats are read by the C library, to the last digit.
+            for material, frames in ijson.kvitems(stream, "", use_float=True, map_type=_Object, buf_size=_PARSED):
+                stream.used = stream.depth = 0
+                if not isinstance(frames, dict) or not all(isinstance(frame, dict) for frame in frames.values()):
+                    raise ValueError("it holds something else than frames: this is not the layout of MPTrj")
+                for key, frame in frames.items():
+                    build = partial(_structure_of, frame, f"{name}:{material}:{key}", str(material), energy_key, units)
+                    yield Record(build, partial(", ".join, frame))
+        except (GeneratorExit, DataError):
+            raise
+        except (ijson.JSONError, ValueError, RecursionError) as error:
+            place = "at its beginning" if material is None else f"at or after material {material}"
+            raise DataError(
+                f"{path}: is damaged or truncated {place} ({one_line(error)}); download it again"
+            ) from error
+    if material is None:
         raise DataError(f"{path}: holds no materials")
-    return [*parts, (start, stop)]
 
 
-def structure_of(frame: Any, structure_id: str, material: str, energy_key: str, units: Units) -> AtomicData:
-    """One frame.
+class _Materials:
+    """A range of bytes of a file as a JSON object.
 
-    Args:
-        frame: as in the file.
-        structure_id: for messages too.
-        material: the group.
-        energy_key: which energy.
-        units: of the file; its stress is positive in compression.
-
-    Raises:
-        DataError: another layout, no energy, a disordered or invalid structure.
+    Attributes:
+        used: bytes read since a material ended.
+        depth: brackets open since then, those in strings included.
     """
-    from escaip.data.structure import AtomicData
 
-    if not isinstance(frame, dict) or not isinstance(frame.get("structure"), dict):
+    def __init__(self, file: io.BufferedReader, start: int, stop: int, *, whole: bool) -> None:
+        file.seek(start)
+        self._file, self._left, self._tail = file, stop - start, b"" if whole else b"}"
+        self._opens = start > 0  # with the comma before its first material
+        self.used = self.depth = 0
+
+    def read(self, size: int) -> bytes:
+        block = self._file.read(min(size, self._left))
+        self._left -= len(block)
+        self.used += len(block)
+        opened = block.count(b"[") + block.count(b"{")
+        if self.used > MAX_MATERIAL or self.depth + opened > _MAX_OPEN:
+            raise ValueError(f"a material is larger than {MAX_MATERIAL >> 20} MiB, or nested too deeply")
+        self.depth += opened - block.count(b"]") - block.count(b"}")
+        if not block and size:
+            block, self._tail = self._tail, b""
+        elif self._opens and block:
+            block, self._opens = b"{" + block[1:], False
+        return block
+
+
+class _Object(dict):  # type: ignore[type-arg]
+    """A JSON object that refuses a second member of the same name."""
+
+    def __setitem__(self, key: str, value: object) -> None:
+        if key in self:
+            raise ValueError(f"two members of an object are named {key!r}")
+        super().__setitem__(key, value)
+
+
+def _structure_of(frame: dict[str, Any], structure_id: str, material: str, energy_key: str, units: Units) -> AtomicData:
+    """One frame; its stress is positive in compression."""
+    if not isinstance(frame.get("structure"), dict):
         raise DataError(f"{structure_id}: is no frame of MPTrj (needs a structure)")
     if frame.get(energy_key) is None:
-        what = "is null" if energy_key in frame else "is not there"
-        raise DataError(f"{structure_id}: {energy_key} {what}; choose the other energy, or set on_error: skip")
+        state = "is null" if energy_key in frame else "is not there"
+        raise DataError(f"{structure_id}: {energy_key} {state}; choose the other energy, or set on_error: skip")
     if frame.get("mp_id", material) != material:
-        raise DataError(f"{structure_id}: says that it is of {frame['mp_id']!r}, but stands under {material!r}")
+        raise DataError(f"{structure_id}: has the mp_id {frame['mp_id']!r}, but stands under {material!r}")
     numbers, positions, cell, periodic = parse_structure(frame["structure"], structure_id)
     stress = frame.get("stress")
     return AtomicData.from_arrays(
@@ -148,7 +180,7 @@ def structure_of(frame: Any, structure_id: str, material: str, energy_key: str, 
         charge=frame["structure"].get("charge") or 0,
         energy=frame[energy_key],
         forces=frame.get("force"),
-        stress=None if stress is None else -_floats(stress, (3, 3), "stress", structure_id),
+        stress=None if stress is None else -floats(stress, (3, 3), "stress", structure_id),
         magnetic_moments=frame.get("magmom"),
         structure_id=structure_id,
         group=material,
@@ -156,78 +188,9 @@ def structure_of(frame: Any, structure_id: str, material: str, energy_key: str, 
     )
 
 
-def parse_structure(
-    structure: Mapping[str, Any], name: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[bool, bool, bool]]:
-    """Atomic numbers, positions in Å, cell and periodicity of a pymatgen structure in JSON.
-
-    Raises:
-        DataError: no ordered structure, or Cartesian coordinates that disagree with the fractional ones.
-    """
-    lattice, sites = structure.get("lattice"), structure.get("sites")
-    if not isinstance(lattice, dict) or not isinstance(sites, list) or not sites:
-        raise DataError(f"{name}: is no pymatgen structure (needs lattice and sites)")
-    cell = _floats(lattice.get("matrix"), (3, 3), "lattice matrix", name)
-    periodic = lattice.get("pbc", (True, True, True))
-    if not isinstance(periodic, list | tuple) or len(periodic) != 3:
-        raise DataError(f"{name}: pbc of the lattice is {periodic!r}, expected three flags")
-    try:
-        numbers = np.array([_number(site["species"], name) for site in sites])
-        fractional = _floats([site["abc"] for site in sites], (len(sites), 3), "abc of the sites", name)
-        cartesian = [site.get("xyz") for site in sites]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{name}: a site lacks species or abc") from error
-    positions = fractional @ cell
-    if all(place is not None for place in cartesian):
-        distance = np.abs(_floats(cartesian, (len(sites), 3), "xyz of the sites", name) - positions).max(axis=1)
-        worst = int(distance.argmax())
-        if not distance[worst] <= MAX_DISAGREEMENT:
-            raise DataError(
-                f"{name}: xyz and abc of site {worst} are {distance[worst]:.3g} Å apart; one of them is wrong"
-            )
-    return numbers, positions, cell, tuple(bool(flag) for flag in periodic)  # type: ignore[return-value]
-
-
-def _number(species: Any, name: str) -> int:
-    """Atomic number of an ordered site."""
-    from ase.data import atomic_numbers
-
-    if len(species) != 1 or abs(float(species[0].get("occu", 1)) - 1.0) > 1e-8:
-        raise DataError(f"{name}: has partially occupied sites; order the structure first or set on_error: skip")
-    symbol = species[0]["element"]
-    if symbol not in atomic_numbers or symbol == "X":
-        raise DataError(f"{name}: {symbol!r} is no element")
-    return atomic_numbers[symbol]
-
-
-def _floats(value: Any, shape: tuple[int, ...], what: str, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: {what} holds something else than numbers") from error
-    if array.shape != shape:
-        raise DataError(f"{name}: {what} has shape {array.shape}, expected {shape}")
-    return array
-
-
-def _material(member: Member, path: Path, last: str) -> tuple[str, dict[str, Any]]:
-    """Name and frames of a material; ``last`` is the one before it."""
-    where = f"{path}: the material at byte {member.start} (after {last})"
-    content = parse_json(b"{" + member.text + b"}", where)
-    material, frames = next(iter(content.items()))
-    if not isinstance(frames, dict) or not all(isinstance(frame, dict) for frame in frames.values()):
-        raise DataError(f"{where}, {material!r}, is no object of frames; this is not the layout of MPTrj")
-    if len(frames) != member.inner:
-        raise DataError(
-            f"{where}, {material!r}, has {member.inner} frames under {len(frames)} names; two frames share a name"
-        )
-    return material, frames
-
-
 def matches(path: Path, head: bytes) -> bool:
     """JSON whose first object of the third depth begins like a frame."""
-    match = _HEAD.match(head) if path.suffix == ".json" else None
-    return match is not None and match[1] in _FRAME_KEYS
+    return path.suffix == ".json" and _HEAD.match(head) is not None
 
 
-READER = Reader("mptrj", "MPTrj JSON, one object per material", read_mptrj, matches, parts=divide)
+READER = Reader("mptrj", "MPTrj JSON, one object per material", read_mptrj, matches, divide)

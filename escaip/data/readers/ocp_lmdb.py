@@ -1,6 +1,7 @@
-"""OC20 and OC22 in their preprocessed layout: LMDB files of pickled PyTorch Geometric records.
+"""OC20 and OC22 preprocessed: pickled PyTorch Geometric records in LMDB, in ``.pkl`` lists and in ``torch.save`` files.
 
-Keys are the numbers ``"0"`` to ``length − 1`` in ASCII; ``length`` may be kept, pickled, under a key of that name.
+LMDB keys are the numbers ``"0"`` to ``length − 1`` in ASCII; ``length`` may be kept, pickled, under a key of that name.
+Pickles are read without running anything (:mod:`escaip.data.readers.pickled`).
 """
 
 from __future__ import annotations
@@ -10,49 +11,51 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escaip.data.readers.ocp_records import EnergyCheck, RecordOptions, listed, structure_of
-from escaip.data.readers.policy import Part, Reader, ReadPolicy
-from escaip.data.readers.pyg_pickle import attributes, unpickle
-from escaip.data.structure import LabelKeys
-from escaip.errors import ConfigError, DataError
+import numpy as np
+
+from escaip.data.readers.ocp_records import OcpFile
+from escaip.data.readers.pickled import PickledObject, attributes, plain, read_torch_file, unpickle
+from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
+from escaip.data.structure import AtomicData
+from escaip.errors import DataError
 
 if TYPE_CHECKING:
-    from escaip.data.structure import AtomicData
+    import lmdb
 
 SUFFIX = ".lmdb"
 _MAGIC = b"\xde\xc0\xef\xbe"
 
-# LMDB refuses to open a file twice in one process: readers of the same file share it. By device and inode.
-_OPEN: dict[tuple[int, int], tuple[Any, int]] = {}
+# LMDB refuses to open a file twice in a process, so its readers share it; read-only and without locks, a forked process
+# may use it too. By device and inode.
+_OPEN: dict[tuple[int, int], tuple[lmdb.Environment, int]] = {}
 _LOCK = threading.RLock()
 
 
 def read_ocp_lmdb(
     path: Path,
+    name: str,
     policy: ReadPolicy,
     *,
-    name: str | None = None,
-    keys: LabelKeys | None = None,
     part: Part | None = None,
     energy: str | None = None,
     is2re: str | None = None,
     reference: str | Path | None = None,
 ) -> Iterator[AtomicData]:
-    """Structures of one file in the order of its keys.
+    """Yields the structures of an LMDB file in the order of its keys.
 
-    Ids are ``file:system:frame``, groups are systems (``sid``). Pickles are read without running anything
-    (:mod:`escaip.data.readers.pyg_pickle`). Slabs are periodic along all axes. Files of the test splits have no labels.
+    Ids are ``name:system:frame``, groups are systems (``sid``). Slabs are periodic along all axes. Files of the test
+    splits have no labels.
 
     Args:
         path: LMDB file.
-        policy: units and error policy.
-        name: what ids begin with; default the file's name.
-        keys: not used by this source; the layout fixes the names.
+        name: what ids begin with.
+        policy: which structures are taken.
         part: numbers of the records to read.
-        energy: what the energies **of the file** are, ``adsorption`` or ``total``. The files of OC20 do not say it, so
+        energy: kind of the energies **of the file**, ``adsorption`` or ``total``. The files of OC20 do not say it, so
             it has to be stated, and is checked against the magnitudes. OC22 and bulk records are total.
         is2re: for files of whole relaxations: ``initial`` pairs the initial structure with the energy of the relaxed
             one (the IS2RE task, no potential energy surface), ``relaxed`` the relaxed structure with its own energy.
@@ -64,18 +67,44 @@ def read_ocp_lmdb(
             unknown record, implausible energies.
         ConfigError: an option that must be stated, or cannot be.
     """
-    if keys is not None:
-        raise ConfigError(
-            "keys: the OCP layout fixes its names; choose what energies are with energy: adsorption | total"
-        )
-    name = name or path.name
-    options = RecordOptions.parse(path, energy, is2re, reference)
-    check = EnergyCheck(path, options.energy)
-    yield from check.windows(_structures(path, policy, name, part, options, check))
+    file = OcpFile(path, name, policy, energy, is2re, reference)
+    yield from file.structures(_records(file, part))
+
+
+def read_pyg(
+    path: Path,
+    name: str,
+    policy: ReadPolicy,
+    *,
+    energy: str | None = None,
+    is2re: str | None = None,
+    reference: str | Path | None = None,
+) -> Iterator[AtomicData]:
+    """Yields the structures of a list of records, of a collated batch, or of one record; the file is held in memory.
+
+    The file is a pickle (``.pkl``) or of ``torch.save`` (``.pt``, PyTorch 1.6 or newer). Options are those of
+    :func:`read_ocp_lmdb`; a record without ``cell`` and ``pbc`` is a molecule.
+
+    Raises:
+        DataError: a damaged file, one that names more than data, an unknown record, implausible energies.
+        ConfigError: an option that must be stated, or cannot be.
+    """
+    file = OcpFile(path, name, policy, energy, is2re, reference)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    content = read_torch_file(path) if data.startswith(b"PK\x03\x04") else unpickle(data, str(path))
+    records = list(content) if isinstance(content, list | tuple) else _split(content, path)
+    if not records:
+        raise DataError(f"{path}: holds no records")
+    yield from file.structures(
+        file.record(value, str(number), f"{path}: record {number}") for number, value in enumerate(records)
+    )
 
 
 def divide(path: Path, size: int) -> list[Part]:
-    """Ranges of about ``size`` records.
+    """Ranges of ``size`` records.
 
     Raises:
         DataError: no LMDB file, or a damaged one.
@@ -85,24 +114,29 @@ def divide(path: Path, size: int) -> list[Part]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def numbered(files: list[Path]) -> list[Path]:
+    """Sorts files by name, ``data.2.lmdb`` before ``data.10.lmdb``."""
+    return sorted(files, key=lambda file: [int(k) if k.isdecimal() else k for k in re.split(r"([0-9]+)", file.name)])
+
+
 def list_lmdb_files(path: Path) -> list[Path]:
-    """The ``*.lmdb`` files of a folder, ``data.2.lmdb`` before ``data.10.lmdb``."""
-    files = [file for file in path.iterdir() if file.suffix == SUFFIX and file.is_file()]
-    return sorted(
-        files, key=lambda file: [int(text) if text.isdecimal() else text for text in re.split(r"([0-9]+)", file.name)]
-    )
+    """Lists the ``*.lmdb`` files of a folder by number."""
+    return numbered([file for file in path.iterdir() if file.suffix == SUFFIX and file.is_file()])
 
 
 def matches(path: Path, head: bytes) -> bool:
     """LMDB files named ``.lmdb``, and folders of them."""
-    if path.is_dir():
-        return bool(list_lmdb_files(path))
-    return path.suffix == SUFFIX and head[16:20] == _MAGIC
+    return bool(list_lmdb_files(path)) if path.is_dir() else path.suffix == SUFFIX and head[16:20] == _MAGIC
+
+
+def matches_pyg(path: Path, head: bytes) -> bool:
+    """``.pkl`` files that are pickles, ``.pt`` files that are zips."""
+    return (path.suffix == ".pkl" and head[:1] == b"\x80") or (path.suffix == ".pt" and head[:4] == b"PK\x03\x04")
 
 
 @contextmanager
-def open_environment(path: Path) -> Iterator[Any]:
-    """The LMDB environment of a file, read-only and without locks; shared by its readers in this process.
+def open_environment(path: Path) -> Iterator[lmdb.Environment]:
+    """Opens the LMDB environment of a file, read-only and without locks; shared by its readers in this process.
 
     Raises:
         DataError: no LMDB file, or one that is shorter than it says.
@@ -127,16 +161,15 @@ def open_environment(path: Path) -> Iterator[Any]:
         yield environment
     finally:
         with _LOCK:
-            environment, count = _OPEN[key]
+            environment, count = _OPEN.pop(key)
             if count > 1:
                 _OPEN[key] = (environment, count - 1)
             else:
-                del _OPEN[key]
                 environment.close()
 
 
-def count_records(environment: Any, path: Path) -> int:
-    """How many records a file holds.
+def count_records(environment: lmdb.Environment, path: Path) -> int:
+    """Returns the number of records of a file.
 
     Raises:
         DataError: none, another layout, or another number than its ``length``.
@@ -160,34 +193,52 @@ def count_records(environment: Any, path: Path) -> int:
     return count
 
 
-def _structures(
-    path: Path, policy: ReadPolicy, name: str, part: Part | None, options: RecordOptions, check: EnergyCheck
-) -> Iterator[AtomicData]:
-    with open_environment(path) as environment:
-        count = count_records(environment, path)
-        start, stop = part if part is not None else (0, count)
+def _records(file: OcpFile, part: Part | None) -> Iterator[Record]:
+    with open_environment(file.path) as environment:
+        count = count_records(environment, file.path)
+        start, stop = part or (0, count)
         with environment.begin() as transaction:
             for number in range(start, min(stop, count)):
-                record: dict[str, Any] = {}
-
-                def build(number: int = number, record: dict[str, Any] = record) -> AtomicData:
-                    value = transaction.get(str(number).encode())
-                    where = f"{path}: key '{number}'"
-                    if value is None:
-                        raise DataError(f"{where} is missing, of keys 0 to {count - 1}; unpack the file again")
-                    record.update(attributes(unpickle(value, where), where))
-                    return structure_of(record, name, str(number), options, check, policy.units)
-
-                data = policy.admit(build, lambda record=record: f"record keys {listed(record)}")  # type: ignore[misc]
-                if data is not None:
-                    yield data
+                where = f"{file.path}: key '{number}' of {count}"
+                yield file.record(transaction.get(str(number).encode()), str(number), where)
 
 
-READER = Reader(
-    "ocp_lmdb",
-    "OC20 and OC22 preprocessed: LMDB of pickled PyG records",
-    read_ocp_lmdb,
-    matches,
-    parts=divide,
-    expand=list_lmdb_files,
-)
+def _split(content: Any, path: Path) -> list[dict[str, Any]]:
+    """Records of a collated batch, cut where its slices say; one record is a list of itself."""
+    record = attributes(content, str(path))
+    slices = None
+    if isinstance(content, PickledObject):
+        # PyTorch Geometric 1.x keeps them beside the attributes, 2.x beside the mapping of them.
+        store = content.state.get("_store")
+        slices = store.state.get("_slice_dict") if isinstance(store, PickledObject) else content.state.get("__slices__")
+    if type(slices) is not dict or not slices:
+        return [record]
+    # Neighbor lists are joined along their second axis, and not read.
+    cuts = {
+        key: _cuts(plain(value), record[key], f"{path}: {key}")
+        for key, value in slices.items()
+        if key in record and "index" not in key
+    }
+    counts = {len(value) for value in cuts.values()}
+    if len(counts) != 1:
+        raise DataError(f"{path}: attributes of the batch are cut into different numbers of records")
+    return [
+        {key: record[key][pairs[number][0] : pairs[number][1]] for key, pairs in cuts.items()}
+        for number in range(counts.pop())
+    ]
+
+
+def _cuts(slices: Any, values: Any, place: str) -> list[tuple[int, int]]:
+    """Start and stop of each record along the first axis."""
+    cuts = np.asarray(slices) if isinstance(slices, np.ndarray | list) else np.empty(0)
+    size = len(values) if isinstance(values, list) or (isinstance(values, np.ndarray) and values.ndim) else -1
+    if cuts.ndim != 1 or cuts.dtype.kind not in "iu" or len(cuts) < 2:
+        raise DataError(f"{place}: the batch does not say how it is cut into records")
+    if cuts[0] != 0 or cuts[-1] != size or (cuts[1:] < cuts[:-1]).any():
+        raise DataError(f"{place}: the batch is cut beyond its {size} entries; the file is damaged")
+    return list(pairwise(cuts.tolist()))
+
+
+READER = Reader("ocp_lmdb", "OC20 and OC22 preprocessed: LMDB of pickled PyG records", read_ocp_lmdb, matches, divide,
+                list_lmdb_files)  # fmt: skip
+PYG_READER = Reader("pyg", "PyG records: .pkl lists, .pt files of records or a batch", read_pyg, matches_pyg)

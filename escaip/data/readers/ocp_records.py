@@ -1,4 +1,4 @@
-"""One record of the Open Catalyst layouts as a structure, and whether its energies are what the user says they are.
+"""Records of the Open Catalyst layouts as structures, and a check of the energies that the user states them to have.
 
 Chanussot et al., ACS Catal. 11, 6059 (2021), doi:10.1021/acscatal.0c04525; Tran et al., ACS Catal. 13, 3066 (2023),
 doi:10.1021/acscatal.2c05426.
@@ -9,20 +9,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from escaip.data.readers.policy import WINDOW
-from escaip.data.readers.pyg_pickle import plain, unpickle
-from escaip.data.structure import hill_formula
+from escaip.data.readers.pickled import attributes, plain, unpickle
+from escaip.data.readers.policy import WINDOW, ReadPolicy, Record
+from escaip.data.structure import LABELS, AtomicData, hill_formula
 from escaip.errors import ConfigError, DataError
+from escaip.types import TARGETS
 from escaip.units import Units
-
-if TYPE_CHECKING:
-    from escaip.data.structure import AtomicData
 
 ENERGIES = ("adsorption", "total")
 GEOMETRIES = ("initial", "relaxed")
@@ -35,39 +34,6 @@ MAX_ADSORPTION = 50.0
 
 MIN_WINDOW = 8
 """Structures at the end of a file that are too few to be judged alone."""
-
-
-@dataclass(frozen=True)
-class RecordOptions:
-    """What the file does not say.
-
-    Attributes:
-        energy: ``"adsorption"`` or ``"total"``, what the energies of the file are; None where it need not be said.
-        is2re: ``"initial"`` or ``"relaxed"``, the geometry taken of a record of a whole relaxation.
-        reference: eV by system, added to adsorption energies to make them total.
-    """
-
-    energy: str | None = None
-    is2re: str | None = None
-    reference: Mapping[Any, Any] | None = None
-
-    @classmethod
-    def parse(cls, path: Path, energy: str | None, is2re: str | None, reference: str | Path | None) -> RecordOptions:
-        """Checks the options as given; the reference is read.
-
-        Raises:
-            ConfigError: an unknown value, or a reference without ``energy: adsorption``.
-            DataError: a reference that cannot be read.
-        """
-        if energy is not None:
-            check_energy_option(path, energy)
-        if is2re is not None and is2re not in GEOMETRIES:
-            raise ConfigError(f"{path}: is2re: {is2re!r} is not one of {', '.join(GEOMETRIES)}")
-        if reference is None:
-            return cls(energy, is2re)
-        if energy != "adsorption":
-            raise ConfigError(f"{path}: reference is added to adsorption energies; state energy: adsorption with it")
-        return cls(energy, is2re, load_reference(Path(reference)))
 
 
 def check_energy_option(path: Path, energy: str | None) -> None:
@@ -92,19 +58,16 @@ class EnergyCheck:
     Attributes:
         path: of the file, for messages.
         kind: what the energies are said to be; None judges nothing.
+        seen: energy of the file in eV and number of atoms of each structure of the window.
     """
 
     path: Path
     kind: str | None
-    _seen: list[tuple[float, int]] = field(default_factory=list)
+    seen: list[tuple[float, int]] = field(default_factory=list)
     _judged: bool = False
 
-    def note(self, energy: float, num_atoms: int) -> None:
-        """One energy of the file in eV."""
-        self._seen.append((energy, num_atoms))
-
     def windows(self, stream: Iterator[AtomicData]) -> Iterator[AtomicData]:
-        """The same structures.
+        """Yields the same structures.
 
         Raises:
             DataError: energies of a window that are not what they are said to be.
@@ -114,7 +77,7 @@ class EnergyCheck:
             yield from window
 
     def _judge(self) -> None:
-        seen, self._seen = self._seen, []
+        seen, self.seen = self.seen, []
         if self.kind is None or not seen or (self._judged and len(seen) < MIN_WINDOW):
             return
         self._judged = True
@@ -133,121 +96,184 @@ class EnergyCheck:
             )
 
 
-def structure_of(
-    record: Mapping[str, Any], name: str, key: str, options: RecordOptions, check: EnergyCheck, units: Units
-) -> AtomicData:
-    """The structure of one record.
+class OcpFile:
+    """Turns the records of one file into structures; the options say what the file does not."""
 
-    Args:
-        record: attributes by name: ``pos (n, 3)``, ``atomic_numbers (n,)``, ``cell (1, 3, 3)``, ``natoms``, ``tags``,
-            ``fixed``, ``sid``, ``fid``, ``pbc``; ``y`` and ``force``, or ``energy`` and ``forces``; ``y_relaxed`` and
-            ``pos_relaxed`` in records of relaxations. Others are ignored, neighbor lists among them.
-        name: what the id begins with.
-        key: of the record in its file.
-        options: what the file does not say.
-        check: notes the energy as it is in the file.
-        units: of the file.
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        policy: ReadPolicy,
+        energy: str | None,
+        is2re: str | None,
+        reference: str | Path | None,
+    ) -> None:
+        """Checks the options and reads the reference.
 
-    Raises:
-        DataError: an unknown layout, values that do not fit together, an invalid structure.
-        ConfigError: something that has to be stated, and is not.
-    """
-    from escaip.data.structure import AtomicData
+        Args:
+            path: of the file, for messages.
+            name: what ids begin with.
+            policy: which structures are taken.
+            energy: ``"adsorption"`` or ``"total"``, the energies **of the file**; None where it need not be said.
+            is2re: ``"initial"`` or ``"relaxed"``, the geometry taken of a record of a whole relaxation.
+            reference: pickle of energies in eV by system, added to adsorption energies to make them total.
 
-    place = f"{name}: record {key}"
-    if "pos" not in record or "atomic_numbers" not in record:
-        raise DataError(f"{place}: has no pos and atomic_numbers, which records have; found {listed(record)}")
-    structure_id, group = _names(record, name, key, place)
-    relaxation = _is_relaxation(record, options, place)
-    numbers = _integers(record["atomic_numbers"], "atomic_numbers", structure_id).ravel()
-    if "natoms" in record and int(_integers(record["natoms"], "natoms", structure_id).sum()) != len(numbers):
-        raise DataError(f"{structure_id}: natoms is {record['natoms']}, but there are {len(numbers)} atomic_numbers")
-    tags = _integers(record.get("tags", np.zeros(len(numbers))), "tags", structure_id)
-    cell = _floats(record["cell"], "cell", structure_id) if "cell" in record else None
-    if cell is not None and cell.size == 9:
-        cell = cell.reshape(3, 3)
-    # Slabs of OC20 and OC22 are periodic along all axes, and their files do not say so.
-    pbc = _integers(record.get("pbc", cell is not None), "pbc", structure_id).ravel() != 0
-    if pbc.size not in (1, 3):
-        raise DataError(f"{structure_id}: pbc has {pbc.size} values, expected 3")
-    energy = _one_of(record, ("y_relaxed",) if relaxation else ("energy", "y"), structure_id)
-    if energy is not None:
-        energy = _scalar(energy, "energy", structure_id) * units.energy
-        marked = bool(_integers(record.get("oc22", 0), "oc22", structure_id).any())
-        if options.energy is None and pbc.any() and tags.any() and not marked:
-            check_energy_option(check.path, None)
-        if options.energy == "adsorption" and marked:
-            raise ConfigError(f"{structure_id}: is marked as OC22, whose energies are total; state energy: total")
-        check.note(energy, len(numbers))
-        energy = (energy + _reference(options, record.get("sid"), structure_id)) / units.energy
-    return AtomicData.from_arrays(
-        numbers,
-        _floats(record["pos_relaxed" if options.is2re == "relaxed" and relaxation else "pos"], "pos", structure_id),
-        cell=cell,
-        pbc=pbc,
-        energy=energy,
-        forces=None if relaxation else _one_of(record, ("forces", "force"), structure_id),
-        fixed=_integers(record["fixed"], "fixed", structure_id) if "fixed" in record else None,
-        tags=tags,
-        structure_id=structure_id,
-        group=group if group is not None else hill_formula(numbers),
-        units=units,
-    )
+        Raises:
+            ConfigError: an unknown value, or a reference without ``energy: adsorption``.
+            DataError: a reference that cannot be read.
+        """
+        if energy is not None:
+            check_energy_option(path, energy)
+        if is2re is not None and is2re not in GEOMETRIES:
+            raise ConfigError(f"{path}: is2re: {is2re!r} is not one of {', '.join(GEOMETRIES)}")
+        if reference is not None and energy != "adsorption":
+            raise ConfigError(f"{path}: reference is added to adsorption energies; state energy: adsorption with it")
+        self.path, self.name, self.energy, self.is2re = path, name, energy, is2re
+        self.reference = None if reference is None else load_reference(Path(reference))
+        self.units = policy.units or Units()
+        self.policy, self.check = policy, EnergyCheck(path, energy)
+
+    def structures(self, records: Iterator[Record]) -> Iterator[AtomicData]:
+        """Yields those that the policy takes, after a look at their energies."""
+        return self.check.windows(self.policy.admit(records))
+
+    def record(self, value: Any, key: str, where: str) -> Record:
+        """The record of an object or dictionary, or of the pickle of one; None is a missing one."""
+        held: dict[str, Any] = {}
+
+        def build() -> AtomicData:
+            if value is None:
+                raise DataError(f"{where} is missing; unpack the file again")
+            held.update(attributes(unpickle(value, where) if isinstance(value, bytes) else value, where))
+            return self.structure(held, key)
+
+        return Record(build, partial(_listed_keys, held))
+
+    def structure(self, record: Mapping[str, Any], key: str) -> AtomicData:
+        """Builds the structure of one record.
+
+        Args:
+            record: attributes by name: ``pos (n, 3)``, ``atomic_numbers (n,)``, ``cell (1, 3, 3)``, ``natoms``,
+                ``tags``, ``fixed``, ``sid``, ``fid``, ``pbc``; ``y`` and ``force``, or ``energy`` and ``forces``;
+                ``y_relaxed`` and ``pos_relaxed`` in records of relaxations; further targets under their names. Others
+                are ignored, neighbor lists among them.
+            key: of the record in its file.
+
+        Raises:
+            DataError: an unknown layout, values that do not fit together, an invalid structure.
+            ConfigError: something that has to be stated, and is not.
+        """
+        place = f"{self.name}: record {key}"
+        if "pos" not in record or "atomic_numbers" not in record:
+            raise DataError(f"{place}: has no pos and atomic_numbers, which records have; found {listed(record)}")
+        name, group = self._names(record, key, place)
+        relaxation = self._is_relaxation(record, place)
+        numbers = _integers(record["atomic_numbers"], "atomic_numbers", name).ravel()
+        if "natoms" in record and int(_integers(record["natoms"], "natoms", name).sum()) != len(numbers):
+            raise DataError(f"{name}: natoms is {record['natoms']}, but there are {len(numbers)} atomic_numbers")
+        tags = _integers(record.get("tags", np.zeros(len(numbers))), "tags", name)
+        cell = _floats(record["cell"], "cell", name) if "cell" in record else None
+        if cell is not None and cell.size == 9:
+            cell = cell.reshape(3, 3)
+        # Slabs of OC20 and OC22 are periodic along all axes, and their files do not say so.
+        pbc = _integers(record.get("pbc", cell is not None), "pbc", name).ravel() != 0
+        if pbc.size not in (1, 3):
+            raise DataError(f"{name}: pbc has {pbc.size} values, expected 3")
+        energy = _one_of(record, ("y_relaxed",) if relaxation else ("energy", "y"), name)
+        if energy is not None:
+            marked = bool(_integers(record.get("oc22", 0), "oc22", name).any())
+            if self.energy is None and pbc.any() and tags.any() and not marked:
+                check_energy_option(self.path, None)
+            if self.energy == "adsorption" and marked:
+                raise ConfigError(f"{name}: is marked as OC22, whose energies are total; state energy: total")
+            energy = _scalar(energy, "energy", name) * self.units.energy
+            self.check.seen.append((energy, len(numbers)))
+            energy = (energy + self._reference_of(record.get("sid"), name)) / self.units.energy
+        return AtomicData.from_arrays(
+            numbers,
+            _floats(record["pos_relaxed" if self.is2re == "relaxed" and relaxation else "pos"], "pos", name),
+            cell=cell,
+            pbc=pbc,
+            energy=energy,
+            forces=None if relaxation else _one_of(record, ("forces", "force"), name),
+            labels={target: record[target] for target in TARGETS if target in record and target not in LABELS},
+            fixed=_integers(record["fixed"], "fixed", name) if "fixed" in record else None,
+            tags=tags,
+            structure_id=name,
+            group=group if group is not None else hill_formula(numbers),
+            units=self.units,
+        )
+
+    def _names(self, record: Mapping[str, Any], key: str, place: str) -> tuple[str, str | None]:
+        """Id and group: the system is what must not be split; None where the record names none."""
+        sid, fid = (_label(record.get(what), what, place) for what in ("sid", "fid"))
+        if sid is None:
+            return f"{self.name}:{key}", None
+        system = f"sid{sid}" if isinstance(sid, int) else sid
+        if fid is None and ("y_relaxed" in record or "pos_relaxed" in record):
+            return f"{self.name}:{system}", system
+        return f"{self.name}:{system}:{key if fid is None else fid}", system
+
+    def _is_relaxation(self, record: Mapping[str, Any], place: str) -> bool:
+        held = [key for key in ("y_relaxed", "pos_relaxed") if key in record]
+        if not held:
+            if self.is2re is not None and any(key in record for key in ("y", "energy", "force", "forces")):
+                raise ConfigError(
+                    f"{place}: is2re: {self.is2re} is for records of whole relaxations, with y_relaxed and "
+                    f"pos_relaxed; found {listed(record)}; drop is2re"
+                )
+            return False
+        if self.is2re is None:
+            raise ConfigError(
+                f"{place}: holds a whole relaxation; state is2re: initial (initial structure with the energy of the "
+                "relaxed one) or is2re: relaxed (relaxed structure with its energy)"
+            )
+        if "y_relaxed" not in held or (self.is2re == "relaxed" and len(held) < 2):
+            raise DataError(f"{place}: is2re: {self.is2re} needs more than {held[0]}; found {listed(record)}")
+        return True
+
+    def _reference_of(self, sid: Any, name: str) -> float:
+        """The energy to be added, in eV."""
+        if self.reference is None:
+            return 0.0
+        system = _label(sid, "sid", name)
+        bare = system.removeprefix("random") if isinstance(system, str) else str(system)
+        number = int(bare) if bare.isascii() and bare.isdecimal() and len(bare) < 19 else bare
+        for candidate in (system, number, bare, f"random{bare}"):
+            if candidate in self.reference:
+                return _scalar(plain(self.reference[candidate]), "reference energy", name)
+        raise DataError(f"{name}: the reference has no energy for its system; use the reference of this data set")
 
 
 def listed(record: Mapping[str, Any]) -> str:
-    """The names that a record holds, for messages."""
+    """Returns the names that a record holds, for messages."""
     return ", ".join(sorted(record)[:30]) or "nothing"
 
 
 def load_reference(path: Path) -> Mapping[Any, Any]:
-    """Reference energies in eV by system, of a pickle such as ``oc20_ref.pkl``.
+    """Reads reference energies in eV by system from a pickle such as ``oc20_ref.pkl``.
 
     Raises:
         DataError: an unreadable file, or no mapping.
     """
     try:
         stat = path.stat()
+        return _load_reference(path, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise DataError(f"{path}: reference cannot be read ({error.strerror})") from error
-    return _load_reference(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=1)
 def _load_reference(path: Path, changed: int, size: int) -> Mapping[Any, Any]:
     """Kept for the next file and part of the same data set: there are hundreds of thousands of systems."""
-    try:
-        content = unpickle(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DataError(f"{path}: reference cannot be read ({error.strerror})") from error
+    content = unpickle(path.read_bytes(), str(path))
     if type(content) is not dict or not content:
         raise DataError(f"{path}: holds a {type(content).__name__}, expected a dict of reference energies by sid")
     return content
 
 
-def _reference(options: RecordOptions, sid: Any, structure_id: str) -> float:
-    """What is to be added, in eV."""
-    if options.reference is None:
-        return 0.0
-    system = _label(sid, "sid", structure_id)
-    bare = system.removeprefix("random") if isinstance(system, str) else str(system)
-    number = int(bare) if bare.isascii() and bare.isdecimal() and len(bare) < 19 else bare
-    for candidate in (system, number, bare, f"random{bare}"):
-        if candidate in options.reference:
-            return _scalar(plain(options.reference[candidate]), "reference energy", structure_id)
-    raise DataError(f"{structure_id}: the reference has no energy for its system; use the reference of this data set")
-
-
-def _names(record: Mapping[str, Any], name: str, key: str, place: str) -> tuple[str, str | None]:
-    """Id and group: the system is what must not be split; None where the record names none."""
-    sid, fid = (_label(record.get(what), what, place) for what in ("sid", "fid"))
-    if sid is None:
-        return f"{name}:{key}", None
-    system = f"sid{sid}" if isinstance(sid, int) else sid
-    relaxation = "y_relaxed" in record or "pos_relaxed" in record
-    if fid is None:
-        return f"{name}:{system}" if relaxation else f"{name}:{system}:{key}", system
-    return f"{name}:{system}:{fid}", system
+def _listed_keys(record: Mapping[str, Any]) -> str:
+    return f"record keys {listed(record)}"
 
 
 def _label(value: Any, what: str, place: str) -> int | str | None:
@@ -258,49 +284,30 @@ def _label(value: Any, what: str, place: str) -> int | str | None:
     return int(_integers(value, what, place).ravel()[0])
 
 
-def _is_relaxation(record: Mapping[str, Any], options: RecordOptions, place: str) -> bool:
-    held = [key for key in ("y_relaxed", "pos_relaxed") if key in record]
-    if not held:
-        if options.is2re is not None and any(key in record for key in ("y", "energy", "force", "forces")):
-            raise ConfigError(
-                f"{place}: is2re: {options.is2re} is for records of whole relaxations, with y_relaxed and pos_relaxed; "
-                f"found {listed(record)}; drop is2re"
-            )
-        return False
-    if options.is2re is None:
-        raise ConfigError(
-            f"{place}: holds a whole relaxation; state is2re: initial (initial structure with the energy of the "
-            "relaxed one) or is2re: relaxed (relaxed structure with its energy)"
-        )
-    if "y_relaxed" not in held or (options.is2re == "relaxed" and len(held) < 2):
-        raise DataError(f"{place}: is2re: {options.is2re} needs more than {held[0]}; found {listed(record)}")
-    return True
-
-
-def _one_of(record: Mapping[str, Any], keys: tuple[str, ...], structure_id: str) -> Any:
+def _one_of(record: Mapping[str, Any], keys: tuple[str, ...], name: str) -> Any:
     held = [key for key in keys if key in record]
     if len(held) > 1 and not np.array_equal(record[held[0]], record[held[1]]):
-        raise DataError(f"{structure_id}: has {held[0]} and {held[1]}, which differ; remove one of them")
+        raise DataError(f"{name}: has {held[0]} and {held[1]}, which differ; remove one of them")
     return record[held[0]] if held else None
 
 
-def _scalar(value: Any, what: str, structure_id: str) -> float:
-    array = _floats(value, what, structure_id)
+def _scalar(value: ArrayLike, what: str, name: str) -> float:
+    array = _floats(value, what, name)
     if array.size != 1 or not np.isfinite(array).all():
-        raise DataError(f"{structure_id}: {what} is {str(value)[:60]!r}, expected one finite number")
+        raise DataError(f"{name}: {what} is {str(value)[:60]!r}, expected one finite number")
     return float(array.ravel()[0])
 
 
-def _floats(value: Any, what: str, structure_id: str) -> np.ndarray:
+def _floats(value: ArrayLike, what: str, name: str) -> NDArray[np.float64]:
     try:
         return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{structure_id}: {what} holds something else than numbers") from error
+        raise DataError(f"{name}: {what} holds something else than numbers") from error
 
 
-def _integers(value: Any, what: str, structure_id: str) -> np.ndarray:
+def _integers(value: ArrayLike, what: str, name: str) -> NDArray[np.int64]:
     """Whole numbers, which these files often keep as floats."""
-    array = _floats(value, what, structure_id)
+    array = _floats(value, what, name)
     if not np.isfinite(array).all() or (np.abs(array) > 2**53).any() or (array != np.rint(array)).any():
-        raise DataError(f"{structure_id}: {what} holds something else than whole numbers")
+        raise DataError(f"{name}: {what} holds something else than whole numbers")
     return array.astype(np.int64)

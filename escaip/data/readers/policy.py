@@ -1,23 +1,41 @@
-"""Where structures enter: units, skipping and its counts, in one place for every source."""
+"""How files are read: what a reader is, which structures are admitted, and whether their numbers are eV and Å."""
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from escaip.data.structure import AtomicData
 from escaip.errors import ConfigError, DataError
+from escaip.types import TARGETS
 from escaip.units import Units
 
-if TYPE_CHECKING:
-    from escaip.data.structure import AtomicData
+MAX_MESSAGES = 20
+
+WINDOW = 256
+"""Structures whose magnitudes are judged together."""
+
+MAX_FORCE_RMS = 15.0
+"""eV/Å, median over a window of the root mean square force per atom; thermal molecules have about 2."""
+
+MAX_STRESS = 6.0
+"""eV/Å³ (about 1000 GPa), median over a window of the largest component."""
+
+MAX_ENERGY_SPREAD = 30.0
+"""eV per atom between structures of one composition in a window."""
+
+ORGANIC = (1, 6, 7, 8, 9, 15, 16, 17)
+X_H_DISTANCE = (0.4, 1.6)
+"""Å, bounds of the median distance from hydrogen to its nearest atom in organic molecules."""
 
 Part = tuple[int, int]
-"""Records ``start <= k < stop`` of one file, in the source's own order: frames, keys, molecules, bytes."""
+"""Records ``start <= k < stop`` of one file, in the reader's own order: frames, keys, molecules, bytes."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +45,10 @@ class Reader:
     Attributes:
         name: what ``--format`` calls it.
         what: in words, for ``--help``.
-        read: ``read(path, policy, *, name, keys, part=None, **options)`` yields the structures of one file in order;
-            with ``part`` those of these records only, under the same ids. Structures go through ``policy.admit``.
+        read: ``read(path, name, policy, **options)`` yields the structures of one file in order, with ids that begin
+            with ``name``; structures go through :meth:`ReadPolicy.admit`. Its further parameters are the options of the
+            layout. It has ``keys`` (:class:`~escaip.data.LabelKeys`) where labels may have any name, and ``part`` where
+            ``parts`` divides files: then only these records are read, under the same ids.
         matches: ``matches(path, head)`` says from the name and the first 4096 bytes (none of a directory) whether a
             file, or a directory, has this layout. Nothing is decoded.
         parts: ``parts(path, size)`` divides a file into ranges of about ``size`` structures, in order, without decoding
@@ -44,13 +64,26 @@ class Reader:
     expand: Callable[[Path], list[Path]] | None = None
 
 
-MAX_MESSAGES = 20
-ON_ERROR = ("raise", "skip")
+class MalformedError(DataError):
+    """A structure that is skipped and counted under every policy, since releases of its layout hold a few."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A structure of a file before it is built.
+
+    Attributes:
+        build: makes the structure, raising :class:`~escaip.errors.DataError` for a bad one.
+        found: names the labels that the file holds, for the message about a missing one.
+    """
+
+    build: Callable[[], AtomicData]
+    found: Callable[[], str] | None = None
 
 
 @dataclass
 class ReadReport:
-    """What came through the policy and what did not.
+    """Counts of a reading.
 
     Attributes:
         read: structures yielded.
@@ -92,93 +125,81 @@ class ReadReport:
 
 @dataclass(frozen=True)
 class ReadPolicy:
-    """Converts, admits or refuses the structures of a source.
+    """Which structures of a file are taken, and in which units they are read.
 
     Attributes:
-        stated_units: units the user states for the source; None for the source's own.
+        units: units the user states for the file; None for the layout's own.
         on_error: ``"raise"`` stops at the first bad structure, ``"skip"`` counts it and goes on.
         report: receives the counts.
         required: labels each structure must carry.
         max_force: eV/Å; structures with a larger force on any free atom are left out and counted. None keeps all.
     """
 
-    stated_units: Units | None = None
+    units: Units | None = None
     on_error: str = "raise"
     report: ReadReport = field(default_factory=ReadReport)
     required: tuple[str, ...] = ()
     max_force: float | None = None
 
     def __post_init__(self) -> None:
-        if self.on_error not in ON_ERROR:
-            raise ConfigError(f"on_error: {self.on_error!r} is not one of {', '.join(ON_ERROR)}")
+        if self.on_error not in ("raise", "skip"):
+            raise ConfigError(f"on_error: {self.on_error!r} is not one of raise, skip")
         for name in self.required:
-            if name not in ("energy", "forces", "stress"):
-                raise ConfigError(f"required_labels: {name!r} is not one of energy, forces, stress")
+            if name not in TARGETS:
+                raise ConfigError(f"required_labels: {name!r} is not one of {', '.join(TARGETS)}")
         if self.max_force is not None and not self.max_force > 0:
             raise ConfigError(f"max_force: {self.max_force} is not a positive number of eV/Å")
 
-    @property
-    def units(self) -> Units:
-        """The units stated, else Å and eV."""
-        return self.stated_units or Units()
-
-    def admit(self, build: Callable[[], AtomicData], describe: Callable[[], str] | None = None) -> AtomicData | None:
-        """The structure that ``build`` makes, or None when it is skipped.
-
-        Args:
-            build: makes the structure, raising DataError for a bad one.
-            describe: what labels the source holds, for the message about a missing one.
+    def admit(self, records: Iterable[Record]) -> Iterator[AtomicData]:
+        """Builds structures and yields those that are taken; the others are counted.
 
         Raises:
             DataError: a bad structure under ``on_error: raise``.
         """
-        try:
-            data = build()
-            for name in self.required:
-                if not data.has_label(name):
-                    found = f"; found {describe()}" if describe is not None else ""
-                    raise DataError(
-                        f"{data.structure_id}: has no {name}, which required_labels asks for{found}; "
-                        f"name it (keys: {{{name}: KEY}}) or drop it from required_labels"
-                    )
-        except DataError as error:
-            if self.on_error == "raise":
-                raise
-            self.report.skip(str(error))
-            return None
-        if self.max_force is not None and data.has_label("forces"):
-            force = largest_force(data)
-            if force > self.max_force:
+        for record in records:
+            try:
+                data = record.build()
+                self._check_labels(data, record)
+            except DataError as error:
+                if self.on_error == "raise" and not isinstance(error, MalformedError):
+                    raise
+                self.report.skip(str(error))
+                continue
+            force = largest_force(data) if self.max_force is not None and data.has_label("forces") else 0.0
+            if self.max_force is not None and force > self.max_force:
                 self.report.filter(f"{data.structure_id}: force of {force:.4g} eV/Å, above max_force {self.max_force}")
-                return None
-        self.report.read += 1
-        return data
+                continue
+            self.report.read += 1
+            yield data
+
+    def _check_labels(self, data: AtomicData, record: Record) -> None:
+        for name in self.required:
+            if not data.has_label(name):
+                found = f"; found {record.found()}" if record.found is not None else ""
+                raise DataError(
+                    f"{data.structure_id}: has no {name}, which required_labels asks for{found}; "
+                    f"name it (keys: {{{name}: KEY}}) or drop it from required_labels"
+                )
 
 
 def largest_force(data: AtomicData) -> float:
-    """Largest force on a free atom in eV/Å; 0 where all are fixed."""
+    """Returns the largest force on a free atom in eV/Å; 0 where all are fixed."""
     free = data.forces[~data.fixed]
     return float(free.norm(dim=1).max()) if len(free) else 0.0
 
 
-WINDOW = 256
-"""Structures looked at together."""
+def checked(stream: Iterator[AtomicData]) -> Iterator[AtomicData]:
+    """Yields the same structures after a look at windows of them; nothing of a refused window gets through.
 
-MAX_FORCE_RMS = 15.0
-"""eV/Å, median over a window of the root mean square force per atom; thermal molecules have about 2."""
-
-MAX_STRESS = 6.0
-"""eV/Å³ (about 1000 GPa), median over a window of the largest component."""
-
-MAX_ENERGY_SPREAD = 30.0
-"""eV per atom between structures of one composition in a window."""
-
-ORGANIC = (1, 6, 7, 8, 9, 15, 16, 17)
-X_H_DISTANCE = (0.4, 1.6)
-"""Å, what the median distance from hydrogen to its nearest atom lies between in organic molecules."""
+    Raises:
+        DataError: magnitudes that are those of another unit.
+    """
+    while window := list(itertools.islice(stream, WINDOW)):
+        check_magnitudes(window)
+        yield from window
 
 
-def energy_bound(numbers: np.ndarray) -> float:
+def energy_bound(numbers: NDArray[np.int64]) -> float:
     """Upper bound in eV of a total energy's magnitude: 1.5 times Thomas–Fermi, ``0.7687 Z^(7/3)`` hartree an atom.
 
     All-electron energies reach about 0.75 of Thomas–Fermi for light and 1.0 for heavy atoms (relativity
@@ -191,17 +212,31 @@ def check_magnitudes(structures: Sequence[AtomicData]) -> None:
     """Refuses a window of structures whose magnitudes are those of another unit.
 
     Raises:
-        DataError: naming the label, the first structure, what unit it looks like and how to say so.
+        DataError: naming the label, the first structure, the unit it looks like and how to state it.
     """
-    if structures:
-        _check_lengths(structures)
-        _check_energies(structures)
-        _check_forces(structures)
-        _check_stress(structures)
+    if not structures:
+        return
+    _check_lengths(structures)
+    _check_energies(structures)
+    first = structures[0].structure_id
+    squares = [float((data.forces.numpy() ** 2).sum(1).mean()) for data in structures if data.has_label("forces")]
+    rms = np.sqrt([square for square in squares if square > 0.0])
+    if len(rms) and (median := float(np.median(rms))) > MAX_FORCE_RMS:
+        unit, looks = ("meV", "meV/Å") if median > 300.0 else ("kcal/mol", "kcal/mol/Å or larger")
+        raise DataError(
+            f"{first}: forces of {median:.4g} eV/Å (median of the root mean square) look like {looks}; "
+            f"{_remedy(f'energy: {unit}')}"
+        )
+    largest = [float(data.stress.abs().max()) for data in structures if data.has_label("stress")]
+    if largest and float(np.median(largest)) > MAX_STRESS:
+        raise DataError(
+            f"{first}: stress of {np.median(largest):.4g} eV/Å³ (median of the largest component) looks like GPa or "
+            f"kbar; {_remedy('stress: kbar')}"
+        )
 
 
 def _remedy(unit: str) -> str:
-    return f"state the file's units (units: {unit}), or check_units: false if they are right"
+    return f"state the file's units (units: {{{unit}}}), or check_units: false if they are right"
 
 
 def _check_lengths(structures: Sequence[AtomicData]) -> None:
@@ -221,7 +256,7 @@ def _check_lengths(structures: Sequence[AtomicData]) -> None:
         unit = "bohr" if median > 1.0 else "nm"
         raise DataError(
             f"{structures[0].structure_id}: hydrogens sit {median:.3g} Å from their nearest atom, which looks like "
-            f"{unit}; {_remedy(f'{{length: {unit}}}')}"
+            f"{unit}; {_remedy(f'length: {unit}')}"
         )
 
 
@@ -237,7 +272,7 @@ def _check_energies(structures: Sequence[AtomicData]) -> None:
             unit = "meV" if abs(energy) > 100 * bound else "kcal/mol"
             raise DataError(
                 f"{data.structure_id}: energy of {energy / n:.4g} eV/atom is beyond what these elements can have "
-                f"({bound / n:.4g}) and looks like {unit}; {_remedy('{energy: ' + unit + '}')}"
+                f"({bound / n:.4g}) and looks like {unit}; {_remedy(f'energy: {unit}')}"
             )
         per_atom[np.sort(numbers).tobytes()].append((energy / n, data.structure_id))
     for values in per_atom.values():
@@ -248,26 +283,3 @@ def _check_energies(structures: Sequence[AtomicData]) -> None:
                 f"{name}: energy of {worst:.4g} eV/atom where structures of the same composition have {median:.4g}: "
                 "mixed units or a failed calculation; remove it, or check_units: false if it is right"
             )
-
-
-def _check_forces(structures: Sequence[AtomicData]) -> None:
-    rms = [float(np.sqrt((data.forces.numpy() ** 2).sum(1).mean())) for data in structures if data.has_label("forces")]
-    rms = [value for value in rms if value > 0.0]
-    if not rms:
-        return
-    median = float(np.median(rms))
-    if median > MAX_FORCE_RMS:
-        unit = "meV/Å" if median > 300.0 else "kcal/mol/Å or larger"
-        raise DataError(
-            f"{structures[0].structure_id}: forces of {median:.4g} eV/Å (median of the root mean square) look like "
-            f"{unit}; {_remedy('{energy: ' + ('meV' if median > 300.0 else 'kcal/mol') + '}')}"
-        )
-
-
-def _check_stress(structures: Sequence[AtomicData]) -> None:
-    largest = [float(data.stress.abs().max()) for data in structures if data.has_label("stress")]
-    if largest and float(np.median(largest)) > MAX_STRESS:
-        raise DataError(
-            f"{structures[0].structure_id}: stress of {np.median(largest):.4g} eV/Å³ (median of the largest component) "
-            f"looks like GPa or kbar; {_remedy('{stress: kbar}')}"
-        )

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-from escaip.data.readers.ase import XYZ, _xyz_frames
-from escaip.data.readers.policy import Part, Reader, ReadPolicy
-from escaip.data.structure import LabelKeys, labels_found
+from escaip.data.readers.ase import XYZ, held, one_line, parse_xyz, record_of, xyz_frames
+from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
+from escaip.data.structure import AtomicData, LabelKeys
 from escaip.errors import DataError
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-    from escaip.data.structure import AtomicData
 
 GROUP_KEY = "material_id"
 MAX_LINE = 1 << 20
@@ -29,42 +23,32 @@ _SAMPLED = 16
 
 
 def read_xyz_zip(
-    path: Path, policy: ReadPolicy, *, name: str | None = None, keys: LabelKeys | None = None, part: Part | None = None
+    path: Path, name: str, policy: ReadPolicy, *, keys: LabelKeys | None = None, part: Part | None = None
 ) -> Iterator[AtomicData]:
-    """Frames of every (ext)xyz member, in the sorted order of the members' names; other members are left alone.
+    """Yields the frames of every (ext)xyz member, in the sorted order of the members' names; others are left alone.
 
-    Ids are ``zip:member:index``. Without ``keys.group`` the group is ``material_id`` where the frame has it, else the
-    member's name.
-
-    Args:
-        path: zip file.
-        policy: units and error policy.
-        name: what ids begin with; default the file's name.
-        keys: label names; see :class:`LabelKeys`. The energy corrected by MP2020 of MPTrj is
-            ``mp2020_corrected_energy``.
-        part: members to read, by their place in the sorted order.
+    Ids are ``name:member:index``. Without ``keys.group`` the group is ``material_id`` where the frame has it, else the
+    member's name. The energy of MPTrj with MP2020 corrections has the key ``mp2020_corrected_energy``. A part is a
+    range of members.
 
     Raises:
         DataError: no zip, no xyz member in it, an encrypted, damaged or truncated member, or a bad structure.
     """
-    from escaip.data.structure import AtomicData
+    yield from policy.admit(_records(path, name, policy, keys or LabelKeys(), part))
 
-    name = name or path.name
-    keys = keys or LabelKeys()
+
+def _records(path: Path, name: str, policy: ReadPolicy, keys: LabelKeys, part: Part | None) -> Iterator[Record]:
     with _opened(path) as archive:
         members = _members(archive, path)
-        for info in members if part is None else members[part[0] : part[1]]:
-            for index, atoms in enumerate(_frames(archive, info, path)):
-                structure_id = None if keys.structure_id else f"{name}:{info.filename}:{index}"
-                group = str(atoms.info.get(GROUP_KEY, info.filename)) if keys.group is None else None
-                data = policy.admit(
-                    lambda atoms=atoms, structure_id=structure_id, group=group: AtomicData.from_ase(  # type: ignore[misc]
-                        atoms, keys=keys, structure_id=structure_id, group=group, units=policy.units
-                    ),
-                    lambda atoms=atoms: labels_found(atoms),  # type: ignore[misc]
-                )
-                if data is not None:
-                    yield data
+        for info in members[slice(*part)] if part else members:
+            for index, text in enumerate(_texts(archive, info, path)):
+                try:
+                    atoms = parse_xyz(text)
+                except Exception as error:
+                    raise _damaged(path, info, index, error) from error
+                # The group counts as the file: a material, else the member.
+                group = str(atoms.info.get(GROUP_KEY, info.filename))
+                yield record_of(held(atoms), f"{name}:{info.filename}:{index}", group, keys, policy, "file")
 
 
 def divide(path: Path, size: int) -> list[Part]:
@@ -102,31 +86,16 @@ def _opened(path: Path) -> zipfile.ZipFile:
 
 def _members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
     """(Ext)xyz members by name, without those that macOS adds."""
-    found = [
-        info
-        for info in archive.infolist()
-        if PurePosixPath(info.filename).suffix in XYZ and not PurePosixPath(info.filename).name.startswith("._")
-    ]
+    places = [(PurePosixPath(info.filename), info) for info in archive.infolist()]
+    found = [info for place, info in places if place.suffix in XYZ and not place.name.startswith("._")]
     if not found:
         held = ", ".join(archive.namelist()[:5]) or "nothing"
         raise DataError(f"{path}: holds no .xyz or .extxyz member; it holds {held}")
-    names = sorted(found, key=lambda info: info.filename)
-    for one, two in itertools.pairwise(names):
+    found.sort(key=lambda info: info.filename)
+    for one, two in itertools.pairwise(found):
         if one.filename == two.filename:
             raise DataError(f"{path}: holds two members named {one.filename}; it is damaged")
-    return names
-
-
-def _frames(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Iterator[Atoms]:
-    import ase.io
-
-    for count, text in enumerate(_texts(archive, info, path)):
-        try:
-            yield ase.io.read(io.StringIO(text), index=":", format="extxyz")[0]  # type: ignore[misc]
-        except GeneratorExit:
-            raise
-        except Exception as error:
-            raise _damaged(path, info, count, error) from error
+    return found
 
 
 def _texts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Iterator[str]:
@@ -134,10 +103,10 @@ def _texts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Itera
     count = 0
     try:
         with archive.open(info) as stream:
-            lines = _Lines(stream)
-            for frame in _xyz_frames(lines):
+            lines = _BoundedLines(stream)
+            for text in xyz_frames(lines):
                 lines.used = 0
-                yield "".join(frame)
+                yield text
                 count += 1
     except (GeneratorExit, DataError):
         raise
@@ -145,8 +114,8 @@ def _texts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Itera
         raise _damaged(path, info, count, error) from error
 
 
-class _Lines:
-    """Lines of a stream as text, within bounds."""
+class _BoundedLines:
+    """Lines of a stream as text; ``used`` counts the bytes of a frame."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
@@ -159,19 +128,14 @@ class _Lines:
             raise ValueError("a line or a frame larger than any structure needs")
         return line.decode()
 
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line = self.readline()
-        if not line:
-            raise StopIteration
-        return line
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readline, "")
 
 
 def _damaged(path: Path, info: zipfile.ZipInfo, count: int, error: Exception) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"{path}: member {info.filename} is damaged after {count} frames ({reason}); download it again")
+    return DataError(
+        f"{path}: member {info.filename} is damaged after {count} frames ({one_line(error)}); download it again"
+    )
 
 
-READER = Reader("xyz_zip", "zip of (ext)xyz files, as of MPTrj", read_xyz_zip, matches, parts=divide)
+READER = Reader("xyz_zip", "zip of (ext)xyz files, as of MPTrj", read_xyz_zip, matches, divide)
