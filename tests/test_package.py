@@ -212,6 +212,25 @@ def test_nothing_read_is_run(path: Path) -> None:
             assert {alias.name for alias in node.names} <= {"UnpicklingError"}
 
 
+def test_the_only_unpickler_has_an_allow_list() -> None:
+    """Pickles are read by one class, which imports nothing: every name is looked up in its list."""
+    classes = {
+        f"{name_of(path)}.{node.name}": node
+        for path in modules()
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.ClassDef) and any("Unpickler" in ast.unparse(base) for base in node.bases)
+    }
+    assert list(classes) == ["escaip.data.readers.pickled.DataUnpickler"]
+    (found,) = (
+        node
+        for node in ast.walk(classes["escaip.data.readers.pickled.DataUnpickler"])
+        if isinstance(node, ast.FunctionDef) and node.name == "find_class"
+    )
+    assert {ast.unparse(node.value) for node in ast.walk(found) if isinstance(node, ast.Return) and node.value} == {
+        "self._allowed[full]"
+    }
+
+
 @pytest.mark.parametrize(
     "code",
     [

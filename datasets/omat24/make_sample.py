@@ -20,7 +20,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from escaip.data.aselmdb_writer import write_aselmdb
+from escaip.data.convert import write_aselmdb
 
 FOLDER = Path(__file__).parent
 SPREADS = {"rattled-300": 0.06, "rattled-500": 0.10, "rattled-1000": 0.15}

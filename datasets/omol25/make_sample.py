@@ -19,7 +19,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from escaip.data import open_source
-from escaip.data.aselmdb_writer import write_aselmdb
+from escaip.data.convert import write_aselmdb
 
 FOLDER = Path(__file__).parent
 MOLECULES = (

@@ -78,7 +78,7 @@ def inspect(path: DataPath, *, out: str | None = None, **read: Unpack[ReadOption
 
     Example: escaip data inspect train.extxyz --keys.energy REF_energy
     """
-    from escaip.data.from_files import inspect as inspect_path
+    from escaip.data.inspect import inspect as inspect_path
     from escaip.files import resolve
 
     inspect_path(resolve(path), out=out, **reading(**read))
@@ -97,7 +97,7 @@ def convert(
 
     Example: escaip data convert sample.hdf5 sample.extxyz
     """
-    from escaip.data.from_files import convert as convert_path
+    from escaip.data.convert import convert as convert_path
     from escaip.files import resolve
 
     on_error = "skip" if skip_bad else "raise"

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.readers.policy import WINDOW, ReadReport, check_magnitudes
+from escaip.data.readers import PathLike, ReadReport, check_magnitudes, expand_paths, open_source
+from escaip.data.readers.policy import WINDOW
 from escaip.data.statistics import Statistics, fit_statistics
+from escaip.data.store import MANIFEST, Store
 from escaip.errors import DataError
+from escaip.files import write_aside, write_json
 
 if TYPE_CHECKING:
     from escaip.data.structure import AtomicData
@@ -238,6 +241,44 @@ class _Collector:
         self._window = []
 
 
+def inspect(
+    path: PathLike | list[PathLike], *, out: PathLike | None = None, show: bool = True, **options: Any
+) -> Inspection:
+    """Counts, ranges and distributions of any supported data; bad structures and implausible units are reported.
+
+    The checksums of a prepared store are compared first.
+
+    Args:
+        path: see :func:`escaip.data.open_source`.
+        out: directory for ``inspect.json`` and ``inspect.png``; None writes no files.
+        show: print the table.
+        **options: of :func:`escaip.data.open_source` (``format``, ``keys``, ``units``, ``limit``, ``index``, ...).
+
+    Raises:
+        DataError: a file that cannot be read, a damaged store, or 0 structures.
+    """
+    report = ReadReport()
+    for file in expand_paths(path):
+        if file.is_dir() and (file / MANIFEST).is_file():
+            Store(file).verify()
+    options = {"on_error": "skip", **options, "check_units": False}
+    try:
+        inspection, values = inspect_structures(open_source(path, report=report, **options), report)
+    except DataError as error:
+        if report.read == 0 and report.messages:
+            reason = f"{report.skipped} were skipped, the first: {report.messages[0]}"
+            raise DataError(f"0 structures could be read, {reason}") from error
+        raise
+    if show:
+        print(inspection.table())
+    if out is not None:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_inspection(values, folder / "inspect.png")
+        write_json(folder / "inspect.json", inspection.to_dict())
+    return inspection
+
+
 def inspect_structures(
     structures: Iterable[AtomicData], report: ReadReport | None = None
 ) -> tuple[Inspection, dict[str, NDArray[np.float64]]]:
@@ -313,9 +354,8 @@ def plot_inspection(values: dict[str, NDArray[np.float64]], path: Path) -> None:
             axis.set_xscale("log")
         else:
             axis.hist(data, bins=60)
-    aside = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(aside, dpi=120)
-    aside.replace(path)
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=120)
 
 
 def _reference_energies(collector: _Collector, statistics: Statistics) -> NDArray[np.float64]:

@@ -129,7 +129,7 @@ class WorkItem:
             path = file.path
             entries = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
             facts = [[entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in entries]
-            stamps.append([file.source, file.name, facts])
+            stamps.append([file.reader, file.name, facts])
         return [self.split, self.part and [*self.part], stamps]
 
 
@@ -302,7 +302,7 @@ def prepare_named(
         facts["level_of_theory"] = described.get("level_of_theory", "")
         # Labels and options of a card are meant for the layout that it names.
         listed = [*chain.from_iterable(given.values())] if isinstance(given, dict) else given
-        if {file.source for file in list_files(listed, merged.get("format"))} == {about.get("format")}:
+        if {file.reader for file in list_files(listed, merged.get("format"))} == {about.get("format")}:
             merged = {**about.get("options", {}), **merged}
             if "keys" in about:
                 merged["keys"] = {**about["keys"], **merged.get("keys", {})}

@@ -225,7 +225,11 @@ class AtomicData(Data):
         """
         keys = LabelKeys.parse(keys) or LabelKeys()
         results = _held_results(atoms)
-        name = structure_id or (_text(atoms, keys.structure_id) if keys.structure_id else "") or _formula(atoms)
+        name = (
+            structure_id
+            or (_text(atoms, keys.structure_id, "structure_id") if keys.structure_id else "")
+            or _formula(atoms)
+        )
         labels = _labels_of(atoms, results, keys, units, name)
         charge = (
             atoms.info.get("charge", 0) if keys.charge is None else _find(atoms, results, keys.charge, "charge", name)
@@ -236,7 +240,7 @@ class AtomicData(Data):
         elif keys.spin != IGNORE:
             spin = _find(atoms, results, keys.spin, "spin", name)
         if group is None:
-            group = _text(atoms, keys.group) if keys.group else _formula(atoms)
+            group = _text(atoms, keys.group, "group") if keys.group else _formula(atoms)
         return cls.from_arrays(
             atoms.numbers,
             atoms.positions,
@@ -500,8 +504,8 @@ def _find(atoms: Atoms, results: Mapping[str, Any], key: str, label: str, name: 
     raise DataError(f"{name}: no {label} under the key {key!r}; found {labels_found(atoms)}; name one of these in keys")
 
 
-def _text(atoms: Atoms, key: str) -> str:
-    return str(_find(atoms, {}, key, "text", _formula(atoms)))
+def _text(atoms: Atoms, key: str, label: str) -> str:
+    return str(_find(atoms, {}, key, label, _formula(atoms)))
 
 
 def _formula(atoms: Atoms) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ase.build
 import numpy as np
@@ -11,22 +12,19 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian
 
-from escaip.data import AtomicData, aselmdb_writer
-from escaip.data.aselmdb_writer import write_aselmdb, write_natoms
-from escaip.data.readers.ase_row import Row, decode_row
-from escaip.data.readers.aselmdb import read_aselmdb, read_metadata
+from escaip.data import AtomicData, convert, open_source
+from escaip.data.convert import write_aselmdb
+from escaip.data.readers.aselmdb import decode_json, read_metadata
 from escaip.data.readers.ocp_lmdb import open_environment
-from escaip.data.readers.policy import ReadPolicy
-from escaip.data.structure import LabelKeys
 from escaip.errors import DataError
 
 VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
 
 
-def rows_of(path: Path) -> list[Row]:
+def rows_of(path: Path) -> list[dict[str, Any]]:
     with open_environment(path) as environment, environment.begin() as transaction:
         count = environment.stat()["entries"] - 2
-        return [decode_row(transaction.get(b"%d" % row_id), "row") for row_id in range(1, count + 1)]
+        return [decode_json(transaction.get(b"%d" % row_id) or b"", "row") for row_id in range(1, count + 1)]
 
 
 def test_written_structures_are_read_back(tmp_path: Path, structures: list[AtomicData]) -> None:
@@ -35,19 +33,17 @@ def test_written_structures_are_read_back(tmp_path: Path, structures: list[Atomi
     structures[1].charge[:] = -1
     structures[1].spin_multiplicity[:] = 2
     path = tmp_path / "a.aselmdb"
-    counts = write_aselmdb(path, structures, metadata={"level_of_theory": "made up"})
-    found = read_aselmdb(path, ReadPolicy(), keys=LabelKeys.parse({"group": "group", "structure_id": "structure_id"}))
+    count = write_aselmdb(path, structures, metadata={"level_of_theory": "made up"})
+    found = open_source(path, keys={"group": "group", "structure_id": "structure_id"}, check_units=False)
     assert [path.name] == [file.name for file in tmp_path.iterdir()]
     assert read_metadata(path) == {"level_of_theory": "made up"}
-    assert counts.tolist() == [data.num_nodes for data in structures]
+    assert count == len(structures)
     for one, two in zip(found, structures, strict=True):
         assert (one.structure_id, one.group) == (two.structure_id, two.group)
         for field in ("positions", "atomic_numbers", "cell", "pbc", "charge", "spin_multiplicity", "fixed", "tags"):
             assert getattr(one, field).equal(getattr(two, field)), field
         for label in ("energy", "forces", "stress"):
             assert np.array_equal(getattr(one, label), getattr(two, label), equal_nan=True), label
-    with np.load(write_natoms(tmp_path, [counts, counts])) as content:
-        assert content["natoms"].tolist() == [*counts.tolist()] * 2
 
 
 def test_written_atoms_are_read_back(tmp_path: Path) -> None:
@@ -59,25 +55,25 @@ def test_written_atoms_are_read_back(tmp_path: Path) -> None:
     atoms.info = {"charge": 1, "vector": np.arange(3), "note": "x", "bad": float("nan")}
     path = tmp_path / "a.aselmdb"
     write_aselmdb(path, [atoms])
-    (data,) = read_aselmdb(path, ReadPolicy())
+    (data,) = open_source(path, check_units=False)
     assert data.fixed.tolist() == [False, True, True, False]
     assert np.array_equal(data.forces.numpy(), forces)
     assert np.array_equal(data.stress[0].numpy()[VOIGT], np.arange(6.0) / 100)
     assert (int(data.charge), data.tags.tolist()) == (1, [0, 1, 2, 0])
     (row,) = rows_of(path)
-    assert row.find("vector", "vector").tolist() == [0, 1, 2]
+    assert row["data"]["vector"]["__ndarray__"][2] == [0, 1, 2]
 
 
 def test_batches_and_growing_maps_change_nothing(
     tmp_path: Path, frames: list[Atoms], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_aselmdb(tmp_path / "a.aselmdb", frames)
-    monkeypatch.setattr(aselmdb_writer, "BATCH_ROWS", 7)
-    monkeypatch.setattr(aselmdb_writer, "_FIRST_MAP", 1 << 15)
+    monkeypatch.setattr(convert, "BATCH_ROWS", 7)
+    monkeypatch.setattr(convert, "FIRST_MAP", 1 << 15)
     write_aselmdb(tmp_path / "b.aselmdb", iter(frames))
     one, two = (rows_of(tmp_path / f"{name}.aselmdb") for name in "ab")
-    assert [row.fields["unique_id"] for row in one] == [row.fields["unique_id"] for row in two]
-    assert len({row.fields["unique_id"] for row in one}) == len(frames)
+    assert [row["unique_id"] for row in one] == [row["unique_id"] for row in two]
+    assert len({row["unique_id"] for row in one}) == len(frames)
     write_aselmdb(tmp_path / "b.aselmdb", frames, overwrite=True)
     monkeypatch.undo()
     write_aselmdb(tmp_path / "c.aselmdb", frames)
@@ -98,7 +94,7 @@ def test_writing_fails_as_a_whole(tmp_path: Path, frames: list[Atoms]) -> None:
     frames[3].info["calculator"] = EMT()
     with pytest.raises(DataError, match=r"structure 4: holds what JSON cannot \(a EMT\)"):
         write_aselmdb(path, frames)
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match=r"cannot (be written|write)"):
         write_aselmdb(tmp_path / "no such folder" / "a.aselmdb", frames[:2])
     assert list(tmp_path.iterdir()) == []
     path.write_text("mine")

@@ -17,7 +17,7 @@ from ase.constraints import FixAtoms, FixCartesian
 from torch_geometric.data import Batch
 
 from escaip.data import AtomicData, LabelKeys, collate, open_source
-from escaip.data.aselmdb_writer import write_aselmdb
+from escaip.data.convert import write_aselmdb
 from escaip.data.structure import TENSOR_FIELDS, join_batches
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS, Target

@@ -25,8 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
 
-from escaip.data.readers import pyg_pickle
-from escaip.data.readers.pyg_pickle import PickledObject, attributes, plain, read_torch_file, unpickle
+from escaip.data.readers.pickled import HEADER, PickledObject, attributes, plain, read_torch_file, unpickle
 from escaip.errors import DataError
 
 TENSORS = {
@@ -133,13 +132,13 @@ def test_torch_files(tmp_path: Path) -> None:
 def test_storages_of_other_machines_are_read_by_their_header() -> None:
     """The comparison of the usual header is a shortcut only."""
     payload = reduced_storage(torch.arange(4.0))
-    other = payload.replace(pyg_pickle._HEADER, legacy_header({"little_endian": True, "other": 1}))
-    assert not other.startswith(pyg_pickle._HEADER)
+    other = payload.replace(HEADER, legacy_header({"little_endian": True, "other": 1}))
+    assert not other.startswith(HEADER)
     for data in (payload, other):
         assert np.array_equal(plain(unpickle(storage_pickle(data), "here")), np.arange(4.0))
 
 
-def legacy_header(machine: dict[str, Any], magic: int = pyg_pickle._MAGIC) -> bytes:
+def legacy_header(machine: dict[str, Any], magic: int = 0x1950A86A20F9469CFC6C) -> bytes:
     return b"".join(pickle.dumps(value, protocol=2) for value in (magic, 1001, machine))
 
 
@@ -196,7 +195,7 @@ def attacks(command: str) -> dict[str, tuple[bytes, str]]:
         "state of a tensor": (pickle.dumps(torch.zeros(1), protocol=4)[:-1] + b"N}\x86b.", "sets the state of a"),
         "storage": (pickle.dumps(Reduced(torch.storage._load_from_bytes, payload)), "names 'posix.system'"),
         "storage after the header": (
-            pickle.dumps(Reduced(torch.storage._load_from_bytes, pyg_pickle._HEADER + payload)),
+            pickle.dumps(Reduced(torch.storage._load_from_bytes, HEADER + payload)),
             "names 'posix.system'",
         ),
         "storage within a storage": (
@@ -219,7 +218,7 @@ def attacks(command: str) -> dict[str, tuple[bytes, str]]:
         ),
         "dotted": (stack_global("torch_geometric.data.data", "Data.__init__.__globals__"), "Data.__init__.__globals__"),
         "dotted module": (stack_global("collections", "OrderedDict.__class__", call), "OrderedDict.__class__"),
-        "private": (stack_global("escaip.data.readers.pyg_pickle", "os"), "pyg_pickle.os"),
+        "private": (stack_global("escaip.data.readers.pickled", "os"), "pickled.os"),
         "line break": (stack_global("os\n", "system\n", call), r"'os\\n.system\\n'"),
         "inst": (b"\x80\x02(" + argument + b"ios\nsystem\n.", "opcode INST"),
         "obj": (b"\x80\x02(cos\nsystem\n" + argument + b"o.", "opcode OBJ"),
@@ -315,8 +314,8 @@ def test_tensors_stay_within_their_storage(size: Any, stride: Any, offset: int, 
         (lambda data: data[:-24] + struct.pack("<q", 2**61) + data[-16:], "in two ways"),
         (lambda data: data[:-24] + struct.pack("<q", -1) + data[-16:], "in two ways"),
         (lambda data: data[:40], "ends within"),
-        (lambda data: legacy_header({"little_endian": False}) + data[len(pyg_pickle._HEADER) :], "big-endian"),
-        (lambda data: legacy_header({}, magic=1) + data[len(pyg_pickle._HEADER) :], "magic number"),
+        (lambda data: legacy_header({"little_endian": False}) + data[len(HEADER) :], "big-endian"),
+        (lambda data: legacy_header({}, magic=1) + data[len(HEADER) :], "magic number"),
         (lambda data: data.replace(b"FloatStorage", b"UnknownOne12"), "'torch.UnknownOne12'"),
         (lambda data: "text", "no bytes"),
     ],

@@ -15,7 +15,7 @@ import torch
 from ase import Atoms
 from ase.calculators.emt import EMT
 
-from escaip.data import AtomicData
+from escaip.data import AtomicData, open_source
 from escaip.data.inspect import ForceWork
 from escaip.data.readers import check_magnitudes, oc20
 from escaip.data.readers.oc20 import READER, list_files, matches, read_oc20
@@ -51,7 +51,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def read(path: Path, energy: str | None = "total", **options: object) -> list[AtomicData]:
-    return list(read_oc20(path, ReadPolicy(), energy=energy, **options))  # type: ignore[arg-type]
+    return list(read_oc20(path, path.name, ReadPolicy(), energy=energy, **options))  # type: ignore[arg-type]
 
 
 def by_ase(path: Path) -> list[Atoms]:
@@ -108,10 +108,10 @@ def test_adsorption_energy_is_total_less_reference() -> None:
 
 def test_fast_parser_is_ase_on_every_frame() -> None:
     for number, frame in enumerate(oc20._frames(SAMPLE)):
-        fast, slow = (
-            parse(frame, str(number), "group", Units()) for parse in (oc20._structure, oc20._structure_by_ase)
-        )
-        assert oc20._comment(frame.comment) is not None
+        pairs = oc20._pairs_of(frame.comment)
+        assert pairs is not None
+        fast = oc20._by_columns(pairs, frame, str(number), "group", Units())
+        slow = oc20._by_ase(frame, str(number), "group", Units())
         for key in ("positions", "cell", "energy", "forces", "tags", "fixed", "atomic_numbers", "pbc"):
             assert torch.equal(fast[key], slow[key]), (number, key)
 
@@ -136,7 +136,7 @@ def test_energy_not_free_energy_and_forces_of_fixed_atoms(write: Callable[..., P
 )
 def test_other_layouts_go_to_ase(frame: str, write: Callable[..., Path]) -> None:
     path = write(frame)
-    assert all(oc20._comment(item.comment) is None for item in oc20._frames(path))
+    assert all(oc20._pairs_of(item.comment) is None for item in oc20._frames(path))
     check_against_ase(read(path), ase.io.read(path, ":"))  # type: ignore[arg-type]
 
 
@@ -144,7 +144,7 @@ def test_compressed_and_not_and_a_door_with_units(write: Callable[..., Path]) ->
     plain, packed = write(FRAME * 3), write(FRAME * 3, name="3.extxyz.xz", sidecar="3.txt.xz")
     for first, second in zip(read(plain), read(packed), strict=True):
         assert torch.equal(first.forces, second.forces)
-    (data, *_) = list(read_oc20(plain, ReadPolicy(Units.parse({"energy": "meV"})), energy="adsorption"))
+    (data, *_) = list(read_oc20(plain, plain.name, ReadPolicy(Units.parse({"energy": "meV"})), energy="adsorption"))
     assert float(data.energy) == pytest.approx(-1.25e-3)
     assert data.forces[1].tolist() == pytest.approx([0.0, 0.0, 5e-4])
 
@@ -190,10 +190,8 @@ def test_energy_must_be_stated_and_plausible(write: Callable[..., Path]) -> None
         read(path, "adsorption")
     with pytest.raises(DataError, match=r"stated as total are -0\.025 eV per atom"):
         read(write(FRAME.replace("energy=-7.5", "energy=-0.075")))
-    from escaip.data.structure import LabelKeys
-
-    with pytest.raises(ConfigError, match="the OC20 layout fixes its names"):
-        read(path, keys=LabelKeys.parse({"energy": "energy"}))
+    with pytest.raises(ConfigError, match="the oc20 layout fixes its names"):
+        open_source(path, energy="total", keys={"energy": "energy"})
 
 
 @pytest.mark.bad_input
@@ -280,7 +278,7 @@ def test_bad_frames_give_one_line(name: str, write: Callable[..., Path]) -> None
 def test_bad_frames_are_counted_and_the_rest_keeps_its_lines(write: Callable[..., Path]) -> None:
     report = ReadReport()
     path = write(FRAME.replace("0.50000000", "nan") + FRAME)
-    (data,) = list(read_oc20(path, ReadPolicy(on_error="skip", report=report), energy="total"))
+    (data,) = list(read_oc20(path, path.name, ReadPolicy(on_error="skip", report=report), energy="total"))
     assert data.structure_id == "3.extxyz:random12:1"
     assert (report.read, report.skipped) == (1, 1)
 
@@ -291,7 +289,7 @@ def test_frames_without_labels(write: Callable[..., Path]) -> None:
     (data,) = read(path)
     assert not data.has_label("energy")
     with pytest.raises(DataError, match=r"random12:0: has no energy, which required_labels asks for"):
-        list(read_oc20(path, ReadPolicy(required=("energy",)), energy="total"))
+        list(read_oc20(path, path.name, ReadPolicy(required=("energy",)), energy="total"))
 
 
 @pytest.mark.bad_input

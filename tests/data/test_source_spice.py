@@ -142,11 +142,11 @@ def test_charges_of_smiles(smiles: str, charge: int | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dft_total_energy": None}, "molecule 'water' has no dataset 'dft_total_energy'; found"),
+        ({"dft_total_energy": None}, "s.hdf5:water:0: has no dataset 'dft_total_energy'; found"),
         ({"atomic_numbers": None}, "no dataset 'atomic_numbers'"),
         ({"smiles": None}, "no dataset 'smiles'"),
         ({"smiles": ["[O:1]([H:2])[F:3]"]}, "does not have the same atoms"),
-        ({"smiles": ["[O:1"]}, "molecule 'water': SMILES"),
+        ({"smiles": ["[O:1"]}, "s.hdf5:water:0: SMILES"),
         ({"conformations": np.zeros((3, 3, 3))}, "s.hdf5:water:0: atoms 0 and 1 are 0 Å apart"),
     ],
 )
@@ -200,18 +200,20 @@ def many(path: Path, counts: list[int]) -> Path:
 
 def test_parts_are_the_whole(tmp_path: Path) -> None:
     path = many(tmp_path / "s.hdf5", [3, 1, 7, 2, 2, 5, 1])
-    whole = [data.structure_id for data in read_spice(path, ReadPolicy())]
+    whole = [data.structure_id for data in read_spice(path, path.name, ReadPolicy())]
     assert len(whole) == 21
     for size in (1, 4, 8, 100):
         parts = divide(path, size)
-        pieces = [[data.structure_id for data in read_spice(path, ReadPolicy(), part=part)] for part in parts]
+        pieces = [
+            [data.structure_id for data in read_spice(path, path.name, ReadPolicy(), part=part)] for part in parts
+        ]
         assert [name for piece in pieces for name in piece] == whole
         assert max(map(len, pieces)) <= max(size, 7)
     assert READER.parts is divide
-    late = [len(list(read_spice(path, ReadPolicy(), part=part, subset="late"))) for part in divide(path, 4)]
+    late = [len(list(read_spice(path, path.name, ReadPolicy(), part=part, subset="late"))) for part in divide(path, 4)]
     assert sum(late) == late[-1] == 1
     with pytest.raises(DataError, match="no molecule of subset"):
-        list(read_spice(path, ReadPolicy(), part=(0, 2), subset="None such"))
+        list(read_spice(path, path.name, ReadPolicy(), part=(0, 2), subset="None such"))
 
 
 def test_reading_is_linear_in_the_molecules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +228,7 @@ def test_reading_is_linear_in_the_molecules(tmp_path: Path, monkeypatch: pytest.
             h5py.Group, "__getitem__", lambda self, key, c=calls: (c.update(get=c["get"] + 1), look(self, key))[1]
         )
         monkeypatch.setattr(h5py.Group, "__iter__", lambda self, c=calls: (c.update(iter=c["iter"] + 1), walk(self))[1])
-        assert len(list(read_spice(path, ReadPolicy()))) == number
+        assert len(list(read_spice(path, path.name, ReadPolicy()))) == number
         monkeypatch.undo()
         counts[number] = calls
     assert counts[40]["get"] == 2 * counts[20]["get"] == 40 * 6
@@ -271,7 +273,7 @@ def test_a_shape_without_numbers_and_damaged_numbers(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[offset : offset + 40] = bytes(40)
     path.write_bytes(content)
-    with pytest.raises(DataError, match="molecule 'water': 'conformations' cannot be read") as caught:
+    with pytest.raises(DataError, match="water:0: 'conformations' cannot be read") as caught:
         list(open_source(path))
     assert "\n" not in str(caught.value)
 

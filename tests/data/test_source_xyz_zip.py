@@ -46,7 +46,7 @@ def archive(tmp_path: Path, frames: list[Atoms]) -> Path:
 
 
 def test_zip_equals_ase(archive: Path, frames: list[Atoms]) -> None:
-    found = list(read_xyz_zip(archive, ReadPolicy()))
+    found = list(read_xyz_zip(archive, archive.name, ReadPolicy()))
     expected = frames[:4] + [atoms for k in range(3) for atoms in frames[50 + k :: 3]]
     assert [data.structure_id for data in found][3:6] == [
         "m.zip:a.xyz:3",
@@ -63,11 +63,11 @@ def test_zip_equals_ase(archive: Path, frames: list[Atoms]) -> None:
     keys = LabelKeys.parse({"energy": "corrected", "forces": "forces"})
     for size in (1, 3, 100):
         parts = divide(archive, size)
-        pieces = [data for part in parts for data in read_xyz_zip(archive, ReadPolicy(), part=part)]
+        pieces = [data for part in parts for data in read_xyz_zip(archive, archive.name, ReadPolicy(), part=part)]
         assert [data.structure_id for data in pieces] == [data.structure_id for data in found]
     assert [len(divide(archive, size)) for size in (1, 8, 100)] == [4, 2, 1]
     part = (1, 2)
-    assert [float(d.energy) for d in read_xyz_zip(archive, ReadPolicy(), part=part, keys=keys)] == [
+    assert [float(d.energy) for d in read_xyz_zip(archive, archive.name, ReadPolicy(), part=part, keys=keys)] == [
         -0.0,
         -3.0,
         -6.0,
@@ -107,7 +107,7 @@ def test_bad_zips(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
         path = tmp_path / f"{case}.zip"
         path.write_bytes(text)
         with pytest.raises(DataError, match=messages[case]) as caught:
-            list(read_xyz_zip(path, ReadPolicy()))
+            list(read_xyz_zip(path, path.name, ReadPolicy()))
         assert "\n" not in str(caught.value)
 
 

@@ -107,8 +107,10 @@ def _records(path: Path, name: str, energy_key: str, units: Units, part: Part | 
             # Floats are read by the C library, to the last digit.
             for material, frames in ijson.kvitems(stream, "", use_float=True, map_type=_Object, buf_size=_PARSED):
                 stream.used = stream.depth = 0
-                if not isinstance(frames, dict) or not all(isinstance(frame, dict) for frame in frames.values()):
+                if not isinstance(frames, _Object) or not all(isinstance(frame, dict) for frame in frames.values()):
                     raise ValueError("it holds something else than frames: this is not the layout of MPTrj")
+                if frames.repeated is not None:
+                    raise ValueError(f"two frames of material {material} are named {frames.repeated!r}")
                 for key, frame in frames.items():
                     build = partial(_structure_of, frame, f"{name}:{material}:{key}", str(material), energy_key, units)
                     yield Record(build, partial(", ".join, frame))
@@ -152,12 +154,14 @@ class _Materials:
         return block
 
 
-class _Object(dict):  # type: ignore[type-arg]
-    """A JSON object that refuses a second member of the same name."""
+class _Object(dict):
+    """A JSON object that remembers a second member of the same name; the parser ignores an error here."""
+
+    repeated: str | None = None
 
     def __setitem__(self, key: str, value: object) -> None:
         if key in self:
-            raise ValueError(f"two members of an object are named {key!r}")
+            self.repeated = key
         super().__setitem__(key, value)
 
 

@@ -10,9 +10,10 @@ import io
 import lzma
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 
@@ -40,7 +41,8 @@ _LINE = re.compile(r"([^,\s][^,]*),frame(\d{1,15}),([-+.\deE]+)")
 _FLAGS = {b"T": True, b"F": False}
 
 
-class _Line(NamedTuple):
+@dataclass(frozen=True)
+class _Line:
     """A frame in the sidecar; the reference energy in the unit of the file."""
 
     system: str
@@ -48,7 +50,8 @@ class _Line(NamedTuple):
     reference: float
 
 
-class _Frame(NamedTuple):
+@dataclass(frozen=True)
+class _Frame:
     """Lines of a frame: number of atoms, comment, atoms."""
 
     count: bytes

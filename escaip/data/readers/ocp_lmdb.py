@@ -199,7 +199,7 @@ def _records(file: OcpFile, part: Part | None) -> Iterator[Record]:
         start, stop = part or (0, count)
         with environment.begin() as transaction:
             for number in range(start, min(stop, count)):
-                where = f"{file.path}: key '{number}' of {count}"
+                where = f"{file.path}: key '{number}'"
                 yield file.record(transaction.get(str(number).encode()), str(number), where)
 
 

@@ -46,6 +46,10 @@ _LENGTHS = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT
             pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}  # fmt: skip
 _ARGUMENTS = {ord(code.code): 0 if code.arg is None else code.arg.n for code in pickletools.opcodes}
 """Bytes that follow each opcode; negative where they depend on what follows."""
+_OPCODES = {ord(code.code): code.name for code in pickletools.opcodes}
+_UNUSED = ("EXT1", "EXT2", "EXT4", "OBJ")
+"""Opcodes that call or import and that no data need; those with text for an argument are refused too, but GLOBAL."""
+
 _STOP, _PUT, _GLOBAL = (ord(getattr(pickle, name)) for name in ("STOP", "LONG_BINPUT", "GLOBAL"))
 
 
@@ -104,18 +108,20 @@ class _Stub:
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Reads one pickle of a stream, importing nothing: names are looked up in :data:`_ALLOWED`."""
+    """Reads one pickle of a stream, importing nothing: names are looked up among those allowed."""
 
-    def __init__(self, stream: io.BytesIO, storage: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self, stream: io.BytesIO, allowed: Mapping[str, Any], storage: Callable[[Any], Any] | None = None
+    ) -> None:
         super().__init__(stream)
-        self._storage = storage
+        self._allowed, self._storage = allowed, storage
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns what stands for a name, or refuses it."""
         full = f"{module}.{name}"
-        if full not in _ALLOWED or "." in name:
+        if full not in self._allowed or "." in name:
             raise Refused(f"names {_shown(full)}, which no data record needs and which is not loaded")
-        return _ALLOWED[full]
+        return self._allowed[full]
 
     def persistent_load(self, pid: Any) -> Any:
         """Returns the storage that ``pid`` refers to."""
@@ -136,7 +142,7 @@ def unpickle(data: bytes, where: str) -> Any:
     """
     with _one_line(where, "not a readable pickle, or damaged"):
         stream = io.BytesIO(data)
-        value = _load(data, stream)
+        value = _load(data, stream, _ALLOWED)
         if stream.tell() != len(data):
             raise Refused(f"has {len(data) - stream.tell()} bytes after its end")
         return value
@@ -184,10 +190,12 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, _Stub) else value
 
 
-def _load(data: bytes, stream: io.BytesIO, storage: Callable[[Any], Any] | None = None) -> Any:
+def _load(
+    data: bytes, stream: io.BytesIO, allowed: Mapping[str, Any], storage: Callable[[Any], Any] | None = None
+) -> Any:
     """The next pickle of a stream of ``data``."""
     _check_opcodes(data, stream.tell())
-    return DataUnpickler(stream, storage).load()
+    return DataUnpickler(stream, allowed, storage).load()
 
 
 def _check_opcodes(data: bytes, at: int) -> None:
@@ -196,7 +204,7 @@ def _check_opcodes(data: bytes, at: int) -> None:
         while (code := data[at]) != _STOP:
             size = _ARGUMENTS.get(code, pickletools.UP_TO_NEWLINE)
             at += 1
-            if size >= 0:
+            if size >= 0 and _OPCODES[code] not in _UNUSED:
                 if code == _PUT and int.from_bytes(data[at : at + 4], "little") > len(data):
                     raise Refused("is a pickle with an impossible memo index")
                 at += size
@@ -205,7 +213,7 @@ def _check_opcodes(data: bytes, at: int) -> None:
             elif size in _LENGTHS:
                 at += _LENGTHS[size] + int.from_bytes(data[at : at + _LENGTHS[size]], "little")
             else:
-                raise Refused(f"is a pickle with the opcode {chr(code)!a}, which data do not need")
+                raise Refused(f"is a pickle with the opcode {_OPCODES.get(code, hex(code))}, which data do not need")
     except (IndexError, ValueError):
         raise Refused("ends within a value") from None
 
@@ -218,12 +226,12 @@ def _storage_from_bytes(payload: Any) -> _Stub:
     stream = io.BytesIO(payload)
     if payload.startswith(HEADER):
         stream.seek(len(HEADER))
-    elif [_load(payload, stream), _load(payload, stream)] != [_MAGIC, _PROTOCOL]:
+    elif [_load(payload, stream, {}), _load(payload, stream, {})] != [_MAGIC, _PROTOCOL]:
         raise Refused("holds a storage without PyTorch's magic number")
-    elif type(machine := _load(payload, stream)) is not dict or machine.get("little_endian") is not True:
+    elif type(machine := _load(payload, stream, {})) is not dict or machine.get("little_endian") is not True:
         raise Refused("holds a storage of a big-endian machine")
-    _load(payload, stream, lambda pid: found.append(_reference(pid)))
-    keys = _load(payload, stream)
+    _load(payload, stream, _STORAGE_TYPES, lambda pid: found.append(_reference(pid)))
+    keys = _load(payload, stream, {})
     if len(found) != 1 or keys != [found[0][1]]:
         raise Refused("holds a storage that is not one run of numbers")
     dtype, _, count = found[0]
@@ -274,18 +282,24 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
     if f"{roots[0]}byteorder" in archive.namelist() and entry("byteorder") != b"little":
         raise Refused("is a file of a big-endian machine")
     data = entry("data.pkl")
-    return _load(data, io.BytesIO(data), storage)
+    return _load(data, io.BytesIO(data), _ALLOWED, storage)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Stub:
     """A tensor on its storage; gradients and hooks are left out."""
     shape, steps = _integers(size), _integers(stride)
     flat = plain(storage)
-    if not isinstance(flat, np.ndarray) or flat.ndim != 1 or type(offset) is not int or len(shape) != len(steps):
+    if (
+        not isinstance(flat, np.ndarray)
+        or flat.ndim != 1
+        or type(offset) is not int
+        or offset < 0
+        or len(shape) != len(steps)
+    ):
         raise Refused("holds a tensor that is not built from a storage, an offset, sizes and strides")
     count = math.prod(shape)
     last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
-    if offset < 0 or (count and last >= len(flat)):
+    if count and last >= len(flat):
         raise Refused(f"holds a tensor of shape {shape} that reaches beyond its {len(flat)} numbers")
     if count > max(len(flat), MAX_EXPANDED):
         raise Refused(f"holds a tensor of shape {shape} expanded from {len(flat)} numbers")
@@ -340,9 +354,11 @@ _NUMPY = {
 }
 _PYG = ("data.Data", "data.DataEdgeAttr", "data.DataTensorAttr", "storage.GlobalStorage", "batch.Batch",
         "batch.DynamicInheritanceGetter")  # fmt: skip
+_STORAGE_TYPES = {f"torch.{name}": code for name, code in _STORAGES.items()}
+"""Types of storage stand for themselves as text, which has no state that could be set."""
+
 _ALLOWED: Mapping[str, Any] = {
-    # A type of storage stands for itself as text, which has no state that could be set.
-    **{f"torch.{name}": code for name, code in _STORAGES.items()},
+    **_STORAGE_TYPES,
     "torch._utils._rebuild_tensor": _Stub(call=_rebuild_tensor),
     "torch._utils._rebuild_tensor_v2": _Stub(call=_rebuild_tensor),
     "torch.storage._load_from_bytes": _Stub(call=_storage_from_bytes),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,21 +156,30 @@ class ReadPolicy:
         Raises:
             DataError: a bad structure under ``on_error: raise``.
         """
-        for record in records:
-            try:
-                data = record.build()
-                self._check_labels(data, record)
-            except DataError as error:
-                if self.on_error == "raise" and not isinstance(error, MalformedError):
-                    raise
-                self.report.skip(str(error))
-                continue
-            force = largest_force(data) if self.max_force is not None and data.has_label("forces") else 0.0
-            if self.max_force is not None and force > self.max_force:
-                self.report.filter(f"{data.structure_id}: force of {force:.4g} eV/Å, above max_force {self.max_force}")
-                continue
-            self.report.read += 1
-            yield data
+        try:
+            for record in records:
+                data = self._built(record)
+                if data is not None:
+                    self.report.read += 1
+                    yield data
+        finally:
+            if isinstance(records, Generator):
+                records.close()  # the file, also while the traceback of an error is kept
+
+    def _built(self, record: Record) -> AtomicData | None:
+        try:
+            data = record.build()
+            self._check_labels(data, record)
+        except DataError as error:
+            if self.on_error == "raise" and not isinstance(error, MalformedError):
+                raise
+            self.report.skip(str(error))
+            return None
+        force = largest_force(data) if self.max_force is not None and data.has_label("forces") else 0.0
+        if self.max_force is not None and force > self.max_force:
+            self.report.filter(f"{data.structure_id}: force of {force:.4g} eV/Å, above max_force {self.max_force}")
+            return None
+        return data
 
     def _check_labels(self, data: AtomicData, record: Record) -> None:
         for name in self.required:

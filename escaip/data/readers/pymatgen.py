@@ -22,7 +22,7 @@ from escaip.types import TARGETS
 from escaip.units import Units
 
 if TYPE_CHECKING:
-    from pymatgen.core import SiteCollection
+    from pymatgen.core import Molecule, Structure
 
 MAX_DISAGREEMENT = 1e-3
 """Å between a site's Cartesian and its fractional coordinates; beyond it one of them is wrong."""
@@ -64,7 +64,7 @@ def read_pymatgen(path: Path, name: str, policy: ReadPolicy, *, keys: LabelKeys 
     )
 
 
-def from_pymatgen(structure: SiteCollection, *, labels: Mapping[str, Any] | None = None) -> AtomicData:
+def from_pymatgen(structure: Structure | Molecule, *, labels: Mapping[str, Any] | None = None) -> AtomicData:
     """Reads a pymatgen Structure or Molecule, which is not changed; its sites must be ordered.
 
     Args:
