@@ -74,7 +74,7 @@ class Errors:
 
     @classmethod
     def of(cls, differences: FloatArray) -> Errors | None:
-        """From differences of any shape, NaN where there is no label; None without any."""
+        """Summarises differences of any shape, NaN where a label is missing; None without any."""
         values = differences[np.isfinite(differences)]
         if values.size == 0:
             return None
@@ -95,23 +95,23 @@ class EvaluationReport:
     """Result of :func:`escaip.evaluate.evaluate`; energies in eV, forces in eV/Å, stress in eV/Å³.
 
     Attributes:
-        num_structures, num_atoms: evaluated.
+        num_structures, num_atoms: size of the data.
         free_atoms_only: whether forces of constrained atoms were left out.
-        energy: total energy, or None without labels.
-        energy_per_atom: with baselines ``references`` (the potential's element references alone) and ``mean`` (the
-            mean energy per atom of this very data).
-        forces: over components, with baseline ``zero``.
+        energy: errors of the total energy, or None without labels.
+        energy_per_atom: errors with baselines ``references`` (the potential's element references alone) and ``mean``
+            (the mean energy per atom of this very data).
+        forces: errors over components, with baseline ``zero``.
         force_cosine: mean cosine between predicted and labelled force; 0 counts where one of them is zero.
-        stress: over components, with baseline ``zero``.
+        stress: errors over components, with baseline ``zero``.
         energy_forces_within_threshold: fraction of structures with the energy within 0.02 eV and every force
             component within 0.03 eV/Å (EFwT of the Open Catalyst challenge).
-        forces_by_element: by symbol.
+        forces_by_element: errors of the force components by symbol.
         rotation_error: RMS of ``F(R x) − R F(x)`` in eV/Å over random rotations, for models whose forces are not
             equivariant by construction; else None.
         worst: structure ids with their largest force component error (eV/Å) and energy error (eV/atom), worst first.
-        seconds: of wall time for the predictions.
-        properties: of further targets by name, over components, in their unit (per atom where extensive), with baseline
-            ``zero``.
+        seconds: wall time of the predictions.
+        properties: errors of further targets by name, over components, in their unit (per atom where extensive), with
+            baseline ``zero``.
     """
 
     num_structures: int
@@ -198,7 +198,7 @@ def baselines_of(records: Records, target: Target) -> dict[str, FloatArray]:
 
 
 def largest_by_structure(records: Records, difference: FloatArray) -> FloatArray:
-    """``(S,)`` largest absolute component over the atoms of each structure; NaN where none counts."""
+    """Returns the ``(S,)`` largest absolute component over the atoms of each structure; NaN where none counts."""
     largest = np.full(len(records.num_atoms), -np.inf)
     per_atom = np.abs(difference).max(axis=1)
     valid = np.isfinite(per_atom)

@@ -46,9 +46,9 @@ def evaluate_files(
         model: ``.ckpt`` or ``.escaip``.
         data: see :func:`escaip.data.open_source`.
         out: folder, made when needed.
-        model_options: of :func:`escaip.load_potential`.
-        read_options: of :func:`escaip.data.open_source`.
-        **options: of :func:`evaluate_into`.
+        model_options: options of :func:`escaip.load_potential`.
+        read_options: options of :func:`escaip.data.open_source`.
+        **options: options of :func:`evaluate_into`.
 
     Raises:
         CheckpointError: the model cannot be read.
@@ -115,7 +115,7 @@ def evaluate(
     Args:
         potential: in evaluation mode.
         structures: with labels; NaN marks those that are missing.
-        max_atoms: evaluated at once; a larger structure is alone. By default as many as pay, or fit into memory.
+        max_atoms: atoms evaluated at once, but for a larger structure; by default what is fastest and fits into memory.
         free_atoms_only: leave forces of constrained atoms out.
         progress: show a bar.
 
@@ -180,8 +180,8 @@ def predict_file(
         max_atoms: atoms evaluated at once; by default what is fastest and fits into memory.
         overwrite: replace a file that exists.
         progress: show a bar.
-        model_options: of :func:`escaip.load_potential`.
-        read_options: of :func:`escaip.data.open_source`.
+        model_options: options of :func:`escaip.load_potential`.
+        read_options: options of :func:`escaip.data.open_source`.
 
     Returns:
         The number of structures written.
@@ -209,7 +209,7 @@ def predict_file(
 
 
 def rotation_error(potential: Potential, structures: Sequence[AtomicData], seed: int = 0) -> float:
-    """RMS of ``F(R x) − R F(x)`` over force components, eV/Å, for random rotations of each structure."""
+    """Returns the RMS of ``F(R x) − R F(x)`` over force components, eV/Å, for random rotations of each structure."""
     total, count = 0.0, 0
     for index, data in enumerate(structures):
         held = data.clone()

@@ -361,8 +361,8 @@ class FinalEvaluation(Callback):
     It loads the best checkpoint as a user would, so that the report describes the file.
 
     Args:
-        max_structures: of the validation set, taken in order; 0 leaves the evaluation out.
-        max_atoms: in a batch.
+        max_structures: number of structures of the validation set, taken in order; 0 leaves the evaluation out.
+        max_atoms: atoms evaluated at once.
     """
 
     def __init__(self, max_structures: int = 1000, max_atoms: int = 500) -> None:

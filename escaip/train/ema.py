@@ -1,4 +1,4 @@
-"""Averaged weights: validated, saved as the model, served; the raw ones continue the training."""
+"""Averaged weights are validated and saved as the model; the raw ones continue the training."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ class WeightEMA(WeightAveraging):
     """Exponential moving average of the weights after every optimizer step.
 
     Lightning's callback swaps the averaged weights in for validation, stores them in ``state_dict`` and the raw ones
-    in ``current_model_state``. This adds what it lacks here: buffers (element references, scale) are those of the
-    model from the first validation on, not copies from before they were set; a decay of at most ``(1 + n) / (10 + n)``
-    after ``n`` updates, so that short runs forget their first, random weights; and no warning outside of training.
+    in ``current_model_state``. This class changes three things: buffers (element references, scale) follow the model
+    from the first validation on, where Lightning copies them before they are set; the decay is at most
+    ``(1 + n) / (10 + n)`` after ``n`` updates, so that short runs forget their random first weights; and there is no
+    warning outside of training.
 
     Args:
-        decay: of the average; 0 turns averaging off.
+        decay: weight of the old average in each update; 0 turns averaging off.
 
     Raises:
         ConfigError: ``decay`` is outside [0, 1).
@@ -40,25 +41,25 @@ class WeightEMA(WeightAveraging):
         torch._foreach_lerp_(averaged, current, 1.0 - decay)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follows the module to its device, and takes the buffers: both were set after the copy was made."""
+        """Moves the average to the device of the module and takes its buffers, both set after the copy was made."""
         assert self._average_model is not None
         self._average_model.module.to(pl_module.device)
         self._take_buffers(pl_module)
 
     def _take_buffers(self, pl_module: LightningModule) -> None:
-        """Buffers of the module, whose shapes depend on how many sets there are."""
+        """Copies the buffers of the module; their shapes depend on the number of data sets."""
         assert self._average_model is not None
         for name, given in pl_module.named_buffers():
             owner, _, attribute = name.rpartition(".")
             setattr(self._average_model.module.get_submodule(owner), attribute, given.detach().clone())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts the averaged weights in ``state_dict``; after training they are in the model already."""
+        """Stores the averaged weights in ``state_dict``; after training the model holds them already."""
         if self._average_model is not None:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restores both sets of weights to go on training; otherwise ``state_dict`` is what is wanted."""
+        """Restores both sets of weights to continue training; other commands need ``state_dict`` alone."""
         if self._average_model is not None:
             self._take_buffers(pl_module)
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -43,8 +43,8 @@ class LossTerm:
             that it has the slope of the MAE for large errors.
         final_weight: value that ``weight`` reaches towards the end of a training, see :meth:`LossSettings.at`; default
             the same.
-        average: of a target with one value per atom: ``"structure"`` averages over the atoms of each structure, then
-            over structures; ``"atom"`` over all atoms at once.
+        average: for a target with one value per atom, ``"structure"`` averages over the atoms of each structure, then
+            over structures; ``"atom"`` averages over all atoms at once.
 
     Raises:
         ConfigError: an unknown kind or average, a negative weight, a ``delta`` not above 0, a final weight for a term
@@ -89,11 +89,11 @@ class LossSettings:
     """Total loss ``Σ weight · term`` over the terms.
 
     Attributes:
-        energy: per atom.
-        forces: of atoms that are free to move.
-        stress: of periodic structures.
+        energy: term on the energy per atom.
+        forces: term on the forces of atoms that are free to move.
+        stress: term on the stress of periodic structures.
         change_after: part of a training after which weights begin to move to the final ones.
-        properties: of further registered targets by name (:func:`escaip.types.register_target`).
+        properties: terms on further registered targets by name (:func:`escaip.types.register_target`).
 
     Raises:
         ConfigError: a property that is not registered, every weight is 0, an average over atoms of a target that has
@@ -127,7 +127,7 @@ class LossSettings:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weights at the end of a training, those of a validation, by the name of the target."""
+        """Weights by the name of the target at the end of a training, which validations use."""
         return {
             name: term.weight if term.final_weight is None else term.final_weight for name, term in self.terms.items()
         }
@@ -185,7 +185,7 @@ def loss_sums(prediction: Prediction, batch: StructureBatch, settings: LossSetti
     has a gradient on every process.
 
     Args:
-        prediction: of the batch; a target that it lacks contributes nothing.
+        prediction: for the batch; a target that it lacks contributes nothing.
         batch: with labels, NaN where missing.
         settings: kinds and weights.
     """

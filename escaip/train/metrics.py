@@ -69,7 +69,7 @@ def error_sums(prediction: Prediction, batch: StructureBatch, only: Tensor | Non
     direction: atoms whose predicted or labelled force vanishes have cosine 0.
 
     Args:
-        prediction: of the batch.
+        prediction: for the batch.
         batch: with labels.
         only: ``(B,)`` bool, the structures that count; default all.
     """
@@ -115,7 +115,7 @@ class ErrorMetrics(Metric):
     """Errors and loss over a whole validation, of the model and of the baseline, on any number of processes.
 
     Args:
-        settings: of the loss.
+        settings: kinds and weights of the loss.
         datasets: names of the sets of a mixture, whose errors are also kept apart.
     """
 

@@ -44,7 +44,8 @@ class PotentialModule(LightningModule):
     Attributes:
         potential: the potential in training.
         learning_rate: peak learning rate; the learning-rate finder writes it.
-        last_errors: of the last validation, ``{"model": ..., "baseline": ...}``, and of a mixture each set by name.
+        last_errors: errors of the last validation, ``{"model": ..., "baseline": ...}``, and for a mixture each set by
+            name.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class PotentialModule(LightningModule):
                 default the preset ``1m``.
             losses: kinds and weights of the loss; default energy MAE (1) and force L2 norm (10).
             learning_rate: peak learning rate of AdamW.
-            weight_decay: on the weights of linear layers.
+            weight_decay: decay of the weights of linear layers.
             warmup_fraction: part of the steps over which the learning rate rises.
             final_fraction: learning rate of the last step in units of the peak.
-            level_of_theory: of the labels, in words; stored with the model. Default what a prepared store states.
+            level_of_theory: level of theory of the labels, in words; stored with the model. Default that of a
+                prepared store.
             datasets: names of the training sets; stored with the model.
             compile: compile energy, forces and their derivatives into one graph (docs/performance.md): the first step
                 takes minutes, the others half as long as without.

@@ -1,4 +1,4 @@
-"""Hyperparameters that stay right when a model gets wider: maximal-update parametrisation.
+"""Maximal-update parametrisation: hyperparameters of one width serve wider models.
 
 Yang et al., Tensor Programs V (arXiv 2203.03466), table 3, for Adam. With ``r`` the number of inputs of a weight over
 that of the same weight at the base width:
@@ -11,8 +11,8 @@ inputs grow, outputs do not (output)    ``1/(r fan-in)``        ``1/r``       ``
 inputs do not grow, biases, norms, rest as always               as always     as always
 ======================================= ======================= ============= ============
 
-Decay is multiplied so that what a step takes off stays the same (arXiv 2405.13698). Attention products keep ``1/√d``:
-heads become more with the width, not larger.
+Decay is multiplied so that a step removes the same fraction of a weight (arXiv 2405.13698). Attention products keep
+``1/√d``: wider models have more heads, not larger ones.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from escaip.models import ModelConfig, kind_of
 
 
 def fan_in_ratios(config: ModelConfig, base_width: int) -> dict[str, float]:
-    """Inputs of each linear weight over those at the base width, by name in the model.
-
-    Only weights whose ratio is not 1.
+    """Returns the number of inputs of each linear weight over that at the base width, by name, where it is not 1.
 
     Raises:
         ConfigError: see :meth:`escaip.models.ModelConfig.at_width`.
@@ -42,7 +40,7 @@ def fan_in_ratios(config: ModelConfig, base_width: int) -> dict[str, float]:
 def scale_outputs(model: nn.Module, config: ModelConfig, base_width: int) -> None:
     """Shrinks the fresh weights whose outputs do not grow with the width by ``√r``, in place.
 
-    Those that start constant at ``1/fan-in`` (the magnitude of direct forces) are as they should be.
+    Weights that start constant at ``1/fan-in`` (the magnitude of direct forces) have the right size already.
     """
     here, base = _linear_sizes(config), _linear_sizes(config.at_width(base_width))
     for name, (inputs, outputs) in here.items():

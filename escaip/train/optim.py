@@ -24,11 +24,10 @@ def parameter_groups(
     A parameter shared between modules counts once, and decays when any of them is linear.
 
     Args:
-        module: whose parameters.
-        weight_decay: of those that decay.
-        learning_rate: of all but those named in ``ratios``.
-        ratios: name of a parameter to what its learning rate is divided and its decay multiplied by
-            (``escaip.train.mup``).
+        module: owner of the parameters.
+        weight_decay: decay of the weights of linear layers.
+        learning_rate: learning rate of all parameters but those named in ``ratios``.
+        ratios: by name of a parameter, the divisor of its learning rate and factor of its decay (``escaip.train.mup``).
     """
     linear = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

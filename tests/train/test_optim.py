@@ -1,4 +1,4 @@
-"""Which weights decay, and the learning rate at every step."""
+"""Which weights decay, the learning rate at every step, and rates and first weights at other widths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from training_stand_ins import TINY
 
 from escaip import EScAIPConfig, Potential
 from escaip.errors import ConfigError
+from escaip.train import PotentialModule
+from escaip.train.mup import fan_in_ratios, scale_outputs
 from escaip.train.optim import make_schedule, parameter_groups, warmup_cosine
+
+WIDE = {**TINY, "hidden_size": 64, "num_heads": 8, "num_layers": 2}
 
 
 def test_only_linear_weights_decay() -> None:
@@ -23,17 +27,12 @@ def test_only_linear_weights_decay() -> None:
     rest = {names[id(p)] for p in kept["params"]}
     assert rest == set(names.values()) - linear
     assert any("norm" in name for name in rest)
-    assert any(isinstance(module, torch.nn.Embedding) for module in potential.modules())
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    assert all(p.ndim == 2 for p in decayed["params"])
 
-
-def test_frozen_weights_are_left_out() -> None:
     layer = torch.nn.Linear(2, 2)
     layer.weight.requires_grad_(False)
     (group,) = parameter_groups(layer, 0.1)
-    assert group["params"] == [layer.bias]
-    assert group["weight_decay"] == 0.0
+    assert (group["params"], group["weight_decay"]) == ([layer.bias], 0.0)
 
 
 def test_warm_up_then_cosine_to_the_last_step() -> None:
@@ -43,12 +42,7 @@ def test_warm_up_then_cosine_to_the_last_step() -> None:
     assert all(b - a == pytest.approx(1 / 11) for a, b in itertools.pairwise(values[:11]))
     assert values[10] == 1.0
     assert all(a > b for a, b in itertools.pairwise(values[10:]))
-    assert values[55] == pytest.approx(0.505)
-    assert values[100] == pytest.approx(0.01)
-    assert factor(1000) == pytest.approx(0.01)
-
-
-def test_a_single_step_has_a_rate() -> None:
+    assert [values[55], values[100], factor(1000)] == pytest.approx([0.505, 0.01, 0.01])
     assert warmup_cosine(1, 0, 0.01)(0) == 1.0
 
 
@@ -57,3 +51,57 @@ def test_an_endless_run_has_no_schedule() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(ConfigError, match=r"set trainer\.max_steps"):
         make_schedule(optimizer, math.inf, 0.1, 0.01)
+
+
+def test_rates_and_decay_at_another_width() -> None:
+    config = EScAIPConfig.from_dict(WIDE)
+    ratios = fan_in_ratios(config, 16)
+    assert set(ratios.values()) == {4.0}
+    assert not any("attributes" in name for name in ratios)  # as many elements and distances at any width
+    assert fan_in_ratios(config, 64) == {}
+
+    potential = Potential(config)
+    names = {id(parameter): name for name, parameter in potential.model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(potential.model, 0.1, 0.01, ratios))
+    groups = optimizer.param_groups
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert set(found) == set(names.values())
+    assert found["blocks.0.attention.query.weight"] == pytest.approx((0.0025, 0.4))
+    assert found["blocks.0.attention.query.bias"] == (0.01, 0.0)
+    assert found["attributes.source.project.weight"] == (0.01, 0.1)
+    assert found["attributes.source.element.weight"] == (0.01, 0.0)
+    assert groups[0]["lr"] == 0.01  # logged as the learning rate
+    schedule = make_schedule(optimizer, 10, 0.2, 0.1)
+    for _ in range(10):
+        rates = {group["lr"] for group in groups}
+        assert max(rates) == pytest.approx(4 * min(rates))
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+def test_only_outputs_start_smaller(forces: str) -> None:
+    config = EScAIPConfig.from_dict({**WIDE, "forces": forces})
+    torch.manual_seed(0)
+    fresh = Potential(config).model
+    torch.manual_seed(0)
+    scaled = Potential(config).model
+    scale_outputs(scaled, config, 16)
+    changed = {n for n, p in scaled.named_parameters() if not torch.equal(p, fresh.get_parameter(n))}
+    outputs = {"energy_head.mlp.output.weight"} | ({"force_head.vector.output.weight"} if forces == "direct" else set())
+    assert changed == outputs
+    for name in outputs:
+        assert torch.allclose(2.0 * scaled.get_parameter(name), fresh.get_parameter(name))
+
+
+def test_the_base_width_in_a_training() -> None:
+    """Nothing changes at the base width; others start from scaled outputs; a width without whole heads is refused."""
+    modules = {}
+    for width in (None, 64, 16):
+        torch.manual_seed(0)
+        modules[width] = PotentialModule(WIDE, base_width=width)
+    outputs = "potential.model.energy_head.mlp.output.weight"
+    assert all(torch.equal(p, modules[None].get_parameter(n)) for n, p in modules[64].named_parameters())
+    assert torch.allclose(2.0 * modules[16].get_parameter(outputs), modules[None].get_parameter(outputs))
+    with pytest.raises(ConfigError, match="width of 20 is not a multiple of the size of a head, 8"):
+        PotentialModule(WIDE, base_width=20)

@@ -1,8 +1,9 @@
-"""Shifts of the element references in training: exact where errors are linear in the composition, none where given."""
+"""What a training takes from its data: shifts of the element references, and onsets of the repulsion."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from lightning.pytorch import seed_everything
 from training_stand_ins import TINY, labelled_molecules, make_data, make_trainer
 
-from escaip import Potential
+from escaip import Potential, load_potential
 from escaip.data import AtomicData, collate
-from escaip.train import BestAndLast, PotentialModule, WeightEMA
+from escaip.errors import ConfigError
+from escaip.potential.zbl import closest_distances, zbl_onsets
+from escaip.train import BestAndLast, ForceTerm, LossSettings, PotentialModule, WeightEMA
 from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.losses import LossTerm
 from escaip.types import Prediction
@@ -94,9 +97,7 @@ def _train(folder: Path, epochs: int, isolated: dict[str, float] | None = None, 
 
 
 def test_training_moves_them_to_what_the_model_leaves(tmp_path: Path) -> None:
-    from escaip import load_potential
-
-    trained = _train(tmp_path, 2, losses=_mse())
+    trained = _train(tmp_path, 2, losses=LossSettings(LossTerm(1.0, "mse"), ForceTerm(1.0)))
     batches = make_data(tmp_path, 24)
     batches.setup("fit")
     rows, left = [], []
@@ -117,18 +118,51 @@ def test_training_moves_them_to_what_the_model_leaves(tmp_path: Path) -> None:
     assert saved(batch, create_graph=False).energy.tolist() == pytest.approx(energy.tolist(), rel=1e-6)
 
 
-def test_it_can_be_left_out(tmp_path: Path) -> None:
+def test_they_stay_where_asked_and_where_given(tmp_path: Path) -> None:
     assert not _train(tmp_path, 2, refit_references=False).element_shifts.any()
-
-
-def test_energies_of_isolated_atoms_stay(tmp_path: Path) -> None:
     isolated = {"H": -13.0, "C": -5.0, "N": -5.5, "O": -6.0}
     trained = _train(tmp_path, 2, isolated)
     assert trained.element_references[list(ELEMENTS)].tolist() == [-13.0, -5.0, -5.5, -6.0]
     assert not trained.element_shifts.any()
 
 
-def _mse() -> Any:
-    from escaip.train import ForceTerm, LossSettings
+def _repelled(folder: Path, epochs: int = 1, resume: str | None = None, **settings: Any) -> tuple[Potential, Any]:
+    module, data = PotentialModule(TINY, **settings), make_data(folder, 12)
+    trainer = make_trainer(folder, [WeightEMA(0.9), BestAndLast(dirpath=str(folder))], max_epochs=epochs)
+    trainer.fit(module, data, ckpt_path=resume)
+    return module.potential, data
 
-    return LossSettings(LossTerm(1.0, "mse"), ForceTerm(1.0))
+
+def test_onsets_are_those_of_the_training_set(tmp_path: Path) -> None:
+    trained, data = _repelled(tmp_path)
+    expected = zbl_onsets(closest_distances(data.datasets["train"])).float()
+    assert 0.7 < float(expected[1, 8]) < 0.97
+    for potential in (trained, load_potential(tmp_path / "last.ckpt"), load_potential(tmp_path / "best.ckpt")):
+        assert torch.equal(potential.repulsion.onset, expected)
+    loaded = load_potential(tmp_path / "last.ckpt")
+    loaded.save(tmp_path / "model.escaip")
+    assert torch.equal(load_potential(tmp_path / "model.escaip").repulsion.onset, expected)
+
+
+def test_a_resumed_run_keeps_what_its_checkpoint_has(tmp_path: Path) -> None:
+    _repelled(tmp_path, repulsion=None)
+    assert not load_potential(tmp_path / "last.ckpt").repulsion
+    resumed, _ = _repelled(tmp_path, 2, str(tmp_path / "last.ckpt"))
+    assert not resumed.repulsion
+    assert not load_potential(tmp_path / "last.ckpt").repulsion
+
+
+def test_a_data_module_without_structures(tmp_path: Path) -> None:
+    module = PotentialModule(TINY)
+    data = make_data(tmp_path, 12)
+    data.setup("fit")
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(statistics=data.statistics))  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="set it to null"):
+        module.setup("fit")
+
+
+def test_it_can_be_chosen(tmp_path: Path) -> None:
+    fractions = [float(_repelled(tmp_path / str(f), repulsion=f)[0].repulsion.onset[1, 8]) for f in (0.45, 0.9)]
+    assert fractions[1] == pytest.approx(2 * fractions[0], rel=1e-5)
+    with pytest.raises(ConfigError, match="repulsion is 2"):
+        PotentialModule(TINY, repulsion=2.0)

@@ -169,6 +169,7 @@ def test_a_termination_signal_is_no_success(
         (["--ckpt_path", "molecules.extxyz"], 1, "molecules.extxyz"),
         (["--checkpoint.every_n_steps", "0"], 2, "checkpoint.every_n_steps is 0"),
         (["--ema.decay", "1.0"], 2, "ema.decay is 1.0"),
+        (["--ema.decay", "-0.1"], 2, "ema.decay is -0.1"),
     ],
 )
 def test_what_users_get_wrong(
