@@ -1,7 +1,7 @@
 """Errors a user can cause, each with one line that names the thing and the remedy.
 
-The command line prints the message of an :class:`EscaipError` alone and ends with
-status 1 (2 for a :class:`UsageError`); ``--debug`` shows the traceback.
+The command line prints the message of an ``EscaipError`` alone and ends with
+status 1 (2 for a ``UsageError``); ``--debug`` shows the traceback.
 """
 
 

@@ -57,7 +57,7 @@ def write_aside(path: str | os.PathLike[str], error: type[EscaipError] = DataErr
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes, error: type[EscaipError] = DataError) -> None:
-    """Writes a whole file or nothing; see :func:`write_aside`."""
+    """Writes a whole file or nothing; see ``write_aside``."""
     with write_aside(path, error) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 

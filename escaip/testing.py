@@ -1,7 +1,7 @@
 """Physics contracts for any potential: invariances, forces and stress as derivatives, independence of batching.
 
-Every check takes an :data:`Evaluate` function, made by :func:`evaluator` of an escaip :class:`~escaip.Potential` or of
-an ASE calculator, and returns the largest error it finds. :func:`check_potential` runs them and compares the errors
+Every check takes an ``Evaluate`` function, made by ``evaluator`` of an escaip ``Potential`` or of
+an ASE calculator, and returns the largest error it finds. ``check_potential`` runs them and compares the errors
 with tolerances.
 """
 
@@ -58,7 +58,7 @@ class Check:
 
 
 def evaluator(potential: Potential | Calculator) -> Evaluate:
-    """Wraps a :class:`~escaip.Potential` or an ASE calculator as a function of structures."""
+    """Wraps a ``Potential`` or an ASE calculator as a function of structures."""
     if isinstance(potential, Potential):
         return lambda structures: _evaluate_potential(potential, structures)
     return lambda structures: [_evaluate_calculator(potential, atoms) for atoms in structures]
@@ -187,7 +187,7 @@ def force_error_by_difference(
 def direction_error_by_difference(
     evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, num_directions: int = 4, step: float = 1e-4
 ) -> float:
-    """Returns the error of :func:`force_error_by_difference` when all atoms move along random unit vectors, in eV/Å."""
+    """Returns the error of ``force_error_by_difference`` when all atoms move along random unit vectors, in eV/Å."""
     forces = evaluate([atoms])[0].forces
     worst = 0.0
     for _ in range(num_directions):

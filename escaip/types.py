@@ -23,7 +23,7 @@ T_ = TypeVar("T_", bound="_Movable")
 class Target:
     """A quantity that structures carry as a label and that models predict.
 
-    Structures, stores, losses, metrics, reports and calculators iterate over :data:`TARGETS`, so that a target that is
+    Structures, stores, losses, metrics, reports and calculators iterate over ``TARGETS``, so that a target that is
     registered there is read, trained on, reported and served without further code (docs/extend/head.md).
 
     Attributes:
@@ -59,7 +59,7 @@ TARGETS: dict[str, Target] = {
 
 
 def register_target(target: Target) -> Target:
-    """Adds a target to :data:`TARGETS` and returns it.
+    """Adds a target to ``TARGETS`` and returns it.
 
     Raises:
         ConfigError: another target has that name, or the name is no identifier.
@@ -72,7 +72,7 @@ def register_target(target: Target) -> Target:
 
 
 class StructureBatch(Protocol):
-    """A batch of ``B`` structures with ``N`` atoms, as :func:`escaip.data.collate` returns it; missing labels are NaN.
+    """A batch of ``B`` structures with ``N`` atoms, as ``escaip.data.collate`` returns it; missing labels are NaN.
 
     Attributes:
         positions: ``(N, 3)`` float64 Å.
@@ -121,7 +121,7 @@ class _Movable:
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """What decides which neighbors an atom attends to (docs/graph.md).
+    """What decides which neighbors an atom attends to (docs/concepts/graph.md).
 
     Attributes:
         cutoff: radius ``r_c`` in Å beyond which nothing interacts.
@@ -319,7 +319,7 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a :class:`~escaip.Potential` returns.
+    """What a ``Potential`` returns.
 
     Attributes:
         energy: ``(B,)`` eV, float64.
@@ -327,9 +327,9 @@ class Prediction:
         stress: ``(B, 3, 3)`` eV/Å³, positive in tension, or None when not asked for; NaN for
             a system whose cell has no volume.
         atomic_energies: ``(N,)`` eV, float64, references included; sums to ``energy``.
-        atomic_virials: ``(N, 3, 3)`` eV, float64, see :func:`escaip.potential.derivatives.virials_of`; sums to
+        atomic_virials: ``(N, 3, 3)`` eV, float64, see ``escaip.potential.derivatives.virials_of``; sums to
             ``V · stress``. None when not asked for.
-        properties: for each further head of the model ``(N, ...)`` or ``(B, ...)`` values, as :data:`TARGETS` says of
+        properties: for each further head of the model ``(N, ...)`` or ``(B, ...)`` values, as ``TARGETS`` says of
             the target of that name; in its unit.
     """
 

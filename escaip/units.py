@@ -1,6 +1,6 @@
 """Conversion factors into the package's units: Å, eV, eV/Å, eV/Å³ (stress positive in tension).
 
-Values are those of :mod:`ase.units` (CODATA 2014), so that numbers agree with ASE to the last digit;
+Values are those of ``ase.units`` (CODATA 2014), so that numbers agree with ASE to the last digit;
 multiply by a factor to convert into the package's unit, for example ``energy_in_hartree * HARTREE``.
 """
 

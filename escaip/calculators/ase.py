@@ -114,7 +114,7 @@ class PotentialCalculator(Calculator):
 
 
 class EScAIPCalculator(PotentialCalculator):
-    """Energies, forces and stress of a potential for :class:`ase.Atoms`.
+    """Energies, forces and stress of a potential for ``ase.Atoms``.
 
     The neighbor list is kept with a skin and rebuilt when a pair could be missing; answers do not depend on it. With
     ``graph_skin`` the graph is kept as well, which saves waits for a GPU.
@@ -122,24 +122,24 @@ class EScAIPCalculator(PotentialCalculator):
     Charge and spin multiplicity are read from ``atoms.info`` (``"charge"``, ``"spin_multiplicity"`` or ``"spin"``)
     by potentials that use them. Every evaluation gives forces and, for structures with a periodic cell, stress, so that
     constant-pressure runs evaluate once per step. Two properties are evaluated only on request: ``stresses``
-    ``(N, 6)`` eV/Å³, each atom's share of the stress (:func:`escaip.potential.derivatives.virials_of`), and
+    ``(N, 6)`` eV/Å³, each atom's share of the stress (``escaip.potential.derivatives.virials_of``), and
     ``virials`` ``(N, 3, 3)`` eV, which is ``−V`` times that and is defined for molecules too. Further heads of the
-    model are properties by the name of their target (:data:`escaip.types.TARGETS`), such as ``"dipole"``.
+    model are properties by the name of their target (``escaip.types.TARGETS``), such as ``"dipole"``.
 
     Args:
-        model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
+        model: a ``.ckpt`` or ``.escaip`` file, or a ``Potential``, which is copied.
         device: a torch device; ``"auto"`` takes CUDA where there is one.
         dtype: ``"float32"`` or ``"float64"``; by default as stored.
         compile: compile energy and forces into one graph at the first evaluation, which then takes a minute or two (on
             a CPU once per configuration, user and machine); worth it for runs of thousands of steps.
         skin: Å by which the neighbor search reaches farther than needed; 0 searches at every evaluation.
         dataset: data set whose atomic energies are used, for potentials trained on several.
-        precision: ``"highest"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"`` (docs/precision.md); by default the
+        precision: ``"highest"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"`` (docs/howto/speed.md); by default the
             potential's, which is the highest for a file.
         graph_skin: Å by which distances may change before the tokens are chosen again; 0 chooses them at every
             evaluation. For CUDA, where building a graph takes longer than evaluating a small system. Answers depend on
             it by rounding.
-        cuda_graphs: with ``compile``, on CUDA: one launch for each evaluation (:meth:`~escaip.Potential.compile`).
+        cuda_graphs: with ``compile``, on CUDA: one launch for each evaluation (``compile``).
 
     Attributes:
         potential: the potential, with its weights frozen.
@@ -260,11 +260,11 @@ class EScAIPCalculator(PotentialCalculator):
 
         Args:
             atoms: by default those of the last evaluation.
-            **options: of :func:`escaip.potential.hessian.hessian`.
+            **options: of ``escaip.potential.hessian.hessian``.
 
         Raises:
             ConfigError: a direct-force model without ``method="finite_differences"``, or no atoms so far.
-            DataError: as :func:`escaip.potential.hessian.hessian`.
+            DataError: as ``escaip.potential.hessian.hessian``.
         """
         subject = atoms if atoms is not None else self.atoms
         if subject is None:

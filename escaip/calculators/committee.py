@@ -41,7 +41,7 @@ class CommitteeCalculator(PotentialCalculator):
     Members share one neighbor search, and those with equal graph settings share the graph.
 
     Args:
-        models: two or more, each as in :class:`~escaip.EScAIPCalculator`.
+        models: two or more, each as in ``EScAIPCalculator``.
         device, dtype, compile, skin, dataset, precision, graph_skin, cuda_graphs: of every member, as there.
 
     Attributes:
@@ -49,7 +49,7 @@ class CommitteeCalculator(PotentialCalculator):
 
     Raises:
         ConfigError: fewer than two members, or members on different devices.
-        EscaipError: as for :class:`~escaip.EScAIPCalculator`.
+        EscaipError: as for ``EScAIPCalculator``.
     """
 
     implemented_properties = [  # noqa: RUF012 - ASE's name

@@ -29,7 +29,7 @@ class DispersionCalculator(PotentialCalculator):
     Args:
         calculator: the calculator without dispersion.
         functional: functional of the training data, whose D3 parameters are used.
-        damping: one of :data:`DAMPINGS`.
+        damping: one of ``DAMPINGS``.
         **options: further options of ``dftd3.ase.DFTD3``, such as ``realspace_cutoff={"disp2": 20.0}``.
 
     Raises:

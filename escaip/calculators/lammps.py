@@ -1,4 +1,4 @@
-"""A potential inside LAMMPS, through ``fix external`` (docs/engines.md)."""
+"""A potential inside LAMMPS, through ``fix external`` (docs/howto/engines.md)."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ class LammpsDriver:
     A ``fix external`` calls the potential at every step; LAMMPS integrates, thermostats and writes, and its neighbor
     lists are not used. Atoms are identified by their ids and unwrapped by their image flags, so that the neighbor list
     survives migrations across the boundary. The cell is read at every step in LAMMPS's orientation. Units are those of
-    the input, ``metal`` or ``real``. Virials of atoms (:func:`escaip.potential.derivatives.virials_of`) are evaluated
+    the input, ``metal`` or ``real``. Virials of atoms (``escaip.potential.derivatives.virials_of``) are evaluated
     at the steps at which LAMMPS asks for them.
 
-    An error inside the potential stops the run at that step and is raised from :meth:`commands` or :meth:`file`.
+    An error inside the potential stops the run at that step and is raised from ``commands`` or ``file``.
 
     Args:
-        model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
+        model: a ``.ckpt`` or ``.escaip`` file, or a ``Potential``, which is copied.
         elements: symbol of each atom type, in the order of the types.
-        lammps: a running ``lammps.lammps``; by default that of :func:`open_lammps`.
+        lammps: a running ``lammps.lammps``; by default that of ``open_lammps``.
         charge: total charge in e, for potentials that use it.
         spin_multiplicity: ``2S + 1``, for potentials that use it.
-        options: of :class:`~escaip.EScAIPCalculator`: ``device, dtype, compile, skin, dataset, precision, ...``.
+        options: of ``EScAIPCalculator``: ``device, dtype, compile, skin, dataset, precision, ...``.
 
     Raises:
         ConfigError: LAMMPS is missing or runs in several processes, a symbol is no element, or the calculator refuses
@@ -114,7 +114,7 @@ class LammpsDriver:
         if processes > 1:
             raise ConfigError(
                 f"LAMMPS runs in {processes} processes, but a potential sees the whole structure: start one "
-                "process; its threads (OMP_NUM_THREADS) and its GPU are the potential's (docs/engines.md)"
+                "process; its threads (OMP_NUM_THREADS) and its GPU are the potential's (docs/howto/engines.md)"
             )
         self._numbers = np.array([0, *(atomic_numbers[symbol] for symbol in elements)])
         self._info = {"charge": charge, "spin_multiplicity": spin_multiplicity}
@@ -146,7 +146,7 @@ class LammpsDriver:
         self._fix = fix
 
     def file(self, path: str | os.PathLike[str]) -> None:
-        """Runs an input script; see :meth:`commands`.
+        """Runs an input script; see ``commands``.
 
         Raises:
             DataError: the file cannot be read.
@@ -163,7 +163,7 @@ class LammpsDriver:
         ``jump``, ``next`` and ``label`` do not work: loop in Python.
 
         Raises:
-            ConfigError: see :meth:`attach`; a fix for only a part of the atoms.
+            ConfigError: see ``attach``; a fix for only a part of the atoms.
             EscaipError: the error that stopped the potential, such as an element that it was not trained on.
             SimulationError: LAMMPS's own errors, in its words, or a run that never called the potential.
         """
@@ -218,7 +218,7 @@ class LammpsDriver:
         """Callback of ``fix external``: fills ``forces (count, 3)`` in LAMMPS's units and order.
 
         C would print and lose an exception and go on, so it is kept, and the run is stopped. LAMMPS learns of it too,
-        for its log and for runs that :meth:`commands` did not start: a call with the message as the name of a missing
+        for its log and for runs that ``commands`` did not start: a call with the message as the name of a missing
         fix is the only function of its library that reports a text and leaves the process alive.
         """
         forces[:], self._step = 0.0, step

@@ -1,4 +1,4 @@
-"""A potential as a model of torch-sim, which runs many systems at once (docs/engines.md)."""
+"""A potential as a model of torch-sim, which runs many systems at once (docs/howto/engines.md)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EScAIPModel(_Base):
     axes are common to all. Units are torch-sim's ``metal``: Å, eV, eV/Å, eV/Å³, stress positive in tension.
 
     Args:
-        model: a ``.ckpt`` or ``.escaip`` file, or a :class:`~escaip.Potential`, which is copied.
+        model: a ``.ckpt`` or ``.escaip`` file, or a ``Potential``, which is copied.
         device: a torch device; ``"auto"`` takes CUDA where there is one.
         state_dtype: of states and answers, not of the potential. Double by default, since displacements and total
             energies of thousands of eV need the digits.
@@ -37,7 +37,7 @@ class EScAIPModel(_Base):
         compute_stress: whether stress is returned; by default for conservative forces.
         charge: total charge in e, for states without charges.
         spin_multiplicity: ``2S + 1``, for states without spins.
-        options: of :class:`~escaip.EScAIPCalculator` that concern the potential: ``dtype, compile, dataset,
+        options: of ``EScAIPCalculator`` that concern the potential: ``dtype, compile, dataset,
             precision, cuda_graphs``.
 
     Raises:
@@ -118,7 +118,7 @@ class EScAIPModel(_Base):
 
         Returns:
             ``energy (B,)`` eV, ``forces (N, 3)`` eV/Å, ``stress (B, 3, 3)`` eV/Å³, NaN without periodic axes, all
-            detached and in :attr:`dtype`.
+            detached and in ``dtype``.
 
         Raises:
             UnsupportedElementError: an element that the potential was not trained on.

@@ -151,7 +151,7 @@ def prepare(
 
 
 def reading(**read: Any) -> dict[str, Any]:
-    """Returns the options of :func:`escaip.data.open_source` that ``ReadOptions`` ask for.
+    """Returns the options of ``escaip.data.open_source`` that ``ReadOptions`` ask for.
 
     Raises:
         UsageError: a limit below 1.

@@ -61,11 +61,11 @@ def convert(src: PathLike | list[PathLike], dst: PathLike, *, overwrite: bool = 
     """Converts any supported data into extxyz (``.xyz``, ``.extxyz``, also compressed) or a prepared store.
 
     Args:
-        src: see :func:`escaip.data.open_source`.
+        src: see ``escaip.data.open_source``.
         dst: file to write, also ending in ``.gz``, ``.bz2`` or ``.xz``; a name without suffix, or ending in
             ``.store``, makes a prepared store.
         overwrite: replace what is there.
-        **options: of :func:`escaip.data.open_source`.
+        **options: of ``escaip.data.open_source``.
 
     Raises:
         DataError: unreadable data, 0 structures, an unknown suffix, a full disk; then nothing is left at ``dst``.
@@ -105,8 +105,8 @@ def write_aselmdb(
     """Writes structures as the rows 1, 2, ... of an ASE database in LMDB, in time linear in the rows.
 
     ASE's own backend searches its list of ids at every row. ``data`` of a row holds ``charge``, ``spin`` (multiplicity,
-    as in OMol25), ``group``, ``structure_id`` and further targets of an :class:`AtomicData`, or ``info`` of an
-    :class:`ase.Atoms`, whose labels are those of an attached single-point calculator, forces without constraints.
+    as in OMol25), ``group``, ``structure_id`` and further targets of an ``AtomicData``, or ``info`` of an
+    ``ase.Atoms``, whose labels are those of an attached single-point calculator, forces without constraints.
     Nothing in a file depends on when, where or by whom it was written.
 
     Args:

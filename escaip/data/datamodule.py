@@ -39,13 +39,13 @@ class AtomicDataModule(LightningDataModule):
     """Training, validation, test and prediction sets.
 
     Each set is a path, a list of paths, or a mapping ``{path, format, keys, units, index, ...}`` of arguments of
-    :func:`escaip.data.readers.open_source`. A prepared store is used in place (``split`` names a part of a divided
+    ``escaip.data.readers.open_source``. A prepared store is used in place (``split`` names a part of a divided
     one; the parts ``train``, ``val`` and ``test`` are found by themselves), anything else is read into memory. Several
     sets are mixed when they are given names: ``{A: {path: ...}, B: {path: ...}}``; each then has element references
     of its own.
 
     Attributes:
-        datasets: the sets that exist, by part, after :meth:`setup`.
+        datasets: the sets that exist, by part, after ``setup``.
         scale: how the force scale of a mixture is chosen.
     """
 
@@ -76,7 +76,7 @@ class AtomicDataModule(LightningDataModule):
         scale: str = "shared",
         verify: bool | None = None,
     ) -> None:
-        """Describes the data; nothing is read before :meth:`setup`.
+        """Describes the data; nothing is read before ``setup``.
 
         Args:
             train: training set.
@@ -86,7 +86,7 @@ class AtomicDataModule(LightningDataModule):
             split: ``{by: group | structure, val: fraction or number, test: ...}``, default ``{val: 0.1}`` by group.
             train_size: take part of the training set, once ``split`` has made the others: a fraction of its structures
                 up to 1.0, or a number of them, at most; groups stay whole unless ``split`` is by structure. See
-                :func:`escaip.data.splits.nested_subset`.
+                ``escaip.data.splits.nested_subset``.
             batch_size: structures per batch and process; or else
             max_atoms: atoms per batch and process, and
             max_edges: edges per batch and process, estimated from
@@ -103,8 +103,8 @@ class AtomicDataModule(LightningDataModule):
             seed: of split, order and rotations.
             cache_dir: where statistics are kept; default nowhere (those of a store come from its index at once).
             sampling: for a mixture, ``{weights: {SET: share}}`` or ``{temperature: T}``, and ``epoch_size``; see
-                :class:`escaip.data.sampler.Sampling`.
-            scale: for a mixture, ``shared`` or ``per_set`` force scale; see :meth:`escaip.Potential.set_statistics`.
+                ``escaip.data.sampler.Sampling``.
+            scale: for a mixture, ``shared`` or ``per_set`` force scale; see ``escaip.Potential.set_statistics``.
             verify: compare the checksums of stores; default for those up to 4 GiB.
 
         Raises:
@@ -415,7 +415,7 @@ class SetOpener:
     """Opens sets; its settings hold for all of them.
 
     Attributes:
-        fixed_atoms: see :class:`AtomicDataset`.
+        fixed_atoms: see ``AtomicDataset``.
         seed: of rotations.
         required: labels that every structure must carry.
         verify: compare the checksums of stores; None for those up to 4 GiB.
@@ -440,7 +440,7 @@ class SetOpener:
             spec: ``{path, split, format, keys, ...}``.
             part: ``train``, ``val``, ``test`` or ``predict``; of a divided store, the split of that name.
             code: number of the set in a mixture.
-            rotate: see :class:`AtomicDataset`.
+            rotate: see ``AtomicDataset``.
 
         Raises:
             DataError: unreadable data, a missing label, 0 structures.

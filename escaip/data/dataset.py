@@ -64,7 +64,7 @@ class AtomicDataset(Dataset[AtomicData]):
                 ``"all"`` clears them.
             rotate: turn each structure with its labels by a random rotation, determined by (seed, epoch, position).
             seed: of the rotations.
-            code: value of :attr:`AtomicData.dataset`, for sets that are mixed.
+            code: value of ``AtomicData.dataset``, for sets that are mixed.
 
         Raises:
             ConfigError: an unknown ``fixed_atoms``.
@@ -153,7 +153,7 @@ class AtomicDataset(Dataset[AtomicData]):
         return list(table), np.array(codes, dtype=np.int64)
 
     def random_keys(self, seed: int, name: str = "") -> NDArray[np.uint64]:
-        """Returns ``(len,)`` pseudo-random numbers; see :func:`escaip.data.splits.random_keys`."""
+        """Returns ``(len,)`` pseudo-random numbers; see ``escaip.data.splits.random_keys``."""
         return random_keys(self.indices, seed, name)
 
     def structure_id(self, index: int) -> str:
@@ -264,7 +264,7 @@ class MixedDataset(Dataset[AtomicData]):
         return names, np.concatenate(codes)
 
     def random_keys(self, seed: int, name: str = "") -> NDArray[np.uint64]:
-        """Returns ``(len,)`` pseudo-random numbers; see :func:`escaip.data.splits.random_keys`."""
+        """Returns ``(len,)`` pseudo-random numbers; see ``escaip.data.splits.random_keys``."""
         return np.concatenate([member.random_keys(seed, each) for each, member in self.members.items()])
 
     def structure_id(self, index: int) -> str:

@@ -112,7 +112,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What :func:`inspect_structures` found.
+    """What ``inspect_structures`` found.
 
     Attributes:
         num_structures: structures read.
@@ -249,10 +249,10 @@ def inspect(
     The checksums of a prepared store are compared first.
 
     Args:
-        path: see :func:`escaip.data.open_source`.
+        path: see ``escaip.data.open_source``.
         out: directory for ``inspect.json`` and ``inspect.png``; None writes no files.
         show: print the table.
-        **options: of :func:`escaip.data.open_source` (``format``, ``keys``, ``units``, ``limit``, ``index``, ...).
+        **options: of ``escaip.data.open_source`` (``format``, ``keys``, ``units``, ``limit``, ``index``, ...).
 
     Raises:
         DataError: a file that cannot be read, a damaged store, or 0 structures.

@@ -43,7 +43,7 @@ class _Batches(Dataset["Batch"]):
 class BatchLoader:
     """Iterates over the batches of an epoch; Lightning saves and restores its state with every checkpoint.
 
-    It wraps a :class:`torch.utils.data.DataLoader` rather than being one, so that Lightning neither replaces its
+    It wraps a ``torch.utils.data.DataLoader`` rather than being one, so that Lightning neither replaces its
     sampler nor builds it anew. The epoch is read when the first batch is taken, after Lightning's ``set_epoch``.
 
     Attributes:

@@ -58,7 +58,7 @@ _MAKING = "making-"
 
 @dataclass(frozen=True)
 class Reading:
-    """Arguments of :func:`escaip.data.open_source`, as plain values."""
+    """Arguments of ``escaip.data.open_source``, as plain values."""
 
     keys: Mapping[str, str | None] | None = None
     units: Mapping[str, str] | None = None
@@ -278,19 +278,19 @@ def prepare(
 def prepare_named(
     name: str, sources: Sequence[str], out: PathLike, *, options: Mapping[str, Any], **settings: Any
 ) -> PrepareReport:
-    """Runs :func:`prepare` on files of a data set with a card, or of a layout.
+    """Runs ``prepare`` on files of a data set with a card, or of a layout.
 
     Args:
         name: of a card (``escaip data list``), whose layouts, labels and options are the defaults, or of a layout in
-            :data:`escaip.data.readers.READERS`.
+            ``escaip.data.readers.READERS``.
         sources: paths, each bare or as ``SPLIT=PATH``.
         out: folder to create.
-        options: arguments of :func:`escaip.data.open_source`, those of the layout among them.
-        **settings: of :func:`prepare`.
+        options: arguments of ``escaip.data.open_source``, those of the layout among them.
+        **settings: of ``prepare``.
 
     Raises:
         ConfigError: neither a card nor a layout, or paths with and without a split.
-        DataError: as :func:`prepare`; or files of another layout than the set's.
+        DataError: as ``prepare``; or files of another layout than the set's.
     """
     cards = {card.name: card for card in list_datasets()}
     merged, facts, given = dict(options), {"dataset": name}, _by_split(sources)

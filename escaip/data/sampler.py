@@ -160,7 +160,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
             max_edges: edges per batch and rank; needs ``num_edges``.
             max_structures: structures per batch and rank, beside a budget.
             batch_size: structures per batch and rank, without a budget.
-            num_edges: ``(num_structures,)`` exact or estimated edges (:func:`estimate_edges`).
+            num_edges: ``(num_structures,)`` exact or estimated edges (``estimate_edges``).
             names: of the structures, for messages.
             shuffle: a new order every epoch; False keeps the order given.
             seed: of the order.

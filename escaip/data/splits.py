@@ -96,7 +96,7 @@ def make_split(groups: Sequence[str] | NDArray[Any], settings: SplitSettings, *,
 def assign_parts(
     names: Sequence[str], counts: NDArray[Any], settings: SplitSettings, *, seed: int = 0
 ) -> NDArray[np.uint8]:
-    """Returns ``(num_groups,)`` the position in :data:`PARTS` of each group; see :func:`make_split`.
+    """Returns ``(num_groups,)`` the position in ``PARTS`` of each group; see ``make_split``.
 
     Args:
         names: of the groups, each once.
@@ -174,7 +174,7 @@ def parse_train_size(value: Any, *, mixed: bool = False) -> TrainSize | None:
 
 
 class Groups(Protocol):
-    """The part of a data set that :func:`nested_subset` needs: its length, groups, and a random order."""
+    """The part of a data set that ``nested_subset`` needs: its length, groups, and a random order."""
 
     def __len__(self) -> int: ...
 
@@ -193,7 +193,7 @@ def nested_subset(
 
     They come first in one random order of the training set, cut before the first that would be too many, so that for
     one seed a smaller part is contained in every larger one. The order hashes seed and position, or seed and names of
-    groups (:func:`group_order`); it is independent of the hash that divides off validation and test sets, so that
+    groups (``group_order``); it is independent of the hash that divides off validation and test sets, so that
     larger ones of those only take out their own structures.
 
     Args:

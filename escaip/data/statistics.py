@@ -39,7 +39,7 @@ class Statistics:
         elements: atomic numbers present, sorted.
         num_structures: structures of the set.
         num_atoms: atoms in them.
-        label_counts: structures that carry each of :data:`escaip.types.TARGETS`; further ones only where there are any.
+        label_counts: structures that carry each of ``escaip.types.TARGETS``; further ones only where there are any.
         references_unique: False when the compositions do not determine the references (a single molecule, a fixed
             stoichiometry): the references are then those of least norm, their sum still right for such compositions.
         mean_neighbors: neighbors per atom, where it was measured.
@@ -68,7 +68,7 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
-        """Returns the statistics that :meth:`to_dict` described.
+        """Returns the statistics that ``to_dict`` described.
 
         Raises:
             DataError: unknown or missing entries.
@@ -89,7 +89,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Reads a file that :meth:`save` wrote.
+        """Reads a file that ``save`` wrote.
 
         Raises:
             DataError: no such file, or damaged.
@@ -190,7 +190,7 @@ class TrainingSums:
     def statistics(
         self, isolated_energies: Mapping[int, float] | None = None, *, require_energy: bool = True
     ) -> Statistics:
-        """Returns the statistics of the structures added; see :func:`fit_statistics`."""
+        """Returns the statistics of the structures added; see ``fit_statistics``."""
         if self.num_structures == 0:
             raise DataError("statistics: 0 structures; check the training set, its filters and split")
         rms = float(np.sqrt(self._force_sum / self._force_count)) if self._force_count else float("nan")

@@ -1,9 +1,9 @@
 """Prepared store: structures in memory-mapped shards with random access, without pickle.
 
 A store is a folder of ``manifest.json`` (schema, counts, checksums, labels, splits, source), ``index.safetensors``
-(:data:`COLUMNS` of every structure, names of groups, compositions) and shards in safetensors format. A shard holds its
+(``COLUMNS`` of every structure, names of groups, compositions) and shards in safetensors format. A shard holds its
 structures' arrays end to end, with offsets; texts are UTF-8 bytes with offsets. Every target of
-:data:`escaip.types.TARGETS` is stored; one that a shard does not hold reads as NaN.
+``escaip.types.TARGETS`` is stored; one that a shard does not hold reads as NaN.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def map_arrays(path: Path) -> Arrays:
 
 
 def read_text(arrays: Arrays, kind: str, index: int) -> str:
-    """Returns one of the texts of :func:`pack_text`."""
+    """Returns one of the texts of ``pack_text``."""
     start, stop = arrays[f"{kind}_offsets"][index : index + 2].tolist()
     return arrays[f"{kind}_bytes"][start:stop].tobytes().decode("utf-8")
 
@@ -121,7 +121,7 @@ def composition_key(numbers: NDArray[Any]) -> bytes:
 
 
 def compositions(index: Arrays) -> list[bytes]:
-    """Returns the :func:`composition_key` of every composition of an index."""
+    """Returns the ``composition_key`` of every composition of an index."""
     table = np.stack([index["composition_elements"], index["composition_counts"]], axis=1).astype("<i4")
     bounds = index["composition_offsets"].tolist()
     return [table[start:stop].tobytes() for start, stop in pairwise(bounds)]
@@ -195,7 +195,7 @@ class Store:
         return (self[index] for index in range(len(self)))
 
     def batch(self, positions: Sequence[int] | Indices) -> Batch:
-        """Returns what :func:`escaip.data.collate` makes of structures, joined from the shards without making them.
+        """Returns what ``escaip.data.collate`` makes of structures, joined from the shards without making them.
 
         Args:
             positions: ``(B,)`` of the structures, each inside the store.
@@ -227,7 +227,7 @@ class Store:
 
     @property
     def index(self) -> Arrays:
-        """:data:`COLUMNS` of every structure, read-only and mapped, names of groups, and compositions."""
+        """``COLUMNS`` of every structure, read-only and mapped, names of groups, and compositions."""
         if self._index is None:
             self._index = map_arrays(self.path / self.manifest["index"]["file"])
         return self._index

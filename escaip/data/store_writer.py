@@ -187,7 +187,7 @@ def _count_edges(data: AtomicData) -> int:
 
 
 def _join_indices(parts: Sequence[Callable[[], Arrays]]) -> dict[str, NDArray[Any] | Stream]:
-    """Returns one index of several, with common codes of groups and compositions, as :func:`save_arrays` takes it.
+    """Returns one index of several, with common codes of groups and compositions, as ``save_arrays`` takes it.
 
     Columns are streams that open one part at a time: nothing as long as the data set is held.
     """
@@ -217,11 +217,11 @@ def _codes(keys: Sequence[Any], table: dict[Any, int]) -> NDArray[Any]:
 class PartWriter:
     """Writes structures into shards of a folder, with memory bounded by one shard and the index of the part.
 
-    A part is whole once :meth:`close` has written its ``part.json``.
+    A part is whole once ``close`` has written its ``part.json``.
     """
 
     def __init__(self, folder: Path, *, dtype: str = "float64", shard_atoms: int = DEFAULT_SHARD_ATOMS) -> None:
-        """Prepares to write into ``folder``, which exists by the first :meth:`write`.
+        """Prepares to write into ``folder``, which exists by the first ``write``.
 
         Raises:
             ConfigError: an unknown dtype, or more targets than the index has bits for.
@@ -389,7 +389,7 @@ class StoreWriter:
 
     Use as a context manager. On leaving it normally the store appears under its name, whole; after an exception
     nothing is left. A process that is killed leaves only a hidden ``.NAME.partial-PID`` folder beside it. Large sets go
-    through :func:`escaip.data.prepare.prepare`, which works in parallel and can be restarted.
+    through ``escaip.data.prepare.prepare``, which works in parallel and can be restarted.
 
     Attributes:
         path: where the store will be.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 LABELS = ("energy", "forces", "stress")
-"""Targets that every structure carries; further ones are in :data:`escaip.types.TARGETS`."""
+"""Targets that every structure carries; further ones are in ``escaip.types.TARGETS``."""
 
 INPUT_FIELDS = (
     "positions", "atomic_numbers", "cell", "pbc", "charge", "spin_multiplicity", "fixed", "tags", "dataset",
@@ -59,7 +59,7 @@ class LabelKeys:
     the attached calculator holds. Further targets are looked for under their own name where no key is given.
 
     Attributes:
-        targets: key by name of a target of :data:`escaip.types.TARGETS`; a stress is ``(3, 3)``, ``(9,)`` or Voigt
+        targets: key by name of a target of ``escaip.types.TARGETS``; a stress is ``(3, 3)``, ``(9,)`` or Voigt
             ``(6,)``, positive in tension.
         virial: ``(3, 3)``, ``(9,)`` or Voigt ``(6,)`` in energy units; ``stress = −virial / V``.
         charge: total charge; default ``charge`` where present.
@@ -124,7 +124,7 @@ class AtomicData(Data):
         edge_shift: optional ``(E, 3)`` int64 cell translations of the neighbor.
         edge_cutoff: optional ``(1,)`` float64 Å up to which the pairs are complete.
 
-    Every further target of :data:`escaip.types.TARGETS` is an attribute too, ``(n, ...)`` or ``(1, ...)`` float64.
+    Every further target of ``escaip.types.TARGETS`` is an attribute too, ``(n, ...)`` or ``(1, ...)`` float64.
     """
 
     @classmethod
@@ -155,7 +155,7 @@ class AtomicData(Data):
         dropped without any periodic axis.
 
         Raises:
-            DataError: an invalid structure (see :mod:`escaip.data.validation`), a label with a wrong shape, NaN or Inf,
+            DataError: an invalid structure (see ``escaip.data.validation``), a label with a wrong shape, NaN or Inf,
                 a label that is no registered target.
         """
         name = structure_id or "structure"
@@ -213,7 +213,7 @@ class AtomicData(Data):
         group: str | None = None,
         units: Units = _NO_UNITS,
     ) -> AtomicData:
-        """Reads an :class:`ase.Atoms`, which is not changed.
+        """Reads an ``ase.Atoms``, which is not changed.
 
         Without ``keys`` labels come from an attached single-point calculator (forces without constraints), charge
         from ``info["charge"]`` and spin multiplicity from ``info["spin_multiplicity"]`` or ``info["spin"]``. A
@@ -261,7 +261,7 @@ class AtomicData(Data):
         )
 
     def to_ase(self) -> Atoms:
-        """Returns an :class:`ase.Atoms` with labels in a single-point calculator, constraints and tags, without edges.
+        """Returns an ``ase.Atoms`` with labels in a single-point calculator, constraints and tags, without edges.
 
         Targets that are no property of ASE go to ``info`` or ``arrays`` under their name.
         """
@@ -335,7 +335,7 @@ def make_batch(fields: Mapping[str, Any], counts: Tensor) -> Batch:
     """Returns a PyG ``Batch`` of fields that are joined already: tensors of all structures, lists of their names.
 
     Args:
-        fields: :data:`INPUT_FIELDS`, :data:`TEXT_FIELDS` and any targets; those that are not there are missing.
+        fields: ``INPUT_FIELDS``, ``TEXT_FIELDS`` and any targets; those that are not there are missing.
         counts: ``(B,)`` int64 atoms of each structure.
     """
     pointer = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -92,7 +92,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Result of :func:`escaip.evaluate.evaluate`; energies in eV, forces in eV/Å, stress in eV/Å³.
+    """Result of ``escaip.evaluate.evaluate``; energies in eV, forces in eV/Å, stress in eV/Å³.
 
     Attributes:
         num_structures, num_atoms: size of the data.
@@ -161,7 +161,7 @@ class EvaluationReport:
 def compute_report(
     records: Records, *, free_atoms_only: bool = False, rotation_error: float | None = None, seconds: float = 0.0
 ) -> EvaluationReport:
-    """Turns records into a report; see :class:`EvaluationReport` for every definition."""
+    """Turns records into a report; see ``EvaluationReport`` for every definition."""
     errors = {target.name: records.errors(target, free_atoms_only=free_atoms_only) for target in TARGETS.values()}
     found = {name: _quantity(records, TARGETS[name], difference) for name, difference in errors.items()}
     energy, forces = errors["energy"], errors["forces"]

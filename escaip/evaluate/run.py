@@ -40,15 +40,15 @@ def evaluate_files(
     read_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> EvaluationReport:
-    """Evaluates a model file on a data file; see :func:`evaluate_into`.
+    """Evaluates a model file on a data file; see ``evaluate_into``.
 
     Args:
         model: ``.ckpt`` or ``.escaip``.
-        data: see :func:`escaip.data.open_source`.
+        data: see ``escaip.data.open_source``.
         out: folder, made when needed.
-        model_options: options of :func:`escaip.load_potential`.
-        read_options: options of :func:`escaip.data.open_source`.
-        **options: options of :func:`evaluate_into`.
+        model_options: options of ``escaip.load_potential``.
+        read_options: options of ``escaip.data.open_source``.
+        **options: options of ``evaluate_into``.
 
     Raises:
         CheckpointError: the model cannot be read.
@@ -79,7 +79,7 @@ def evaluate_into(
         origin: model and data in words, for the top of the report.
         plots: whether to draw.
         free_atoms_only: leave forces of constrained atoms out.
-        **options: ``max_atoms`` and ``progress`` of :func:`evaluate`.
+        **options: ``max_atoms`` and ``progress`` of ``evaluate``.
 
     Raises:
         DataError: no labels, or the folder cannot be written.
@@ -109,7 +109,7 @@ def evaluate(
 ) -> tuple[EvaluationReport, Records]:
     """Compares predictions with labels.
 
-    Structures are evaluated some at a time, see :func:`escaip.potential.predict.predict_pairs`; results do not depend
+    Structures are evaluated some at a time, see ``escaip.potential.predict.predict_pairs``; results do not depend
     on that beyond rounding. Records are in the order of the structures.
 
     Args:
@@ -175,13 +175,13 @@ def predict_file(
 
     Args:
         model: ``.ckpt`` or ``.escaip``.
-        data: see :func:`escaip.data.open_source`; labels in it are left out of the result.
+        data: see ``escaip.data.open_source``; labels in it are left out of the result.
         out: extxyz file to write; energies in eV, forces in eV/Å, stress in eV/Å³.
         max_atoms: atoms evaluated at once; by default what is fastest and fits into memory.
         overwrite: replace a file that exists.
         progress: show a bar.
-        model_options: options of :func:`escaip.load_potential`.
-        read_options: options of :func:`escaip.data.open_source`.
+        model_options: options of ``escaip.load_potential``.
+        read_options: options of ``escaip.data.open_source``.
 
     Returns:
         The number of structures written.

@@ -33,7 +33,7 @@ def compute_geometry(
         positions: ``(N, 3)`` Å, float64.
         cell: ``(B, 3, 3)`` Å, float64; rows are lattice vectors.
         batch_index: ``(N,)`` int64, system of each atom.
-        graph: token layout of these atoms, from :func:`escaip.graph.build_graph` at these positions.
+        graph: token layout of these atoms, from ``escaip.graph.build_graph`` at these positions.
         settings: what the graph was built with.
         dtype: of the results; displacements are formed in the dtype of ``positions`` before.
 
@@ -65,7 +65,7 @@ def token_geometry(vector: Tensor, layout: TokenLayout, settings: GraphSettings,
 
 
 def displacements(positions: Tensor, cell: Tensor, batch_index: Tensor, graph: Graph) -> Tensor:
-    """Returns ``r_j + S·cell − r_i`` of every row of a graph, ``(T + X, 3)`` Å; see :func:`compute_geometry`."""
+    """Returns ``r_j + S·cell − r_i`` of every row of a graph, ``(T + X, 3)`` Å; see ``compute_geometry``."""
     vector = take_rows(positions, graph.neighbor) - take_rows(positions, graph.center)
     shift = graph.shift.to(positions.dtype)
     if len(cell) == 1:

@@ -1,7 +1,7 @@
-"""Which neighbors become tokens: the radius and differentiable k-nearest-neighbor graph (docs/graph.md).
+"""Which neighbors become tokens: the radius and differentiable k-nearest-neighbor graph (docs/concepts/graph.md).
 
 All decisions are made in float64 and without gradient; what the gradient needs is listed in the graph and
-evaluated by :func:`escaip.graph.compute_geometry`. Symbols: ``N`` atoms, ``E`` directed edges, ``M = N + E``
+evaluated by ``escaip.graph.compute_geometry``. Symbols: ``N`` atoms, ``E`` directed edges, ``M = N + E``
 list entries, ``T`` tokens, ``X`` extra rows, ``P`` rank pairs.
 """
 
@@ -32,14 +32,14 @@ _BOUND_MARGIN = 1e-6
 def reference_graph(
     systems: Systems, settings: GraphSettings, neighbors: NeighborList | None, cutoff: float, skin: float
 ) -> Graph:
-    """Builds a graph in plain operations, on any device: the specification of :func:`escaip.graph.build_graph`.
+    """Builds a graph in plain operations, on any device: the specification of ``escaip.graph.build_graph``.
 
     Args:
         systems: checked.
         settings: radius, k and the shape of the ranks.
         neighbors: a list that is complete up to ``cutoff``; None to search.
         cutoff: Å up to which pairs are needed.
-        skin: ``graph_skin`` of :func:`escaip.graph.build_graph`.
+        skin: ``graph_skin`` of ``escaip.graph.build_graph``.
 
     Raises:
         DataError: the list does not hold both directions of every pair.
@@ -177,7 +177,7 @@ def _select_soft(lists: _Lists, settings: GraphSettings) -> _Windows:
 
 
 def _select_soft_within(lists: _Lists, settings: GraphSettings, skin: float) -> _Windows:
-    """As :func:`_select_soft`, for all distances that differ from these by at most ``skin`` Å.
+    """As ``_select_soft``, for all distances that differ from these by at most ``skin`` Å.
 
     A gap of two distances then differs by twice as much at most, and so do the windows; whoever may come to be in one
     is in it. An edge is kept if it is a token at the smallest distance and the smallest rank that it may get.

@@ -1,4 +1,4 @@
-"""The graph of a batch on the CPU in C++: computes :func:`escaip.graph.knn.reference_graph` field by field.
+"""The graph of a batch on the CPU in C++: computes ``escaip.graph.knn.reference_graph`` field by field.
 
 Input that the C++ refuses, bad input above all, goes to the plain operations, which say what is wrong with it.
 """
@@ -27,14 +27,14 @@ def has_kernels(systems: Systems) -> bool:
 def native_graph(
     systems: Systems, settings: GraphSettings, neighbors: NeighborList | None, cutoff: float, slack: float
 ) -> Graph | None:
-    """Builds a graph, see :func:`escaip.graph.knn.reference_graph`; None where the plain operations must.
+    """Builds a graph, see ``escaip.graph.knn.reference_graph``; None where the plain operations must.
 
     Args:
         systems: on the CPU, not checked yet.
         settings: radius, k and the shape of the ranks.
         neighbors: a list that is complete up to ``cutoff``; None to search.
         cutoff: Å up to which pairs are needed.
-        slack: see :func:`escaip.graph.build_graph`.
+        slack: see ``escaip.graph.build_graph``.
     """
     arrays, longest = _build(systems, neighbors, cutoff, _choice(settings, slack))
     if not arrays:
@@ -55,7 +55,7 @@ def native_graph(
 
 
 def native_list(systems: Systems, cutoff: float) -> NeighborList | None:
-    """Finds all directed pairs, see :func:`escaip.graph.neighbor_list`; None where the plain operations must."""
+    """Finds all directed pairs, see ``escaip.graph.neighbor_list``; None where the plain operations must."""
     arrays, _ = _build(systems, None, cutoff, _EVERY_PAIR)
     if not arrays:
         return None

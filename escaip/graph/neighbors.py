@@ -54,7 +54,7 @@ class UndirectedPairs:
     cutoff: float
 
     def directed(self) -> DirectedEdges:
-        """Returns both directions of every pair, in order (docs of :class:`DirectedEdges`)."""
+        """Returns both directions of every pair, in order (docs of ``DirectedEdges``)."""
         center = torch.cat([self.first, self.second])
         neighbor = torch.cat([self.second, self.first])
         key = self.distance.repeat(2).add_(center, alpha=self.stride)

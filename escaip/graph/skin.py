@@ -86,7 +86,7 @@ class _Cache(Generic[T]):
 class VerletList(_Cache[NeighborList]):
     """Pairs within ``cutoff + skin`` of one structure, reused while no pair within ``cutoff`` can be missing.
 
-    With ``A`` and ``u`` of :meth:`Snapshot.moved`, a pair at ``d`` was at ``d₀ = (d − (u_j − u_i)) A⁻¹``, so all pairs
+    With ``A`` and ``u`` of ``Snapshot.moved``, a pair at ``d`` was at ``d₀ = (d − (u_j − u_i)) A⁻¹``, so all pairs
     with ``|d| < cutoff`` are in the list when ``(cutoff + 2 max|u|) · ‖A⁻¹‖₂ ≤ cutoff + skin`` (Verlet's criterion for
     ``A = 1``). The bound is rigorous; reuse never changes a result.
 
@@ -111,7 +111,7 @@ class VerletList(_Cache[NeighborList]):
             snapshot: of the batch, where it is at hand; it must not change afterwards.
 
         Raises:
-            DataError: see :func:`escaip.graph.neighbor_list`.
+            DataError: see ``escaip.graph.neighbor_list``.
         """
         if self.skin == 0.0:
             self.num_builds += 1
@@ -128,7 +128,7 @@ class VerletList(_Cache[NeighborList]):
 class GraphCache(_Cache[Graph]):
     """The packed graph of one structure, reused while no distance has changed by more than ``skin``.
 
-    With ``A`` and ``u`` of :meth:`Snapshot.moved`, a pair at ``d₀`` is now at ``d = d₀ A + u_j − u_i``, so distances
+    With ``A`` and ``u`` of ``Snapshot.moved``, a pair at ``d₀`` is now at ``d = d₀ A + u_j − u_i``, so distances
     below ``reach`` have changed by at most ``reach · ‖A − 1‖₂ + 2 max|u|``; those beyond have not come closer.
     Tokens that have left meanwhile have zero weight, so reuse changes results by rounding only.
 
@@ -157,7 +157,7 @@ class GraphCache(_Cache[Graph]):
             neighbors: returns a list that is complete up to ``reach``, None to search.
 
         Raises:
-            DataError: see :func:`escaip.graph.build_graph`.
+            DataError: see ``escaip.graph.build_graph``.
         """
         if self.skin == 0.0:
             self.num_builds += 1

@@ -38,7 +38,7 @@ class Systems:
         """Reads and checks ``positions, cell, pbc, batch, ptr``; a structure without ``batch`` is one system.
 
         Raises:
-            DataError: see :meth:`check`.
+            DataError: see ``check``.
         """
         systems = cls.read(batch)
         systems.check()
@@ -46,7 +46,7 @@ class Systems:
 
     @classmethod
     def read(cls, batch: Any) -> Systems:
-        """As :meth:`from_batch`, without the checks."""
+        """As ``from_batch``, without the checks."""
         positions = batch.positions.detach().to(torch.float64)
         cell = batch.cell.detach().to(torch.float64).reshape(-1, 3, 3)
         pbc = batch.pbc.reshape(-1, 3)

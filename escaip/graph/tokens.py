@@ -41,7 +41,7 @@ def build_graph(
 
     Raises:
         ConfigError: a setting is out of range.
-        DataError: see :func:`escaip.graph.neighbor_list`; or a periodic structure for settings that know none.
+        DataError: see ``escaip.graph.neighbor_list``; or a periodic structure for settings that know none.
         UsageError: ``neighbors`` does not reach far enough, or ``graph_skin`` is negative, or positive for hard or
             truncated ranks, which may change with any distance.
     """
@@ -128,7 +128,7 @@ def prune_graph(graph: Graph, vector: Tensor, settings: GraphSettings) -> Graph:
     once for the device, for the sizes.
 
     Args:
-        graph: from :func:`escaip.graph.build_graph` with a skin.
+        graph: from ``escaip.graph.build_graph`` with a skin.
         vector: ``(T + X, 3)`` Å, displacements of its rows at the present positions, within the skin.
         settings: what the graph was built with.
 
@@ -221,7 +221,7 @@ class TokenChunks:
         """Applies a function to each chunk.
 
         Args:
-            function: takes the :class:`~escaip.types.Tokens` of a chunk, then what each of ``values`` holds for it. It
+            function: takes the ``Tokens`` of a chunk, then what each of ``values`` holds for it. It
                 may be called again later, so variables that it closes over must not be assigned anew.
             values: one entry for each chunk, as another call of this method returns them.
 
@@ -241,7 +241,7 @@ class TokenChunks:
 
 
 def split_tokens(layout: TokenLayout, geometry: Geometry, max_tokens: int | None = None) -> list[Tokens]:
-    """Divides the tokens into chunks of whole neighborhoods; see :class:`TokenChunks`."""
+    """Divides the tokens into chunks of whole neighborhoods; see ``TokenChunks``."""
     center, neighbor = layout.token_center, layout.token_neighbor
     if max_tokens is None or layout.num_tokens <= max_tokens:
         whole = (layout.offsets, layout.self_token, center, neighbor)

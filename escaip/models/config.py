@@ -16,7 +16,7 @@ from escaip.types import GraphSettings
 
 @dataclass(frozen=True)
 class EScAIPConfig(ModelConfig):
-    """Every number that defines an EScAIP (arXiv 2410.24169); see docs/model.md.
+    """Every number that defines an EScAIP (arXiv 2410.24169); see docs/concepts/model.md.
 
     Attributes:
         hidden_size: ``H``, features per token and atom.
@@ -28,7 +28,7 @@ class EScAIPConfig(ModelConfig):
             expanded width ``Σ_l (2l+1) c_l`` rounded up to a multiple of 8, as published.
         attention_backend: ``"auto"`` or a name from ``escaip.ops.available_backends()``.
         cutoff, num_neighbors, soft, rank_scale, envelope_scale, rank_step, rank_truncation, periodic: the graph, see
-            :class:`~escaip.types.GraphSettings`; lengths in Å.
+            ``GraphSettings``; lengths in Å.
         forces: ``"conservative"`` (−∂E/∂r) or ``"direct"`` (a head of its own, not equivariant).
         num_radial: Gaussians on ``[0, cutoff]``.
         radial_width: width of a Gaussian in spacings.
@@ -54,7 +54,7 @@ class EScAIPConfig(ModelConfig):
         charge, spin: condition on total charge and on spin multiplicity.
         dropout, attention_dropout, node_dropout, edge_dropout, scalar_dropout, vector_dropout,
         stochastic_depth: probabilities, in training only.
-        heads: names of heads beside energy and forces, see :data:`escaip.nn.heads.HEADS`.
+        heads: names of heads beside energy and forces, see ``escaip.nn.heads.HEADS``.
 
     Raises:
         ConfigError: a value is out of range or does not fit another.

@@ -23,11 +23,11 @@ M = TypeVar("M", bound="type[Model]")
 class ModelConfig:
     """Base of the settings of models: subclasses are frozen dataclasses of plain values, checked on construction.
 
-    A subclass states :attr:`graph`, and overrides what does not hold for its model (docs/extend/model.md).
+    A subclass states ``graph``, and overrides what does not hold for its model (docs/extend/model.md).
 
     Attributes:
         PRESETS: named sizes, each a dictionary of fields.
-        heads: names of further heads, see :data:`escaip.nn.heads.HEADS`.
+        heads: names of further heads, see ``escaip.nn.heads.HEADS``.
         charge, spin: whether the model is conditioned on total charge and on spin multiplicity.
     """
 
@@ -120,7 +120,7 @@ class Model(nn.Module):
 
         Args:
             atoms: the ``N`` atoms.
-            tokens: of all atoms; per-token work goes through :meth:`~escaip.graph.TokenChunks.map`.
+            tokens: of all atoms; per-token work goes through ``map``.
         """
         raise NotImplementedError
 
@@ -147,7 +147,7 @@ MODELS: dict[str, ModelKind] = {}
 
 
 def register_model(name: str, config: type[ModelConfig]) -> Callable[[M], M]:
-    """Returns a class decorator that adds a model to :data:`MODELS`.
+    """Returns a class decorator that adds a model to ``MODELS``.
 
     Args:
         name: stands in model files and, as ``name``, in the settings of a recipe.
@@ -203,7 +203,7 @@ def build_config(settings: dict[str, Any]) -> ModelConfig:
 
 
 def settings_of(config: ModelConfig) -> dict[str, Any]:
-    """Returns the settings that :func:`build_config` takes."""
+    """Returns the settings that ``build_config`` takes."""
     name = kind_of(config).name
     return {**({} if name == DEFAULT_MODEL else {"name": name}), **config.to_dict()}
 

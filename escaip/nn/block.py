@@ -38,7 +38,7 @@ class Message(nn.Module):
         return self.sender(node), self.receiver(node)
 
     def forward(self, edge: Tensor, attributes: Tensor, ends: tuple[Tensor, Tensor], tokens: Tokens) -> Tensor:
-        """``(t, H)``, ``(t, H)`` and :meth:`ends` of all atoms to ``(t, H)``."""
+        """``(t, H)``, ``(t, H)`` and ``ends`` of all atoms to ``(t, H)``."""
         node_hidden = self.activation(take_rows(ends[0], tokens.neighbor) + take_rows(ends[1], tokens.center))
         node_hidden = self.dropout(node_hidden)
         edge_hidden = self.dropout(self.activation(self.edge_hidden(edge)))
@@ -171,7 +171,7 @@ class Block(nn.Module):
             edge: ``(t, H)`` for each chunk of tokens.
             atoms: all of them.
             order: ``(N, boo_degrees)``, bond-orientational order.
-            distance: of each chunk, encoded (:meth:`~escaip.nn.embedding.DistanceEmbedding.encode`).
+            distance: of each chunk, encoded (``encode``).
             tokens: of all atoms.
 
         Returns:

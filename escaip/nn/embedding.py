@@ -43,7 +43,7 @@ class GaussianBasis(nn.Module):
 
 
 class OrientationalOrder(nn.Module):
-    """Bond-orientational order of atoms from their tokens (:func:`escaip.ops.bond_orientational_order`).
+    """Bond-orientational order of atoms from their tokens (``escaip.ops.bond_orientational_order``).
 
     Args:
         degrees: ``l = 0 .. degrees − 1``.
@@ -112,7 +112,7 @@ class DistanceEmbedding(nn.Module):
     """A learned function ``[0, r_c] → R^H`` of the distance: exact, or read from a spline table that it owns.
 
     A table takes the ``K + 9`` rows of its knots through the layers instead of a row for every token, which then costs
-    a sum of six rows (docs/performance.md). Energies stay conserved, because forces are the exact derivative of the
+    a sum of six rows (docs/howto/speed.md). Energies stay conserved, because forces are the exact derivative of the
     spline. The table is kept until a weight changes, and made anew, with gradients, where the weights need gradients.
 
     Args:
@@ -142,7 +142,7 @@ class DistanceEmbedding(nn.Module):
         return [weight for layer in self._layers for weight in layer.parameters()]
 
     def encode(self, tokens: Tokens) -> Tensor:
-        """Returns what :meth:`function` takes: ``(t,)`` places in the table, or the ``(t, num_radial)`` basis.
+        """Returns what ``function`` takes: ``(t,)`` places in the table, or the ``(t, num_radial)`` basis.
 
         Embeddings of one basis, table and number of intervals take the same encoding.
         """
@@ -204,7 +204,7 @@ def given_tables(model: nn.Module, tables: Sequence[Tensor]) -> Iterator[None]:
 
     Args:
         model: any module.
-        tables: in the order of :func:`kept_tables`; an empty sequence changes nothing.
+        tables: in the order of ``kept_tables``; an empty sequence changes nothing.
     """
     embeddings = _tabulated(model) if tables else []
     for embedding, table in zip(embeddings, tables, strict=True):
@@ -228,11 +228,11 @@ class EdgeAttributes(nn.Module):
 
     Args:
         basis: of the distances.
-        table, num_intervals: see :class:`DistanceEmbedding`.
-        num_elements, element_size, boo_degrees, boo_size: see :class:`AtomFeatures`.
+        table, num_intervals: see ``DistanceEmbedding``.
+        num_elements, element_size, boo_degrees, boo_size: see ``AtomFeatures``.
         distance_size: width between the two layers of the distance embedding.
         hidden_size: ``H``.
-        activation, norm, dropout: see :mod:`escaip.nn.layers`.
+        activation, norm, dropout: see ``escaip.nn.layers``.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ class EdgeAttributes(nn.Module):
 
         Args:
             distance: ``(t, H)``, the distance embedding of the tokens.
-            ends: of all atoms, from :meth:`ends`.
+            ends: of all atoms, from ``ends``.
             tokens: whose attributes.
 
         Returns:

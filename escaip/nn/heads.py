@@ -16,11 +16,11 @@ from escaip.types import TARGETS
 HeadBuilder = Callable[[int], nn.Module]
 B = TypeVar("B", bound=HeadBuilder)
 HEADS: dict[str, HeadBuilder] = {}
-"""Heads beside energy and forces, by the name of their target (:data:`escaip.types.TARGETS`)."""
+"""Heads beside energy and forces, by the name of their target (``escaip.types.TARGETS``)."""
 
 
 def register_head(name: str) -> Callable[[B], B]:
-    """Returns a decorator that adds a builder of heads to :data:`HEADS` (docs/extend/head.md).
+    """Returns a decorator that adds a builder of heads to ``HEADS`` (docs/extend/head.md).
 
     A builder takes the number of node features ``H`` and returns a module from ``(N, H)`` to the ``(N, ...)`` per-atom
     values of the target, in its unit; for a target of the structure, these are contributions to its sum.
@@ -49,7 +49,7 @@ def check_heads(names: Sequence[str]) -> None:
 
 
 def make_heads(names: Sequence[str], hidden_size: int) -> nn.ModuleDict:
-    """Builds the heads of these names on ``H`` node features; see :func:`check_heads` for errors."""
+    """Builds the heads of these names on ``H`` node features; see ``check_heads`` for errors."""
     check_heads(names)
     return nn.ModuleDict({name: HEADS[name](hidden_size) for name in names})
 

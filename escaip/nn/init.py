@@ -31,7 +31,7 @@ def initialize(model: nn.Module, radial_width: float) -> None:
     zero has no gradient to leave it. Embeddings and norms keep the values that their modules drew.
 
     Args:
-        model: with :class:`EdgeAttributes`, :class:`EnergyHead` and :class:`DirectForceHead` somewhere in it.
+        model: with ``EdgeAttributes``, ``EnergyHead`` and ``DirectForceHead`` somewhere in it.
         radial_width: ``w``, of a Gaussian in spacings.
     """
     for module in model.modules():

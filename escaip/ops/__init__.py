@@ -1,4 +1,4 @@
-"""Operators on packed tokens: attention within neighborhoods and among all atoms (docs/attention.md), rows by index,
+"""Operators on packed tokens: attention within neighborhoods and among all atoms (docs/concepts), rows by index,
 splines, bond-orientational order.
 """
 

@@ -52,7 +52,7 @@ def neighborhood_attention(
         offsets: ``(N + 1,)`` int64; tokens of atom ``i`` are ``offsets[i] : offsets[i + 1]``.
         angular_channels: channels per degree ``l = 0 .. 4``, summing to ``d``; None for no angles.
         scale: factor on the products.
-        backend: ``"auto"`` or a name from :func:`available_backends`.
+        backend: ``"auto"`` or a name from ``available_backends``.
         self_queries_only: compute the ``N`` self tokens' rows alone (their logits involve the
             group ``l = 0`` only).
         dropout: probability of dropping an attention weight.
@@ -110,7 +110,7 @@ def node_attention(
         v: ``(N, h, d)`` values.
         offsets: ``(B + 1,)`` int64; atoms of system ``b`` are ``offsets[b] : offsets[b + 1]``.
         scale: factor on the products.
-        backend: ``"auto"`` or a name from :func:`available_backends`.
+        backend: ``"auto"`` or a name from ``available_backends``.
         derivatives: how often the result will be differentiated; by default twice where q, k or v
             require gradients.
 

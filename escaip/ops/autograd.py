@@ -2,7 +2,7 @@
 
 The operators of a backend are ``escaip::attention_<backend>``, ``…_backward`` and ``…_double_backward``. They are
 opaque to ``torch.compile``, which sees shapes only. Those of ``native`` are in C++ (``cpp/binding.cpp``); behind the
-others are the three functions of a module (:class:`escaip.ops.inputs.KernelBackend`). A third derivative is refused.
+others are the three functions of a module (``escaip.ops.inputs.KernelBackend``). A third derivative is refused.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Operators:
         return _without_none(found)
 
     def run_double_backward(self, tq: Tensor, tk: Tensor, tv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        """Gradients of ``grad_out`` and of the inputs for cotangents of the results of :meth:`run_backward`."""
+        """Gradients of ``grad_out`` and of the inputs for cotangents of the results of ``run_backward``."""
         tb, tn, grad_out, *tensors, out, lse, widths, scale = rest
         inputs, tangents = _attention_inputs((*tensors, widths, scale)), Gradients(tq, tk, tv, tb, tn)
         with _full_precision(grad_out):

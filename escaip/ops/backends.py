@@ -25,7 +25,7 @@ class BackendInfo:
         devices: device types it runs on; empty for every device.
         dtypes: dtypes of q, k and v.
         dropout: whether it drops attention weights in training.
-        node_attention: whether it serves :func:`escaip.ops.node_attention` too.
+        node_attention: whether it serves ``escaip.ops.node_attention`` too.
         description: one line for tables.
     """
 
@@ -77,7 +77,7 @@ class Request:
     node_attention: bool
 
 
-# Fastest first: "auto" takes the first that is usable and refuses nothing (docs/attention.md says what was measured).
+# Fastest first: "auto" takes the first that is usable and refuses nothing.
 BACKENDS = (
     BackendInfo("triton", 2, ("cuda",), (torch.float32, *HALF_TYPES), False, True,
                 "fused GPU kernels"),

@@ -3,7 +3,7 @@
 Neighborhoods of like size share a block, padded to the longest among them; a neighborhood too large for a block is cut
 into runs of queries, so that memory stays linear in the tokens however long it is. Nothing but the output and the
 softmax normaliser is kept for the derivatives: logits are computed again from q and k. Symbols and derivation as in
-docs/attention.md: a dot is the tangent along the cotangents ``tq, tk, tv, tb, tn`` of the first derivative.
+docs/concepts/attention.md: a dot is the tangent along the cotangents ``tq, tk, tv, tb, tn`` of the first derivative.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Block:
 
 
 def forward(inputs: AttentionInputs) -> AttentionOutputs:
-    """See :class:`escaip.ops.inputs.KernelBackend`."""
+    """See ``escaip.ops.inputs.KernelBackend``."""
     q = inputs.q
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
     for block in _blocks(inputs):
@@ -87,7 +87,7 @@ def forward(inputs: AttentionInputs) -> AttentionOutputs:
 
 
 def backward(inputs: AttentionInputs, outputs: AttentionOutputs, grad_out: Tensor, with_direction: bool) -> Gradients:
-    """See :class:`escaip.ops.inputs.KernelBackend`."""
+    """See ``escaip.ops.inputs.KernelBackend``."""
     sums = _Sums(inputs, with_direction)
     for block in _blocks(inputs):
         logits = _Logits(block, inputs)
@@ -109,7 +109,7 @@ def backward(inputs: AttentionInputs, outputs: AttentionOutputs, grad_out: Tenso
 def double_backward(
     inputs: AttentionInputs, outputs: AttentionOutputs, grad_out: Tensor, tangents: Gradients
 ) -> tuple[Tensor, Gradients]:
-    """The tangent of :func:`backward`; see :class:`escaip.ops.inputs.KernelBackend`."""
+    """The tangent of ``backward``; see ``escaip.ops.inputs.KernelBackend``."""
     g_out, sums = torch.empty_like(inputs.q), _Sums(inputs, True)
     for block in _blocks(inputs):
         logits = _Logits(block, inputs)

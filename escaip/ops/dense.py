@@ -61,7 +61,7 @@ def dense_attention(
     self_queries_only: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """See :func:`escaip.ops.neighborhood_attention`; differentiable any number of times."""
+    """See ``escaip.ops.neighborhood_attention``; differentiable any number of times."""
     padding = Padding.of(offsets, k.shape[0])
     keys = padding.pad(k).transpose(1, 2)  # (N, h, M, d)
     values = padding.pad(v).transpose(1, 2)

@@ -18,7 +18,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Attention of each query over the keys of its neighborhood (symbols as in docs/attention.md).
+    """Attention of each query over the keys of its neighborhood (symbols as in docs/concepts/attention.md).
 
     Attributes:
         q: ``(Q, h, d)``, any strides, as k and v.

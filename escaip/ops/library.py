@@ -53,7 +53,7 @@ def sdpa_attention(
     scale: float,
     self_queries_only: bool = False,
 ) -> Tensor:
-    """See :func:`escaip.ops.neighborhood_attention`; reads the longest neighborhood from the device.
+    """See ``escaip.ops.neighborhood_attention``; reads the longest neighborhood from the device.
 
     Raises:
         ConfigError: when differentiated a second time.
@@ -83,7 +83,7 @@ def xformers_attention(
     scale: float,
     self_queries_only: bool = False,
 ) -> Tensor:
-    """See :func:`escaip.ops.neighborhood_attention`; reads the sizes of the neighborhoods from the device.
+    """See ``escaip.ops.neighborhood_attention``; reads the sizes of the neighborhoods from the device.
 
     Raises:
         ConfigError: when differentiated a second time.

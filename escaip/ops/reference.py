@@ -46,7 +46,7 @@ def reference_attention(
     self_queries_only: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """See :func:`escaip.ops.neighborhood_attention`; differentiable any number of times."""
+    """See ``escaip.ops.neighborhood_attention``; differentiable any number of times."""
     query, key = neighborhood_pairs(offsets, self_queries_only)
     num_queries = q.shape[0]
     products = q[query] * k[key]  # (P, h, d)

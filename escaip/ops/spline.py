@@ -50,7 +50,7 @@ def knots(num_intervals: int, end: float, *, dtype: torch.dtype, device: torch.d
 
 
 def coefficients(values: Tensor) -> Tensor:
-    """Turns values at :func:`knots` into coefficients of the spline.
+    """Turns values at ``knots`` into coefficients of the spline.
 
     Args:
         values: ``(K + 9, H)``.
@@ -67,7 +67,7 @@ def interpolate(table: Tensor, point: Tensor) -> Tensor:
     """Evaluates the spline.
 
     Args:
-        table: ``(K + 5, H)`` of :func:`coefficients`.
+        table: ``(K + 5, H)`` of ``coefficients``.
         point: ``(T,)`` in units of the spacing, in ``[0, K]``; outside, the polynomial of the nearest interval.
 
     Returns:

@@ -67,7 +67,7 @@ def bond_orientational_order(
         epsilon: ``ε``.
         offsets: ``(N + 1,)`` int64 where the tokens of an atom are consecutive: on the CPU the sums are then made by
             one kernel, with two derivatives. None for plain operations, with any number of them.
-        recursion: result of :func:`harmonic_recursion` for this degree; see :func:`spherical_harmonics`.
+        recursion: result of ``harmonic_recursion`` for this degree; see ``spherical_harmonics``.
 
     Returns:
         ``(N, l_max + 1)``, without unit, differentiable twice in ``direction`` and ``weight``.
@@ -102,7 +102,7 @@ def spherical_harmonics(vector: Tensor, l_max: int, recursion: Tensor | None = N
     Args:
         vector: ``(T, 3)``.
         l_max: highest degree.
-        recursion: result of :func:`harmonic_recursion` for this degree, on the device of ``vector``. None copies it
+        recursion: result of ``harmonic_recursion`` for this degree, on the device of ``vector``. None copies it
             there, which waits for a GPU and cannot be recorded in a CUDA graph.
 
     Returns:

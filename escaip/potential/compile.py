@@ -3,7 +3,7 @@
 The model and its gradient are traced together into one graph of plain operations, which Inductor compiles: predictions
 have nothing left to differentiate, and training on forces takes one ordinary derivative of a graph that already holds
 the forces. Sizes are symbols, fixed as such by a first run on an example. Sizes that a compiler would specialise (one
-atom, no neighbors, no compared ranks) are padded (:mod:`escaip.potential.padding`).
+atom, no neighbors, no compared ranks) are padded (``escaip.potential.padding``).
 
 Predictions on a CPU are compiled ahead of time into machine code without weights. It depends on the configuration of
 the model, on PyTorch and on the machine, is kept in the user's cache, and serves every model of that configuration.
@@ -75,7 +75,7 @@ class Code(Protocol):
         """Whether the code can evaluate the model with its present weights."""
 
     def __call__(self, model: Model, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
-        """Evaluates a batch; see :func:`escaip.potential.derivatives.energy_and_gradient`."""
+        """Evaluates a batch; see ``escaip.potential.derivatives.energy_and_gradient``."""
 
 
 def compiled(evaluator: Evaluator, device: torch.device, cuda_graphs: bool) -> Evaluator:
@@ -114,7 +114,7 @@ class CompiledEvaluator:
     def __call__(
         self, model: Model, inputs: EvaluationInputs, request: EvaluationRequest
     ) -> tuple[ModelOutput, Tensor | None]:
-        """Evaluates a batch; see :class:`escaip.potential.derivatives.Evaluator`."""
+        """Evaluates a batch; see ``escaip.potential.derivatives.Evaluator``."""
         device = inputs.vectors.device
         if request.share_recomputed(model.config, inputs) or inputs.vectors.requires_grad:
             return EagerEvaluator()(model, inputs, request)
@@ -140,7 +140,7 @@ class JitCode:
         model: whose weights may change in place, but keep their device, dtype and identity.
         differentiate: whether the gradient is computed.
         learning: whether results will be differentiated with respect to the weights.
-        cuda_graphs: see :class:`CompiledEvaluator`.
+        cuda_graphs: see ``CompiledEvaluator``.
         backend: of ``torch.compile``.
 
     Raises:
@@ -177,7 +177,7 @@ class JitCode:
         return all(a is b and (dtype, device) == (b.dtype, b.device) for (a, dtype, device), b in pairs)
 
     def __call__(self, model: Model, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
-        """Evaluates a batch; see :func:`escaip.potential.derivatives.energy_and_gradient`."""
+        """Evaluates a batch; see ``escaip.potential.derivatives.energy_and_gradient``."""
         own = Sizes.of(inputs)
         sizes = self._recorded_sizes(own) if self._cuda_graphs else own.at_least_two()
         results = self._run(self._tables(model), pad(inputs, sizes).flat())
@@ -240,7 +240,7 @@ class AotCode:
         return (weight.dtype, weight.device) == (self._dtype, self.device)
 
     def __call__(self, model: Model, inputs: EvaluationInputs) -> tuple[ModelOutput, Tensor | None]:
-        """Evaluates a batch; see :func:`escaip.potential.derivatives.energy_and_gradient`."""
+        """Evaluates a batch; see ``escaip.potential.derivatives.energy_and_gradient``."""
         self._give(model)
         own = Sizes.of(inputs)
         sizes = own.at_least_two()
@@ -473,8 +473,8 @@ def flat_evaluation(
 
     Args:
         model: the weights may be closed over.
-        tables: of :func:`escaip.nn.embedding.kept_tables`; empty for tables that the model makes of its weights.
-        tensors: of :meth:`EvaluationInputs.flat`.
+        tables: of ``escaip.nn.embedding.kept_tables``; empty for tables that the model makes of its weights.
+        tensors: of ``EvaluationInputs.flat``.
         differentiate: whether the gradient is computed.
         learning: whether results will be differentiated with respect to the weights.
 

@@ -47,7 +47,7 @@ class EvaluationInputs:
 
     @classmethod
     def from_flat(cls, tensors: Sequence[Tensor]) -> EvaluationInputs:
-        """Inverse of :meth:`flat`."""
+        """Inverse of ``flat``."""
         end = 2 + len(ATOMS)
         return cls(tensors[0], tensors[1], AtomInputs(*tensors[2:end]), TokenLayout(*tensors[end:]))
 
@@ -68,8 +68,8 @@ def energy_and_gradient(
         inputs: of a batch, for the graph settings of the model.
         differentiate: whether the gradient is wanted.
         create_graph: whether the gradient will be differentiated.
-        max_tokens: see :class:`~escaip.graph.TokenChunks`.
-        recompute: see :class:`~escaip.graph.TokenChunks`.
+        max_tokens: see ``TokenChunks``.
+        recompute: see ``TokenChunks``.
 
     Returns:
         The output, and the gradient ``(R, 3)`` in the dtype of the displacements if it was asked for.
@@ -96,7 +96,7 @@ class EvaluationRequest:
         differentiate: whether the gradient with respect to the displacements is computed.
         create_graph: whether the gradient will be differentiated.
         learning: whether the weights need gradients.
-        precision: of :data:`escaip.potential.precision.PRECISIONS`.
+        precision: of ``escaip.potential.precision.PRECISIONS``.
         recompute: whether activations are recomputed for derivatives; None where a prediction would keep too many.
     """
 
@@ -145,7 +145,7 @@ class EagerEvaluator:
     def __call__(
         self, model: Model, inputs: EvaluationInputs, request: EvaluationRequest
     ) -> tuple[ModelOutput, Tensor | None]:
-        """Evaluates a batch; see :class:`Evaluator`."""
+        """Evaluates a batch; see ``Evaluator``."""
         device, predicting = inputs.vectors.device, request.is_prediction
         most = plan_chunks(model.config, inputs.layout.num_tokens, device)[0] if predicting else None
         recompute = request.share_recomputed(model.config, inputs) if torch.is_grad_enabled() else 0.0
@@ -169,10 +169,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def plan_chunks(config: ModelConfig, num_tokens: int, device: torch.device) -> tuple[int | None, float]:
-    """Returns how a prediction is divided: ``max_tokens`` and ``recompute`` of :func:`energy_and_gradient`.
+    """Returns how a prediction is divided: ``max_tokens`` and ``recompute`` of ``energy_and_gradient``.
 
     On a CPU, chunks that stay in its caches are faster. A few GiB are kept for the derivative, and what goes beyond is
-    computed again, so that the time grows with the share that does not fit (docs/performance.md).
+    computed again, so that the time grows with the share that does not fit (docs/howto/speed.md).
     """
     kept = 4 * num_tokens * config.kept_per_token
     recompute = max(0.0, 1.0 - _MOST_KEPT[device.type == "cuda"] / max(kept, 1))

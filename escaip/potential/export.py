@@ -1,4 +1,4 @@
-"""Packages: a model file together with machine code for its evaluation (docs/export.md).
+"""Packages: a model file together with machine code for its evaluation (docs/howto/files.md).
 
 A package is a ``.pt2`` archive of ``torch._inductor.aoti_compile_and_package`` with two more entries, ``escaip.json``
 and ``weights.safetensors``. The code holds no weights; it receives those of the potential. Reading weights, description
@@ -60,7 +60,7 @@ class ExportedEvaluator:
     def __call__(
         self, model: Model, inputs: EvaluationInputs, request: EvaluationRequest
     ) -> tuple[ModelOutput, Tensor | None]:
-        """Evaluates a batch; see :class:`escaip.potential.derivatives.Evaluator`.
+        """Evaluates a batch; see ``escaip.potential.derivatives.Evaluator``.
 
         Raises:
             ConfigError: a model in training, of another dtype or device, or in another precision.
@@ -91,7 +91,7 @@ def export_model(
     device: str | None = None,
     dtype: str | None = None,
 ) -> list[str]:
-    """Writes a potential in a format of :data:`FORMATS`.
+    """Writes a potential in a format of ``FORMATS``.
 
     Args:
         potential: on the CPU, as stored; may be changed.
@@ -137,7 +137,7 @@ def save_package(potential: Potential, path: str | os.PathLike[str]) -> dict[str
     This takes some minutes. The file is written whole or not at all.
 
     Returns:
-        The description of the code, see :func:`describe_package`.
+        The description of the code, see ``describe_package``.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -190,7 +190,7 @@ def load_package(
     dataset: str | None = None,
     precision: str = "highest",
 ) -> Potential:
-    """Reads a package and **runs machine code from it**; see :func:`escaip.load_potential` for the arguments.
+    """Reads a package and **runs machine code from it**; see ``escaip.load_potential`` for the arguments.
 
     Raises:
         CheckpointError: not named ``.pt2``, damaged, for another machine or installation, or code that does not give

@@ -43,7 +43,7 @@ def hessian(
 
     Args:
         potential: on any device, in either mode; dropout is off.
-        structure: ASE atoms, :class:`~escaip.data.AtomicData` or a pymatgen structure or molecule of ``n`` atoms.
+        structure: ASE atoms, ``AtomicData`` or a pymatgen structure or molecule of ``n`` atoms.
         method: ``"autograd"``, or ``"finite_differences"`` for central differences of forces, the only method for
             models whose forces are not derivatives of the energy.
         step: of finite differences, Å.

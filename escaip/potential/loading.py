@@ -27,12 +27,12 @@ def load_potential(
     """Reads a potential from a ``.escaip`` file or a Lightning ``.ckpt``, weights only, or a package of ours.
 
     Args:
-        path: the file, or ``example:NAME`` for one of md/potentials. A package (``.pt2``, docs/export.md) is machine
+        path: the file, or ``example:NAME`` for one of md/potentials. A package (``.pt2``) is machine
             code, which is run: load only those you made.
         device: a torch device; ``"auto"`` takes CUDA where there is one, else the CPU.
         dtype: ``float32`` or ``float64``; by default as stored.
         dataset: whose element references to use, for potentials trained on several sets.
-        precision: ``highest``, ``tf32``, ``float16`` or ``bfloat16`` (docs/precision.md).
+        precision: ``highest``, ``tf32``, ``float16`` or ``bfloat16`` (docs/howto/speed.md).
 
     Returns:
         The potential, in evaluation mode.
@@ -59,7 +59,7 @@ def read_potential(path: str | os.PathLike[str]) -> Potential:
     """Reads a potential as stored, on the CPU, in evaluation mode; of a package its weights: nothing in it is run.
 
     Raises:
-        CheckpointError: as :func:`load_potential`.
+        CheckpointError: as ``load_potential``.
     """
     path = _existing(path)
     return build_potential(*_read(path), path).eval()

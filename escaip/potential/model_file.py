@@ -50,7 +50,7 @@ class PotentialMetadata:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PotentialMetadata:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of ``to_dict``."""
         return cls(
             elements=tuple(int(z) for z in values["elements"]),
             level_of_theory=str(values["level_of_theory"]),
@@ -78,7 +78,7 @@ def write_model_file(
 
     Args:
         path: of the file.
-        description: of :func:`describe`.
+        description: of ``describe``.
         weights: by name.
 
     Raises:
@@ -134,7 +134,7 @@ def _from_version_1(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_2(description: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 had no shifts of the element references: they are zero (see :func:`build_potential`)."""
+    """Version 2 had no shifts of the element references: they are zero (see ``build_potential``)."""
     return {**description, "schema": 3}
 
 
@@ -144,7 +144,7 @@ def _from_version_3(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_4(description: dict[str, Any]) -> dict[str, Any]:
-    """Version 4 had no repulsion: there is none (see :class:`escaip.potential.zbl.ZBL`)."""
+    """Version 4 had no repulsion: there is none (see ``escaip.potential.zbl.ZBL``)."""
     return {**description, "schema": 5}
 
 

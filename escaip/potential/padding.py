@@ -125,7 +125,7 @@ def unpad(results: list[Tensor], padded: Sizes, own: Sizes, config: ModelConfig)
     """Removes the results of added rows.
 
     Args:
-        results: of :func:`escaip.potential.compile.flat_evaluation` for padded inputs.
+        results: of ``escaip.potential.compile.flat_evaluation`` for padded inputs.
         padded: sizes of the padded inputs.
         own: sizes of the inputs.
         config: of the model.

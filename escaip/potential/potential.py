@@ -45,7 +45,7 @@ class Potential(nn.Module):
 
     ``E = Σ_i (reference[Z_i] + shift[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in
     float64, plus a repulsion at short distances. Potentials trained on several data sets have one reference, shift and
-    scale for each, chosen by ``batch.dataset`` or, where that is −1, by :meth:`choose_dataset`. Forces are ``−∂E/∂r``
+    scale for each, chosen by ``batch.dataset`` or, where that is −1, by ``choose_dataset``. Forces are ``−∂E/∂r``
     or, for direct-force models, ``scale ·`` the force head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``,
     positive in tension. Positions and cells are read in float64, displacements formed in float64 and cast to the
     model's dtype (float32 or float64).
@@ -57,13 +57,13 @@ class Potential(nn.Module):
     Attributes:
         element_references: ``(119,)`` eV by atomic number, or ``(S, 119)`` for several sets, NaN for elements that a
             set does not have.
-        element_shifts: of the same shape, eV; training adds them to the references (docs/training.md).
+        element_shifts: of the same shape, eV; training adds them to the references (docs/howto/train.md).
         scale: ``()`` or ``(S,)`` eV.
-        repulsion: between atoms closer than any in training; none for a fresh model (:mod:`escaip.potential.zbl`).
+        repulsion: between atoms closer than any in training; none for a fresh model (``escaip.potential.zbl``).
         recompute: whether activations are recomputed for derivatives (activation checkpointing): less memory for about
             a third more time. None, the default, recomputes where a prediction would keep several GiB.
         precision: ``"highest"``, the model's own; ``"tf32"`` for products of float32 matrices on CUDA; ``"float16"`` or
-            ``"bfloat16"`` for products and attention of tokens, the rest in float32 (docs/precision.md).
+            ``"bfloat16"`` for products and attention of tokens, the rest in float32 (docs/howto/speed.md).
         evaluator: runs the model and the gradient of its energy: uncompiled, compiled, or exported.
     """
 
@@ -108,7 +108,7 @@ class Potential(nn.Module):
 
     @property
     def dataset(self) -> str | None:
-        """The set chosen by :meth:`choose_dataset`."""
+        """The set chosen by ``choose_dataset``."""
         return None if self._dataset < 0 else self.datasets[self._dataset]
 
     @property
@@ -222,10 +222,10 @@ class Potential(nn.Module):
         """Predicts energy, forces and stress of a batch; the batch is not changed.
 
         Args:
-            batch: from :func:`escaip.data.collate`, on the potential's device.
+            batch: from ``escaip.data.collate``, on the potential's device.
             neighbors: pairs complete up to ``search_cutoff`` or beyond; by default those attached to the batch, or a
                 fresh list.
-            graph: of :meth:`graph_of`, valid at these positions; the batch is then not checked, and the host waits for
+            graph: of ``graph_of``, valid at these positions; the batch is then not checked, and the host waits for
                 the device only where it looks up several sets of atomic energies.
             compute_forces: whether forces are computed.
             compute_stress: whether stress is computed; conservative models only.
@@ -282,7 +282,7 @@ class Potential(nn.Module):
         return values if TARGETS[name].per_atom else sum_rows(values, batch.batch, batch.ptr.numel() - 1)
 
     def graph_of(self, batch: StructureBatch, neighbors: NeighborList | None = None, graph_skin: float = 0.0) -> Graph:
-        """Checks a batch and builds its graph: see :func:`escaip.graph.build_graph`.
+        """Checks a batch and builds its graph: see ``escaip.graph.build_graph``.
 
         Raises:
             UnsupportedElementError: an element the potential was not trained on.
@@ -322,8 +322,8 @@ class Potential(nn.Module):
         """Predicts each of any number of structures, in the order given, as many at once as pay and fit into memory.
 
         Each result has ``energy`` (eV), ``forces (n, 3)`` (eV/Å), ``stress (3, 3)`` (eV/Å³) and ``atomic_energies
-        (n,)`` on the CPU. Arguments and errors: :func:`escaip.potential.predict.predict_pairs`; for streams,
-        :func:`escaip.potential.predict.iter_predict`.
+        (n,)`` on the CPU. Arguments and errors: ``escaip.potential.predict.predict_pairs``; for streams,
+        ``escaip.potential.predict.iter_predict``.
         """
         return list(
             iter_predict(
@@ -333,15 +333,15 @@ class Potential(nn.Module):
         )  # fmt: skip
 
     def hessian(self, structure: Any, **options: Any) -> Tensor:
-        """``(3n, 3n)`` float64 eV/Å² of a structure on the CPU: see :func:`escaip.potential.hessian.hessian`."""
+        """``(3n, 3n)`` float64 eV/Å² of a structure on the CPU: see ``escaip.potential.hessian.hessian``."""
         return hessian(self, structure, **options)
 
     def describe(self) -> dict[str, Any]:
-        """Returns everything but the weights as plain JSON values (docs/checkpoints.md)."""
+        """Returns everything but the weights as plain JSON values (docs/howto/files.md)."""
         return describe(self.config, self.metadata)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes weights, config, units, references and provenance to one file (docs/checkpoints.md).
+        """Writes weights, config, units, references and provenance to one file (docs/howto/files.md).
 
         Raises:
             CheckpointError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Precision of matrix products, set around an evaluation and restored afterwards (docs/precision.md)."""
+"""Precision of matrix products, set around an evaluation and restored afterwards (docs/howto/speed.md)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def in_precision(name: str, device: torch.device) -> Iterator[torch.dtype | None
     around the context.
 
     Args:
-        name: of :data:`PRECISIONS`; ``"highest"`` rounds only under an autocast.
+        name: of ``PRECISIONS``; ``"highest"`` rounds only under an autocast.
         device: of the evaluation.
 
     Yields:

@@ -30,7 +30,7 @@ from escaip.potential.derivatives import plan_chunks
 from escaip.types import TARGETS, GraphSettings, Prediction
 
 CPU_TOKENS = 4096
-"""Tokens of a pack on a CPU: larger packs are not faster (docs/prediction.md)."""
+"""Tokens of a pack on a CPU: larger packs are not faster (docs/howto/evaluate.md)."""
 
 _MEMORY_SHARE = 0.5  # of the free memory; the estimate ignores fragmentation and the attention backend
 _SAMPLED_ATOMS = 32
@@ -42,7 +42,7 @@ _NO_MEMORY = re.compile(
 
 
 class PotentialLike(Protocol):
-    """The interface of a :class:`~escaip.Potential` that predictions and second derivatives need."""
+    """The interface of a ``Potential`` that predictions and second derivatives need."""
 
     config: ModelConfig
     model: Model
@@ -58,7 +58,7 @@ class PotentialLike(Protocol):
         """Precision of the weights."""
 
     def __call__(self, batch: Any, **options: bool) -> Prediction:
-        """Evaluates a :class:`~escaip.types.StructureBatch`."""
+        """Evaluates a ``StructureBatch``."""
 
     def to(self, dtype: torch.dtype, /) -> Any:
         """Casts the weights in place."""
@@ -118,9 +118,9 @@ def iter_predict(
     max_atoms: int | None = None,
     progress: bool = False,
 ) -> Iterator[StructurePrediction]:
-    """Yields the results of :meth:`escaip.Potential.predict` one at a time, for streams of any length.
+    """Yields the results of ``escaip.Potential.predict`` one at a time, for streams of any length.
 
-    At most 16 packs, or 4096 structures, are held at a time. Arguments and errors are those of :func:`predict_pairs`.
+    At most 16 packs, or 4096 structures, are held at a time. Arguments and errors are those of ``predict_pairs``.
     """
     pairs = predict_pairs(
         potential, structures, compute_forces=compute_forces, compute_stress=compute_stress, max_atoms=max_atoms,
@@ -140,13 +140,13 @@ def predict_pairs(
 ) -> Iterator[tuple[AtomicData, StructurePrediction]]:
     """Yields each structure with its prediction, in the order given.
 
-    Structures with neighborhoods of similar size are evaluated together, as many as :func:`token_budget` allows. A pack
+    Structures with neighborhoods of similar size are evaluated together, as many as ``token_budget`` allows. A pack
     that does not fit into memory is halved, with a warning, and so are the packs after it. Results do not depend on the
     packing beyond rounding.
 
     Args:
         potential: in evaluation mode.
-        structures: ASE atoms, :class:`~escaip.data.AtomicData` or pymatgen structures, in any mixture. Labels are not
+        structures: ASE atoms, ``AtomicData`` or pymatgen structures, in any mixture. Labels are not
             read.
         compute_forces: whether to compute forces.
         compute_stress: whether to compute stress; conservative models only.
@@ -175,8 +175,8 @@ def predict_pairs(
 def token_budget(potential: PotentialLike, derivatives: bool = True) -> int:
     """Returns the number of tokens in a pack, from the device and half of its free memory.
 
-    On a CPU it is at most :data:`CPU_TOKENS`. On CUDA it stays below the size from which the potential would recompute
-    activations (:func:`escaip.potential.derivatives.plan_chunks`).
+    On a CPU it is at most ``CPU_TOKENS``. On CUDA it stays below the size from which the potential would recompute
+    activations (``escaip.potential.derivatives.plan_chunks``).
 
     Args:
         potential: on the device and in the dtype of the evaluation.
@@ -234,7 +234,7 @@ def as_data(structure: Any, index: int) -> AtomicData:
     """Converts a structure of any supported kind, without its labels.
 
     Args:
-        structure: ASE atoms, :class:`~escaip.data.AtomicData` or a pymatgen structure or molecule.
+        structure: ASE atoms, ``AtomicData`` or a pymatgen structure or molecule.
         index: of the structure, for messages.
 
     Raises:

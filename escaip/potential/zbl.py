@@ -108,9 +108,9 @@ def fit_zbl_onsets(repulsion: ZBL, structures: Sequence[AtomicData], cutoff: flo
 
     Args:
         repulsion: of a potential.
-        structures: see :func:`closest_distances`.
+        structures: see ``closest_distances``.
         cutoff: Å, of the potential; onsets do not exceed it, so that no energy jumps there.
-        fraction: see :func:`zbl_onsets`.
+        fraction: see ``zbl_onsets``.
 
     Raises:
         ConfigError: a fraction out of range.
@@ -152,7 +152,7 @@ def zbl_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
     al., Dalton Trans. 2832, 2008, as in ASE), about the shortest bond that exists.
 
     Args:
-        closest: of :func:`closest_distances`.
+        closest: of ``closest_distances``.
         fraction: above 0 and at most 1.
 
     Raises:

@@ -1,7 +1,7 @@
 """Floating-point operations of an evaluation and of a training step of an EScAIP: by formula, and measured.
 
 Matrix products and the products within attention are counted, a multiply-add as two operations, as
-:class:`torch.utils.flop_counter.FlopCounterMode` does. Everything else is **not counted**: activations, norms, softmax,
+``torch.utils.flop_counter.FlopCounterMode`` does. Everything else is **not counted**: activations, norms, softmax,
 Legendre polynomials, gathers and sums over rows, Gaussians and splines, bond-orientational order, graph and geometry,
 atomic energies, loss and optimizer. All of it is linear in tokens or pairs, and takes a larger share of the time.
 
@@ -159,7 +159,7 @@ def count_flops(model: EScAIPConfig | Potential, batch: StructureBatch | GraphSh
     Args:
         model: a configuration, or a potential for its configuration.
         batch: structures, or the sizes of their graph.
-        mode: one of :data:`MODES`.
+        mode: one of ``MODES``.
 
     Returns:
         Operations for the whole batch; whole numbers for whole sizes.
@@ -173,7 +173,7 @@ def count_flops(model: EScAIPConfig | Potential, batch: StructureBatch | GraphSh
 def flops_by_layer(
     model: EScAIPConfig | Potential, batch: StructureBatch | GraphShape, mode: str = "training"
 ) -> dict[str, float]:
-    """Counts as :func:`count_flops`, for each kind of layer apart; all blocks together."""
+    """Counts as ``count_flops``, for each kind of layer apart; all blocks together."""
     config = _config_of(model)
     _check_mode(config, mode)
     shape = batch if isinstance(batch, GraphShape) else GraphShape.of_batch(batch, config.graph)
@@ -327,7 +327,7 @@ def training_flops(
 
     Args:
         config: the model.
-        structure: mean sizes of a training structure, from :func:`mean_shape` or :meth:`GraphShape.of_counts`.
+        structure: mean sizes of a training structure, from ``mean_shape`` or ``GraphShape.of_counts``.
         batch_size: structures per step in all processes; the mean where batches are packed by atoms.
         num_structures: size of the training set; needed with ``epochs``.
         epochs: passes over the training set; or
@@ -360,18 +360,18 @@ def training_flops(
 
 
 def profile_flops(model: EScAIPConfig | Potential, batch: StructureBatch, mode: str = "training") -> int:
-    """Measures the operations that :func:`count_flops` predicts by one evaluation or step under PyTorch's counter.
+    """Measures the operations that ``count_flops`` predicts by one evaluation or step under PyTorch's counter.
 
     A fresh potential of the configuration without dropout is run on the batch's device; the potential given, the batch
-    and the state of the random numbers do not change. Attention is counted by :func:`operator_formulas`.
+    and the state of the random numbers do not change. Attention is counted by ``operator_formulas``.
 
     Args:
         model: a configuration, or a potential for its configuration.
         batch: structures.
-        mode: one of :data:`MODES`.
+        mode: one of ``MODES``.
 
     Raises:
-        UsageError: as :func:`count_flops`.
+        UsageError: as ``count_flops``.
     """
     config = _config_of(model)
     _check_mode(config, mode)
@@ -411,7 +411,7 @@ def _check_mode(config: EScAIPConfig, mode: str) -> None:
 
 
 def operator_formulas() -> dict[Any, Callable[..., int]]:
-    """Returns the costs of the package's operators, a ``custom_mapping`` for :class:`FlopCounterMode`.
+    """Returns the costs of the package's operators, a ``custom_mapping`` for ``FlopCounterMode``.
 
     Useful operations are counted: those of the value and of its first and second derivative if all intermediates are
     kept. Kernels recompute logits and share the work of the second derivative; that is not counted.

@@ -452,7 +452,7 @@ def fit_law(
 
 
 def _check_points(kind: str, inputs: Sequence[ArrayLike], losses: ArrayLike, floor: bool) -> tuple[Array, Array, Cells]:
-    """Returns inputs ``(K, n)``, log L ``(n,)`` and their cells, or raises the errors of :func:`fit_law`."""
+    """Returns inputs ``(K, n)``, log L ``(n,)`` and their cells, or raises the errors of ``fit_law``."""
     arrays = [np.asarray(one, dtype=np.float64).reshape(-1) for one in [*inputs, losses]]
     for name, values in zip([*AXES[kind], "loss"], arrays, strict=True):
         if len(values) != len(arrays[-1]):
@@ -509,7 +509,7 @@ def lack_of_fit(kind: str, inputs: Sequence[ArrayLike], losses: ArrayLike, floor
         floor: whether the law has an E.
 
     Raises:
-        DataError: as of :func:`fit_law`.
+        DataError: as of ``fit_law``.
     """
     x, y, cells = _check_points(kind, inputs, losses, floor)
     law = SumOfPowers.of(x, y, floor)

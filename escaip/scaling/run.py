@@ -291,7 +291,7 @@ def run_claimed(study: str, job_id: str) -> None:
 
 
 def read_job(study: Path, job_id: str) -> Job:
-    """Reads the job that :func:`run_study` wrote.
+    """Reads the job that ``run_study`` wrote.
 
     Raises:
         DataError: there is no such run.

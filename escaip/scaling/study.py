@@ -31,7 +31,7 @@ class LearningRate:
     Attributes:
         value: one rate for all sizes; or
         sweep: rates that are tried for each size, of which the best is taken; with ``base_width`` for that size alone.
-        base_width: ``hidden_size`` from which rates are transferred to other widths (:mod:`escaip.train.mup`).
+        base_width: ``hidden_size`` from which rates are transferred to other widths (``escaip.train.mup``).
         data_size: of the sweep; default the smallest of the study.
         epochs: of the sweep; default those of the study.
     """
@@ -89,7 +89,7 @@ class StudyPlan:
         epochs: passes of each run over its data; or
         steps: of the optimizer, the same for every run; or
         budgets: FLOPs, each spent by every size on all data.
-        learning_rate: see :class:`LearningRate`.
+        learning_rate: see ``LearningRate``.
         settings: changes of the configuration for every run.
         source: the plan as it was written.
     """
@@ -166,7 +166,7 @@ class StudyPlan:
         """Returns the runs of the grid, small ones first.
 
         Args:
-            rates: learning rate of each variant and size; needed where :meth:`sweep_jobs` search it.
+            rates: learning rate of each variant and size; needed where ``sweep_jobs`` search it.
         """
         if self.learning_rate.sweep and rates is None:
             raise ConfigError("the learning rates of this study come from a sweep, which has not run")
@@ -437,7 +437,7 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str) -> Record:
-        """Reads a line that :meth:`to_json` wrote.
+        """Reads a line that ``to_json`` wrote.
 
         Raises:
             DataError: the line is no JSON, or a field is unknown, missing or impossible.

@@ -125,7 +125,7 @@ def autocorrelation(series: Array, weights: Array, num_lags: int) -> Array:
 
 
 def square_displacement(series: Array, weights: Array, num_lags: int) -> Array:
-    """Returns ``Σ_i w_ig ⟨|x_i(t + m) − x_i(t)|²⟩_t``; arguments and shape as for :func:`autocorrelation`.
+    """Returns ``Σ_i w_ig ⟨|x_i(t + m) − x_i(t)|²⟩_t``; arguments and shape as for ``autocorrelation``.
 
     Squares are summed directly and products by Fourier transform (Calandrini et al., Collection SFN 12, 201 (2011)).
     Each atom's mean is subtracted first, since the two sums cancel.
@@ -210,7 +210,7 @@ class FirstShell:
 
 @dataclass(frozen=True)
 class RadialDistribution:
-    """Result of :func:`radial_distribution`.
+    """Result of ``radial_distribution``.
 
     Attributes:
         distance: ``(B,)`` Å, middles of the bins.
@@ -244,7 +244,7 @@ class RadialDistribution:
 
 
 class RadialCounter:
-    """Counts pairs frame by frame for :func:`radial_distribution`, whose arguments it takes.
+    """Counts pairs frame by frame for ``radial_distribution``, whose arguments it takes.
 
     Args:
         first: a frame of the system.
@@ -352,7 +352,7 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Transport:
-    """Result of :func:`mean_square_displacement`.
+    """Result of ``mean_square_displacement``.
 
     Attributes:
         lag: ``(L,)`` fs.
@@ -440,7 +440,7 @@ def _fit_lags(window: tuple[float, float] | None, interval: float, length: int, 
 
 @dataclass(frozen=True)
 class Vibrations:
-    """Result of :func:`vibrations`.
+    """Result of ``vibrations``.
 
     Attributes:
         lag: ``(L,)`` fs.

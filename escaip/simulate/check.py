@@ -166,7 +166,7 @@ def check_calculator(
     derivatives, and the antisymmetric share of their Jacobian.
 
     Args:
-        calculator: an :class:`~escaip.EScAIPCalculator`, a committee, either with dispersion, or any other of ASE's.
+        calculator: an ``EScAIPCalculator``, a committee, either with dispersion, or any other of ASE's.
         atoms: the structure; constraints are ignored, neither it nor its calculator is changed.
         seed: of directions, rotations and velocities.
         temperature: K, of the velocities; 300 by default.

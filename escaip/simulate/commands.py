@@ -311,8 +311,8 @@ def make_calculator(
         model: model file.
         committee: further members beside it.
         d3: functional whose D3 dispersion is added.
-        d3_damping: see :class:`~escaip.calculators.DispersionCalculator`.
-        options: of :class:`~escaip.EScAIPCalculator`.
+        d3_damping: see ``DispersionCalculator``.
+        options: of ``EScAIPCalculator``.
 
     Raises:
         EscaipError: as these classes.

@@ -43,7 +43,7 @@ class MDSettings:
     Attributes:
         ensemble: ``"nve"``, ``"nvt"`` or ``"npt"``.
         steps: of the whole run, counted from its first step also when it is resumed.
-        timestep: fs; see :func:`default_timestep`.
+        timestep: fs; see ``default_timestep``.
         temperature: K; of the thermostat and of the velocities that are drawn.
         pressure: GPa, npt only; None for 0.
         thermostat: nvt only: ``"langevin"`` (samples every system correctly; the default), ``"bussi"``

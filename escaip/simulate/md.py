@@ -171,7 +171,7 @@ def run_md(
 
     Writes a trajectory (``out``), a log (``.csv``) and a restart file (``.restart.npz``) beside it. A resumed run
     cuts log and trajectory back to the step of the restart file and continues bit for bit, provided that the
-    calculator's answers depend on the structure alone (as those of :class:`~escaip.EScAIPCalculator` do).
+    calculator's answers depend on the structure alone (as those of ``EScAIPCalculator`` do).
 
     Args:
         atoms: structure with a calculator.

@@ -81,7 +81,7 @@ def read_log(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 class ExtxyzTrajectory:
-    """Frames as extended XYZ; arguments as for :class:`LogFile`."""
+    """Frames as extended XYZ; arguments as for ``LogFile``."""
 
     def __init__(self, path: Path, position: int | None) -> None:
         self._stream = _open_text(path, position)
@@ -132,7 +132,7 @@ def open_trajectory(path: Path, position: int | None) -> ExtxyzTrajectory | AseT
 
     Raises:
         ConfigError: the suffix is neither ``.extxyz``, ``.xyz`` nor ``.traj``.
-        SimulationError: see :class:`LogFile`.
+        SimulationError: see ``LogFile``.
     """
     check_trajectory_name(path)
     return AseTrajectory(path, position) if path.suffix == ".traj" else ExtxyzTrajectory(path, position)
@@ -145,7 +145,7 @@ def check_trajectory_name(path: Path) -> None:
 
 
 def make_frame(atoms: Atoms, step: int, time: float) -> Atoms:
-    """Returns a copy with results, see :func:`freeze`, that carries its step and its time in fs."""
+    """Returns a copy with results, see ``freeze``, that carries its step and its time in fs."""
     frame = freeze(atoms)
     frame.info.update(step=step, time_fs=time)
     return frame
@@ -170,7 +170,7 @@ def read_trajectory(
     """Yields the frames of a trajectory one by one, holding one in memory.
 
     Frames carry cell, momenta, energy, forces and, where it was computed, stress; ``info`` holds ``step`` and
-    ``time_fs`` where the file does, as those of :func:`~escaip.simulate.run_md` do. An incomplete frame at the end of
+    ``time_fs`` where the file does, as those of ``run_md`` do. An incomplete frame at the end of
     an extxyz file, whose run goes on or was killed, is left out with a warning.
 
     Args:

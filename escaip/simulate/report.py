@@ -52,7 +52,7 @@ class AnalysisSettings:
     """Settings of an analysis; times in fs, distances in Å.
 
     Attributes:
-        quantities: some of :data:`QUANTITIES`; None for all that the trajectory allows.
+        quantities: some of ``QUANTITIES``; None for all that the trajectory allows.
         start, stop, every: which frames; ``stop`` is excluded.
         timestep: fs between frames of the file, for files that do not say.
         log: of the run; by default the ``.csv`` beside the trajectory.
@@ -101,7 +101,7 @@ class AnalysisSettings:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Result of :func:`analyze`; quantities that were not asked for, or not possible, are None.
+    """Result of ``analyze``; quantities that were not asked for, or not possible, are None.
 
     Attributes:
         trajectory: the file.
@@ -194,12 +194,12 @@ class Analysis:
 def analyze(
     path: str | os.PathLike[str], settings: AnalysisSettings | None = None, *, progress: bool = False
 ) -> Analysis:
-    """Analyses a trajectory (docs/analysis.md) in one pass over its frames.
+    """Analyses a trajectory (docs/howto/simulate.md) in one pass over its frames.
 
     Memory does not grow with the number of frames: time series of positions and velocities go to a temporary file.
 
     Args:
-        path: see :func:`~escaip.simulate.read_trajectory`.
+        path: see ``read_trajectory``.
         settings: quantities and frames; by default all that the trajectory allows, with notes on what it does not.
         progress: show a bar.
 

@@ -69,7 +69,7 @@ class RestartState:
 
     @classmethod
     def load(cls, path: Path) -> RestartState:
-        """Reads a file written by :meth:`save`.
+        """Reads a file written by ``save``.
 
         Raises:
             SimulationError: missing, damaged, or of a newer schema.

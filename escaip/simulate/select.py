@@ -125,9 +125,9 @@ def score_frames(
     Args:
         frames: without labels; charge and spin in ``info``.
         models: two or more model files.
-        max_atoms: as in :meth:`~escaip.Potential.predict`.
+        max_atoms: as in ``predict``.
         progress: show a bar.
-        **options: ``device, dtype, precision, dataset`` as in :class:`~escaip.EScAIPCalculator`.
+        **options: ``device, dtype, precision, dataset`` as in ``EScAIPCalculator``.
 
     Raises:
         ConfigError: fewer than two models.
@@ -185,11 +185,11 @@ def select_file(
         count: largest number of frames to choose.
         min_spread: eV/Å; frames below teach nothing.
         max_spread: eV/Å; frames above are broken.
-        min_distance: see :func:`select_frames`.
+        min_distance: see ``select_frames``.
         every: look at every N-th frame.
-        max_atoms: see :func:`score_frames`.
+        max_atoms: see ``score_frames``.
         progress: show a bar.
-        **options: see :func:`score_frames`.
+        **options: see ``score_frames``.
 
     Raises:
         ConfigError: a setting is out of range.

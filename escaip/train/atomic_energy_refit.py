@@ -60,7 +60,7 @@ class ReferenceFit:
         return torch.stack(found).flatten()
 
     def add(self, sums: Tensor) -> None:
-        """Adds the result of :meth:`of_batch`."""
+        """Adds the result of ``of_batch``."""
         self.sums = self.sums.to(sums.device) + sums.view_as(self.sums)
 
     def restore(self, sums: Tensor) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from escaip.errors import CheckpointError, ConfigError, TrainingError
 from escaip.files import first_line, write_aside
-from escaip.train.commands import BEST, LAST
+from escaip.train.arguments import BEST, LAST
 from escaip.train.metrics import figure_name, format_table
 from escaip.types import TARGETS
 
@@ -182,7 +182,7 @@ class BestAndLast(Checkpoint):
         return {name: getattr(self, name) for name in ("best_model_path", "best_model_score", "best_step")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
+        """Restores ``state_dict``."""
         for name in self.state_dict():
             setattr(self, name, state_dict[name])
 

@@ -17,6 +17,7 @@ from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError, TrainingError
 from escaip.models import build_config, settings_of
 from escaip.potential.model_file import migrate
+from escaip.train.arguments import find_checkpoint, prepare
 from escaip.train.callbacks import (
     BestAndLast,
     FinalEvaluation,
@@ -26,7 +27,6 @@ from escaip.train.callbacks import (
     read_checkpoint,
     run_folder,
 )
-from escaip.train.commands import find_checkpoint, prepare
 from escaip.train.ema import WeightEMA
 from escaip.train.module import PotentialModule
 

@@ -41,7 +41,7 @@ class LossTerm:
             (arXiv 2410.24169 uses it for forces).
         delta: where Huber turns from quadratic to linear, in the unit of the label. Huber is divided by ``delta``, so
             that it has the slope of the MAE for large errors.
-        final_weight: value that ``weight`` reaches towards the end of a training, see :meth:`LossSettings.at`; default
+        final_weight: value that ``weight`` reaches towards the end of a training, see ``LossSettings.at``; default
             the same.
         average: for a target with one value per atom, ``"structure"`` averages over the atoms of each structure, then
             over structures; ``"atom"`` averages over all atoms at once.
@@ -78,7 +78,7 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class ForceTerm(LossTerm):
-    """Loss on the forces (eV/Å): a :class:`LossTerm` with the published default, the norm of each atom's error."""
+    """Loss on the forces (eV/Å): a ``LossTerm`` with the published default, the norm of each atom's error."""
 
     weight: float = 10.0
     kind: str = "l2"
@@ -93,7 +93,7 @@ class LossSettings:
         forces: term on the forces of atoms that are free to move.
         stress: term on the stress of periodic structures.
         change_after: part of a training after which weights begin to move to the final ones.
-        properties: terms on further registered targets by name (:func:`escaip.types.register_target`).
+        properties: terms on further registered targets by name (``escaip.types.register_target``).
 
     Raises:
         ConfigError: a property that is not registered, every weight is 0, an average over atoms of a target that has
@@ -158,7 +158,7 @@ class LossSums:
     """Sums of each term over labelled entries, and their counts; both add up over batches and processes.
 
     Attributes:
-        sums: ``(K,)`` float64, in the order of :attr:`LossSettings.terms`; differentiable.
+        sums: ``(K,)`` float64, in the order of ``LossSettings.terms``; differentiable.
         counts: ``(K,)`` float64.
     """
 

@@ -17,7 +17,7 @@ _SPELLED = str.maketrans({"/": "_per_", "Å": "A", "³": "3", "²": "2", "·": "
 
 @dataclasses.dataclass(frozen=True)
 class ErrorFigure:
-    """One logged figure, computed from a row of :func:`error_sums`.
+    """One logged figure, computed from a row of ``error_sums``.
 
     Attributes:
         name: in logs: ``energy_mae_meV_per_atom``.
@@ -92,7 +92,7 @@ def error_sums(prediction: Prediction, batch: StructureBatch, only: Tensor | Non
 
 
 def errors_from_sums(sums: Tensor) -> dict[str, float]:
-    """Turns :func:`error_sums` into named errors in reported units; a label that never occurred is left out."""
+    """Turns ``error_sums`` into named errors in reported units; a label that never occurred is left out."""
     values = sums.tolist()
     errors = {}
     for figure in error_figures():

@@ -29,7 +29,7 @@ DEFAULT_LOSSES = LossSettings()
 
 
 class PotentialModule(LightningModule):
-    """Trains a :class:`~escaip.Potential`.
+    """Trains a ``Potential``.
 
     Logged at each step: ``train/loss``, the MAE of every target that is predicted and labelled
     (``train/energy_mae_meV_per_atom``, ``train/force_mae_meV_per_A``), ``train/grad_norm`` and ``lr``; at each
@@ -67,7 +67,7 @@ class PotentialModule(LightningModule):
         """Builds the potential.
 
         Args:
-            architecture: settings of :class:`~escaip.EScAIPConfig`, with ``preset`` naming the size to start from;
+            architecture: settings of ``EScAIPConfig``, with ``preset`` naming the size to start from;
                 default the preset ``1m``.
             losses: kinds and weights of the loss; default energy MAE (1) and force L2 norm (10).
             learning_rate: peak learning rate of AdamW.
@@ -77,17 +77,17 @@ class PotentialModule(LightningModule):
             level_of_theory: level of theory of the labels, in words; stored with the model. Default that of a
                 prepared store.
             datasets: names of the training sets; stored with the model.
-            compile: compile energy, forces and their derivatives into one graph (docs/performance.md): the first step
+            compile: compile energy, forces and their derivatives into one graph (docs/howto/speed.md): the first step
                 takes minutes, the others half as long as without.
             recompute: keep only the inputs of each block and compute the rest again for the derivatives: a fraction of
                 the memory for about a third more time (arXiv 1604.06174).
             refit_references: after each epoch shift the element references by a fit to the remaining energy errors
-                (docs/training.md); those given as energies of isolated atoms stay.
+                (docs/howto/train.md); those given as energies of isolated atoms stay.
             base_width: ``hidden_size`` at which ``learning_rate`` and ``weight_decay`` were found; other widths scale
                 them, and the first outputs, so that they stay right (maximal-update parametrisation,
                 ``escaip.train.mup``). Default: used as they are.
             repulsion: between atoms closer than this fraction of the shortest distance between their elements in the
-                training set (:mod:`escaip.potential.zbl`); null for none.
+                training set (``escaip.potential.zbl``); null for none.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
@@ -288,7 +288,7 @@ class PotentialModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the entries that :func:`escaip.load_potential` reads, the seed of dropout and the place in the data."""
+        """Adds the entries that ``escaip.load_potential`` reads, the seed of dropout and the place in the data."""
         checkpoint["escaip"] = self.potential.describe()
         checkpoint["dropout_seed"] = self._dropout_seed
         if self._reference_fit is not None:

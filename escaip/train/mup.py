@@ -29,7 +29,7 @@ def fan_in_ratios(config: ModelConfig, base_width: int) -> dict[str, float]:
     """Returns the number of inputs of each linear weight over that at the base width, by name, where it is not 1.
 
     Raises:
-        ConfigError: see :meth:`escaip.models.ModelConfig.at_width`.
+        ConfigError: see ``escaip.models.ModelConfig.at_width``.
     """
     here, base = _linear_sizes(config), _linear_sizes(config.at_width(base_width))
     ratios = {name: here[name][0] / base[name][0] for name in here}

@@ -50,7 +50,7 @@ def parameter_groups(
 def make_optimizer(
     module: nn.Module, learning_rate: float, weight_decay: float, ratios: Mapping[str, float] | None = None
 ) -> AdamW:
-    """Returns AdamW with decay on linear weights only (arXiv 2410.24169); ``ratios`` as in :func:`parameter_groups`."""
+    """Returns AdamW with decay on linear weights only (arXiv 2410.24169); ``ratios`` as in ``parameter_groups``."""
     return AdamW(parameter_groups(module, weight_decay, learning_rate, ratios), lr=learning_rate, betas=ADAM_BETAS)
 
 

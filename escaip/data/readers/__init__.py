@@ -1,4 +1,4 @@
-"""Readers of data sets as published; each yields :class:`~escaip.data.AtomicData` in eV and Å."""
+"""Readers of data sets as published; each yields ``AtomicData`` in eV and Å."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def open_source(
     Args:
         path: a file, a prepared store, ``dataset:NAME/FILE`` (shipped with a card), a pattern (``"*.traj"``) or a
             list of them.
-        format: a name in :data:`READERS`; default found from content and suffix.
-        keys: names of the labels; see :class:`LabelKeys`.
-        units: units of the file where they are not Å and eV; see :meth:`escaip.units.Units.parse`.
+        format: a name in ``READERS``; default found from content and suffix.
+        keys: names of the labels; see ``LabelKeys``.
+        units: units of the file where they are not Å and eV; see ``escaip.units.Units.parse``.
         on_error: ``"raise"``, or ``"skip"`` to leave out bad structures and count them in ``report``.
         required_labels: labels without which a structure is refused.
         check_units: refuse magnitudes that are those of another unit.
@@ -91,7 +91,7 @@ class DataFile:
 
     Attributes:
         path: where it is.
-        reader: name of its layout, in :data:`READERS`.
+        reader: name of its layout, in ``READERS``.
         name: what the ids of its structures begin with.
     """
 

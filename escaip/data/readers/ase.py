@@ -74,7 +74,7 @@ def read_ase(
 
 
 def check_group_by(group_by: str) -> None:
-    """Raises a :class:`ConfigError` for an unknown ``group_by``."""
+    """Raises a ``ConfigError`` for an unknown ``group_by``."""
     if group_by not in GROUP_BY:
         raise ConfigError(f"group_by: {group_by!r} is not one of {', '.join(GROUP_BY)}")
 
@@ -92,7 +92,7 @@ def record_of(
     policy: ReadPolicy,
     group_by: str = "formula",
 ) -> Record:
-    """Returns the record of an :class:`ase.Atoms`; ``keys`` go before ``structure_id`` and ``group_by``."""
+    """Returns the record of an ``ase.Atoms``; ``keys`` go before ``structure_id`` and ``group_by``."""
     group = {"file": file, "structure": structure_id}.get(group_by) if keys.group is None else None
     own = None if keys.structure_id else structure_id
     return Record(

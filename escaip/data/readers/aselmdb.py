@@ -110,7 +110,7 @@ def decode_json(value: bytes | memoryview, name: str) -> Any:
     """Returns the content of zlib-compressed JSON; NaN and Infinity count as numbers, since ASE writes them.
 
     Raises:
-        DataError: truncated, larger than :data:`MAX_BYTES`, or no JSON.
+        DataError: truncated, larger than ``MAX_BYTES``, or no JSON.
     """
     stream = zlib.decompressobj()
     try:

@@ -53,7 +53,7 @@ def read_mptrj(
         path: JSON file.
         name: what ids begin with.
         policy: which structures are taken; units default to those of the publication.
-        part: bytes of whole materials, from :func:`divide`.
+        part: bytes of whole materials, from ``divide``.
         energy: ``uncorrected``, as VASP computed it (MACE-MP), or ``corrected`` by the MP2020 scheme (CHGNet).
 
     Raises:

@@ -1,7 +1,7 @@
 """OC20 and OC22 preprocessed: pickled PyTorch Geometric records in LMDB, in ``.pkl`` lists and in ``torch.save`` files.
 
 LMDB keys are the numbers ``"0"`` to ``length − 1`` in ASCII; ``length`` may be kept, pickled, under a key of that name.
-Pickles are read without running anything (:mod:`escaip.data.readers.pickled`).
+Pickles are read without running anything (``escaip.data.readers.pickled``).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def read_pyg(
     """Yields the structures of a list of records, of a collated batch, or of one record; the file is held in memory.
 
     The file is a pickle (``.pkl``) or of ``torch.save`` (``.pt``, PyTorch 1.6 or newer). Options are those of
-    :func:`read_ocp_lmdb`; a record without ``cell`` and ``pbc`` is a molecule.
+    ``read_ocp_lmdb``; a record without ``cell`` and ``pbc`` is a molecule.
 
     Raises:
         DataError: a damaged file, one that names more than data, an unknown record, implausible energies.

@@ -1,6 +1,6 @@
 """Pickles of PyTorch Geometric records, old and new, and dictionaries of them, without running what they name.
 
-A pickle is a program that may call whatever it can import. Here every name outside :data:`_ALLOWED` is refused, and
+A pickle is a program that may call whatever it can import. Here every name outside ``_ALLOWED`` is refused, and
 those inside stand for small functions and inert classes of this module. Arrays are built by NumPy from their bytes,
 within bounds that are checked first.
 
@@ -131,7 +131,7 @@ class DataUnpickler(pickle.Unpickler):
 
 
 def unpickle(data: bytes, where: str) -> Any:
-    """Returns the value of one pickle: containers, scalars, :class:`PickledObject`, and arrays (see :func:`plain`).
+    """Returns the value of one pickle: containers, scalars, ``PickledObject``, and arrays (see ``plain``).
 
     Args:
         data: the pickle.

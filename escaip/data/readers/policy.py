@@ -46,8 +46,8 @@ class Reader:
         name: what ``--format`` calls it.
         what: in words, for ``--help``.
         read: ``read(path, name, policy, **options)`` yields the structures of one file in order, with ids that begin
-            with ``name``; structures go through :meth:`ReadPolicy.admit`. Its further parameters are the options of the
-            layout. It has ``keys`` (:class:`~escaip.data.LabelKeys`) where labels may have any name, and ``part`` where
+            with ``name``; structures go through ``ReadPolicy.admit``. Its further parameters are the options of the
+            layout. It has ``keys`` (``LabelKeys``) where labels may have any name, and ``part`` where
             ``parts`` divides files: then only these records are read, under the same ids.
         matches: ``matches(path, head)`` says from the name and the first 4096 bytes (none of a directory) whether a
             file, or a directory, has this layout. Nothing is decoded.
@@ -73,7 +73,7 @@ class Record:
     """A structure of a file before it is built.
 
     Attributes:
-        build: makes the structure, raising :class:`~escaip.errors.DataError` for a bad one.
+        build: makes the structure, raising ``DataError`` for a bad one.
         found: names the labels that the file holds, for the message about a missing one.
     """
 

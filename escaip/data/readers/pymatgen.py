@@ -202,7 +202,7 @@ def atomic_numbers_of(sites: list[dict[str, Any]], name: str) -> NDArray[np.int6
 
 
 def floats(value: Any, shape: tuple[int, ...], what: str, name: str) -> FloatArray:
-    """Returns an array of this shape, with a :class:`DataError` for anything else."""
+    """Returns an array of this shape, with a ``DataError`` for anything else."""
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:

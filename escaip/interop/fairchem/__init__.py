@@ -1,4 +1,4 @@
-"""EScAIP models of fairchem-core as potentials of this package (docs/fairchem.md)."""
+"""EScAIP models of fairchem-core as potentials of this package (docs/howto/fairchem.md)."""
 
 from escaip.interop.fairchem.importing import from_fairchem, read_fairchem
 

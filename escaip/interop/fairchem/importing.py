@@ -1,4 +1,4 @@
-"""EScAIP models of fairchem-core as potentials of this package (docs/fairchem.md)."""
+"""EScAIP models of fairchem-core as potentials of this package (docs/howto/fairchem.md)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_fairchem(path: str | os.PathLike[str], *, distance_table: str = "never"
 
     Args:
         path: the file.
-        distance_table: of :func:`from_fairchem`.
+        distance_table: of ``from_fairchem``.
 
     Raises:
         CheckpointError: missing, damaged, unsafe, of another architecture, or with an option that cannot be computed
@@ -55,7 +55,7 @@ def from_fairchem(
             whose forces are not direct has the gradient head.
         tasks: configurations of its tasks, for scale and element references; None for bare outputs.
         distance_table: ``"never"`` for the same function; ``"inference"`` or ``"always"`` for a faster approximation,
-            see :class:`~escaip.EScAIPConfig`.
+            see ``EScAIPConfig``.
 
     Returns:
         The potential in float32, in evaluation mode.

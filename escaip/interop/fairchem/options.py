@@ -85,7 +85,7 @@ def translate(options: Mapping[str, Any], *, energy_norm: bool, distance_table: 
     Args:
         options: of the backbone; missing ones have fairchem-core's defaults.
         energy_norm: whether the energy head has a norm (its gradient head has none).
-        distance_table: of :class:`~escaip.EScAIPConfig`.
+        distance_table: of ``EScAIPConfig``.
 
     Raises:
         CheckpointError: an option is missing, or has a value that cannot be computed here; the message names it.

@@ -1,4 +1,4 @@
-"""The weights of a published EScAIP under the names of :class:`escaip.EScAIP`.
+"""The weights of a published EScAIP under the names of ``escaip.EScAIP``.
 
 A published layer acts on a concatenation of features of a token and of its two atoms; ours acts on each part, so its
 matrix is split by columns. All other tensors only change their names.
@@ -53,7 +53,7 @@ def head_prefixes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[s
 def convert(
     tensors: Mapping[str, Tensor], config: EScAIPConfig, energy_prefix: str, force_prefix: str | None
 ) -> dict[str, Tensor]:
-    """Returns the state dict of :class:`escaip.EScAIP`, in float32.
+    """Returns the state dict of ``escaip.EScAIP``, in float32.
 
     Args:
         tensors: published weights.

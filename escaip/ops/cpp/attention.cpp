@@ -1,4 +1,4 @@
-// Neighborhood attention for the CPU: value, first and second derivative (docs/attention.md).
+// Neighborhood attention for the CPU: value, first and second derivative (docs/concepts/attention.md).
 //
 // Plain C++ with the vector extensions of GCC and Clang; compiled once for each ESCAIP_SCALAR. A thread takes whole
 // neighborhoods, so that every sum is made by one thread in one order: the same bits however many threads there are.

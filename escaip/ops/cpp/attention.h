@@ -1,4 +1,4 @@
-// The attention problem: symbols of docs/attention.md, arrays contiguous.
+// The attention problem: symbols of docs/concepts/attention.md, arrays contiguous.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // What the kernels share: the problem, a thread's scratch memory, packing, and logits block by block.
 //
-// Symbols are those of docs/attention.md. One neighborhood at a time, its queries in blocks of rows, head by head: tiles
+// Symbols are those of docs/concepts/attention.md. One neighborhood at a time, its queries in blocks of rows, head by head: tiles
 // are (rows of the block × keys), keys padded to whole vectors. Rows of self tokens, which have no direction, are packed
 // with zeros in the channels of l ≥ 1, and their gradients there are cleared when stored: no mask in between. The factor
 // `scale` is in the packed q.

@@ -1,4 +1,4 @@
-"""Fused GPU kernels of attention with two derivatives, in Triton (docs/attention.md).
+"""Fused GPU kernels of attention with two derivatives, in Triton (docs/concepts/attention.md).
 
 ``forward``, ``backward`` and ``double_backward`` import Triton when first asked for.
 """

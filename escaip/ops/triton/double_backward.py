@@ -1,4 +1,4 @@
-"""Second derivative: the tangent of the first derivative's formulas at fixed ``grad_out`` (docs/attention.md).
+"""Second derivative: the tangent of the first derivative's formulas at fixed ``grad_out`` (docs/concepts/attention.md).
 
 A name that ends in ``_t`` is a tangent, written with a dot in the derivation: ``logits_t`` is Ṡ, ``r_t`` is Ṙ. The rows
 walk twice over their keys, first for ``μ_j = Σ_k p Ṡ``, ``Ȯ_j`` and ``Ḋ_j = G_j·Ȯ_j``, then for what contains them.

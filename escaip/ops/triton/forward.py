@@ -1,4 +1,4 @@
-"""Value: ``out_j = Σ_k p_jk v_k`` by a running softmax over tiles of keys (docs/attention.md)."""
+"""Value: ``out_j = Σ_k p_jk v_k`` by a running softmax over tiles of keys (docs/concepts/attention.md)."""
 
 # ruff: noqa: RUF005 -- Triton compiles sums of tuples, not stars
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, operator, assignment"

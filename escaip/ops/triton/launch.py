@@ -1,4 +1,4 @@
-"""The kernel backend: value and two derivatives on packed tokens (:class:`escaip.ops.inputs.KernelBackend`).
+"""The kernel backend: value and two derivatives on packed tokens (``escaip.ops.inputs.KernelBackend``).
 
 No step waits for the GPU: the host knows shapes alone, so that everything can be captured in a CUDA graph, once the
 tiles were chosen (at the first call for a shape, outside of captures). PyTorch sums over heads and over the two halves
@@ -110,7 +110,7 @@ def matmul_precision(x: Tensor) -> str:
 
 
 def forward(inputs: AttentionInputs) -> AttentionOutputs:
-    """See :class:`escaip.ops.inputs.KernelBackend`."""
+    """See ``escaip.ops.inputs.KernelBackend``."""
     launcher = _Launcher.of(inputs)
     out = torch.empty_like(launcher["q"])
     lse = out.new_empty(out.shape[:2], dtype=torch.float32)
@@ -121,7 +121,7 @@ def forward(inputs: AttentionInputs) -> AttentionOutputs:
 
 
 def backward(inputs: AttentionInputs, outputs: AttentionOutputs, grad_out: Tensor, with_direction: bool) -> Gradients:
-    """See :class:`escaip.ops.inputs.KernelBackend`."""
+    """See ``escaip.ops.inputs.KernelBackend``."""
     launcher = _Launcher.of(inputs)
     gradients, bias, turn = launcher.gradients(with_direction)
     if not launcher.nothing:
@@ -142,7 +142,7 @@ def backward(inputs: AttentionInputs, outputs: AttentionOutputs, grad_out: Tenso
 def double_backward(
     inputs: AttentionInputs, outputs: AttentionOutputs, grad_out: Tensor, tangents: Gradients
 ) -> tuple[Tensor, Gradients]:
-    """See :class:`escaip.ops.inputs.KernelBackend`."""
+    """See ``escaip.ops.inputs.KernelBackend``."""
     launcher = _Launcher.of(inputs)
     gradients, bias, turn = launcher.gradients(True)
     to_grad_out = torch.zeros_like(launcher["q"]) if launcher.nothing else torch.empty_like(launcher["q"])
