@@ -1,4 +1,4 @@
-"""First derivative: rows give dq and one half of dn, columns give dk, dv, db and the other half (docs/concepts/attention).
+"""First derivative: rows give dq and one half of dn, columns give dk, dv, db and the other half.
 
 ``R_jk = p (E − D_j)`` is the gradient of a logit, ``E_jk = G_j·v_k``, ``D_j = G_j·out_j``, ``G = grad_out``.
 """

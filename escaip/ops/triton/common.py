@@ -1,7 +1,7 @@
 """Parts shared by the kernels: chunks of channels, tokens a program owns, loads and stores, logits, Legendre
 polynomials.
 
-Symbols: docs/concepts/attention.md. A program owns a tile of tokens of one head (rows of the score matrix, or its columns)
+Symbols as in docs/concepts. A program owns a tile of tokens of one head (rows of the score matrix, or its columns)
 and walks over the others of the same neighborhood. In every kernel the owner is axis 0 of a tile of pairs and the other
 is axis 1: the column kernels compute transposed tiles, so that rows and columns share this code.
 
