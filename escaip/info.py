@@ -5,13 +5,13 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import platform
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from escaip.files import config_path, list_configs, list_examples, sha256
+from escaip.errors import CheckpointError
+from escaip.files import config_path, first_line, list_configs, list_examples, resolve, sha256
 from escaip.options import ModelFile
-
-if TYPE_CHECKING:
-    from escaip.potential import Potential
+from escaip.potential.model_file import is_archive, migrate, read_model_file
 
 
 def info(model: ModelFile | None = None, *, json: bool = False) -> None:
@@ -49,64 +49,80 @@ def recipes() -> None:
 
 
 def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Everything a model file says of itself, as plain JSON values; no data is loaded, and no code of a package is run.
+    """Returns everything that a model file says of itself, as plain JSON values.
+
+    No code of a package is run, and an ``.escaip`` file is read without importing torch.
 
     Raises:
         CheckpointError: missing, damaged, unsafe, or of another schema.
     """
+    import numpy as np
     from ase.data import chemical_symbols
 
-    from escaip.files import resolve
-    from escaip.potential.export import describe_package, is_package
-    from escaip.potential.loading import read_potential
+    file = Path(resolve(path))
+    if not file.is_file():
+        raise CheckpointError(f"model file {file} does not exist: pass a .ckpt or .escaip file")
+    description, weights, package = _read(file)
+    description = migrate(description, file)
+    try:
+        metadata, config = description["metadata"], description["config"]
+        arrays = {name: np.asarray(weight) for name, weight in weights.items()}
+        model = [array for name, array in arrays.items() if name.startswith("model.")]
+        references = arrays["element_references"].reshape(-1, len(chemical_symbols))
+        scales = arrays["scale"].reshape(-1).tolist()
+        sets = metadata["datasets"] if arrays["element_references"].ndim == 2 else [""]
+        rows = dict(zip(sets, (_by_symbol(row, metadata["elements"]) for row in references), strict=True))
+        return {
+            "file": os.fspath(file),
+            "sha256": sha256(file),
+            "schema": description["schema"],
+            "architecture": description["architecture"],
+            "parameters": sum(array.size for array in model),
+            "dtype": str(model[0].dtype),
+            "forces": config.get("forces", "conservative"),
+            "elements": [chemical_symbols[z] for z in metadata["elements"]] or "any (untrained)",
+            "level_of_theory": metadata["level_of_theory"],
+            "datasets": metadata["datasets"],
+            "units": description["units"],
+            "cutoff": description["cutoff"],
+            "repulsion_below": _onsets(arrays.get("repulsion.onset"), metadata["elements"]),
+            "force_scale": scales[0] if sets == [""] else dict(zip(sets, scales, strict=True)),
+            "element_references": rows[""] if sets == [""] else rows,
+            "config": config,
+            "provenance": metadata["provenance"],
+            **({"package": package} if package else {}),
+        }
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{file} does not describe a whole potential ({first_line(error)})") from error
 
-    path = resolve(path)
-    potential = read_potential(path)
-    description = potential.describe()
-    metadata = description["metadata"]
-    names = potential.datasets or ("",)
-    rows = {name: (row, scale) for name, row, scale in zip(names, *_by_set(potential), strict=True)}
-    return {
-        "file": os.fspath(path),
-        "sha256": sha256(path),
-        "schema": description["schema"],
-        "architecture": description["architecture"],
-        "parameters": sum(parameter.numel() for parameter in potential.model.parameters()),
-        "dtype": str(potential.dtype).removeprefix("torch."),
-        "forces": "conservative" if potential.config.is_conservative else "direct",
-        "elements": [chemical_symbols[z] for z in metadata["elements"]] or "any (untrained)",
-        "level_of_theory": metadata["level_of_theory"],
-        "datasets": metadata["datasets"],
-        "units": description["units"],
-        "cutoff": potential.cutoff,
-        "repulsion_below": _onsets(potential),
-        "force_scale": {name: scale for name, (_, scale) in rows.items()} if potential.datasets else rows[""][1],
-        "element_references": {name: row for name, (row, _) in rows.items()} if potential.datasets else rows[""][0],
-        "config": description["config"],
-        "provenance": metadata["provenance"],
-        **({"package": describe_package(path)} if is_package(path) else {}),
-    }
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Returns description and weights and, for a package, what its code was compiled for."""
+    if is_archive(file) or file.suffix == ".pt2":
+        from escaip.potential.export import describe_package, is_package, read_package
+
+        if is_package(file):
+            return *read_package(file), describe_package(file)
+    return *read_model_file(file, "np"), {}
 
 
-def _onsets(potential: Potential) -> str | list[float]:
-    """Å, the least and the largest distance of two elements below which atoms repel each other."""
-    if not potential.repulsion:
+def _onsets(onset: Any, elements: list[int]) -> str | list[float]:
+    """Returns the least and the largest distance of two elements, in Å, below which atoms repel each other."""
+    if onset is None or not onset.any():
         return "none"
-    elements = list(potential.metadata.elements) or slice(1, None)
-    onsets = potential.repulsion.onset[elements][:, elements]
-    return [round(float(onsets.min()), 3), round(float(onsets.max()), 3)]
+    import numpy as np
+
+    chosen = elements or list(range(1, len(onset)))
+    among = onset[np.ix_(chosen, chosen)]
+    return [round(float(among.min()), 3), round(float(among.max()), 3)]
 
 
-def _by_set(potential: Potential) -> tuple[list[dict[str, float]], list[float]]:
-    """Element references by symbol, and the scale, of each set."""
+def _by_symbol(row: Any, elements: list[int]) -> dict[str, float]:
     from ase.data import chemical_symbols
 
-    elements = potential.metadata.elements
-    tables = []
-    for row in potential.element_references.reshape(-1, len(chemical_symbols)).tolist():
-        kept = [z for z in range(1, len(row)) if row[z] == row[z] and (z in elements if elements else row[z] != 0.0)]
-        tables.append({chemical_symbols[z]: row[z] for z in kept})
-    return tables, potential.scale.reshape(-1).tolist()
+    values = dict(enumerate(row.tolist()))
+    kept = [z for z, value in values.items() if z and value == value and (z in elements if elements else value != 0.0)]
+    return {chemical_symbols[z]: values[z] for z in kept}
 
 
 def describe_installation() -> dict[str, Any]:

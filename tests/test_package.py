@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,19 +23,6 @@ PACKAGE = ROOT / "escaip"
 FOLDERS = ("escaip", "tests", "configs", "datasets", "md", "benchmarks", "docs", ".ci")
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ".csv", ".xyz", ".extxyz", ".cif", ".sh", ""}
 MAX_FILE, MAX_FUNCTION = 600, 60
-
-# Floors of the package: a module imports from its own floor and those below.
-FLOORS: dict[str, int] = {
-    "errors": 0, "options": 0, "types": 0, "units": 0, "files": 0,
-    "ops": 1,
-    "graph": 2,
-    "nn": 3,
-    "data": 4, "models": 4,
-    "potential": 5, "interop": 5,
-    "train": 6, "calculators": 6, "simulate": 6, "properties": 6, "evaluate": 6, "info": 6, "testing": 6,
-    "scaling": 6,
-    "cli": 7, "__main__": 7,
-}  # fmt: skip
 
 
 def modules() -> list[Path]:
@@ -129,57 +117,20 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(f"usage: escaip {command}".rstrip())
 
 
-def floor_of(name: str) -> int:
-    """Floor of ``escaip.a.b``; of ``escaip`` itself 0, since its names are imported on use."""
-    parts = name.split(".")
-    return FLOORS[parts[1]] if len(parts) > 1 else 0
-
-
-def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and name of every module of the package that is imported at run time, inside functions too."""
-    type_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    public = escaip._PUBLIC
-    for node in ast.walk(tree):
-        if id(node) in type_only:
-            continue
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "escaip")
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import"
-            if node.module == "escaip":
-                for alias in node.names:
-                    submodule = f"escaip.{alias.name}"
-                    fallback = submodule if alias.name in FLOORS else "escaip"
-                    yield node.lineno, public.get(alias.name, fallback)
-            elif node.module is not None and node.module.split(".")[0] == "escaip":
-                yield node.lineno, node.module
-
-
-def upward_imports(name: str, tree: ast.Module) -> list[str]:
-    floor = floor_of(name)
-    return [f"{name}:{line} imports {other}" for line, other in imported(tree) if floor_of(other) > floor]
-
-
-def test_every_module_has_a_floor() -> None:
-    assert {
-        name_of(path).split(".")[1] for path in modules() if path.parent != PACKAGE or path.stem != "__init__"
-    } == set(FLOORS)
-
-
-def test_imports_point_only_downward() -> None:
-    paths = [path for path in modules() if path != PACKAGE / "__init__.py"]
-    assert [fault for path in paths for fault in upward_imports(name_of(path), parse(path))] == []
-
-
-def test_an_upward_import_is_seen() -> None:
-    assert upward_imports("escaip.graph.knn", ast.parse("def f():\n    from escaip.nn import layers")) != []
-    assert upward_imports("escaip.graph.knn", ast.parse("from escaip import Potential")) != []
-    assert upward_imports("escaip.nn.block", ast.parse("import escaip.graph")) == []
+def test_an_upward_import_and_a_circle_are_seen(tmp_path: Path) -> None:
+    """``make lint`` runs the contracts; here they are held against a package that breaks both."""
+    pytest.importorskip("importlinter")
+    shutil.copytree(PACKAGE, tmp_path / "escaip", ignore=shutil.ignore_patterns("_resources", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    graph = tmp_path / "escaip" / "graph"
+    with (graph / "knn.py").open("a", encoding="utf-8") as stream:
+        stream.write("def upward():\n    from escaip.nn import layers\n")
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Contracts: 0 kept, 2 broken" in done.stdout, done.stdout + done.stderr
+    assert "escaip.graph.knn -> escaip.nn.layers" in done.stdout
 
 
 def unsafe_calls(tree: ast.Module) -> list[str]:

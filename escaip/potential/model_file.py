@@ -14,15 +14,15 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from escaip.errors import CheckpointError
 from escaip.files import first_line, write_aside
-from escaip.models import ModelConfig, kind_of
-from escaip.ops.steinhardt import PUBLISHED_FLOOR
+
+if TYPE_CHECKING:  # importing this module is cheap, so that a file is described within a second
+    from torch import Tensor
+
+    from escaip.models import ModelConfig
 
 SCHEMA_VERSION = 5
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
@@ -59,11 +59,11 @@ class PotentialMetadata:
         )
 
 
-def describe(config: ModelConfig, metadata: PotentialMetadata) -> dict[str, Any]:
+def describe(architecture: str, config: ModelConfig, metadata: PotentialMetadata) -> dict[str, Any]:
     """Returns the description of a potential: everything but its weights, as plain JSON values."""
     return {
         "schema": SCHEMA_VERSION,
-        "architecture": kind_of(config).name,
+        "architecture": architecture,
         "config": config.to_dict(),
         "metadata": metadata.to_dict(),
         "units": dict(UNITS),
@@ -91,13 +91,17 @@ def write_model_file(
         aside.write_bytes(save(tensors, metadata={"escaip": json.dumps(description)}))
 
 
-def read_model_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_model_file(path: Path, framework: str = "pt") -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads the description, of any schema, and the weights in an ``.escaip`` file or a Lightning checkpoint.
+
+    Args:
+        path: of the file.
+        framework: ``"pt"`` for tensors; ``"np"`` for arrays from an ``.escaip`` file, read without torch.
 
     Raises:
         CheckpointError: damaged, unsafe or of another program.
     """
-    return _read_lightning(path) if _is_zip(path) else _read_safetensors(path)
+    return _read_lightning(path) if is_archive(path) else _read_safetensors(path, framework)
 
 
 def migrate(description: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -140,7 +144,7 @@ def _from_version_2(description: dict[str, Any]) -> dict[str, Any]:
 
 def _from_version_3(description: dict[str, Any]) -> dict[str, Any]:
     """Version 3 had one floor of the orientational order."""
-    return {**description, "schema": 4, "config": {"boo_floor": PUBLISHED_FLOOR, **description["config"]}}
+    return {**description, "schema": 4, "config": {"boo_floor": 1e-6, **description["config"]}}
 
 
 def _from_version_4(description: dict[str, Any]) -> dict[str, Any]:
@@ -153,17 +157,17 @@ _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def _is_zip(path: Path) -> bool:
+def is_archive(path: Path) -> bool:
     """Returns whether a file is an archive of ``torch.save``; truncated ones still begin like one."""
     with path.open("rb") as stream:
         return stream.read(4) == b"PK\x03\x04"
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_safetensors(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as stream:
+        with safe_open(path, framework=framework) as stream:
             header = stream.metadata() or {}
             weights = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
@@ -178,6 +182,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read_lightning(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    import torch
+
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

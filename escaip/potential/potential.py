@@ -338,7 +338,7 @@ class Potential(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Returns everything but the weights as plain JSON values (docs/howto/files.md)."""
-        return describe(self.config, self.metadata)
+        return describe(kind_of(self.config).name, self.config, self.metadata)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, config, units, references and provenance to one file (docs/howto/files.md).
