@@ -20,17 +20,9 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "ElasticConstants",
-    "EquationOfState",
-    "MinimumEnergyPath",
-    "Phonons",
-    "Vibrations",
-    "crystal_phonons",
-    "elastic_constants",
-    "fit_equation_of_state",
-    "minimum_energy_path",
-    "molecular_vibrations",
-]
+    "ElasticConstants", "EquationOfState", "MinimumEnergyPath", "Phonons", "Vibrations", "crystal_phonons",
+    "elastic_constants", "fit_equation_of_state", "minimum_energy_path", "molecular_vibrations",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from escaip.properties.elastic import ElasticConstants, elastic_constants

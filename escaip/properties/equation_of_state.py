@@ -56,16 +56,13 @@ class EquationOfState:
         """Returns a table of the fitted values."""
         lengths = ", ".join(f"{length:.4f}" for length in self.atoms.cell.lengths())
         count = len(self.frames[0])
-        return table(
-            [
-                ["V0", f"{self.volume:.4f} Å³", f"{self.volume / count:.4f} Å³/atom"],
-                ["cell at V0", f"{lengths} Å", ""],
-                ["E0", f"{self.energy:.6f} eV", f"{self.energy / count:.6f} eV/atom"],
-                ["B0", f"{self.bulk_modulus:.2f} GPa", ""],
-                ["B'", f"{self.derivative:.3f}", ""],
-                ["fit", f"{self.residual:.2g} meV/atom", f"{len(self.volumes)} volumes"],
-            ]
-        )
+        return table([
+            ["V0", f"{self.volume:.4f} Å³", f"{self.volume / count:.4f} Å³/atom"],
+            ["cell at V0", f"{lengths} Å", ""],
+            ["E0", f"{self.energy:.6f} eV", f"{self.energy / count:.6f} eV/atom"],
+            ["B0", f"{self.bulk_modulus:.2f} GPa", ""], ["B'", f"{self.derivative:.3f}", ""],
+            ["fit", f"{self.residual:.2g} meV/atom", f"{len(self.volumes)} volumes"],
+        ])  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Returns numbers with units in their names."""
@@ -90,13 +87,7 @@ class EquationOfState:
 
 
 def fit_equation_of_state(
-    atoms: Atoms,
-    *,
-    relaxation: str = "full",
-    span: float = 0.06,
-    points: int = 9,
-    fmax: float = 1e-3,
-    steps: int = 500,
+    atoms: Atoms, *, relaxation: str = "full", span: float = 0.06, points: int = 9, fmax: float = 1e-3, steps: int = 500
 ) -> EquationOfState:
     """Fits a Birch–Murnaghan equation to the energies of a crystal at several volumes.
 

@@ -22,15 +22,7 @@ from ase.optimize import BFGS, FIRE
 from ase.utils.forcecurve import fit_images
 
 from escaip.errors import ConfigError, SimulationError
-from escaip.properties.common import (
-    MODEL,
-    RELAXATIONS,
-    at_rest,
-    check_calculator,
-    new_figure,
-    table,
-    write_results,
-)
+from escaip.properties.common import MODEL, RELAXATIONS, at_rest, check_calculator, new_figure, table, write_results
 from escaip.simulate.output import freeze
 
 OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS}
@@ -173,13 +165,10 @@ def minimum_energy_path(
         taken = _optimize(chain, OPTIMIZERS[optimizer], fmax, steps, report, taken)
     frozen = [ends[0], *(freeze(image) for image in band[1:-1]), ends[1]]
     return MinimumEnergyPath(
-        images=frozen,
-        energies=np.array([image.get_potential_energy() for image in frozen]),
+        images=frozen, energies=np.array([image.get_potential_energy() for image in frozen]),
         distances=np.cumsum([0.0, *(_distance(a, b) for a, b in itertools.pairwise(frozen))]),
-        steps=taken,
-        largest_force=chain.largest_force,
-        climbed=climb,
-    )
+        steps=taken, largest_force=chain.largest_force, climbed=climb,
+    )  # fmt: skip
 
 
 def _optimize(

@@ -130,38 +130,25 @@ class Phonons:
             "supercell": np.asarray(self.phonopy.supercell_matrix),
             "primitive": self.primitive,
             "bands": {
-                "kpoints": self.bands.kpoints,
-                "distances_1/A": self.bands.distances,
-                "frequencies_THz": self.bands.frequencies,
-                "labels": self.bands.labels,
+                "kpoints": self.bands.kpoints, "distances_1/A": self.bands.distances,
+                "frequencies_THz": self.bands.frequencies, "labels": self.bands.labels,
                 "label_distances_1/A": self.bands.positions,
             },
             "dos": {"frequencies_THz": self.dos_frequencies, "states_per_THz": self.dos},
             "thermal": {
-                "temperatures_K": self.temperatures,
-                "free_energy_eV": self.free_energy,
-                "entropy_eV/K": self.entropy,
-                "heat_capacity_eV/K": self.heat_capacity,
-                "zero_point_energy_eV": self.zero_point_energy,
+                "temperatures_K": self.temperatures, "free_energy_eV": self.free_energy, "entropy_eV/K": self.entropy,
+                "heat_capacity_eV/K": self.heat_capacity, "zero_point_energy_eV": self.zero_point_energy,
             },
-            "mesh": self.mesh,
-            "stable": self.is_stable,
-            "imaginary_share": self.imaginary_share,
-            "lowest_THz": self.lowest,
-            "residual_force_eV/A": self.residual_force,
-        }
+            "mesh": self.mesh, "stable": self.is_stable, "imaginary_share": self.imaginary_share,
+            "lowest_THz": self.lowest, "residual_force_eV/A": self.residual_force,
+        }  # fmt: skip
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``phonopy.yaml`` (with force constants), ``phonons.json``, ``bands.png`` and ``thermal.png``."""
-        write_results(
-            folder,
-            {
-                "phonopy.yaml": lambda path: self.phonopy.save(path, settings={"force_constants": True}),
-                "phonons.json": self.to_dict(),
-                "bands.png": self._draw_bands(),
-                "thermal.png": self._draw_thermal(),
-            },
-        )
+        write_results(folder, {
+            "phonopy.yaml": lambda path: self.phonopy.save(path, settings={"force_constants": True}),
+            "phonons.json": self.to_dict(), "bands.png": self._draw_bands(), "thermal.png": self._draw_thermal(),
+        })  # fmt: skip
 
     def _draw_bands(self) -> Any:
         figure = new_figure(2)
@@ -313,22 +300,15 @@ def _analyse(
     found = phonon.thermal_properties
     _, free_energy, entropy, heat_capacity = (np.asarray(values) for values in found.thermal_properties)
     return Phonons(
-        phonopy=phonon,
-        atoms=atoms,
-        primitive=primitive,
+        phonopy=phonon, atoms=atoms, primitive=primitive, residual_force=residual, temperatures=kelvin,
         bands=_bands(phonon, primitive, path_density),
         mesh=tuple(int(number) for number in phonon.mesh_numbers),  # type: ignore[arg-type]
-        mesh_frequencies=np.array(phonon.mesh.frequencies),
-        mesh_weights=np.array(phonon.mesh.weights, dtype=float),
-        dos_frequencies=np.array(phonon.total_dos.frequency_points),
-        dos=np.array(phonon.total_dos.dos),
-        temperatures=kelvin,
-        free_energy=free_energy * _KJ_PER_MOL,
-        entropy=entropy * 1e-3 * _KJ_PER_MOL,
+        mesh_frequencies=np.array(phonon.mesh.frequencies), mesh_weights=np.array(phonon.mesh.weights, dtype=float),
+        dos_frequencies=np.array(phonon.total_dos.frequency_points), dos=np.array(phonon.total_dos.dos),
+        free_energy=free_energy * _KJ_PER_MOL, entropy=entropy * 1e-3 * _KJ_PER_MOL,
         heat_capacity=heat_capacity * 1e-3 * _KJ_PER_MOL,
         zero_point_energy=float(found.zero_point_energy) * _KJ_PER_MOL,
-        residual_force=residual,
-    )
+    )  # fmt: skip
 
 
 def _bands(phonon: Any, primitive: Atoms, density: float) -> Bands:

@@ -28,12 +28,7 @@ class _FitOptions(TypedDict, total=False):
 
 
 def run(
-    config: str,
-    *,
-    out: str,
-    set: list[str] | None = None,
-    workers: int = 1,
-    slurm: list[str] | None = None,
+    config: str, *, out: str, set: list[str] | None = None, workers: int = 1, slurm: list[str] | None = None
 ) -> None:
     """Runs the trainings of a study; the same command again goes on where it was stopped.
 

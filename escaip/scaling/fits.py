@@ -317,9 +317,7 @@ class StudyFit:
 
 
 def fit_study(
-    folder: str | os.PathLike[str],
-    metric: str = "forces_mae",
-    settings: FitSettings | None = None,
+    folder: str | os.PathLike[str], metric: str = "forces_mae", settings: FitSettings | None = None
 ) -> StudyFit:
     """Fits every law that the records of a study allow.
 

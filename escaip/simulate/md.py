@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 from ase import Atoms, units
@@ -101,31 +101,28 @@ class MDResult:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class RunFiles:
-    """The files that a run writes beside its trajectory."""
+class RunFiles(NamedTuple):
+    """The files of a run.
+
+    Attributes:
+        trajectory: frames.
+        log: CSV, one line per logged step.
+        restart: state to resume from.
+        uncertain: frames on which a committee disagrees.
+        last_good: frame kept when a run is stopped.
+    """
 
     trajectory: Path
+    log: Path
+    restart: Path
+    uncertain: Path
+    last_good: Path
 
-    @property
-    def log(self) -> Path:
-        """CSV, one line per logged step."""
-        return self.trajectory.with_suffix(".csv")
-
-    @property
-    def restart(self) -> Path:
-        """State to resume from."""
-        return self.trajectory.with_suffix(".restart.npz")
-
-    @property
-    def uncertain(self) -> Path:
-        """Frames on which a committee disagrees."""
-        return self.trajectory.with_suffix(".uncertain.extxyz")
-
-    @property
-    def last_good(self) -> Path:
-        """Frame kept when a run is stopped."""
-        return self.trajectory.with_suffix(".last_good.extxyz")
+    @classmethod
+    def beside(cls, trajectory: Path) -> RunFiles:
+        """Names the files beside a trajectory."""
+        endings = (".csv", ".restart.npz", ".uncertain.extxyz", ".last_good.extxyz")
+        return cls(trajectory, *map(trajectory.with_suffix, endings))
 
 
 class ProgressLine:
@@ -191,7 +188,7 @@ def run_md(
         raise ConfigError("the structure has no calculator: set atoms.calc")
     for warning in settings.check_structure(atoms):
         warnings.warn(warning, stacklevel=2)
-    files = RunFiles(Path(out))
+    files = RunFiles.beside(Path(out))
     check_trajectory_name(files.trajectory)
     own = atoms.copy()
     own.calc = atoms.calc
@@ -315,17 +312,12 @@ class _Run:
         potential, kinetic = float(self.atoms.get_potential_energy()), float(self.atoms.get_kinetic_energy())
         conserved = self.ensemble.conserved_energy()
         row: dict[str, float | int] = {
-            "step": step,
-            "time_fs": step * length,
-            "temperature_K": present,
-            "potential_energy_eV": potential,
-            "kinetic_energy_eV": kinetic,
-            "total_energy_eV": potential + kinetic,
-            "conserved_energy_eV": conserved,
-            "pressure_GPa": _pressure(self.atoms),
+            "step": step, "time_fs": step * length, "temperature_K": present,
+            "potential_energy_eV": potential, "kinetic_energy_eV": kinetic, "total_energy_eV": potential + kinetic,
+            "conserved_energy_eV": conserved, "pressure_GPa": _pressure(self.atoms),
             "volume_A3": float(self.atoms.get_volume()) if self.atoms.cell.rank == 3 else float("nan"),
             "ns_per_day": speed,
-        }
+        }  # fmt: skip
         if self.logs_deviation:
             row[DEVIATION_COLUMN] = largest_spread(self.atoms)[0]
         self.log.write(row)
@@ -339,20 +331,13 @@ class _Run:
     def _save(self) -> None:
         self.monitor.sync()
         RestartState(
-            step=self.step,
-            target=self.settings.steps,
-            physics=self.settings.physics,
-            positions=self.atoms.get_positions(),
-            momenta=self.atoms.get_momenta(),
-            cell=self.atoms.cell.array.copy(),
-            atomic_numbers=self.atoms.numbers.copy(),
-            energy=float(self.atoms.get_potential_energy()),
-            rng=dict(self.ensemble.rng.bit_generator.state),
-            integrator=self.ensemble.state(),
-            max_temperature=self.max_temperature,
-            log_position=self.log.position(),
+            step=self.step, target=self.settings.steps, physics=self.settings.physics,
+            positions=self.atoms.get_positions(), momenta=self.atoms.get_momenta(), cell=self.atoms.cell.array.copy(),
+            atomic_numbers=self.atoms.numbers.copy(), energy=float(self.atoms.get_potential_energy()),
+            rng=dict(self.ensemble.rng.bit_generator.state), integrator=self.ensemble.state(),
+            max_temperature=self.max_temperature, log_position=self.log.position(),
             trajectory_position=self.trajectory.position(),
-        ).save(self.files.restart)
+        ).save(self.files.restart)  # fmt: skip
 
     def _stop(self, problem: str, remedy: str | None = None, cause: Exception | None = None) -> NoReturn:
         if remedy is None and self.last_good is not None:
@@ -367,16 +352,12 @@ class _Run:
     def _result(self, num_steps: int) -> MDResult:
         log = read_log(self.files.log)
         return MDResult(
-            atoms=self.atoms,
-            steps=self.step,
-            time=self.step * self.settings.timestep,
+            atoms=self.atoms, steps=self.step, time=self.step * self.settings.timestep,
             mean_temperature=float(log["temperature_K"].mean()) if len(log["step"]) else float("nan"),
             drift=energy_drift(log["time_fs"], log["conserved_energy_eV"], len(self.atoms)),
             ns_per_day=_ns_per_day(num_steps * self.settings.timestep, time.perf_counter() - self.started),
-            trajectory=self.files.trajectory,
-            log=self.files.log,
-            restart=self.files.restart,
-        )
+            trajectory=self.files.trajectory, log=self.files.log, restart=self.files.restart,
+        )  # fmt: skip
 
 
 def _check_stress(atoms: Atoms, settings: MDSettings) -> None:

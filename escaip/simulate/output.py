@@ -30,7 +30,22 @@ _HDF5 = (".h5", ".hdf5")
 _STEP = re.compile(rb"(?:^| )step=(\d+)(?: |$)")
 
 
-class LogFile:
+class _TextFile:
+    def __init__(self, path: Path, position: int | None) -> None:
+        self._stream = _open_text(path, position)
+
+    def position(self) -> int:
+        """Number of bytes that are safely on disk."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return os.fstat(self._stream.fileno()).st_size
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+
+class LogFile(_TextFile):
     """A CSV with one line per logged step; values that are not defined are left empty.
 
     Args:
@@ -52,7 +67,7 @@ class LogFile:
                 raise SimulationError(
                     f"{path} has other columns ({differing}): resume with the same models, committee included"
                 )
-        self._stream = _open_text(path, position)
+        super().__init__(path, position)
         if position is None:
             self._stream.write(",".join(self._columns) + "\n")
 
@@ -61,14 +76,6 @@ class LogFile:
         values = [row[name] for name in self._columns]
         self._stream.write(",".join("" if value != value else repr(value) for value in values) + "\n")
         self._stream.flush()
-
-    def position(self) -> int:
-        """Number of bytes that are safely on disk."""
-        return _sync(self._stream)
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._stream.close()
 
 
 def read_log(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -80,24 +87,13 @@ def read_log(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return {name: np.array([float(row[name]) if row[name] else np.nan for row in rows]) for name in names}
 
 
-class ExtxyzTrajectory:
+class ExtxyzTrajectory(_TextFile):
     """Frames as extended XYZ; arguments as for ``LogFile``."""
-
-    def __init__(self, path: Path, position: int | None) -> None:
-        self._stream = _open_text(path, position)
 
     def write(self, frame: Atoms) -> None:
         """Appends a frame."""
         ase.io.write(self._stream, frame, format="extxyz")
         self._stream.flush()
-
-    def position(self) -> int:
-        """Number of bytes that are safely on disk."""
-        return _sync(self._stream)
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._stream.close()
 
 
 class AseTrajectory:
@@ -324,12 +320,6 @@ def _open_text(path: Path, position: int | None) -> IO[str]:
         raise SimulationError(f"{path} ends before the step of the restart file: start anew with --overwrite")
     os.truncate(path, position)
     return path.open("a")
-
-
-def _sync(stream: IO[str]) -> int:
-    stream.flush()
-    os.fsync(stream.fileno())
-    return os.fstat(stream.fileno()).st_size
 
 
 def _keep_frames(path: Path, count: int) -> None:

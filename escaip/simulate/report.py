@@ -144,11 +144,8 @@ class Analysis:
             "fluctuation_meV_per_atom": self.drift.fluctuation,
         }
         return {
-            "trajectory": self.trajectory,
-            "formula": self.formula,
-            "num_atoms": self.num_atoms,
-            "num_frames": self.num_frames,
-            "frame_interval_fs": self.interval,
+            "trajectory": self.trajectory, "formula": self.formula, "num_atoms": self.num_atoms,
+            "num_frames": self.num_frames, "frame_interval_fs": self.interval,
             "density": _average_values(self.density, "g_per_cm3"),
             "temperature": _average_values(self.temperature, "K"),
             "pressure": _average_values(self.pressure, "GPa"),
@@ -157,7 +154,7 @@ class Analysis:
             "msd": self.transport and _transport_values(self.transport, self.drift_removed),
             "vacf": self.vibrations and _vibration_values(self.vibrations),
             "notes": list(self.notes),
-        }
+        }  # fmt: skip
 
     def table(self) -> str:
         """Returns a table for a terminal."""
@@ -310,24 +307,17 @@ class _Collector:
             )
         density = self.masses.sum() * _GRAM_PER_CM3 / np.array(self.volumes)
         return Analysis(
-            trajectory=os.fspath(self.path),
-            formula=self.first.get_chemical_formula(),
-            num_atoms=len(self.first),
-            num_frames=len(self.times),
-            interval=interval,
-            radial=self.radial.result() if self.radial is not None else None,
-            transport=transport,
-            drift_removed=self.removes_drift,
-            vibrations=vibrating,
+            trajectory=os.fspath(self.path), formula=self.first.get_chemical_formula(), num_atoms=len(self.first),
+            num_frames=len(self.times), interval=interval, transport=transport, drift_removed=self.removes_drift,
+            vibrations=vibrating, radial=self.radial.result() if self.radial is not None else None,
             density=Average.of(density) if self.volumes else None,
             temperature=self._of_log("temperature", log, lambda log: Average.of(log["temperature_K"])),
             pressure=self._of_log("pressure", log, lambda log: Average.of(log["pressure_GPa"])),
             drift=self._of_log(
                 "drift", log, lambda log: energy_drift(log["time_fs"], log["conserved_energy_eV"], len(self.first))
             ),
-            log=log,
-            notes=tuple(self.notes),
-        )
+            log=log, notes=tuple(self.notes),
+        )  # fmt: skip
 
     def _interval(self) -> float:
         if len(self.times) < 2:
@@ -455,12 +445,8 @@ def _with_error(value: float, error: float | None) -> str:
 def _average_values(average: Average | None, unit: str) -> dict[str, Any] | None:
     if average is None:
         return None
-    return {
-        f"mean_{unit}": average.mean,
-        f"error_{unit}": average.error,
-        f"deviation_{unit}": average.deviation,
-        "num_samples": average.num_samples,
-    }
+    values = {"mean": average.mean, "error": average.error, "deviation": average.deviation}
+    return {**{f"{name}_{unit}": value for name, value in values.items()}, "num_samples": average.num_samples}
 
 
 def _radial_values(found: RadialDistribution) -> dict[str, Any]:
@@ -478,34 +464,25 @@ def _transport_values(found: Transport, drift_removed: bool) -> dict[str, Any]:
     chosen = thinned(len(found.lag))
     groups = {
         name: {
-            "diffusion_cm2_per_s": diffusion.coefficient,
-            "error_cm2_per_s": diffusion.error,
-            "exponent": diffusion.exponent,
+            "diffusion_cm2_per_s": one.coefficient, "error_cm2_per_s": one.error, "exponent": one.exponent,
             "msd_A2": found.msd[name][chosen].tolist(),
         }
-        for name, diffusion in found.diffusion.items()
-    }
+        for name, one in found.diffusion.items()
+    }  # fmt: skip
     return {
-        "center_of_mass_removed": drift_removed,
-        "fit_from_fs": found.window[0],
-        "fit_to_fs": found.window[1],
-        "num_blocks": found.num_blocks,
-        "lag_fs": found.lag[chosen].tolist(),
-        "groups": groups,
-    }
+        "center_of_mass_removed": drift_removed, "fit_from_fs": found.window[0], "fit_to_fs": found.window[1],
+        "num_blocks": found.num_blocks, "lag_fs": found.lag[chosen].tolist(), "groups": groups,
+    }  # fmt: skip
 
 
 def _vibration_values(found: Vibrations) -> dict[str, Any]:
     return {
-        "mass_weighted": found.mass_weighted,
-        "resolution_per_cm": found.resolution,
-        "highest_per_cm": found.highest,
-        "peaks_per_cm": found.peaks.tolist(),
-        "lag_fs": found.lag.tolist(),
+        "mass_weighted": found.mass_weighted, "resolution_per_cm": found.resolution, "highest_per_cm": found.highest,
+        "peaks_per_cm": found.peaks.tolist(), "lag_fs": found.lag.tolist(),
         "vacf_A2_per_fs2": {name: values.tolist() for name, values in found.vacf.items()},
         "frequency_per_cm": found.frequency.tolist(),
         "spectrum_cm": {name: values.tolist() for name, values in found.spectrum.items()},
-    }
+    }  # fmt: skip
 
 
 def thinned(count: int) -> np.ndarray:

@@ -14,8 +14,9 @@ import numpy as np
 from ase import Atoms
 
 from escaip.errors import ConfigError, DataError
-from escaip.files import first_line, write_aside, write_json
+from escaip.files import write_aside, write_json
 from escaip.simulate.guards import find_contact
+from escaip.simulate.output import read_trajectory
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,9 @@ def select_file(
         DataError: the file cannot be read, or no frame is within the limits.
     """
     _check(out, count, min_spread, max_spread, min_distance, every)
-    frames = _read(Path(trajectory), every)
+    frames = list(read_trajectory(trajectory, every=every))
+    for atoms in frames:
+        atoms.calc = None
     sound = [bool(np.isfinite(atoms.positions).all()) and find_contact(atoms) is None for atoms in frames]
     kept = [atoms for atoms, good in zip(frames, sound, strict=True) if good]
     if not kept:
@@ -239,13 +242,9 @@ def select_file(
 
 
 def _check(
-    out: str | os.PathLike[str],
-    count: int,
-    min_spread: float,
-    max_spread: float | None,
-    min_distance: float,
+    out: str | os.PathLike[str], count: int, min_spread: float, max_spread: float | None, min_distance: float,
     every: int,
-) -> None:
+) -> None:  # fmt: skip
     if Path(out).suffix != ".extxyz":
         raise ConfigError(f"out is {out}: choose a name that ends in .extxyz")
     for name, value in (("count", count), ("every", every)):
@@ -256,21 +255,6 @@ def _check(
             raise ConfigError(f"{name} is {spread}: it must be 0 or more")
     if max_spread is not None and not max_spread > min_spread:
         raise ConfigError(f"max_spread is {max_spread}: it must be above min_spread, {min_spread:g}")
-
-
-def _read(path: Path, every: int) -> list[Atoms]:
-    """Reads every N-th frame."""
-    if not path.exists():
-        raise DataError(f"trajectory {path} does not exist: check the path")
-    try:
-        frames = list(ase.io.iread(path, index=f"::{every}"))
-    except Exception as error:  # ASE's readers raise anything
-        raise DataError(f"trajectory {path} cannot be read ({first_line(error)}): use a file ASE reads") from error
-    if not frames:
-        raise DataError(f"trajectory {path} is empty: give a file with at least one structure")
-    for atoms in frames:
-        atoms.calc = None
-    return frames
 
 
 def _without_labels(atoms: Atoms, number: int, spread: float) -> Atoms:

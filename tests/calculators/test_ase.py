@@ -186,30 +186,15 @@ def test_a_model_file_and_both_precisions(make_potential: Make, tmp_path: Path) 
     assert _energy(EScAIPCalculator(tmp_path / "m.escaip"), atoms) == answers["float64"]
 
 
-def test_nve_conserves_energy_and_a_restart_is_exact_with_a_skin(make_potential: Make, tmp_path: Path) -> None:
-    """Fluctuation falls with the square of the timestep; the neighbor list's history leaves no trace."""
+def test_a_restart_is_exact_with_a_skin(make_potential: Make, tmp_path: Path) -> None:
+    """The neighbor list's history leaves no trace."""
     potential = make_potential()
-    fluctuation = []
-    for timestep in (0.5, 0.25):
-        atoms = ase.build.molecule("CH3OH")
-        atoms.calc = EScAIPCalculator(potential)
-        steps = int(20 / timestep)
-        asked = MDSettings(steps=steps, timestep=timestep, temperature=300.0, log_interval=1, trajectory_interval=steps)
-        result = run_md(atoms, asked, out=tmp_path / "nve.traj")
-        assert result.drift is not None
-        fluctuation.append(result.drift.fluctuation)
-    assert 3.0 < fluctuation[0] / fluctuation[1] < 5.0
-
-    def asked_for(steps: int) -> MDSettings:
-        return MDSettings(
-            ensemble="npt", steps=steps, timestep=2.0, temperature=600.0, barostat_time=200.0, log_interval=1,
-            restart_interval=7,
-        )  # fmt: skip
 
     def run(steps: int, name: str, resume: bool = False) -> tuple[Atoms, int]:
         atoms = copper(1)
         atoms.calc = EScAIPCalculator(potential, skin=0.4)
-        result = run_md(atoms, asked_for(steps), out=tmp_path / name, resume=resume)
+        asked = MDSettings("npt", steps, 2.0, temperature=600.0, barostat_time=200.0, restart_interval=7)
+        result = run_md(atoms, asked, out=tmp_path / name, resume=resume)
         return result.atoms, atoms.calc.num_neighbor_builds
 
     whole, builds = run(24, "whole.extxyz")
@@ -222,14 +207,6 @@ def test_nve_conserves_energy_and_a_restart_is_exact_with_a_skin(make_potential:
 
 
 @pytest.mark.bad_input
-def test_an_element_never_seen_is_refused_by_name(make_potential: Make) -> None:
-    atoms = ase.build.molecule("CH3OH")
-    atoms.calc = EScAIPCalculator(make_potential(elements=(1, 6)))
-    with pytest.raises(UnsupportedElementError, match=r"not trained on O: use structures of H C"):
-        atoms.get_potential_energy()
-
-
-@pytest.mark.bad_input
 def test_structures_that_mean_nothing(make_potential: Make) -> None:
     calculator = EScAIPCalculator(make_potential())
     atoms = ase.build.molecule("H2O")
@@ -238,6 +215,10 @@ def test_structures_that_mean_nothing(make_potential: Make) -> None:
     atoms.positions[1, 2] = np.nan
     with pytest.raises(DataError, match=r"atom 1 are NaN"):
         atoms.get_forces()
+    atoms = ase.build.molecule("CH3OH")
+    atoms.calc = EScAIPCalculator(make_potential(elements=(1, 6)))
+    with pytest.raises(UnsupportedElementError, match=r"not trained on O: use structures of H C"):
+        atoms.get_potential_energy()
     flat = Atoms("Cu2", positions=[[0, 0, 0], [1.2, 0, 0]], pbc=True)
     flat.calc = calculator
     with pytest.raises(DataError, match="no volume"):

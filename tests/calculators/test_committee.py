@@ -102,14 +102,6 @@ def test_stress_of_atoms_is_the_mean_and_asked_for(
     np.testing.assert_allclose(stresses, np.mean(alone, axis=0), atol=1e-14)
 
 
-def test_equal_members_have_no_spread(make_potential: Make) -> None:
-    atoms = crystal()
-    atoms.calc = CommitteeCalculator([make_potential(), make_potential()])
-    atoms.get_forces()
-    assert atoms.calc.results["energy_spread"] == 0.0
-    assert not atoms.calc.results["forces_spread"].any()
-
-
 def test_the_mean_is_a_potential(make_members: Members) -> None:
     check_potential(CommitteeCalculator(make_members()), [crystal()])
 

@@ -10,16 +10,12 @@ import ase.build
 import numpy as np
 import pytest
 import torch
-from ase import Atoms, units
-from ase.md.verlet import VelocityVerlet
+from ase import Atoms
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from escaip import EScAIPCalculator
-from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
-from escaip.graph import displacements, prune_graph, tokens
 from escaip.potential import Potential
-from escaip.types import Graph, Tokens
 
 Make = Callable[..., Potential]
 
@@ -61,17 +57,6 @@ def test_it_gives_the_answers_of_fresh_graphs(make_potential: Make, options: dic
     assert fresh.num_graph_builds == 20
 
 
-def test_beyond_the_cutoff_a_table_stays_what_it_is_at_the_cutoff(make_potential: Make) -> None:
-    """A polynomial far from its interval can overflow, and zero times infinity is not zero."""
-    model = make_potential(distance_table="always", distance_knots=2048).model
-    distance, none = torch.tensor([4.0, 4.5, 6.0], dtype=torch.float64), torch.empty(0)
-    embedding = model.attributes.distance
-    at, *beyond = embedding.function()(embedding.encode(Tokens(0, none, none, none, none, distance, none, none)))
-    assert at.abs().max() > 0
-    for values in beyond:
-        assert torch.equal(values, at)
-
-
 def test_it_is_made_again_exactly_when_it_must(make_potential: Make) -> None:
     calculator = EScAIPCalculator(make_potential(), graph_skin=0.4)
     atoms = crystal()
@@ -93,23 +78,6 @@ def test_it_is_made_again_exactly_when_it_must(make_potential: Make) -> None:
     atoms.numbers[0] = 47
     assert builds() == 4
     assert pickle.loads(pickle.dumps(calculator)).num_graph_builds == 0
-
-
-def test_energy_is_conserved_across_rebuilds(make_potential: Make) -> None:
-    totals = {}
-    for skin in (0.0, 0.3):
-        atoms = crystal()
-        calculator = EScAIPCalculator(make_potential(), graph_skin=skin)
-        atoms.calc = calculator
-        rng = np.random.default_rng(0)
-        atoms.set_velocities(rng.normal(scale=0.05, size=atoms.positions.shape))
-        dynamics, found = VelocityVerlet(atoms, 1.0 * units.fs), []
-        for _ in range(60):
-            dynamics.run(1)
-            found.append(atoms.get_total_energy())
-        totals[skin] = np.array(found)
-    np.testing.assert_allclose(totals[0.3], totals[0.0], atol=1e-8)
-    assert calculator.num_graph_builds > 2
 
 
 class Waits(TorchDispatchMode):
@@ -147,32 +115,6 @@ def test_between_rebuilds_nothing_waits_for_the_device(
     assert len(waits.found) > 10  # the counter counts
     with Waits() as waits, torch.no_grad():
         potential(batch, graph=graph, compute_stress=forces == "conservative", create_graph=False)
-    assert waits.found == []
-
-
-def test_the_calculator_leaves_out_what_does_not_count(make_potential: Make) -> None:
-    """Fewer tokens reach the potential."""
-    atoms = crystal()
-    calculator = EScAIPCalculator(make_potential(), graph_skin=0.4)
-    seen: list[Graph] = []
-    forward = calculator.potential.forward
-    calculator.potential.forward = lambda *a, **k: (seen.append(k["graph"]), forward(*a, **k))[1]  # type: ignore[method-assign]
-    atoms.calc = calculator
-    atoms.get_forces()
-    kept = calculator._graph._kept
-    assert kept is not None
-    assert seen[0].num_tokens < 0.9 * kept[0].num_tokens
-
-
-def test_to_leave_them_out_the_device_is_asked_once(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For sizes, by ``tolist``, which is not dispatched."""
-    monkeypatch.setattr("escaip.graph.tokens._places", tokens._scattered)  # as on a device
-    potential = make_potential()
-    batch = collate([AtomicData.from_ase(crystal())])
-    graph = potential.graph_of(batch, graph_skin=0.4)
-    vectors = displacements(batch.positions, batch.cell, batch.batch, graph)
-    with Waits() as waits:
-        prune_graph(graph, vectors, potential.config.graph)
     assert waits.found == []
 
 

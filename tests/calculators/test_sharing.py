@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -130,26 +129,6 @@ def test_a_band_of_images_shares_it(make_potential: Make) -> None:
     np.testing.assert_array_equal(band(True), band(False))
 
 
-def test_displaced_copies_as_of_phonon_programs(make_potential: Make) -> None:
-    """Central differences from one calculator with its skin: a symmetric Hessian that a translation does not change."""
-    atoms, step = copper(), 1e-4
-    calculator = EScAIPCalculator(make_potential())
-    columns = []
-    for index in range(len(atoms)):
-        for axis in range(3):
-            forces = []
-            for sign in (1, -1):
-                copy = atoms.copy()
-                copy.positions[index, axis] += sign * step
-                copy.calc = calculator
-                forces.append(copy.get_forces().ravel())
-            columns.append((forces[1] - forces[0]) / (2 * step))
-    hessian = np.array(columns)
-    assert np.abs(hessian - hessian.T).max() < 1e-5 * np.abs(hessian).max()
-    assert np.abs(hessian.reshape(-1, len(atoms), 3).sum(axis=1)).max() < 1e-9 * np.abs(hessian).max()
-    assert calculator.num_neighbor_builds == 1
-
-
 @pytest.mark.parametrize("kind", [FrechetCellFilter, UnitCellFilter])
 def test_cells_relax_through_filters(make_potential: Make, kind: type) -> None:
     atoms = ase.build.bulk("NaCl", "rocksalt", a=5.0)  # a crystal of one element hardly has a stress at random weights
@@ -160,36 +139,6 @@ def test_cells_relax_through_filters(make_potential: Make, kind: type) -> None:
         assert optimizer.run(fmax=0.005, steps=100)
     assert np.abs(atoms.get_stress()).max() < 0.1 * stress
     assert abs(atoms.get_volume() / before - 1) > 1e-3
-
-
-def test_a_slab_relaxes_in_its_plane(make_potential: Make) -> None:
-    slab = ase.build.fcc111("Cu", (1, 1, 2), vacuum=5.0, periodic=False)
-    slab.symbols[0] = "O"  # of one element it hardly has a stress at random weights
-    slab.calc = EScAIPCalculator(make_potential())
-    plane = [True, True, False, False, False, True]
-    before, energy = slab.cell.array.copy(), slab.get_potential_energy()
-    with BFGS(FrechetCellFilter(slab, mask=plane), logfile=None) as optimizer:
-        optimizer.run(fmax=0.002, steps=15)
-    assert slab.get_potential_energy() < energy
-    np.testing.assert_allclose(slab.cell.array[2], before[2], atol=1e-9)
-    assert not np.allclose(slab.cell.array[:2], before[:2], atol=1e-3)
-
-
-def forces_of(atoms: Atoms) -> np.ndarray:
-    torch.set_num_threads(1)
-    return atoms.get_forces()
-
-
-def test_structures_go_to_other_processes_with_it(make_potential: Make) -> None:
-    calculator = EScAIPCalculator(make_potential())
-    structures = [copper(), ase.build.molecule("CH3OH"), ase.build.molecule("NH3")]
-    for atoms in structures:
-        atoms.calc = calculator
-    expected = [atoms.get_forces() for atoms in structures]  # used before it travels
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.map(forces_of, structures)
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-12)
 
 
 def test_nothing_is_left_behind_by_a_long_run(make_potential: Make) -> None:

@@ -29,17 +29,6 @@ def crystal() -> Atoms:
     return atoms
 
 
-def in_box(names: str, length: float = 40.0) -> Atoms:
-    """Molecules too far apart to know of each other."""
-    whole = Atoms(cell=[length] * 3, pbc=True)
-    for index, name in enumerate(names.split()):
-        part = ase.build.molecule(name)
-        part.rattle(0.05, seed=index)
-        part.positions += 5.0 + 15.0 * index
-        whole += part
-    return whole
-
-
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_shares_sum_to_the_stress(make_potential: Make, dtype: str) -> None:
     atoms = crystal()
@@ -49,17 +38,6 @@ def test_shares_sum_to_the_stress(make_potential: Make, dtype: str) -> None:
     assert np.ptp(shares, axis=0).min() > 1e-5
     np.testing.assert_allclose(shares.sum(axis=0), stress, rtol=1e-12 if dtype == "float64" else 1e-6, atol=1e-14)
     assert atoms.get_stresses(voigt=False).shape == (len(atoms), 3, 3)
-
-
-def test_the_share_of_a_fragment_is_its_own_stress(make_potential: Make) -> None:
-    calculator = EScAIPCalculator(make_potential())
-    whole = in_box("CH3OH NH3")
-    whole.calc = calculator
-    shares = whole.get_stresses()
-    for part in (slice(0, 6), slice(6, None)):
-        alone = whole[part]
-        alone.calc = EScAIPCalculator(make_potential())
-        np.testing.assert_allclose(shares[part].sum(axis=0), alone.get_stress(), atol=1e-13)
 
 
 @pytest.mark.parametrize("periodic", [True, False])
@@ -90,37 +68,6 @@ def test_each_atom_gets_half_of_its_pairs(make_potential: Make) -> None:
         for atom in (int(i), int(j)):
             expected[atom] += 0.25 * (virial + virial.T)
     np.testing.assert_allclose(virials_of(vectors, gradient, graph).numpy(), expected, atol=1e-12)
-
-
-def test_they_follow_rotation_and_order(make_potential: Make) -> None:
-    from scipy.spatial.transform import Rotation
-
-    atoms = crystal()
-    atoms.calc = EScAIPCalculator(make_potential())
-    shares = atoms.get_stresses(voigt=False)
-    matrix = Rotation.random(random_state=0).as_matrix()
-    order = np.random.default_rng(0).permutation(len(atoms))
-    turned = atoms[order]
-    turned.set_cell(atoms.cell.array @ matrix.T)
-    turned.set_positions(atoms.positions[order] @ matrix.T)
-    turned.calc = EScAIPCalculator(make_potential())
-    np.testing.assert_allclose(turned.get_stresses(voigt=False), matrix @ shares[order] @ matrix.T, atol=1e-12)
-
-
-def test_they_are_evaluated_only_when_asked_for(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    import escaip.potential.potential
-
-    calls = []
-    original = escaip.potential.potential.virials_of
-    monkeypatch.setattr(escaip.potential.potential, "virials_of", lambda *a: (calls.append(1), original(*a))[1])
-    atoms = crystal()
-    atoms.calc = EScAIPCalculator(make_potential())
-    atoms.get_forces()
-    atoms.get_stress()
-    assert calls == []
-    atoms.get_stresses()
-    atoms.get_forces()
-    assert len(calls) == 1
 
 
 PERIODIC: dict[str, Callable[[], Atoms]] = {

@@ -88,7 +88,9 @@ def test_copper_against_energies() -> None:
 
 def test_atoms_relax_under_strain() -> None:
     """Of a hexagonal crystal C66 = (C11 − C12)/2: what is measured says so only with the inner atoms at rest."""
-    found = elastic_constants(hexagonal(), symmetrize=False, fmax=1e-4)
+    atoms = hexagonal()
+    found = elastic_constants(atoms, symmetrize=False, fmax=1e-4)
+    assert atoms == hexagonal()
     c = found.measured
     assert c[5, 5] == pytest.approx((c[0, 0] - c[0, 1]) / 2, rel=2e-3)
     assert c[5, 5] == pytest.approx(second_difference(found.atoms, voigt_strain(xy=1.0), ions=True), rel=5e-3)
@@ -158,13 +160,6 @@ def test_a_crystal_that_is_none(tmp_path: Path) -> None:
     assert written["stable"] is False
     assert np.array(written["stiffness_GPa"]).shape == (6, 6)
     assert (tmp_path / "elastic.png").stat().st_size > 1000
-
-
-def test_structure_and_calculator_stay_as_they_are() -> None:
-    atoms = hexagonal()
-    before = atoms.copy()
-    elastic_constants(atoms, relaxation="ions")
-    assert atoms == before
 
 
 @pytest.mark.bad_input

@@ -16,7 +16,7 @@ from scipy import constants
 
 from escaip.errors import ConfigError
 from escaip.properties import crystal_phonons
-from escaip.properties.phonons import THZ_TO_CM, THZ_TO_MEV
+from escaip.properties.phonons import THZ_TO_MEV
 
 STIFFNESS, A = 1.7, 4.0
 REASON = "phonopy is not installed: pip install 'escaip[sim]'"
@@ -80,11 +80,6 @@ def test_thermal_properties_follow_from_the_modes(springs: Any) -> None:
     assert found.heat_capacity[2] == pytest.approx(3 * units.kB, rel=2e-3)
     step = np.diff(found.dos_frequencies)
     assert float((found.dos[1:] * step).sum()) == pytest.approx(3.0, rel=0.02)
-
-
-def test_units_of_frequency() -> None:
-    assert pytest.approx(33.35641, rel=1e-6) == THZ_TO_CM
-    assert pytest.approx(4.135667, rel=1e-6) == THZ_TO_MEV
 
 
 @pytest.mark.usefixtures("_phonopy")

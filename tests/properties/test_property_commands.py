@@ -1,34 +1,31 @@
-"""The commands: what they print and write, with a model and with EMT in its place, and how they fail."""
+"""Commands and decks: what they print and write, with a model and with EMT in its place, and how they fail."""
 
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import ase.build
 import ase.io
 import pytest
-import torch
 from ase import Atoms
 from ase.calculators.emt import EMT
 
 from escaip.cli import main
-from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 
 Capture = pytest.CaptureFixture[str]
-TINY = {
-    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": [3, 2, 1, 1, 1], "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
+Deck = Callable[..., str]
+DECKS = Path(__file__).resolve().parents[2] / "md"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
+def model(make_potential: Callable[..., Potential], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.escaip"
-    Potential(EScAIPConfig.from_dict(TINY)).save(path)
+    make_potential().save(path)
     return path
 
 
@@ -36,6 +33,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copper(tmp_path: Path) -> Path:
     ase.io.write(tmp_path / "copper.extxyz", ase.build.bulk("Cu"))
     return tmp_path / "copper.extxyz"
+
+
+@pytest.fixture
+def ends(hop: Callable[[], tuple[Atoms, Atoms, Atoms]], tmp_path: Path) -> list[str]:
+    """Files of the two ends of a path."""
+    names = [str(tmp_path / f"{index}.traj") for index in range(2)]
+    for name, atoms in zip(names, hop()[:2], strict=True):
+        atoms.calc = None
+        ase.io.write(name, atoms)
+    return names
 
 
 @pytest.fixture
@@ -47,6 +54,30 @@ def _emt(monkeypatch: pytest.MonkeyPatch) -> None:
         return EMT()
 
     monkeypatch.setattr("escaip.calculators.ase.EScAIPCalculator", calculator)
+
+
+@pytest.mark.usefixtures("_emt")
+@pytest.mark.parametrize(
+    ("name", "options", "printed"),
+    [
+        ("eos", ["--points", "5"], "meV/atom above the minimum"),
+        ("elastic", [], "with clamped atoms: bulk 134"),
+        ("phonons", ["--supercell", "2", "2", "2", "--mesh", "20"], "highest mode at Γ"),
+        ("neb", ["--images", "1", "--fmax", "0.1"], "eV forward"),
+    ],
+)
+def test_decks(
+    name: str, options: list[str], printed: str, copper: Path, ends: list[str], tmp_path: Path, capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if name == "phonons":
+        pytest.importorskip("phonopy", reason="phonopy is not installed: pip install 'escaip[sim]'")
+    structures = ends if name == "neb" else [str(copper)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "model.escaip", *structures, *options])
+    runpy.run_path(str(DECKS / f"{name}.py"), run_name="__main__")
+    assert printed in capsys.readouterr().out
+    assert (tmp_path / name / f"{name}.json").is_file()
 
 
 @pytest.mark.usefixtures("_emt")
@@ -65,17 +96,12 @@ def test_properties_of_copper(name: str, printed: str, copper: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("_emt")
-def test_a_path(hop: Callable[[], tuple[Atoms, Atoms, Atoms]], tmp_path: Path, capsys: Capture) -> None:
-    names = []
-    for index, atoms in enumerate(hop()[:2]):
-        names.append(str(tmp_path / f"{index}.traj"))
-        atoms.calc = None
-        ase.io.write(names[-1], atoms)
+def test_a_path(ends: list[str], tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
-    assert main(["neb", "example:organic", *names, "--images", "3", "--out", str(out), "--fmax", "0.1"]) == 0
+    assert main(["neb", "example:organic", *ends, "--images", "3", "--out", str(out), "--fmax", "0.1"]) == 0
     assert "eV forward" in capsys.readouterr().out
     assert json.loads((out / "neb.json").read_text())["saddle_image"] == 2
-    assert main(["neb", "example:organic", names[0], names[0], "--out", str(out)]) == 1
+    assert main(["neb", "example:organic", ends[0], ends[0], "--out", str(out)]) == 1
     assert "the ends are one structure" in capsys.readouterr().err
 
 

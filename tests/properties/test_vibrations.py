@@ -10,7 +10,6 @@ from typing import Any
 import ase.io
 import numpy as np
 import pytest
-import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
@@ -20,14 +19,8 @@ from scipy import constants
 
 from escaip import EScAIPCalculator
 from escaip.errors import ConfigError
-from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 from escaip.properties import molecular_vibrations
-
-TINY = {
-    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": [3, 2, 1, 1, 1], "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
 
 
 def wavenumber(stiffness: float, mass: float) -> float:
@@ -105,6 +98,9 @@ def test_thermochemistry() -> None:
     entropy = argon.get_entropy(298.15, 1e5, verbose=False)
     assert entropy / units.kB * constants.R == pytest.approx(154.846, abs=0.02)
     found = molecular_vibrations(Atoms(bulk("Cu", cubic=True), calculator=EMT()))
+    assert len(found.energies) == 9  # all but translations
+    assert found.rigid_energy < 0.1
+    assert found.energies.min() > 10
     oscillators = found.thermochemistry()
     assert oscillators.get_ZPE_correction() == pytest.approx(found.zero_point_energy)
     ratio = 1e-3 * found.energies / (units.kB * 300)
@@ -129,27 +125,15 @@ def test_a_saddle_has_an_imaginary_mode(hop: Callable[[], tuple[Atoms, Atoms, At
         found.thermochemistry()
 
 
-def test_a_crystal_keeps_all_but_translations() -> None:
-    atoms = bulk("Cu", cubic=True)
-    atoms.calc = EMT()
-    found = molecular_vibrations(atoms)
-    assert len(found.energies) == 9
-    assert found.rigid_energy < 0.1
-    assert found.energies.min() > 10
-
-
-def test_second_derivatives_of_a_model_are_used() -> None:
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict(TINY)).double().eval()
+def test_second_derivatives_of_a_model_are_used(make_potential: Callable[..., Potential]) -> None:
     atoms = molecule("CH3OH")
-    atoms.calc = EScAIPCalculator(potential)
+    atoms.calc = EScAIPCalculator(make_potential())
     exact, by_steps = (
         molecular_vibrations(atoms, relaxation="none", finite_differences=steps, step=1e-4) for steps in (False, True)
     )
     np.testing.assert_allclose(exact.energies, by_steps.energies, atol=1e-3)
     assert exact.asymmetry < 1e-12 < by_steps.asymmetry
-    direct = Potential(EScAIPConfig.from_dict({**TINY, "forces": "direct"})).double().eval()
-    atoms.calc = EScAIPCalculator(direct)
+    atoms.calc = EScAIPCalculator(make_potential(forces="direct"))
     with pytest.raises(ConfigError, match="--finite-differences"):
         molecular_vibrations(atoms, relaxation="none")
     found = molecular_vibrations(atoms, relaxation="none", finite_differences=True)

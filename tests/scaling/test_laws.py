@@ -107,14 +107,6 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     assert one.estimates != other.estimates
 
 
-def test_interval_leaves_out_what_is_not_finite() -> None:
-    one = Interval.of(1.0, np.array([np.nan, 0.0, 2.0]), FEW)
-    assert (one.low, one.high) == pytest.approx((0.1, 1.9))
-    assert not Interval.of(1.0, np.empty(0), FEW).covers(1.0)
-    both = Interval.of(1.0, np.array([0.0, 1.0, 10.0, 12.0]), FEW, groups=2)
-    assert (both.low, both.high) == pytest.approx((0.05, 11.9))
-
-
 def test_a_plateau_is_flagged_and_a_law_is_not() -> None:
     n, d = grid()
     exact = loss(n, d)

@@ -48,7 +48,14 @@ def test_the_same_study_is_the_same_report(study: Path) -> None:
     assert "nan" not in text
 
 
-def test_fits_as_json(study: Path) -> None:
+def test_fits_as_json_and_the_commands(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--bootstrap", "60", "--level", "0.8", "--no-floor", "--huber", "1"]
+    for command in ("fit", "plot"):
+        assert main(["scaling", command, str(study), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Intervals hold 80 % (60 refits), Huber δ = 1, E fixed to 0" in printed
+    assert "report.md" in printed
+    assert json.loads((study / "fit.json").read_text("utf-8"))["settings"]["floor"] is False
     found = fit_study(study, settings=FEW)
     written = json.loads(write_fit(found, study / "records.jsonl").read_text("utf-8"))
     default = found.variants["default"].joint
@@ -79,16 +86,6 @@ def test_a_panel_with_nothing_to_show_says_so(tmp_path: Path) -> None:
     axes = draw_sheet(fit_study(tmp_path, settings=FEW), read_records(tmp_path)).axes
     texts = [" ".join(text.get_text().split()) for axis in axes[2:4] for text in axis.texts]
     assert texts == ["no budget has a minimum within its sizes", "no law of N and D: too few sizes and data"]
-
-
-def test_commands(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--bootstrap", "60", "--level", "0.8", "--no-floor", "--huber", "1"]
-    assert main(["scaling", "fit", str(study), *options]) == 0
-    out = capsys.readouterr().out
-    assert "Intervals hold 80 % (60 refits), Huber δ = 1, E fixed to 0" in out
-    assert json.loads((study / "fit.json").read_text("utf-8"))["settings"]["floor"] is False
-    assert main(["scaling", "plot", str(study), *options]) == 0
-    assert "report.md" in capsys.readouterr().out
 
 
 @pytest.mark.bad_input

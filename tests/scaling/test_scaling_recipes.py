@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ase.build import molecule
 
 from escaip import EScAIP
-from escaip.data import AtomicData, collate
 from escaip.files import resource_dir
-from escaip.graph import build_graph
 from escaip.models import EScAIPConfig
-from escaip.ops import bond_orientational_order
 from escaip.scaling.flops import GraphShape, count_flops, parameter_count
 from escaip.scaling.study import StudyPlan, study_path
 
@@ -123,19 +119,6 @@ def test_ablations_have_equal_parameters(width: int) -> None:
     deep, flat = (plan.architecture(name, f"w{width}") for name in ("attention", "feed_forward"))
     assert deep.num_layers == 2 * flat.num_layers
     assert count_flops(deep, SHAPES["ablations"]) > 1.2 * count_flops(flat, SHAPES["ablations"])
-
-
-def test_one_degree_is_no_orientational_order() -> None:
-    config = StudyPlan.read("ablations").architecture("no_order", "w64")
-    atoms = molecule("CH3CH2OH")
-    atoms.rattle(0.2, seed=0)
-    batch = collate([AtomicData.from_ase(atoms)])
-    graph = build_graph(batch, config.graph)
-    vectors = batch.positions[graph.neighbor] - batch.positions[graph.center]
-    direction = torch.nn.functional.normalize(vectors, dim=1)
-    weight = torch.rand(len(direction), generator=torch.Generator().manual_seed(0), dtype=direction.dtype)
-    order = bond_orientational_order(direction, weight, graph.center, len(atoms), config.boo_degrees - 1)
-    assert torch.allclose(order, torch.ones_like(order), atol=1e-6)
 
 
 def test_the_documentation_lists_every_recipe() -> None:

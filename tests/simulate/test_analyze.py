@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +91,6 @@ def test_a_part_of_a_run_uses_that_part_of_its_log(run: Path, tmp_path: Path) ->
         elsewhere.rename(run)
 
 
-def test_every_format_gives_the_same(run: Path, tmp_path: Path) -> None:
-    from escaip.simulate import read_trajectory
-
-    frames = list(read_trajectory(run))
-    for suffix in (".traj", ".extxyz"):
-        ase.io.write(tmp_path / f"a{suffix}", frames)
-    asked = AnalysisSettings(quantities=("rdf", "msd", "vacf", "density"))
-    first = analyze(run, asked).to_dict()
-    for suffix, tolerance in ((".traj", 1e-12), (".extxyz", 1e-5)):
-        other = analyze(tmp_path / f"a{suffix}", asked).to_dict()
-        for group in ("all", "Au", "Cu"):
-            left, right = (values["msd"]["groups"][group]["diffusion_cm2_per_s"] for values in (first, other))
-            assert left == pytest.approx(right, rel=10 * tolerance)
-            left, right = (values["vacf"]["vacf_A2_per_fs2"][group] for values in (first, other))
-            assert left == pytest.approx(right, rel=tolerance, abs=1e-6 * left[0])
-        assert first["density"] == pytest.approx(other["density"])
-
-
 def test_what_is_not_possible_is_left_out_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = walkers(tmp_path / "a.extxyz")
     assert main(["analyze", str(path), "--timestep", "2", "--every", "2", "--out", str(tmp_path / "out")]) == 0
@@ -164,16 +145,6 @@ def test_doubts_are_told(tmp_path: Path) -> None:
 def test_help_and_quantities_say_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["analyze", "--help"]) == 0
     assert ", ".join(QUANTITIES) in " ".join(capsys.readouterr().out.split())
-
-
-def test_progress_is_shown_on_a_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = walkers(tmp_path / "a.traj", count=3)
-    command = ["analyze", str(path), "--quantities", "density", "--no-plots", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert main(command) == 0
-    assert "3 frames" in capsys.readouterr().err
 
 
 @pytest.mark.bad_input

@@ -53,26 +53,6 @@ def test_energy_fluctuation_falls_as_the_timestep_squared(argon: Make, tmp_path:
     assert 3.3 < fluctuations[0] / fluctuations[1] < 4.7
 
 
-def test_embedded_atom_copper_conserves_energy(tmp_path: Path) -> None:
-    atoms = ase.build.bulk("Cu", cubic=True).repeat((2, 2, 2))
-    atoms.calc = EMT()
-    result = run_md(atoms, settings(temperature=600.0, timestep=2.0, steps=200), out=tmp_path / "cu.extxyz")
-    assert result.drift is not None
-    assert abs(result.drift.slope) < 1.0
-    assert result.drift.fluctuation < 1.0
-
-
-@pytest.mark.parametrize("name", ["bussi", "nose-hoover", "npt isotropic", "npt full"])
-def test_extended_energy_is_conserved_where_the_total_is_not(argon: Make, tmp_path: Path, name: str) -> None:
-    asked = settings(**ENSEMBLES[name], steps=100, temperature=30.0, timestep=2.0, thermostat_time=50.0)
-    atoms = argon()
-    atoms.set_momenta(np.random.default_rng(0).normal(size=(len(atoms), 3)) * 1.5)
-    atoms.set_momenta(atoms.get_momenta() - atoms.get_momenta().mean(axis=0))
-    run_md(atoms, asked, out=tmp_path / "a.extxyz")
-    log = read_log(tmp_path / "a.csv")
-    assert np.ptp(log["conserved_energy_eV"]) < 0.02 * np.ptp(log["total_energy_eV"])
-
-
 @pytest.mark.parametrize("name", ["langevin", "bussi", "nose-hoover"])
 def test_a_small_molecule_reaches_the_temperature(argon: Make, tmp_path: Path, name: str) -> None:
     """Without drift and rotation eight atoms have 18 degrees of freedom: a thermostat that forgets is 33 % too hot."""
@@ -84,15 +64,6 @@ def test_a_small_molecule_reaches_the_temperature(argon: Make, tmp_path: Path, n
     assert result.mean_temperature == pytest.approx(2 * kinetic / (num_degrees * units.kB))
 
 
-def test_constant_pressure_reaches_the_pressure(argon: Make, tmp_path: Path) -> None:
-    asked = settings(ensemble="npt", pressure=0.3, steps=400, timestep=6.0, temperature=40.0, thermostat_time=200.0,
-                     barostat_time=300.0, trajectory_interval=400)  # fmt: skip
-    run_md(argon(), asked, out=tmp_path / "a.traj")
-    log = read_log(tmp_path / "a.csv")
-    assert log["pressure_GPa"][200:].mean() == pytest.approx(0.3, abs=0.04)
-    assert log["volume_A3"][-1] < 0.97 * log["volume_A3"][0]
-
-
 @pytest.mark.parametrize("periodic", [True, False])
 def test_drawn_velocities_have_the_temperature_and_no_drift(argon: Make, tmp_path: Path, periodic: bool) -> None:
     result = run_md(argon(periodic), settings(steps=1, timestep=1e-6), out=tmp_path / "a.traj")
@@ -102,10 +73,13 @@ def test_drawn_velocities_have_the_temperature_and_no_drift(argon: Make, tmp_pat
         assert np.abs(result.atoms.get_angular_momentum()).max() < 1e-6
 
 
-def test_linear_molecules_and_fixed_atoms(tmp_path: Path) -> None:
+def test_lone_atoms_linear_molecules_and_fixed_atoms(argon: Make, tmp_path: Path) -> None:
+    lone = run_md(Atoms("Ar", calculator=argon().calc), settings(steps=5), out=tmp_path / "c.traj")
+    assert np.isfinite(lone.atoms.positions).all()
     dimer = ase.build.molecule("N2")
     dimer.calc = EMT()
-    run_md(dimer, settings(timestep=1.0, temperature=300.0, steps=2), out=tmp_path / "a.traj")
+    with pytest.warns(UserWarning, match="5 fs is long for N"):
+        run_md(dimer, settings(timestep=5.0, temperature=300.0, steps=1), out=tmp_path / "a.traj")
     assert read_log(tmp_path / "a.csv")["temperature_K"][0] == pytest.approx(300.0)
     slab = ase.build.fcc111("Cu", (2, 2, 3), vacuum=6.0)
     slab.set_constraint(FixAtoms(range(4)))
@@ -226,11 +200,6 @@ def test_resuming_with_other_settings(argon: Make, unfinished: Path, change: dic
 def test_resuming_with_another_structure_or_potential(argon: Make, unfinished: Path) -> None:
     with pytest.raises(SimulationError, match="another structure"):
         run_md(argon(periodic=False), settings(), out=unfinished, resume=True)
-    atoms = argon()
-    atoms.calc = EMT()
-    atoms.numbers[:] = 29
-    with pytest.raises(SimulationError, match="another structure"):
-        run_md(atoms, settings(), out=unfinished, resume=True)
 
     class Shifted(type(argon().calc)):  # type: ignore[misc]
         def calculate(self, *args: Any, **kwargs: Any) -> None:
@@ -272,19 +241,20 @@ def test_nan_forces_stop_the_run_with_the_last_good_frame(argon: Make, tmp_path:
 
 
 @pytest.mark.bad_input
-def test_an_explosion_stops_the_run(argon: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("distance", "change", "message"),
+    [
+        (2.0, {}, "temperature is"),  # deep in the repulsive wall
+        (0.5, {"max_temperature": 1e12}, r"atoms 0 \(Ar\) and 1 \(Ar\) are 0.50 Å apart; nothing was kept"),
+    ],
+)
+def test_an_explosion_stops_the_run(
+    argon: Make, tmp_path: Path, distance: float, change: dict[str, Any], message: str
+) -> None:
     atoms = argon()
-    atoms.positions[1] = atoms.positions[0] + [2.0, 0.0, 0.0]  # deep in the repulsive wall
-    with pytest.raises(SimulationError, match="temperature is"):
-        run_md(atoms, settings(), out=tmp_path / "a.extxyz")
-
-
-@pytest.mark.bad_input
-def test_atoms_too_close_stop_the_run(argon: Make, tmp_path: Path) -> None:
-    atoms = argon()
-    atoms.positions[1] = atoms.positions[0] + [0.5, 0.0, 0.0]
-    with pytest.raises(SimulationError, match=r"atoms 0 \(Ar\) and 1 \(Ar\) are 0.50 Å apart; nothing was kept"):
-        run_md(atoms, settings(max_temperature=1e12), out=tmp_path / "a.extxyz")
+    atoms.positions[1] = atoms.positions[0] + [distance, 0.0, 0.0]
+    with pytest.raises(SimulationError, match=message):
+        run_md(atoms, settings(**change), out=tmp_path / "a.extxyz")
 
 
 @pytest.mark.bad_input
@@ -334,16 +304,3 @@ def test_settings_that_do_not_fit_the_structure(argon: Make, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="no known format"):
         run_md(argon(), settings(), out=tmp_path / "a.pdb")
     assert not list(tmp_path.iterdir())  # nothing half-written
-
-
-def test_a_long_timestep_with_hydrogen_is_warned_about(tmp_path: Path) -> None:
-    atoms = ase.build.molecule("H2O")
-    atoms.calc = EMT()
-    with pytest.warns(UserWarning, match="2 fs is long for H"):
-        run_md(atoms, settings(timestep=2.0, temperature=10.0, steps=1, max_temperature=1e6), out=tmp_path / "a.traj")
-
-
-def test_one_lone_atom_moves_straight(argon: Make, tmp_path: Path) -> None:
-    atoms = Atoms("Ar", calculator=argon().calc)
-    result = run_md(atoms, settings(steps=5), out=tmp_path / "a.traj")
-    assert np.isfinite(result.atoms.positions).all()

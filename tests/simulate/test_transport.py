@@ -1,4 +1,4 @@
-"""Displacements against their definition and walks of known diffusion."""
+"""Displacements against their definition, walks of known diffusion, and errors of means of correlated samples."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from ase import Atoms
 
 from escaip.errors import DataError, UsageError
-from escaip.simulate.analysis import Unwrapper, autocorrelation, mean_square_displacement, square_displacement
-from escaip.simulate.report import Recording, frame_interval, group_weights
+from escaip.simulate.analysis import Average, Unwrapper, autocorrelation, mean_square_displacement, square_displacement
+from escaip.simulate.report import frame_interval
 
 DIFFUSION = 2e-3
 """Å²/fs, that is 2·10⁻⁴ cm²/s."""
@@ -119,12 +119,8 @@ def test_an_axis_that_is_not_periodic_has_no_images() -> None:
         found = unwrap(Atoms("Ar", positions=[[0.0, 0.0, place]], cell=[10.0] * 3, pbc=(True, True, False)))
     assert found[0, 2] == 21.0
     assert unwrap.farthest == 0.0
-
-
-def test_a_jump_that_cannot_be_followed_is_noticed() -> None:
-    unwrap = Unwrapper()
-    for place in (0.0, 4.4):
-        unwrap(Atoms("Ar", positions=[[place, 0.0, 0.0]], cell=[10.0] * 3, pbc=True))
+    for place in (0.0, 4.4):  # a jump that can hardly be followed
+        unwrap(Atoms("Ar", positions=[[place, 0.0, 21.0]], cell=[10.0] * 3, pbc=(True, True, False)))
     assert unwrap.farthest == pytest.approx(0.44)
 
 
@@ -145,20 +141,6 @@ def test_a_cell_that_breathes_does_not_carry_atoms_away() -> None:
     assert found[0] - start[0] == pytest.approx([0.05, 0.1, 0.05])
 
 
-def test_groups() -> None:
-    names, weights = group_weights(Atoms("OH2"))
-    assert names == ["all", "H", "O"]
-    assert weights == pytest.approx(np.array([[1 / 3, 0, 1], [1 / 3, 0.5, 0], [1 / 3, 0.5, 0]]))
-
-
-def test_a_recording_lies_in_a_file() -> None:
-    recording = Recording()
-    for frame in walk(0, 30, 7):
-        recording.append(frame)
-    assert isinstance(recording.array(), np.memmap)
-    assert (recording.array() == walk(0, 30, 7)).all()
-
-
 def test_the_time_between_frames() -> None:
     assert frame_interval([0.0, 2.5, 5.0], None, 1, "a") == 2.5
     assert frame_interval([0.0, 5.0, 10.0], 2.5, 2, "a") == 5.0
@@ -176,3 +158,35 @@ def test_times_that_cannot_be_used() -> None:
     for times in ([0.0, None, 2.0], [0.0, 1.0, 0.5], [1.0]):
         with pytest.raises(DataError, match="do not increase"):
             frame_interval(times, None, 1, "a")
+
+
+def correlated(seed: int, memory: float, number: int = 4096) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(size=number)
+    values = np.empty(number)
+    values[0] = noise[0] / np.sqrt(1 - memory**2)
+    for index in range(1, number):
+        values[index] = memory * values[index - 1] + noise[index]
+    return values
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+def test_the_error_is_that_of_correlated_samples(memory: float) -> None:
+    """The mean of an autoregressive series deviates by σ/(1 − φ)/√S."""
+    found = [Average.of(correlated(seed, memory)) for seed in range(40)]
+    errors = np.array([one.error for one in found if one is not None], dtype=float)
+    assert errors.mean() == pytest.approx(1 / (1 - memory) / 64, rel=0.12)
+    means = np.array([one.mean for one in found if one is not None])
+    assert np.sqrt((means**2).mean()) == pytest.approx(errors.mean(), rel=0.3)
+
+
+def test_series_too_short_for_an_error() -> None:
+    one = Average.of(np.array([1.0, 2.0, np.nan]))
+    assert one is not None
+    assert (one.mean, one.error, one.num_samples) == (1.5, None, 2)
+    ramp = Average.of(np.arange(64.0))
+    assert ramp is not None
+    assert ramp.error is None  # as long as the correlation
+    constant = Average.of(np.full(10, 3.0))
+    assert constant is not None
+    assert constant.error == 0.0
+    assert Average.of(np.array([np.nan])) is None
