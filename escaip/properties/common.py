@@ -1,22 +1,15 @@
-"""What all properties share: checks and relaxation of the structure, tables, figures and files."""
+"""What all properties share: checks and relaxation of the structure, tables and figures."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import ase.io
 import numpy as np
 from ase import Atoms
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from escaip.errors import ConfigError, DataError, SimulationError
-from escaip.files import write_aside
+from escaip.errors import ConfigError, SimulationError
 from escaip.simulate.relaxation import relax
 
 MODEL, MUTED, ACCENT = "#2a6f97", "#b0b0b0", "#c1121f"
@@ -87,46 +80,3 @@ def new_figure(panels: int = 1, width: float = 5.2, height: float = 4.0) -> Figu
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-Content = dict[str, Any] | Figure | list[Atoms] | Callable[[Path], object]
-
-
-def write_results(folder: str | os.PathLike[str], files: Mapping[str, Content]) -> None:
-    """Writes each file whole: a dict as JSON, a figure as PNG, structures as extended XYZ.
-
-    Args:
-        folder: made where needed.
-        files: name to content; a function is given the path to write to.
-
-    Raises:
-        DataError: the folder cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
-    for name, content in files.items():
-        with write_aside(folder / name) as aside:
-            if isinstance(content, dict):
-                aside.write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-            elif isinstance(content, Figure):
-                content.savefig(aside, format="png", dpi=150)
-            elif isinstance(content, list):
-                ase.io.write(aside, content, format="extxyz")
-            else:
-                content(aside)
-
-
-def _plain(value: Any) -> Any:
-    """Turns arrays into lists, structures into their numbers, NaN and infinity into None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Atoms):
-        return _plain({"symbols": list(value.symbols), "positions_A": value.positions, "cell_A": value.cell.array})
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

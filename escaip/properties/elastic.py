@@ -20,7 +20,8 @@ from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
 from escaip.errors import ConfigError
-from escaip.properties.common import ACCENT, MODEL, at_rest, check_crystal, deformed, new_figure, table, write_results
+from escaip.properties.common import ACCENT, MODEL, at_rest, check_crystal, deformed, new_figure, table
+from escaip.simulate.output import write_results
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 _PAIRS = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))

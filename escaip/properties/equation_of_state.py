@@ -12,8 +12,8 @@ import numpy as np
 from ase import Atoms, units
 
 from escaip.errors import ConfigError, SimulationError
-from escaip.properties.common import MODEL, at_rest, check_crystal, deformed, new_figure, table, write_results
-from escaip.simulate.output import freeze
+from escaip.properties.common import MODEL, at_rest, check_crystal, deformed, new_figure, table
+from escaip.simulate.output import freeze, write_results
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ product of attention is one, three with a gradient and, differentiated twice by 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +48,7 @@ from escaip.nn.embedding import kept_tables
 from escaip.ops import spline
 from escaip.ops.autograd import OPERATORS
 from escaip.potential import Potential
-from escaip.types import Graph, GraphSettings, StructureBatch
+from escaip.types import GraphSettings, StructureBatch
 
 MODES = ("energy", "forces", "energy_training", "training")
 """Energies alone; energies and forces; a training step on energies; one on energies and forces, direct or conservative
@@ -74,28 +73,10 @@ class GraphShape:
     num_pairs: float
 
     @classmethod
-    def of_graph(cls, graph: Graph) -> GraphShape:
-        """Takes the sizes of a graph without skin."""
-        return cls(graph.num_atoms, graph.num_tokens, int(graph.offsets.diff().square().sum()))
-
-    @classmethod
     def of_batch(cls, batch: StructureBatch, settings: GraphSettings) -> GraphShape:
         """Takes the sizes of the graph that a model with these settings builds for a batch."""
-        return cls.of_graph(build_graph(batch, settings))
-
-    @classmethod
-    def of_counts(cls, num_atoms: float, num_edges: float) -> GraphShape:
-        """Estimates sizes as if all atoms had equally many of the kept directed edges; pairs are underestimated.
-
-        Raises:
-            UsageError: no atoms, or a negative number of edges.
-        """
-        if not (num_atoms > 0 and num_edges >= 0):
-            raise UsageError(
-                f"{num_atoms:g} atoms with {num_edges:g} edges: give at least one atom and no fewer than 0"
-            )
-        tokens = num_atoms + num_edges
-        return cls(num_atoms, tokens, tokens**2 / num_atoms)
+        graph = build_graph(batch, settings)
+        return cls(graph.num_atoms, graph.num_tokens, int(graph.offsets.diff().square().sum()))
 
     def times(self, factor: float) -> GraphShape:
         """Returns the sizes of so many such batches."""
@@ -296,67 +277,28 @@ def parameter_count(config: EScAIPConfig) -> ParameterCount:
     )
 
 
-@dataclass(frozen=True)
-class TrainingFlops:
-    """Cost of a training run without validation.
-
-    Attributes:
-        total: ``C``, operations of all steps.
-        steps: number of steps.
-        structures: number of structures seen; those seen again count again.
-        per_atom: operations per atom and visit.
-    """
-
-    total: float
-    steps: int
-    structures: float
-    per_atom: float
-
-
 def training_flops(
-    config: EScAIPConfig,
-    structure: GraphShape,
-    *,
-    batch_size: float,
-    num_structures: int | None = None,
-    epochs: float | None = None,
-    steps: int | None = None,
-    mode: str = "training",
-) -> TrainingFlops:
+    config: EScAIPConfig, structure: GraphShape, *, batch_size: float, steps: int, mode: str = "training"
+) -> float:
     """Counts the operations of a run: ``C = n · cost(structure) + steps · cost(tables)`` for ``n`` structures seen.
 
     Args:
         config: the model.
-        structure: mean sizes of a training structure, from ``mean_shape`` or ``GraphShape.of_counts``.
+        structure: mean sizes of a training structure, from ``mean_shape``.
         batch_size: structures per step in all processes; the mean where batches are packed by atoms.
-        num_structures: size of the training set; needed with ``epochs``.
-        epochs: passes over the training set; or
         steps: number of steps.
         mode: ``"training"`` or ``"energy_training"``.
 
     Raises:
-        UsageError: not exactly one of ``epochs`` and ``steps`` is given, a number is not positive, or the mode trains
-            nothing.
+        UsageError: a number is not positive, or the mode trains nothing.
     """
     if not mode.endswith("training"):
         raise UsageError(f"mode {mode!r} trains nothing: choose training or energy_training")
-    if (epochs is None) == (steps is None):
-        raise UsageError("the length of a run is epochs or steps: give one of them")
-    if epochs is not None and num_structures is None:
-        raise UsageError("the cost of an epoch depends on num_structures: give it, or steps")
-    given = {"batch_size": batch_size, "num_structures": num_structures, "epochs": epochs, "steps": steps}
-    for name, value in given.items():
-        if value is not None and not value > 0:
+    for name, value in {"batch_size": batch_size, "steps": steps}.items():
+        if not value > 0:
             raise UsageError(f"{name} is {value:g}: it must be above 0")
-    if steps is None:
-        assert epochs is not None
-        assert num_structures is not None
-        steps, seen = math.ceil(epochs * math.ceil(num_structures / batch_size)), epochs * num_structures
-    else:
-        seen = steps * batch_size
-    each_step = count_flops(config, GraphShape(0, 0, 0), mode)
-    total = count_flops(config, structure.times(seen), mode) + (steps - 1) * each_step
-    return TrainingFlops(total, steps, seen, total / (seen * structure.num_atoms))
+    tables = count_flops(config, GraphShape(0, 0, 0), mode)
+    return count_flops(config, structure.times(steps * batch_size), mode) + (steps - 1) * tables
 
 
 def profile_flops(model: EScAIPConfig | Potential, batch: StructureBatch, mode: str = "training") -> int:

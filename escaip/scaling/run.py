@@ -364,7 +364,7 @@ def _flops(cli: TrainingCLI, steps: int) -> float:
     chosen = sorted({round(i * (len(data) - 1) / (SAMPLE - 1)) for i in range(SAMPLE)})
     shape = mean_shape((data[index] for index in chosen), config.graph)
     per_step = len(data) / len(cli.datamodule.train_dataloader()) * int(cli.trainer.accumulate_grad_batches)
-    return training_flops(config, shape, batch_size=per_step, steps=steps, mode=_mode(cli)).total
+    return training_flops(config, shape, batch_size=per_step, steps=steps, mode=_mode(cli))
 
 
 def _mode(cli: TrainingCLI) -> str:

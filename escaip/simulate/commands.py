@@ -271,11 +271,7 @@ def analyze(
 
     Example: escaip analyze md.extxyz --quantities rdf msd
     """
-    import json
-    from pathlib import Path
-
-    from escaip.errors import DataError
-    from escaip.files import write_file
+    from escaip.simulate.output import write_results
     from escaip.simulate.report import AnalysisSettings
     from escaip.simulate.report import analyze as analyze_trajectory
 
@@ -286,18 +282,12 @@ def analyze(
         vacf_length=vacf_length, mass_weighted=mass_weights,
     )  # fmt: skip
     analysis = analyze_trajectory(trajectory, settings, progress=sys.stderr.isatty())
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
-    text = json.dumps(analysis.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    write_file(folder / "analysis.json", text)
+    files: dict[str, Any] = {"analysis.json": analysis.to_dict()}
     if plots:
         from escaip.simulate.plots import draw
 
-        for name, image in draw(analysis).items():
-            write_file(folder / f"{name}.png", image)
+        files |= {f"{name}.png": figure for name, figure in draw(analysis).items()}
+    write_results(out, files)
     print(analysis.table())
     print(f"wrote {out}")
 

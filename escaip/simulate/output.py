@@ -1,4 +1,4 @@
-"""Files of simulations: structures, the log of a run, and trajectories that can be cut back to a restart."""
+"""Files of simulations: structures, results, the log of a run, trajectories that can be cut back to a restart."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import csv
 import io
 import itertools
+import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -311,6 +313,46 @@ def write_structure(path: str | os.PathLike[str], atoms: Atoms) -> None:
             raise
         except Exception as error:  # ASE's writers raise anything
             raise DataError(f"cannot write {path} ({first_line(error)}): choose a name that ends in .extxyz") from error
+
+
+def write_results(folder: str | os.PathLike[str], files: Mapping[str, Any]) -> None:
+    """Writes each file whole: a dict as JSON, a figure as PNG, structures as extended XYZ.
+
+    Args:
+        folder: made where needed.
+        files: name to a dict, a Figure, a list of Atoms, or a function, which is given the path to write to.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
+    for name, content in files.items():
+        with write_aside(folder / name) as aside:
+            if isinstance(content, dict):
+                aside.write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+            elif hasattr(content, "savefig"):
+                content.savefig(aside, format="png", dpi=150)
+            elif isinstance(content, list):
+                ase.io.write(aside, content, format="extxyz")
+            else:
+                content(aside)
+
+
+def _plain(value: Any) -> Any:
+    """Turns arrays into lists, structures into their numbers, NaN and infinity into None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Atoms):
+        return _plain({"symbols": list(value.symbols), "positions_A": value.positions, "cell_A": value.cell.array})
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open_text(path: Path, position: int | None) -> IO[str]:

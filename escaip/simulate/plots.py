@@ -1,8 +1,7 @@
-"""Plots of an analysis as PNG."""
+"""Plots of an analysis."""
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from escaip.simulate.report import Analysis, shown, thinned
 _COLORS = ("#2a6f97", "#c8553d", "#588157", "#8d5a97", "#d4a017", "#4a4e69", "#3a9e9e", "#a44a3f")
 
 
-def draw(analysis: Analysis) -> dict[str, bytes]:
-    """Returns a PNG by name for each quantity that was found: ``rdf``, ``msd``, ``vacf``, ``log``."""
-    images: dict[str, bytes] = {}
+def draw(analysis: Analysis) -> dict[str, Figure]:
+    """Returns a figure by name for each quantity that was found: ``rdf``, ``msd``, ``vacf``, ``log``."""
+    images: dict[str, Figure] = {}
     if (radial := analysis.radial) is not None:
         unique = {frozenset(pair.split("-")): pair for pair in reversed(shown(radial.g))}  # g of A-B is that of B-A
         shells = [shell for pair in radial.g if (shell := radial.first_shell(pair)) is not None]
@@ -61,7 +60,7 @@ def draw(analysis: Analysis) -> dict[str, bytes]:
 
 def _plot(
     *panels: tuple[dict[str, tuple[Array, Array]], dict[str, Any]], span: tuple[float, float] | None = None
-) -> bytes:
+) -> Figure:
     """Draws panels of named curves side by side, without matplotlib's global state."""
     figure = Figure(figsize=(4.8 * len(panels), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -80,6 +79,4 @@ def _plot(
             axis.ticklabel_format(axis="y", useOffset=False)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
-    return stream.getvalue()
+    return figure

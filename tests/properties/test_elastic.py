@@ -15,7 +15,7 @@ from ase.calculators.lj import LennardJones
 
 from escaip.errors import ConfigError, SimulationError
 from escaip.properties import ElasticConstants, elastic_constants, fit_equation_of_state
-from escaip.properties.elastic import symmetrized, young_modulus
+from escaip.properties.elastic import young_modulus
 from escaip.simulate import relax
 
 KINDS = ("voigt", "reuss", "hill")
@@ -111,16 +111,6 @@ def test_axes_are_those_of_the_cell() -> None:
     assert found.deviation < 0.2
     for name in ("bulk_hill", "shear_voigt", "shear_reuss", "young"):
         assert found.averages[name] == pytest.approx(plain.averages[name], rel=1e-3)
-
-
-def test_symmetry_takes_noise_out() -> None:
-    clean = elastic_constants(copper(cubic=True)).stiffness
-    noise = np.random.default_rng(0).normal(scale=1.0, size=(6, 6))
-    repaired, group = symmetrized(clean + noise + noise.T, copper(cubic=True), 1e-3)
-    assert group == "Fm-3m"
-    assert repaired[0, 0] == pytest.approx(repaired[2, 2], rel=1e-12)
-    assert np.abs(repaired[:3, 3:]).max() < 1e-12
-    assert np.abs(repaired - clean).max() < 0.5 * np.abs(noise + noise.T).max()
 
 
 def test_averages_of_an_isotropic_solid() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import grid, loss, record, records, write, write_study
+from synthetic_runs import grid, loss, record, records, write_study
 
 from escaip.cli import main
 from escaip.errors import DataError
@@ -78,14 +78,6 @@ def test_panels(study: Path) -> None:
     row = titles.index("spent: compute")
     assert titles[row + 1 : row + 3] == ["budgets", "best size and data of a budget"]
     assert all(axis.lines and not axis.texts for axis in axes)
-
-
-def test_a_panel_with_nothing_to_show_says_so(tmp_path: Path) -> None:
-    n = np.array([1e5, 3e5, 1e6])
-    write(tmp_path, records(n, 1e10 / n, np.array([0.1, 0.2, 0.4])))  # one budget; the smallest is the best
-    axes = draw_sheet(fit_study(tmp_path, settings=FEW), read_records(tmp_path)).axes
-    texts = [" ".join(text.get_text().split()) for axis in axes[2:4] for text in axis.texts]
-    assert texts == ["no budget has a minimum within its sizes", "no law of N and D: too few sizes and data"]
 
 
 @pytest.mark.bad_input

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ase.build
@@ -16,6 +17,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from escaip.models import EScAIPConfig
 from escaip.potential import Potential
+from escaip.simulate import MDSettings, MDStatus, run_md
 
 EPSILON, SIGMA, CUTOFF = 0.0104, 3.4, 8.0
 
@@ -78,6 +80,25 @@ def argon() -> Callable[..., Atoms]:
         return atoms
 
     return make
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def run_killed() -> Callable[..., None]:
+    """Runs molecular dynamics up to the report of a step, at which the process ends."""
+
+    def run(atoms: Atoms, asked: MDSettings, out: Path, step: int, resume: bool = False) -> None:
+        def report(status: MDStatus) -> None:
+            if status.step == step:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run_md(atoms, asked, out=out, report=report, resume=resume)
+
+    return run
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from ase.io.trajectory import Trajectory
 from escaip.errors import ConfigError, EscaipError, SimulationError, UsageError
 from escaip.simulate import MDSettings, MDStatus, read_log, run_md
 
-Make = Callable[..., Atoms]
+Make = Callable[..., Any]
 
 ENSEMBLES: dict[str, dict[str, Any]] = {
     "nve": {"ensemble": "nve"},
@@ -115,31 +115,18 @@ def test_log_and_trajectory_say_the_same(argon: Make, tmp_path: Path) -> None:
     assert seen[1].seconds_left > 0
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def interrupt_at(step: int) -> Callable[[MDStatus], None]:
-    def report(status: MDStatus) -> None:
-        if status.step == step:
-            raise Killed
-
-    return report
-
-
 def without_speed(path: Path) -> list[str]:
     return [line.rsplit(",", 1)[0] for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", ENSEMBLES)
 @pytest.mark.parametrize("suffix", [".extxyz", ".traj"])
-def test_restart_continues_bit_for_bit(argon: Make, tmp_path: Path, name: str, suffix: str) -> None:
+def test_restart_continues_bit_for_bit(argon: Make, run_killed: Make, tmp_path: Path, name: str, suffix: str) -> None:
     asked = settings(**ENSEMBLES[name], steps=40, trajectory_interval=2, restart_interval=10, thermostat_time=50.0)
     whole = run_md(argon(), asked, out=tmp_path / f"whole{suffix}")
     broken = tmp_path / f"broken{suffix}"
     for step, resume in ((17, False), (33, True)):
-        with pytest.raises(Killed):
-            run_md(argon(), asked, out=broken, report=interrupt_at(step), resume=resume)
+        run_killed(argon(), asked, broken, step, resume)
     parts = run_md(argon(), asked, out=broken, resume=True)
     assert (parts.atoms.positions == whole.atoms.positions).all()
     assert (parts.atoms.get_momenta() == whole.atoms.get_momenta()).all()
@@ -166,11 +153,9 @@ def test_a_finished_run_can_be_extended_and_resuming_it_again_changes_nothing(ar
 
 
 @pytest.fixture
-def unfinished(argon: Make, tmp_path: Path) -> Path:
-    out = tmp_path / "a.extxyz"
-    with pytest.raises(Killed):
-        run_md(argon(), settings(restart_interval=10), out=out, report=interrupt_at(15))
-    return out
+def unfinished(argon: Make, run_killed: Make, tmp_path: Path) -> Path:
+    run_killed(argon(), settings(restart_interval=10), tmp_path / "a.extxyz", 15)
+    return tmp_path / "a.extxyz"
 
 
 @pytest.mark.bad_input

@@ -15,10 +15,10 @@ from ase import Atoms
 from escaip.calculators import CommitteeCalculator
 from escaip.errors import ConfigError, SimulationError
 from escaip.potential import Potential
-from escaip.simulate import MDSettings, MDStatus, read_log, relax, run_md
+from escaip.simulate import MDSettings, read_log, relax, run_md
 from escaip.simulate.output import LOG_COLUMNS
 
-Make = Callable[..., Atoms]
+Make = Callable[..., Any]
 COLUMN = "max_forces_spread_eV_A"
 
 
@@ -82,21 +82,13 @@ def test_frames_above_a_spread_are_saved_once_per_interval(
         assert frame.get_forces().shape == (len(frame), 3)
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
 @pytest.mark.parametrize("killed", [15, 38])
-def test_a_restart_saves_no_frame_twice(committee: Make, tmp_path: Path, spreads: np.ndarray, killed: int) -> None:
+def test_a_restart_saves_no_frame_twice(
+    committee: Make, run_killed: Make, tmp_path: Path, spreads: np.ndarray, killed: int
+) -> None:
     asked = settings(save_spread=float(np.median(spreads)))
-
-    def report(status: MDStatus) -> None:
-        if status.step == killed:
-            raise Killed
-
     run_md(committee(), asked, out=tmp_path / "whole.extxyz")
-    with pytest.raises(Killed):
-        run_md(committee(), asked, out=tmp_path / "parts.extxyz", report=report)
+    run_killed(committee(), asked, tmp_path / "parts.extxyz", killed)
     with (tmp_path / "parts.uncertain.extxyz").open("a") as stream:
         stream.write("32\nLattice=")  # a frame that was being written
     run_md(committee(), asked, out=tmp_path / "parts.extxyz", resume=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
 from escaip.errors import ConfigError, DataError, SimulationError, UsageError
-from escaip.simulate import MDSettings, MDStatus, read_log, read_trajectory, run_md
+from escaip.simulate import MDSettings, read_log, read_trajectory, run_md
 from escaip.simulate.output import cut_frames, open_trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,21 +105,12 @@ def test_a_killed_process_leaves_every_frame_it_has_written(tmp_path: Path, suff
     assert steps(path) == [0, 10, 20, 30]
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_run_killed_before_its_first_interval_repeats_nothing(
-    argon: Callable[..., Atoms], tmp_path: Path, suffix: str
+    argon: Callable[..., Atoms], run_killed: Callable[..., None], tmp_path: Path, suffix: str
 ) -> None:
-    def report(status: MDStatus) -> None:
-        if status.step == 2:
-            raise Killed
-
     asked = MDSettings(temperature=60.0, timestep=4.0, steps=4, log_interval=1, trajectory_interval=1)
-    with pytest.raises(Killed):
-        run_md(argon(), asked, out=tmp_path / f"a{suffix}", report=report)
+    run_killed(argon(), asked, tmp_path / f"a{suffix}", 2)
     result = run_md(argon(), asked, out=tmp_path / f"a{suffix}", resume=True)
     assert steps(result.trajectory) == [0, 1, 2, 3, 4]
     assert read_log(result.log)["step"].tolist() == [0, 1, 2, 3, 4]
@@ -167,16 +157,6 @@ def test_text_that_ends_within_a_frame_is_read_up_to_there(tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(list(read_trajectory(path))) == 3
-
-
-def test_frames_after_a_step_are_cut_off(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.extxyz", [frame(step) for step in (0, 4, 8)])
-    assert cut_frames(path, 70) == 40
-    assert steps(path) == [0, 40]
-    os.truncate(path, path.stat().st_size - 20)
-    assert cut_frames(path, 70) == 0
-    assert cut_frames(path, -1) is None
-    assert path.stat().st_size == 0
 
 
 @pytest.mark.bad_input
