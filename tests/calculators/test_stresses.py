@@ -75,6 +75,7 @@ PERIODIC: dict[str, Callable[[], Atoms]] = {
     "wire": lambda: Atoms("CuAgCu", [[0, 0, 0], [0.3, 0.2, 2.4], [0.1, 0.4, 4.9]], cell=[9, 9, 7.3], pbc=(0, 0, 1)),
     "slab": lambda: ase.build.fcc111("Cu", (2, 2, 2), vacuum=4.0, periodic=False),
     "crystal": crystal,
+    "left-handed": lambda: Atoms(crystal(), cell=crystal().cell.array[[1, 0, 2]]),
 }
 
 

@@ -72,7 +72,8 @@ def test_precision_is_changed_on_request_and_references_stay_double(potential: P
     assert loaded.dtype == torch.float64
     back = loaded.to(torch.float32)
     assert back.dtype == torch.float32
-    assert back.element_references.dtype == torch.float64
+    for values in (back.element_references, back.element_shifts, back.scale):
+        assert values.dtype == torch.float64
     assert back.element_references[1] == -13.6
 
 

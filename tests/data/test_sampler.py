@@ -165,3 +165,16 @@ def test_quotas_draw_every_structure_before_any_again() -> None:
     assert sorted(seen[0].tolist()) != sorted(seen[1].tolist())
     again = BudgetBatchSampler(natoms, max_atoms=100, quotas=quotas, seed=4)
     assert [b.tolist() for b in again.batches(7)] == [b.tolist() for b in sampler.batches(7)]
+
+
+def test_what_finds_no_batch_is_counted() -> None:
+    """Epochs draw more or fewer large structures, so one of them may need more batches than were planned."""
+    natoms = np.array([60] * 6 + [40] * 6)
+    sampler = BudgetBatchSampler(natoms, max_atoms=100, quotas=[Quota(0, 12, 4)], seed=6)
+    left_out = []
+    for epoch in range(9):
+        batches = sampler.batches(epoch)
+        assert len(batches) == len(sampler)
+        assert sum(map(len, batches)) + sampler.left_out == 4
+        left_out.append(sampler.left_out)
+    assert max(left_out) == 1

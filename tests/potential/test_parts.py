@@ -162,7 +162,8 @@ def test_a_prediction_keeps_nothing_for_the_weights(monkeypatch: pytest.MonkeyPa
     assert kept_for(potential, monkeypatch, None) == kept_for(frozen, monkeypatch, None)
     assert all(weight.requires_grad for weight in potential.parameters())
     potential.model.energy_head.requires_grad_(False)
-    potential(make_batch())
+    found = potential(make_batch())
+    assert not any(x.requires_grad for x in (found.energy, found.atomic_energies, found.forces))
     assert not any(weight.requires_grad for weight in potential.model.energy_head.parameters())
     with pytest.raises(RuntimeError, match="broken"), escaip.potential.derivatives.frozen(potential.model):
         raise RuntimeError("broken")

@@ -184,6 +184,17 @@ def test_neighbor_lists_of_some_structures_do_not_matter() -> None:
         check_equal(found, alone(potential, atoms))
 
 
+def test_the_shortest_of_the_neighbor_lists_must_suffice() -> None:
+    potential = make_potential()
+    data = [AtomicData.from_ase(atoms) for atoms in waters(2)]
+    for item, cutoff in zip(data, (potential.search_cutoff, potential.cutoff), strict=True):
+        pairs = neighbor_list(collate([item]), cutoff)
+        item.edge_index = torch.stack([pairs.center, pairs.neighbor])
+        item.edge_shift, item.edge_cutoff = pairs.shift, torch.tensor([cutoff], dtype=torch.float64)
+    with pytest.raises(UsageError, match="neighbor list reaches"):
+        potential(collate(data))
+
+
 def test_packs_keep_to_the_budget_and_hold_structures_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     potential = make_potential(Limited)
     benzenes = [ase.build.molecule("C6H6") for _ in range(10)]

@@ -146,10 +146,12 @@ def test_distances_are_the_shortest_of_a_set() -> None:
     sets = [ase.build.molecule("CO"), ase.build.molecule("CH4"), Atoms("C2", positions=[[0, 0, 0], [0, 0, 5.0]])]
     copper = ase.build.bulk("Cu", "fcc", a=3.6)  # its only neighbors are its own images
     copper.set_cell(copper.cell * 0.9, scale_atoms=True)
-    found = closest_distances([AtomicData.from_ase(atoms) for atoms in (*sets, copper)])
+    across = Atoms("HF", positions=[[0.1, 0, 0], [4.2, 0, 0]], cell=[5.0] * 3, pbc=True)
+    found = closest_distances([AtomicData.from_ase(atoms) for atoms in (*sets, copper, across)])
     assert torch.equal(found, found.T)
     assert float(found[6, 8]) == pytest.approx(sets[0].get_distance(0, 1))
     assert float(found[1, 6]) == pytest.approx(1.0897, abs=1e-3)
+    assert float(found[1, 9]) == pytest.approx(0.9)
     assert float(found[29, 29]) == pytest.approx(0.9 * 3.6 / math.sqrt(2))
     assert math.isinf(float(found[1, 1]))  # 1.78 Å is no bond
     assert math.isinf(float(found[6, 6]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from escaip.data import AtomicData, collate, fit_statistics
 from escaip.errors import ConfigError
 from escaip.train.losses import ForceTerm, LossSettings, LossTerm, loss_sums
 from escaip.train.metrics import ErrorMetrics, format_table
-from escaip.types import Prediction
+from escaip.types import TARGETS, Prediction, Target
 
 
 def _batch(count: int = 3) -> Any:
@@ -38,6 +39,7 @@ def _total(prediction: Prediction, batch: Any, settings: LossSettings) -> float:
 def test_values_by_hand() -> None:
     batch = _batch()
     prediction = _prediction(batch)
+    prediction = replace(prediction, forces=prediction.forces.float())  # as a model in float32 predicts them
     terms = loss_sums(prediction, batch, LossSettings(stress=LossTerm(1.0)))
     natoms = (batch.ptr[1:] - batch.ptr[:-1]).numpy()
     energy = np.abs((prediction.energy.detach() - batch.energy).numpy()) / natoms
@@ -114,27 +116,30 @@ def test_a_perfect_force_has_a_finite_gradient() -> None:
 def test_sums_add_up_over_batches() -> None:
     structures = [AtomicData.from_ase(atoms) for atoms in labelled_molecules(6)]
     structures[4].energy[:] = math.nan
-    whole, parts = collate(structures), [collate(structures[:1]), collate(structures[1:])]
+    whole, parts = collate(structures), [collate([structure]) for structure in structures]
 
     def shift(batch: Any) -> Prediction:
         return Prediction(batch.energy + 0.1, 0.9 * batch.forces, None, batch.energy)
 
     settings = LossSettings()
     terms = [loss_sums(shift(part), part, settings) for part in parts]
-    counts = terms[0].counts + terms[1].counts
+    counts = torch.stack([term.counts for term in terms]).sum(0)
     together = sum(float(term.total(settings, counts)) for term in terms)
     assert together == pytest.approx(_total(shift(whole), whole, settings), rel=1e-13)
 
 
-def test_weights_move_to_the_final_ones() -> None:
-    settings = LossSettings(LossTerm(1.0, final_weight=100.0), ForceTerm(10.0, final_weight=5.0), LossTerm(3.0), 0.6)
+def test_weights_move_to_the_final_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "charges", Target("charges", True, (), "e", "me", 1e3))
+    rising, falling = LossTerm(1.0, final_weight=100.0), ForceTerm(10.0, final_weight=5.0)
+    settings = LossSettings(rising, falling, LossTerm(3.0), 0.6, {"charges": rising})
     expected = {0.0: (1.0, 10.0), 0.3: (1.0, 10.0), 0.6: (1.0, 10.0), 0.8: (10.0, 50.0**0.5), 1.0: (100.0, 5.0)}
     for progress, (energy, forces) in {**expected, 1.2: (100.0, 5.0)}.items():
         found = settings.at(progress).weights
-        assert found == pytest.approx({"energy": energy, "forces": forces, "stress": 3.0})
-    assert settings.weights == {"energy": 100.0, "forces": 5.0, "stress": 3.0}  # used in validations
+        assert found == pytest.approx({"energy": energy, "forces": forces, "stress": 3.0, "charges": energy})
+    assert settings.weights == {"energy": 100.0, "forces": 5.0, "stress": 3.0, "charges": 100.0}  # used in validations
     assert LossSettings(LossTerm(1.0, final_weight=4.0), change_after=1.0).at(0.99).weights["energy"] == 1.0
     assert LossSettings().at(0.9) == LossSettings()
+    assert LossSettings().weights == {"energy": 1.0, "forces": 10.0, "stress": 0.0}
 
 
 @pytest.mark.bad_input
