@@ -27,7 +27,7 @@ from escaip.errors import ConfigError, DataError
 
 SetSpec = dict[str, Any]
 DataSpec = str | list[str] | SetSpec
-PARTS = ("train", "val", "test", "predict")
+PARTS = ("train", "val", "test")
 WHOLE = "all"
 _MAX_VERIFIED = 4 << 30
 """Bytes up to which a store's checksums are compared when it is opened for training."""
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class AtomicDataModule(LightningDataModule):
-    """Training, validation, test and prediction sets.
+    """Training, validation and test sets.
 
     Each set is a path, a list of paths, or a mapping ``{path, format, keys, units, index, ...}`` of arguments of
     ``escaip.data.readers.open_source``. A prepared store is used in place (``split`` names a part of a divided
@@ -54,7 +54,6 @@ class AtomicDataModule(LightningDataModule):
         train: DataSpec | None = None,
         val: DataSpec | None = None,
         test: DataSpec | None = None,
-        predict: DataSpec | None = None,
         *,
         split: dict[str, Any] | None = None,
         train_size: int | float | None = None,
@@ -82,7 +81,6 @@ class AtomicDataModule(LightningDataModule):
             train: training set.
             val: validation set; when absent, part of ``train`` by ``split``.
             test: test set; when absent, part of ``train`` if ``split`` asks for one.
-            predict: structures to predict, labels not needed; default the test set.
             split: ``{by: group | structure, val: fraction or number, test: ...}``, default ``{val: 0.1}`` by group.
             train_size: take part of the training set, once ``split`` has made the others: a fraction of its structures
                 up to 1.0, or a number of them, at most; groups stay whole unless ``split`` is by structure. See
@@ -111,7 +109,7 @@ class AtomicDataModule(LightningDataModule):
             ConfigError: an argument that cannot be used.
         """
         super().__init__()
-        specs = {"train": train, "val": val, "test": test, "predict": predict}
+        specs = {"train": train, "val": val, "test": test}
         self._sets = {part: named_sets(f"data.{part}", spec) for part, spec in specs.items()}
         self._split, self._sampling = SplitSettings.parse(split), Sampling.parse(sampling)
         if scale not in ("shared", "per_set"):
@@ -142,7 +140,7 @@ class AtomicDataModule(LightningDataModule):
         self.datasets: dict[str, StructureSet] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads what ``stage`` needs (``fit``, ``validate``, ``test``, ``predict``; None for all), once.
+        """Reads what ``stage`` needs (``fit``, ``validate``, ``test``; None for all), once.
 
         Raises:
             DataError: unreadable data, a missing label, an impossible split, 0 structures.
@@ -150,14 +148,10 @@ class AtomicDataModule(LightningDataModule):
         """
         if stage in ("fit", None) and not self._sets["train"]:
             raise ConfigError("data.train: name the training data (--data.train PATH)")
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         wanted = needed[stage] if stage is not None else PARTS
         for part in wanted:
             self._open(part)
-        if stage == "predict" and "predict" not in self.datasets:
-            self._open("test")
-            if "test" in self.datasets:
-                self.datasets["predict"] = self.datasets["test"]
         for part in wanted:
             if part not in self.datasets and stage not in ("fit", None):
                 raise ConfigError(f"data.{part}: name the data (--data.{part} PATH) or let data.split make it")
@@ -195,10 +189,6 @@ class AtomicDataModule(LightningDataModule):
     def test_dataloader(self) -> BatchLoader:
         """Returns a loader in order."""
         return self._loader("test", shuffle=False)
-
-    def predict_dataloader(self) -> BatchLoader:
-        """Returns a loader in order."""
-        return self._loader("predict", shuffle=False)
 
     def summary(self) -> str:
         """Returns a few lines: structures and labels of each set, and structures left out."""
@@ -438,7 +428,7 @@ class SetOpener:
         Args:
             place: its place in the configuration, for messages: ``data.train.oc20``.
             spec: ``{path, split, format, keys, ...}``.
-            part: ``train``, ``val``, ``test`` or ``predict``; of a divided store, the split of that name.
+            part: ``train``, ``val`` or ``test``; of a divided store, the split of that name.
             code: number of the set in a mixture.
             rotate: see ``AtomicDataset``.
 
@@ -446,11 +436,10 @@ class SetOpener:
             DataError: unreadable data, a missing label, 0 structures.
             ConfigError: a split that the store does not have.
         """
-        required = () if part == "predict" else self.required
         stores = self._stores(place, spec)
         how: dict[str, Any] = {"fixed_atoms": self.fixed_atoms, "rotate": rotate, "seed": self.seed, "code": code}
         if not stores:
-            return AtomicDataset(self._read(place, spec, required), **how)
+            return AtomicDataset(self._read(place, spec), **how)
         levels = {str(store.path): str(store.manifest.get("level_of_theory", "")) for store in stores}
         if len(known := {level for level in levels.values() if level}) > 1:
             text = ", ".join(f"{name} ({level})" for name, level in levels.items() if level)
@@ -462,7 +451,7 @@ class SetOpener:
         members: dict[str, StructureSet] = {}
         for store in stores:
             chosen = _split_indices(place, store, spec.get("split"), part)
-            _require(place, store, chosen, required)
+            _require(place, store, chosen, self.required)
             members[str(store.path)] = AtomicDataset(store, chosen, **how)
         return next(iter(members.values())) if len(members) == 1 else MixedDataset(members)
 
@@ -497,9 +486,9 @@ class SetOpener:
                 self._verified.add(store.path)
         return stores
 
-    def _read(self, place: str, spec: SetSpec, required: tuple[str, ...]) -> list[AtomicData]:
+    def _read(self, place: str, spec: SetSpec) -> list[AtomicData]:
         report = self.reports[place] = ReadReport()
-        structures = list(open_source(report=report, required_labels=required, **spec))
+        structures = list(open_source(report=report, required_labels=self.required, **spec))
         if not structures:
             raise DataError(
                 f"{place}: 0 structures in {spec['path']} ({report.summary()}); check index, subset and on_error"

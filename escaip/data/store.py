@@ -176,13 +176,14 @@ class Store:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: index {index} outside 0..{len(self) - 1}")
         index %= len(self)
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard = int(self._starts.searchsorted(index, side="right")) - 1
         arrays, local = self._map(shard), index - int(self._starts[shard])
         start, stop = arrays["offsets"][local : local + 2].tolist()
-        fields: dict[str, Any] = {}
-        for key, per_atom, dtype in _table(tuple(TARGETS)):
-            rows = slice(start, stop) if per_atom else slice(local, local + 1)
-            fields[key] = torch.from_numpy(_values(arrays, key, rows).astype(dtype))
+        atoms, own = slice(start, stop), slice(local, local + 1)
+        fields: dict[str, Any] = {
+            key: torch.from_numpy(_values(arrays, key, atoms if per_atom else own).astype(dtype))
+            for key, per_atom, dtype in _table(tuple(TARGETS))
+        }
         if MOMENTS in arrays and not np.isnan(arrays[MOMENTS][start:stop]).any():
             fields[MOMENTS] = torch.from_numpy(arrays[MOMENTS][start:stop].astype("f8"))
         fields["dataset"] = torch.tensor([-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -192,8 +193,8 @@ class AtomicData(Data):
             "num_nodes": n,
         }
         if magnetic_moments is not None:
-            moments = _finite(magnetic_moments, (n,), "magnetic moments", name)
-            fields["magnetic_moments"] = torch.from_numpy(moments)
+            moments = _numbers(magnetic_moments, "magnetic moments", name)
+            fields["magnetic_moments"] = torch.from_numpy(_finite(moments, (n,), "magnetic moments", name))
         return cls.from_fields(fields)
 
     @classmethod
@@ -410,7 +411,8 @@ def stress_matrix(stress: ArrayLike | None, name: str) -> NDArray[np.float64] | 
         array = array.reshape(3, 3)
     if array.shape != (3, 3):
         raise DataError(f"{name}: stress has shape {array.shape}; give (3, 3), (9,) or Voigt (6,)")
-    if np.isfinite(array).all() and np.abs(array - array.T).max() > max(0.01 * np.abs(array).max(), 1e-5):
+    different = not (array == array.T).all()
+    if different and np.isfinite(array).all() and np.abs(array - array.T).max() > max(0.01 * np.abs(array).max(), 1e-5):
         raise DataError(f"{name}: stress is not symmetric; check its key and order of components")
     return 0.5 * (array + array.T)
 
@@ -440,6 +442,8 @@ def integer(value: Any, what: str, name: str) -> int:
     Raises:
         DataError: it is not one.
     """
+    if type(value) is int:
+        return value
     try:
         number = float(np.asarray(value).reshape(-1)[0]) if np.size(value) == 1 else float("nan")
     except (TypeError, ValueError):
@@ -453,10 +457,9 @@ def hill_formula(numbers: ArrayLike) -> str:
     """Returns the chemical formula, carbon and hydrogen first where there is carbon, else alphabetical: ``C2H6O``."""
     from ase.data import chemical_symbols
 
-    found, counts = np.unique(np.asarray(numbers, dtype=np.int64), return_counts=True)
     named = {
-        chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"[{z}]": int(count)
-        for z, count in zip(found.tolist(), counts, strict=True)
+        chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"[{z}]": count
+        for z, count in Counter(np.asarray(numbers, dtype=np.int64).tolist()).items()
     }
     first = [symbol for symbol in ("C", "H") if symbol in named] if "C" in named else []
     order = first + sorted(symbol for symbol in named if symbol not in first)
@@ -538,15 +541,15 @@ def _label(value: ArrayLike | None, target: Target, n: int, name: str, factor: f
     if value is None:
         return np.full(shape if target.per_atom else (1, *shape), np.nan)
     array = _numbers(value, target.name, name)
-    flat = [(n, math.prod(target.shape))] if target.per_atom else [(math.prod(shape),), (1, *shape)]
-    if array.shape in flat or (array.size == 1 and not shape):
-        array = array.reshape(shape)
+    if array.shape != shape:
+        flat = [(n, math.prod(target.shape))] if target.per_atom else [(math.prod(shape),), (1, *shape)]
+        if array.shape in flat or (array.size == 1 and not shape):
+            array = array.reshape(shape)
     array = _finite(array, shape, target.name, name) * factor
     return array if target.per_atom else array[None]
 
 
-def _finite(value: ArrayLike, shape: tuple[int, ...], what: str, name: str) -> NDArray[np.float64]:
-    array = _numbers(value, what, name)
+def _finite(array: NDArray[np.float64], shape: tuple[int, ...], what: str, name: str) -> NDArray[np.float64]:
     if array.shape != shape:
         raise DataError(f"{name}: {what} has shape {array.shape}, expected {shape}")
     if not np.isfinite(array).all():

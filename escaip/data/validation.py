@@ -18,7 +18,7 @@ FloatArray = NDArray[np.float64]
 def check_structure(
     numbers: NDArray[np.int64], positions: FloatArray, cell: FloatArray, pbc: NDArray[np.bool_], name: str
 ) -> None:
-    """Refuses what no potential can mean.
+    """Refuses an invalid structure.
 
     Args:
         numbers: ``(n,)`` atomic numbers.
@@ -47,61 +47,7 @@ def check_structure(
         raise DataError(f"{name}: coordinates of atom {at} are NaN or infinite; repair the file or set on_error: skip")
     if not np.isfinite(cell).all():
         raise DataError(f"{name}: the cell holds NaN or infinite numbers; repair the file or set on_error: skip")
-    heights = periodic_heights(cell, pbc, name)
-    _check_distances(positions, cell, pbc, heights, name)
-
-
-def periodic_heights(cell: FloatArray, pbc: NDArray[np.bool_], name: str) -> FloatArray:
-    """``(3,)`` distance in Å between lattice planes along each axis, infinite where not periodic.
-
-    Raises:
-        DataError: periodic lattice vectors that are zero, parallel or coplanar.
-    """
-    heights = np.full(3, np.inf)
-    axes = np.flatnonzero(pbc)
-    if len(axes) == 0:
-        return heights
-    gram = cell[axes] @ cell[axes].T
-    lengths = np.sqrt(np.diag(gram))
-    relative = np.linalg.det(gram / np.maximum(np.outer(lengths, lengths), 1e-300)) if lengths.all() else 0.0
-    if relative < 1e-12:
-        shown = "".join("T" if flag else "F" for flag in pbc)
-        raise DataError(
-            f"{name}: pbc is {shown} but its lattice vectors span no volume; give a cell or turn pbc off for those axes"
-        )
-    heights[axes] = 1.0 / np.sqrt(np.diag(np.linalg.inv(gram)))
-    if heights.min() < MIN_DISTANCE:
-        raise DataError(
-            f"{name}: lattice planes are {heights.min():.3g} Å apart; check the length unit (units: {{length: nm}})"
-        )
-    return heights
-
-
-def _check_distances(
-    positions: FloatArray, cell: FloatArray, pbc: NDArray[np.bool_], heights: FloatArray, name: str
-) -> None:
-    """Two atoms closer than MIN_DISTANCE, images included (a search in plane heights, then exact distances)."""
-    if len(positions) < 2:
-        return
-    from scipy.spatial import cKDTree
-
-    if not pbc.any():
-        pairs = cKDTree(positions).query_pairs(MIN_DISTANCE, output_type="ndarray")
-        vectors = positions[pairs[:, 0]] - positions[pairs[:, 1]]
-    else:
-        full = complete_cell(cell, pbc)
-        inverse = np.linalg.inv(full)
-        fractional = positions @ inverse
-        heights = np.where(pbc, heights, 1.0 / np.linalg.norm(inverse, axis=0))
-        fractional = np.where(pbc, fractional - np.floor(fractional), fractional)
-        fractional = np.where(pbc & (fractional >= 1.0), 0.0, fractional)
-        fractional = np.where(pbc, fractional, fractional - fractional.min(axis=0))
-        extent = fractional.max(axis=0) + 1.0
-        box = np.where(pbc, 1.0, 2.0 * extent + 2.0 * MIN_DISTANCE / heights)
-        scaled = np.minimum(fractional * heights, np.nextafter(box * heights, 0.0))
-        pairs = cKDTree(scaled, boxsize=box * heights).query_pairs(MIN_DISTANCE, p=np.inf, output_type="ndarray")
-        delta = fractional[pairs[:, 0]] - fractional[pairs[:, 1]]
-        vectors = (delta - np.where(pbc, np.round(delta), 0.0)) @ full
+    pairs, vectors = _close_pairs(positions, cell, pbc, name)
     if len(pairs) == 0:
         return
     distances = np.linalg.norm(vectors, axis=1)
@@ -114,8 +60,39 @@ def _check_distances(
         )
 
 
+def _close_pairs(
+    positions: FloatArray, cell: FloatArray, pbc: NDArray[np.bool_], name: str
+) -> tuple[NDArray[np.int64], FloatArray]:
+    """Returns pairs ``(P, 2)`` that may be closer than MIN_DISTANCE, found in plane heights, and vectors ``(P, 3)``."""
+    from scipy.spatial import cKDTree
+
+    if not pbc.any():
+        pairs = cKDTree(positions).query_pairs(MIN_DISTANCE, output_type="ndarray")
+        return pairs, positions[pairs[:, 0]] - positions[pairs[:, 1]]
+    full = complete_cell(cell, pbc)
+    lengths = np.sqrt((cell[pbc] ** 2).sum(axis=1))
+    if abs(np.linalg.det(full)) <= 1e-6 * lengths.prod():
+        shown = "".join("T" if flag else "F" for flag in pbc)
+        raise DataError(
+            f"{name}: pbc is {shown} but its lattice vectors span no volume; give a cell or turn pbc off for those axes"
+        )
+    inverse = np.linalg.inv(full)
+    heights = 1.0 / np.sqrt((inverse**2).sum(axis=0))
+    if (lowest := heights[pbc].min()) < MIN_DISTANCE:
+        raise DataError(
+            f"{name}: lattice planes are {lowest:.3g} Å apart; check the length unit (units: {{length: nm}})"
+        )
+    fractional = positions @ inverse
+    fractional -= np.where(pbc, np.floor(fractional), fractional.min(axis=0))
+    box = heights if pbc.all() else np.where(pbc, heights, 2.0 * heights * (fractional.max(axis=0) + 1.0) + 1.0)
+    scaled = np.minimum(fractional * heights, np.nextafter(box, 0.0))
+    pairs = cKDTree(scaled, boxsize=box).query_pairs(MIN_DISTANCE, p=np.inf, output_type="ndarray")
+    delta = fractional[pairs[:, 0]] - fractional[pairs[:, 1]]
+    return pairs, (delta - np.where(pbc, np.round(delta), 0.0)) @ full
+
+
 def complete_cell(cell: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:
-    """The cell with its non-periodic rows replaced by unit vectors orthogonal to the periodic ones."""
+    """Returns the cell with its non-periodic rows replaced by unit vectors orthogonal to the periodic ones."""
     full = np.array(cell, dtype=np.float64)
     free = np.flatnonzero(~pbc)
     if len(free):

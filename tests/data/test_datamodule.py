@@ -84,9 +84,7 @@ def test_named_sets_and_options(xyz_file: Path, structures: list[AtomicData], tm
     module.setup()
     assert [len(module.datasets[part]) for part in ("train", "val", "test")] == [30, 10, 60]
     assert module.statistics.element_references[6] == -2.0
-    module.setup("predict")
-    assert len(module.datasets["predict"]) == 60
-    assert len(list(module.predict_dataloader())) == 15
+    assert len(list(module.test_dataloader())) == 15
 
 
 def test_statistics_are_kept_in_the_folder_named(xyz_file: Path, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def _atoms_of(value: memoryview | None, name: str) -> Atoms:
         atoms.set_constraint(FixAtoms(mask=fixed))
     results = {key: _array(row, key, name) for key in all_properties if row.get(key) is not None}
     if results:
-        atoms.calc = SinglePointCalculator(atoms, **results)
+        atoms.calc = SinglePointCalculator(Atoms(), **results)  # copies its atoms, which nobody asks for here
     for key in ("key_value_pairs", "data"):
         atoms.info.update({label: _value(item) for label, item in _mapping(row.get(key), key, name).items()})
     atoms.info.update({key: _array(row, key, name) for key in TARGETS if key in row and key not in results})

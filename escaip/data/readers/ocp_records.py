@@ -307,6 +307,8 @@ def _floats(value: ArrayLike, what: str, name: str) -> NDArray[np.float64]:
 
 def _integers(value: ArrayLike, what: str, name: str) -> NDArray[np.int64]:
     """Whole numbers, which these files often keep as floats."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "bi":
+        return value.astype(np.int64)
     array = _floats(value, what, name)
     if not np.isfinite(array).all() or (np.abs(array) > 2**53).any() or (array != np.rint(array)).any():
         raise DataError(f"{name}: {what} holds something else than whole numbers")

@@ -245,7 +245,9 @@ def _storage(raw: bytes | memoryview, dtype: str, count: int) -> _Stub:
     size = np.dtype(dtype).itemsize
     if count < 0 or len(raw) != count * size:
         raise Refused(f"holds a storage of {len(raw)} bytes, expected {count} numbers of {size}")
-    return _Stub(np.frombuffer(raw, dtype))
+    array = np.frombuffer(raw, dtype)
+    array.flags.writeable = False
+    return _Stub(array)
 
 
 def _reference(pid: Any) -> tuple[str, str, int]:
@@ -305,6 +307,8 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
         raise Refused(f"holds a tensor of shape {shape} expanded from {len(flat)} numbers")
     if count == 0:
         return _Stub(np.zeros(shape, flat.dtype))
+    if all(step == math.prod(shape[k + 1 :]) for k, step in enumerate(steps)):
+        return _Stub(flat[offset : offset + count].reshape(shape))
     return _Stub(as_strided(flat[offset:], shape, [step * flat.itemsize for step in steps], writeable=False))
 
 
