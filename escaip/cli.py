@@ -263,7 +263,7 @@ def parser_of(name: str) -> Any:
     summary, _, example = _documentation(_function(name))
     parser = Parser(
         prog=f"escaip {name}", description=f"{summary}.", epilog=f"example: {example}" if example else None,
-        formatter_class=argparse.HelpFormatter, allow_abbrev=False, default_meta=False,
+        formatter_class=argparse.HelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parameters = parameters_of(_function(name))
     options = [f"--{p.name.replace('_', '-')}" for p in parameters if not p.positional]

@@ -36,6 +36,10 @@ _SCHEMAS = {
 }
 
 
+# The three functions of a backend, where its package has other names inside.
+_MODULES = {"triton": "triton.launch"}
+
+
 class _Operators:
     """The three operators of one backend; arguments are the fields of ``AttentionInputs``, in their order."""
 
@@ -61,7 +65,7 @@ class _Operators:
 
     @property
     def module(self) -> KernelBackend:
-        return cast(KernelBackend, importlib.import_module(f"escaip.ops.{self.backend}"))
+        return cast(KernelBackend, importlib.import_module(f"escaip.ops.{_MODULES.get(self.backend, self.backend)}"))
 
     def run(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """The attended values and the log of the softmax normaliser, which carries no gradient."""

@@ -56,6 +56,7 @@ with open("ipi.log", "w") as log, subprocess.Popen([program, "ipi.xml"], stdout=
             if ipi.poll() is not None:
                 raise SystemExit("i-PI did not start: see ipi.log")
             time.sleep(0.05)
+        time.sleep(0.5)  # from the name of the socket to somebody who listens
         SocketClient(unixsocket=name).run(atoms, use_stress=bool(atoms.pbc.any()))
         if ipi.wait():
             raise SystemExit("i-PI stopped with an error: see ipi.log")

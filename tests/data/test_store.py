@@ -247,7 +247,7 @@ def test_bad_manifests(structures: list[AtomicData], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no prepared store"):
         Store(tmp_path / "nothing")
     file.write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="takes neither keys nor units"):
+    with pytest.raises(ConfigError, match="takes no units"):
         list(open_source(tmp_path / "s", units={"energy": "meV"}))
 
 

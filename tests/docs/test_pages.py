@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ase.build
 import ase.io
@@ -17,7 +19,12 @@ import pytest
 
 from escaip.cli import main, parser_of
 from escaip.data import open_source
+from escaip.data.readers import READERS
 from escaip.files import resolve
+from escaip.models import MODELS
+from escaip.nn.heads import HEADS
+from escaip.train.losses import KINDS
+from escaip.types import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -104,6 +111,17 @@ def run(command: str) -> int:
     if name == "md" and "--resume" not in words:
         extra.append("--overwrite")
     return main([*words[1:], *extra])
+
+
+@pytest.fixture(autouse=True)
+def _registries() -> Iterator[None]:
+    """Pages register targets, heads, models, losses and readers; the next page finds the tables as they were."""
+    tables: list[dict[str, Any]] = [TARGETS, HEADS, MODELS, KINDS, READERS]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.mark.slow

@@ -1,16 +1,15 @@
 """Fused GPU kernels of attention with two derivatives, in Triton (docs/concepts/attention.md).
 
-``forward``, ``backward`` and ``double_backward`` import Triton when first asked for.
+``escaip.ops.triton.launch`` has the three functions of the backend and imports Triton; this module does not.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 import torch
 
-__all__ = ["availability", "backward", "double_backward", "forward"]
+__all__ = ["availability"]
 
 
 def availability() -> str | None:
@@ -24,9 +23,3 @@ def availability() -> str | None:
     if torch.cuda.is_available() or triton.knobs.runtime.interpret:
         return None
     return "needs a CUDA device, and none is usable here"
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("backward", "double_backward", "forward"):
-        return getattr(importlib.import_module("escaip.ops.triton.launch"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
