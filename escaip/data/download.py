@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import functools
 import hashlib
 import json
 import logging
@@ -345,13 +346,7 @@ def _receive(
 
 def _attempt(item: RemoteFile, file: IO[bytes], state: Path, bar: tqdm, stop: Event) -> None:
     """Asks the server for what is missing; bytes of uncertain origin are dropped, never continued."""
-
-    def drop() -> int:
-        # The bytes go before anything is said about new ones: never old bytes under a new state.
-        os.ftruncate(file.fileno(), 0)
-        state.unlink(missing_ok=True)
-        return 0
-
+    drop = functools.partial(_drop, file, state)
     known, offset = _read_json(state), os.fstat(file.fileno()).st_size
     size, version = known.get("size"), known.get("version")
     version = version if isinstance(version, str) else None
@@ -408,6 +403,13 @@ def _attempt(item: RemoteFile, file: IO[bytes], state: Path, bar: tqdm, stop: Ev
                 raise _Stopped
     if total is not None and offset < total:
         raise _Passing("the connection broke off")
+
+
+def _drop(file: IO[bytes], state: Path) -> int:
+    """Empties a partial file before anything is said about new bytes: never old bytes under a new state."""
+    os.ftruncate(file.fileno(), 0)
+    state.unlink(missing_ok=True)
+    return 0
 
 
 def _blocks(response: Response) -> Iterator[bytes]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -227,10 +228,7 @@ def prepare(
         raise ConfigError(f"workers: {workers} is not a positive number")
     if divide is not None and isinstance(source, Mapping):
         raise ConfigError("split: the sources are named by split already; name them or divide them, not both")
-    recipe = (reading, dtype, shard_atoms)
-    PartWriter(target, dtype=dtype, shard_atoms=shard_atoms)  # refuses a wrong dtype before any file is opened
-    LabelKeys.parse(reading.keys)
-    reading.policy(ReadReport())
+    _check_recipe(target, reading, dtype, shard_atoms)
     check_target(target, overwrite)
     work = target.parent / f".{target.name}.work"
     sources = dict(source) if isinstance(source, Mapping) else {"all": source}
@@ -239,29 +237,21 @@ def prepare(
         settings = [asdict(reading), dtype, shard_atoms, part_size, SCHEMA_VERSION, list(TARGETS)]
         _check_plan(work, items, settings, restart)
         kept = sum(read_part(item.folder) is not None for item in items)
-        _make_parts(work, items, recipe, workers, progress=progress)
+        _make_parts(work, items, (reading, dtype, shard_atoms), workers, progress=progress)
         reports = [read_part(item.folder) or {} for item in items]
         messages = [message for report in reports for message in report["messages"]]
         counts = {key: sum(report[key] for report in reports) for key in ("skipped", "filtered")}
-
-        def split_index(index: Arrays) -> tuple[list[str], NDArray[np.uint8]]:
-            if divide is not None:
-                return _divide(index, divide, seed)
-            sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
-            return list(sources), np.repeat(np.array([item.split for item in items], dtype="u1"), sizes)
-
+        named = partial(_named_splits, list(sources), items, reports)
         described = "; ".join(f"{name}={_names(given)}" for name, given in sources.items())
         manifest = assemble(
             [item.folder for item in items],
             work / "store",
             dtype=dtype,
             source=described if isinstance(source, Mapping) else _names(source),
-            split=split_index,
+            split=named if divide is None else partial(_divide, settings=divide, seed=seed),
             **{"read": counts, **(facts or {})},
         )
-        if messages:
-            (work / "store" / SKIPPED).write_text("".join(f"{message}\n" for message in messages), encoding="utf-8")
-        duplicates = _finish(work / "store")
+        duplicates = _finish(work / "store", messages)
         publish(work / "store", target)
     return PrepareReport(
         path=target,
@@ -273,6 +263,21 @@ def prepare(
         messages=tuple(messages[:20]),
         seconds=time.perf_counter() - began,
     )
+
+
+def _check_recipe(target: Path, reading: Reading, dtype: str, shard_atoms: int) -> None:
+    """Refuses a wrong dtype, key or policy before any file is opened."""
+    PartWriter(target, dtype=dtype, shard_atoms=shard_atoms)
+    LabelKeys.parse(reading.keys)
+    reading.policy(ReadReport())
+
+
+def _named_splits(
+    names: list[str], items: Sequence[WorkItem], reports: Sequence[dict[str, Any]], index: Arrays
+) -> tuple[list[str], NDArray[np.uint8]]:
+    """Returns the splits that the sources are named by, and that of each structure."""
+    sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
+    return names, np.repeat(np.array([item.split for item in items], dtype="u1"), sizes)
 
 
 def prepare_named(
@@ -430,8 +435,10 @@ def _divide(index: Arrays, settings: SplitSettings, seed: int) -> tuple[list[str
     return [PARTS[code] for code in kept.tolist()], np.searchsorted(kept, codes).astype(np.uint8)
 
 
-def _finish(path: Path) -> int:
+def _finish(path: Path, messages: Sequence[str]) -> int:
     """Writes statistics and histograms of the first split; returns how many structures of it occur in others too."""
+    if messages:
+        (path / SKIPPED).write_text("".join(f"{message}\n" for message in messages), encoding="utf-8")
     store = Store(path)
     first = store.split_indices(store.splits[0])
     if len(first) == 0:
