@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_potential() -> Callable[..., Any]:
+    """The function of ``tiny.py``, imported here only after the settings above."""
+    from tiny import make_potential
+
+    return make_potential
 
 
 @pytest.fixture(scope="session")

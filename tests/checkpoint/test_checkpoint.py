@@ -13,28 +13,19 @@ import torch
 from ase.build import molecule
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import batch_of, make_potential
 
-from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
-from escaip.models import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata, model_file
 from escaip.potential.loading import load_potential
 from escaip.potential.model_file import migrate
 
-SMALL = {
-    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
-
 
 @pytest.fixture
 def potential() -> Potential:
-    torch.manual_seed(0)
     metadata = PotentialMetadata((1, 8), "GFN2-xTB", ("water",), {"seed": 3})
-    made = Potential(EScAIPConfig.from_dict(SMALL), metadata=metadata)
-    with torch.no_grad():
-        made.element_references[1] = -13.6
-        made.scale.fill_(2.5)
+    made = make_potential(dtype=torch.float32, metadata=metadata)
+    made.element_references[1] = -13.6
     return made
 
 
@@ -120,7 +111,7 @@ def test_versions_without_shifts_or_repulsion_have_none(
 
 
 def test_shifts_add_to_references(potential: Potential, tmp_path: Path) -> None:
-    batch = collate([AtomicData.from_ase(molecule("H2O"))])
+    batch = batch_of(molecule("H2O"))
     before = potential(batch, create_graph=False).energy.item()
     potential.element_shifts[1], potential.element_shifts[8] = 2.0, -0.5
     potential.save(tmp_path / "model.escaip")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import ase.build
 import ase.io
 import numpy as np
 import pytest
+import tiny
 import torch
 from ase import Atoms
 from safetensors.torch import save
+from tiny import TABLE, batch_of
 
-from escaip import EScAIPCalculator, EScAIPConfig, Potential, load_potential
+from escaip import EScAIPCalculator, Potential, load_potential
 from escaip.cli import main
-from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError
 from escaip.info import describe_model
 from escaip.potential import PotentialMetadata, export
@@ -34,20 +36,8 @@ from escaip.potential.loading import read_potential
 from escaip.potential.model_file import SCHEMA_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = {
-    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": [3, 3, 2], "num_radial": 8,
-    "radial_width": 1.0, "distance_size": 8, "element_size": 4, "boo_size": 4, "boo_degrees": 3, "num_neighbors": 6,
-    "distance_table": "always", "distance_knots": 16,
-}  # fmt: skip
-
-
-def make_potential(**overrides: Any) -> Potential:
-    torch.manual_seed(0)
-    metadata = PotentialMetadata((1, 6, 8, 29), "random numbers", ("none",), {"seed": 0})
-    potential = Potential(EScAIPConfig.from_dict({**TINY, **overrides}), metadata=metadata).double().eval()
-    potential.element_references.copy_(torch.linspace(-2.0, 2.0, 119, dtype=torch.float64))
-    potential.scale.fill_(3.0)
-    return potential
+METADATA = PotentialMetadata((1, 6, 8, 29), "random numbers", ("none",), {"seed": 0})
+make_potential = partial(tiny.make_potential, metadata=METADATA, **TABLE)
 
 
 def structures() -> list[Atoms]:
@@ -59,10 +49,6 @@ def structures() -> list[Atoms]:
     for seed, atoms in enumerate(made):
         atoms.rattle(0.05, seed=seed)
     return made
-
-
-def batch_of(*made: Atoms) -> Any:
-    return collate([AtomicData.from_ase(atoms) for atoms in made])
 
 
 def fake_package(path: Path, schema: int = SCHEMA_VERSION, **changes: Any) -> Path:

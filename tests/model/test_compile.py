@@ -14,21 +14,17 @@ from pathlib import Path
 import ase.build
 import numpy as np
 import pytest
+import tiny
 import torch
+from tiny import TABLE, batch_of
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from escaip import EScAIPCalculator, EScAIPConfig, Potential
-from escaip.data import AtomicData, collate
+from escaip import EScAIPCalculator, Potential
 from escaip.errors import ConfigError
 from escaip.potential import compile
 from escaip.potential.compile import CompiledEvaluator, JitCode, compile_example, flat_evaluation, trace
 
-TINY = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": [3, 3, 2], "num_radial": 8,
-    "radial_width": 1.0, "distance_size": 8, "element_size": 4, "boo_size": 4, "boo_degrees": 3, "num_neighbors": 6,
-    "distance_table": "always", "distance_knots": 16,
-}  # fmt: skip
 # Operations for which a host waits for its device: sizes or values that the host reads depend on values.
 WAITING = {"nonzero", "_local_scalar_dense", "item", "masked_select", "unique",
            "repeat_interleave", "bincount", "equal"}  # fmt: skip
@@ -48,15 +44,12 @@ def batches() -> list[Batch]:
     for structures in made:
         for index, atoms in enumerate(structures):
             atoms.rattle(0.05, seed=index)
-    return [collate([AtomicData.from_ase(atoms) for atoms in structures]) for structures in made]
+    return [batch_of(*structures) for structures in made]
 
 
 def make_potential(backend: str = "", **overrides: object) -> Potential:
     """A potential, compiled by a backend; "eager" traces, where mistakes are made, and is fifty times as fast."""
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict({**TINY, **overrides})).double()
-    with torch.no_grad():
-        potential.scale.fill_(3.0)
+    potential = tiny.make_potential(**{"num_layers": 2, **TABLE, **overrides})
     if backend:
         potential.evaluator = CompiledEvaluator(backend=backend)
     return potential
@@ -315,7 +308,7 @@ def test_cuda_graphs_rarely_meet_a_new_size(forces: str, monkeypatch: pytest.Mon
         for seed in range(12):
             crystal = ase.build.bulk("Cu", cubic=True).repeat((8, 1, 1))
             crystal.rattle(0.1, seed=seed)
-            made.append(collate([AtomicData.from_ase(crystal)]))
+            made.append(batch_of(crystal))
             found.append(answers(compiled, made[-1]))
         assert len({eager.graph_of(batch).num_tokens for batch in made}) > 6
         assert len(sizes) <= 3  # that of the compiler's example is one of them

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ase.build
 import pytest
+import tiny
 import torch
+from tiny import SMALL, batch_of
 
 from escaip.data import AtomicData, collate
 from escaip.models import EScAIP, EScAIPConfig
 from escaip.potential import Potential
-
-SMALL = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
 
 OPTIONS = [
     {},
@@ -34,20 +33,17 @@ OPTIONS = [
 ]
 
 
-def make_batch() -> object:
-    crystal = ase.build.bulk("NaCl", "rocksalt", a=5.6)
-    crystal.rattle(0.1, seed=0)
-    return collate([AtomicData.from_ase(ase.build.molecule("CH3OH")), AtomicData.from_ase(crystal)])
+def make_potential(**overrides: Any) -> Potential:
+    return tiny.make_potential(**{"dtype": torch.float32, "num_layers": 2, **overrides})
 
 
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(map(str, o)) or "default")
 def test_every_option_trains_on_energy_and_forces(options: dict[str, object], forces: str) -> None:
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict({**SMALL, **options, "forces": forces})).train()
-    prediction = potential(make_batch(), compute_stress=forces == "conservative")
+    potential = make_potential(**{**options, "forces": forces}).train()
+    prediction = potential(batch_of(), compute_stress=forces == "conservative")
     assert prediction.energy.dtype == torch.float64
-    assert prediction.forces.shape == (8, 3)
+    assert prediction.forces.shape == (14, 3)
     loss = prediction.energy.sum() + prediction.forces.square().sum()
     if prediction.stress is not None:
         assert torch.isnan(prediction.stress[0]).all()  # the molecule has no cell
@@ -61,20 +57,18 @@ def test_every_option_trains_on_energy_and_forces(options: dict[str, object], fo
 @pytest.mark.parametrize("name", ["dropout", "attention_dropout", "node_dropout", "edge_dropout",
                                   "scalar_dropout", "stochastic_depth"])  # fmt: skip
 def test_regularisation_acts_in_training_only(name: str) -> None:
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict({**SMALL, "forces": "direct", name: 0.5}))
-    plain = Potential(EScAIPConfig.from_dict({**SMALL, "forces": "direct"}))
+    potential = make_potential(**{"forces": "direct", name: 0.5})
+    plain = make_potential(forces="direct")
     plain.load_state_dict(potential.state_dict())
-    batch = make_batch()
+    batch = batch_of()
     assert torch.equal(potential.eval()(batch).energy, plain.eval()(batch).energy)
     drawn = {tuple(potential.train()(batch).energy.tolist()) for _ in range(6)}
     assert len(drawn) > 1
 
 
 def test_vector_dropout_acts_on_forces_in_training() -> None:
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict({**SMALL, "forces": "direct", "vector_dropout": 0.5})).train()
-    assert not torch.equal(potential(make_batch()).forces, potential(make_batch()).forces)
+    potential = make_potential(forces="direct", vector_dropout=0.5).train()
+    assert not torch.equal(potential(batch_of()).forces, potential(batch_of()).forces)
 
 
 @pytest.mark.parametrize(
@@ -83,55 +77,51 @@ def test_vector_dropout_acts_on_forces_in_training() -> None:
      {"boo_weighting": "uniform"}, {"boo_floor": 1e-2}, {"activation": "silu"}],
 )  # fmt: skip
 def test_options_without_parameters_change_the_function(change: dict[str, object]) -> None:
-    torch.manual_seed(0)
     # 3 neighbors, so that ranks matter.
-    one = Potential(EScAIPConfig.from_dict({**SMALL, "num_neighbors": 3})).eval()
-    other = Potential(EScAIPConfig.from_dict({**SMALL, "num_neighbors": 3, **change})).eval()
+    one = make_potential(num_neighbors=3).eval()
+    other = make_potential(**{"num_neighbors": 3, **change}).eval()
     other.load_state_dict(one.state_dict())
-    batch = make_batch()
+    batch = batch_of()
     assert (one(batch).energy - other(batch).energy).abs().max() > 1e-6
 
 
 def test_backends_agree() -> None:
-    torch.manual_seed(0)
-    one = Potential(EScAIPConfig.from_dict({**SMALL, "attention_backend": "reference"})).double().eval()
-    other = Potential(EScAIPConfig.from_dict({**SMALL, "attention_backend": "dense"})).double().eval()
+    one = make_potential(attention_backend="reference").double().eval()
+    other = make_potential(attention_backend="dense").double().eval()
     other.load_state_dict(one.state_dict())
-    batch = make_batch()
+    batch = batch_of()
     torch.testing.assert_close(one(batch).forces, other(batch).forces, rtol=1e-10, atol=1e-12)
 
 
 def test_skipping_unread_edges_of_the_last_block_is_exact() -> None:
     """The conservative model computes N rows there; the direct one, with the same weights, all T."""
-    torch.manual_seed(0)
-    direct = Potential(EScAIPConfig.from_dict({**SMALL, "forces": "direct"})).double().eval()
-    conservative = Potential(EScAIPConfig.from_dict(SMALL)).double().eval()
+    direct = make_potential(forces="direct").double().eval()
+    conservative = make_potential().double().eval()
     names = set(conservative.state_dict())
     conservative.load_state_dict({k: v for k, v in direct.state_dict().items() if k in names})
-    batch = make_batch()
+    batch = batch_of()
     torch.testing.assert_close(conservative(batch).energy, direct(batch).energy, rtol=1e-12, atol=1e-12)
 
 
 def test_charge_and_spin_matter_only_when_asked_for() -> None:
-    torch.manual_seed(0)
     neutral, charged = ase.build.molecule("CH3OH"), ase.build.molecule("CH3OH")
     charged.info["charge"] = 1
     charged.info["spin_multiplicity"] = 2
     batch = collate([AtomicData.from_ase(neutral), AtomicData.from_ase(charged)])
-    plain = Potential(EScAIPConfig.from_dict(SMALL)).eval()(batch).energy
-    aware = Potential(EScAIPConfig.from_dict({**SMALL, "charge": True, "spin": True})).eval()(batch).energy
+    plain = make_potential().eval()(batch).energy
+    aware = make_potential(charge=True, spin=True).eval()(batch).energy
     assert plain[0] == pytest.approx(plain[1].item(), rel=1e-6)
     assert (aware[0] - aware[1]).abs() > 1e-5
 
 
 def test_per_atom_parts_are_computed_per_atom() -> None:
     """The largest input of every per-atom layer has N rows, not T."""
-    potential = Potential(EScAIPConfig.from_dict(SMALL)).eval()
+    potential = make_potential().eval()
     rows: dict[str, int] = {}
     for name, module in potential.model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda m, inputs, out, name=name: rows.update({name: inputs[0].shape[0]}))
-    batch = make_batch()
+    batch = batch_of()
     potential(batch)
     num_atoms = batch.positions.shape[0]
     per_atom = ("source.", "target.", "sender", "receiver", "node_", "energy_head")
@@ -142,9 +132,9 @@ def test_per_atom_parts_are_computed_per_atom() -> None:
 
 
 def test_forward_does_not_change_its_batch() -> None:
-    batch = make_batch()
+    batch = batch_of()
     before = batch.clone()
-    Potential(EScAIPConfig.from_dict(SMALL)).eval()(batch, compute_stress=True)
+    make_potential().eval()(batch, compute_stress=True)
     assert set(batch.keys()) == set(before.keys())
     for key in ("positions", "cell", "atomic_numbers", "pbc"):
         assert torch.equal(batch[key], before[key])

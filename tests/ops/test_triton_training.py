@@ -5,25 +5,20 @@ from __future__ import annotations
 import ase.build
 import pytest
 import torch
+from tiny import batch_of, make_potential
 
 pytest.importorskip("triton")
 
-from escaip import EScAIPConfig, Potential
-from escaip.data import AtomicData, collate
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TINY = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 1, "angular_channels": [8, 4, 4], "num_radial": 8,
-    "distance_size": 8, "element_size": 4, "boo_size": 4, "boo_degrees": 3,
-}  # fmt: skip
 
 
 def losses(backend: str, steps: int) -> list[float]:
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict({**TINY, "attention_backend": backend})).to(DEVICE).train()
+    options = {"num_heads": 1, "angular_channels": (8, 4, 4), "num_layers": 2, "attention_backend": backend}
+    potential = make_potential(dtype=torch.float32, **options).to(DEVICE).train()
+    potential.element_references.zero_()
     molecule = ase.build.molecule("CO")
     molecule.rattle(0.1, seed=1)
-    batch = collate([AtomicData.from_ase(molecule)]).to(DEVICE)
+    batch = batch_of(molecule).to(DEVICE)
     bond = batch.positions[1] - batch.positions[0]
     target = 0.5 * torch.stack([bond, -bond]).float()  # what a gradient of an energy can be
     optimizer = torch.optim.Adam(potential.parameters(), lr=1e-3)

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import ase.build
 import numpy as np
 import pytest
+import tiny
 import torch
 from ase import Atoms
 
-from escaip.data import AtomicData, collate
 from escaip.graph import build_graph
-from escaip.models import EScAIPConfig
 from escaip.potential import Potential
 from escaip.testing import check_potential, continuity_error, evaluator, rotation_errors
 
-SMALL = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 6, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
-
-
-def make_potential(seed: int = 0, **overrides: object) -> Potential:
-    torch.manual_seed(seed)
-    potential = Potential(EScAIPConfig.from_dict({**SMALL, **overrides})).double().eval()
-    with torch.no_grad():
-        potential.element_references.copy_(torch.linspace(-2.0, 2.0, 119, dtype=torch.float64))
-        potential.scale.fill_(3.0)
-    return potential
+make_potential = partial(tiny.make_potential, num_layers=2)
 
 
 def structures() -> list[Atoms]:
     molecule = ase.build.molecule("CH3CH2OH")
-    crystal = ase.build.bulk("NaCl", "rocksalt", a=5.6, cubic=True)
-    crystal.rattle(0.1, seed=1)
     primitive = ase.build.bulk("Cu", "fcc", a=3.6)  # one atom; the cell is much smaller than the cutoff
     slab = ase.build.fcc111("Al", (2, 2, 2), vacuum=5.0)
     slab.rattle(0.05, seed=2)
     skewed = Atoms("Si2", positions=[[0, 0, 0], [1.3, 1.2, 1.5]], cell=[[3, 0, 0], [2.5, 3, 0], [1, 1, 3.2]], pbc=True)
     rod = Atoms("C2", positions=[[0, 0, 0], [0.1, 1.3, 0.2]], cell=[[2.6, 0.4, 0], [0, 0, 0], [0, 0, 0]],
                 pbc=[True, False, False])  # fmt: skip
-    return [molecule, crystal, primitive, slab, skewed, rod]
+    return [molecule, tiny.crystal(), primitive, slab, skewed, rod]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +63,7 @@ def one_atom_path(atoms: Atoms, index: int, step: float, count: int, start: floa
 def token_sets(potential: Potential, path: list[Atoms]) -> list[set[tuple[int, ...]]]:
     sets = []
     for atoms in path:
-        graph = build_graph(collate([AtomicData.from_ase(atoms)]), potential.config.graph)
+        graph = build_graph(tiny.batch_of(atoms), potential.config.graph)
         rows = torch.cat(
             [graph.token_center[:, None], graph.token_neighbor[:, None], graph.shift[: graph.num_tokens]], 1
         )

@@ -11,20 +11,21 @@ import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import ase.build
 import numpy as np
 import pytest
+import tiny
 import torch
-from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from shadow import CUDA, counted_waits, shadow_device
+from tiny import SMALL, batch_of, crystal
 from torch import Tensor
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential
 from escaip.calculators import CommitteeCalculator
-from escaip.data import AtomicData, collate
 from escaip.graph import build_graph, neighbor_list
 from escaip.ops.triton import availability
 from escaip.train import ForceTerm, LossSettings, LossTerm, PotentialModule, WeightEMA
@@ -32,12 +33,8 @@ from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.losses import loss_sums
 from escaip.train.metrics import error_sums
 
-TINY = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": [3, 3, 2], "num_radial": 8,
-    "radial_width": 1.0, "distance_size": 8, "element_size": 4, "boo_size": 4, "boo_degrees": 3, "num_neighbors": 6,
-    "cutoff": 4.0, "distance_knots": 16,
-}  # fmt: skip
 REAL = torch.cuda.is_available()
+make_potential = partial(tiny.make_potential, dtype=torch.float32, num_layers=2, distance_knots=16)
 
 
 @pytest.fixture(autouse=True)
@@ -64,22 +61,8 @@ def waits() -> Iterator[Counter[str]]:
     found.update(f"{x.filename}:{x.lineno}" for x in caught if "synchroniz" in str(x.message))
 
 
-def make_potential(dtype: torch.dtype = torch.float32, **overrides: Any) -> Potential:
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict({**TINY, **overrides})).to(dtype).eval()
-    potential.element_references.copy_(torch.linspace(-2.0, 2.0, 119, dtype=torch.float64))
-    potential.scale.fill_(2.0)
-    return potential
-
-
 def on_device(potential: Potential) -> Potential:
     return copy.deepcopy(potential).to(CUDA)
-
-
-def crystal() -> Atoms:
-    made = ase.build.bulk("NaCl", "rocksalt", a=5.6, cubic=True)
-    made.rattle(0.1, seed=1)
-    return made
 
 
 def make_batch() -> Any:
@@ -87,7 +70,7 @@ def make_batch() -> Any:
     labelled, generator = crystal(), np.random.default_rng(0)
     energy, forces, stress = -3.0, generator.normal(size=(8, 3)), generator.normal(size=6)
     labelled.calc = SinglePointCalculator(labelled, energy=energy, forces=forces, stress=stress)
-    return collate([AtomicData.from_ase(each) for each in (labelled, ase.build.molecule("H2O"))])
+    return batch_of(labelled, ase.build.molecule("H2O"))
 
 
 def tolerance_of(potential: Potential) -> float:
@@ -114,7 +97,7 @@ GRAPHS: dict[str, dict[str, Any]] = {
     [(name, searched, 0.0) for name in GRAPHS for searched in (True, False)] + [("soft", True, 0.2)],
 )
 def test_graphs(name: str, searched: bool, slack: float) -> None:
-    settings = dataclasses.replace(EScAIPConfig.from_dict(TINY).graph, **GRAPHS[name])
+    settings = dataclasses.replace(EScAIPConfig.from_dict(SMALL).graph, **GRAPHS[name])
     batch = make_batch()
     there = batch.clone().to(CUDA)
     found, expected = (
@@ -185,7 +168,7 @@ def test_a_step_of_training(name: str) -> None:
 
 @pytest.mark.parametrize("method", ["autograd", "finite_differences"])
 def test_second_derivatives(method: str) -> None:
-    potential, molecule = make_potential(torch.float64, num_layers=1), ase.build.molecule("H2O")
+    potential, molecule = make_potential(dtype=torch.float64, num_layers=1), ase.build.molecule("H2O")
     found = on_device(potential).hessian(molecule, method=method)
     torch.testing.assert_close(found, potential.hessian(molecule, method=method), rtol=1e-7, atol=1e-7)
 
@@ -237,7 +220,7 @@ def test_a_committee() -> None:
 
 def test_averaged_weights_go_where_the_module_goes() -> None:
     """Lightning makes them before it moves the module, and would copy every weight to the host at every step."""
-    module, average = PotentialModule({**TINY, "num_layers": 1}), WeightEMA(0.9)
+    module, average = PotentialModule(SMALL), WeightEMA(0.9)
     trainer: Any = None
     average.setup(trainer, module, "fit")
     module.to(CUDA)

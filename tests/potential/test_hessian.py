@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import ase.build
 import numpy as np
 import pytest
+import tiny
 import torch
 from ase import Atoms
+from tiny import methanol
 
 from escaip import EScAIPCalculator
 from escaip.data import AtomicData
 from escaip.errors import ConfigError, DataError, UnsupportedElementError
-from escaip.models import EScAIPConfig
-from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.hessian import asymmetry, hessian
 
-SMALL = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 6, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
-
-
-def make_potential(elements: tuple[int, ...] = (), **overrides: object) -> Potential:
-    torch.manual_seed(0)
-    config = EScAIPConfig.from_dict({**SMALL, **overrides})
-    potential = Potential(config, metadata=PotentialMetadata(elements=elements)).double().eval()
-    potential.scale.fill_(3.0)
-    return potential
-
-
-def molecule() -> Atoms:
-    atoms = ase.build.molecule("CH3OH")
-    atoms.rattle(0.05, seed=0)
-    return atoms
+make_potential = partial(tiny.make_potential, num_layers=2)
 
 
 def crystal() -> Atoms:
@@ -42,7 +27,7 @@ def crystal() -> Atoms:
     return atoms
 
 
-@pytest.mark.parametrize("make", [molecule, crystal])
+@pytest.mark.parametrize("make", [methanol, crystal])
 @pytest.mark.parametrize("overrides", [{}, {"num_neighbors": None, "aggregation": "graph_attention"}])
 def test_it_is_the_derivative_of_the_forces(make: object, overrides: dict[str, object]) -> None:
     potential, atoms = make_potential(**overrides), make()  # type: ignore[operator]
@@ -54,7 +39,7 @@ def test_it_is_the_derivative_of_the_forces(make: object, overrides: dict[str, o
     assert float((near - found).abs().max()) < 1e-7 * float(found.abs().max())
 
 
-@pytest.mark.parametrize("make", [molecule, crystal])
+@pytest.mark.parametrize("make", [methanol, crystal])
 def test_nothing_depends_on_translations(make: object) -> None:
     atoms = make()  # type: ignore[operator]
     found = make_potential().hessian(atoms)
@@ -64,7 +49,7 @@ def test_nothing_depends_on_translations(make: object) -> None:
 
 def test_a_rotation_turns_the_forces() -> None:
     """``H (e × r) = −e × F``: zero where the forces are."""
-    potential, atoms = make_potential(), molecule()
+    potential, atoms = make_potential(), methanol()
     found = potential.hessian(atoms).numpy()
     forces = potential.predict([atoms])[0].forces.numpy()
     for axis in np.eye(3):
@@ -73,7 +58,7 @@ def test_a_rotation_turns_the_forces() -> None:
 
 
 def test_rows_do_not_depend_on_how_many_are_made_at_once() -> None:
-    potential, atoms = make_potential(), molecule()
+    potential, atoms = make_potential(), methanol()
     whole = potential.hessian(atoms)
     for copies in (1, 5, 100):
         assert float((potential.hessian(atoms, copies=copies) - whole).abs().max()) < 1e-13
@@ -82,7 +67,7 @@ def test_rows_do_not_depend_on_how_many_are_made_at_once() -> None:
 
 
 def test_structure_and_potential_stay_as_they_are() -> None:
-    potential, atoms = make_potential(dropout=0.5).train(), molecule()
+    potential, atoms = make_potential(dropout=0.5).train(), methanol()
     data, before = AtomicData.from_ase(atoms), atoms.copy()
     found = potential.hessian(data)
     assert potential.training
@@ -95,18 +80,18 @@ def test_structure_and_potential_stay_as_they_are() -> None:
 
 def test_float32_and_its_remedy() -> None:
     double = make_potential()
-    single, exact = make_potential().float(), double.hessian(molecule())
+    single, exact = make_potential().float(), double.hessian(methanol())
     largest = float(exact.abs().max())
-    found = single.hessian(molecule())
+    found = single.hessian(methanol())
     assert found.dtype == torch.float64
     assert 1e-9 < float((found - exact).abs().max()) / largest < 2e-5
     # Weights are float32 values in both: what is left is the rounding of the weights themselves.
-    assert float((single.hessian(molecule(), dtype=torch.float64) - exact).abs().max()) / largest < 2e-6
+    assert float((single.hessian(methanol(), dtype=torch.float64) - exact).abs().max()) / largest < 2e-6
     assert single.dtype == torch.float32
 
 
 def test_the_calculator_has_it_too() -> None:
-    potential, atoms = make_potential(), molecule()
+    potential, atoms = make_potential(), methanol()
     calculator = EScAIPCalculator(potential)
     with pytest.raises(ConfigError, match=r"call get_hessian\(atoms\)"):
         calculator.get_hessian()
@@ -126,12 +111,12 @@ def test_atoms_that_see_no_other() -> None:
 def test_direct_forces_are_refused_and_had_by_differences() -> None:
     potential = make_potential(forces="direct")
     with pytest.raises(ConfigError, match=r"Jacobian is not symmetric: .*method='finite_differences'"):
-        potential.hessian(molecule())
+        potential.hessian(methanol())
     with pytest.warns(UserWarning, match=r"asymmetric by [\d.]+ %"):
-        raw = potential.hessian(molecule(), method="finite_differences", symmetrize=False)
+        raw = potential.hessian(methanol(), method="finite_differences", symmetrize=False)
     assert asymmetry(raw) > 1e-3
     with pytest.warns(UserWarning, match="asymmetric"):
-        assert asymmetry(potential.hessian(molecule(), method="finite_differences")) == 0.0
+        assert asymmetry(potential.hessian(methanol(), method="finite_differences")) == 0.0
 
 
 @pytest.mark.bad_input
@@ -145,16 +130,16 @@ def test_direct_forces_are_refused_and_had_by_differences() -> None:
 )
 def test_arguments_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_potential().hessian(molecule(), **options)
+        make_potential().hessian(methanol(), **options)
 
 
 @pytest.mark.bad_input
 def test_what_has_no_second_derivatives() -> None:
     with pytest.raises(UnsupportedElementError):
-        make_potential(elements=(29,)).hessian(molecule())
+        make_potential(elements=(29,)).hessian(methanol())
     rounded = make_potential().float()
     rounded.precision = "bfloat16"
     with pytest.raises(ConfigError, match="do not survive precision 'bfloat16'"):
-        rounded.hessian(molecule())
+        rounded.hessian(methanol())
     with pytest.raises(DataError):
         make_potential().hessian(Atoms("H2", positions=[[0, 0, 0], [0, 0, np.nan]]))

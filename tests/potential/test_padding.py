@@ -6,13 +6,14 @@ import dataclasses
 
 import ase.build
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import TABLE, batch_of
 from torch import Tensor
 
-from escaip import EScAIPConfig, Potential
-from escaip.data import AtomicData, collate
+from escaip import Potential
 from escaip.graph import build_graph, displacements
 from escaip.nn.embedding import kept_tables
 from escaip.potential.compile import flat_evaluation
@@ -20,20 +21,13 @@ from escaip.potential.derivatives import EvaluationInputs
 from escaip.potential.padding import Sizes, pad, unpad
 from escaip.types import AtomInputs
 
-TINY = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": [3, 3, 2], "num_radial": 8,
-    "radial_width": 1.0, "distance_size": 8, "element_size": 4, "boo_size": 4, "boo_degrees": 3, "num_neighbors": 6,
-    "distance_table": "always", "distance_knots": 16,
-}  # fmt: skip
-
 
 def make_potential(**overrides: object) -> Potential:
-    torch.manual_seed(0)
-    return Potential(EScAIPConfig.from_dict({**TINY, **overrides})).double().eval().requires_grad_(False)
+    return tiny.make_potential(num_layers=2, **TABLE, **overrides).requires_grad_(False)
 
 
 def inputs_of(potential: Potential, *structures: ase.Atoms) -> EvaluationInputs:
-    batch = collate([AtomicData.from_ase(atoms) for atoms in structures])
+    batch = batch_of(*structures)
     graph = build_graph(batch, potential.config.graph)
     vectors = displacements(batch.positions, batch.cell, batch.batch, graph)
     return EvaluationInputs(

@@ -9,28 +9,22 @@ from typing import Any
 
 import ase.build
 import pytest
+import tiny
 import torch
+from tiny import SMALL, TABLE, batch_of
 from torch import Tensor
 from torch_geometric.data import Batch
 
 import escaip.potential.derivatives
-from escaip.data import AtomicData, collate
 from escaip.graph import TokenChunks, build_graph, compute_geometry
 from escaip.models import EScAIPConfig
 from escaip.nn.embedding import kept_tables
 from escaip.potential import Potential
 from escaip.types import Tokens
 
-SMALL = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 12,
-    "radial_width": 1.0, "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0,
-    "num_neighbors": 8, "distance_table": "always", "distance_knots": 192,
-}  # fmt: skip
-
 
 def make_potential(**overrides: object) -> Potential:
-    torch.manual_seed(0)
-    return Potential(EScAIPConfig.from_dict({**SMALL, **overrides})).double()
+    return tiny.make_potential(**{"num_layers": 2, **TABLE, "distance_knots": 192, **overrides})
 
 
 def make_batch() -> Batch:
@@ -38,7 +32,7 @@ def make_batch() -> Batch:
     structures = [crystal, ase.build.molecule("C6H6"), ase.Atoms("He")]
     for atoms in structures:
         atoms.rattle(0.05, seed=0)
-    return collate([AtomicData.from_ase(atoms) for atoms in structures])
+    return batch_of(*structures)
 
 
 def answers(potential: Potential, batch: Batch) -> list[Tensor]:

@@ -9,38 +9,33 @@ from typing import Any
 
 import ase.build
 import pytest
+import tiny
 import torch
+from tiny import TABLE, batch_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.data import Batch
 
 from escaip import EScAIPCalculator, EScAIPConfig, Potential, load_potential
 from escaip.cli import parser_of
-from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.graph import build_graph
 from escaip.nn.layers import RMSNorm
 from escaip.potential.compile import CompiledEvaluator
 from escaip.potential.precision import PRECISIONS, in_precision
 
-TINY = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 12,
-    "radial_width": 1.0, "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0,
-    "num_neighbors": 8, "distance_table": "always", "distance_knots": 96,
-}  # fmt: skip
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def make_potential(**overrides: Any) -> Potential:
-    torch.manual_seed(0)
-    return Potential(EScAIPConfig.from_dict({**TINY, **overrides})).eval()
+    return tiny.make_potential(**{"dtype": torch.float32, "num_layers": 2, **TABLE, **overrides})
 
 
 def make_batch() -> Batch:
     structures = [ase.build.bulk("Cu", cubic=True).repeat((2, 1, 1)), ase.build.molecule("CH3CH2OH")]
     for atoms in structures:
         atoms.rattle(0.1, seed=0)
-    return collate([AtomicData.from_ase(atoms) for atoms in structures])
+    return batch_of(*structures)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -6,12 +6,14 @@ import gc
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import ase.build
 import numpy as np
 import pytest
+import tiny
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -32,11 +34,8 @@ from escaip.potential.predict import (
     token_budget,
 )
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
 ELEMENTS = (1, 6, 7, 8, 13, 29)
+make_potential = partial(tiny.make_potential, elements=ELEMENTS)
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
@@ -58,15 +57,6 @@ class Limited(Potential):
         if len(batch.atomic_numbers) > self.most:
             raise type(self.error)(*self.error.args)
         return super().forward(batch, **options)
-
-
-def make_potential(kind: type[Potential] = Potential, **overrides: Any) -> Any:
-    torch.manual_seed(0)
-    potential = kind(EScAIPConfig.from_dict({**SMALL, **overrides}), metadata=PotentialMetadata(elements=ELEMENTS))
-    potential = potential.double().eval()
-    with torch.no_grad():
-        potential.element_references.copy_(torch.linspace(-2.0, 2.0, 119, dtype=torch.float64))
-    return potential
 
 
 def structures() -> list[Atoms]:
@@ -196,7 +186,7 @@ def test_the_shortest_of_the_neighbor_lists_must_suffice() -> None:
 
 
 def test_packs_keep_to_the_budget_and_hold_structures_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    potential = make_potential(Limited)
+    potential = make_potential(kind=Limited)
     benzenes = [ase.build.molecule("C6H6") for _ in range(10)]
     mixed = [atoms for pair in zip(waters(10), benzenes, strict=True) for atoms in pair]
     potential.predict(mixed, max_atoms=48)
@@ -232,7 +222,7 @@ def test_a_stream_is_read_as_results_are_taken() -> None:
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_smaller_packs_where_memory_runs_out(error: BaseException) -> None:
-    potential = make_potential(Limited)
+    potential = make_potential(kind=Limited)
     potential.most, potential.error = 10, error
     expected = make_potential().predict(waters(20), max_atoms=1)
     # One line, when it has ended well.
@@ -249,7 +239,7 @@ def test_smaller_packs_where_memory_runs_out(error: BaseException) -> None:
 
 
 def test_one_structure_that_does_not_fit_is_named() -> None:
-    potential = make_potential(Limited)
+    potential = make_potential(kind=Limited)
     potential.most, potential.error = 8, OUT_OF_MEMORY[1]
     given = [*waters(3), ase.build.molecule("CH3CH2OH"), *waters(3)]
     with pytest.raises(DataError) as raised:
@@ -302,7 +292,7 @@ def test_the_next_attempt_begins_with_the_memory_of_the_one_that_failed() -> Non
 
 
 def test_another_error_is_not_taken_for_memory() -> None:
-    potential = make_potential(Limited)
+    potential = make_potential(kind=Limited)
     potential.most, potential.error = 0, RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         potential.predict(waters(4))

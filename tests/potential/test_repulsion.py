@@ -8,6 +8,7 @@ from pathlib import Path
 import ase.build
 import numpy as np
 import pytest
+import tiny
 import torch
 from ase import Atoms
 from ase.data import covalent_radii
@@ -16,20 +17,13 @@ from escaip import EScAIPCalculator, load_potential
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.info import describe_model
-from escaip.models import EScAIPConfig
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.zbl import closest_distances, fit_zbl_onsets, zbl_onsets
 from escaip.testing import check_potential
 
-SMALL = {
-    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
-
 
 def make_potential(onset: float | None, **overrides: object) -> Potential:
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict({**SMALL, **overrides})).double().eval()
+    potential = tiny.make_potential(**overrides)
     if onset is not None:
         potential.repulsion.onset = torch.full((119, 119), onset)
     return potential
