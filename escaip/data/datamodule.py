@@ -160,11 +160,7 @@ class AtomicDataModule(LightningDataModule):
 
     @property
     def statistics(self) -> Statistics | dict[str, Statistics]:
-        """Statistics of the training set, or of each set of a mixture by name.
-
-        Raises:
-            ConfigError: before ``setup("fit")``.
-        """
+        """Statistics of the training set, or of each set of a mixture by name."""
         if self._statistics is None:
             raise ConfigError("data.statistics: only known after setup('fit') with data.train")
         return self._statistics
@@ -382,11 +378,7 @@ class _Names(Sequence[str]):
 
 
 def parse_isolated_energies(energies: Mapping[Any, float] | None) -> dict[int, float] | None:
-    """Returns energies by atomic number, from keys that are symbols or numbers.
-
-    Raises:
-        ConfigError: a key that is neither.
-    """
+    """Returns energies by atomic number, from keys that are symbols or numbers."""
     if energies is None:
         return None
     from ase.data import atomic_numbers
@@ -431,10 +423,6 @@ class SetOpener:
             part: ``train``, ``val`` or ``test``; of a divided store, the split of that name.
             code: number of the set in a mixture.
             rotate: see ``AtomicDataset``.
-
-        Raises:
-            DataError: unreadable data, a missing label, 0 structures.
-            ConfigError: a split that the store does not have.
         """
         stores = self._stores(place, spec)
         how: dict[str, Any] = {"fixed_atoms": self.fixed_atoms, "rotate": rotate, "seed": self.seed, "code": code}
@@ -525,11 +513,7 @@ def _require(place: str, store: Store, chosen: NDArray[np.int64] | None, require
 
 
 def named_sets(place: str, spec: DataSpec | None) -> dict[str, SetSpec]:
-    """Returns sets by name, each with its ``path``; a single one has the name ``""``.
-
-    Raises:
-        ConfigError: a mapping that is neither a set nor sets by name.
-    """
+    """Returns sets by name, each with its ``path``; a single one has the name ``""``."""
     if spec is None:
         return {}
     named = spec if isinstance(spec, Mapping) and "path" not in spec else {"": spec}

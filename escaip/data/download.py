@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import functools
 import hashlib
 import json
 import logging
@@ -22,7 +21,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from lzma import LZMAError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -53,10 +51,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A published file as its card describes it, and its state on disk before the download.
+    """A published file as its card describes it.
 
     ``size`` is an estimate unless ``exact``; ``digest`` is None where no checksum is published; ``gated`` says how to
-    get a file whose conditions a person has to accept; ``page`` is a web page about the set; ``there`` counts bytes.
+    get a file whose conditions a person has to accept; ``page`` is a web page about the set.
     """
 
     name: str
@@ -69,12 +67,30 @@ class RemoteFile:
     split: str
     gated: str
     page: str
-    there: int
-    whole: bool
 
     def beside(self, pattern: str) -> Path:
         """Returns the path of an attendant file, such as ``{}.part``."""
         return self.path.with_name(pattern.format(self.path.name))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the file is on disk."""
+        return self.path.exists()
+
+    @property
+    def there(self) -> int:
+        """Bytes on disk."""
+        return next((path.stat().st_size for path in (self.path, self.beside("{}.part")) if path.exists()), 0)
+
+    @property
+    def archive(self) -> str | None:
+        """Suffix by which the file is known as an archive; None for other files."""
+        return next((suffix for suffix in ARCHIVES if self.name.lower().endswith(suffix)), None)
+
+    @property
+    def unpacked(self) -> Path:
+        """Folder of the name without suffix, for the contents of an archive."""
+        return self.path.with_name(self.path.name[: -len(self.archive or "")])
 
 
 class _Passing(Exception):
@@ -87,6 +103,18 @@ class _Passing(Exception):
 
 class _Stopped(EscaipError):
     """The user pressed Ctrl-C, or another file met a full disk."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Settings that the files of one download share."""
+
+    attempts: int
+    delay: float
+    extract: bool
+    verify: bool
+    bar: tqdm
+    stop: Event
 
 
 def download(
@@ -132,65 +160,63 @@ def download(
         raise ConfigError(f"jobs: {jobs} is not a positive number")
     card = name_or_card if isinstance(name_or_card, DatasetCard) else dataset_card(name_or_card)
     folder = Path(root or os.environ.get("ESCAIP_DATA") or "data") / card.name
-    plan = choose_files(card, read_files(card, folder), split, files)
-    missing = sum(max(0, (item.size or 0) - item.there) for item in plan if not item.whole)
-    needed = missing + (sum(_unpacking(item) for item in plan) if extract else 0)
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    plan = _choose(card, _read_files(card, folder), split, files)
+    todo = [item for item in plan if not item.whole]
+    missing = sum(max(0, (item.size or 0) - item.there) for item in todo)
+    needed = missing + (sum(map(_unpacked_size, plan)) if extract else 0)
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if dry_run:
         return _table(plan, folder, needed, free)
-    for item in plan:
-        if item.gated and not item.whole:
+    for item in todo:
+        if item.gated:
             how = f"{item.gated} ({item.url}), and put it at {item.path}"
             raise DataError(f"{item.name}: cannot be downloaded without a person: {how}")
     if needed > free:
         remedy = "choose files with --split or --file, free space, or name another disk with --root"
-        raise DataError(f"{folder}: {bytes_text(needed)} are needed and {bytes_text(free)} are free: {remedy}")
-    stop = Event()
-    # None hides the bar where there is no terminal. Daemon threads: after Ctrl-C nobody waits for a silent server.
+        raise DataError(f"{folder}: {_bytes(needed)} are needed and {_bytes(free)} are free: {remedy}")
+    # None hides the bar where there is no terminal.
     bar = tqdm(total=missing, unit="B", unit_scale=True, dynamic_ncols=True, disable=None if progress else True)
-    work = partial(_get, attempts=attempts, delay=delay, extract=extract, verify=verify, bar=bar, stop=stop)
-    with bar, ThreadPool(min(jobs, len(plan))) as pool:
-        try:
-            results = list(pool.imap(work, plan))
-        except KeyboardInterrupt:
-            stop.set()
-            print("received bytes are kept: run the same command again to continue", file=sys.stderr)
-            raise
+    results = _get_all(plan, jobs, _Run(attempts, delay, extract, verify, bar, Event()))
     lines = [result for result in results if isinstance(result, str)]
     errors = [result for result in results if not isinstance(result, str | _Stopped)]
     if errors:
         more = f" ({len(errors)} of {len(plan)} files failed, {len(lines)} are there)" if len(plan) > 1 else ""
         raise DataError(f"{errors[0]}{more}") from errors[0]
-    new = sum(not item.whole for item in plan)
-    return "\n".join([*lines, f"{folder}: {new} files downloaded, {len(plan) - new} were there"])
+    return "\n".join([*lines, f"{folder}: {len(todo)} files downloaded, {len(plan) - len(todo)} were there"])
+
+
+def _get_all(plan: Sequence[RemoteFile], jobs: int, run: _Run) -> list[str | EscaipError]:
+    # Daemon threads: after Ctrl-C nobody waits for a silent server.
+    with run.bar, ThreadPool(min(jobs, len(plan))) as pool:
+        try:
+            return list(pool.imap(lambda item: _get(item, run), plan))
+        except KeyboardInterrupt:
+            run.stop.set()
+            print("received bytes are kept: run the same command again to continue", file=sys.stderr)
+            raise
 
 
 def _table(plan: Sequence[RemoteFile], folder: Path, needed: int, free: int) -> str:
     rows = [("file", "split", "size", "there")]
     for item in plan:
-        there = "whole" if item.whole else bytes_text(item.there) if item.there else "-"
+        there = "whole" if item.whole else _bytes(item.there) if item.there else "-"
         note = " (by hand: conditions)" if item.gated and not item.whole else ""
-        size = bytes_text(item.there if item.whole else item.size)
+        size = _bytes(item.there if item.whole else item.size)
         rows.append((item.name, item.split or "-", size if item.exact else f"about {size}", there + note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     unknown = sum(item.size is None and not item.whole for item in plan)
     more = f" and {unknown} files of unknown size" if unknown else ""
-    short = f": {bytes_text(needed - free)} too little" if needed > free else ""
-    lines.append(f"{len(plan)} files into {folder}; needed {bytes_text(needed)}{more}")
-    return "\n".join([*lines, f"free on that disk {bytes_text(free)}{short}"])
+    short = f": {_bytes(needed - free)} too little" if needed > free else ""
+    lines.append(f"{len(plan)} files into {folder}; needed {_bytes(needed)}{more}")
+    return "\n".join([*lines, f"free on that disk {_bytes(free)}{short}"])
 
 
-def read_files(card: DatasetCard, folder: Path) -> list[RemoteFile]:
-    """Returns the files that a card names, with their state in ``folder``.
-
-    Raises:
-        DataError: an entry that is incomplete or unsafe; the message names the manifest and the entry.
-    """
+def _read_files(card: DatasetCard, folder: Path) -> list[RemoteFile]:
+    """Returns the files that a card names; a DataError names the entry that is incomplete or unsafe."""
     manifest, found = card.path / "manifest.toml", {}
     page = card.manifest.get("dataset", {}).get("homepage")
-    for number, entry in enumerate(card.manifest.get("files", [])):
+    for number, entry in enumerate(card.manifest.get("files", []), 1):
         name, url = entry.get("name"), str(entry.get("url"))
         sizes = [entry[key] for key in ("size", "approximate_size") if key in entry]
         algorithm = next((key for key in _DIGITS if key in entry), "sha256")
@@ -205,16 +231,13 @@ def read_files(card: DatasetCard, folder: Path) -> list[RemoteFile]:
         elif digest is not None and not re.fullmatch(f"[0-9a-f]{{{_DIGITS[algorithm]}}}", digest):
             problem = f"{algorithm} {digest!r} is no checksum of that kind"
         if problem:
-            raise DataError(f"{manifest}: [[files]] number {number + 1}: {problem}")
-        path, part = folder / name, folder / f"{name}.part"
-        if path.is_dir():
-            raise DataError(f"{path}: is a folder, where a file should go: move it away")
-        there, whole = next((file.stat().st_size for file in (path, part) if file.exists()), 0), path.exists()
+            raise DataError(f"{manifest}: [[files]] number {number}: {problem}")
+        if (folder / name).is_dir():
+            raise DataError(f"{folder / name}: is a folder, where a file should go: move it away")
+        size, exact = sizes[0] if sizes else None, "size" in entry or not sizes
         gated = str(entry.get("how", "see the page")) if entry.get("gated") else ""
-        size, exact, part_of = sizes[0] if sizes else None, "size" in entry or not sizes, str(entry.get("split", ""))
-        found[name] = RemoteFile(
-            name, url, path, size, exact, algorithm, digest, part_of, gated, page or url, there, whole
-        )
+        facts = (name, url, folder / name, size, exact, algorithm, digest)
+        found[name] = RemoteFile(*facts, split=str(entry.get("split", "")), gated=gated, page=page or url)
     if not found:
         raise DataError(f"{manifest}: names no files to download")
     return list(found.values())
@@ -224,55 +247,46 @@ def _is_safe(name: str) -> bool:
     """Whether a name is a relative path without tricks, and not that of another file's part or record."""
     path = PurePosixPath(name)
     plain = name.isprintable() and "\\" not in name and not path.is_absolute() and str(path) == name
-    taken = name.endswith((".part", ".part.json", ".corrupt"))
+    taken = name.endswith((".part", ".part.json"))
     return plain and not taken and not any(part.startswith(".") for part in path.parts)
 
 
-def choose_files(
+def _choose(
     card: DatasetCard, plan: Sequence[RemoteFile], split: str | None, patterns: Sequence[str] | None
 ) -> list[RemoteFile]:
-    """Returns the files of a split that have one of these names or patterns; None means all.
-
-    Raises:
-        ConfigError: no such split or file; the message lists those there are.
-    """
+    """Returns the files of a split that have one of these names or patterns; None means all."""
     splits = sorted({item.split for item in plan if item.split})
     if split is not None and split not in splits:
         raise ConfigError(f"split: {card.name} has no split {split!r}; it has {', '.join(splits) or 'none'}")
     chosen = [item for item in plan if split in (None, item.split)]
+    names = [item.name for item in chosen]
     for pattern in patterns or ():
-        if not fnmatch.filter([item.name for item in chosen], pattern):
-            names = ", ".join(item.name for item in chosen)
-            raise ConfigError(f"file: {card.name} has no {pattern!r}; there are {names}")
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(f"file: {card.name} has no {pattern!r}; there are {', '.join(names)}")
     return [item for item in chosen if patterns is None or any(fnmatch.fnmatch(item.name, p) for p in patterns)]
 
 
-def _get(
-    item: RemoteFile, attempts: int, delay: float, extract: bool, verify: bool, bar: tqdm, stop: Event
-) -> str | EscaipError:
+def _get(item: RemoteFile, run: _Run) -> str | EscaipError:
     """Downloads, checks and unpacks one file; returns its line or its error, so that the other files go on."""
     try:
-        digest = _check(item, verify, stop) if item.whole else _fetch(item, attempts, delay, bar, stop)
+        state = "was there" if item.whole else "downloaded"
+        digest = _check(item, run) if item.whole else _fetch(item, run)
         for leftover in ("{}.part", "{}.part.json"):  # of a kill right after the renaming
             item.beside(leftover).unlink(missing_ok=True)
-        folder = f", unpacked into {unpack(item.path, digest)}" if extract and archive_suffix(item.name) else ""
-        state = "was there" if item.whole else "downloaded"
+        folder = f", unpacked into {_unpack(item, digest)}" if run.extract and item.archive else ""
         published = "no checksum published" if item.digest is None else "as published"
-        size = bytes_text(item.path.stat().st_size)
-        return f"{item.path}: {size}, {state}, {item.algorithm}:{digest} ({published}){folder}"
+        return f"{item.path}: {_bytes(item.there)}, {state}, {item.algorithm}:{digest} ({published}){folder}"
     except EscaipError as error:
         return error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return DataError(f"{item.name}: cannot be written ({error}): check its folder")
-        stop.set()  # there is no point in going on with the other files
-        return DataError(
-            f"{item.name}: the disk is full ({error.strerror}); received bytes are kept: free space and run the same "
-            "command again"
-        )
+        run.stop.set()  # there is no point in going on with the other files
+        kept = "received bytes are kept: free space and run the same command again"
+        return DataError(f"{item.name}: the disk is full ({error.strerror}); {kept}")
 
 
-def _check(item: RemoteFile, verify: bool, stop: Event) -> str:
+def _check(item: RemoteFile, run: _Run) -> str:
     """Returns the checksum of a file on disk, remembered or computed; raises DataError for a wrong one."""
     status, known = item.path.stat(), _read_json(item.beside(".{}.verified"))
     remedy = "move or delete it and run the same command again"
@@ -281,9 +295,9 @@ def _check(item: RemoteFile, verify: bool, stop: Event) -> str:
     before = known.get("digest") if known.get("algorithm") == item.algorithm else None
     expected = item.digest or before
     unchanged = (known.get("size"), known.get("mtime_ns")) == (status.st_size, status.st_mtime_ns)
-    if expected and before == expected and unchanged and not verify:
+    if expected and before == expected and unchanged and not run.verify:
         return str(expected)
-    digest = _digest(item.path, item.algorithm, stop)
+    digest = _digest(item.path, item.algorithm, run.stop)
     if expected not in (None, digest):
         origin = "published is" if item.digest else "when it was downloaded it was"
         raise DataError(f"{item.path}: {item.algorithm} is {digest}, {origin} {expected}: {remedy}")
@@ -291,23 +305,23 @@ def _check(item: RemoteFile, verify: bool, stop: Event) -> str:
     return digest
 
 
-def _fetch(item: RemoteFile, attempts: int, delay: float, bar: tqdm, stop: Event) -> str:
+def _fetch(item: RemoteFile, run: _Run) -> str:
     """Downloads a file, or the rest of it, gives it its name and returns its checksum."""
     item.path.parent.mkdir(parents=True, exist_ok=True)
     part, state = item.beside("{}.part"), item.beside("{}.part.json")
     with _locked(item, part) as file:
-        if item.path.exists():
+        if item.whole:
             raise DataError(f"{item.name}: {item.path} appeared meanwhile: run the same command again")
         for _ in range(2):
             try:
-                _receive(item, file, state, attempts, delay, bar, stop)
+                _receive(item, file, state, run)
             except BaseException:
                 if not part.stat().st_size:
                     state.unlink(missing_ok=True)
                     part.unlink()
                 raise
             os.fsync(file.fileno())
-            digest = _digest(part, item.algorithm, stop)
+            digest = _digest(part, item.algorithm, run.stop)
             if item.digest in (None, digest):
                 # The record comes first: a kill in between leaves a complete part, never an unknown file.
                 _remember(item, part, digest)
@@ -322,39 +336,40 @@ def _fetch(item: RemoteFile, attempts: int, delay: float, bar: tqdm, stop: Event
     )
 
 
-def _receive(
-    item: RemoteFile, file: IO[bytes], state: Path, attempts: int, delay: float, bar: tqdm, stop: Event
-) -> None:
+def _receive(item: RemoteFile, file: IO[bytes], state: Path, run: _Run) -> None:
     """Makes attempts until every byte is there."""
-    failures = best = resets = 0
+    failures = best = 0
     while True:
-        before = os.fstat(file.fileno()).st_size
         try:
-            return _attempt(item, file, state, bar, stop)
+            return _attempt(item, file, state, run)
         except _Passing as error:
             there = os.fstat(file.fileno()).st_size
-            resets += there < before
             failures, best = (1, there) if there > best else (failures + 1, best)
-            if max(failures, resets) >= attempts:
-                kept = f"{bytes_text(there)} are kept: run the same command again to continue"
-                raise DataError(f"{item.name}: {error}, {attempts} times; {kept}") from error
-            wait = min(60.0, delay * 2 ** (failures - 1)) if error.wait is None else error.wait
+            if failures >= run.attempts:
+                kept = f"{_bytes(there)} are kept: run the same command again to continue"
+                raise DataError(f"{item.name}: {error}, {failures} times; {kept}") from error
+            wait = min(60.0, run.delay * 2 ** (failures - 1)) if error.wait is None else error.wait
             _log.warning("%s: %s; next attempt in %.3g s", item.name, error, wait)
-            if stop.wait(wait):
+            if run.stop.wait(wait):
                 raise _Stopped from error
 
 
-def _attempt(item: RemoteFile, file: IO[bytes], state: Path, bar: tqdm, stop: Event) -> None:
+def _attempt(item: RemoteFile, file: IO[bytes], state: Path, run: _Run) -> None:
     """Asks the server for what is missing; bytes of uncertain origin are dropped, never continued."""
-    drop = functools.partial(_drop, file, state)
+
+    def drop() -> int:
+        # Emptied before anything is said about new bytes: never old bytes under a new state.
+        os.ftruncate(file.fileno(), 0)
+        state.unlink(missing_ok=True)
+        return 0
+
     known, offset = _read_json(state), os.fstat(file.fileno()).st_size
     size, version = known.get("size"), known.get("version")
     version = version if isinstance(version, str) else None
     boot = _BOOT.read_text() if _BOOT.exists() else ""
     # Bytes can be trusted when a checksum will tell, or the file has a version and the machine did not crash since.
     sure = item.digest is not None or (version is not None and known.get("boot") == boot)
-    published = item.size if item.exact else None
-    sizes = [value for value in (size, published) if value is not None]
+    sizes = [value for value in (size, item.size if item.exact else None) if value is not None]
     fits = all(type(value) is int and offset <= value == sizes[0] for value in sizes)
     if known.get("url") != item.url or not sure or not fits:
         offset, size, version = drop(), None, None
@@ -362,35 +377,26 @@ def _attempt(item: RemoteFile, file: IO[bytes], state: Path, bar: tqdm, stop: Ev
         return
     headers = {"Range": f"bytes={offset}-", **({"If-Range": version} if version else {})} if offset else {}
     with _request(item, headers) as response:
-        now = _version(response)
-        if response.status_code == 206 and offset:
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-            total = size if span is None or span[2] == "*" else int(span[2])
-            changed = None not in (version, now) and version != now
-            if span is None or int(span[1]) != offset or changed or size not in (None, total):
-                drop()
-                raise _Passing("the file changed on the server, or another range came than was asked for", wait=0.0)
-            _accept(item, response, total)
-        elif response.status_code == 416 and offset:
-            drop()
-            raise _Passing("the file changed on the server", wait=0.0)
-        elif response.status_code == 200:
+        if response.status_code not in ((206, 416, 200) if offset else (200,)):
+            raise _refusal(item, response)
+        now, span = _version(response), response.headers.get("Content-Range", "")
+        total = _length(item, response)
+        if response.status_code == 200:
             if offset:
                 _log.warning("%s: starting over, the server cannot continue or the file changed", item.name)
-            offset, framed = drop(), "chunked" in response.headers.get("Transfer-Encoding", "").lower()
-            length = response.headers.get("Content-Length", "")
-            total = int(length) if length.isdecimal() and not framed else published
-            if total is None and not framed and item.digest is None:
-                where = f"see {item.page}"
-                raise DataError(f"{item.name}: neither the server nor the card states a length or checksum; {where}")
-            _accept(item, response, total)
+            offset = drop()
             free = shutil.disk_usage(state.parent).free
             if total is not None and total > free:
-                raise OSError(errno.ENOSPC, f"{bytes_text(total)} are needed and {bytes_text(free)} are free")
+                raise OSError(errno.ENOSPC, f"{_bytes(total)} are needed and {_bytes(free)} are free")
             # A torn state, like a torn record, counts as none.
             state.write_text(json.dumps({"url": item.url, "version": now, "size": total, "boot": boot}))
         else:
-            raise _refusal(item, response)
+            match = re.fullmatch(rf"bytes {offset}-\d+/(\d+|\*)", span)
+            total = size if match is None or match[1] == "*" else int(match[1])
+            changed = None not in (version, now) and version != now
+            if match is None or response.status_code == 416 or changed or size not in (None, total):
+                drop()
+                raise _Passing("the file changed on the server, or another range came than was asked for", wait=0.0)
         for block in _blocks(response):
             if total is not None and offset + len(block) > total:
                 drop()
@@ -398,18 +404,11 @@ def _attempt(item: RemoteFile, file: IO[bytes], state: Path, bar: tqdm, stop: Ev
             file.write(block)
             file.flush()
             offset += len(block)
-            bar.update(len(block))
-            if stop.is_set():
+            run.bar.update(len(block))
+            if run.stop.is_set():
                 raise _Stopped
     if total is not None and offset < total:
         raise _Passing("the connection broke off")
-
-
-def _drop(file: IO[bytes], state: Path) -> int:
-    """Empties a partial file before anything is said about new bytes: never old bytes under a new state."""
-    os.ftruncate(file.fileno(), 0)
-    state.unlink(missing_ok=True)
-    return 0
 
 
 def _blocks(response: Response) -> Iterator[bytes]:
@@ -421,8 +420,8 @@ def _blocks(response: Response) -> Iterator[bytes]:
         raise _Passing(f"the connection broke off ({_reason(error)})") from error
 
 
-def _accept(item: RemoteFile, response: Response, size: int | None) -> None:
-    """Refuses a response that is not the file although the server calls it a success."""
+def _length(item: RemoteFile, response: Response) -> int | None:
+    """Returns the size of the whole file, or refuses a response that is not the file although it is a success."""
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind in ("text/html", "application/xhtml+xml") and not item.name.endswith((".html", ".htm")):
         raise DataError(f"{item.name}: a web page came instead of the file: open {item.page} in a browser")
@@ -430,9 +429,19 @@ def _accept(item: RemoteFile, response: Response, size: int | None) -> None:
     # Some servers call the compression of the file itself a coding.
     if coding not in ("", "identity") and not item.name.endswith((".gz", ".tgz", ".xz", ".bz2", ".zip")):
         raise DataError(f"{item.name}: the server sends it compressed ({coding}) although it was asked not to")
+    framed = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+    text = response.headers.get("Content-Length", "")
+    if response.status_code == 206:
+        text, framed = response.headers.get("Content-Range", "").rpartition("/")[2], False
+    size = int(text) if text.isdecimal() and not framed else None
     if item.exact and None not in (size, item.size) and size != item.size:
         offer = f"the server offers {size} bytes, the card says {item.size}"
         raise DataError(f"{item.name}: {offer}: the published file has changed; see {item.page}")
+    size = item.size if size is None and item.exact else size
+    if size is None and not framed and item.digest is None and response.status_code == 200:
+        where = f"see {item.page}"
+        raise DataError(f"{item.name}: neither the server nor the card states a length or checksum; {where}")
+    return size
 
 
 @contextmanager
@@ -523,43 +532,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def bytes_text(count: int | None) -> str:
-    """Returns a size in decimal units; ``?`` for None."""
-    if count is None:
-        return "?"
-    size, unit = float(count), 0
-    while size >= 999.5 and unit < 4:
-        size, unit = size / 1000, unit + 1
-    return f"{count} B" if unit == 0 else f"{size:.3g} {' kMGT'[unit]}B"
+def _bytes(count: int | None) -> str:
+    return "?" if count is None else f"{tqdm.format_sizeof(count)}B"
 
 
-def archive_suffix(name: str) -> str | None:
-    """Returns the suffix by which a file is known as an archive; None for other files."""
-    return next((suffix for suffix in ARCHIVES if name.lower().endswith(suffix)), None)
-
-
-def _unpacking(item: RemoteFile) -> int:
+def _unpacked_size(item: RemoteFile) -> int:
     """Returns the bytes that an archive's contents may take; 0 where they are there."""
-    suffix = archive_suffix(item.name)
-    there = suffix is not None and item.path.with_name(item.path.name[: -len(suffix)]).exists()
-    return 0 if suffix is None or there else ARCHIVES[suffix] * ((item.there if item.whole else item.size) or 0)
+    if item.archive is None or item.unpacked.exists():
+        return 0
+    return ARCHIVES[item.archive] * ((item.there if item.whole else item.size) or 0)
 
 
-def unpack(archive: Path, digest: str) -> Path:
-    """Unpacks an archive into a folder of its name without suffix, whole or not at all, and returns that folder.
-
-    Args:
-        archive: tar, also compressed, or zip.
-        digest: checksum of the archive, remembered in the folder.
-
-    Raises:
-        DataError: a damaged archive, a name that leads outside the folder, a device, an encrypted file, or a folder of
-            that name that was not made from this archive.
-        OSError: a full disk; nothing is left.
-    """
-    target = archive.with_name(archive.name[: -len(archive_suffix(archive.name) or "")])
-    aside, marker = archive.with_name(f".{archive.name}.unpacking"), {"archive": archive.name, "digest": digest}
-    before = _read_json(target / ".unpacked.json")
+def _unpack(item: RemoteFile, digest: str) -> Path:
+    """Unpacks an archive into its folder, whole or not at all, and returns that folder."""
+    archive, target, aside = item.path, item.unpacked, item.beside(".{}.unpacking")
+    marker, before = {"archive": archive.name, "digest": digest}, _read_json(target / ".unpacked.json")
     if before == marker:
         return target
     if target.exists() and before.get("archive") != archive.name:

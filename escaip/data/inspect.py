@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from escaip.data.readers import PathLike, ReadReport, check_magnitudes, expand_paths, open_source
 from escaip.data.readers.policy import WINDOW
-from escaip.data.statistics import Statistics, fit_statistics
+from escaip.data.statistics import fit_statistics
 from escaip.data.store import MANIFEST, Store
 from escaip.errors import DataError
 from escaip.files import write_aside, write_json
@@ -28,8 +29,6 @@ _ENERGY_FLOOR = 0.5
 """eV/atom below which a residual is no outlier."""
 _FORCE_OUTLIER = 50.0
 """eV/Å, and at least twenty times the median."""
-
-
 MAX_STEP = 0.3
 """Å an atom may move between two structures for the trapezoid rule to mean anything."""
 MIN_WORK = 1e-3
@@ -46,13 +45,13 @@ class ForceWork:
     differ. Consecutive means: the same atoms, the same cell, no atom further than 0.3 Å, more than 1 meV of work.
     """
 
-    _ratios: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
     _last: AtomicData | None = None
 
     def add(self, data: AtomicData) -> None:
-        """Looks at the next structure of the stream."""
+        """Compares the next structure of the stream with the one before."""
         last, self._last = self._last, data
-        if last is None or last.num_nodes != data.num_nodes or len(self._ratios) >= MAX_PAIRS:
+        if last is None or last.num_nodes != data.num_nodes or len(self.ratios) >= MAX_PAIRS:
             return
         if not all(item.has_label("energy") and item.has_label("forces") for item in (last, data)):
             return
@@ -61,25 +60,19 @@ class ForceWork:
         step = (data.positions - last.positions).numpy()
         work = -0.5 * float((step * (data.forces + last.forces).numpy()).sum())
         if float(np.abs(step).max()) < MAX_STEP and abs(work) > MIN_WORK:
-            self._ratios.append(float(data.energy - last.energy) / work)
-
-    @property
-    def pairs(self) -> int:
-        """How many pairs of structures were compared."""
-        return len(self._ratios)
+            self.ratios.append(float(data.energy - last.energy) / work)
 
     @property
     def ratio(self) -> float | None:
         """Median ratio; None with fewer than 20 pairs, or when most pairs differ from it by more than half of it."""
-        if len(self._ratios) < MIN_PAIRS:
+        if len(self.ratios) < MIN_PAIRS:
             return None
-        ratios = np.array(self._ratios)
-        median = float(np.median(ratios))
-        agreeing = np.mean(np.abs(ratios - median) < 0.5 * abs(median))
+        median = float(np.median(self.ratios))
+        agreeing = np.mean(np.abs(np.array(self.ratios) - median) < 0.5 * abs(median))
         return median if agreeing > 0.5 else None
 
     def problem(self) -> str | None:
-        """What is wrong, or None."""
+        """Returns what is wrong, or None."""
         ratio = self.ratio
         if ratio is None or 0.5 < ratio < 2.0:
             return None
@@ -90,11 +83,7 @@ class ForceWork:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Summary of numbers.
-
-    Attributes:
-        minimum, median, mean, maximum, deviation: of the values, in their unit.
-    """
+    """Summary of numbers, in their unit."""
 
     minimum: float
     median: float
@@ -104,7 +93,8 @@ class Distribution:
 
     @classmethod
     def of(cls, values: NDArray[np.float64]) -> Distribution | None:
-        """None without values."""
+        """Returns the summary of the finite values; None without any."""
+        values = _finite(values)
         if len(values) == 0:
             return None
         return cls(*(float(f(values)) for f in (np.min, np.median, np.mean, np.max, np.std)))
@@ -112,26 +102,19 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect_structures`` found.
+    """Findings of ``inspect_structures``.
 
     Attributes:
-        num_structures: structures read.
-        num_skipped: structures that could not be read.
-        num_groups: molecules or materials.
-        num_periodic: structures with a periodic axis.
-        elements: structures in which each element occurs, by symbol.
-        labels: structures that carry each label.
-        charges: structures of each total charge.
+        num_structures, num_skipped, num_groups, num_periodic: counts; a periodic structure has a periodic axis.
+        elements, labels, charges: structures with each element (by symbol), label and total charge.
         natoms: atoms per structure.
-        energy: eV/atom, as given.
-        residual: eV/atom, after subtracting element references.
-        force: eV/Å, largest force of each structure.
-        stress: eV/Å³, largest component of each structure.
+        energy, residual: eV/atom, as given and after subtracting element references.
+        force, stress: largest force (eV/Å) and largest stress component (eV/Å³) of each structure.
         force_rms: eV/Å, over components of free atoms.
         force_work: energy change per work of the forces along trajectories; 1 when both agree.
         references: eV by symbol.
-        problems: implausible units and unreadable structures, one line each.
-        outliers: structures far from the rest, one line each.
+        problems, outliers: a line for each implausible unit or unreadable structure, and for each structure far from
+            the rest.
     """
 
     num_structures: int
@@ -141,7 +124,7 @@ class Inspection:
     elements: dict[str, int]
     labels: dict[str, int]
     charges: dict[int, int]
-    natoms: Distribution
+    natoms: Distribution | None
     energy: Distribution | None
     residual: Distribution | None
     force: Distribution | None
@@ -152,40 +135,31 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     outliers: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
     def table(self) -> str:
-        """Text for a terminal."""
+        """Returns the text for a terminal."""
+        listed = [", ".join(f"{name} {count}" for name, count in item.items()) for item in (self.labels, self.elements)]
         lines = [
             f"structures   {self.num_structures} ({self.num_periodic} periodic, {self.num_skipped} skipped)",
             f"groups       {self.num_groups}",
-            f"labels       {', '.join(f'{name} {count}' for name, count in self.labels.items())}",
-            f"elements     {', '.join(f'{name} {count}' for name, count in self.elements.items())}",
+            f"labels       {listed[0]}",
+            f"elements     {listed[1]}",
             f"charges      {', '.join(f'{charge:+d}: {count}' for charge, count in self.charges.items())}",
             "",
             f"{'':26}{'min':>12}{'median':>12}{'mean':>12}{'max':>12}{'std':>12}",
         ]
-        rows = (
-            ("atoms", self.natoms),
-            ("energy (eV/atom)", self.energy),
-            ("after references (eV/atom)", self.residual),
-            ("largest force (eV/Å)", self.force),
-            ("largest stress (eV/Å³)", self.stress),
-        )
-        for name, row in rows:
+        rows = {
+            "atoms": self.natoms, "energy (eV/atom)": self.energy, "after references (eV/atom)": self.residual,
+            "largest force (eV/Å)": self.force, "largest stress (eV/Å³)": self.stress,
+        }  # fmt: skip
+        for name, row in rows.items():
             if row is not None:
-                cells = (row.minimum, row.median, row.mean, row.maximum, row.deviation)
-                lines.append(f"{name:26}" + "".join(f"{value:12.5g}" for value in cells))
+                lines.append(f"{name:26}" + "".join(f"{value:12.5g}" for value in astuple(row)))
         if self.force_rms is not None:
             lines.append(f"force RMS over components of free atoms: {self.force_rms:.4g} eV/Å")
         if self.force_work is not None:
-            lines.append(
-                f"energy change per work of the forces along trajectories: {self.force_work:.4g} (1 when both agree)"
-            )
-        lines += [f"problem: {text}" for text in self.problems]
-        lines += [f"outlier: {text}" for text in self.outliers]
+            told = f"{self.force_work:.4g} (1 when both agree)"
+            lines.append(f"energy change per work of the forces along trajectories: {told}")
+        lines += [f"problem: {text}" for text in self.problems] + [f"outlier: {text}" for text in self.outliers]
         return "\n".join(lines)
 
 
@@ -194,11 +168,7 @@ class _Collector:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.natoms: list[int] = []
-        self.energy: list[float] = []
-        self.force: list[float] = []
-        self.stress: list[float] = []
-        self.composition: list[int] = []
+        self.rows: list[tuple[float, ...]] = []
         self.compositions: dict[bytes, int] = {}
         self.groups: set[str] = set()
         self.elements: Counter[int] = Counter()
@@ -206,39 +176,39 @@ class _Collector:
         self.num_periodic = 0
         self.force_work = ForceWork()
         self.problems: list[str] = []
-        self._window: list[AtomicData] = []
 
     def stream(self, structures: Iterable[AtomicData]) -> Iterable[AtomicData]:
-        for data in structures:
-            self._add(data)
-            yield data
-        self._check()
+        stream = iter(structures)
+        while window := list(islice(stream, WINDOW)):
+            try:
+                check_magnitudes(window)
+            except DataError as error:
+                self.problems = self.problems or [str(error)]
+            for data in window:
+                self._add(data)
+                yield data
 
     def _add(self, data: AtomicData) -> None:
-        numbers = data.atomic_numbers.numpy()
-        counts = np.bincount(numbers, minlength=119).astype("<i4")
+        counts = np.bincount(data.atomic_numbers.numpy(), minlength=119).astype("<i4")
+        kind = self.compositions.setdefault(counts.tobytes(), len(self.compositions))
+        force, stress = float(data.forces.norm(dim=1).max()), float(data.stress.abs().max())
         self.names.append(data.structure_id)
-        self.natoms.append(len(numbers))
-        self.energy.append(float(data.energy))
-        self.force.append(float(data.forces.norm(dim=1).max()))
-        self.stress.append(float(data.stress.abs().max()))
-        self.composition.append(self.compositions.setdefault(counts.tobytes(), len(self.compositions)))
+        self.rows.append((data.num_nodes, kind, float(data.energy), force, stress))
         self.groups.add(data.group)
         self.elements.update(np.flatnonzero(counts).tolist())
         self.charges[int(data.charge)] += 1
         self.num_periodic += bool(data.pbc.any())
         self.force_work.add(data)
-        self._window.append(data)
-        if len(self._window) == WINDOW:
-            self._check()
 
-    def _check(self) -> None:
-        try:
-            check_magnitudes(self._window)
-        except DataError as error:
-            if not self.problems:
-                self.problems.append(str(error))
-        self._window = []
+    def columns(self, references: Mapping[int, float]) -> dict[str, NDArray[np.float64]]:
+        """Returns numbers per structure: atoms, eV/atom as given and after references, eV/Å and eV/Å³."""
+        natoms, kinds, energy, force, stress = np.array(self.rows, dtype=np.float64).T
+        vector = np.zeros(119)
+        vector[list(references)] = list(references.values())
+        table = np.stack([np.frombuffer(key, dtype="<i4") for key in self.compositions])
+        per_atom = energy / natoms
+        residual = per_atom - (table @ vector)[kinds.astype(int)] / natoms
+        return {"natoms": natoms, "energy": per_atom, "residual": residual, "force": force, "stress": stress}
 
 
 def inspect(
@@ -275,7 +245,7 @@ def inspect(
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         plot_inspection(values, folder / "inspect.png")
-        write_json(folder / "inspect.json", inspection.to_dict())
+        write_json(folder / "inspect.json", asdict(inspection))
     return inspection
 
 
@@ -289,41 +259,33 @@ def inspect_structures(
         report: of the source, about structures that could not be read; looked at when the source is exhausted.
 
     Returns:
-        The findings, and per structure ``natoms``, ``residual``, ``force`` and ``stress`` for histograms.
+        The findings, and per structure ``natoms``, ``energy``, ``residual``, ``force`` and ``stress``.
 
     Raises:
         DataError: no structures.
     """
     from ase.data import chemical_symbols
 
-    collector = _Collector()
+    collector, report = _Collector(), report or ReadReport()
     statistics = fit_statistics(collector.stream(structures), require_energy=False)
-    natoms = np.array(collector.natoms, dtype=np.float64)
-    per_atom = np.array(collector.energy) / natoms
-    residual = per_atom - _reference_energies(collector, statistics) / natoms
-    force, stress = np.array(collector.force), np.array(collector.stress)
-    report = report or ReadReport()
+    values = collector.columns(statistics.element_references)
     problem = collector.force_work.problem()
     inspection = Inspection(
-        num_structures=len(natoms),
+        num_structures=len(collector.names),
         num_skipped=report.skipped,
         num_groups=len(collector.groups),
         num_periodic=collector.num_periodic,
         elements={chemical_symbols[z]: count for z, count in sorted(collector.elements.items())},
         labels=statistics.label_counts,
         charges=dict(sorted(collector.charges.items())),
-        natoms=_required(Distribution.of(natoms)),
-        energy=Distribution.of(_finite(per_atom)),
-        residual=Distribution.of(_finite(residual)),
-        force=Distribution.of(_finite(force)),
-        stress=Distribution.of(_finite(stress)),
+        **{key: Distribution.of(column) for key, column in values.items()},
         force_rms=None if np.isnan(statistics.force_rms) else statistics.force_rms,
         force_work=collector.force_work.ratio,
         references={chemical_symbols[z]: energy for z, energy in statistics.element_references.items()},
         problems=collector.problems + ([problem] if problem else []) + report.messages[:MAX_OUTLIERS],
-        outliers=_outliers(collector.names, residual, force),
+        outliers=_outliers(collector.names, values["residual"], values["force"]),
     )
-    return inspection, {"natoms": natoms, "residual": residual, "force": force, "stress": stress}
+    return inspection, values
 
 
 def plot_inspection(values: dict[str, NDArray[np.float64]], path: Path) -> None:
@@ -348,21 +310,11 @@ def plot_inspection(values: dict[str, NDArray[np.float64]], path: Path) -> None:
         if len(data) == 0:
             axis.text(0.5, 0.5, "none", ha="center", va="center", transform=axis.transAxes)
             continue
-        low, high = float(data.min()), float(data.max())
-        if logarithmic and high > 10 * low:
-            axis.hist(data, bins=list(np.geomspace(low, high, 60)))
-            axis.set_xscale("log")
-        else:
-            axis.hist(data, bins=60)
+        wide = logarithmic and data.max() > 10 * data.min()
+        axis.hist(data, bins=list(np.geomspace(data.min(), data.max(), 60)) if wide else 60)
+        axis.set_xscale("log" if wide else "linear")
     with write_aside(path) as aside:
         figure.savefig(aside, dpi=120)
-
-
-def _reference_energies(collector: _Collector, statistics: Statistics) -> NDArray[np.float64]:
-    vector = np.zeros(119)
-    vector[list(statistics.element_references)] = list(statistics.element_references.values())
-    table = np.stack([np.frombuffer(key, dtype="<i4") for key in collector.compositions])
-    return np.asarray((table @ vector)[collector.composition])
 
 
 def _outliers(names: list[str], residual: NDArray[np.float64], force: NDArray[np.float64]) -> list[str]:
@@ -385,9 +337,3 @@ def _outliers(names: list[str], residual: NDArray[np.float64], force: NDArray[np
 
 def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[np.isfinite(values)]
-
-
-def _required(value: Distribution | None) -> Distribution:
-    if value is None:
-        raise DataError("0 structures; check the file, index, subset and filters")
-    return value

@@ -100,11 +100,7 @@ class WorkItem:
     split: int
 
     def make(self, reading: Reading, dtype: str, shard_atoms: int) -> None:
-        """Reads the part into a folder aside and gives it its name.
-
-        Raises:
-            DataError: unreadable data, a bad structure, a full disk.
-        """
+        """Reads the part into a folder aside and gives it its name."""
         messages: list[str] = []
         report = ReadReport(log=messages.append)
         aside = self.folder.with_name(f"{_MAKING}{self.folder.name}-{os.getpid()}")

@@ -103,9 +103,6 @@ def assign_parts(
         counts: ``(num_groups,)`` structures in each.
         settings: sizes.
         seed: of the hash.
-
-    Raises:
-        DataError: no structures, or too few groups for the sets asked for.
     """
     count = int(counts.sum()) if len(names) else 0
     if count == 0:
@@ -154,9 +151,6 @@ def parse_train_size(value: Any, *, mixed: bool = False) -> TrainSize | None:
     Args:
         value: as configured.
         mixed: whether it is for several sets by name.
-
-    Raises:
-        ConfigError: neither a fraction nor a whole number, or a number for a mixture.
     """
     if value is None:
         return None

@@ -68,11 +68,7 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
-        """Returns the statistics that ``to_dict`` described.
-
-        Raises:
-            DataError: unknown or missing entries.
-        """
+        """Returns the statistics that ``to_dict`` described."""
         entries = dict(values)
         try:
             entries["element_references"] = {int(z): float(e) for z, e in entries["element_references"].items()}

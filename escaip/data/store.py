@@ -68,7 +68,6 @@ FIELDS = {
     "tags": ("<i4", "i8"),
 }
 """Stored dtype and dtype in memory of the fields besides targets."""
-MOMENTS = "magnetic_moments"
 DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U64": "<u8", "U8": "u1", "BOOL": "?"}
 
 
@@ -168,11 +167,7 @@ class Store:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> AtomicData:
-        """Returns the structure at ``index``, its tensors copied out of the file.
-
-        Raises:
-            IndexError: outside the store.
-        """
+        """Returns the structure at ``index``, its tensors copied out of the file."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: index {index} outside 0..{len(self) - 1}")
         index %= len(self)
@@ -184,8 +179,6 @@ class Store:
             key: torch.from_numpy(_values(arrays, key, atoms if per_atom else own).astype(dtype))
             for key, per_atom, dtype in _table(tuple(TARGETS))
         }
-        if MOMENTS in arrays and not np.isnan(arrays[MOMENTS][start:stop]).any():
-            fields[MOMENTS] = torch.from_numpy(arrays[MOMENTS][start:stop].astype("f8"))
         fields["dataset"] = torch.tensor([-1])
         fields["structure_id"] = read_text(arrays, "id", local)
         fields["group"] = read_text(self.index, "group", int(self.index["group_codes"][index]))

@@ -25,7 +25,6 @@ from escaip.data.store import (
     FIELDS,
     INDEX,
     MANIFEST,
-    MOMENTS,
     SCHEMA_VERSION,
     Arrays,
     composition_key,
@@ -123,9 +122,6 @@ def _pack_structures(structures: Sequence[AtomicData], precision: str) -> Arrays
             # float32 halves forces and stress, but never energies, whose differences matter.
             single = precision == "float32" and key != "energy"
             arrays[key] = np.concatenate(values).astype("<f4" if single else "<f8")
-    if any(MOMENTS in data._store for data in structures):
-        moments = [_value(data, MOMENTS, (data.num_nodes,)) for data in structures]
-        arrays[MOMENTS] = np.concatenate(moments).astype("<f4")
     return {**arrays, **pack_text("id", [data.structure_id for data in structures])}
 
 
@@ -290,9 +286,6 @@ def assemble(
         source: description of the structures.
         split: returns names of splits and the code of each structure, from an index; by default there is one, ``all``.
         **facts: further entries of the manifest, plain JSON values.
-
-    Raises:
-        DataError: no structures.
     """
     target.mkdir(exist_ok=True)
     contents = [(folder, (read_part(folder) or {"shards": []})["shards"]) for folder in parts]
@@ -359,11 +352,7 @@ def publish(folder: Path, path: Path) -> None:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Refuses a path where something is that must stay.
-
-    Raises:
-        DataError: something is there already, and is not to be overwritten or is no store.
-    """
+    """Refuses a path where something is that must stay."""
     if path.exists() and not overwrite:
         raise DataError(f"{path}: exists already; choose another name or allow overwriting")
     if path.exists() and not (path / MANIFEST).is_file():
@@ -447,10 +436,6 @@ class StoreWriter:
         return len(self._writer)
 
     def write(self, data: AtomicData) -> None:
-        """Adds one structure.
-
-        Raises:
-            DataError: the disk is full, or files cannot be written.
-        """
+        """Adds one structure."""
         with disk_errors(self.path):
             self._writer.write(data)

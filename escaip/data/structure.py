@@ -120,7 +120,6 @@ class AtomicData(Data):
         structure_id: unique name, for messages.
         group: key of what must not be split (molecule, material).
         num_nodes: ``n``.
-        magnetic_moments: optional ``(n,)`` float64 μB, kept through stores and conversions; batches leave them out.
         edge_index: optional ``(2, E)`` int64 candidate pairs (center, neighbor).
         edge_shift: optional ``(E, 3)`` int64 cell translations of the neighbor.
         edge_cutoff: optional ``(1,)`` float64 Å up to which the pairs are complete.
@@ -144,7 +143,6 @@ class AtomicData(Data):
         spin_multiplicity: int = 1,
         fixed: ArrayLike | None = None,
         tags: ArrayLike | None = None,
-        magnetic_moments: ArrayLike | None = None,
         structure_id: str = "",
         group: str = "",
         units: Units = _NO_UNITS,
@@ -192,9 +190,6 @@ class AtomicData(Data):
             "group": group,
             "num_nodes": n,
         }
-        if magnetic_moments is not None:
-            moments = _numbers(magnetic_moments, "magnetic moments", name)
-            fields["magnetic_moments"] = torch.from_numpy(_finite(moments, (n,), "magnetic moments", name))
         return cls.from_fields(fields)
 
     @classmethod
@@ -255,7 +250,6 @@ class AtomicData(Data):
             spin_multiplicity=spin,
             fixed=_fixed_atoms(atoms),
             tags=atoms.arrays.get("tags"),
-            magnetic_moments=results.get("magmoms"),
             structure_id=name,
             group=group,
             units=units,
@@ -298,8 +292,6 @@ class AtomicData(Data):
             elif len(target.shape) > 1:
                 value = value.reshape(len(value), -1)  # extxyz has no columns of matrices
             place[name] = value[VOIGT] if name == "stress" else value
-        if "magnetic_moments" in self:
-            results["magmoms"] = self.magnetic_moments.numpy().copy()
         if results:
             atoms.calc = SinglePointCalculator(atoms, **results)
         return atoms
@@ -397,11 +389,7 @@ def _collate_edges(structures: Sequence[AtomicData], batch: Batch) -> None:
 
 
 def stress_matrix(stress: ArrayLike | None, name: str) -> NDArray[np.float64] | None:
-    """Returns ``(3, 3)`` from ``(3, 3)``, ``(9,)`` or Voigt ``(6,)``, symmetrised: codes write rounded numbers.
-
-    Raises:
-        DataError: another shape, or a tensor that is not symmetric to 1 %.
-    """
+    """Returns ``(3, 3)`` from ``(3, 3)``, ``(9,)`` or Voigt ``(6,)``, symmetrised: codes write rounded numbers."""
     if stress is None:
         return None
     array = _numbers(stress, "stress", name)
@@ -425,9 +413,6 @@ def stress_from_virial(virial: ArrayLike, cell: ArrayLike | None, units: Units, 
         cell: ``(3, 3)`` in the source's unit of length, or None.
         units: of the source.
         name: what messages call the structure.
-
-    Raises:
-        DataError: no cell volume, or something else than numbers.
     """
     volume = 0.0 if cell is None else abs(float(np.linalg.det(np.asarray(cell))))
     if volume == 0.0:
@@ -437,11 +422,7 @@ def stress_from_virial(virial: ArrayLike, cell: ArrayLike | None, units: Units, 
 
 
 def integer(value: Any, what: str, name: str) -> int:
-    """Returns ``value`` as an integer.
-
-    Raises:
-        DataError: it is not one.
-    """
+    """Returns ``value`` as an integer."""
     if type(value) is int:
         return value
     try:

@@ -155,7 +155,7 @@ def test_faults_of_servers_never_give_a_wrong_file(
     for page in (first, second):
         server.pages["/f"] = Page(**{**vars(page), "cuts": [*page.cuts]})
         if page is first:
-            with pytest.raises(DataError, match=r"broke off.* kB are kept: run the same command again"):
+            with pytest.raises(DataError, match=r"broke off.*kB are kept: run the same command again"):
                 get(ONCE, md5=md5)
             assert names(target.parent) == ["f.bin.part", "f.bin.part.json"]
     get(md5=md5)
@@ -472,10 +472,10 @@ def test_dry_run(server: FileServer, card: Card, entry: Entry, tmp_path: Path) -
     )
     report = download(made, root=tmp_path, dry_run=True)
     rows = [line.split() for line in report.splitlines()]
-    assert rows[1] == ["whole.bin", "train", "657", "kB", "whole"]
-    assert rows[2] == ["begun.bin", "-", "about", "3", "MB", "1", "kB"]
+    assert rows[1] == ["whole.bin", "train", "657kB", "whole"]
+    assert rows[2] == ["begun.bin", "-", "about", "3.00MB", "1.00kB"]
     assert rows[3] == ["unknown.bin", "-", "?", "-"]
-    assert "needed 3 MB and 1 files of unknown size" in report
+    assert "needed 3.00MB and 1 files of unknown size" in report
     assert server.asked == []
     assert names(folder) == ["begun.bin.part", "whole.bin"]
 
@@ -490,11 +490,11 @@ def test_a_disk_too_small_is_refused_before_anything(
 ) -> None:
     server.pages["/f"] = Page(CONTENT, cuts=[2 * BLOCK])
     monkeypatch.setattr(shutil, "disk_usage", usage(SIZE - 1))
-    with pytest.raises(DataError, match=r"657 kB are needed and 657 kB are free.*--root"):
+    with pytest.raises(DataError, match=r"657kB are needed and 657kB are free.*--root"):
         get(size=SIZE)
     assert server.asked == []
-    assert "1 B too little" in get({"dry_run": True}, size=SIZE)
-    with pytest.raises(DataError, match=r"f.bin: the disk is full \(657 kB are needed"):  # known once the file comes
+    assert "1.00B too little" in get({"dry_run": True}, size=SIZE)
+    with pytest.raises(DataError, match=r"f.bin: the disk is full \(657kB are needed"):  # known once the file comes
         get()
     server.pages["/f"].cuts = [2 * BLOCK]
     monkeypatch.setattr(shutil, "disk_usage", usage(SIZE))
@@ -505,8 +505,8 @@ def test_a_disk_too_small_is_refused_before_anything(
     assert_only(target)
     monkeypatch.setattr(shutil, "disk_usage", usage(2 * SIZE))
     more = {"extract": True, "dry_run": True}
-    assert "needed 1.31 MB" in get(more, name="f.tar", size=SIZE)
-    assert "needed 2.63 MB" in get(more, name="f.tar.gz", size=SIZE)
+    assert "needed 1.31MB" in get(more, name="f.tar", size=SIZE)
+    assert "needed 2.63MB" in get(more, name="f.tar.gz", size=SIZE)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -46,6 +46,7 @@ def assert_equal_to_ase(path: Path, index: str = ":", **options: object) -> None
         "materials/mptrj_random.extxyz",
         "materials/mvl_Li_train.extxyz.gz",
         "catalysts/oc20_dft_traj/random1000100.traj",
+        "catalysts/w_be_surfaces.extxyz.gz",
         "native_formats/ase_db_genuine/10_mptraj_systems.db",
     ],
 )

@@ -1,23 +1,20 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ase.build
 import lmdb
 import numpy as np
 import pytest
-from ase.calculators.emt import EMT
 from ase.io.jsonio import decode
 
-from escaip.data import AtomicData, open_source
+from escaip.data import AtomicData
 from escaip.data.convert import write_aselmdb
 from escaip.data.readers import aselmdb
-from escaip.data.readers.aselmdb import READER, divide, list_aselmdb_files, matches, read_aselmdb, read_metadata
+from escaip.data.readers.aselmdb import divide, list_aselmdb_files, matches, read_aselmdb
 from escaip.data.readers.policy import ReadPolicy, ReadReport
 from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
@@ -107,50 +104,6 @@ def test_rows_equal_those_of_ase(shared_data: Callable[[str], Path], tmp_path: P
 def rewritten(source: Path, path: Path) -> Path:
     write_aselmdb(path, read(source))
     return path
-
-
-def test_stress_of_the_sample_is_the_derivative_of_its_energy() -> None:
-    path = dataset_card("omat24").path / "sample.aselmdb"
-    for data in read(path)[::20]:
-        atoms = data.to_ase()
-        expected = data.stress[0].numpy()[VOIGT]
-        atoms.calc = EMT()
-        assert np.allclose(atoms.get_stress(), expected, atol=1e-6)
-        cell = atoms.cell.array.copy()
-        energies = []
-        for strain in (1e-4, -1e-4):
-            atoms.set_cell(cell * (1 + strain), scale_atoms=True)
-            energies.append(atoms.get_potential_energy())
-        pressure = (energies[0] - energies[1]) / (6e-4 * abs(np.linalg.det(cell)))
-        assert pressure == pytest.approx(np.trace(data.stress[0].numpy()) / 3, rel=1e-3, abs=1e-5)
-
-
-@pytest.mark.parametrize("name", ["omat24", "omol25"])
-def test_sample_is_that_of_the_manifest(name: str) -> None:
-    card = dataset_card(name)
-    manifest = card.manifest["sample"]
-    path = card.path / manifest["file"]
-    content = path.read_bytes()
-    assert hashlib.sha256(content).hexdigest() == manifest["sha256"]
-    assert len(content) == manifest["size"] < 600_000
-    found = read(path, ReadPolicy(required=("energy", "forces")))
-    assert len(found) == manifest["num_structures"]
-    key = {"omat24": "parent_id", "omol25": "source"}[name]
-    assert len({data.group for data in read(path, keys=LabelKeys.parse({"group": key}))}) == manifest["num_groups"]
-    numbers = sorted({int(z) for data in found for z in data.atomic_numbers})
-    assert [ase.data.chemical_symbols[z] for z in numbers] == manifest["elements"]
-    assert "NOT" in read_metadata(path)["level_of_theory"]
-    assert card.manifest["dataset"]["format"] == READER.name
-
-
-def test_omol25_sample_is_our_spice_sample() -> None:
-    spice = {tuple(data.forces.numpy().round(8).ravel()): data for data in open_source("dataset:spice/sample.hdf5")}
-    found = read(dataset_card("omol25").path / "sample.aselmdb")
-    for data in found:
-        origin = spice[tuple(data.forces.numpy().ravel())]
-        assert float(data.energy) == float(origin.energy)
-        assert (int(data.charge), int(data.spin_multiplicity)) == (int(origin.charge), 1)
-    assert {int(data.charge) for data in found} == {-1, 0, 1}
 
 
 def test_charge_and_spin_of_data_and_pairs(tmp_path: Path) -> None:

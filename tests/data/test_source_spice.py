@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from escaip.data.readers import ReadReport, open_source
 from escaip.data.readers.policy import ReadPolicy
 from escaip.data.readers.spice import READER, divide, read_spice, smiles_charge
 from escaip.errors import ConfigError, DataError
-from escaip.files import dataset_card
 
 WATER = "[O:1]([H:2])[H:3]"
 
@@ -276,28 +274,6 @@ def test_a_shape_without_numbers_and_damaged_numbers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="water:0: 'conformations' cannot be read") as caught:
         list(open_source(path))
     assert "\n" not in str(caught.value)
-
-
-def test_mace_off_sample() -> None:
-    """The card's keys read the sample, which is that of the manifest and says what our SPICE sample says."""
-    card = dataset_card("mace_off")
-    manifest, about = card.manifest["sample"], card.manifest["dataset"]
-    content = (card.path / manifest["file"]).read_bytes()
-    assert hashlib.sha256(content).hexdigest() == manifest["sha256"]
-    assert len(content) == manifest["size"]
-    path = f"dataset:mace_off/{manifest['file']}"
-    found = list(open_source(path, format=about["format"], keys=about["keys"], required_labels=("energy", "forces")))
-    assert len(found) == manifest["num_structures"]
-    assert len({data.group for data in found}) == manifest["num_groups"]
-    numbers = sorted({int(z) for data in found for z in data.atomic_numbers})
-    assert [ase.data.chemical_symbols[z] for z in numbers] == manifest["elements"]
-    assert set(manifest["elements"]) <= set(about["elements"])
-    spice = {round(float(data.energy), 6): data for data in open_source("dataset:spice/sample.hdf5")}
-    for data in found:
-        origin = spice[round(float(data.energy), 6)]
-        assert np.allclose(data.positions.numpy(), origin.positions.numpy(), atol=1e-7)
-        assert np.allclose(data.forces.numpy(), origin.forces.numpy(), atol=1e-7)
-        assert int(data.charge) == int(origin.charge) == 0
 
 
 @pytest.mark.bad_input

@@ -272,17 +272,3 @@ def test_batches_of_a_store_are_those_of_its_structures(
     for mine, other in zip(a.to_data_list(), b.to_data_list(), strict=True):
         assert torch.allclose(mine.positions, other.positions, atol=1e-13)
         assert mine.num_nodes == other.num_nodes
-
-
-def test_magnetic_moments_are_kept(structures: list[AtomicData], tmp_path: Path) -> None:
-    atoms = structures[55].to_ase()
-    moments = np.linspace(-2.0, 3.0, len(atoms))
-    atoms.calc.results["magmoms"] = moments
-    structures[55] = AtomicData.from_ase(atoms, structure_id="made:55", group=structures[55].group)
-    store = write(tmp_path / "s", structures)
-    assert np.allclose(store[55].magnetic_moments.numpy(), moments, atol=1e-6)
-    assert np.allclose(store[55].to_ase().get_magnetic_moments(), moments, atol=1e-6)
-    assert "magnetic_moments" not in store[54]
-    batch = collate([store[54], store[55]])  # one with, one without
-    assert "magnetic_moments" not in batch
-    assert len(AtomicDataset(store).batch([54, 55])) == 2

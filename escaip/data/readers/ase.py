@@ -107,11 +107,7 @@ def matches(path: Path, head: bytes) -> bool:
 
 
 def divide(path: Path, size: int) -> list[Part]:
-    """Ranges of frames of a plain (ext)xyz file, or of row ids of a database; other files are read whole.
-
-    Raises:
-        DataError: a damaged file.
-    """
+    """Ranges of frames of a plain (ext)xyz file, or of row ids of a database; other files are read whole."""
     if path.suffix == DATABASE:
         with _open_database(path) as database:
             ids = [row.id for row in database.select(columns=["id"], include_data=False)]
@@ -125,11 +121,7 @@ def divide(path: Path, size: int) -> list[Part]:
 
 
 def xyz_frames(file: Lines) -> Iterator[str]:
-    """Yields the text of each frame: number of atoms, comment, atoms, and cell vectors where they follow.
-
-    Raises:
-        ValueError: no number of atoms, a truncated frame, or a blank line between frames.
-    """
+    """Yields the text of each frame: number of atoms, comment, atoms, and cell vectors where they follow."""
     line = file.readline()
     while line.strip():
         count = int(line)

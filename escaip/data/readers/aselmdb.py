@@ -72,11 +72,7 @@ def read_aselmdb(
 
 
 def divide(path: Path, size: int) -> list[Part]:
-    """Ranges of row ids with ``size`` rows.
-
-    Raises:
-        DataError: no LMDB file, or a damaged one.
-    """
+    """Ranges of row ids with ``size`` rows."""
     with open_environment(path) as environment:
         stop, deleted = _ids(environment, path)
     if not deleted:
@@ -96,22 +92,14 @@ def matches(path: Path, head: bytes) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Returns the metadata of a file, as ASE keeps it; empty where there is none.
-
-    Raises:
-        DataError: no LMDB file, or a damaged one.
-    """
+    """Returns the metadata of a file, as ASE keeps it; empty where there is none."""
     with open_environment(path) as environment, environment.begin() as transaction:
         value = transaction.get(b"metadata")
         return {} if value is None else _mapping(decode_json(value, f"{path}: metadata"), "metadata", str(path))
 
 
 def decode_json(value: bytes | memoryview, name: str) -> Any:
-    """Returns the content of zlib-compressed JSON; NaN and Infinity count as numbers, since ASE writes them.
-
-    Raises:
-        DataError: truncated, larger than ``MAX_BYTES``, or no JSON.
-    """
+    """Returns the content of zlib-compressed JSON; NaN and Infinity count as numbers, since ASE writes them."""
     stream = zlib.decompressobj()
     try:
         text = stream.decompress(value, MAX_BYTES)

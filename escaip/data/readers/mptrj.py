@@ -15,8 +15,9 @@ from typing import Any
 from escaip.data.readers.ase import one_line
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
 from escaip.data.readers.pymatgen import floats, parse_structure
-from escaip.data.structure import AtomicData
+from escaip.data.structure import LABELS, AtomicData
 from escaip.errors import ConfigError, DataError
+from escaip.types import TARGETS
 from escaip.units import KBAR, Units
 
 ENERGIES = {"uncorrected": "uncorrected_total_energy", "corrected": "corrected_total_energy"}
@@ -46,8 +47,8 @@ def read_mptrj(
 ) -> Iterator[AtomicData]:
     """Yields the frames of every material; ids are ``name:material:frame``, groups are materials.
 
-    Stress is turned from kbar in VASP's sign (positive in compression) into eV/Å³, positive in tension. Band gaps are
-    not read.
+    Stress is turned from kbar in VASP's sign (positive in compression) into eV/Å³, positive in tension. Further targets
+    (``magmom``) are read where they are registered under the name that a frame gives them.
 
     Args:
         path: JSON file.
@@ -185,7 +186,7 @@ def _structure_of(frame: dict[str, Any], structure_id: str, material: str, energ
         energy=frame[energy_key],
         forces=frame.get("force"),
         stress=None if stress is None else -floats(stress, (3, 3), "stress", structure_id),
-        magnetic_moments=frame.get("magmom"),
+        labels={key: frame.get(key) for key in TARGETS if key not in LABELS},
         structure_id=structure_id,
         group=material,
         units=units,

@@ -104,11 +104,7 @@ def read_pyg(
 
 
 def divide(path: Path, size: int) -> list[Part]:
-    """Ranges of ``size`` records.
-
-    Raises:
-        DataError: no LMDB file, or a damaged one.
-    """
+    """Ranges of ``size`` records."""
     with open_environment(path) as environment:
         count = count_records(environment, path)
     return [(start, min(start + size, count)) for start in range(0, count, size)]
@@ -136,11 +132,7 @@ def matches_pyg(path: Path, head: bytes) -> bool:
 
 @contextmanager
 def open_environment(path: Path) -> Iterator[lmdb.Environment]:
-    """Opens the LMDB environment of a file, read-only and without locks; shared by its readers in this process.
-
-    Raises:
-        DataError: no LMDB file, or one that is shorter than it says.
-    """
+    """Opens the LMDB environment of a file, read-only and without locks; shared by its readers in this process."""
     import lmdb
 
     try:
@@ -169,11 +161,7 @@ def open_environment(path: Path) -> Iterator[lmdb.Environment]:
 
 
 def count_records(environment: lmdb.Environment, path: Path) -> int:
-    """Returns the number of records of a file.
-
-    Raises:
-        DataError: none, another layout, or another number than its ``length``.
-    """
+    """Returns the number of records of a file."""
     entries = int(environment.stat()["entries"])
     with environment.begin() as transaction:
         if transaction.get(b"nextid") is not None:

@@ -37,11 +37,7 @@ MIN_WINDOW = 8
 
 
 def check_energy_option(path: Path, energy: str | None) -> None:
-    """Refuses anything but a statement.
-
-    Raises:
-        ConfigError: none, or another word than ``adsorption`` and ``total``.
-    """
+    """Refuses anything but a statement."""
     if energy is None:
         raise ConfigError(
             f"{path}: does not say whether its energies are adsorption or total energies; state energy: adsorption, "
@@ -67,11 +63,7 @@ class EnergyCheck:
     _judged: bool = False
 
     def windows(self, stream: Iterator[AtomicData]) -> Iterator[AtomicData]:
-        """Yields the same structures.
-
-        Raises:
-            DataError: energies of a window that are not what they are said to be.
-        """
+        """Yields the same structures."""
         while window := list(itertools.islice(stream, WINDOW)):
             self._judge()
             yield from window
@@ -117,10 +109,6 @@ class OcpFile:
             energy: ``"adsorption"`` or ``"total"``, the energies **of the file**; None where it need not be said.
             is2re: ``"initial"`` or ``"relaxed"``, the geometry taken of a record of a whole relaxation.
             reference: pickle of energies in eV by system, added to adsorption energies to make them total.
-
-        Raises:
-            ConfigError: an unknown value, or a reference without ``energy: adsorption``.
-            DataError: a reference that cannot be read.
         """
         if energy is not None:
             check_energy_option(path, energy)
@@ -158,10 +146,6 @@ class OcpFile:
                 ``y_relaxed`` and ``pos_relaxed`` in records of relaxations; further targets under their names. Others
                 are ignored, neighbor lists among them.
             key: of the record in its file.
-
-        Raises:
-            DataError: an unknown layout, values that do not fit together, an invalid structure.
-            ConfigError: something that has to be stated, and is not.
         """
         place = f"{self.name}: record {key}"
         if "pos" not in record or "atomic_numbers" not in record:
@@ -251,11 +235,7 @@ def listed(record: Mapping[str, Any]) -> str:
 
 
 def load_reference(path: Path) -> Mapping[Any, Any]:
-    """Reads reference energies in eV by system from a pickle such as ``oc20_ref.pkl``.
-
-    Raises:
-        DataError: an unreadable file, or no mapping.
-    """
+    """Reads reference energies in eV by system from a pickle such as ``oc20_ref.pkl``."""
     try:
         stat = path.stat()
         return _load_reference(path, stat.st_mtime_ns, stat.st_size)

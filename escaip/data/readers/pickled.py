@@ -172,11 +172,7 @@ def _one_line(where: str, what: str) -> Iterator[None]:
 
 
 def attributes(record: Any, where: str) -> dict[str, Any]:
-    """Returns the attributes of a record of either generation, or of a plain dict, without those that are None.
-
-    Raises:
-        DataError: the value is no record.
-    """
+    """Returns the attributes of a record of either generation, or of a plain dict, without those that are None."""
     kept = record.state if isinstance(record, PickledObject) else record
     if type(kept) is dict and isinstance(kept.get("_store"), PickledObject):
         kept = kept["_store"].state.get("_mapping")

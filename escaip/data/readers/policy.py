@@ -151,11 +151,7 @@ class ReadPolicy:
             raise ConfigError(f"max_force: {self.max_force} is not a positive number of eV/Å")
 
     def admit(self, records: Iterable[Record]) -> Iterator[AtomicData]:
-        """Builds structures and yields those that are taken; the others are counted.
-
-        Raises:
-            DataError: a bad structure under ``on_error: raise``.
-        """
+        """Builds structures and yields those that are taken; the others are counted."""
         try:
             for record in records:
                 data = self._built(record)
@@ -198,11 +194,7 @@ def largest_force(data: AtomicData) -> float:
 
 
 def checked(stream: Iterator[AtomicData]) -> Iterator[AtomicData]:
-    """Yields the same structures after a look at windows of them; nothing of a refused window gets through.
-
-    Raises:
-        DataError: magnitudes that are those of another unit.
-    """
+    """Yields the same structures after a look at windows of them; nothing of a refused window gets through."""
     while window := list(itertools.islice(stream, WINDOW)):
         check_magnitudes(window)
         yield from window
@@ -218,11 +210,7 @@ def energy_bound(numbers: NDArray[np.int64]) -> float:
 
 
 def check_magnitudes(structures: Sequence[AtomicData]) -> None:
-    """Refuses a window of structures whose magnitudes are those of another unit.
-
-    Raises:
-        DataError: naming the label, the first structure, the unit it looks like and how to state it.
-    """
+    """Refuses a window of structures whose magnitudes are those of another unit."""
     if not structures:
         return
     _check_lengths(structures)

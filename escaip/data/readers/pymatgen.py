@@ -151,11 +151,7 @@ def _built(
 def parse_structure(
     structure: Mapping[str, Any], name: str
 ) -> tuple[NDArray[np.int64], FloatArray, FloatArray, tuple[bool, bool, bool]]:
-    """Returns atomic numbers, positions in Å, cell and periodicity of a pymatgen structure in JSON.
-
-    Raises:
-        DataError: no ordered structure, or Cartesian coordinates that disagree with the fractional ones.
-    """
+    """Returns atomic numbers, positions in Å, cell and periodicity of a pymatgen structure in JSON."""
     lattice, sites = structure.get("lattice"), structure.get("sites")
     if not isinstance(lattice, dict) or not isinstance(sites, list) or not sites:
         raise DataError(f"{name}: is no pymatgen structure (needs lattice and sites)")
@@ -179,11 +175,7 @@ def parse_structure(
 
 
 def atomic_numbers_of(sites: list[dict[str, Any]], name: str) -> NDArray[np.int64]:
-    """Returns ``(n,)`` atomic numbers of ordered sites in JSON.
-
-    Raises:
-        DataError: a site without species, with several of them, or with something that is no element.
-    """
+    """Returns ``(n,)`` atomic numbers of ordered sites in JSON."""
     from ase.data import atomic_numbers
 
     numbers = []

@@ -81,11 +81,7 @@ def read_spice(
 
 
 def divide(path: Path, size: int) -> list[Part]:
-    """Ranges of molecules with about ``size`` conformations together.
-
-    Raises:
-        DataError: a file that is no HDF5, or of another layout.
-    """
+    """Ranges of molecules with about ``size`` conformations together."""
     parts: list[Part] = []
     start, held = 0, 0
     with _opened(path) as file:
@@ -105,9 +101,6 @@ def smiles_charge(smiles: str, numbers: NDArray[np.int64] | None = None) -> int:
     Args:
         smiles: for example ``[N+:1]([H:2])([H:3])([H:4])[H:5]``.
         numbers: ``(n,)`` atomic numbers; when every atom is mapped, map number ``i`` must be atom ``i − 1``.
-
-    Raises:
-        DataError: a bracket that is no atom, other text that is no SMILES, or atoms that contradict ``numbers``.
     """
     from ase.data import atomic_numbers as number_of
 

@@ -52,11 +52,7 @@ def _records(path: Path, name: str, policy: ReadPolicy, keys: LabelKeys, part: P
 
 
 def divide(path: Path, size: int) -> list[Part]:
-    """Ranges of members with about ``size`` frames together, judged by the frames per byte of a few members.
-
-    Raises:
-        DataError: no zip, or no xyz member in it.
-    """
+    """Ranges of members with about ``size`` frames together, judged by the frames per byte of a few members."""
     with _opened(path) as archive:
         members = _members(archive, path)
         sampled = members[:: max(len(members) // _SAMPLED, 1)]
