@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import markdown_table, provenance, write_json
+from coordinates import check_coordinates
 from lightning.pytorch import Callback
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,7 +36,6 @@ from matplotlib.figure import Figure
 
 from escaip import EScAIPConfig, Potential
 from escaip.errors import ConfigError, TrainingError
-from escaip.scaling.coordinates import check_coordinates
 from escaip.train.cli import TrainingCLI, build
 
 RESULT = Path(__file__).parent / "results" / "mup.json"

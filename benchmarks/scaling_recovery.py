@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from common import markdown_table, provenance, write_json
 
-from escaip.scaling.laws import FitSettings, fit_law, lack_of_fit
+from escaip.scaling.laws import FitSettings, fit_law
 
 RESULT = Path(__file__).parent / "results" / "scaling_recovery.json"
 # Truth: E, N term at a million parameters, α, D term at ten thousand structures, β; losses like force errors in eV/Å.
@@ -93,7 +93,8 @@ def plateau(kind: str, case: tuple[list[Any], Any, dict[str, float]], noise: flo
     flags = []
     for repeat in range(repeats):
         rng = np.random.default_rng([repeat, 8])
-        flags.append(lack_of_fit(kind, inputs, stopped * np.exp(noise * rng.standard_normal(len(exact)))).flagged)
+        losses = stopped * np.exp(noise * rng.standard_normal(len(exact)))
+        flags.append(fit_law(kind, inputs, losses, FitSettings(bootstrap=50)).lack_of_fit.flagged)
     return {"flagged": float(np.mean(flags))}
 
 

@@ -1,4 +1,4 @@
-"""Everything that the records of a study allow to be fitted: laws, IsoFLOP parabolas, and differences of variants."""
+"""Fits of all that the records of a study allow: laws, IsoFLOP parabolas, and differences of variants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from escaip.errors import DataError
-from escaip.scaling.laws import Array, Cells, FitSettings, Interval, LawFit, fit_law, leave_largest_out
+from escaip.scaling.laws import Array, Cells, FitSettings, Interval, LawFit, fit_law
 from escaip.scaling.study import Record, read_records, variants
 
 BINS_PER_DECADE = 3
@@ -49,7 +49,7 @@ class Parabola:
         num_runs: number of runs.
         sizes: lowest and highest N.
         N, D, loss: values at the minimum; None where it does not lie inside the sizes.
-        coefficients: ``(c, b, a)`` in ``u − mean u``.
+        coefficients: ``(c, b, a)`` in ``u − center``.
         center: mean of u.
         text: the result in words.
     """
@@ -166,11 +166,9 @@ def _parabola(
     minima[1] = np.polyval(np.polyfit(u - center, np.log(d), 1), minima[0] - center)
     depth = constant - slope**2 / (4 * curvature)
     flops, sizes = float(np.exp(np.log(c).mean())), (float(n.min()), float(n.max()))
-    best_n, best_d, best_loss = None, None, None
+    at: tuple[Interval | None, ...] = (None, None, None)
     if u.min() < minima[0, 0] < u.max():
-        best_n, best_d, best_loss = (
-            Interval.of(float(np.exp(row[0])), np.exp(row[1:]), settings) for row in (*minima, depth)
-        )
+        at = tuple(Interval.of(float(np.exp(row[0])), np.exp(row[1:]), settings) for row in (*minima, depth))
         text = f"best size {np.exp(minima[0, 0]):.3g} of {sizes[0]:.3g} to {sizes[1]:.3g}"
     else:
         low, high = (float(np.polyval(best, end - center)) for end in (u.min(), u.max()))
@@ -178,59 +176,60 @@ def _parabola(
         why = "the curve has no minimum" if np.isnan(minima[0, 0]) else outside
         text = f"refused, {why}: add {'larger' if high < low else 'smaller'} models at this budget"
     text = f"budget {flops:.3g} FLOPs: {text}"
-    return Parabola(flops, len(y), sizes, best_n, best_d, best_loss, tuple(best.tolist()), center, text), minima
+    return Parabola(flops, len(y), sizes, *at, tuple(best.tolist()), center, text), minima
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Difference between an exponent of two variants that were fitted apart.
+class Comparison:
+    """Comparison of the same law of two variants that were fitted apart.
 
     Attributes:
         first, second: names of the variants.
         law: ``joint`` or ``power``.
-        exponent: ``alpha``, ``beta`` or ``gamma``.
-        difference: of the first less the second.
-        first_steeper: fraction of refits in which the first is the steeper.
-        distinct: whether the interval of the difference leaves out zero.
-        text: the result in words.
+        quantity: ``alpha``, ``beta`` or ``gamma``, of which the difference is taken, first less second; or ``loss``, of
+            which the ratio is taken, first over second.
+        value: the difference or ratio.
+        distinct: whether the interval leaves out zero, or one for a ratio.
+        at: for the ratio, the largest C, or N and D, that both variants have.
+        extrapolated: variants outside of whose range ``at`` lies.
     """
 
     first: str
     second: str
     law: str
-    exponent: str
-    difference: Interval
-    first_steeper: float
+    quantity: str
+    value: Interval
     distinct: bool
-    text: str
+    at: tuple[float, ...] = ()
+    extrapolated: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class LossRatio:
-    """Ratio of the losses of two variants by their laws, at the largest C, or N and D, that both have (``at``)."""
-
-    first: str
-    second: str
-    law: str
-    at: tuple[float, ...]
-    ratio: Interval
-    text: str
-
-
-def compare(fits: Mapping[str, LawFit]) -> tuple[list[Difference], list[LossRatio]]:
+def compare(fits: Mapping[str, LawFit]) -> list[Comparison]:
     """Compares the same law of every pair of variants.
 
     Refits of different variants are independent: they are paired at random, and intervals are percentiles of the pairs.
     Of ten pairs that are equal, one seems different at a level of 90 %.
     """
-    differences, ratios = [], []
+    found = []
     for number, (first, second) in enumerate(combinations(fits, 2)):
         rng = np.random.default_rng([number, 3])
         one, other = fits[first], fits[second]
         for exponent in ("gamma",) if one.kind == "power" else ("alpha", "beta", "gamma"):
-            differences.append(_difference(first, second, one, other, exponent, rng))
-        ratios.append(_ratio(first, second, one, other, rng))
-    return differences, ratios
+            difference = _difference(one, other, exponent, rng)
+            distinct = difference.known and not difference.covers(0.0)
+            found.append(Comparison(first, second, one.kind, exponent, difference, distinct))
+        at = tuple(min(one.ranges[axis][1], other.ranges[axis][1]) for axis in one.ranges)
+        (value, drawn), (value2, drawn2) = one.predict(*at), other.predict(*at)
+        a, b = _paired(drawn[:, 0], drawn2[:, 0], rng)
+        ratio = Interval.of(float(value[0] / value2[0]), a / b, one.settings)
+        below = tuple(
+            name
+            for name, fit in ((first, one), (second, other))
+            if any(x < low for x, (low, _) in zip(at, fit.ranges.values(), strict=True))
+        )
+        distinct = ratio.known and not ratio.covers(1.0)
+        found.append(Comparison(first, second, one.kind, "loss", ratio, distinct, at, below))
+    return found
 
 
 def _paired(one: Array, other: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -238,38 +237,9 @@ def _paired(one: Array, other: Array, rng: np.random.Generator) -> tuple[Array, 
     return rng.permutation(one)[:number], rng.permutation(other)[:number]
 
 
-def _difference(
-    first: str, second: str, one: LawFit, other: LawFit, exponent: str, rng: np.random.Generator
-) -> Difference:
+def _difference(one: LawFit, other: LawFit, exponent: str, rng: np.random.Generator) -> Interval:
     a, b = _paired(one.replicates[exponent], other.replicates[exponent], rng)
-    found = Interval.of(one.estimates[exponent].value - other.estimates[exponent].value, a - b, one.settings)
-    steeper, distinct = float(np.mean(a > b)) if len(a) else np.nan, found.known and not found.covers(0.0)
-    if not found.known:
-        text = f"{exponent} of {first} and {second}: no intervals, nothing can be said"
-    elif not distinct:
-        text = f"{exponent} of {first} and {second}: the interval covers zero: these data do not tell them apart"
-    else:
-        steep, flat = (first, second) if found.low > 0 else (second, first)
-        percent = 100 * max(steeper, 1 - steeper)
-        text = f"{exponent} of {steep} is larger than that of {flat} ({percent:.0f} % of the refits)"
-    return Difference(first, second, one.kind, exponent, found, steeper, distinct, text)
-
-
-def _ratio(first: str, second: str, one: LawFit, other: LawFit, rng: np.random.Generator) -> LossRatio:
-    at = tuple(min(one.ranges[axis][1], other.ranges[axis][1]) for axis in one.ranges)
-    (value, drawn), (value2, drawn2) = one.predict(*at), other.predict(*at)
-    a, b = _paired(drawn[:, 0], drawn2[:, 0], rng)
-    ratio = Interval.of(float(value[0] / value2[0]), a / b, one.settings)
-    where = ", ".join(f"{axis} = {number:.3g}" for axis, number in zip(one.ranges, at, strict=True))
-    text = f"loss of {first} over that of {second} at {where}: {ratio.value:.3f}"
-    if ratio.known:
-        text += f" ({ratio.low:.3f} to {ratio.high:.3f})"
-        text += ": these data do not tell them apart" if ratio.covers(1.0) else ""
-    lowest = {name: [low for low, _ in fit.ranges.values()] for name, fit in ((first, one), (second, other))}
-    below = [name for name, ends in lowest.items() if any(x < low for x, low in zip(at, ends, strict=True))]
-    if below:
-        text += f"; outside of the range of {' and '.join(below)}: an extrapolation"
-    return LossRatio(first, second, one.kind, at, ratio, text)
+    return Interval.of(one.estimates[exponent].value - other.estimates[exponent].value, a - b, one.settings)
 
 
 @dataclass(frozen=True)
@@ -293,7 +263,7 @@ class VariantFit:
         power: L = E + F C^-γ on the frontier, where there are points enough.
         isoflop: where a budget was spent on three sizes or more.
         gamma_difference: γ of the frontier less αβ/(α+β); None without both.
-        notes: what was not fitted and why, and what to be careful with.
+        notes: which fits are missing and why, and caveats.
     """
 
     points: Points = field(repr=False)
@@ -307,13 +277,12 @@ class VariantFit:
 
 @dataclass(frozen=True)
 class StudyFit:
-    """Fits of a study: of each variant in the order of the records, and of every pair of variants."""
+    """Fits of each variant of a study, in the order of the records, and comparisons of every pair of variants."""
 
     metric: str
     settings: FitSettings
     variants: Mapping[str, VariantFit]
-    differences: tuple[Difference, ...]
-    loss_ratios: tuple[LossRatio, ...]
+    comparisons: tuple[Comparison, ...]
 
 
 def fit_study(
@@ -343,14 +312,13 @@ def fit_study(
         raise DataError(f"{folder}: nothing can be fitted: {reasons}")
     joint = compare({name: one.joint for name, one in fits.items() if one.joint is not None})
     power = compare({name: one.power for name, one in fits.items() if one.power is not None})
-    return StudyFit(metric, settings, fits, (*joint[0], *power[0]), (*joint[1], *power[1]))
+    return StudyFit(metric, settings, fits, (*joint, *power))
 
 
 def fit_variant(records: Sequence[Record], metric: str, settings: FitSettings) -> VariantFit:
-    """Fits every law that the records of one variant allow; notes say what they do not allow."""
+    """Fits every law that the records of one variant allow; notes give the reasons for those that are missing."""
     rows = [(one.parameters, one.structures, one.flops, one.losses[metric]) for one in records if metric in one.losses]
-    points = Points(*np.array(rows, dtype=np.float64).reshape(-1, 4).T)
-    n, d, c, losses = points.parameters, points.structures, points.flops, points.losses
+    n, d, c, losses = np.array(rows, dtype=np.float64).reshape(-1, 4).T
     notes = []
     if len(losses) < len(records):
         notes.append(f"{len(records) - len(losses)} of {len(records)} runs have no {metric} and are left out")
@@ -359,30 +327,27 @@ def fit_variant(records: Sequence[Record], metric: str, settings: FitSettings) -
     power = _law("power", [c[chosen]], losses[chosen], settings, notes)
     difference = None
     if joint is not None and power is not None:
-        a, b = _paired(power.replicates["gamma"], joint.replicates["gamma"], np.random.default_rng([settings.seed, 4]))
-        value = power.estimates["gamma"].value - joint.estimates["gamma"].value
-        difference = Interval.of(value, a - b, settings)
+        difference = _difference(power, joint, "gamma", np.random.default_rng([settings.seed, 4]))
         if difference.known and not difference.covers(0.0):
             notes.append(
                 "γ of the frontier and αβ/(α+β) differ: sizes and data on the frontier are not the best for their "
                 "compute, compute is not proportional to N D, or a law does not hold"
             )
-    return VariantFit(
-        points, chosen, joint, power, fit_isoflop(c, n, d, losses, settings), difference, tuple(notes)
-    )  # fmt: skip
+    isoflop = fit_isoflop(c, n, d, losses, settings)
+    return VariantFit(Points(n, d, c, losses), chosen, joint, power, isoflop, difference, tuple(notes))
 
 
 def _law(kind: str, inputs: list[Array], losses: Array, settings: FitSettings, notes: list[str]) -> LawFit | None:
     try:
-        fit = fit_law(kind, inputs, losses, settings)
+        fit = fit_law(kind, inputs, losses, settings, leave_out=True)
     except DataError as error:
         notes.append(f"{'law of N and D' if kind == 'joint' else 'law of compute'} not fitted: {error}")
         return None
-    lack = fit.lack_of_fit
-    if kind == "power" and lack.flagged:  # a frontier is chosen, so that a misfit does not condemn the law itself
-        text = (
-            f"points of the frontier lie off the law by more than the noise (F test, p = {lack.p_value:.2g}): their "
-            "sizes and data are not all the best for their compute (a grid gives a staircase), or the law does not hold"
-        )
-        lack = replace(lack, text=text)
-    return replace(fit, lack_of_fit=lack, left_out=leave_largest_out(kind, inputs, losses, settings))
+    if kind == "joint" or not fit.lack_of_fit.flagged:
+        return fit
+    text = (  # a frontier is chosen, so that a misfit does not condemn the law itself
+        f"points of the frontier lie off the law by more than the noise (F test, p = {fit.lack_of_fit.p_value:.2g}): "
+        "their sizes and data are not all the best for their compute (a grid gives a staircase), or the law does not "
+        "hold"
+    )
+    return replace(fit, lack_of_fit=replace(fit.lack_of_fit, text=text))

@@ -96,20 +96,19 @@ def markdown(study: StudyFit) -> str:
         f"Intervals hold {100 * settings.level:g} % ({settings.bootstrap} refits), Huber δ = {settings.huber:g}{ends}.",
         _overview(study),
     ]
-    if study.differences:
-        head = ["first", "second", "law", "exponent", "first − second", "first steeper in", "told apart"]
+    if study.comparisons:
+        head = ["first", "second", "law", "quantity", "first − second, or ratio of losses", "told apart"]
         rows = [
             [
-                one.first, one.second, "N, D" if one.law == "joint" else "frontier", one.exponent,
-                _shown(one.difference),
-                "" if math.isnan(one.first_steeper) else f"{100 * one.first_steeper:.0f} %",
+                one.first, one.second, "N, D" if one.law == "joint" else "frontier",
+                " at ".join([one.quantity, ", ".join(f"{x:.3g}" for x in one.at)]) if one.at else one.quantity,
+                _shown(one.value) + "".join(f", beyond the range of {name}" for name in one.extrapolated),
                 "yes" if one.distinct else "no",
             ]
-            for one in study.differences
+            for one in study.comparisons
         ]  # fmt: skip
         parts += ["## Variants beside each other", _table(head, rows)]
-        parts.append("Where an interval of a difference covers zero, these data do not tell the two apart.")
-        parts.append(_bullets(one.text for one in study.loss_ratios))
+        parts.append("Where an interval holds 0 (or 1, of a ratio), these data do not tell the two apart.")
     for name, fits in study.variants.items():
         parts.append(f"## {name}")
         for law in (fits.joint, fits.power):
@@ -190,7 +189,7 @@ def _isoflop(found: IsoFlop) -> list[str]:
 
 
 def _protocol(folder: Path, records: Sequence[Record]) -> str:
-    """Describes what was run, from ``study.json`` and the records."""
+    """Describes the runs, from ``study.json`` and the records."""
     parts = ["## Protocol"]
     file = folder / "study.json"
     if file.is_file():
@@ -198,15 +197,17 @@ def _protocol(folder: Path, records: Sequence[Record]) -> str:
 
         plan = json.loads(file.read_text(encoding="utf-8"))["study"]
         parts.append(f"```yaml\n{yaml.safe_dump(plan, sort_keys=False, allow_unicode=True).strip()}\n```")
-    rows = []
-    for variant, size in dict.fromkeys((one.variant, one.size) for one in records):
-        mine = [one for one in records if (one.variant, one.size) == (variant, size)]
-        rates = ", ".join(f"{rate:.3g}" for rate in sorted({one.learning_rate for one in mine}))
-        rows.append([
-            variant, size, f"{mine[0].parameters:,}", f"{mine[0].parameters_total:,}", str(len(mine)),
-            _span([one.structures for one in mine], "d"), _span([one.flops for one in mine], ".2g"), rates,
-            f"{sum(one.seconds for one in mine) / 60:.0f}",
-        ])  # fmt: skip
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.variant, record.size), []).append(record)
+    rows = [
+        [
+            *key, f"{mine[0].parameters:,}", f"{mine[0].parameters_total:,}", str(len(mine)),
+            _span([one.structures for one in mine], "d"), _span([one.flops for one in mine], ".2g"),
+            _span([one.learning_rate for one in mine], ".3g"), f"{sum(one.seconds for one in mine) / 60:.0f}",
+        ]
+        for key, mine in groups.items()
+    ]  # fmt: skip
     header = ["variant", "size", "N", "with embeddings", "runs", "D", "C (FLOPs)", "learning rate", "minutes"]
     parts.append(_table(header, rows))
     lost = [one.id for one in records if not one.losses]
@@ -218,11 +219,10 @@ def _protocol(folder: Path, records: Sequence[Record]) -> str:
             "C is by formula; a training step on two structures, run under PyTorch's counter, had "
             f"{_span(measured, '.5g')} times the formula's operations ({len(measured)} runs)."
         )
-    commits = ", ".join(sorted({one.commit for one in records if one.commit}))
+    commits = ", ".join(sorted({one.commit for one in records if one.commit})) or "unknown"
     parts.append(
         "N counts no embeddings. Losses are of the last validation, of averaged weights where the recipe has them. "
-        f"{len(records)} runs, {sum(one.seconds for one in records) / 3600:.2f} hours in all; code: "
-        f"{commits or 'unknown'}."
+        f"{len(records)} runs, {sum(one.seconds for one in records) / 3600:.2f} hours in all; code: {commits}."
     )
     return "\n\n".join(parts)
 
@@ -267,17 +267,15 @@ def draw_sheet(study: StudyFit, records: Iterable[Record]) -> Figure:
 
 
 def _few_labels(axis: Axes) -> None:
-    """Puts labels between decades only where a logarithmic axis is shorter than one, and few of them."""
+    """Labels logarithmic axes that are shorter than a decade between its powers of ten, too."""
     for ticks, scale, (low, high) in (
         (axis.xaxis, axis.get_xscale(), axis.get_xlim()),
         (axis.yaxis, axis.get_yscale(), axis.get_ylim()),
     ):
-        short = high / low < 10.0 if scale == "log" else False
         if scale == "log":
+            short = high / low < 10.0
             ticks.set_minor_locator(LogLocator(subs=[2.0, 3.0, 5.0] if short else [float(x) for x in range(2, 10)]))
             ticks.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:.3g}") if short else NullFormatter())
-        if short:
-            ticks.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
 
 
 def _colored(values: Iterable[float]) -> list[tuple[float, Any]]:
@@ -345,24 +343,21 @@ def _best(axis: Axes, found: IsoFlop) -> None:
 
 def _slices(axis: Axes, fits: VariantFit, along: str, loss: str) -> None:
     """Plots losses along one input in a color for each value of the other."""
-    points = fits.points
-    x, other = points.parameters, points.structures
-    title, xlabel, label = "size", "parameters N", "D"
-    if along == "D":
-        x, other, title, xlabel, label = other, x, "data", "training structures D", "N"
-    colored = _colored(other)
-    for value, color in colored:
+    points, first = fits.points, along == "N"
+    x, other = (points.parameters, points.structures) if first else (points.structures, points.parameters)
+    for value, color in _colored(other):
         here = other == value
-        axis.plot(x[here], points.losses[here], ".", color=color, label=f"{label} = {value:.3g}")
+        axis.plot(x[here], points.losses[here], ".", color=color, label=f"{'D' if first else 'N'} = {value:.3g}")
         if fits.joint is None or x.min() == x.max():
             continue
         dense = np.geomspace(x.min(), x.max(), 60)
-        inputs = (dense, np.full_like(dense, value))[:: 1 if along == "N" else -1]
-        if value in (colored[0][0], colored[-1][0]):
+        inputs = (dense, np.full_like(dense, value))[:: 1 if first else -1]
+        if value in (other.min(), other.max()):
             _band(axis, dense, fits.joint, *inputs)
         else:
             axis.plot(dense, fits.joint.predict(*inputs)[0], color=color, linewidth=0.8)
-    axis.set(title=title, xlabel=xlabel, ylabel=loss, xscale="log", yscale="log")
+    axis.set(xlabel="parameters N" if first else "training structures D", ylabel=loss, xscale="log", yscale="log")
+    axis.set_title("size" if first else "data")
 
 
 def _residuals(axis: Axes, fits: VariantFit, loss: str) -> None:

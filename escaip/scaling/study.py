@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -117,15 +117,8 @@ class StudyPlan:
         Raises:
             ConfigError: the file does not exist or holds something impossible.
         """
-        import yaml
-
         file = study_path(os.fspath(path))
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: no YAML: {' '.join(str(error).split())[:200]}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{file}: a study is a mapping: recipe, sizes, data_sizes, ...")
+        content = _read_yaml(file)
         try:
             content["settings"] = merged(_mapping("settings", content.get("settings")), *map(_change, changes))
             return cls.parse(content)
@@ -140,15 +133,16 @@ class StudyPlan:
             ConfigError: an unknown or impossible entry, which the message names.
         """
         given = {"variants": {"default": {}}, "settings": {}, "data_sizes": [1.0], "seeds": [0], **content}
-        known = {one.name for one in dataclasses.fields(cls)} - {"source"} | {"widths", "width_per_layer"}
-        for key in given:
-            if key not in known:
-                raise ConfigError(f"{key!r} is no entry of a study: they are {', '.join(sorted(known))}")
+        _check_keys("", given, {one.name for one in fields(cls)} - {"source"} | {"widths", "width_per_layer"})
         for key in ("recipe", "learning_rate"):
             if key not in given:
                 raise ConfigError(f"{key} is missing")
-        recipe, settings = _recipe(given["recipe"]), _mapping("settings", given["settings"])
+        recipe, settings = _read_yaml(config_path(str(given["recipe"]))), _mapping("settings", given["settings"])
+        recipe.setdefault("model", {}).setdefault("architecture", {"preset": "1m"})
         rate = given["learning_rate"]
+        rate = dict(rate) if isinstance(rate, Mapping) else {"value": rate}
+        _check_keys("learning_rate.", rate, {one.name for one in fields(LearningRate)})
+        rate["sweep"] = tuple(_numbers("learning_rate.sweep", rate.get("sweep", [])))
         plan = cls(
             recipe=recipe, settings=settings, variants=_mappings("variants", given["variants"]),
             sizes=_sizes(merged(recipe, settings), given),
@@ -156,8 +150,7 @@ class StudyPlan:
             seeds=tuple(int(x) for x in _numbers("seeds", given["seeds"], least=0)),
             epochs=_count("epochs", given.get("epochs")), steps=_count("steps", given.get("steps")),
             budgets=tuple(_numbers("budgets", given.get("budgets", []))),
-            learning_rate=_learning_rate(rate if isinstance(rate, Mapping) else {"value": rate}),
-            source=copy.deepcopy(dict(content)),
+            learning_rate=LearningRate(**rate), source=copy.deepcopy(dict(content)),
         )  # fmt: skip
         plan._check()
         return plan
@@ -290,14 +283,22 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _recipe(name: Any) -> dict[str, Any]:
+def _read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
-    content = yaml.safe_load(config_path(str(name)).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"recipe {name} is no configuration of escaip fit")
-    content.setdefault("model", {}).setdefault("architecture", {"preset": "1m"})
+        raise ConfigError(f"{file} is no mapping of settings")
     return content
+
+
+def _check_keys(prefix: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key} does not exist: choose from {', '.join(sorted(known))}")
 
 
 def _change(text: str) -> dict[str, Any]:
@@ -334,14 +335,6 @@ def _sizes(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, d
         heads = {"hidden_size": config.hidden_size, "num_heads": config.num_heads}
         found[f"w{int(width)}"] = {**heads, "num_layers": layers}
     return found
-
-
-def _learning_rate(values: Mapping[str, Any]) -> LearningRate:
-    known = {one.name for one in dataclasses.fields(LearningRate)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"learning_rate.{key} does not exist: there are {', '.join(sorted(known))}")
-    return LearningRate(**{**values, "sweep": tuple(_numbers("learning_rate.sweep", values.get("sweep", [])))})
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
@@ -418,18 +411,17 @@ class Record:
     profiled: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks every value.
+        """Checks the values that are fitted.
 
         Raises:
-            DataError: a value is of the wrong kind or not possible.
+            DataError: one that is no finite number above zero.
         """
-        for name, (kind, holds) in _FIELDS.items():
-            value = getattr(self, name)
-            if not holds(value):
-                raise DataError(f"{name} is {value!r}, not {kind}: run that point again or remove its line")
-        for metric, value in self.losses.items():
-            if not (_is_number(value) and value > 0):
-                raise DataError(f"losses.{metric} is {value!r}, not a number above zero: run that point again")
+        fitted = {name: getattr(self, name) for name in ("parameters", "structures", "flops", "learning_rate")}
+        if not isinstance(self.losses, Mapping):
+            raise DataError(f"losses is {self.losses!r}, not a mapping: run that point again")
+        for name, value in {**fitted, **{f"losses.{metric}": x for metric, x in self.losses.items()}}.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise DataError(f"{name} is {value!r}, not a number above zero: run that point again")
 
     def to_json(self) -> str:
         """Returns one line of JSON without its end."""
@@ -444,50 +436,13 @@ class Record:
         """
         try:
             values = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"a record is no JSON ({error}): remove its line and run the study again") from None
-        if not isinstance(values, dict):
-            raise DataError("a record is no mapping of fields: remove its line and run the study again")
-        name = f"record {values.get('id')}"
-        known = {one.name: one for one in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise DataError(f"{name}: unknown field {key!r}: written by another version; rename it")
-        for key, one in known.items():
-            if key not in values and one.default is MISSING and one.default_factory is MISSING:
-                raise DataError(f"{name}: field {key!r} is missing: run that point again")
-        if isinstance(values.get("curve"), list):
-            values["curve"] = tuple(tuple(one) if isinstance(one, list) else one for one in values["curve"])
-        try:
+            values["curve"] = tuple(map(tuple, values.get("curve", ())))
             return cls(**values)
+        except (ValueError, TypeError, AttributeError) as error:
+            reason = str(error).replace("Record.__init__() ", "")
+            raise DataError(f"no record ({reason}): remove its line and run the study again") from None
         except DataError as error:
-            raise DataError(f"{name}: {error}") from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_point(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 3 and all(_is_number(one) for one in value)
-
-
-# Kind of the value of each field, and a check of it.
-_NAME = ("a name", lambda x: isinstance(x, str) and x != "")
-_COUNT = ("a whole number above zero", lambda x: _is_number(x) and x == int(x) and x > 0)
-_POSITIVE = ("a number above zero", lambda x: _is_number(x) and x > 0)
-_MAPPING = ("a mapping", lambda x: isinstance(x, Mapping))
-_FIELDS: dict[str, Any] = {
-    **dict.fromkeys(("id", "size", "variant"), _NAME),
-    **dict.fromkeys(("parameters", "parameters_total", "structures", "atoms", "steps"), _COUNT),
-    **dict.fromkeys(("epochs", "flops", "learning_rate"), _POSITIVE),
-    **dict.fromkeys(("losses", "config"), _MAPPING),
-    "commit": ("a name", lambda x: isinstance(x, str)),
-    "seed": ("a whole number", lambda x: _is_number(x) and x == int(x)),
-    "seconds": ("a time in seconds", lambda x: _is_number(x) and x >= 0),
-    "profiled": ("a number above zero, or null", lambda x: x is None or (_is_number(x) and x > 0)),
-    "curve": ("a list of [step, flops, value]", lambda x: isinstance(x, tuple) and all(map(_is_point, x))),
-}
+            raise DataError(f"record {values.get('id')}: {error}") from None
 
 
 def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
@@ -503,10 +458,7 @@ def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
     file = file / RECORDS if file.is_dir() else file
     if not file.is_file():
         raise DataError(f"{file}: no records: run `escaip scaling run` first, or name the folder of a study")
-    try:
-        text = file.read_bytes().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror or error}: check the path and its permissions") from error
+    text = file.read_bytes().decode("utf-8", errors="replace")
     found: dict[str, Record] = {}
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: names may hold other ends of lines
         if not line.strip():

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from escaip.scaling import Record
-from escaip.scaling.study import RECORDS
+from escaip.scaling.study import RECORDS, Record
 
 LAW = {"E": 0.02, "A": 0.03 * 1e6**0.3, "alpha": 0.3, "B": 0.03 * 1e4**0.4, "beta": 0.4, "gamma": 0.12 / 0.7}
 

@@ -10,8 +10,8 @@ import pytest
 from synthetic_runs import LAW, grid, loss, noise, records, write, write_study
 
 from escaip.errors import DataError
-from escaip.scaling import FitSettings, fit_isoflop, fit_law, fit_study
-from escaip.scaling.fits import IsoFlop, compare, frontier, group_budgets
+from escaip.scaling.fits import IsoFlop, compare, fit_isoflop, fit_study, frontier, group_budgets
+from escaip.scaling.laws import FitSettings, fit_law
 
 FEW = FitSettings(bootstrap=60)
 
@@ -106,21 +106,18 @@ def test_exponents_that_differ_and_such_that_do_not() -> None:
         )
         for seed, (name, alpha) in enumerate({"one": 0.3, "same": 0.3, "steep": 0.55}.items())
     }
-    differences, ratios = compare({**fits, "again": fits["one"]})
-    assert [(one.first, one.second) for one in ratios[:2]] == [("one", "same"), ("one", "steep")]
-    found = {(one.first, one.second, one.exponent): one for one in differences}
-    assert len(found) == 6 * 3
-    alike, apart = found["one", "same", "alpha"], found["one", "steep", "alpha"]
-    assert (alike.distinct, apart.distinct) == (False, True)
-    assert "these data do not tell them apart" in alike.text
-    assert 0.02 < alike.first_steeper < 0.98
-    assert apart.difference.high < 0
-    assert "alpha of steep is larger than that of one" in apart.text
-    assert ratios[0].at == (n.max(), d.max())
-    assert ratios[0].ratio.covers(1.0)
-    assert ratios[1].ratio.low > 1
+    found = {(one.first, one.second, one.quantity): one for one in compare({**fits, "again": fits["one"]})}
+    assert len(found) == 6 * 4
+    assert not found["one", "same", "alpha"].distinct
+    apart = found["one", "steep", "alpha"]
+    assert apart.distinct
+    assert apart.value.high < 0
+    ratio = found["one", "same", "loss"]
+    assert ratio.at == (n.max(), d.max())
+    assert ratio.value.covers(1.0)
+    assert found["one", "steep", "loss"].value.low > 1
     # Refits of equal seeds are not taken for pairs: the difference of a fit from itself is uncertain.
-    itself, alpha = found["one", "again", "alpha"].difference, fits["one"].estimates["alpha"]
+    itself, alpha = found["one", "again", "alpha"].value, fits["one"].estimates["alpha"]
     assert itself.high - itself.low > 1.2 * (alpha.high - alpha.low)
 
 
@@ -132,16 +129,15 @@ def test_ratio_at_the_largest_common_budget() -> None:
         "long": fit_law("power", [100 * c], c**-0.1 * 100**-0.1 * factors[::-1], settings),
         "far": fit_law("power", [1e9 * c], (1e9 * c) ** -0.1 * factors[::-1], settings),
     }
-    near, far, _ = compare(fits)[1]
+    near, far, _ = (one for one in compare(fits) if one.quantity == "loss")
     assert near.at == (1e15,)
-    assert abs(near.ratio.value - 2) < 0.1
-    assert "extrapolation" not in near.text
-    assert "outside of the range of far: an extrapolation" in far.text
+    assert near.value.value == pytest.approx(2, abs=0.1)
+    assert (near.extrapolated, far.extrapolated) == ((), ("far",))
     exact = fit_law("power", [[1e12, 1e13, 1e14]], [0.3, 0.2, 0.15], FEW)
-    differences, ratios = compare({"a": exact, "b": exact})
-    assert "nothing can be said" in differences[0].text
-    assert not differences[0].distinct
-    assert ratios[0].text.endswith("1.000")
+    difference, ratio = compare({"a": exact, "b": exact})
+    assert not difference.value.known
+    assert not difference.distinct
+    assert ratio.value.value == 1.0
 
 
 def test_everything_the_records_allow(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ from training_stand_ins import TINY, write_molecules
 
 from escaip.errors import ConfigError, DataError, TrainingError
 from escaip.files import try_lock
-from escaip.scaling import Record, read_records, run
+from escaip.scaling import run
 from escaip.scaling.flops import GraphShape, training_flops
 from escaip.scaling.run import folder_of, main, read_job, read_validations, run_study, train
-from escaip.scaling.study import Job, StudyPlan
+from escaip.scaling.study import Job, Record, StudyPlan, read_records
 
 STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in_job.py")))
 PROGRAM = """

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from coordinates import check_coordinates
 from training_stand_ins import TINY, labelled_molecules
 
 from escaip import EScAIPConfig
 from escaip.data.structure import AtomicData, collate
 from escaip.errors import ConfigError
-from escaip.scaling.coordinates import check_coordinates
 
 
 @pytest.fixture(scope="module")
