@@ -166,9 +166,11 @@ def _parabola(
     minima[1] = np.polyval(np.polyfit(u - center, np.log(d), 1), minima[0] - center)
     depth = constant - slope**2 / (4 * curvature)
     flops, sizes = float(np.exp(np.log(c).mean())), (float(n.min()), float(n.max()))
-    at: tuple[Interval | None, ...] = (None, None, None)
+    best_n, best_d, lowest = None, None, None
     if u.min() < minima[0, 0] < u.max():
-        at = tuple(Interval.of(float(np.exp(row[0])), np.exp(row[1:]), settings) for row in (*minima, depth))
+        best_n, best_d, lowest = (
+            Interval.of(float(np.exp(row[0])), np.exp(row[1:]), settings) for row in (*minima, depth)
+        )
         text = f"best size {np.exp(minima[0, 0]):.3g} of {sizes[0]:.3g} to {sizes[1]:.3g}"
     else:
         low, high = (float(np.polyval(best, end - center)) for end in (u.min(), u.max()))
@@ -176,7 +178,7 @@ def _parabola(
         why = "the curve has no minimum" if np.isnan(minima[0, 0]) else outside
         text = f"refused, {why}: add {'larger' if high < low else 'smaller'} models at this budget"
     text = f"budget {flops:.3g} FLOPs: {text}"
-    return Parabola(flops, len(y), sizes, *at, tuple(best.tolist()), center, text), minima
+    return Parabola(flops, len(y), sizes, best_n, best_d, lowest, tuple(best.tolist()), center, text), minima
 
 
 @dataclass(frozen=True)
