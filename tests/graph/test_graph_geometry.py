@@ -127,6 +127,10 @@ def test_single_precision_agrees() -> None:
     batch = make_batch(random_system(rng, "unwrapped", 4.0), random_system(rng, "tiny", 4.0))
     for settings in SETTINGS:
         compare(weights_of(batch, settings, torch.float32), weights_of(batch, settings), 2e-5)
+        graph = build_graph(batch, settings)
+        single, double = (geometry_of(batch, graph, settings, dtype) for dtype in (torch.float32, torch.float64))
+        for name in ("displacement", "distance", "direction"):  # formed in float64, and rounded once
+            assert torch.equal(getattr(single, name), getattr(double, name).float()), name
 
 
 @pytest.mark.parametrize("settings", [s for s in SETTINGS if s.soft])

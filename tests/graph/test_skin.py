@@ -1,17 +1,21 @@
-"""A graph with skin is that of every structure whose distances differ by no more."""
+"""Lists and graphs with a skin: those of every structure whose distances differ by no more, and kept no longer."""
 
 from __future__ import annotations
 
 import itertools
 
+import ase.build
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from graph_reference import KINDS, make_batch, random_system
 from test_graph_brute_force import SETTINGS, check_layout, edges_of, geometry_of
+from tiny import batch_of
 
 from escaip.errors import UsageError
 from escaip.graph import build_graph, neighbor_list, search_cutoff
+from escaip.graph.skin import GraphCache, Snapshot, VerletList
 from escaip.types import GraphSettings
 
 FADING = [settings for settings in SETTINGS if settings.soft or settings.num_neighbors is None]
@@ -93,3 +97,50 @@ def test_a_list_without_the_skin_is_refused() -> None:
     batch = make_batch((np.zeros((1, 3)), np.zeros((3, 3)), np.zeros(3, bool)))
     with pytest.raises(UsageError, match="but these settings need"):
         build_graph(batch, settings, neighbor_list(batch, search_cutoff(settings)), 0.2)
+
+
+def copper() -> Atoms:
+    return ase.build.bulk("Cu", cubic=True).repeat((2, 2, 2))
+
+
+def test_a_list_is_reused_while_twice_the_largest_displacement_stays_below_the_skin() -> None:
+    atoms, kept = copper(), VerletList(4.0, 0.6)
+    assert kept.get(batch_of(atoms)) is kept.get(batch_of(atoms))
+    atoms.positions[[0, 1]] += [[0.29, 0, 0], [-0.29, 0, 0]]  # two atoms come closer by 0.58 Å
+    found = kept.get(batch_of(atoms))
+    assert kept.num_builds == 1
+    for name in ("center", "neighbor", "shift"):
+        fresh, reused = (build_graph(batch_of(atoms), SETTINGS[4], x) for x in (None, found))
+        assert torch.equal(getattr(fresh, name), getattr(reused, name))
+    atoms.positions[[0, 1]] += [[0.02, 0, 0], [-0.02, 0, 0]]
+    kept.get(batch_of(atoms))
+    assert kept.num_builds == 2
+
+
+def test_positions_that_are_changed_in_place_are_noticed() -> None:
+    batch, kept = batch_of(copper()), VerletList(4.0, 0.6)
+    kept.get(batch)
+    batch.positions[0] += 1.0
+    kept.get(batch)
+    assert kept.num_builds == 2
+
+
+@pytest.mark.parametrize("change", ["slab", "open"])
+def test_another_cell_or_periodicity_is_another_structure(change: str) -> None:
+    """A slab's cell may grow along its open axis alone, and an axis may cease to be periodic while no atom moves."""
+    atoms, lists = copper(), VerletList(4.0, 0.6)
+    graphs = GraphCache(lambda batch, pairs, skin: build_graph(batch, SETTINGS[4], pairs, skin), 3.5, 0.4)
+    atoms.pbc = [True, True, change == "open"]
+
+    def builds() -> tuple[int, int]:
+        batch = batch_of(atoms)
+        lists.get(batch)
+        graphs.get(batch, Snapshot.of(batch), lambda: None)
+        return lists.num_builds, graphs.num_builds
+
+    assert builds() == builds() == (1, 1)
+    if change == "slab":
+        atoms.cell[0, 0] *= 1.001
+    else:
+        atoms.pbc[2] = False
+    assert builds() == (2, 2)
