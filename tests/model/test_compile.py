@@ -98,10 +98,10 @@ def scale_weights(potential: Potential, in_place: bool) -> None:
 
 OPTIONS = [
     {},
-    {"forces": "direct"},
-    {"distance_table": "inference", "charge": True},
-    {"aggregation": "graph_attention", "boo_weighting": "uniform"},
-    {"num_neighbors": None, "message_gate": True},
+    {"forces": "direct", "num_layers": 1},
+    {"distance_table": "inference", "charge": True, "num_layers": 1},
+    {"aggregation": "graph_attention", "boo_weighting": "uniform", "num_layers": 1},
+    {"num_neighbors": None, "message_gate": True, "num_layers": 1},
 ]
 
 

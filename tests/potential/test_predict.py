@@ -220,7 +220,7 @@ def test_a_stream_is_read_as_results_are_taken() -> None:
     assert taken == 16 * 4
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", OUT_OF_MEMORY[:2], ids=lambda error: type(error).__name__)
 def test_smaller_packs_where_memory_runs_out(error: BaseException) -> None:
     potential = make_potential(kind=Limited)
     potential.most, potential.error = 10, error
@@ -297,6 +297,7 @@ def test_another_error_is_not_taken_for_memory() -> None:
     with pytest.raises(RuntimeError, match="a bug"):
         potential.predict(waters(4))
     assert len(potential.packs) == 1
+    assert all(map(is_out_of_memory, OUT_OF_MEMORY))
     assert not is_out_of_memory(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
     assert not is_out_of_memory(DataError("out of memory"))
 
