@@ -13,6 +13,9 @@ from escaip.graph.systems import Systems
 from escaip.ops import cpp
 from escaip.types import Graph, GraphSettings, NeighborList
 
+_FIELDS = (
+    "offsets", "center", "neighbor", "shift", "reverse", "self_token", "rank_base", "rank_token", "rank_other",
+)  # fmt: skip
 _LIST, _RADIUS, _HARD, _SOFT = 0, 1, 2, 3
 # What to keep: kind, num_neighbors, ranked, bump; and radius, support, rank_scale, envelope_scale, slack.
 _Choice = tuple[tuple[int, int, int, int], tuple[float, float, float, float, float]]
@@ -39,19 +42,7 @@ def native_graph(
     arrays, longest = _build(systems, neighbors, cutoff, _choice(settings, slack))
     if not arrays:
         return None
-    offsets, center, neighbor, shift, reverse, self_token, rank_base, rank_token, rank_other = arrays
-    return Graph(
-        offsets=offsets,
-        center=center,
-        neighbor=neighbor,
-        shift=shift,
-        reverse=reverse,
-        self_token=self_token,
-        rank_base=rank_base,
-        rank_token=rank_token,
-        rank_other=rank_other,
-        max_neighborhood=longest,
-    )
+    return Graph(**dict(zip(_FIELDS, arrays, strict=True)), max_neighborhood=longest)
 
 
 def native_list(systems: Systems, cutoff: float) -> NeighborList | None:

@@ -146,25 +146,11 @@ def _attend(backend: str, *arguments: Any) -> Tensor:
         raise ConfigError(first_line(error)) from error
 
 
-def _run(
-    info: BackendInfo,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_envelope: Tensor,
-    direction: Tensor,
-    offsets: Tensor,
-    angular_channels: tuple[int, ...] | None,
-    scale: float,
-    self_queries_only: bool,
-    dropout: float,
-) -> Tensor:
-    """Calls a backend that is one differentiable function."""
+def _run(info: BackendInfo, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Calls a backend that is one differentiable function; the last of its further arguments is the dropout."""
     module = info.name if info.name in ("reference", "dense") else "library"
     function = getattr(importlib.import_module(f"escaip.ops.{module}"), f"{info.name}_attention")
-    rest: tuple[Any, ...] = (log_envelope, direction, offsets, angular_channels, scale, self_queries_only)
-    if info.dropout:
-        rest = (*rest, dropout)
+    rest = arguments if info.dropout else arguments[:-1]
     with torch.autocast(q.device.type, enabled=False):  # dtypes are settled
         if info.name in ("reference", "dense") and q.dtype in HALF_TYPES:  # sums in float32, as every kernel does
             return function(q.float(), k.float(), v.float(), *rest).to(q.dtype)
