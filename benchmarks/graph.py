@@ -85,7 +85,7 @@ def measure_graph(structures: list[Atoms], repeats: int) -> dict[str, float]:
         return torch.autograd.grad(geometry().exp().sum(), (positions, cell))
 
     def plain(neighbors: NeighborList | None = None) -> Graph:
-        return reference_graph(Systems.from_batch(batch), SETTINGS, neighbors, cutoff, 0.0)
+        return reference_graph(Systems.read(batch), SETTINGS, neighbors, cutoff, 0.0)
 
     num_atoms = len(batch.positions)
     return {

@@ -34,19 +34,8 @@ class Systems:
     ptr: Tensor
 
     @classmethod
-    def from_batch(cls, batch: Any) -> Systems:
-        """Reads and checks ``positions, cell, pbc, batch, ptr``; a structure without ``batch`` is one system.
-
-        Raises:
-            DataError: see ``check``.
-        """
-        systems = cls.read(batch)
-        systems.check()
-        return systems
-
-    @classmethod
     def read(cls, batch: Any) -> Systems:
-        """As ``from_batch``, without the checks."""
+        """Reads ``positions, cell, pbc, batch, ptr`` unchecked; a structure without ``batch`` is one system."""
         positions = batch.positions.detach().to(torch.float64)
         cell = batch.cell.detach().to(torch.float64).reshape(-1, 3, 3)
         pbc = batch.pbc.reshape(-1, 3)

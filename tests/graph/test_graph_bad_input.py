@@ -114,7 +114,7 @@ def test_pairs_at_the_cutoff_are_decided_by_their_distance() -> None:
     rng = np.random.default_rng(3)
     system = random_system(rng, "skewed_mixed", 4.0)
     batch = make_batch(system)
-    pairs = find_pairs(Systems.from_batch(batch), 4.0)
+    pairs = find_pairs(Systems.read(batch), 4.0)
     assert len(pairs.distance) > 30
     for number, distance in enumerate(pairs.distance.sort().values[-30:].tolist()):
         below = len(pairs.distance) - 30 + number

@@ -7,7 +7,7 @@ import pytest
 import torch
 from graph_reference import KINDS, Edge, all_edges, envelope_coordinates, make_batch, random_system
 
-from escaip.graph import build_graph, compute_geometry, neighbor_list, search_cutoff
+from escaip.graph import build_graph, compute_geometry, neighbor_list
 from escaip.types import Geometry, Graph, GraphSettings
 
 SETTINGS = (
@@ -114,15 +114,3 @@ def test_batch_equals_systems_alone(settings: GraphSettings) -> None:
         index_of = torch.tensor([order[edge] for edge in whole])
         expected = geometry_of(alone, small, settings).log_envelope
         torch.testing.assert_close(envelope[start:stop][index_of].exp(), expected.exp(), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_list_with_skin_equals_fresh_build(settings: GraphSettings) -> None:
-    rng = np.random.default_rng(8)
-    systems = [random_system(rng, kind, settings.cutoff) for kind in KINDS]
-    batch = make_batch(*systems)
-    old = neighbor_list(batch, search_cutoff(settings) + 0.5)
-    batch.positions = batch.positions + torch.tensor(rng.uniform(-0.14, 0.14, batch.positions.shape))
-    fresh, reused = build_graph(batch, settings), build_graph(batch, settings, old)
-    for name in ("offsets", "center", "neighbor", "shift", "reverse", "rank_base", "rank_token", "rank_other"):
-        assert torch.equal(getattr(fresh, name), getattr(reused, name)), name

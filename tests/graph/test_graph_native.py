@@ -56,7 +56,7 @@ def plain_list(systems: Systems, cutoff: float) -> NeighborList:
 
 def compare(batch: SimpleNamespace, settings: GraphSettings, slack: float = 0.0) -> Graph:
     """From a search, from a list, and from a longer one in no order; returns the graph."""
-    systems, cutoff = Systems.from_batch(batch), search_cutoff(settings) + slack
+    systems, cutoff = Systems.read(batch), search_cutoff(settings) + slack
     expected = reference_graph(systems, settings, None, cutoff, slack)
     assert_same(native_graph(systems, settings, None, cutoff, slack), expected)
     assert_same(native_list(systems, cutoff), plain_list(systems, cutoff))
@@ -152,7 +152,7 @@ def test_atoms_far_outside_of_the_cell(cells: int) -> None:
 def test_threads_change_no_bit(settings: GraphSettings) -> None:
     rng = np.random.default_rng(4)
     batch = make_batch((rng.random((700, 3)) * 16, CUBE * 16, PERIODIC), random_system(rng, "skewed", 4.0))
-    systems, cutoff, before = Systems.from_batch(batch), search_cutoff(settings), torch.get_num_threads()
+    systems, cutoff, before = Systems.read(batch), search_cutoff(settings), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 5):
@@ -179,7 +179,7 @@ def test_without_a_compiler_the_plain_operations_serve(monkeypatch: pytest.Monke
     batch = make_batch(random_system(np.random.default_rng(6), "skewed", 4.0))
     graph, found = build_graph(batch, SETTINGS[0]), neighbor_list(batch, 4.0)
     monkeypatch.setattr(cpp, "has_kernels", lambda: False)
-    assert not native.has_kernels(Systems.from_batch(batch))
+    assert not native.has_kernels(Systems.read(batch))
     assert_same(build_graph(batch, SETTINGS[0]), graph)
     assert_same(neighbor_list(batch, 4.0), found)
 
@@ -205,7 +205,7 @@ def listed(rows: list[list[int]]) -> NeighborList:
 )
 def test_lists_that_it_leaves(rows: list[list[int]]) -> None:
     batch = make_batch((np.array([[0.0, 0, 0], [1, 0, 0]]), CUBE * 5, PERIODIC))
-    systems = Systems.from_batch(batch)
+    systems = Systems.read(batch)
     assert native_graph(systems, SETTINGS[0], listed(rows), search_cutoff(SETTINGS[0]), 0.0) is None
 
 

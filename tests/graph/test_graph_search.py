@@ -23,7 +23,7 @@ def canonical(first: torch.Tensor, second: torch.Tensor, shift: torch.Tensor) ->
 
 
 def arrays(*systems: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[torch.Tensor, ...]:
-    s = Systems.from_batch(make_batch(*systems))
+    s = Systems.read(make_batch(*systems))
     return s.positions, s.cell, s.pbc, s.index, s.ptr
 
 

@@ -12,7 +12,7 @@ from test_graph_brute_force import check_layout, edges_of, geometry_of
 
 from escaip import EScAIPConfig
 from escaip.errors import ConfigError, DataError
-from escaip.graph import build_graph, neighbor_list, search_cutoff
+from escaip.graph import build_graph
 from escaip.types import GraphSettings
 
 # Steps so wide, and lists so short, that ranks hear of the truncation.
@@ -85,17 +85,6 @@ def test_truncation_matters_here_and_not_where_lists_are_short() -> None:
         ]
         assert len(values[0]) != len(values[1]) or (values[0] - values[1]).abs().max() > 1e-3
         assert torch.equal(values[1], values[2])
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_list_with_skin_equals_fresh_build(settings: GraphSettings) -> None:
-    rng = np.random.default_rng(8)
-    batch = make_batch(*(random_system(rng, kind, settings.cutoff) for kind in KINDS))
-    old = neighbor_list(batch, search_cutoff(settings) + 0.5)
-    batch.positions = batch.positions + torch.tensor(rng.uniform(-0.14, 0.14, batch.positions.shape))
-    fresh, reused = build_graph(batch, settings), build_graph(batch, settings, old)
-    for name in ("offsets", "center", "neighbor", "shift", "reverse", "rank_base", "rank_token", "rank_other"):
-        assert torch.equal(getattr(fresh, name), getattr(reused, name)), name
 
 
 @pytest.mark.bad_input

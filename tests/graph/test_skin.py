@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import ase.build
 import numpy as np
@@ -11,14 +12,19 @@ import torch
 from ase import Atoms
 from graph_reference import KINDS, make_batch, random_system
 from test_graph_brute_force import SETTINGS, check_layout, edges_of, geometry_of
+from test_graph_truncation import SETTINGS as TRUNCATED
 from tiny import batch_of
 
 from escaip.errors import UsageError
-from escaip.graph import build_graph, neighbor_list, search_cutoff
+from escaip.graph import build_graph, compute_geometry, displacements, neighbor_list, prune_graph, search_cutoff
 from escaip.graph.skin import GraphCache, Snapshot, VerletList
-from escaip.types import GraphSettings
+from escaip.types import Graph, GraphSettings
 
 FADING = [settings for settings in SETTINGS if settings.soft or settings.num_neighbors is None]
+PRUNED = [
+    GraphSettings(cutoff=4.0, num_neighbors=10), GraphSettings(cutoff=4.5, num_neighbors=14, rank_step="bump"),
+    GraphSettings(cutoff=3.5, num_neighbors=None),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", FADING)
@@ -144,3 +150,70 @@ def test_another_cell_or_periodicity_is_another_structure(change: str) -> None:
     else:
         atoms.pbc[2] = False
     assert builds() == (2, 2)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, *TRUNCATED])
+def test_list_with_skin_equals_fresh_build(settings: GraphSettings) -> None:
+    rng = np.random.default_rng(8)
+    systems = [random_system(rng, kind, settings.cutoff) for kind in KINDS]
+    batch = make_batch(*systems)
+    old = neighbor_list(batch, search_cutoff(settings) + 0.5)
+    batch.positions = batch.positions + torch.tensor(rng.uniform(-0.14, 0.14, batch.positions.shape))
+    fresh, reused = build_graph(batch, settings), build_graph(batch, settings, old)
+    for name in ("offsets", "center", "neighbor", "shift", "reverse", "rank_base", "rank_token", "rank_other"):
+        assert torch.equal(getattr(fresh, name), getattr(reused, name)), name
+
+
+def moved_batch(seed: int) -> tuple[Any, Any]:
+    """A crystal and a molecule, and both with every atom moved by at most 0.12 Å and strained a little."""
+    structures = [ase.build.bulk("Cu", cubic=True).repeat((2, 2, 1)), ase.build.molecule("CH3CH2OH", vacuum=3.0)]
+    rng = np.random.default_rng(seed)
+    for atoms in structures:
+        atoms.rattle(0.1, seed=seed)
+    before = batch_of(*structures)
+    for atoms in structures:
+        atoms.positions += rng.uniform(-0.07, 0.07, atoms.positions.shape)
+    return before, batch_of(*structures)
+
+
+def as_dictionary(batch: Any, graph: Graph, settings: GraphSettings) -> dict[tuple[int, ...], list[float]]:
+    """By edge and image: distance, direction and envelope of the tokens that count."""
+    geometry = compute_geometry(batch.positions, batch.cell, batch.batch, graph, settings, torch.float64)
+    edges = torch.cat([graph.token_center[:, None], graph.token_neighbor[:, None], graph.shift[: graph.num_tokens]], 1)
+    numbers = torch.cat([geometry.distance[:, None], geometry.direction, geometry.log_envelope[:, None].exp()], 1)
+    counts = geometry.log_envelope.exp() > 1e-30
+    return {tuple(e): n for e, n in zip(edges[counts].tolist(), numbers[counts].tolist(), strict=True)}
+
+
+@pytest.mark.parametrize("settings", PRUNED, ids=["sine", "bump", "radius"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pruned_graph_is_that_of_the_present_positions(settings: GraphSettings, seed: int) -> None:
+    before, now = moved_batch(seed)
+    loose = build_graph(before, settings, graph_skin=0.5)
+    pruned = prune_graph(loose, displacements(now.positions, now.cell, now.batch, loose), settings)
+    check_layout(pruned)
+    fresh = build_graph(now, settings)
+    assert fresh.num_tokens <= pruned.num_tokens < loose.num_tokens
+    assert pruned.num_tokens < 1.02 * fresh.num_tokens + 4
+    assert len(pruned.rank_token) < 1.05 * len(fresh.rank_token) + 20
+    found, expected = (as_dictionary(now, graph, settings) for graph in (pruned, fresh))
+    assert found.keys() == expected.keys()
+    for edge, numbers in expected.items():
+        assert found[edge] == pytest.approx(numbers, rel=1e-10, abs=1e-12)
+
+
+def test_places_need_no_answer_of_a_device() -> None:
+    """What a device does instead of ``nonzero``, on the CPU."""
+    from escaip.graph import tokens
+
+    for mask in ([True, False, True, True], [False, False], [True], []):
+        values = torch.tensor(mask, dtype=torch.bool)
+        expected = values.nonzero().squeeze(1)
+        assert torch.equal(tokens._scattered(values, len(expected)), expected)
+
+
+def test_pruning_one_atom_that_sees_nobody() -> None:
+    batch = batch_of(Atoms("He"))
+    loose = build_graph(batch, PRUNED[0], graph_skin=0.3)
+    graph = prune_graph(loose, displacements(batch.positions, batch.cell, batch.batch, loose), PRUNED[0])
+    assert graph.num_tokens == graph.max_neighborhood == 1
