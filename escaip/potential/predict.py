@@ -109,24 +109,12 @@ class _Budget:
     failed: str = ""
 
 
-def iter_predict(
-    potential: PotentialLike,
-    structures: Iterable[Any],
-    *,
-    compute_forces: bool = True,
-    compute_stress: bool = False,
-    max_atoms: int | None = None,
-    progress: bool = False,
-) -> Iterator[StructurePrediction]:
+def iter_predict(potential: PotentialLike, structures: Iterable[Any], **options: Any) -> Iterator[StructurePrediction]:
     """Yields the results of ``escaip.Potential.predict`` one at a time, for streams of any length.
 
-    At most 16 packs, or 4096 structures, are held at a time. Arguments and errors are those of ``predict_pairs``.
+    At most 16 packs, or 4096 structures, are held at a time. Options and errors are those of ``predict_pairs``.
     """
-    pairs = predict_pairs(
-        potential, structures, compute_forces=compute_forces, compute_stress=compute_stress, max_atoms=max_atoms,
-        progress=progress,
-    )  # fmt: skip
-    return (prediction for _, prediction in pairs)
+    return (prediction for _, prediction in predict_pairs(potential, structures, **options))
 
 
 def predict_pairs(
