@@ -55,8 +55,8 @@ def test_forces_and_stress_are_derivatives_of_the_energy(name: str) -> None:
         atoms = data.to_ase()
         expected, cell = data.stress[0].numpy(), atoms.cell.array.copy()
         atoms.calc = EMT()
-        assert np.allclose(atoms.get_potential_energy(), float(data.energy), atol=1e-6)
-        assert np.allclose(atoms.get_forces(), data.forces.numpy(), atol=1e-6)
+        assert np.allclose(atoms.get_potential_energy(), float(data.energy), atol=1e-10)
+        assert np.allclose(atoms.get_forces(), data.forces.numpy(), atol=1e-7)
         assert np.allclose(atoms.get_stress(voigt=False), expected, atol=1e-6)
         for direction in np.eye(3):
             energies = []
