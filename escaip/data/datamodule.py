@@ -160,7 +160,11 @@ class AtomicDataModule(LightningDataModule):
 
     @property
     def statistics(self) -> Statistics | dict[str, Statistics]:
-        """Statistics of the training set, or of each set of a mixture by name."""
+        """Statistics of the training set, or of each set of a mixture by name.
+
+        Raises:
+            ConfigError: before ``setup("fit")``.
+        """
         if self._statistics is None:
             raise ConfigError("data.statistics: only known after setup('fit') with data.train")
         return self._statistics

@@ -65,6 +65,10 @@ class AtomicDataset(Dataset[AtomicData]):
             rotate: turn each structure with its labels by a random rotation, determined by (seed, epoch, position).
             seed: of the rotations.
             code: value of ``AtomicData.dataset``, for sets that are mixed.
+
+        Raises:
+            ConfigError: an unknown ``fixed_atoms``.
+            DataError: no structures.
         """
         if fixed_atoms not in FIXED_ATOMS:
             raise ConfigError(f"fixed_atoms: {fixed_atoms!r} is not one of {', '.join(FIXED_ATOMS)}")

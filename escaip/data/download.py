@@ -338,16 +338,18 @@ def _fetch(item: RemoteFile, run: _Run) -> str:
 
 def _receive(item: RemoteFile, file: IO[bytes], state: Path, run: _Run) -> None:
     """Makes attempts until every byte is there."""
-    failures = best = 0
+    failures = best = resets = 0
     while True:
+        before = os.fstat(file.fileno()).st_size
         try:
             return _attempt(item, file, state, run)
         except _Passing as error:
             there = os.fstat(file.fileno()).st_size
+            resets += there < before
             failures, best = (1, there) if there > best else (failures + 1, best)
-            if failures >= run.attempts:
+            if max(failures, resets) >= run.attempts:
                 kept = f"{_bytes(there)} are kept: run the same command again to continue"
-                raise DataError(f"{item.name}: {error}, {failures} times; {kept}") from error
+                raise DataError(f"{item.name}: {error}, {run.attempts} times; {kept}") from error
             wait = min(60.0, run.delay * 2 ** (failures - 1)) if error.wait is None else error.wait
             _log.warning("%s: %s; next attempt in %.3g s", item.name, error, wait)
             if run.stop.wait(wait):
@@ -379,6 +381,9 @@ def _attempt(item: RemoteFile, file: IO[bytes], state: Path, run: _Run) -> None:
     with _request(item, headers) as response:
         if response.status_code not in ((206, 416, 200) if offset else (200,)):
             raise _refusal(item, response)
+        if response.status_code == 416:  # its body is a page about the error, not the file
+            drop()
+            raise _Passing("the file changed on the server", wait=0.0)
         now, span = _version(response), response.headers.get("Content-Range", "")
         total = _length(item, response)
         if response.status_code == 200:
@@ -394,7 +399,7 @@ def _attempt(item: RemoteFile, file: IO[bytes], state: Path, run: _Run) -> None:
             match = re.fullmatch(rf"bytes {offset}-\d+/(\d+|\*)", span)
             total = size if match is None or match[1] == "*" else int(match[1])
             changed = None not in (version, now) and version != now
-            if match is None or response.status_code == 416 or changed or size not in (None, total):
+            if match is None or changed or size not in (None, total):
                 drop()
                 raise _Passing("the file changed on the server, or another range came than was asked for", wait=0.0)
         for block in _blocks(response):

@@ -118,6 +118,10 @@ class BatchLoader:
         """Lets the next iteration of that epoch start after the batches already taken.
 
         A state from the end of an epoch fits any data set and number of processes, but no other part of a training set.
+
+        Raises:
+            DataError: the data set, split or budget has changed, so that the remaining batches are others; or the part
+                of the training set, at any place in an epoch.
         """
         trained_on = state_dict.get("train_size")
         if trained_on != self._train_size:

@@ -93,7 +93,11 @@ class Sampling:
         return settings
 
     def check(self, names: Sequence[str]) -> None:
-        """Refuses weights for other sets than there are."""
+        """Refuses weights for other sets than there are.
+
+        Raises:
+            ConfigError: a set without a weight, or a weight without a set.
+        """
         if self.weights is not None and set(self.weights) != set(names):
             raise ConfigError(f"sampling: weights name {', '.join(self.weights)}, but the sets are {', '.join(names)}")
 

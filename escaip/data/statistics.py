@@ -68,7 +68,11 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
-        """Returns the statistics that ``to_dict`` described."""
+        """Returns the statistics that ``to_dict`` described.
+
+        Raises:
+            DataError: unknown or missing entries.
+        """
         entries = dict(values)
         try:
             entries["element_references"] = {int(z): float(e) for z, e in entries["element_references"].items()}

@@ -167,7 +167,11 @@ class Store:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> AtomicData:
-        """Returns the structure at ``index``, its tensors copied out of the file."""
+        """Returns the structure at ``index``, its tensors copied out of the file.
+
+        Raises:
+            IndexError: outside the store.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: index {index} outside 0..{len(self) - 1}")
         index %= len(self)

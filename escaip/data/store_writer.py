@@ -436,6 +436,10 @@ class StoreWriter:
         return len(self._writer)
 
     def write(self, data: AtomicData) -> None:
-        """Adds one structure."""
+        """Adds one structure.
+
+        Raises:
+            DataError: the disk is full, or files cannot be written.
+        """
         with disk_errors(self.path):
             self._writer.write(data)

@@ -26,6 +26,10 @@ def check_structure(
         cell: ``(3, 3)`` Å, rows are lattice vectors.
         pbc: ``(3,)``.
         name: what the message calls the structure.
+
+    Raises:
+        DataError: no atoms, wrong shapes, an atomic number outside 1..118, NaN or Inf coordinates, periodic lattice
+            vectors without volume, two atoms (or an atom and its image) closer than 0.1 Å.
     """
     n = len(numbers)
     if n == 0:

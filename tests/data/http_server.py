@@ -145,7 +145,8 @@ def _handler(owner: FileServer) -> type[BaseHTTPRequestHandler]:
             if match and page.ranges and current:
                 asked.start = int(match[1])
                 if asked.start >= len(content):
-                    self._head(asked, 416, {"Content-Range": f"bytes */{len(content)}"})
+                    headers = {"Content-Range": f"bytes */{len(content)}", "Content-Type": "text/html"}
+                    self._head(asked, 416, headers)
                     return
                 size = len(content)
                 if page.wrong_range:

@@ -214,6 +214,7 @@ BAD_FRAMES = {
     "nan": (FRAME.replace("0.50000000", "nan"), "random12:0: forces holds NaN or Inf"),
     "column": (FRAME.replace(" 0.50000000", ""), "do not have the 9 columns"),
     "other columns": (FRAME.replace("tags:I:1", "tags:I:2"), "do not have the 9 columns .* format: ase"),
+    "another key": (FRAME.replace("energy=-7.5", "energy=-7.5 charge=1"), "has 'charge', which .* format: ase"),
     "lattice": (FRAME.replace("4 0 0 0 4 0", "4 0 0 0 4"), "Lattice has 8 numbers"),
     "cell": (FRAME.replace("4 0 0 0 4 0", "0 0 0 0 4 0"), "span no volume"),
     "energy": (FRAME.replace("energy=-7.5", "energy=low"), "holds something else than numbers"),

@@ -106,7 +106,12 @@ class DataFile:
 
 
 def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -> list[DataFile]:
-    """Lists the files behind a path, a pattern or a list, those of folders included, with their layouts."""
+    """Lists the files behind a path, a pattern or a list, those of folders included, with their layouts.
+
+    Raises:
+        DataError: nothing there, or a folder of no known layout.
+        ConfigError: an unknown format.
+    """
     if format is not None and format not in READERS:
         raise ConfigError(f"format: {format!r} is not one of {', '.join(READERS)}")
     found: list[tuple[Path, str]] = []
@@ -126,7 +131,12 @@ def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -
 def read_file(
     file: DataFile, policy: ReadPolicy, *, keys: LabelKeys | None = None, part: Part | None = None, **options: Any
 ) -> Iterator[AtomicData]:
-    """Reads the structures of one file, or of a part of it."""
+    """Reads the structures of one file, or of a part of it.
+
+    Raises:
+        DataError: an unreadable file or a bad structure.
+        ConfigError: an option that its layout does not have, or keys where the layout fixes the names.
+    """
     read = READERS[file.reader].read
     known = {key for key in inspect.signature(read).parameters if key not in ("path", "policy", "name")}
     own = ", ".join(sorted(known - {"keys", "part"})) or "none"
@@ -141,7 +151,11 @@ def read_file(
 
 
 def detect_format(path: PathLike) -> str:
-    """Returns the name of the reader for this path, from its content and suffix."""
+    """Returns the name of the reader for this path, from its content and suffix.
+
+    Raises:
+        DataError: a path that does not exist, or a directory of no known layout.
+    """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or directory")
@@ -159,7 +173,11 @@ def detect_format(path: PathLike) -> str:
 
 
 def expand_paths(path: PathLike | Sequence[PathLike]) -> list[Path]:
-    """Lists the files named by a path, ``dataset:NAME/FILE``, a pattern or a list of them; patterns in sorted order."""
+    """Lists the files named by a path, ``dataset:NAME/FILE``, a pattern or a list of them; patterns in sorted order.
+
+    Raises:
+        DataError: nothing there.
+    """
     found: list[Path] = []
     for item in [path] if isinstance(path, str | os.PathLike) else path:
         text = os.path.expanduser(str(resolve(item)))

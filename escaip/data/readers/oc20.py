@@ -34,6 +34,7 @@ MAX_LINE = 1 << 16
 MAX_SIDECAR = 1 << 26
 """Bytes; a file of 5 000 frames has 0.2 MB."""
 
+_KEYS = {b"Lattice", b"Properties", b"energy", b"free_energy", b"pbc"}
 _PAIR = re.compile(rb'\s*([A-Za-z_]\w*)=(?:"([^"]*)"|([^\s"]+))')
 _LINE = re.compile(r"([^,\s][^,]*),frame(\d{1,15}),([-+.\deE]+)")
 _FLAGS = {b"T": True, b"F": False}
@@ -105,7 +106,7 @@ def matches(path: Path, head: bytes) -> bool:
         with _open(sidecar) as file:
             return _LINE.fullmatch(file.readline(MAX_LINE).decode("ascii", "replace").strip()) is not None
     except (OSError, EOFError, lzma.LZMAError):
-        return True  # the reader says what is wrong with it
+        return True  # so that reading it names the fault
 
 
 def _records(path: Path, name: str, units: Units, check: EnergyCheck) -> Iterator[Record]:
@@ -133,6 +134,9 @@ def _structure_of(
     """A frame by its columns, several times as fast as ASE."""
     pairs = {key: quoted or bare for key, quoted, bare in _PAIR.findall(comment)}
     tokens = b"".join(atoms).split()
+    if not pairs.keys() <= _KEYS:
+        others = ", ".join(map(_text, sorted(pairs.keys() - _KEYS)))
+        raise DataError(f"{structure_id}: has {others}, which files of OC20 do not have; read it with format: ase")
     if pairs.get(b"Properties") != PROPERTIES or len(tokens) != COLUMNS * len(atoms):
         raise DataError(
             f"{structure_id}: atoms do not have the {COLUMNS} columns {PROPERTIES.decode()}; read other files with "

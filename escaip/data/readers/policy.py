@@ -151,7 +151,11 @@ class ReadPolicy:
             raise ConfigError(f"max_force: {self.max_force} is not a positive number of eV/Å")
 
     def admit(self, records: Iterable[Record]) -> Iterator[AtomicData]:
-        """Builds structures and yields those that are taken; the others are counted."""
+        """Builds structures and yields those that are taken; the others are counted.
+
+        Raises:
+            DataError: a bad structure under ``on_error: raise``.
+        """
         try:
             for record in records:
                 data = self._built(record)
@@ -210,7 +214,11 @@ def energy_bound(numbers: NDArray[np.int64]) -> float:
 
 
 def check_magnitudes(structures: Sequence[AtomicData]) -> None:
-    """Refuses a window of structures whose magnitudes are those of another unit."""
+    """Refuses a window of structures whose magnitudes are those of another unit.
+
+    Raises:
+        DataError: naming the label, the first structure, the unit it looks like and how to state it.
+    """
     if not structures:
         return
     _check_lengths(structures)

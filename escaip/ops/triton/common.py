@@ -291,7 +291,7 @@ def both_directed(n, m):
     return (own[:, None] & other[None, :]).to(tl.float32)
 
 
-# Branches of compiled functions assign and return once: what follows a return inside of a branch is compiled too.
+# Triton also compiles the code after a `return` inside a branch, so branches assign and each function returns once.
 
 
 @triton.jit
