@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
+from ase.calculators.calculator import BaseCalculator
 from scipy.spatial.transform import Rotation
 
 from escaip.data import AtomicData, collate
@@ -57,7 +57,7 @@ class Check:
         return self.error <= self.tolerance
 
 
-def evaluator(potential: Potential | Calculator) -> Evaluate:
+def evaluator(potential: Potential | BaseCalculator) -> Evaluate:
     """Wraps a ``Potential`` or an ASE calculator as a function of structures."""
     if isinstance(potential, Potential):
         return lambda structures: _evaluate_potential(potential, structures)
@@ -65,7 +65,7 @@ def evaluator(potential: Potential | Calculator) -> Evaluate:
 
 
 def check_potential(
-    potential: Potential | Calculator,
+    potential: Potential | BaseCalculator,
     structures: Sequence[Atoms],
     *,
     seed: int = 0,
@@ -263,11 +263,12 @@ def _evaluate_potential(potential: Potential, structures: Sequence[Atoms]) -> li
     return answers
 
 
-def _evaluate_calculator(calculator: Calculator, atoms: Atoms) -> Evaluation:
+def _evaluate_calculator(calculator: BaseCalculator, atoms: Atoms) -> Evaluation:
     copy = atoms.copy()
     copy.calc = calculator
-    stress = copy.get_stress(voigt=False) if atoms.pbc.any() else None
-    return Evaluation(copy.get_potential_energy(), copy.get_forces(), stress)
+    has_stress = "stress" in calculator.implemented_properties and atoms.pbc.any() and atoms.cell.volume > 0
+    stress = copy.get_stress(voigt=False) if has_stress else None
+    return Evaluation(float(copy.get_potential_energy()), copy.get_forces(), stress)
 
 
 def _relative(expected: float, found: float) -> float:

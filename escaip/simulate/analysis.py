@@ -49,18 +49,17 @@ def energy_drift(time: Array, energy: Array, num_atoms: int) -> EnergyDrift | No
     Args:
         time: ``(S,)`` fs.
         energy: ``(S,)`` eV, NaN where it is not defined.
-        num_atoms: of the system.
+        num_atoms: number of atoms.
     """
     valid = np.isfinite(energy)
     picoseconds, values = time[valid] * 1e-3, energy[valid] * (1e3 / num_atoms)
     if len(values) < 3 or np.ptp(picoseconds) == 0.0:
         return None
-    centered = picoseconds - picoseconds.mean()
-    spread = float((centered**2).sum())
-    slope = float((centered * (values - values.mean())).sum()) / spread
-    residual = values - values.mean() - slope * centered
-    variance = float((residual**2).sum()) / (len(values) - 2)
-    return EnergyDrift(slope, float(np.sqrt(variance / spread)), float(np.sqrt((residual**2).mean())))
+    x, y = picoseconds - picoseconds.mean(), values - values.mean()
+    slope = float(x @ y / (x @ x))
+    squares = float(((y - slope * x) ** 2).sum())
+    error = np.sqrt(squares / (len(values) - 2) / (x @ x))
+    return EnergyDrift(slope, float(error), float(np.sqrt(squares / len(values))))
 
 
 @dataclass(frozen=True)
@@ -172,25 +171,23 @@ class Unwrapper:
 
     def __init__(self) -> None:
         self.farthest = 0.0
-        self._unwrapped: Array | None = None
-        self._wrapped: Array | None = None
+        self._before: tuple[Array, Array] | None = None  # unwrapped and wrapped positions
 
     def __call__(self, frame: Atoms) -> Array:
         """Returns the positions ``(N, 3)`` Å of the next frame."""
+        unwrapped = frame.get_positions()
         if not frame.pbc.any():
-            return frame.get_positions()
+            return unwrapped
         cell = frame.cell.complete().array
         inverse = np.linalg.inv(cell)
         wrapped = frame.positions - np.where(frame.pbc, np.floor(frame.positions @ inverse), 0.0) @ cell
-        if self._unwrapped is None or self._wrapped is None:
-            self._unwrapped = frame.get_positions()
-        else:
-            moved = wrapped - self._wrapped
+        if self._before is not None:
+            moved = wrapped - self._before[1]
             moved = moved - np.where(frame.pbc, np.round(moved @ inverse), 0.0) @ cell
             self.farthest = max(self.farthest, float(np.abs((moved @ inverse)[:, frame.pbc]).max()))
-            self._unwrapped = self._unwrapped + moved
-        self._wrapped = wrapped
-        return self._unwrapped
+            unwrapped = self._before[0] + moved
+        self._before = unwrapped, wrapped
+        return unwrapped
 
 
 @dataclass(frozen=True)
@@ -254,9 +251,8 @@ class RadialCounter:
 
     def __init__(self, first: Atoms, r_max: float | None = None, width: float = 0.05) -> None:
         check_periodic(first)
-        self.r_max = float(
-            min(0.5 / np.linalg.norm(first.cell.reciprocal(), axis=1).max(), 10.0) if r_max is None else r_max
-        )
+        half = 0.5 / np.linalg.norm(first.cell.reciprocal(), axis=1).max()
+        self.r_max = float(min(half, 10.0) if r_max is None else r_max)
         if not 0 < width <= self.r_max < np.inf:
             raise UsageError(
                 f"r_max is {self.r_max} Å and the bin width {width} Å: both above 0, and the width below r_max"
@@ -370,14 +366,9 @@ class Transport:
 
 
 def mean_square_displacement(
-    positions: Array,
-    groups: list[str],
-    weights: Array,
-    interval: float,
-    *,
-    window: tuple[float, float] | None = None,
-    num_blocks: int = 5,
-) -> Transport:
+    positions: Array, groups: list[str], weights: Array, interval: float, *,
+    window: tuple[float, float] | None = None, num_blocks: int = 5,
+) -> Transport:  # fmt: skip
     """Computes the MSD over all time origins, and diffusion coefficients ``D = (1/6) d MSD/dt`` with errors.
 
     Args:
@@ -398,26 +389,25 @@ def mean_square_displacement(
     first, last = _fit_lags(window, interval, length, num_blocks)
     lags = np.arange(first, last + 1)
     num_lags = max(len(positions) // 2, last + 1)
-    curves = square_displacement(positions, weights, num_lags)
 
     def coefficients(msd: Array) -> Array:
         centered = lags - lags.mean()
         slopes: Array = centered @ msd[first : last + 1] / (centered**2).sum() / interval
         return slopes * (_CM2_PER_S / 6)
 
+    curves = square_displacement(positions, weights, num_lags)
     whole, errors = coefficients(curves), None
     if num_blocks > 1:
         parts = [positions[block * length : (block + 1) * length] for block in range(num_blocks)]
         found = np.array([coefficients(square_displacement(part, weights, last + 1)) for part in parts])
         errors = found.std(axis=0, ddof=1) / np.sqrt(num_blocks)
-    msd = {name: curves[:, group] for group, name in enumerate(groups)}
     diffusion = {}
     for group, name in enumerate(groups):
-        values = msd[name][lags]
+        values = curves[lags, group]
         exponent = float(np.polyfit(np.log(lags), np.log(values), 1)[0]) if (values > 0).all() else None
-        error = None if errors is None else float(errors[group])
-        diffusion[name] = Diffusion(float(whole[group]), error, exponent)
+        diffusion[name] = Diffusion(float(whole[group]), None if errors is None else float(errors[group]), exponent)
     lag: Array = interval * np.arange(num_lags, dtype=np.float64)
+    msd = dict(zip(groups, curves.T, strict=True))
     return Transport(lag, msd, diffusion, (first * interval, last * interval), num_blocks)
 
 
@@ -450,7 +440,6 @@ class Vibrations:
         peaks: cm⁻¹, maxima of the spectrum of all, largest first.
         resolution: cm⁻¹, full width at half maximum of a sharp line.
         highest: cm⁻¹; faster vibrations appear folded back below it.
-        mass_weighted: whether atoms are weighted with their masses.
     """
 
     lag: Array
@@ -460,24 +449,16 @@ class Vibrations:
     peaks: Array
     resolution: float
     highest: float
-    mass_weighted: bool
 
 
 def vibrations(
-    velocities: Array,
-    groups: list[str],
-    weights: Array,
-    masses: Array,
-    interval: float,
-    *,
-    length: float | None = None,
-    mass_weighted: bool = True,
+    velocities: Array, groups: list[str], weights: Array, masses: Array, interval: float, length: float | None = None
 ) -> Vibrations:
     """Computes the velocity autocorrelation over all time origins, and its cosine transform.
 
-    ``S(ν) ∝ ∫ w(t) Σ_i m_i ⟨v_i(0)·v_i(t)⟩ cos(2πνt) dt``. Weighted with masses and in equilibrium this is the
-    vibrational density of states of a harmonic system (Dickey and Paskin, Phys. Rev. 188, 1407 (1969)): every mode
-    has the same area. ``w`` is the Hann window, which falls from 1 to 0 over ``length``.
+    ``S(ν) ∝ ∫ w(t) Σ_i m_i ⟨v_i(0)·v_i(t)⟩ cos(2πνt) dt``. In equilibrium this is the vibrational density of states of
+    a harmonic system (Dickey and Paskin, Phys. Rev. 188, 1407 (1969)): every mode has the same area. ``w`` is the Hann
+    window, which falls from 1 to 0 over ``length``.
 
     Args:
         velocities: ``(F, N, 3)`` Å/fs.
@@ -486,13 +467,12 @@ def vibrations(
         masses: ``(N,)`` amu.
         interval: fs between frames.
         length: longest lag in fs; by default half of the trajectory, at most 5000.
-        mass_weighted: weight atoms with their masses; otherwise they count alike.
 
     Raises:
         UsageError: a length that does not fit the trajectory.
         DataError: too few frames, or nothing moves.
     """
-    num_frames, num_atoms = velocities.shape[:2]
+    num_frames = len(velocities)
     span = (num_frames - 1) * interval
     num_lags = int((min(_LONGEST_LAG, 0.5 * span) if length is None else length) / interval + 1e-6) + 1
     if num_lags < _FEWEST_LAGS and length is None:
@@ -502,22 +482,17 @@ def vibrations(
             f"the length of the velocity autocorrelation is {length:g} fs: it must hold {_FEWEST_LAGS} frames, "
             f"{interval:g} fs apart, and not exceed the trajectory, {span:g} fs"
         )
-    members = (weights > 0) * (masses if mass_weighted else np.ones(num_atoms))[:, None]
-    both = autocorrelation(velocities, np.concatenate([weights, members], axis=1), num_lags)
+    both = autocorrelation(velocities, np.hstack([weights, (weights > 0) * masses[:, None]]), num_lags)
     curves, weighted = both[:, : len(groups)], both[:, len(groups) :]
     if not weighted[0, 0] > 0:
         raise DataError("no velocities that are not zero: the trajectory must hold momenta")
     frequency, spectrum = _cosine_transform(weighted / weighted[0, 0], interval)
     return Vibrations(
-        lag=interval * np.arange(num_lags, dtype=np.float64),
-        vacf={name: curves[:, group] for group, name in enumerate(groups)},
-        frequency=frequency,
-        spectrum={name: spectrum[:, group] for group, name in enumerate(groups)},
-        peaks=_peaks(frequency, spectrum[:, 0]),
-        resolution=WAVENUMBER / (num_lags * interval),
+        lag=interval * np.arange(num_lags, dtype=np.float64), vacf=dict(zip(groups, curves.T, strict=True)),
+        frequency=frequency, spectrum=dict(zip(groups, spectrum.T, strict=True)),
+        peaks=_peaks(frequency, spectrum[:, 0]), resolution=WAVENUMBER / (num_lags * interval),
         highest=WAVENUMBER / (2 * interval),
-        mass_weighted=mass_weighted,
-    )
+    )  # fmt: skip
 
 
 def _cosine_transform(curves: Array, interval: float) -> tuple[Array, Array]:

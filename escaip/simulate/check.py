@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ase.build
 import numpy as np
@@ -16,7 +16,6 @@ from ase.calculators.calculator import BaseCalculator
 from ase.md.verlet import VelocityVerlet
 
 from escaip.calculators import CommitteeCalculator, EScAIPCalculator
-from escaip.calculators.ase import has_volume
 from escaip.errors import SimulationError, UsageError
 from escaip.potential import Potential
 from escaip.simulate.ensembles import MDSettings, prepare_velocities
@@ -24,6 +23,7 @@ from escaip.testing import (
     Evaluate,
     Evaluation,
     direction_error_by_difference,
+    evaluator,
     force_error_by_difference,
     permutation_error,
     rotation_errors,
@@ -38,8 +38,7 @@ _CROSSINGS = 6  # changes of the graph looked at
 _DIRECTIONS = 6  # of the Jacobian
 
 
-@dataclass(frozen=True)
-class Tolerances:
+class Tolerances(NamedTuple):
     """Errors that rounding explains.
 
     Attributes:
@@ -110,14 +109,12 @@ class CheckReport:
 
     def table(self) -> str:
         """Returns a table for a terminal."""
-        rows = [
-            (f.verdict, f.name, f"{f.value:.2e}", "" if f.limit is None else f"{f.limit:.0e}", f.unit, f.note)
-            for f in self.findings
-        ]
-        header = ("", "comparison", "found", "allowed", "", "")
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *rows)]
-        return "\n".join([self.subject, *(line.rstrip() for line in lines)])
+        rows = [("", "comparison", "found", "allowed", "", "")]
+        for f in self.findings:
+            limit = "" if f.limit is None else f"{f.limit:.0e}"
+            rows.append((f.verdict, f.name, f"{f.value:.2e}", limit, f.unit, f.note))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join([self.subject, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
 
     def raise_failed(self) -> None:
         """Raises SimulationError when a comparison failed."""
@@ -176,11 +173,12 @@ def check_calculator(
     own.set_constraint()
     rng = np.random.default_rng(seed)
     own.positions += rng.normal(scale=_DISPLACEMENT, size=own.positions.shape)
-    members, base = _members(calculator), _base(calculator)
+    base: Any = getattr(calculator, "calculator", calculator)  # below dispersion
+    members: list[Potential] = list(getattr(base, "potentials", ()))  # none of another program's
     conservative = all(potential.config.is_conservative for potential in members)
     kind = _kind(members)
     limits = TOLERANCES[kind]
-    evaluate = _evaluator(calculator)
+    evaluate = evaluator(calculator)
     findings = [
         *_derivatives(evaluate, own, rng, limits, conservative),
         *_symmetries(evaluate, own, rng, limits, conservative),
@@ -188,7 +186,7 @@ def check_calculator(
     plain = _without_skin(base) if members else None
     if plain is not None:
         findings.append(_skin(base, plain, own, rng, limits))
-        findings += _crossings(_evaluator(plain), members, own, limits)
+        findings += _crossings(evaluator(plain), members, own, limits)
     findings.append(_conservation(calculator, own, seed, temperature or 300.0, limits, conservative))
     forces = "conservative" if conservative else "direct"
     subject = f"{own.get_chemical_formula()}, {len(own)} atoms, {forces} forces, {kind}"
@@ -216,12 +214,11 @@ def _derivatives(
         density = len(atoms) / atoms.get_volume()
         findings.append(Finding("stress: finite strain", error, "eV/Å³", None if limit is None else limit * density))
     if not conservative:
-        curl = _curl(evaluate, atoms, rng, limits.steps[0])
-        findings.append(
-            Finding("forces: antisymmetric share of dF/dr", curl, "", None, "0 for derivatives of an energy")
-        )
-        net = float(np.linalg.norm(answer.forces.sum(axis=0)))
-        findings.append(Finding("forces: their sum", net, "eV/Å", None, "0 where momentum is conserved"))
+        curl, net = _curl(evaluate, atoms, rng, limits.steps[0]), float(np.linalg.norm(answer.forces.sum(axis=0)))
+        findings += [
+            Finding("forces: antisymmetric share of dF/dr", curl, "", None, "0 for derivatives of an energy"),
+            Finding("forces: their sum", net, "eV/Å", None, "0 where momentum is conserved"),
+        ]
     return findings
 
 
@@ -245,8 +242,11 @@ def _symmetries(
     evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, limits: Tolerances, conservative: bool
 ) -> list[Finding]:
     answer = evaluate([atoms])[0]
-    # Errors relative to the total energy would be hidden by the energies of the atoms.
-    differences = _less(evaluate, answer.energy)
+
+    def differences(structures: Sequence[Atoms]) -> list[Evaluation]:
+        """Errors relative to the total energy would be hidden by the energies of the atoms."""
+        return [dataclasses.replace(found, energy=found.energy - answer.energy) for found in evaluate(structures)]
+
     energy, forces = rotation_errors(differences, atoms, rng)
     moved, permuted = translation_error(differences, atoms, rng), permutation_error(differences, atoms, rng)
     largest, limit = max(float(np.abs(answer.forces).max()), 1.0), limits.energy * len(atoms)
@@ -268,7 +268,7 @@ def _skin(base: Any, plain: Any, atoms: Atoms, rng: np.random.Generator, limits:
     for _ in range(10):
         moving.set_cell(0.99 * moving.cell.array)
         moving.positions = 0.99 * moving.positions + rng.normal(scale=0.05, size=moving.positions.shape)
-        one, other = _evaluator(base)([moving])[0], _evaluator(plain)([moving])[0]
+        one, other = evaluator(base)([moving])[0], evaluator(plain)([moving])[0]
         worst = max(worst, abs(one.energy - other.energy), float(np.abs(one.forces - other.forces).max()))
     exact = base.graph_skin == 0.0
     note = f"10 structures, {base.num_neighbor_builds - before} searches" + (", must be equal" if exact else "")
@@ -377,38 +377,6 @@ def _energy_error(calculator: BaseCalculator, atoms: Atoms, seed: int, settings:
         dynamics.run(parts)
         seen.append(float(moving.get_total_energy()) - first)
     return 1e3 * float(np.sqrt(np.mean(np.square(seen)))) / len(atoms)
-
-
-def _evaluator(calculator: BaseCalculator) -> Evaluate:
-    knows_stress = "stress" in calculator.implemented_properties
-
-    def evaluate(structures: Sequence[Atoms]) -> list[Evaluation]:
-        answers = []
-        for atoms in structures:
-            copy = atoms.copy()
-            copy.calc = calculator
-            stress = copy.get_stress(voigt=False) if knows_stress and has_volume(copy) else None
-            answers.append(Evaluation(float(copy.get_potential_energy()), copy.get_forces(), stress))
-        return answers
-
-    return evaluate
-
-
-def _less(evaluate: Evaluate, energy: float) -> Evaluate:
-    def less(structures: Sequence[Atoms]) -> list[Evaluation]:
-        return [dataclasses.replace(answer, energy=answer.energy - energy) for answer in evaluate(structures)]
-
-    return less
-
-
-def _base(calculator: Any) -> Any:
-    """Returns the calculator below dispersion."""
-    return getattr(calculator, "calculator", calculator)
-
-
-def _members(calculator: Any) -> list[Potential]:
-    """Returns the potentials of a calculator; none for another program's."""
-    return list(getattr(_base(calculator), "potentials", ()))
 
 
 def _without_skin(base: EScAIPCalculator | CommitteeCalculator) -> EScAIPCalculator | CommitteeCalculator:

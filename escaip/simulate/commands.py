@@ -241,11 +241,8 @@ def analyze(
     rmax: float | None = None,
     bin_width: float = 0.05,
     fit: tuple[float, float] | None = None,
-    blocks: int = 5,
     unwrap: bool = True,
-    keep_drift: bool = False,
     vacf_length: float | None = None,
-    mass_weights: bool = True,
     plots: bool = True,
 ) -> None:
     """Analyses a trajectory: structure, diffusion, vibrations and averages.
@@ -262,11 +259,8 @@ def analyze(
         rmax: range of rdf in Å (default: half the smallest width of the cell, at most 10)
         bin_width: bin width of rdf in Å
         fit: lags in fs between which diffusion is fitted (default: 0.1 to 0.5 of a block)
-        blocks: blocks for the error of diffusion
         unwrap: follow atoms across cell boundaries for msd
-        keep_drift: keep the motion of the center of mass in msd
         vacf_length: longest lag of vacf in fs (default: half the run, at most 5000)
-        mass_weights: weight atoms by mass in the spectrum of vacf
         plots: draw the quantities
 
     Example: escaip analyze md.extxyz --quantities rdf msd
@@ -278,8 +272,7 @@ def analyze(
     chosen = None if quantities is None else tuple(n for item in quantities for n in item.split(",") if n)
     settings = AnalysisSettings(
         quantities=chosen, start=start, stop=stop, every=every, timestep=timestep, log=log, r_max=rmax,
-        bin_width=bin_width, fit=fit, num_blocks=blocks, unwrap=unwrap, remove_drift=not keep_drift,
-        vacf_length=vacf_length, mass_weighted=mass_weights,
+        bin_width=bin_width, fit=fit, unwrap=unwrap, vacf_length=vacf_length,
     )  # fmt: skip
     analysis = analyze_trajectory(trajectory, settings, progress=sys.stderr.isatty())
     files: dict[str, Any] = {"analysis.json": analysis.to_dict()}
@@ -295,18 +288,7 @@ def analyze(
 def make_calculator(
     model: str, *, committee: list[str] | None = None, d3: str | None = None, d3_damping: str = "bj", **options: Any
 ) -> BaseCalculator:
-    """Returns the calculator that command-line options describe.
-
-    Args:
-        model: model file.
-        committee: further members beside it.
-        d3: functional whose D3 dispersion is added.
-        d3_damping: see ``DispersionCalculator``.
-        options: of ``EScAIPCalculator``.
-
-    Raises:
-        EscaipError: as these classes.
-    """
+    """Returns the calculator that command-line options describe; further options are those of ``EScAIPCalculator``."""
     from escaip.calculators import CommitteeCalculator, DispersionCalculator, EScAIPCalculator
 
     if committee:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -189,14 +190,14 @@ class Ensemble:
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns the internal variables by name; scalars as 0-d arrays."""
-        return {name: np.array(_get(self.dynamics, name), dtype=np.float64) for name in _STATE[type(self.dynamics)]}
+        return {name: np.array(attrgetter(name)(self.dynamics), float) for name in _STATE[type(self.dynamics)]}
 
     def restore(self, state: dict[str, np.ndarray], step: int) -> None:
         """Sets the internal variables and the number of steps done."""
         for name in _STATE[type(self.dynamics)]:
             value = state[name]
             owner, _, last = name.rpartition(".")
-            target = _get(self.dynamics, owner) if owner else self.dynamics
+            target = attrgetter(owner)(self.dynamics) if owner else self.dynamics
             setattr(target, last, value.copy() if value.ndim else float(value))
         self.dynamics.nsteps = step
 
@@ -213,10 +214,9 @@ def make_ensemble(atoms: Atoms, settings: MDSettings, rng: np.random.Generator) 
     assert settings.temperature is not None
     relaxation = settings.thermostat_time * units.fs
     if settings.thermostat == "langevin":
-        dynamics = Langevin(
-            atoms, step, temperature_K=settings.temperature, friction=1.0 / relaxation, fixcm=False, rng=rng
-        )
-        return Ensemble(dynamics, rng, degrees_of_freedom(atoms, conserves_momentum=False))
+        friction = 1.0 / relaxation
+        langevin = Langevin(atoms, step, temperature_K=settings.temperature, friction=friction, fixcm=False, rng=rng)
+        return Ensemble(langevin, rng, degrees_of_freedom(atoms, conserves_momentum=False))
     num_degrees = degrees_of_freedom(atoms)
     if settings.thermostat == "bussi":
         bussi = Bussi(atoms, step, temperature_K=settings.temperature, taut=relaxation, rng=rng)
@@ -225,24 +225,18 @@ def make_ensemble(atoms: Atoms, settings: MDSettings, rng: np.random.Generator) 
         return Ensemble(bussi, rng, num_degrees)
     # In the equations of Martyna, Tobias and Klein the number of atoms stands for a third of the degrees of freedom.
     chain = NoseHooverChainThermostat(
-        num_atoms_global=num_degrees / 3,  # type: ignore[arg-type]
-        masses=atoms.get_masses()[:, None],
-        temperature_K=settings.temperature,
-        tdamp=relaxation,
-    )
+        num_atoms_global=num_degrees / 3, masses=atoms.get_masses()[:, None],  # type: ignore[arg-type]
+        temperature_K=settings.temperature, tdamp=relaxation,
+    )  # fmt: skip
     if settings.thermostat == "nose-hoover":
         thermostatted = NoseHooverChainNVT(atoms, step, temperature_K=settings.temperature, tdamp=relaxation)
         thermostatted._thermostat = chain
         return Ensemble(thermostatted, rng, num_degrees)
     kind = IsotropicMTKNPT if settings.barostat == "isotropic" else MTKNPT
     barostatted = kind(
-        atoms,
-        step,
-        temperature_K=settings.temperature,
-        pressure_au=(settings.pressure or 0.0) * units.GPa,
-        tdamp=relaxation,
-        pdamp=settings.barostat_time * units.fs,
-    )
+        atoms, step, temperature_K=settings.temperature, pressure_au=(settings.pressure or 0.0) * units.GPa,
+        tdamp=relaxation, pdamp=settings.barostat_time * units.fs,
+    )  # fmt: skip
     barostatted._num_atoms_global = num_degrees / 3
     barostatted._thermostat = chain
     return Ensemble(barostatted, rng, num_degrees)
@@ -285,7 +279,7 @@ def degrees_of_freedom(atoms: Atoms, conserves_momentum: bool = True) -> int:
     """
     if not _is_free(atoms) or not conserves_momentum:
         return int(atoms.get_number_of_degrees_of_freedom())
-    rotations = 0 if atoms.pbc.any() else int((_moments_of_inertia(atoms)[0] > _LINEAR).sum())
+    rotations = 0 if atoms.pbc.any() else int((atoms.get_moments_of_inertia() > _LINEAR).sum())
     return max(3 * len(atoms) - 3 - rotations, 1)
 
 
@@ -304,24 +298,8 @@ def _without_drift(atoms: Atoms, momenta: np.ndarray) -> np.ndarray:
     velocities = (momenta - masses * momenta.sum(axis=0) / masses.sum()) / masses
     if not atoms.pbc.any():
         relative = atoms.positions - atoms.get_center_of_mass()
-        moments, axes = _moments_of_inertia(atoms)
+        moments, axes = atoms.get_moments_of_inertia(vectors=True)
         spin = axes @ np.cross(relative, masses * velocities).sum(axis=0)
         rate = np.divide(spin, moments, out=np.zeros(3), where=moments > _LINEAR) @ axes
         velocities = velocities - np.cross(rate, relative)
     return velocities * masses
-
-
-def _moments_of_inertia(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the principal moments in amu Å², and their axes as rows."""
-    relative = atoms.positions - atoms.get_center_of_mass()
-    masses = atoms.get_masses()
-    square = np.einsum("i,ij,ij->", masses, relative, relative)
-    tensor = square * np.eye(3) - np.einsum("i,ij,ik->jk", masses, relative, relative)
-    moments, axes = np.linalg.eigh(tensor)
-    return moments, axes.T
-
-
-def _get(owner: Any, name: str) -> Any:
-    for part in name.split("."):
-        owner = getattr(owner, part)
-    return owner

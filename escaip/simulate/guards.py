@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ from ase.data import covalent_radii
 
 from escaip.errors import ConfigError
 from escaip.graph import neighbor_list
-from escaip.simulate.output import ExtxyzTrajectory, cut_frames, make_frame
+from escaip.simulate.ensembles import MDSettings
+from escaip.simulate.output import ExtxyzTrajectory, make_frame
 
 DEVIATION_COLUMN = "max_forces_spread_eV_A"
 """Column of the log of a committee."""
@@ -72,60 +74,45 @@ class DeviationMonitor:
     Args:
         atoms: the structure, with its calculator.
         path: file of the saved frames, created with the first of them.
-        max_spread: eV/Å at which the run stops; None for no limit.
-        save_spread: eV/Å above which frames are saved, at most one per ``interval``; None to save none.
-        interval: steps.
-        timestep: fs.
-        first_step: step at which a resumed run continues; later frames are removed, since they will be saved again.
-            None for a new run, which removes all.
+        settings: ``max_spread`` and ``save_spread``; one frame per ``trajectory_interval`` is saved at most.
+        saved: step and end in bytes of the last frame that a resumed run has saved, if any; what follows is removed.
 
     Raises:
         ConfigError: a spread is given and the calculator is no committee.
+        SimulationError: the file ends before.
     """
 
-    def __init__(
-        self,
-        atoms: Atoms,
-        path: Path,
-        *,
-        max_spread: float | None,
-        save_spread: float | None,
-        interval: int,
-        timestep: float,
-        first_step: int | None,
-    ) -> None:
-        self._path, self._max_spread, self._save_spread = path, max_spread, save_spread
-        self._interval, self._timestep = interval, timestep
-        self._is_on = max_spread is not None or save_spread is not None
+    def __init__(self, atoms: Atoms, path: Path, settings: MDSettings, saved: Sequence[int] = ()) -> None:
+        self._path, self._settings, self._saved = path, settings, tuple(saved)
+        self._is_on = settings.max_spread is not None or settings.save_spread is not None
         if self._is_on and not is_committee(atoms):
             raise ConfigError("max_spread and save_spread need a committee: give further models with --committee")
-        self._last: int | None = None
-        self._file: ExtxyzTrajectory | None = None
-        if first_step is None:
+        self._file = ExtxyzTrajectory(path, self._saved[1]) if self._saved else None
+        if not self._saved:
             path.unlink(missing_ok=True)
-        elif path.exists():
-            self._last = cut_frames(path, first_step)
 
     def find_problem(self, atoms: Atoms, step: int) -> str | None:
         """Saves the frame if it is due, and describes why the run must stop; None when it may go on."""
         if not self._is_on:
             return None
         spread, index = largest_spread(atoms)
-        stops = self._max_spread is not None and not spread <= self._max_spread
-        due = self._last is None or step >= self._last + self._interval
-        if stops or (self._save_spread is not None and spread > self._save_spread and due):
+        most, least = self._settings.max_spread, self._settings.save_spread
+        stops = most is not None and not spread <= most
+        due = not self._saved or step >= self._saved[0] + self._settings.trajectory_interval
+        if stops or (least is not None and spread > least and due):
             self._save(atoms, step)
         if not stops:
             return None
         return (
             f"the committee's forces on atom {index} ({atoms.symbols[index]}) spread by {spread:.3g} eV/Å, above "
-            f"{self._max_spread:g} eV/Å"
+            f"{most:g} eV/Å"
         )
 
-    def sync(self) -> None:
-        """Makes sure that the saved frames are on disk, before a restart file relies on them."""
+    def saved(self) -> tuple[int, ...]:
+        """Returns step and end of the last saved frame, once it is on disk; nothing where there is none."""
         if self._file is not None:
-            self._file.position()
+            self._saved = self._saved[0], self._file.position()
+        return self._saved
 
     def close(self) -> None:
         """Closes the file."""
@@ -133,10 +120,9 @@ class DeviationMonitor:
             self._file.close()
 
     def _save(self, atoms: Atoms, step: int) -> None:
-        if self._file is None:
-            self._file = ExtxyzTrajectory(self._path, self._path.stat().st_size if self._path.exists() else None)
-        frame = make_frame(atoms, step, step * self._timestep)
+        self._file = self._file or ExtxyzTrajectory(self._path, None)
+        frame = make_frame(atoms, step, step * self._settings.timestep)
         frame.arrays["forces_spread"] = np.array(atoms.calc.get_property("forces_spread", atoms))
         frame.info["energy_spread"] = float(atoms.calc.get_property("energy_spread", atoms))
         self._file.write(frame)
-        self._last = step
+        self._saved = (step,)

@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 from ase import Atoms, units
+from tqdm import tqdm
 
 from escaip.errors import ConfigError, DataError, EscaipError, SimulationError, UsageError
 from escaip.simulate.analysis import EnergyDrift, energy_drift
@@ -102,15 +103,7 @@ class MDResult:
 
 
 class RunFiles(NamedTuple):
-    """The files of a run.
-
-    Attributes:
-        trajectory: frames.
-        log: CSV, one line per logged step.
-        restart: state to resume from.
-        uncertain: frames on which a committee disagrees.
-        last_good: frame kept when a run is stopped.
-    """
+    """The files of a run: frames, log (CSV), restart, frames on which a committee disagrees, last frame of a stop."""
 
     trajectory: Path
     log: Path
@@ -139,17 +132,14 @@ class ProgressLine:
 
     def __call__(self, status: MDStatus) -> None:
         """Shows a status."""
-        fraction = status.step / status.steps
-        finished = status.step >= status.steps
+        fraction, finished = status.step / status.steps, status.step >= status.steps
         if math.isnan(status.seconds_left) or (not self.live and not finished and fraction < self._next):
             return
         self._next = fraction + 0.1
-        minutes, seconds = divmod(int(status.seconds_left), 60)
-        hours, minutes = divmod(minutes, 60)
         line = (
             f"step {status.step}/{status.steps} ({100 * fraction:.0f} %)  {status.time / 1000:.3f} ps  "
             f"{status.temperature:.0f} K  {status.energy:.4f} eV  {status.ns_per_day:.3g} ns/day  "
-            f"{f'{hours}:{minutes:02d}' if hours else minutes}:{seconds:02d} left"
+            f"{tqdm.format_interval(status.seconds_left)} left"
         )
         end = "\n" if finished or not self.live else ""
         print(f"\r{line}\x1b[K" if self.live else line, end=end, file=self.stream, flush=True)
@@ -212,18 +202,16 @@ class _Run:
         self.first_step, self.is_new = (state.step, False) if state else (0, True)
         stored = state.max_temperature if state else 10 * max(settings.temperature or 0.0, self.temperature, 300.0)
         self.max_temperature = settings.max_temperature or stored
-        self.monitor = DeviationMonitor(
-            atoms, files.uncertain, max_spread=settings.max_spread, save_spread=settings.save_spread,
-            interval=settings.trajectory_interval, timestep=settings.timestep, first_step=state.step if state else None,
-        )  # fmt: skip
         self.logs_deviation = is_committee(atoms)
-        self.trajectory = open_trajectory(files.trajectory, state.trajectory_position if state else None)
-        try:
-            extra = (DEVIATION_COLUMN,) if self.logs_deviation else ()
-            self.log = LogFile(files.log, state.log_position if state else None, extra)
-        except BaseException:
-            self.trajectory.close()
-            raise
+        columns = (DEVIATION_COLUMN,) if self.logs_deviation else ()
+        with contextlib.ExitStack() as stack:
+            self.monitor = DeviationMonitor(atoms, files.uncertain, settings, state.saved if state else ())
+            stack.callback(self.monitor.close)
+            self.log = LogFile(files.log, state.log_position if state else None, columns)
+            stack.callback(self.log.close)
+            self.trajectory = open_trajectory(files.trajectory, state.trajectory_position if state else None)
+            stack.callback(self.trajectory.close)
+            self.open_files = stack.pop_all()
         self.last_good: tuple[int, Atoms] | None = None
         self.started = self.last_logged = time.perf_counter()
         self.last_logged_step = self.first_step
@@ -259,10 +247,8 @@ class _Run:
     def advance(self, report: Callable[[MDStatus], None] | None) -> MDResult:
         remaining = max(self.settings.steps - self.first_step, 0)
         try:
-            with contextlib.ExitStack() as stack:
-                for file in (self.log, self.trajectory, self.monitor):
-                    stack.enter_context(contextlib.closing(file))
-                stack.enter_context(np.errstate(all="ignore"))  # an overflow becomes NaN, which a guard reports
+            # An overflow becomes NaN, which a guard reports.
+            with self.open_files, np.errstate(all="ignore"):
                 if self.is_new:
                     self._after_step(report)
                 for _ in range(remaining):
@@ -329,14 +315,13 @@ class _Run:
             report(MDStatus(step, self.settings.steps, step * length, present, energy, speed, left))
 
     def _save(self) -> None:
-        self.monitor.sync()
         RestartState(
             step=self.step, target=self.settings.steps, physics=self.settings.physics,
             positions=self.atoms.get_positions(), momenta=self.atoms.get_momenta(), cell=self.atoms.cell.array.copy(),
             atomic_numbers=self.atoms.numbers.copy(), energy=float(self.atoms.get_potential_energy()),
             rng=dict(self.ensemble.rng.bit_generator.state), integrator=self.ensemble.state(),
             max_temperature=self.max_temperature, log_position=self.log.position(),
-            trajectory_position=self.trajectory.position(),
+            trajectory_position=self.trajectory.position(), saved=self.monitor.saved(),
         ).save(self.files.restart)  # fmt: skip
 
     def _stop(self, problem: str, remedy: str | None = None, cause: Exception | None = None) -> NoReturn:

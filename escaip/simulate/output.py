@@ -9,11 +9,10 @@ import itertools
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ase.io
 import numpy as np
@@ -28,13 +27,20 @@ LOG_COLUMNS = (
     "step", "time_fs", "temperature_K", "potential_energy_eV", "kinetic_energy_eV", "total_energy_eV",
     "conserved_energy_eV", "pressure_GPa", "volume_A3", "ns_per_day",
 )  # fmt: skip
-_HDF5 = (".h5", ".hdf5")
-_STEP = re.compile(rb"(?:^| )step=(\d+)(?: |$)")
+
+
+_TOO_SHORT = "{} ends before the step of the restart file: start anew with --overwrite"
 
 
 class _TextFile:
+    """Text that is cut back to a number of bytes before it goes on; None starts anew."""
+
     def __init__(self, path: Path, position: int | None) -> None:
-        self._stream = _open_text(path, position)
+        if position is not None:
+            if not path.is_file() or path.stat().st_size < position:
+                raise SimulationError(_TOO_SHORT.format(path))
+            os.truncate(path, position)
+        self._stream = path.open("w" if position is None else "a")
 
     def position(self) -> int:
         """Number of bytes that are safely on disk."""
@@ -106,10 +112,21 @@ class AseTrajectory:
     """
 
     def __init__(self, path: Path, position: int | None) -> None:
-        if position is not None:
-            _keep_frames(path, position)
         self._count = position or 0
+        if position is not None:
+            self._cut(path)
         self._writer = Trajectory(path, "w" if position is None else "a")
+
+    def _cut(self, path: Path) -> None:
+        if not path.is_file():
+            raise SimulationError(_TOO_SHORT.format(path))
+        with Trajectory(path) as frames:
+            if len(frames) < self._count:
+                raise SimulationError(_TOO_SHORT.format(path))
+            if len(frames) > self._count:
+                with write_aside(path, SimulationError) as aside, Trajectory(aside, "w") as kept:
+                    for index in range(self._count):
+                        kept.write(frames[index])
 
     def write(self, frame: Atoms) -> None:
         """Appends a frame."""
@@ -188,8 +205,6 @@ def read_trajectory(
         raise DataError(f"trajectory {path} does not exist: check the path")
     if path.stat().st_size == 0:
         raise DataError(f"trajectory {path} is empty: give a file with at least one frame")
-    if path.suffix in _HDF5:
-        raise DataError(f"trajectory {path} is HDF5, which is not read: write runs to .extxyz or .traj")
     return (_read_extxyz if path.suffix in (".extxyz", ".xyz") else _read_ase)(path, start, stop, every)
 
 
@@ -229,32 +244,6 @@ def _read_extxyz(path: Path, start: int, stop: int | None, every: int) -> Iterat
                 message = f"trajectory {path}: frame {index} cannot be read ({first_line(error)}): use --stop {index}"
                 raise DataError(message) from error
             yield frame
-
-
-def cut_frames(path: Path, last_step: int) -> int | None:
-    """Cuts an extxyz file off before the first frame after a step, or before an incomplete frame.
-
-    Returns:
-        The step of the last frame kept; None when none is.
-
-    Raises:
-        SimulationError: the file was not written by a run.
-    """
-    end, kept = 0, None
-    with path.open("rb") as stream:
-        while count := stream.readline():
-            comment = stream.readline()
-            rows = [stream.readline() for _ in range(int(count))] if count.strip().isdigit() else [b""]
-            if not all(row.endswith(b"\n") for row in (count, comment, *rows)):
-                break  # the process ended while this frame was written
-            found = _STEP.search(comment)
-            if found is None:
-                raise SimulationError(f"{path} is no file of this run: move it away, or use another --out")
-            if int(found[1]) > last_step:
-                break
-            end, kept = stream.tell(), int(found[1])
-    os.truncate(path, end)
-    return kept
 
 
 def read_structure(path: str | os.PathLike[str], frame: int = -1) -> Atoms:
@@ -353,25 +342,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _open_text(path: Path, position: int | None) -> IO[str]:
-    if position is None:
-        return path.open("w")
-    if not path.is_file() or path.stat().st_size < position:
-        raise SimulationError(f"{path} ends before the step of the restart file: start anew with --overwrite")
-    os.truncate(path, position)
-    return path.open("a")
-
-
-def _keep_frames(path: Path, count: int) -> None:
-    """Cuts an ASE trajectory back to its first frames."""
-    if not path.is_file():
-        raise SimulationError(f"{path} is gone but its restart file is there: start anew with --overwrite")
-    with Trajectory(path) as frames:
-        if len(frames) < count:
-            raise SimulationError(f"{path} ends before the step of the restart file: start anew with --overwrite")
-        if len(frames) > count:
-            with write_aside(path, SimulationError) as aside, Trajectory(aside, "w") as kept:
-                for index in range(count):
-                    kept.write(frames[index])

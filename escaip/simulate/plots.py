@@ -38,13 +38,13 @@ def draw(analysis: Analysis) -> dict[str, Figure]:
     if (found := analysis.vibrations) is not None:
         total = np.cumsum(found.spectrum["all"])
         reach = float(found.frequency[min(int(np.searchsorted(total, 0.999 * total[-1])), len(total) - 1)])
-        title = "Vibrational density of states" if found.mass_weighted else "Spectrum of velocities"
         right = min(float(found.frequency[-1]), 1.15 * reach + 2 * found.resolution)
         images["vacf"] = _plot(
             ({name: (found.lag * 1e-3, found.vacf[name] / found.vacf[name][0]) for name in shown(found.vacf)},
              {"title": "Velocity autocorrelation", "xlabel": "lag (ps)", "ylabel": "⟨v(0)·v(t)⟩ / ⟨v²⟩"}),
             ({name: (found.frequency, found.spectrum[name]) for name in shown(found.spectrum)},
-             {"title": title, "xlabel": "wavenumber (cm⁻¹)", "ylabel": "per cm⁻¹", "xlim": (0, right)}),
+             {"title": "Vibrational density of states", "xlabel": "wavenumber (cm⁻¹)", "ylabel": "per cm⁻¹",
+              "xlim": (0, right)}),
         )  # fmt: skip
     names = {"temperature_K": "temperature (K)", "pressure_GPa": "pressure (GPa)",
              "conserved_energy_eV": "conserved energy (eV)"}  # fmt: skip

@@ -97,15 +97,11 @@ def relax(
     largest = _largest(target.get_forces())
     has_pressure = own.pbc.all() and "stress" in own.calc.implemented_properties
     return RelaxResult(
-        atoms=own,
-        converged=bool(largest <= fmax),
-        steps=int(dynamics.nsteps),
-        energy=float(own.get_potential_energy()),
-        initial_energy=initial_energy,
-        largest_force=largest,
+        atoms=own, converged=bool(largest <= fmax), steps=int(dynamics.nsteps),
+        energy=float(own.get_potential_energy()), initial_energy=initial_energy, largest_force=largest,
         volume=float(own.get_volume()) if own.cell.rank == 3 else float("nan"),
         pressure=float(-np.mean(own.get_stress()[:3]) / units.GPa) if has_pressure else float("nan"),
-    )
+    )  # fmt: skip
 
 
 def _check(atoms: Atoms, fmax: float, steps: int, optimizer: str, cell: bool, pressure: float) -> None:

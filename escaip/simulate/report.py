@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import os
@@ -37,7 +36,8 @@ from escaip.simulate.analysis import (
 from escaip.simulate.output import read_log, read_trajectory
 
 QUANTITIES = ("rdf", "msd", "vacf", "density", "temperature", "pressure", "drift")
-_FROM_LOG, _DYNAMIC = ("temperature", "pressure", "drift"), ("msd", "vacf")
+_FROM_LOG = {"temperature": "temperature_K", "pressure": "pressure_GPa", "drift": "conserved_energy_eV"}
+_DYNAMIC = ("msd", "vacf")
 _GRAM_PER_CM3 = units._amu * 1e27  # per amu/Å³
 # cm⁻¹ that stretching vibrations reach, with hydrogen and of the other light elements.
 _FASTEST = ((("H",), 4500.0), (("B", "C", "N", "O", "F"), 2500.0))
@@ -59,12 +59,8 @@ class AnalysisSettings:
         r_max: range of radial distributions; by default half the smallest width of the cell, at most 10.
         bin_width: of radial distributions.
         fit: first and last lag of the linear fit to the mean-square displacement; by default 0.1 to 0.5 of a block.
-        num_blocks: parts in time that give the error of diffusion coefficients.
         unwrap: follow atoms through periodic boundaries; otherwise positions are taken as they are.
-        remove_drift: subtract the motion of the center of mass from displacements, unless an atom is fixed or there is
-            only one.
         vacf_length: longest lag of the velocity autocorrelation; by default half of the trajectory, at most 5000.
-        mass_weighted: whether the spectrum weights atoms with their masses.
 
     Raises:
         ConfigError: a value is out of range.
@@ -79,11 +75,8 @@ class AnalysisSettings:
     r_max: float | None = None
     bin_width: float = 0.05
     fit: tuple[float, float] | None = None
-    num_blocks: int = 5
     unwrap: bool = True
-    remove_drift: bool = True
     vacf_length: float | None = None
-    mass_weighted: bool = True
 
     def __post_init__(self) -> None:
         for name in self.quantities or ():
@@ -95,8 +88,6 @@ class AnalysisSettings:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"{name} is {value}: it must be above 0")
-        if self.num_blocks < 1:
-            raise ConfigError(f"num_blocks is {self.num_blocks}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,8 @@ class Analysis:
         interval: fs between the frames read; None where no quantity needs it.
         radial: radial distribution functions.
         transport: mean-square displacements and diffusion.
-        drift_removed: whether displacements are relative to the center of mass.
+        drift_removed: whether displacements are relative to the center of mass: unless an atom is fixed or there is
+            only one.
         vibrations: velocity autocorrelation and spectrum.
         density: g/cm³.
         temperature: K.
@@ -137,19 +129,17 @@ class Analysis:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values, the unit in each name; what is unknown is None."""
-        drift = self.drift and {
-            "slope_meV_per_atom_per_ps": self.drift.slope,
-            "error_meV_per_atom_per_ps": self.drift.error,
-            "fluctuation_meV_per_atom": self.drift.fluctuation,
-        }
+        """Returns numbers and arrays, the unit in each name; what is unknown is None."""
         return {
             "trajectory": self.trajectory, "formula": self.formula, "num_atoms": self.num_atoms,
             "num_frames": self.num_frames, "frame_interval_fs": self.interval,
             "density": _average_values(self.density, "g_per_cm3"),
             "temperature": _average_values(self.temperature, "K"),
             "pressure": _average_values(self.pressure, "GPa"),
-            "drift": drift,
+            "drift": self.drift and {
+                "slope_meV_per_atom_per_ps": self.drift.slope, "error_meV_per_atom_per_ps": self.drift.error,
+                "fluctuation_meV_per_atom": self.drift.fluctuation,
+            },
             "rdf": self.radial and _radial_values(self.radial),
             "msd": self.transport and _transport_values(self.transport, self.drift_removed),
             "vacf": self.vibrations and _vibration_values(self.vibrations),
@@ -162,24 +152,25 @@ class Analysis:
         if self.interval is not None:
             head += f", {self.interval:g} fs apart, {(self.num_frames - 1) * self.interval * 1e-3:g} ps"
         rows: list[tuple[str, str]] = []
-        averages = {"density": "g/cm³", "temperature": "K", "pressure": "GPa"}
-        for name, unit in averages.items():
-            average: Average | None = getattr(self, name)
-            if average is not None:
-                rows.append((name, f"{_with_error(average.mean, average.error)} {unit}"))
+        for name, unit, found in (
+            ("density", "g/cm³", self.density), ("temperature", "K", self.temperature),
+            ("pressure", "GPa", self.pressure),
+        ):  # fmt: skip
+            if found is not None:
+                rows.append((name, f"{_with_error(found.mean, found.error)} {unit}"))
         if self.drift is not None:
             rows.append(("energy drift", f"{self.drift.slope:+.3g} ± {self.drift.error:.2g} meV/atom/ps"))
-        for pair in shown(self.radial.g) if self.radial else ():
-            shell = self.radial.first_shell(pair) if self.radial else None
-            if shell is not None:
-                text = f"peak {shell.peak:.2f} Å, {shell.coordination:.2f} neighbors within {shell.end:.2f} Å"
-                rows.append((f"g(r) {pair}", text))
+        if self.radial is not None:
+            for pair in shown(self.radial.g):
+                if (shell := self.radial.first_shell(pair)) is not None:
+                    text = f"peak {shell.peak:.2f} Å, {shell.coordination:.2f} neighbors within {shell.end:.2f} Å"
+                    rows.append((f"g(r) {pair}", text))
         if self.transport is not None:
             low, high = self.transport.window
             rows.append(("diffusion", f"fitted from {low:g} to {high:g} fs, {self.transport.num_blocks} blocks"))
             for name in shown(self.transport.diffusion):
-                found = self.transport.diffusion[name]
-                rows.append((f"  D {name}", f"{_with_error(found.coefficient, found.error)} cm²/s{_warning(found)}"))
+                one = self.transport.diffusion[name]
+                rows.append((f"  D {name}", f"{_with_error(one.coefficient, one.error)} cm²/s{_warning(one)}"))
         if self.vibrations is not None:
             peaks = ", ".join(f"{peak:.0f}" for peak in np.sort(self.vibrations.peaks[:8])) or "none"
             resolution, highest = self.vibrations.resolution, self.vibrations.highest
@@ -243,14 +234,13 @@ class _Collector:
         self.notes: list[str] = []
         self.times: list[float | None] = []
         self.volumes: list[float] = []
-        names = settings.quantities or QUANTITIES
-        self.wanted = {name for name in names if self._attempt(name, functools.partial(self._check, name))}
+        self.wanted = {name for name in settings.quantities or QUANTITIES if self._attempt(name, self._allows, name)}
         self.radial = RadialCounter(first, settings.r_max, settings.bin_width) if "rdf" in self.wanted else None
         self.positions, self.velocities, self.unwrapper = Recording(), Recording(), Unwrapper()
         self.masses = first.get_masses()
-        self.removes_drift = settings.remove_drift and not first.constraints and len(first) > 1
+        self.removes_drift = not first.constraints and len(first) > 1
 
-    def _check(self, name: str) -> bool:
+    def _allows(self, name: str) -> bool:
         """Checks that the first frame allows a quantity, before all others are read."""
         if name in ("rdf", "density"):
             check_periodic(self.first)
@@ -283,20 +273,19 @@ class _Collector:
             self.velocities.append(frame.get_velocities() * units.fs)
 
     def result(self) -> Analysis:
-        settings, wanted = self.settings, self.wanted
+        settings, wanted, first = self.settings, self.wanted, self.first
         dynamic, logged = sorted(wanted & set(_DYNAMIC)), [name for name in _FROM_LOG if name in wanted]
         interval = self._attempt(" and ".join(dynamic), self._interval) if dynamic else None
         log = self._attempt(", ".join(logged), self._log) if logged else None
-        groups, weights = group_weights(self.first)
+        groups, weights = group_weights(first)
         transport = vibrating = None
         if interval is not None and "msd" in wanted:
             transport = self._attempt("msd", lambda: mean_square_displacement(
-                self.positions.array(), groups, weights, interval, window=settings.fit, num_blocks=settings.num_blocks
+                self.positions.array(), groups, weights, interval, window=settings.fit
             ))  # fmt: skip
         if interval is not None and "vacf" in wanted:
             vibrating = self._attempt("vacf", lambda: vibrations(
-                self.velocities.array(), groups, weights, self.masses, interval, length=settings.vacf_length,
-                mass_weighted=settings.mass_weighted,
+                self.velocities.array(), groups, weights, self.masses, interval, settings.vacf_length
             ))  # fmt: skip
             self._note_folding(interval)
         if transport is not None and settings.unwrap and self.unwrapper.farthest > _FAR:
@@ -305,17 +294,13 @@ class _Collector:
                 "moved to is unknown; read more frames, or switch unwrapping off (--no-unwrap) where the file holds "
                 "unwrapped positions"
             )
-        density = self.masses.sum() * _GRAM_PER_CM3 / np.array(self.volumes)
+        of_log = {} if log is None else {name: self._attempt(name, self._of_log, name, log) for name in logged}
         return Analysis(
-            trajectory=os.fspath(self.path), formula=self.first.get_chemical_formula(), num_atoms=len(self.first),
+            trajectory=os.fspath(self.path), formula=first.get_chemical_formula(), num_atoms=len(first),
             num_frames=len(self.times), interval=interval, transport=transport, drift_removed=self.removes_drift,
             vibrations=vibrating, radial=self.radial.result() if self.radial is not None else None,
-            density=Average.of(density) if self.volumes else None,
-            temperature=self._of_log("temperature", log, lambda log: Average.of(log["temperature_K"])),
-            pressure=self._of_log("pressure", log, lambda log: Average.of(log["pressure_GPa"])),
-            drift=self._of_log(
-                "drift", log, lambda log: energy_drift(log["time_fs"], log["conserved_energy_eV"], len(self.first))
-            ),
+            density=Average.of(self.masses.sum() * _GRAM_PER_CM3 / np.array(self.volumes)),
+            temperature=of_log.get("temperature"), pressure=of_log.get("pressure"), drift=of_log.get("drift"),
             log=log, notes=tuple(self.notes),
         )  # fmt: skip
 
@@ -344,24 +329,20 @@ class _Collector:
             raise DataError(f"log {self.log_path} has no line in the time of the frames: give --log FILE")
         return {name: values[chosen] for name, values in columns.items()}
 
-    def _of_log(
-        self, name: str, log: dict[str, Array] | None, compute: Callable[[dict[str, Array]], T | None]
-    ) -> T | None:
-        if log is None or name not in self.wanted:
-            return None
+    def _of_log(self, name: str, log: dict[str, Array]) -> Any:
+        """Returns the ``EnergyDrift`` for ``drift``, else an ``Average``."""
+        if name == "drift":
+            found: Any = energy_drift(log["time_fs"], log["conserved_energy_eV"], len(self.first))
+        else:
+            found = Average.of(log[_FROM_LOG[name]])
+        if found is None:
+            raise DataError(f"log {self.log_path} holds no {name}: it is not defined for this run")
+        return found
 
-        def found() -> T:
-            value = compute(log)
-            if value is None:
-                raise DataError(f"log {self.log_path} holds no {name}: it is not defined for this run")
-            return value
-
-        return self._attempt(name, found)
-
-    def _attempt(self, name: str, compute: Callable[[], T]) -> T | None:
+    def _attempt(self, name: str, compute: Callable[..., T], *arguments: Any) -> T | None:
         """Turns a DataError into a note, unless the quantity was asked for by name."""
         try:
-            return compute()
+            return compute(*arguments)
         except DataError as error:
             if self.settings.quantities is not None:
                 raise DataError(f"{name}: {error}") from error
@@ -443,21 +424,19 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def _average_values(average: Average | None, unit: str) -> dict[str, Any] | None:
-    if average is None:
-        return None
-    values = {"mean": average.mean, "error": average.error, "deviation": average.deviation}
-    return {**{f"{name}_{unit}": value for name, value in values.items()}, "num_samples": average.num_samples}
+    return None if average is None else {
+        f"mean_{unit}": average.mean, f"error_{unit}": average.error, f"deviation_{unit}": average.deviation,
+        "num_samples": average.num_samples,
+    }  # fmt: skip
 
 
 def _radial_values(found: RadialDistribution) -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
+    pairs = {}
     for pair, g in found.g.items():
         shell = found.first_shell(pair)
         first = shell and {"peak_A": shell.peak, "end_A": shell.end, "coordination": shell.coordination}
-        neighbors = found.neighbors[pair].tolist()
-        pairs[pair] = {"g": g.tolist(), "neighbors_within_edge": neighbors, "first_shell": first}
-    distance, edges = found.distance.tolist(), found.edges.tolist()
-    return {"num_frames": found.num_frames, "distance_A": distance, "edge_A": edges, "pairs": pairs}
+        pairs[pair] = {"g": g, "neighbors_within_edge": found.neighbors[pair], "first_shell": first}
+    return {"num_frames": found.num_frames, "distance_A": found.distance, "edge_A": found.edges, "pairs": pairs}
 
 
 def _transport_values(found: Transport, drift_removed: bool) -> dict[str, Any]:
@@ -465,23 +444,21 @@ def _transport_values(found: Transport, drift_removed: bool) -> dict[str, Any]:
     groups = {
         name: {
             "diffusion_cm2_per_s": one.coefficient, "error_cm2_per_s": one.error, "exponent": one.exponent,
-            "msd_A2": found.msd[name][chosen].tolist(),
+            "msd_A2": found.msd[name][chosen],
         }
         for name, one in found.diffusion.items()
     }  # fmt: skip
     return {
         "center_of_mass_removed": drift_removed, "fit_from_fs": found.window[0], "fit_to_fs": found.window[1],
-        "num_blocks": found.num_blocks, "lag_fs": found.lag[chosen].tolist(), "groups": groups,
+        "num_blocks": found.num_blocks, "lag_fs": found.lag[chosen], "groups": groups,
     }  # fmt: skip
 
 
 def _vibration_values(found: Vibrations) -> dict[str, Any]:
     return {
-        "mass_weighted": found.mass_weighted, "resolution_per_cm": found.resolution, "highest_per_cm": found.highest,
-        "peaks_per_cm": found.peaks.tolist(), "lag_fs": found.lag.tolist(),
-        "vacf_A2_per_fs2": {name: values.tolist() for name, values in found.vacf.items()},
-        "frequency_per_cm": found.frequency.tolist(),
-        "spectrum_cm": {name: values.tolist() for name, values in found.spectrum.items()},
+        "resolution_per_cm": found.resolution, "highest_per_cm": found.highest,
+        "peaks_per_cm": found.peaks, "lag_fs": found.lag, "vacf_A2_per_fs2": found.vacf,
+        "frequency_per_cm": found.frequency, "spectrum_cm": found.spectrum,
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from ase import Atoms
 from escaip.errors import SimulationError
 from escaip.files import write_aside
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,17 @@ class RestartState:
     """Everything that a run needs to continue bit for bit.
 
     Attributes:
-        step: steps done.
-        target: steps asked for.
+        step, target: steps done, and steps asked for.
         physics: settings that must not change.
-        positions: ``(n, 3)`` Å.
+        positions, cell: ``(n, 3)`` and ``(3, 3)`` Å.
         momenta: ``(n, 3)`` in ASE's unit.
-        cell: ``(3, 3)`` Å.
         atomic_numbers: ``(n,)``.
         energy: potential energy in eV, to recognise the potential.
         rng: state of the random number generator.
         integrator: internal variables of thermostat and barostat, by name.
         max_temperature: K at which the run stops.
         log_position, trajectory_position: where log and trajectory end.
+        saved: step and end of the last frame saved for its spread, if any.
     """
 
     step: int
@@ -50,6 +49,7 @@ class RestartState:
     max_temperature: float
     log_position: int
     trajectory_position: int
+    saved: tuple[int, ...]
 
     def save(self, path: Path) -> None:
         """Replaces the file; a reader finds the old state or the new one, whole.
@@ -72,15 +72,15 @@ class RestartState:
         """Reads a file written by ``save``.
 
         Raises:
-            SimulationError: missing, damaged, or of a newer schema.
+            SimulationError: missing, damaged, or of another schema.
         """
         if not path.is_file():
             raise SimulationError(f"there is no restart file {path} to resume from: run without --resume first")
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 header = json.loads(stored["header"].tobytes())
-                if header["schema"] > SCHEMA_VERSION:
-                    raise SimulationError(f"{path} was written by a newer escaip: install that version to resume")
+                if header["schema"] != SCHEMA_VERSION:
+                    raise SimulationError(f"{path} was written by another version of escaip: resume with that one")
                 values = {name: header[name] for name in _HEADER} | {name: stored[name] for name in _ARRAYS}
                 integrator = {name: stored[f"integrator.{name}"] for name in header["integrator"]}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -117,5 +117,6 @@ class RestartState:
 
 _HEADER = (
     "step", "target", "physics", "energy", "rng", "max_temperature", "log_position", "trajectory_position",
+    "saved",
 )  # fmt: skip
 _ARRAYS = ("positions", "momenta", "cell", "atomic_numbers")

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 from ase import Atoms
 
 from escaip.errors import ConfigError, DataError
-from escaip.files import write_aside, write_json
 from escaip.simulate.guards import find_contact
-from escaip.simulate.output import read_trajectory
+from escaip.simulate.output import read_trajectory, write_results
 
 
 @dataclass(frozen=True)
@@ -45,36 +43,30 @@ class Selection:
     """The frames chosen from a file, in the order of choice.
 
     Attributes:
-        chosen: ``(K,)`` indices into the sound frames.
+        frames: ``(K,)`` numbers of the frames in the file.
         distances: ``(K,)`` eV, to the nearest frame chosen before; inf for the first of its formula.
-        out: file of the structures.
-        report: file of the spreads, JSON.
-        count: number of frames asked for.
-        considered: number of frames within the limits.
-        frames: number of frames in all.
-        broken: number of frames left out because atoms touch or the members' answers are not finite.
-        spread: largest and smallest ``forces_spread`` of the frames chosen, eV/Å.
+        spreads: ``(K,)`` eV/Å, largest spread of the forces on an atom.
+        num_frames, num_broken, num_considered: frames read, left out because atoms touch or the members' answers are
+            not finite, and within the limits.
+        out, report: file of the structures, and of the spreads (JSON).
     """
 
-    chosen: np.ndarray
+    frames: np.ndarray
     distances: np.ndarray
+    spreads: np.ndarray
+    num_frames: int
+    num_broken: int
+    num_considered: int
     out: Path
     report: Path
-    count: int
-    considered: int
-    frames: int
-    broken: int
-    spread: tuple[float, float]
 
     def summary(self) -> str:
         """Returns a few lines for people."""
-        lines = [f"{len(self.chosen)} of {self.frames} frames chosen, {self.considered} were within the limits"]
-        if self.broken:
-            lines.append(f"{self.broken} frames are broken (atoms touch, or answers are not finite) and left out")
-        if len(self.chosen) < self.count:
-            lines.append(f"fewer than {self.count}: the others are too near to these, see --min-distance")
-        lines.append(f"force spread {self.spread[1]:.3g} to {self.spread[0]:.3g} eV/Å; wrote {self.out}, {self.report}")
-        return "\n".join(lines)
+        lines = [f"{len(self.frames)} of {self.num_frames} frames chosen, {self.num_considered} were within the limits"]
+        if self.num_broken:
+            lines.append(f"{self.num_broken} frames are broken (atoms touch, or answers are not finite) and left out")
+        low, high = self.spreads.min(), self.spreads.max()
+        return "\n".join([*lines, f"force spread {low:.3g} to {high:.3g} eV/Å; wrote {self.out}, {self.report}"])
 
 
 def select_frames(
@@ -164,19 +156,10 @@ def score_frames(
 
 
 def select_file(
-    trajectory: str | os.PathLike[str],
-    models: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    count: int,
-    min_spread: float = 0.0,
-    max_spread: float | None = None,
-    min_distance: float = 0.005,
-    every: int = 1,
-    max_atoms: int | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> Selection:
+    trajectory: str | os.PathLike[str], models: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *,
+    count: int, min_spread: float = 0.0, max_spread: float | None = None, min_distance: float = 0.005, every: int = 1,
+    max_atoms: int | None = None, progress: bool = False, **options: Any,
+) -> Selection:  # fmt: skip
     """Selects frames of a file; writes them without labels (extxyz) and the spreads of all beside them (JSON).
 
     Args:
@@ -196,65 +179,48 @@ def select_file(
         ConfigError: a setting is out of range.
         DataError: the file cannot be read, or no frame is within the limits.
     """
-    _check(out, count, min_spread, max_spread, min_distance, every)
+    if Path(out).suffix != ".extxyz":
+        raise ConfigError(f"out is {out}: choose a name that ends in .extxyz")
+    least = {"count": (count, 1), "every": (every, 1), "min_spread": (min_spread, 0), "min_distance": (min_distance, 0)}
+    for name, (value, low) in least.items():
+        if not value >= low:
+            raise ConfigError(f"{name} is {value}: it must be at least {low}")
+    if max_spread is not None and not max_spread > min_spread:
+        raise ConfigError(f"max_spread is {max_spread}: it must be above min_spread, {min_spread:g}")
     frames = list(read_trajectory(trajectory, every=every))
     for atoms in frames:
         atoms.calc = None
-    sound = [bool(np.isfinite(atoms.positions).all()) and find_contact(atoms) is None for atoms in frames]
-    kept = [atoms for atoms, good in zip(frames, sound, strict=True) if good]
-    if not kept:
+    sound = [i for i, atoms in enumerate(frames) if np.isfinite(atoms.positions).all() and find_contact(atoms) is None]
+    if not sound:
         raise DataError(
             f"{trajectory}: no frame is sound (atoms touch, or coordinates are NaN): use another trajectory"
         )
-    numbers = every * np.flatnonzero(sound)
+    kept, numbers = [frames[index] for index in sound], every * np.array(sound)
     scores = score_frames(kept, models, max_atoms=max_atoms, progress=progress, **options)
-    finite = np.isfinite(scores.forces_spread) & np.isfinite(scores.energy_spread)
-    inside = finite & (scores.forces_spread >= min_spread)
-    if max_spread is not None:
-        inside &= scores.forces_spread <= max_spread
+    spreads = scores.forces_spread
+    finite = np.isfinite(spreads) & np.isfinite(scores.energy_spread)
+    inside = finite & (spreads >= min_spread) & (spreads <= (np.inf if max_spread is None else max_spread))
     if not inside.any():
-        low, high = scores.forces_spread[finite].min(initial=np.inf), scores.forces_spread[finite].max(initial=-np.inf)
+        low, high = spreads[finite].min(initial=np.inf), spreads[finite].max(initial=-np.inf)
         raise DataError(f"{trajectory}: no frame is within the limits: force spreads are {low:.3g} to {high:.3g} eV/Å")
     chosen, distances = select_frames(scores, count, np.flatnonzero(inside), min_distance)
     path = Path(out)
-    report = path.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bare = [_without_labels(kept[index], int(numbers[index]), float(scores.forces_spread[index])) for index in chosen]
-    with write_aside(path) as aside:
-        ase.io.write(aside, bare, format="extxyz")
-    write_json(report, {
-        "trajectory": os.fspath(trajectory),
-        "models": [os.fspath(model) for model in models],
-        "units": {"forces_spread": "eV/Å", "energy_spread": "eV", "distance": "eV"},
-        "chosen": {"frame": numbers[chosen].tolist(), "distance": _plain(distances)},
-        "frames": {
-            "frame": numbers.tolist(),
-            "max_forces_spread": _plain(scores.forces_spread),
-            "mean_forces_spread": _plain(scores.mean_forces_spread),
-            "energy_spread": _plain(scores.energy_spread),
-        },
-    })  # fmt: skip
-    spreads = scores.forces_spread[chosen]
-    return Selection(
-        chosen, distances, path, report, count, int(inside.sum()), len(frames), len(frames) - int(finite.sum()),
-        (float(spreads.max()), float(spreads.min())),
+    found = Selection(
+        numbers[chosen], distances, spreads[chosen], len(frames), len(frames) - int(finite.sum()), int(inside.sum()),
+        path, path.with_suffix(".json"),
     )  # fmt: skip
-
-
-def _check(
-    out: str | os.PathLike[str], count: int, min_spread: float, max_spread: float | None, min_distance: float,
-    every: int,
-) -> None:  # fmt: skip
-    if Path(out).suffix != ".extxyz":
-        raise ConfigError(f"out is {out}: choose a name that ends in .extxyz")
-    for name, value in (("count", count), ("every", every)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}: it must be at least 1")
-    for name, spread in (("min_spread", min_spread), ("min_distance", min_distance)):
-        if not spread >= 0:
-            raise ConfigError(f"{name} is {spread}: it must be 0 or more")
-    if max_spread is not None and not max_spread > min_spread:
-        raise ConfigError(f"max_spread is {max_spread}: it must be above min_spread, {min_spread:g}")
+    values = {
+        "trajectory": os.fspath(trajectory), "models": [os.fspath(model) for model in models],
+        "units": {"forces_spread": "eV/Å", "energy_spread": "eV", "distance": "eV"},
+        "chosen": {"frame": found.frames, "distance": distances},
+        "frames": {
+            "frame": numbers, "max_forces_spread": spreads, "mean_forces_spread": scores.mean_forces_spread,
+            "energy_spread": scores.energy_spread,
+        },
+    }  # fmt: skip
+    bare = [_without_labels(kept[index], int(numbers[index]), float(spreads[index])) for index in chosen]
+    write_results(path.parent, {path.name: bare, found.report.name: values})
+    return found
 
 
 def _without_labels(atoms: Atoms, number: int, spread: float) -> Atoms:
@@ -263,7 +229,3 @@ def _without_labels(atoms: Atoms, number: int, spread: float) -> Atoms:
     frame.info = {name: atoms.info[name] for name in names if name in atoms.info}
     frame.info.update(source_frame=number, max_forces_spread=spread)
     return frame
-
-
-def _plain(values: np.ndarray) -> list[float | None]:
-    return [float(value) if np.isfinite(value) else None for value in values]
