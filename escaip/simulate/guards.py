@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from ase.data import covalent_radii
 
-from escaip.errors import ConfigError
+from escaip.errors import ConfigError, SimulationError
 from escaip.graph import neighbor_list
 from escaip.simulate.ensembles import MDSettings
 from escaip.simulate.output import ExtxyzTrajectory, make_frame
@@ -76,17 +76,20 @@ class DeviationMonitor:
         path: file of the saved frames, created with the first of them.
         settings: ``max_spread`` and ``save_spread``; one frame per ``trajectory_interval`` is saved at most.
         saved: step and end in bytes of the last frame that a resumed run has saved, if any; what follows is removed.
+            None where that is not known; then there must be no file.
 
     Raises:
         ConfigError: a spread is given and the calculator is no committee.
-        SimulationError: the file ends before.
+        SimulationError: the file ends before, or is there although nothing is known of it.
     """
 
-    def __init__(self, atoms: Atoms, path: Path, settings: MDSettings, saved: Sequence[int] = ()) -> None:
-        self._path, self._settings, self._saved = path, settings, tuple(saved)
+    def __init__(self, atoms: Atoms, path: Path, settings: MDSettings, saved: Sequence[int] | None) -> None:
+        self._path, self._settings, self._saved = path, settings, tuple(saved or ())
         self._is_on = settings.max_spread is not None or settings.save_spread is not None
         if self._is_on and not is_committee(atoms):
             raise ConfigError("max_spread and save_spread need a committee: give further models with --committee")
+        if saved is None and path.exists():
+            raise SimulationError(f"{path} is of an earlier version of escaip: move it away to resume the run")
         self._file = ExtxyzTrajectory(path, self._saved[1]) if self._saved else None
         if not self._saved:
             path.unlink(missing_ok=True)

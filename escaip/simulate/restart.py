@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class RestartState:
         integrator: internal variables of thermostat and barostat, by name.
         max_temperature: K at which the run stops.
         log_position, trajectory_position: where log and trajectory end.
-        saved: step and end of the last frame saved for its spread, if any.
+        saved: step and end of the last frame saved for its spread, if any; None in files of schema 1, which did not
+            tell.
     """
 
     step: int
@@ -49,7 +51,7 @@ class RestartState:
     max_temperature: float
     log_position: int
     trajectory_position: int
-    saved: tuple[int, ...]
+    saved: Sequence[int] | None
 
     def save(self, path: Path) -> None:
         """Replaces the file; a reader finds the old state or the new one, whole.
@@ -72,15 +74,17 @@ class RestartState:
         """Reads a file written by ``save``.
 
         Raises:
-            SimulationError: missing, damaged, or of another schema.
+            SimulationError: missing, damaged, or of a newer schema.
         """
         if not path.is_file():
             raise SimulationError(f"there is no restart file {path} to resume from: run without --resume first")
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 header = json.loads(stored["header"].tobytes())
-                if header["schema"] != SCHEMA_VERSION:
-                    raise SimulationError(f"{path} was written by another version of escaip: resume with that one")
+                if header["schema"] > SCHEMA_VERSION:
+                    raise SimulationError(f"{path} was written by a newer escaip: install that version to resume")
+                if header["schema"] == 1:
+                    header["saved"] = None
                 values = {name: header[name] for name in _HEADER} | {name: stored[name] for name in _ARRAYS}
                 integrator = {name: stored[f"integrator.{name}"] for name in header["integrator"]}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -116,7 +120,6 @@ class RestartState:
 
 
 _HEADER = (
-    "step", "target", "physics", "energy", "rng", "max_temperature", "log_position", "trajectory_position",
-    "saved",
+    "step", "target", "physics", "energy", "rng", "max_temperature", "log_position", "trajectory_position", "saved",
 )  # fmt: skip
 _ARRAYS = ("positions", "momenta", "cell", "atomic_numbers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,28 @@ def test_a_restart_saves_no_frame_twice(
         assert (tmp_path / f"whole.{name}").read_bytes() == (tmp_path / f"parts.{name}").read_bytes()
     run_md(committee(), settings(steps=2), out=tmp_path / "parts.extxyz", overwrite=True)
     assert not (tmp_path / "parts.uncertain.extxyz").exists()  # nothing of an older run stays beside a new one
+
+
+def test_a_run_begun_by_an_earlier_version_goes_on_or_names_the_file_in_its_way(
+    committee: Make, run_killed: Make, tmp_path: Path, spreads: np.ndarray
+) -> None:
+    path, uncertain = tmp_path / "a.extxyz", tmp_path / "a.uncertain.extxyz"
+    asked = settings(save_spread=float(np.median(spreads)))
+    run_killed(committee(), asked, path, 25)
+    restart = path.with_suffix(".restart.npz")
+    stored = dict(np.load(restart))
+    header = json.loads(stored["header"].tobytes())
+    del header["saved"]
+    stored["header"] = np.frombuffer(json.dumps({**header, "schema": 1}).encode(), dtype=np.uint8)
+    np.savez(restart, **stored)
+    before = uncertain.read_bytes()
+    with pytest.raises(SimulationError, match="move it away"):
+        run_md(committee(), asked, out=path, resume=True)
+    assert uncertain.read_bytes() == before
+    uncertain.rename(tmp_path / "earlier.extxyz")
+    run_md(committee(), asked, out=path, resume=True)
+    np.testing.assert_array_equal(read_log(path.with_suffix(".csv"))[COLUMN], spreads)
+    assert ase.io.read(uncertain, 0).info["step"] > 20
 
 
 def test_too_large_a_spread_stops_the_run(committee: Make, tmp_path: Path, spreads: np.ndarray) -> None:
