@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import grp
 import hashlib
 import json
+import math
 import os
 import pwd
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,22 @@ def write_file(path: str | os.PathLike[str], content: str | bytes, error: type[E
 def write_json(path: str | os.PathLike[str], value: object, error: type[EscaipError] = DataError) -> None:
     """Writes a value as indented JSON, whole or not at all; NaN is refused with a ``ValueError``."""
     write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n", error)
+
+
+def plain(value: Any) -> Any:
+    """Turns dataclasses, mappings and sequences into JSON values without fields hidden from ``repr``.
+
+    A number that is not finite becomes None.
+    """
+    if dataclasses.is_dataclass(value):
+        return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value) if one.repr}
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 def try_lock(path: str | os.PathLike[str]) -> IO[bytes] | None:

@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 # Name -> module: imported on first use, so that numbers do not import plots.
 _PUBLIC = {
-    "Errors": "escaip.evaluate.report",
     "EvaluationReport": "escaip.evaluate.report",
     "Records": "escaip.evaluate.report",
     "evaluate": "escaip.evaluate.run",
-    "evaluate_files": "escaip.evaluate.run",
     "evaluate_into": "escaip.evaluate.run",
-    "rotation_error": "escaip.evaluate.run",
 }
 
-__all__ = ["Errors", "EvaluationReport", "Records", "evaluate", "evaluate_files", "evaluate_into", "rotation_error"]
+__all__ = ["EvaluationReport", "Records", "evaluate", "evaluate_into"]
 
 if TYPE_CHECKING:
-    from escaip.evaluate.report import Errors, EvaluationReport, Records
-    from escaip.evaluate.run import evaluate, evaluate_files, evaluate_into, rotation_error
+    from escaip.evaluate.report import EvaluationReport, Records
+    from escaip.evaluate.run import evaluate, evaluate_into
 
 
 def __getattr__(name: str) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import Unpack
 
 from escaip.data.commands import reading
+from escaip.errors import UsageError
 from escaip.options import DataPath, ModelFile, ModelOptions, ReadOptions
 
 
@@ -37,12 +39,12 @@ def evaluate(
 
     Example: escaip evaluate model.escaip test.extxyz --out evaluation
     """
-    from escaip.evaluate.run import evaluate_files
+    from escaip.evaluate.run import evaluate_into
 
-    where, read = _divided(options)
-    report = evaluate_files(
-        model, data, out, free_atoms_only=free_atoms, max_atoms=max_atoms, plots=plots,
-        progress=sys.stderr.isatty(), model_options=where, read_options=reading(**read),
+    potential, structures = _open(model, data, options)
+    report = evaluate_into(
+        Path(out), potential, structures, {"model": model, "data": data}, free_atoms_only=free_atoms,
+        max_atoms=max_atoms, plots=plots, progress=sys.stderr.isatty(),
     )  # fmt: skip
     print(report.table())
     print(f"wrote {out}")
@@ -68,17 +70,25 @@ def predict(
 
     Example: escaip predict example:organic structures.xyz --out predictions.extxyz
     """
-    from escaip.evaluate.run import predict_file
+    from escaip.evaluate.run import predict_into
 
-    where, read = _divided(options)
-    count = predict_file(
-        model, data, out, max_atoms=max_atoms, overwrite=overwrite, progress=sys.stderr.isatty(),
-        model_options=where, read_options=reading(**read),
-    )  # fmt: skip
+    path = Path(out)
+    if path.suffix not in (".extxyz", ".xyz"):
+        raise UsageError(f"{out} is no extxyz file: give --out a name that ends in .extxyz")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{out} exists: choose another --out, or replace it with --overwrite")
+    potential, structures = _open(model, data, options)
+    count = predict_into(path, potential, structures, max_atoms=max_atoms, progress=sys.stderr.isatty())
     print(f"wrote {out}: {count} structures")
 
 
-def _divided(options: _Options) -> tuple[dict[str, Any], dict[str, Any]]:
+def _open(model: str, data: str, options: _Options) -> tuple[Any, Any]:
+    """Loads the potential and opens the structures, each with its share of the options."""
+    from escaip.data import open_source
+    from escaip.files import resolve
+    from escaip.potential.loading import load_potential
+
     names = ModelOptions.__annotations__
-    model = {name: value for name, value in options.items() if name in names}
-    return model, {name: value for name, value in options.items() if name not in names}
+    where = {name: value for name, value in options.items() if name in names}
+    read = {name: value for name, value in options.items() if name not in names}
+    return load_potential(model, **where), open_source(resolve(data), **reading(**read))  # type: ignore[arg-type]

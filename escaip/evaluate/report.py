@@ -10,6 +10,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
+from escaip.files import plain
 from escaip.types import TARGETS, Target
 from escaip.units import GPA
 
@@ -131,7 +132,7 @@ class EvaluationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values, each property under its name; unknown values are None."""
-        values: dict[str, Any] = _plain(dataclasses.asdict(self))
+        values: dict[str, Any] = plain(self)
         return {**values.pop("properties"), **values}
 
     def table(self) -> str:
@@ -250,11 +251,3 @@ def _worst(records: Records, energy: FloatArray, largest: FloatArray) -> tuple[t
 def _row(name: str, errors: Errors, factor: float) -> str:
     numbers = "".join(f"{factor * value:>12.4g}" for value in (errors.mae, errors.rmse, errors.largest))
     return f"{name:<22}{numbers}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -16,13 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escaip.data import AtomicData, collate, open_source
+from escaip.data import AtomicData, collate
 from escaip.data.dataset import random_rotation, rotate_structure
-from escaip.errors import DataError, UsageError
+from escaip.errors import DataError
 from escaip.evaluate.report import EvaluationReport, Records, compute_report
-from escaip.files import resolve, write_aside, write_file
+from escaip.files import write_aside, write_file, write_json
 from escaip.potential import Potential
-from escaip.potential.loading import load_potential
 from escaip.potential.predict import StructurePrediction, join_structures, predict_pairs
 from escaip.types import TARGETS
 
@@ -31,45 +28,10 @@ _NUM_ROTATED = 10
 _NUM_ROTATIONS = 5
 
 
-def evaluate_files(
-    model: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    model_options: Mapping[str, Any] | None = None,
-    read_options: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> EvaluationReport:
-    """Evaluates a model file on a data file; see ``evaluate_into``.
-
-    Args:
-        model: ``.ckpt`` or ``.escaip``.
-        data: see ``escaip.data.open_source``.
-        out: folder, made when needed.
-        model_options: options of ``escaip.load_potential``.
-        read_options: options of ``escaip.data.open_source``.
-        **options: options of ``evaluate_into``.
-
-    Raises:
-        CheckpointError: the model cannot be read.
-        DataError: the data cannot be read, has no labels, or the folder cannot be written.
-    """
-    potential = load_potential(model, **(model_options or {}))
-    structures = open_source(resolve(Path(data)), **(read_options or {}))
-    origin = {"model": os.fspath(model), "data": os.fspath(data)}
-    return evaluate_into(Path(out), potential, structures, origin, **options)
-
-
 def evaluate_into(
-    folder: Path,
-    potential: Potential,
-    structures: Iterable[AtomicData],
-    origin: Mapping[str, str],
-    *,
-    plots: bool = True,
-    free_atoms_only: bool = False,
-    **options: Any,
-) -> EvaluationReport:
+    folder: Path, potential: Potential, structures: Iterable[AtomicData], origin: Mapping[str, str], *,
+    plots: bool = True, free_atoms_only: bool = False, **options: Any,
+) -> EvaluationReport:  # fmt: skip
     """Evaluates a potential; writes ``report.json``, ``parity.png`` and ``errors.png``.
 
     Args:
@@ -90,7 +52,7 @@ def evaluate_into(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
-    write_file(folder / "report.json", json.dumps(values, indent=1, ensure_ascii=False))
+    write_json(folder / "report.json", values)
     if plots:
         from escaip.evaluate.plots import draw_errors, draw_parity
 
@@ -160,48 +122,25 @@ def evaluate(
     return report, records
 
 
-def predict_file(
-    model: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    max_atoms: int | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-    model_options: Mapping[str, Any] | None = None,
-    read_options: Mapping[str, Any] | None = None,
-) -> int:
-    """Writes the structures of a data file with every predicted target instead of its labels.
+def predict_into(path: Path, potential: Potential, structures: Iterable[AtomicData], **options: Any) -> int:
+    """Writes structures with every predicted target instead of their labels; eV, eV/Å, eV/Å³.
 
     Args:
-        model: ``.ckpt`` or ``.escaip``.
-        data: see ``escaip.data.open_source``; labels in it are left out of the result.
-        out: extxyz file to write; energies in eV, forces in eV/Å, stress in eV/Å³.
-        max_atoms: atoms evaluated at once; by default what is fastest and fits into memory.
-        overwrite: replace a file that exists.
-        progress: show a bar.
-        model_options: options of ``escaip.load_potential``.
-        read_options: options of ``escaip.data.open_source``.
+        path: extxyz file to write.
+        potential: in evaluation mode.
+        structures: of any number; labels are not needed.
+        **options: ``max_atoms`` and ``progress`` of ``escaip.potential.predict.predict_pairs``.
 
     Returns:
         The number of structures written.
 
     Raises:
-        UsageError: the name does not end in ``.extxyz`` or ``.xyz``, or the file exists.
-        EscaipError: the model or the data cannot be used, or the file cannot be written.
+        EscaipError: the data cannot be used, or the file cannot be written.
     """
-    path = Path(out)
-    if path.suffix not in (".extxyz", ".xyz"):
-        raise UsageError(f"{out} is no extxyz file: give --out a name that ends in .extxyz")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{out} exists: choose another --out, or replace it with --overwrite")
-    potential = load_potential(model, **(model_options or {}))
-    structures = open_source(resolve(data), **(read_options or {}))
-    stress = potential.config.is_conservative
-    count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    pairs = predict_pairs(potential, structures, compute_stress=potential.config.is_conservative, **options)
+    count = 0
     with write_aside(path) as aside, aside.open("w", encoding="utf-8") as stream:
-        pairs = predict_pairs(potential, structures, compute_stress=stress, max_atoms=max_atoms, progress=progress)
         for structure, predicted in pairs:
             ase.io.write(stream, _with_predictions(structure, predicted).to_ase(), format="extxyz")
             count += 1

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -77,8 +78,7 @@ class FitSettings:
         return 0.5 - self.level / 2, 0.5 + self.level / 2
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A best fit and the ends of its interval, NaN where the noise is not known."""
 
     value: float

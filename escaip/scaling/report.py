@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from escaip.files import write_file, write_json
+from escaip.files import plain, write_file, write_json
 from escaip.scaling.fits import IsoFlop, StudyFit, VariantFit, group_budgets
 from escaip.scaling.laws import Interval, LawFit
 from escaip.scaling.study import Record, read_records, variants
@@ -49,21 +48,6 @@ def write_fit(study: StudyFit, folder: str | os.PathLike[str]) -> Path:
     file = (place if place.is_dir() else place.parent) / FIT
     write_json(file, plain(study))
     return file
-
-
-def plain(value: Any) -> Any:
-    """Turns fits into plain JSON values without arrays of runs and refits; what is not finite becomes None."""
-    if isinstance(value, Interval):
-        return [plain(one) for one in (value.value, value.low, value.high)]
-    if dataclasses.is_dataclass(value):
-        return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value) if one.repr}
-    if isinstance(value, Mapping):
-        return {name: plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value
 
 
 def write_report(study: StudyFit, folder: str | os.PathLike[str]) -> list[Path]:

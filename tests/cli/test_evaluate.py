@@ -17,10 +17,15 @@ from escaip import EScAIPCalculator
 from escaip.cli import main
 from escaip.data import collate, open_source
 from escaip.errors import DataError
-from escaip.evaluate import evaluate, evaluate_files
+from escaip.evaluate import EvaluationReport, evaluate, evaluate_into
 from escaip.evaluate.plots import draw_errors, draw_parity
 from escaip.evaluate.report import Records, compute_report
 from escaip.potential import Potential
+from escaip.potential.loading import load_potential
+
+
+def evaluate_files(model: Path, data: Path, out: Path, **options: Any) -> EvaluationReport:
+    return evaluate_into(out, load_potential(model), open_source(data), {}, plots=False, **options)
 
 
 def by_hand(model: Path, data: Path) -> list[dict[str, Any]]:
@@ -45,7 +50,7 @@ def by_hand(model: Path, data: Path) -> list[dict[str, Any]]:
 
 
 def test_every_number_equals_the_one_by_hand(model: Path, labelled: Path, tmp_path: Path) -> None:
-    report = evaluate_files(model, labelled, tmp_path / "out", plots=False, max_atoms=10)
+    report = evaluate_files(model, labelled, tmp_path / "out", max_atoms=10)
     rows = by_hand(model, labelled)
     per_atom = np.array([row["energy"] / row["n"] for row in rows])
     forces = np.concatenate([row["forces"] for row in rows if row["forces"] is not None])
@@ -83,7 +88,7 @@ def test_every_number_equals_the_one_by_hand(model: Path, labelled: Path, tmp_pa
 
 
 def test_free_atoms_only(model: Path, labelled: Path, tmp_path: Path) -> None:
-    report = evaluate_files(model, labelled, tmp_path / "out", plots=False, free_atoms_only=True)
+    report = evaluate_files(model, labelled, tmp_path / "out", free_atoms_only=True)
     rows = [row for row in by_hand(model, labelled) if row["forces"] is not None]
     assert report.forces is not None
     free = np.concatenate([row["forces"][row["free"]] for row in rows])
@@ -195,7 +200,7 @@ def test_the_command_takes_atoms_at_once_and_shows_progress_on_a_terminal(
 
 
 def test_direct_forces_have_a_rotation_error(direct_model: Path, labelled: Path, tmp_path: Path) -> None:
-    report = evaluate_files(direct_model, labelled, tmp_path, plots=False)
+    report = evaluate_files(direct_model, labelled, tmp_path)
     assert report.rotation_error is not None
     assert report.rotation_error > 1e-6
     assert "rotation error" in report.table()
