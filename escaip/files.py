@@ -70,19 +70,23 @@ def write_json(path: str | os.PathLike[str], value: object, error: type[EscaipEr
 
 
 def plain(value: Any) -> Any:
-    """Turns dataclasses, mappings and sequences into JSON values without fields hidden from ``repr``.
+    """Turns a value into JSON values.
 
-    A number that is not finite becomes None.
+    A dataclass loses the fields hidden from its ``repr``, an ``ase.Atoms`` becomes symbols, positions and cell, and a
+    number that is not finite None.
     """
     if dataclasses.is_dataclass(value):
         return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value) if one.repr}
     if isinstance(value, Mapping):
-        return {name: plain(one) for name, one in value.items()}
+        return {str(name): plain(one) for name, one in value.items()}
+    if hasattr(value, "get_chemical_symbols"):
+        symbols = value.get_chemical_symbols()
+        return plain({"symbols": symbols, "positions_A": value.positions, "cell_A": value.cell.array})
+    if hasattr(value, "tolist"):  # an array, or a number of NumPy
+        return plain(value.tolist())
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def try_lock(path: str | os.PathLike[str]) -> IO[bytes] | None:

@@ -7,7 +7,6 @@ import csv
 import io
 import itertools
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.trajectory import Trajectory
 
 from escaip.errors import ConfigError, DataError, SimulationError, UsageError
-from escaip.files import first_line, resolve, write_aside
+from escaip.files import first_line, plain, resolve, write_aside
 
 LOG_COLUMNS = (
     "step", "time_fs", "temperature_K", "potential_energy_eV", "kinetic_energy_eV", "total_energy_eV",
@@ -322,23 +321,10 @@ def write_results(folder: str | os.PathLike[str], files: Mapping[str, Any]) -> N
     for name, content in files.items():
         with write_aside(folder / name) as aside:
             if isinstance(content, dict):
-                aside.write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+                aside.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
             elif hasattr(content, "savefig"):
                 content.savefig(aside, format="png", dpi=150)
             elif isinstance(content, list):
                 ase.io.write(aside, content, format="extxyz")
             else:
                 content(aside)
-
-
-def _plain(value: Any) -> Any:
-    """Turns arrays into lists, structures into their numbers, NaN and infinity into None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Atoms):
-        return _plain({"symbols": list(value.symbols), "positions_A": value.positions, "cell_A": value.cell.array})
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
