@@ -8,7 +8,6 @@ import pickle
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from escaip.errors import CheckpointError, ConfigError, TrainingError
+from escaip.errors import CheckpointError, ConfigError
 from escaip.files import first_line, write_aside
 from escaip.train.arguments import BEST, LAST
 from escaip.train.metrics import figure_name, format_table
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 BASELINE = "references, zero forces"
 EVALUATION = "evaluation"
 _NUM_LINES = 20
-_NAMES_SHOWN = 8
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -44,17 +42,6 @@ def run_folder(trainer: Trainer) -> Path:
     """
     logger = trainer.loggers[0] if trainer.loggers else None
     return Path(getattr(logger, "log_dir", None) or trainer.default_root_dir)
-
-
-def training_error(trainer: Trainer, problem: str, names: Sequence[str]) -> TrainingError:
-    """Returns the error for numbers that are not finite: the problem, the structures and the last good checkpoint."""
-    shown = ", ".join(str(name) for name in names[:_NAMES_SHOWN])
-    shown += f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    good = "no checkpoint had been written yet"
-    for callback in reversed(trainer.checkpoint_callbacks):
-        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        good = f"the last good checkpoint is {path}" if path else good
-    return TrainingError(f"{problem} {shown}; {good}: inspect these structures, or lower model.learning_rate")
 
 
 class PlainCheckpointIO(TorchCheckpointIO):

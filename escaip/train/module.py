@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from escaip.errors import ConfigError, TrainingError
@@ -17,7 +17,6 @@ from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.potential import ENERGY_BUFFERS
 from escaip.potential.zbl import check_fraction, fit_zbl_onsets
 from escaip.train.atomic_energy_refit import ReferenceFit
-from escaip.train.callbacks import training_error
 from escaip.train.losses import LossSettings, LossSums, loss_sums
 from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums, figure_name
 from escaip.train.mup import fan_in_ratios, scale_outputs
@@ -26,6 +25,7 @@ from escaip.types import TARGETS, Prediction, StructureBatch
 
 DEFAULT_ARCHITECTURE: dict[str, Any] = {"preset": "1m"}
 DEFAULT_LOSSES = LossSettings()
+_NAMES_SHOWN = 8
 
 
 class PotentialModule(LightningModule):
@@ -234,7 +234,7 @@ class PotentialModule(LightningModule):
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if not torch.isfinite(norm) and not scaled:
             problem = f"gradient norm is {float(norm)} at step {self.trainer.global_step} after the batch of"
-            raise training_error(self.trainer, problem, self._recent)
+            raise _training_error(self.trainer, problem, self._recent)
         self.log("train/grad_norm", norm, batch_size=1)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._recent = []
@@ -264,7 +264,7 @@ class PotentialModule(LightningModule):
                 finite[batch.batch[bad] if target.per_atom else bad] = False
         if not bool(finite.all()):
             names = [name for name, fine in zip(batch.structure_id, finite.tolist(), strict=True) if not fine]
-            raise training_error(self.trainer, "prediction is NaN or Inf in validation for", names)
+            raise _training_error(self.trainer, "prediction is NaN or Inf in validation for", names)
         self.validation_errors.update(prediction, batch, self.potential.atomic_references(batch))
 
     def test_step(self, batch: StructureBatch, batch_idx: int) -> None:
@@ -351,7 +351,7 @@ class PotentialModule(LightningModule):
         problem = f"loss is {loss} at step {self.trainer.global_step}"
         if not bad:
             return TrainingError(f"{problem} in another process: see its message")
-        return training_error(self.trainer, f"{problem} (from {', '.join(bad)}) in the batch of", batch.structure_id)
+        return _training_error(self.trainer, f"{problem} (from {', '.join(bad)}) in the batch of", batch.structure_id)
 
 
 def _place(name: str) -> str:
@@ -391,3 +391,14 @@ def _check_schedule(learning_rate: float, weight_decay: float, warmup: float, fi
     for name, value in (("warmup_fraction", warmup), ("final_fraction", final)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{name} is {value}: it must be in [0, 1]")
+
+
+def _training_error(trainer: Trainer, problem: str, names: Sequence[str]) -> TrainingError:
+    """Returns the error for numbers that are not finite: the problem, the structures and the last good checkpoint."""
+    shown = ", ".join(str(name) for name in names[:_NAMES_SHOWN])
+    shown += f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    good = "no checkpoint had been written yet"
+    for callback in reversed(trainer.checkpoint_callbacks):
+        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        good = f"the last good checkpoint is {path}" if path else good
+    return TrainingError(f"{problem} {shown}; {good}: inspect these structures, or lower model.learning_rate")
