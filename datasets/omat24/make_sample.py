@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from escaip.data.convert import write_aselmdb
-
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from aselmdb import write_aselmdb  # noqa: E402
+
 SPREADS = {"rattled-300": 0.06, "rattled-500": 0.10, "rattled-1000": 0.15}
 """Å, standard deviation of the displacements of each part."""
 
@@ -89,7 +92,7 @@ def main() -> None:
         "origin": "datasets/omat24/make_sample.py of escaip; no structure or label is OMat24's",
         "licence": "CC0-1.0",
     }
-    write_aselmdb(path, structures, metadata=metadata, overwrite=True)
+    write_aselmdb(path, structures, metadata)
     written = path.read_bytes()
     print(len(structures), "rows;", len(written), hashlib.sha256(written).hexdigest())
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,12 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from escaip.data import open_source
-from escaip.data.convert import write_aselmdb
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from aselmdb import write_aselmdb  # noqa: E402
+
 MOLECULES = (
     "water", "methanol", "ethanol", "acetone", "acetic acid", "ammonia", "methylamine", "formamide", "urea",
     "glycine", "benzene", "pyridine", "nitromethane", "chloromethane", "dimethyl sulfoxide", "phosphine",
@@ -59,7 +63,7 @@ def main() -> None:
         "origin": "datasets/omol25/make_sample.py of escaip; no structure or label is OMol25's",
         "licence": "CC0-1.0",
     }
-    write_aselmdb(path, found, metadata=metadata, overwrite=True)
+    write_aselmdb(path, found, metadata)
     written = path.read_bytes()
     print(len(found), "rows of", len({atoms.info["source"] for atoms in found}), "molecules")
     print(len(written), hashlib.sha256(written).hexdigest())

@@ -12,13 +12,13 @@ import pytest
 from ase.io.jsonio import decode
 
 from escaip.data import AtomicData
-from escaip.data.convert import write_aselmdb
 from escaip.data.readers import aselmdb
 from escaip.data.readers.aselmdb import divide, list_aselmdb_files, matches, read_aselmdb
 from escaip.data.readers.policy import ReadPolicy, ReadReport
 from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.files import dataset_card
+from escaip.types import TARGETS, Target
 from escaip.units import Units
 
 REAL = "native_formats/aselmdb_derived/mptrj_200.aselmdb"
@@ -90,22 +90,6 @@ def test_real_rows_equal_an_independent_reading(shared_data: Callable[[str], Pat
     assert [data.group for data in read(path, keys=keys)] == [row["data"]["mp_id"] for row in rows]
 
 
-def test_rows_equal_those_of_ase(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
-    backend = pytest.importorskip("ase_db_backends.aselmdb")
-    for path in (shared_data(REAL), rewritten(shared_data(REAL), tmp_path / "again.aselmdb")):
-        database = backend.LMDBDatabase(path, readonly=True)
-        expected = [row.toatoms() for row in database.select()]
-        database.close()
-        for data, atoms in zip(read(path), expected, strict=True):
-            assert atoms.get_potential_energy() == float(data.energy)
-            assert np.array_equal(atoms.get_forces(), data.forces.numpy())
-
-
-def rewritten(source: Path, path: Path) -> Path:
-    write_aselmdb(path, read(source))
-    return path
-
-
 def test_charge_and_spin_of_data_and_pairs(tmp_path: Path) -> None:
     rows = {
         1: water(data={"charge": -1, "spin": 2}),
@@ -174,6 +158,14 @@ def test_numbers_that_json_does_not_know(tmp_path: Path) -> None:
     path = raw_database(tmp_path / "b.aselmdb", {1: water(energy=float("nan"))})
     with pytest.raises(DataError, match="1: energy holds NaN"):
         read(path)
+
+
+def test_further_targets_in_data_and_in_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "quadrupoles", Target("quadrupoles", True, (3, 3), "e·Å²", "e·Å²"))
+    held = encoded(np.arange(27.0).reshape(3, 9))
+    for row in (water(data={"quadrupoles": held}), water(quadrupoles=held)):
+        (data,) = read(raw_database(tmp_path / f"{len(row)}.aselmdb", {1: row}))
+        assert data.quadrupoles.ravel().tolist() == list(range(27))
 
 
 def test_parts_are_the_whole_and_deleted_rows_are_not_there(tmp_path: Path) -> None:

@@ -91,13 +91,6 @@ def matches(path: Path, head: bytes) -> bool:
     return bool(list_aselmdb_files(path)) if path.is_dir() else path.suffix == SUFFIX
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Returns the metadata of a file, as ASE keeps it; empty where there is none."""
-    with open_environment(path) as environment, environment.begin() as transaction:
-        value = transaction.get(b"metadata")
-        return {} if value is None else _mapping(decode_json(value, f"{path}: metadata"), "metadata", str(path))
-
-
 def decode_json(value: bytes | memoryview, name: str) -> Any:
     """Returns the content of zlib-compressed JSON; NaN and Infinity count as numbers, since ASE writes them."""
     stream = zlib.decompressobj()
