@@ -19,7 +19,7 @@ from escaip.data.dataset import AtomicDataset, MixedDataset, StructureSet
 from escaip.data.loader import START_METHODS, BatchLoader
 from escaip.data.readers import ReadReport, expand_paths, open_source
 from escaip.data.sampler import OVERSIZED, BudgetBatchSampler, Quota, Sampling, estimate_edges
-from escaip.data.splits import SplitSettings, make_split, nested_subset, parse_train_size
+from escaip.data.splits import PARTS, SplitSettings, divide, nested_subset, parse_train_size
 from escaip.data.statistics import Statistics, TrainingSums
 from escaip.data.store import MANIFEST, Store, label_counts
 from escaip.data.structure import AtomicData
@@ -27,7 +27,6 @@ from escaip.errors import ConfigError, DataError
 
 SetSpec = dict[str, Any]
 DataSpec = str | list[str] | SetSpec
-PARTS = ("train", "val", "test")
 WHOLE = "all"
 _MAX_VERIFIED = 4 << 30
 """Bytes up to which a store's checksums are compared when it is opened for training."""
@@ -269,9 +268,9 @@ class AtomicDataModule(LightningDataModule):
         made: dict[str, dict[str, StructureSet]] = {"train": {}, "val": {}, "test": {}}
         for name, spec in self._sets["train"].items():
             whole = self._opener.open(_place("train", name), spec, "train", code=self._code(name))
-            split = make_split(whole.groups, settings, seed=self._seed)
+            codes = divide(*whole.group_codes, settings, seed=self._seed)
             for part, sets in made.items():
-                indices = getattr(split, part)
+                indices = np.flatnonzero(codes == PARTS.index(part))
                 if len(indices):
                     sets[name] = whole.subset(indices, rotate=self._rotate and part == "train")
         for part, sets in made.items():

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,12 +134,6 @@ class AtomicDataset(Dataset[AtomicData]):
         return None
 
     @property
-    def groups(self) -> list[str]:
-        """Group of each structure."""
-        names, codes = self.group_codes
-        return [names[code] for code in codes.tolist()]
-
-    @property
     def group_codes(self) -> tuple[list[str], NDArray[np.integer[Any]]]:
         """Names of groups, each once, and ``(len,)`` the position of each structure's among them.
 
@@ -176,11 +169,6 @@ class AtomicDataset(Dataset[AtomicData]):
         else:
             for data in self.subset(range(len(self))):
                 sums.add(data)
-
-    @property
-    def store_path(self) -> Path | None:
-        """The prepared store behind this set, if there is one."""
-        return self._structures.path if isinstance(self._structures, Store) else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -245,12 +233,6 @@ class MixedDataset(Dataset[AtomicData]):
         """``(len,)`` directed pairs within 6 Å, where all sets have counted them."""
         counts = [count for member in self.members.values() if (count := member.num_edges) is not None]
         return np.concatenate(counts) if len(counts) == len(self.members) else None
-
-    @property
-    def groups(self) -> list[str]:
-        """Group of each structure; groups of different sets are different."""
-        names, codes = self.group_codes
-        return [names[code] for code in codes.tolist()]
 
     @property
     def group_codes(self) -> tuple[list[str], NDArray[np.integer[Any]]]:

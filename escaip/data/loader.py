@@ -92,6 +92,15 @@ class BatchLoader:
         self._consumed = 0
         self._resume: tuple[int, int] | None = None
 
+    @property
+    def _iterator(self) -> Any:
+        """Where Lightning looks for worker processes to end; left to the garbage collector, each may take 5 s."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: None) -> None:
+        self._loader._iterator = value
+
     def __len__(self) -> int:
         """Batches per epoch, also when the epoch is resumed in its middle."""
         return len(self.batch_sampler)

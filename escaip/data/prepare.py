@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from escaip.data.readers import READERS, DataFile, PathLike, checked, list_files, read_file
 from escaip.data.readers.policy import Part, ReadPolicy, ReadReport
-from escaip.data.splits import PARTS, SplitSettings, assign_parts
+from escaip.data.splits import PARTS, SplitSettings, divide
 from escaip.data.statistics import TrainingSums, index_histograms
 from escaip.data.store import SCHEMA_VERSION, Arrays, Store, group_names
 from escaip.data.store_writer import (
@@ -219,10 +219,10 @@ def prepare(
     """
     began = time.perf_counter()
     reading, target = reading or Reading(), Path(out)
-    divide = SplitSettings.parse(split) if split is not None else None
+    settings = SplitSettings.parse(split) if split is not None else None
     if workers < 1:
         raise ConfigError(f"workers: {workers} is not a positive number")
-    if divide is not None and isinstance(source, Mapping):
+    if settings is not None and isinstance(source, Mapping):
         raise ConfigError("split: the sources are named by split already; name them or divide them, not both")
     _check_recipe(target, reading, dtype, shard_atoms)
     check_target(target, overwrite)
@@ -230,8 +230,8 @@ def prepare(
     sources = dict(source) if isinstance(source, Mapping) else {"all": source}
     items = _plan(work, sources, format, reading, part_size)
     with disk_errors(target, _KEPT), _locked(work, target):
-        settings = [asdict(reading), dtype, shard_atoms, part_size, SCHEMA_VERSION, list(TARGETS)]
-        _check_plan(work, items, settings, restart)
+        recipe = [asdict(reading), dtype, shard_atoms, part_size, SCHEMA_VERSION, list(TARGETS)]
+        _check_plan(work, items, recipe, restart)
         kept = sum(read_part(item.folder) is not None for item in items)
         _make_parts(work, items, (reading, dtype, shard_atoms), workers, progress=progress)
         reports = [read_part(item.folder) or {} for item in items]
@@ -244,7 +244,7 @@ def prepare(
             work / "store",
             dtype=dtype,
             source=described if isinstance(source, Mapping) else _names(source),
-            split=named if divide is None else partial(_divide, settings=divide, seed=seed),
+            split=named if settings is None else partial(_divide, settings=settings, seed=seed),
             **{"read": counts, **(facts or {})},
         )
         duplicates = _finish(work / "store", messages)
@@ -421,12 +421,7 @@ def _start_worker(parent: int, targets: Sequence[Target]) -> None:
 
 def _divide(index: Arrays, settings: SplitSettings, seed: int) -> tuple[list[str], NDArray[np.uint8]]:
     """Returns names of splits and the code of each structure, by group or by structure."""
-    count, groups = len(index["natoms"]), group_names(index)
-    if settings.by == "structure":
-        codes = assign_parts([str(k) for k in range(count)], np.ones(count), settings, seed=seed)
-    else:
-        counts = np.bincount(index["group_codes"], minlength=len(groups))
-        codes = assign_parts(groups, counts, settings, seed=seed)[index["group_codes"]]
+    codes = divide(group_names(index), index["group_codes"], settings, seed=seed)
     kept = np.unique(codes)  # a part that was not asked for has no name
     return [PARTS[code] for code in kept.tolist()], np.searchsorted(kept, codes).astype(np.uint8)
 

@@ -141,7 +141,6 @@ class BudgetBatchSampler(Sampler[list[int]]):
         *,
         max_atoms: int | None = None,
         max_edges: int | None = None,
-        max_structures: int | None = None,
         batch_size: int | None = None,
         num_edges: ArrayLike | None = None,
         names: Sequence[str] | None = None,
@@ -158,7 +157,6 @@ class BudgetBatchSampler(Sampler[list[int]]):
             natoms: ``(num_structures,)`` atoms of each structure.
             max_atoms: atoms per batch and rank.
             max_edges: edges per batch and rank; needs ``num_edges``.
-            max_structures: structures per batch and rank, beside a budget.
             batch_size: structures per batch and rank, without a budget.
             num_edges: ``(num_structures,)`` exact or estimated edges (``estimate_edges``).
             names: of the structures, for messages.
@@ -174,7 +172,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
                 impossible rank.
             DataError: no structures, or one larger than a budget under ``oversized="error"``.
         """
-        budgets = _budgets(max_atoms, max_edges, max_structures, batch_size, num_edges)
+        budgets = _budgets(max_atoms, max_edges, batch_size, num_edges)
         if oversized not in OVERSIZED:
             raise ConfigError(f"oversized: {oversized!r} is not one of {', '.join(OVERSIZED)}")
         if not 0 <= rank < world_size:
@@ -279,26 +277,19 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return [batches[index] for index in shuffled]
 
 
-def _budgets(
-    max_atoms: int | None,
-    max_edges: int | None,
-    max_structures: int | None,
-    batch_size: int | None,
-    num_edges: Any,
-) -> dict[str, int]:
-    if batch_size is not None:
-        if not (max_atoms is None and max_edges is None and max_structures is None):
-            raise ConfigError("batch_size: cannot be combined with max_atoms, max_edges or max_structures; choose one")
-        max_structures = batch_size
-    named = {"max_atoms": max_atoms, "max_edges": max_edges, "max_structures": max_structures}
-    for key, value in named.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{'batch_size' if batch_size is not None else key}: {value} is not a positive number")
-    if all(value is None for value in named.values()):
+def _budgets(max_atoms: int | None, max_edges: int | None, batch_size: int | None, num_edges: Any) -> dict[str, int]:
+    if batch_size is not None and not (max_atoms is None and max_edges is None):
+        raise ConfigError("batch_size: cannot be combined with max_atoms or max_edges; choose one")
+    named = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
+    given = {key: value for key, value in named.items() if value is not None}
+    for key, value in given.items():
+        if value < 1:
+            raise ConfigError(f"{key}: {value} is not a positive number")
+    if not given:
         raise ConfigError("no batch size: give max_atoms (and max_edges), or batch_size")
     if max_edges is not None and num_edges is None:
         raise ConfigError("max_edges: needs the number of edges of each structure (num_edges, or estimate_edges)")
-    return {key.removeprefix("max_"): value for key, value in named.items() if value is not None}
+    return {"structures" if key == "batch_size" else key.removeprefix("max_"): value for key, value in given.items()}
 
 
 def _oversized_message(

@@ -56,68 +56,42 @@ class SplitSettings:
         return settings
 
 
-@dataclass(frozen=True)
-class Split:
-    """Positions of the structures of each set, ascending.
+def divide(
+    names: Sequence[str], codes: NDArray[np.integer[Any]], settings: SplitSettings, *, seed: int = 0
+) -> NDArray[np.uint8]:
+    """Returns ``(num_structures,)`` the position in ``PARTS`` of each structure's set.
 
-    Attributes:
-        train: ``(n_train,)`` int64.
-        val: ``(n_val,)`` int64.
-        test: ``(n_test,)`` int64.
-    """
-
-    train: Indices
-    val: Indices
-    test: Indices
-
-
-def make_split(groups: Sequence[str] | NDArray[Any], settings: SplitSettings, *, seed: int = 0) -> Split:
-    """Divides structures, the same way for the same names, settings and seed.
-
-    Groups are taken in the order of a hash of seed and name; one goes to the test set, else to the validation set,
-    when it still fits in whole, else to the training set. A set that stayed empty gets the smallest group left.
+    It is the same for the same names, settings and seed. Groups are taken in the order of a hash of seed and name; one
+    goes to the test set, else to the validation set, when it still fits in whole, else to the training set. A set that
+    stayed empty gets the smallest group left.
 
     Args:
-        groups: group of each structure.
+        names: of groups, each once.
+        codes: ``(num_structures,)`` the position of each structure's group among them.
         settings: sizes.
         seed: of the hash.
 
     Raises:
         DataError: no structures, or too few groups for the sets asked for.
     """
-    names = [str(index) for index in range(len(groups))] if settings.by == "structure" else [str(g) for g in groups]
-    table: dict[str, int] = {}
-    codes = np.array([table.setdefault(name, len(table)) for name in names], dtype=np.int64)
-    assigned = assign_parts(list(table), np.bincount(codes, minlength=1) if table else codes, settings, seed=seed)
-    chosen = assigned[codes]
-    return Split(*(np.flatnonzero(chosen == code) for code in range(len(PARTS))))
-
-
-def assign_parts(
-    names: Sequence[str], counts: NDArray[Any], settings: SplitSettings, *, seed: int = 0
-) -> NDArray[np.uint8]:
-    """Returns ``(num_groups,)`` the position in ``PARTS`` of each group; see ``make_split``.
-
-    Args:
-        names: of the groups, each once.
-        counts: ``(num_groups,)`` structures in each.
-        settings: sizes.
-        seed: of the hash.
-    """
-    count = int(counts.sum()) if len(names) else 0
+    count = len(codes)
     if count == 0:
         raise DataError("split: 0 structures to divide; check the source and its filters")
+    if settings.by == "structure":
+        names, codes = [str(index) for index in range(count)], np.arange(count)
+    counts = np.bincount(codes, minlength=len(names))
+    held = np.flatnonzero(counts).tolist()
     room = {part: _size(getattr(settings, part), count) for part in ("test", "val")}
     parts = [part for part, size in room.items() if size > 0]
-    if len(names) < len(parts) + 1:
+    if len(held) < len(parts) + 1:
         unit = "groups" if settings.by == "group" else "structures"
         raise DataError(
-            f"split: {len(names)} {unit} ({', '.join(list(names)[:3])}) cannot make {len(parts) + 1} sets; "
-            "name a separate validation file, or split by: structure if conformations of one molecule may be divided"
+            f"split: {len(held)} {unit} ({', '.join(names[code] for code in held[:3])}) cannot make {len(parts) + 1} "
+            "sets; name a separate validation file, or split by: structure if conformations of one molecule may be "
+            "divided"
         )
-    keys = [(hashlib.sha256(f"{seed}:{name}".encode()).digest(), name, code) for code, name in enumerate(names)]
     chosen: dict[str, list[int]] = {part: [] for part in PARTS}
-    for _, _, code in sorted(keys):
+    for code in sorted(held, key=lambda code: hashlib.sha256(f"{seed}:{names[code]}".encode()).digest()):
         size = int(counts[code])
         part = next((part for part in parts if size <= room[part]), "train")
         chosen[part].append(code)
@@ -131,9 +105,9 @@ def assign_parts(
     if not chosen["train"]:
         raise DataError("split: val and test take every structure and leave none to train on; make them smaller")
     assigned = np.zeros(len(names), dtype=np.uint8)
-    for part, codes in chosen.items():
-        assigned[codes] = PARTS.index(part)
-    return assigned
+    for part, members in chosen.items():
+        assigned[members] = PARTS.index(part)
+    return assigned[codes]
 
 
 def _size(value: float, count: int) -> int:

@@ -392,7 +392,7 @@ def stress_matrix(stress: ArrayLike | None, name: str) -> NDArray[np.float64] | 
     """Returns ``(3, 3)`` from ``(3, 3)``, ``(9,)`` or Voigt ``(6,)``, symmetrised: codes write rounded numbers."""
     if stress is None:
         return None
-    array = _numbers(stress, "stress", name)
+    array = floats(stress, "stress", name)
     if array.shape == (6,):
         array = array[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
     if array.shape == (9,):
@@ -418,7 +418,7 @@ def stress_from_virial(virial: ArrayLike, cell: ArrayLike | None, units: Units, 
     if volume == 0.0:
         raise DataError(f"{name}: has a virial but no cell volume; drop the virial key or give a cell")
     scale = units.energy / (volume * units.length**3) / units.stress
-    return -_numbers(virial, "virial", name) * scale
+    return -floats(virial, "virial", name) * scale
 
 
 def integer(value: Any, what: str, name: str) -> int:
@@ -521,28 +521,32 @@ def _label(value: ArrayLike | None, target: Target, n: int, name: str, factor: f
     shape = (n, *target.shape) if target.per_atom else target.shape
     if value is None:
         return np.full(shape if target.per_atom else (1, *shape), np.nan)
-    array = _numbers(value, target.name, name)
+    array = floats(value, target.name, name)
     if array.shape != shape:
         flat = [(n, math.prod(target.shape))] if target.per_atom else [(math.prod(shape),), (1, *shape)]
         if array.shape in flat or (array.size == 1 and not shape):
             array = array.reshape(shape)
-    array = _finite(array, shape, target.name, name) * factor
+    if array.shape != shape:
+        raise DataError(f"{name}: {target.name} has shape {array.shape}, expected {shape}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{name}: {target.name} holds NaN or Inf; repair the file or set on_error: skip")
+    array = array * factor
     return array if target.per_atom else array[None]
 
 
-def _finite(array: NDArray[np.float64], shape: tuple[int, ...], what: str, name: str) -> NDArray[np.float64]:
-    if array.shape != shape:
-        raise DataError(f"{name}: {what} has shape {array.shape}, expected {shape}")
-    if not np.isfinite(array).all():
-        raise DataError(f"{name}: {what} holds NaN or Inf; repair the file or set on_error: skip")
-    return array
+def floats(value: Any, what: str, name: str, shape: tuple[int, ...] | None = None) -> NDArray[np.float64]:
+    """Returns a new float64 array, of this shape where one is given.
 
-
-def _numbers(value: ArrayLike, what: str, name: str) -> NDArray[np.float64]:
+    Raises:
+        DataError: anything else than numbers, or another shape.
+    """
     try:
-        return np.array(value, dtype=np.float64)
+        array = np.array(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: {what} holds something else than numbers; check its key") from error
+    if shape is not None and array.shape != shape:
+        raise DataError(f"{name}: {what} has shape {array.shape}, expected {shape}")
+    return array
 
 
 def _per_atom(value: ArrayLike | None, n: int, dtype: type[np.generic], what: str, name: str) -> NDArray[Any]:

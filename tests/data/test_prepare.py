@@ -19,7 +19,7 @@ from ase import Atoms
 
 from escaip.data import AtomicData, Store, fit_statistics, open_source, store_writer
 from escaip.data.prepare import Reading, prepare, prepare_named
-from escaip.data.splits import SplitSettings, make_split
+from escaip.data.splits import SplitSettings, divide
 from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS, Target
@@ -102,9 +102,8 @@ def test_splits_by_source_and_by_fraction(files: Path, tmp_path: Path) -> None:
     divided = prepare([str(files / "*.extxyz")], tmp_path / "b", split={"val": 0.2, "test": 10}, seed=3)
     assert list(divided.splits) == ["train", "val", "test"]
     store = Store(tmp_path / "b")
-    expected = make_split([data.group for data in store], SplitSettings(val=0.2, test=10), seed=3)
-    for name in ("train", "val", "test"):
-        assert np.array_equal(store.split_indices(name), getattr(expected, name))
+    expected = divide(store.groups, store.index["group_codes"], SplitSettings(val=0.2, test=10), seed=3)
+    assert np.array_equal(store.index["split"], expected)
     assert prepare([str(files / "*.extxyz")], tmp_path / "c", split={"test": 0.2, "val": 0}).splits == {
         "train": 50,
         "test": 10,

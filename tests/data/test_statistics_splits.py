@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from escaip.data import AtomicData, AtomicDataset, Statistics, fit_statistics, open_source
-from escaip.data.splits import SplitSettings, make_split
+from escaip.data.splits import SplitSettings, divide
 from escaip.errors import ConfigError, DataError
 
 TRUE = {1: -13.6, 6: -1030.0, 8: -2041.0}
@@ -124,28 +125,32 @@ def test_bad_statistics(tmp_path: Path) -> None:
 groups = st.lists(st.sampled_from([f"g{k}" for k in range(20)]), min_size=30, max_size=200)
 
 
+def split(names: list[str], settings: SplitSettings, seed: int = 0) -> list[list[int]]:
+    """Positions of the structures of the training, validation and test set."""
+    held, codes = np.unique(np.array(names, dtype=object), return_inverse=True)
+    assigned = divide(held.tolist(), codes, settings, seed=seed)
+    order = np.random.default_rng(0).permutation(len(held))  # in whatever order groups are listed
+    again = divide(held[order].tolist(), np.argsort(order)[codes], settings, seed=seed)
+    assert np.array_equal(assigned, again)
+    return [np.flatnonzero(assigned == code).tolist() for code in range(3)]
+
+
 @given(names=groups, seed=st.integers(0, 3), val=st.sampled_from([0.1, 0.25, 7]), test=st.sampled_from([0, 0.2, 5]))
 def test_groups_stay_whole(names: list[str], seed: int, val: float, test: float) -> None:
     names = ["a", "b", "c", *names]
-    split = make_split(names, SplitSettings(val=val, test=test), seed=seed)
-    again = make_split(names, SplitSettings(val=val, test=test), seed=seed)
-    parts = [split.train, split.val, split.test]
-    assert all(np.array_equal(a, b) for a, b in zip(parts, (again.train, again.val, again.test), strict=True))
-    assert sorted(np.concatenate(parts).tolist()) == list(range(len(names)))
+    parts = split(names, SplitSettings(val=val, test=test), seed)
+    assert sorted(itertools.chain(*parts)) == list(range(len(names)))
     of_part = [{names[k] for k in part} for part in parts]
     assert len(set.union(*of_part)) == sum(len(part) for part in of_part)
-    assert len(split.val) > 0
-    assert (len(split.test) > 0) == (test > 0)
+    assert [len(part) > 0 for part in parts[1:]] == [True, test > 0]
 
 
 def test_sizes_and_seeds() -> None:
     names = [f"m{k // 4}" for k in range(4000)]
-    split = make_split(names, SplitSettings(val=0.1, test=200), seed=0)
-    assert len(split.val) == 400
-    assert len(split.test) == 200
-    assert not np.array_equal(split.val, make_split(names, SplitSettings(val=0.1, test=200), seed=1).val)
-    exact = make_split(["one"] * 50, SplitSettings(by="structure", val=7))
-    assert len(exact.val) == 7
+    _, val, test = split(names, SplitSettings(val=0.1, test=200))
+    assert (len(val), len(test)) == (400, 200)
+    assert val != split(names, SplitSettings(val=0.1, test=200), 1)[1]
+    assert len(split(["one"] * 50, SplitSettings(by="structure", val=7))[1]) == 7
 
 
 @pytest.mark.bad_input
@@ -160,7 +165,7 @@ def test_sizes_and_seeds() -> None:
 )
 def test_impossible_splits(names: list[str], settings: SplitSettings, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        make_split(names, settings)
+        split(names, settings)
 
 
 @pytest.mark.bad_input

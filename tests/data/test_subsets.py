@@ -119,8 +119,8 @@ def test_validation_and_test_stay_and_training_sets_are_nested(store: str, by: s
         before = ids(part)
         assert len(before) <= size
         assert by == "group" or len(before) == min(size, count)
-        groups = set(part.datasets["train"].groups)
-        assert by == "structure" or len(before) == sum(group in groups for group in whole.datasets["train"].groups)
+        groups = {data.group for data in part.datasets["train"]}
+        assert by == "structure" or len(before) == sum(data.group in groups for data in whole.datasets["train"])
         seen = [name for batch in part.train_dataloader() for name in batch.structure_id]
         assert sorted(seen) == sorted(before)
     assert before == ids(whole)

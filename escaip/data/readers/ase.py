@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
+from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges
 from escaip.data.structure import AtomicData, LabelKeys, labels_found
 from escaip.errors import ConfigError, DataError
 from escaip.units import Units
@@ -116,8 +116,7 @@ def divide(path: Path, size: int) -> list[Part]:
     if path.suffix not in XYZ or path.stat().st_size < SMALL_FILE:
         return []
     with open(path, encoding="utf-8") as file:
-        count = sum(1 for _ in xyz_frames(file))
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+        return ranges(sum(1 for _ in xyz_frames(file)), size)
 
 
 def xyz_frames(file: Lines) -> Iterator[str]:

@@ -75,8 +75,6 @@ def divide(path: Path, size: int) -> list[Part]:
     """Ranges of row ids with ``size`` rows."""
     with open_environment(path) as environment:
         stop, deleted = _ids(environment, path)
-    if not deleted:
-        return [(start, min(start + size, stop)) for start in range(1, stop, size)]
     ids = [row_id for row_id in range(1, stop) if row_id not in deleted]
     return list(pairwise([1, *ids[size::size], stop]))
 

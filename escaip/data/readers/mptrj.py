@@ -14,8 +14,8 @@ from typing import Any
 
 from escaip.data.readers.ase import one_line
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
-from escaip.data.readers.pymatgen import floats, parse_structure
-from escaip.data.structure import LABELS, AtomicData
+from escaip.data.readers.pymatgen import parse_structure
+from escaip.data.structure import LABELS, AtomicData, floats
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS
 from escaip.units import KBAR, Units
@@ -185,7 +185,7 @@ def _structure_of(frame: dict[str, Any], structure_id: str, material: str, energ
         charge=frame["structure"].get("charge") or 0,
         energy=frame[energy_key],
         forces=frame.get("force"),
-        stress=None if stress is None else -floats(stress, (3, 3), "stress", structure_id),
+        stress=None if stress is None else -floats(stress, "stress", structure_id, (3, 3)),
         labels={key: frame.get(key) for key in TARGETS if key not in LABELS},
         structure_id=structure_id,
         group=material,

@@ -19,7 +19,7 @@ import numpy as np
 
 from escaip.data.readers.ocp_records import OcpFile
 from escaip.data.readers.pickled import PickledObject, attributes, plain, read_torch_file, unpickle
-from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
+from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges
 from escaip.data.structure import AtomicData
 from escaip.errors import DataError
 
@@ -106,8 +106,7 @@ def read_pyg(
 def divide(path: Path, size: int) -> list[Part]:
     """Ranges of ``size`` records."""
     with open_environment(path) as environment:
-        count = count_records(environment, path)
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+        return ranges(count_records(environment, path), size)
 
 
 def numbered(files: list[Path]) -> list[Path]:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from escaip.data.readers.pickled import attributes, plain, unpickle
 from escaip.data.readers.policy import WINDOW, ReadPolicy, Record
-from escaip.data.structure import LABELS, AtomicData, hill_formula
+from escaip.data.structure import LABELS, AtomicData, floats, hill_formula
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS
 from escaip.units import Units
@@ -156,7 +156,7 @@ class OcpFile:
         if "natoms" in record and int(_integers(record["natoms"], "natoms", name).sum()) != len(numbers):
             raise DataError(f"{name}: natoms is {record['natoms']}, but there are {len(numbers)} atomic_numbers")
         tags = _integers(record.get("tags", np.zeros(len(numbers))), "tags", name)
-        cell = _floats(record["cell"], "cell", name) if "cell" in record else None
+        cell = floats(record["cell"], "cell", name) if "cell" in record else None
         if cell is not None and cell.size == 9:
             cell = cell.reshape(3, 3)
         # Slabs of OC20 and OC22 are periodic along all axes, and their files do not say so.
@@ -175,7 +175,7 @@ class OcpFile:
             energy = (energy + self._reference_of(record.get("sid"), name)) / self.units.energy
         return AtomicData.from_arrays(
             numbers,
-            _floats(record["pos_relaxed" if self.is2re == "relaxed" and relaxation else "pos"], "pos", name),
+            floats(record["pos_relaxed" if self.is2re == "relaxed" and relaxation else "pos"], "pos", name),
             cell=cell,
             pbc=pbc,
             energy=energy,
@@ -272,24 +272,17 @@ def _one_of(record: Mapping[str, Any], keys: tuple[str, ...], name: str) -> Any:
 
 
 def _scalar(value: ArrayLike, what: str, name: str) -> float:
-    array = _floats(value, what, name)
+    array = floats(value, what, name)
     if array.size != 1 or not np.isfinite(array).all():
         raise DataError(f"{name}: {what} is {str(value)[:60]!r}, expected one finite number")
     return float(array.ravel()[0])
-
-
-def _floats(value: ArrayLike, what: str, name: str) -> NDArray[np.float64]:
-    try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: {what} holds something else than numbers") from error
 
 
 def _integers(value: ArrayLike, what: str, name: str) -> NDArray[np.int64]:
     """Whole numbers, which these files often keep as floats."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "bi":
         return value.astype(np.int64)
-    array = _floats(value, what, name)
+    array = floats(value, what, name)
     if not np.isfinite(array).all() or (np.abs(array) > 2**53).any() or (array != np.rint(array)).any():
         raise DataError(f"{name}: {what} holds something else than whole numbers")
     return array.astype(np.int64)

@@ -64,6 +64,24 @@ class Reader:
     expand: Callable[[Path], list[Path]] | None = None
 
 
+def ranges(count: int, size: int) -> list[Part]:
+    """Divides ``count`` records into ranges of ``size``."""
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def ranges_by_weight(weights: Iterable[float], limit: float) -> list[Part]:
+    """Divides records into ranges whose weights together stay below ``limit``, or that hold a single record."""
+    parts: list[Part] = []
+    start = place = 0
+    held = 0.0
+    for place, weight in enumerate(weights):
+        if place > start and held + weight > limit:
+            parts.append((start, place))
+            start, held = place, 0.0
+        held += weight
+    return [*parts, (start, place + 1)]
+
+
 class MalformedError(DataError):
     """A structure that is skipped and counted under every policy, since releases of its layout hold a few."""
 

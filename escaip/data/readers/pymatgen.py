@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from escaip.data.readers.ase import one_line
 from escaip.data.readers.policy import Reader, ReadPolicy, Record
-from escaip.data.structure import IGNORE, LABELS, AtomicData, LabelKeys, hill_formula, stress_from_virial
+from escaip.data.structure import IGNORE, LABELS, AtomicData, LabelKeys, floats, hill_formula, stress_from_virial
 from escaip.errors import DataError
 from escaip.types import TARGETS
 from escaip.units import Units
@@ -105,7 +105,7 @@ def _built(
         numbers, positions, cell, pbc = parse_structure(body, name)
     else:
         numbers = atomic_numbers_of(sites, name)
-        positions = floats([site.get("xyz") for site in sites], (len(sites), 3), "xyz of the sites", name)
+        positions = floats([site.get("xyz") for site in sites], "xyz of the sites", name, (len(sites), 3))
     own = [site.get("properties") or {} for site in sites]
     found = {label: [_plain(site.get(label)) for site in own] for label in {label for site in own for label in site}}
     found |= {label: _plain(value) for label, value in {**(body.get("properties") or {}), **labels}.items()}
@@ -155,17 +155,17 @@ def parse_structure(
     lattice, sites = structure.get("lattice"), structure.get("sites")
     if not isinstance(lattice, dict) or not isinstance(sites, list) or not sites:
         raise DataError(f"{name}: is no pymatgen structure (needs lattice and sites)")
-    cell = floats(lattice.get("matrix"), (3, 3), "lattice matrix", name)
+    cell = floats(lattice.get("matrix"), "lattice matrix", name, (3, 3))
     periodic = lattice.get("pbc", (True, True, True))
     if not isinstance(periodic, list | tuple) or len(periodic) != 3:
         raise DataError(f"{name}: pbc of the lattice is {periodic!r}, expected three flags")
     numbers = atomic_numbers_of(sites, name)
     if not all("abc" in site for site in sites):
         raise DataError(f"{name}: a site lacks species or abc")
-    positions = floats([site["abc"] for site in sites], (len(sites), 3), "abc of the sites", name) @ cell
+    positions = floats([site["abc"] for site in sites], "abc of the sites", name, (len(sites), 3)) @ cell
     cartesian = [site.get("xyz") for site in sites]
     if all(place is not None for place in cartesian):
-        distance = np.abs(floats(cartesian, (len(sites), 3), "xyz of the sites", name) - positions).max(axis=1)
+        distance = np.abs(floats(cartesian, "xyz of the sites", name, (len(sites), 3)) - positions).max(axis=1)
         worst = int(distance.argmax())
         if not distance[worst] <= MAX_DISAGREEMENT:
             raise DataError(
@@ -191,17 +191,6 @@ def atomic_numbers_of(sites: list[dict[str, Any]], name: str) -> NDArray[np.int6
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{name}: a site lacks species or abc") from error
     return np.array(numbers, dtype=np.int64)
-
-
-def floats(value: Any, shape: tuple[int, ...], what: str, name: str) -> FloatArray:
-    """Returns an array of this shape, with a ``DataError`` for anything else."""
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: {what} holds something else than numbers") from error
-    if array.shape != shape:
-        raise DataError(f"{name}: {what} has shape {array.shape}, expected {shape}")
-    return array
 
 
 def _check_modules(value: Any, name: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from escaip.data.readers.ase import one_line
-from escaip.data.readers.policy import MalformedError, Part, Reader, ReadPolicy, Record
+from escaip.data.readers.policy import MalformedError, Part, Reader, ReadPolicy, Record, ranges_by_weight
 from escaip.data.structure import AtomicData
 from escaip.errors import ConfigError, DataError
 from escaip.units import Units
@@ -82,17 +82,8 @@ def read_spice(
 
 def divide(path: Path, size: int) -> list[Part]:
     """Ranges of molecules with about ``size`` conformations together."""
-    parts: list[Part] = []
-    start, held = 0, 0
     with _opened(path) as file:
-        names = _molecules(file, path)
-        for place, molecule in enumerate(names):
-            count = _count(_group(file, molecule, path))
-            if place > start and held + count > size:
-                parts.append((start, place))
-                start, held = place, 0
-            held += count
-    return [*parts, (start, len(names))]
+        return ranges_by_weight((_count(_group(file, name, path)) for name in _molecules(file, path)), size)
 
 
 def smiles_charge(smiles: str, numbers: NDArray[np.int64] | None = None) -> int:

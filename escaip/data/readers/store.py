@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
+from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges
 from escaip.data.store import Store
 from escaip.data.structure import AtomicData
 from escaip.errors import ConfigError
@@ -30,8 +30,7 @@ def read_store(
 
 def divide(path: Path, size: int) -> list[Part]:
     """Ranges of ``size`` structures."""
-    count = len(Store(path))
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+    return ranges(len(Store(path)), size)
 
 
 def matches(path: Path, head: bytes) -> bool:

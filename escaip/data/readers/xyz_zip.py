@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from escaip.data.readers.ase import XYZ, held, one_line, parse_xyz, record_of, xyz_frames
-from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
+from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges_by_weight
 from escaip.data.structure import AtomicData, LabelKeys
 from escaip.errors import DataError
 
@@ -58,14 +58,7 @@ def divide(path: Path, size: int) -> list[Part]:
         sampled = members[:: max(len(members) // _SAMPLED, 1)]
         frames = sum(sum(1 for _ in _texts(archive, info, path)) for info in sampled)
     allowed = size * max(sum(info.file_size for info in sampled) / max(frames, 1), 1.0)
-    parts: list[Part] = []
-    start, held = 0, 0
-    for place, info in enumerate(members):
-        if place > start and held + info.file_size > allowed:
-            parts.append((start, place))
-            start, held = place, 0
-        held += info.file_size
-    return [*parts, (start, len(members))]
+    return ranges_by_weight((info.file_size for info in members), allowed)
 
 
 def matches(path: Path, head: bytes) -> bool:
