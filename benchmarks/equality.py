@@ -2,7 +2,7 @@
 
 python benchmarks/equality.py --environment runs/fairchem [--out benchmarks/results/equality.json]
 
-Makes the environment where it does not exist (tests/interop/make_reference.sh), lets fairchem-core answer with random
+Makes the environment where it does not exist (benchmarks/fairchem/make_reference.sh), lets fairchem-core answer with random
 weights (hidden 128, 4 layers, 8 heads, 20 neighbors, 600 Gaussians; conservative and direct), imports the same weights
 and compares. Errors are the largest difference over the largest value of the structure, or over a fifth of the largest
 of all structures where that is more, since symmetry takes some forces to zero.
@@ -25,8 +25,8 @@ from common import markdown_table, provenance, write_json
 from escaip import Potential
 from escaip.interop import from_fairchem
 
-INTEROP = Path(__file__).resolve().parents[1] / "tests" / "interop"
-sys.path.insert(0, str(INTEROP))
+BENCHMARKS = Path(__file__).resolve().parent
+sys.path.insert(0, str(BENCHMARKS.parent / "tests" / "interop"))
 
 from references import Reference, case_names, load  # noqa: E402
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/equality.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        script = ["sh", str(INTEROP / "make_reference.sh"), str(args.environment), folder, "realistic"]
+        script = ["sh", str(BENCHMARKS / "fairchem" / "make_reference.sh"), str(args.environment), folder, "realistic"]
         subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
         path = Path(folder)
         versions = json.loads((path / "reference.json").read_text(encoding="utf-8"))["versions"]

@@ -25,7 +25,7 @@ from tiny import make_potential  # noqa: E402
 PROGRAMS = sorted(
     path.relative_to(BENCHMARKS).with_suffix("")
     for path in BENCHMARKS.rglob("*.py")
-    if "adapters" not in path.parts and "def main() -> None" in path.read_text(encoding="utf-8")
+    if not {"adapters", "fairchem"} & set(path.parts) and "def main() -> None" in path.read_text(encoding="utf-8")
 )
 SMALL = {
     "attention": "--atoms 20 --neighbors 4 --head-sizes 32 --repeats 1 --names reference dense",

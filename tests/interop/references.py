@@ -1,4 +1,4 @@
-"""Reads the folders that reference.py and reference_checkpoints.py write."""
+"""Reads the folders that benchmarks/fairchem/reference.py and reference_checkpoints.py write."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_all_answers() -> None:
     """Eight models, a dozen kinds of structures."""
     folder = os.environ.get(VARIABLE)
     if folder is None:
-        pytest.skip(f"{VARIABLE} names no folder of answers: tests/interop/make_reference.sh makes one")
+        pytest.skip(f"{VARIABLE} names no folder of answers: benchmarks/fairchem/make_reference.sh makes one")
     for name in case_names(Path(folder)):
         check(load(Path(folder), name))
 

@@ -1,6 +1,6 @@
 """Inference checkpoints as fairchem-core writes them, with its answers; runs in the environment of make_reference.sh.
 
-python tests/interop/reference_checkpoints.py --out DIR
+python benchmarks/fairchem/reference_checkpoints.py --out DIR
 
 Two tiny models with random weights: a conservative one with averaged weights, in a dataset-specific wrapper, for one
 data set; a direct one without averages, for two. Configurations go the way of its training: YAML, omegaconf, pickle.

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes a throw-away environment with fairchem-core, and the answers of its EScAIP for the tests of imported models.
 #
-#   sh tests/interop/make_reference.sh ENVIRONMENT OUT [committed|small|realistic]
+#   sh benchmarks/fairchem/make_reference.sh ENVIRONMENT OUT [committed|small|realistic]
 #   ESCAIP_FAIRCHEM_REFERENCE=OUT pytest tests/interop
 #
 # ENVIRONMENT is a folder, made where it does not exist yet; OUT is a folder of numbers. What is in tests/interop/data was

@@ -1,6 +1,6 @@
 """What fairchem-core's EScAIP answers, written to a folder; runs inside the environment of make_reference.sh.
 
-python tests/interop/reference.py --out DIR [--size committed|small|realistic]
+python benchmarks/fairchem/reference.py --out DIR [--size committed|small|realistic]
 
 Models have random weights, none left at its initial value, rounded to float16 so that they are exact in every
 precision. Every answer is given twice: as fairchem-core computes it (float32), and by the same code in float64, which
