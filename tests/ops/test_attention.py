@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from attention_cases import CPU_BACKENDS, make_inputs, written_out
+from attention_cases import CPU_BACKENDS, gradients, make_inputs, relative_errors, written_out
 from torch import Tensor
 
 from escaip.errors import ConfigError
-from escaip.ops import neighborhood_attention
+from escaip.ops import neighborhood_attention, node_attention
 from escaip.ops.reference import legendre_polynomials
 
 BACKENDS = [info.name for info in CPU_BACKENDS]
@@ -128,3 +131,40 @@ def test_wrong_requests_are_refused(change: dict[str, object], message: str) -> 
     arguments = {"angular_channels": (2, 2, 2), "scale": 1.0, **change}
     with pytest.raises(ConfigError, match=message):
         neighborhood_attention(**make_inputs([3, 2]), **arguments)
+
+
+def softmax_per_system(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], scale: float) -> Tensor:
+    parts = []
+    for first, last in pairwise(offsets):
+        a, b, c = (x[first:last].transpose(0, 1) for x in (q, k, v))
+        parts.append((torch.softmax(scale * a @ b.mT, -1) @ c).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def twice(function: Callable[..., Tensor], leaves: list[Tensor], order: int) -> list[Tensor]:
+    out = function(*leaves)
+    first = gradients(out.square().sum(), leaves, create_graph=order > 1)
+    return [out, *first, *(gradients(sum(x.square().sum() for x in first), leaves) if order > 1 else [])]
+
+
+@pytest.mark.parametrize("info", [info for info in CPU_BACKENDS if info.node_attention], ids=lambda info: info.name)
+@pytest.mark.parametrize("sizes", [[5], [1, 7, 3], [4, 0, 2]])
+def test_attention_among_all_atoms_equals_softmax_per_system(info: Any, sizes: list[int]) -> None:
+    offsets = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    order = 1 if info.derivatives == 1 else 2
+    leaves = [torch.randn(offsets[-1], 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    expected = twice(lambda q, k, v: softmax_per_system(q, k, v, offsets, 0.4), leaves, order)
+    found = twice(lambda q, k, v: node_attention(q, k, v, torch.tensor(offsets), 0.4, info.name), leaves, order)
+    assert max(relative_errors(found, expected)) < 1e-11
+
+
+def test_no_atoms() -> None:
+    nothing = torch.zeros(0, 2, 4)
+    assert node_attention(nothing, nothing, nothing, torch.tensor([0, 0]), 1.0).shape == (0, 2, 4)
+
+
+@pytest.mark.bad_input
+def test_a_backend_for_neighborhoods_only_is_refused() -> None:
+    x = torch.zeros(2, 1, 4)
+    with pytest.raises(ConfigError, match="'native' does no attention among all atoms of a system: choose auto"):
+        node_attention(x, x, x, torch.tensor([0, 2]), 1.0, "native")

@@ -168,3 +168,16 @@ def test_a_planted_library_is_not_loaded(place: str, workshop: Workshop) -> None
     reason = str(load_anew())
     assert not witness.exists()
     assert "can be written by other users" in reason
+
+
+def test_one_openmp_run_time() -> None:
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc")
+    program = (
+        "from escaip.ops import cpp\n"
+        "assert cpp.has_kernels()\n"
+        "lines = open('/proc/self/maps').read().splitlines()\n"
+        "print(len({line.split(maxsplit=5)[-1] for line in lines if 'libgomp' in line}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 1

@@ -1,11 +1,14 @@
-"""Rows by index and their sums: values, all derivatives, in the form that compiled models use."""
+"""Rows by index and their sums: values, all derivatives, the form that compiled models use, and the C++ kernel."""
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 from torch import Tensor
 
-from escaip.ops import rows, sum_rows, take_rows
+from escaip.ops import cpp, rows, sum_rows, take_rows
 
 INDEX = torch.tensor([0, 2, 2, 1, 2, 0])  # row 3 belongs to nothing
 
@@ -33,3 +36,31 @@ def test_compiled_forms_equal_eager_in_all_derivatives() -> None:
         assert torch.autograd.gradcheck(function, leaf)
         assert torch.autograd.gradgradcheck(function, leaf)
     torch.library.opcheck(rows._sum_rows, (y, INDEX, 4))
+
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(400, 1), (400, 3), (2000, 200), (400,), (0, 3)])
+def test_the_kernel_equals_the_plain_form_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(shape[::-1], generator=generator).to(dtype).movedim(0, -1)  # strided
+    index = torch.randint(0, 6, shape[:1], generator=generator)
+    number, before, threads = 7 if len(x) else 0, x.clone(), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(torch.ops.escaip.sum_rows(x.contiguous() if x.dim() == 1 else x, index, number))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in itertools.pairwise(found))
+    # Half types are summed in single precision.
+    exact = rows._sum_rows._init_fn(x.float() if dtype == torch.bfloat16 else x, index, number).to(dtype)
+    assert (found[0].dtype, found[0].shape) == (dtype, exact.shape)
+    assert found[0].is_contiguous()
+    scale = max(float(exact.abs().max()), 1.0) if exact.numel() else 1.0
+    torch.testing.assert_close(found[0], exact, rtol=0, atol=TOLERANCE[dtype] * scale)
+    assert torch.equal(x, before)
