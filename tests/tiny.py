@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ase.build
@@ -63,3 +64,16 @@ def crystal() -> Atoms:
 def batch_of(*structures: Atoms) -> Batch:
     """Returns a batch of structures; of methanol and the crystal without any."""
     return collate([AtomicData.from_ase(atoms) for atoms in structures or (methanol(), crystal())])
+
+
+def same_bits_on_threads(function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Asserts that a function gives the same bits when it is called again and on any number of threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(function())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for again in found[1:] for x, y in zip(found[0], again, strict=True))
+    return found[0]

@@ -1,4 +1,4 @@
-"""Tiny potentials with random weights."""
+"""LAMMPS with a structure and a potential."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from typing import Any
 
 import ase.io
 import pytest
-import torch
 from ase import Atoms
 
 from escaip.calculators.lammps import LammpsDriver, open_lammps
-from escaip.models import EScAIPConfig
-from escaip.potential import Potential, PotentialMetadata
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "angular_channels": (3, 2, 1, 1, 1), "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 6, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
+from escaip.potential import Potential
 
 LAMMPS = """
 units {units}
@@ -33,19 +26,6 @@ fix potential all external pf/callback 1 1
 thermo_style custom step pe pxx pyy pzz pxy pxz pyz vol
 thermo 1
 """
-
-
-@pytest.fixture
-def make_potential() -> Callable[..., Potential]:
-    def make(elements: tuple[int, ...] = (), dtype: torch.dtype = torch.float64, **overrides: Any) -> Potential:
-        torch.manual_seed(0)
-        metadata = PotentialMetadata(elements=elements)
-        potential = Potential(EScAIPConfig.from_dict({**SMALL, **overrides}), metadata=metadata).to(dtype).eval()
-        potential.element_references.copy_(torch.linspace(-2.0, 2.0, 119, dtype=torch.float64))
-        potential.scale.fill_(3.0)
-        return potential
-
-    return make
 
 
 @pytest.fixture

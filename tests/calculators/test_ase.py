@@ -1,4 +1,4 @@
-"""The ASE calculator: what it answers, when it searches for neighbors again, what it refuses."""
+"""The ASE calculator: what it answers, when lists and graphs are made again, what it refuses."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ase.build
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.calculators.calculator import PropertyNotImplementedError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from escaip import EScAIPCalculator
 from escaip.calculators import CommitteeCalculator
@@ -22,7 +23,6 @@ from escaip.errors import CheckpointError, ConfigError, DataError, UnsupportedEl
 from escaip.nn.heads import HEADS
 from escaip.potential import Potential
 from escaip.simulate import MDSettings, run_md
-from escaip.testing import check_potential
 from escaip.types import TARGETS, Target
 
 Make = Callable[..., Potential]
@@ -32,12 +32,6 @@ def copper(repeat: int = 2) -> Atoms:
     atoms = ase.build.bulk("Cu", cubic=True).repeat((repeat, repeat, repeat))
     atoms.rattle(0.05, seed=0)
     return atoms
-
-
-def test_the_contracts_hold_through_ase(make_potential: Make) -> None:
-    crystal = ase.build.bulk("NaCl", "rocksalt", a=5.6)
-    crystal.rattle(0.1, seed=1)
-    check_potential(EScAIPCalculator(make_potential()), [ase.build.molecule("CH3OH"), crystal])
 
 
 def test_answers_alone_equal_answers_in_a_batch(make_potential: Make) -> None:
@@ -77,33 +71,6 @@ def test_further_heads_are_properties(make_potential: Make, monkeypatch: pytest.
     assert "dipole" not in CommitteeCalculator([potential, plain]).implemented_properties
 
 
-def walk(atoms: Atoms, steps: int, seed: int = 0) -> list[Atoms]:
-    rng = np.random.default_rng(seed)
-    path = []
-    for _ in range(steps):
-        atoms = atoms.copy()
-        atoms.positions += rng.normal(scale=0.03, size=atoms.positions.shape)
-        path.append(atoms)
-    return path
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_a_skin_never_changes_an_answer(make_potential: Make, dtype: str) -> None:
-    """Bit for bit, on a walk long enough to use the skin up many times."""
-    potential = make_potential()
-    skinned = EScAIPCalculator(potential, dtype=dtype, skin=0.5)
-    plain = EScAIPCalculator(potential, dtype=dtype, skin=0.0)
-    for atoms in walk(copper(), 30):
-        answers = []
-        for calculator in (skinned, plain):
-            atoms.calc = calculator
-            answers.append((atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()))
-        for one, other in zip(*answers, strict=True):
-            assert np.array_equal(one, other)
-    assert plain.num_neighbor_builds == 30
-    assert 3 <= skinned.num_neighbor_builds <= 15
-
-
 def test_the_list_is_rebuilt_exactly_when_it_must(make_potential: Make) -> None:
     calculator = EScAIPCalculator(make_potential(), skin=1.0)
     atoms = copper()
@@ -130,27 +97,6 @@ def test_the_list_is_rebuilt_exactly_when_it_must(make_potential: Make) -> None:
     assert builds() == 5
     atoms.wrap()
     assert builds() == 6
-
-
-@pytest.mark.parametrize(("repeat", "skin", "strain"), [(2, 1.0, 0.025), (0, 0.5, 0.02)], ids=["cell", "images"])
-def test_strained_cells_get_the_exact_answer(make_potential: Make, repeat: int, skin: float, strain: float) -> None:
-    """As under constant pressure; of one atom, images of itself: there a wrong bound on strain shows."""
-    potential = make_potential()
-    skinned, plain = EScAIPCalculator(potential, skin=skin), EScAIPCalculator(potential, skin=0.0)
-    rng = np.random.default_rng(3)
-    start = copper(repeat) if repeat else ase.build.bulk("Cu")
-    atoms, count = start.copy(), 40
-    for _ in range(count):
-        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(scale=strain, size=(3, 3))), scale_atoms=True)
-        atoms.positions += rng.normal(scale=0.02, size=atoms.positions.shape)
-        answers = []
-        for calculator in (skinned, plain):
-            atoms.calc = calculator
-            answers.append((atoms.get_potential_energy(), *atoms.get_forces().ravel()))
-        assert answers[0] == answers[1]
-        if not 0.5 < atoms.get_volume() / start.get_volume() < 2.0:
-            atoms = start.copy()
-    assert 2 <= skinned.num_neighbor_builds < count
 
 
 def test_the_potential_given_is_not_changed(make_potential: Make) -> None:
@@ -226,19 +172,6 @@ def test_structures_that_mean_nothing(make_potential: Make) -> None:
 
 
 @pytest.mark.bad_input
-def test_stress_where_there_is_none(make_potential: Make) -> None:
-    atoms = ase.build.molecule("H2O")
-    atoms.calc = EScAIPCalculator(make_potential())
-    with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
-        atoms.get_stress()
-    crystal = copper(1)
-    crystal.calc = EScAIPCalculator(make_potential(forces="direct"))
-    assert np.isfinite(crystal.get_forces()).all()
-    with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
-        crystal.get_stress()
-
-
-@pytest.mark.bad_input
 def test_arguments_that_cannot_be(make_potential: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="skin is -1"):
         EScAIPCalculator(make_potential(), skin=-1.0)
@@ -248,3 +181,75 @@ def test_arguments_that_cannot_be(make_potential: Make, tmp_path: Path) -> None:
         EScAIPCalculator(make_potential(), device="gpu")
     with pytest.raises(CheckpointError, match="does not exist"):
         EScAIPCalculator(tmp_path / "none.ckpt")
+
+
+def test_a_graph_is_made_again_exactly_when_it_must(make_potential: Make) -> None:
+    calculator = EScAIPCalculator(make_potential(), graph_skin=0.4)
+    atoms = copper()
+    atoms.calc = calculator
+
+    def builds() -> int:
+        atoms.get_forces()
+        return calculator.num_graph_builds
+
+    assert builds() == 1
+    atoms.positions += [3.0, 0.0, 0.0]
+    assert builds() == 1
+    atoms.positions[0] += [0.15, 0.0, 0.0]
+    assert builds() == 1
+    atoms.positions[0] += [0.1, 0.0, 0.0]  # more than half of it
+    assert builds() == 2
+    atoms.set_cell(atoms.cell.array * 1.1, scale_atoms=True)  # an expansion changes distances, too
+    assert builds() == 3
+    atoms.numbers[0] = 47
+    assert builds() == 4
+    assert pickle.loads(pickle.dumps(calculator)).num_graph_builds == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result the host must wait for, if they run on a device."""
+
+    NAMES = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "equal", "bincount", "repeat_interleave")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        indices = args[1] if name in ("index", "index_put_") else []
+        if name in self.NAMES or any(x is not None and x.dtype == torch.bool for x in indices):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+def test_between_rebuilds_nothing_waits_for_the_device(
+    make_potential: Make, forces: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The potential's part of a step; the calculator decides on the host and copies results once."""
+    monkeypatch.setattr("escaip.graph.tokens.has_kernels", lambda systems: False)  # as on a device
+    potential = make_potential(forces=forces)
+    calculator = EScAIPCalculator(potential, graph_skin=0.5)
+    atoms = copper(1)
+    atoms.calc = calculator
+    atoms.get_forces()
+    batch, graph = calculator._batch, calculator._graph._kept[0]
+    monkeypatch.setattr("escaip.graph.tokens.has_kernels", lambda _: False)  # as on a device
+    with Waits() as waits, torch.no_grad():
+        potential(batch, compute_stress=forces == "conservative", create_graph=False)
+    assert len(waits.found) > 10  # the counter counts
+    with Waits() as waits, torch.no_grad():
+        potential(batch, graph=graph, compute_stress=forces == "conservative", create_graph=False)
+    assert waits.found == []
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "options", [{"boo_weighting": "uniform"}, {"soft": False}, {"forces": "direct", "force_weighting": "uniform"}]
+)
+def test_models_whose_neighbors_jump_refuse(make_potential: Make, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="leave graph_skin out"):
+        EScAIPCalculator(make_potential(**options), graph_skin=0.2)
+    with pytest.raises(ConfigError, match="graph_skin is -1"):
+        EScAIPCalculator(make_potential(), graph_skin=-1.0)

@@ -20,7 +20,6 @@ from escaip import EScAIPCalculator
 from escaip.calculators import CommitteeCalculator
 from escaip.errors import ConfigError, UnsupportedElementError
 from escaip.potential import Potential
-from escaip.testing import check_potential
 
 Make = Callable[..., Potential]
 
@@ -100,10 +99,6 @@ def test_stress_of_atoms_is_the_mean_and_asked_for(
         alone.append(atoms.get_stresses())
     assert np.ptp(alone, axis=0).max() > 1e-4
     np.testing.assert_allclose(stresses, np.mean(alone, axis=0), atol=1e-14)
-
-
-def test_the_mean_is_a_potential(make_members: Members) -> None:
-    check_potential(CommitteeCalculator(make_members()), [crystal()])
 
 
 @pytest.mark.parametrize("other", [{}, {"num_neighbors": 6}, {"cutoff": 3.5, "num_neighbors": None}])

@@ -81,7 +81,7 @@ def test_axes_without_a_cell_vector(make_potential: Make) -> None:
 @pytest.mark.usefixtures("_library")
 def test_a_committee_below_a_change_of_charge_and_a_journey(make_potential: Make) -> None:
     atoms = structures()[0]
-    members = [make_potential(charge=True), make_potential(charge=True, num_layers=1)]
+    members = [make_potential(charge=True), make_potential(1, charge=True)]
     plain, atoms.calc = (
         CommitteeCalculator(members),
         DispersionCalculator(CommitteeCalculator(members), realspace_cutoff={"disp2": 10.0}),

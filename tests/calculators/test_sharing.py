@@ -136,7 +136,7 @@ def test_cells_relax_through_filters(make_potential: Make, kind: type) -> None:
     atoms.calc = EScAIPCalculator(make_potential())
     before, stress = atoms.get_volume(), np.abs(atoms.get_stress()).max()
     with BFGS(kind(atoms), logfile=None) as optimizer:
-        assert optimizer.run(fmax=0.005, steps=100)
+        assert optimizer.run(fmax=0.002, steps=100)
     assert np.abs(atoms.get_stress()).max() < 0.1 * stress
     assert abs(atoms.get_volume() / before - 1) > 1e-3
 

@@ -125,17 +125,3 @@ def test_dynamics_and_relaxation_with_open_axes(make_potential: Make, name: str,
         flat.get_stress()
     with pytest.raises(ConfigError, match="needs three periodic axes"):
         relax(flat, cell=True)
-
-
-@pytest.mark.bad_input
-def test_a_direct_model_has_none(make_potential: Make) -> None:
-    atoms = crystal()
-    atoms.calc = EScAIPCalculator(make_potential(forces="direct"))
-    with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
-        atoms.get_stresses()
-    with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
-        atoms.calc.get_property("virials", atoms)
-    assert not {"stresses", "virials"} & set(atoms.calc.implemented_properties)
-    potential = make_potential(forces="direct")
-    with pytest.raises(ConfigError, match="direct-force model has no stress"):
-        potential(collate([AtomicData.from_ase(crystal())]), compute_virials=True)

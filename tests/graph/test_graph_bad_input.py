@@ -122,21 +122,6 @@ def test_pairs_at_the_cutoff_are_decided_by_their_distance() -> None:
         assert len(neighbor_list(batch, float(np.nextafter(distance, 10.0))).center) == 2 * below + 2
 
 
-def test_order_does_not_depend_on_threads() -> None:
-    rng = np.random.default_rng(0)
-    batch = make_batch((rng.random((6000, 3)) * 50, np.eye(3) * 50, np.ones(3, bool)))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = neighbor_list(batch, 3.0)
-        torch.set_num_threads(3)
-        many = neighbor_list(batch, 3.0)
-    finally:
-        torch.set_num_threads(threads)
-    for name in ("center", "neighbor", "shift"):
-        assert torch.equal(getattr(one, name), getattr(many, name))
-
-
 def test_inputs_are_not_changed() -> None:
     batch = make_batch(GOOD, random_system(np.random.default_rng(1), "tiny", 4.0))
     old = neighbor_list(batch, 6.0)

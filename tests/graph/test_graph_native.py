@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_graph_brute_force import SETTINGS, check_layout
 from test_graph_truncation import SETTINGS as TRUNCATED
+from tiny import same_bits_on_threads
 
-from escaip.errors import DataError
 from escaip.graph import build_graph, native, neighbor_list, search_cutoff
 from escaip.graph.knn import reference_graph
 from escaip.graph.native import native_graph, native_list
@@ -28,13 +28,6 @@ pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.un
 
 CUBE = np.eye(3)
 PERIODIC = np.ones(3, bool)
-CRYSTALS = {
-    "simple": (CUBE, [[0, 0, 0]]),
-    "body": (CUBE, [[0, 0, 0], [0.5, 0.5, 0.5]]),
-    "face": (CUBE, [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]),
-    "face, primitive": ((1.0 - CUBE) / 2, [[0, 0, 0]]),
-    "hexagonal": (np.array([[1, 0, 0], [-0.5, 0.75**0.5, 0], [0, 0, 1.6]]), [[0, 0, 0], [1 / 3, 2 / 3, 0.5]]),
-}
 
 
 def assert_same(found: Graph | NeighborList | None, expected: Graph | NeighborList) -> None:
@@ -76,20 +69,6 @@ def test_every_kind_of_system(kind: str) -> None:
         check_layout(compare(batch, settings))
         if settings.rank_truncation is None and (settings.soft or settings.num_neighbors is None):
             compare(batch, settings, slack=float(rng.choice([0.1, 0.4])))
-
-
-@pytest.mark.parametrize("name", CRYSTALS)
-def test_perfect_crystals_whose_distances_tie(name: str) -> None:
-    cell, places = CRYSTALS[name]
-    rng = np.random.default_rng(0)
-    for repeat, turned in itertools.product(((1, 1, 1), (2, 1, 3), (3, 3, 3)), (False, True)):
-        corners = np.array(list(itertools.product(*map(range, repeat))))
-        positions = 3.0 * (corners[:, None] + np.array(places)[None]).reshape(-1, 3) @ cell
-        box, turn = 3.0 * cell * np.array(repeat)[:, None], random_rotation(rng) if turned else np.eye(3)
-        pbc = PERIODIC if repeat != (2, 1, 3) else np.array([True, False, True])
-        batch = make_batch((positions @ turn, box @ turn, pbc))
-        for settings in (*SETTINGS, *TRUNCATED):
-            compare(batch, settings)
 
 
 @st.composite
@@ -152,17 +131,10 @@ def test_atoms_far_outside_of_the_cell(cells: int) -> None:
 def test_threads_change_no_bit(settings: GraphSettings) -> None:
     rng = np.random.default_rng(4)
     batch = make_batch((rng.random((700, 3)) * 16, CUBE * 16, PERIODIC), random_system(rng, "skewed", 4.0))
-    systems, cutoff, before = Systems.read(batch), search_cutoff(settings), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(native_graph(systems, settings, None, cutoff, 0.0))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert results[0] is not None
-        assert_same(other, results[0])
+    systems, cutoff = Systems.read(batch), search_cutoff(settings)
+    same_bits_on_threads(
+        lambda: [x for x in vars(native_graph(systems, settings, None, cutoff, 0.0)).values() if torch.is_tensor(x)]
+    )
 
 
 def test_what_a_user_calls_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,12 +198,3 @@ def test_systems_that_it_leaves() -> None:
         assert native_graph(Systems.read(batch), SETTINGS[4], None, 3.5, 0.0) is None
     assert native_graph(Systems.read(good), SETTINGS[4], None, 3.5, 0.0) is not None
     assert build_graph(batches[0], GraphSettings(cutoff=0.5, num_neighbors=None)).num_tokens > 100
-
-
-@pytest.mark.bad_input
-def test_positions_and_cells_are_refused_by_name() -> None:
-    rows = np.array([[0.0, 0, 0], [1, 0, np.nan]])
-    with pytest.raises(DataError, match=r"^system 0, atom 1: position is NaN or infinite"):
-        build_graph(make_batch((rows, CUBE, PERIODIC)), SETTINGS[0])
-    with pytest.raises(DataError, match=r"^system 0: its cell has no volume"):
-        neighbor_list(make_batch((rows[:1], CUBE * 0, PERIODIC)), 4.0)

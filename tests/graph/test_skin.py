@@ -73,15 +73,6 @@ def test_the_farthest_of_a_shell_may_become_the_nearest() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0.0)
 
 
-def test_it_costs_some_tokens_and_no_more() -> None:
-    rng = np.random.default_rng(0)
-    settings = GraphSettings(cutoff=4.0, num_neighbors=8, rank_scale=0.2)
-    positions = rng.uniform(0.0, 9.0, (60, 3))
-    batch = make_batch((positions, np.eye(3) * 9.0, np.ones(3, bool)))
-    sizes = [build_graph(batch, settings, graph_skin=skin).num_tokens for skin in (0.0, 0.05, 0.2)]
-    assert sizes[0] < sizes[1] < sizes[2] < 2.5 * sizes[0]
-
-
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("settings", "skin", "message"),
@@ -200,16 +191,6 @@ def test_a_pruned_graph_is_that_of_the_present_positions(settings: GraphSettings
     assert found.keys() == expected.keys()
     for edge, numbers in expected.items():
         assert found[edge] == pytest.approx(numbers, rel=1e-10, abs=1e-12)
-
-
-def test_places_need_no_answer_of_a_device() -> None:
-    """What a device does instead of ``nonzero``, on the CPU."""
-    from escaip.graph import tokens
-
-    for mask in ([True, False, True, True], [False, False], [True], []):
-        values = torch.tensor(mask, dtype=torch.bool)
-        expected = values.nonzero().squeeze(1)
-        assert torch.equal(tokens._scattered(values, len(expected)), expected)
 
 
 def test_pruning_one_atom_that_sees_nobody() -> None:

@@ -8,10 +8,9 @@ import ase.build
 import pytest
 import tiny
 import torch
-from tiny import SMALL, batch_of
+from tiny import batch_of
 
 from escaip.data import AtomicData, collate
-from escaip.models import EScAIP, EScAIPConfig
 from escaip.potential import Potential
 
 OPTIONS = [
@@ -55,20 +54,16 @@ def test_every_option_trains_on_energy_and_forces(options: dict[str, object], fo
 
 
 @pytest.mark.parametrize("name", ["dropout", "attention_dropout", "node_dropout", "edge_dropout",
-                                  "scalar_dropout", "stochastic_depth"])  # fmt: skip
+                                  "scalar_dropout", "stochastic_depth", "vector_dropout"])  # fmt: skip
 def test_regularisation_acts_in_training_only(name: str) -> None:
     potential = make_potential(**{"forces": "direct", name: 0.5})
     plain = make_potential(forces="direct")
     plain.load_state_dict(potential.state_dict())
     batch = batch_of()
     assert torch.equal(potential.eval()(batch).energy, plain.eval()(batch).energy)
-    drawn = {tuple(potential.train()(batch).energy.tolist()) for _ in range(6)}
+    trained = [potential.train()(batch) for _ in range(6)]
+    drawn = {(*x.energy.tolist(), *x.forces.flatten().tolist()) for x in trained}
     assert len(drawn) > 1
-
-
-def test_vector_dropout_acts_on_forces_in_training() -> None:
-    potential = make_potential(forces="direct", vector_dropout=0.5).train()
-    assert not torch.equal(potential(batch_of()).forces, potential(batch_of()).forces)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +78,6 @@ def test_options_without_parameters_change_the_function(change: dict[str, object
     other.load_state_dict(one.state_dict())
     batch = batch_of()
     assert (one(batch).energy - other(batch).energy).abs().max() > 1e-6
-
-
-def test_backends_agree() -> None:
-    one = make_potential(attention_backend="reference").double().eval()
-    other = make_potential(attention_backend="dense").double().eval()
-    other.load_state_dict(one.state_dict())
-    batch = batch_of()
-    torch.testing.assert_close(one(batch).forces, other(batch).forces, rtol=1e-10, atol=1e-12)
 
 
 def test_skipping_unread_edges_of_the_last_block_is_exact() -> None:
@@ -139,9 +126,3 @@ def test_forward_does_not_change_its_batch() -> None:
     for key in ("positions", "cell", "atomic_numbers", "pbc"):
         assert torch.equal(batch[key], before[key])
         assert not batch[key].requires_grad
-
-
-def test_construction_touches_no_global_state() -> None:
-    before = (torch.get_default_dtype(), torch.get_float32_matmul_precision())
-    EScAIP(EScAIPConfig.from_dict(SMALL))
-    assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == before

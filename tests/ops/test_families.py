@@ -13,6 +13,7 @@ import torch
 from family_cases import Case, Results, errors, make_case, run_family, run_reference, without_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import same_bits_on_threads
 from torch import Tensor
 
 from escaip.errors import ConfigError
@@ -228,14 +229,7 @@ def test_keys_without_queries_have_zero_gradients() -> None:
 @pytest.mark.parametrize("widths", [PUBLISHED, (64,)])
 def test_same_bits_on_every_run_and_number_of_threads(widths: tuple[int, ...]) -> None:
     case = make_case([30, 1, 45, 12, 33, 140] * 3, 2, 64, widths)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(present(run("native", case)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+    same_bits_on_threads(lambda: present(run("native", case)))
 
 
 @families

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from tiny import same_bits_on_threads
 from torch import Tensor
 
 from escaip.ops import cpp, rows, sum_rows, take_rows
@@ -48,19 +47,12 @@ def test_the_kernel_equals_the_plain_form_on_any_number_of_threads(shape: tuple[
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(shape[::-1], generator=generator).to(dtype).movedim(0, -1)  # strided
     index = torch.randint(0, 6, shape[:1], generator=generator)
-    number, before, threads = 7 if len(x) else 0, x.clone(), torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(torch.ops.escaip.sum_rows(x.contiguous() if x.dim() == 1 else x, index, number))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in itertools.pairwise(found))
+    number, before = 7 if len(x) else 0, x.clone()
+    (found,) = same_bits_on_threads(lambda: [torch.ops.escaip.sum_rows(x, index, number)])
     # Half types are summed in single precision.
     exact = rows._sum_rows._init_fn(x.float() if dtype == torch.bfloat16 else x, index, number).to(dtype)
-    assert (found[0].dtype, found[0].shape) == (dtype, exact.shape)
-    assert found[0].is_contiguous()
+    assert (found.dtype, found.shape) == (dtype, exact.shape)
+    assert found.is_contiguous()
     scale = max(float(exact.abs().max()), 1.0) if exact.numel() else 1.0
-    torch.testing.assert_close(found[0], exact, rtol=0, atol=TOLERANCE[dtype] * scale)
+    torch.testing.assert_close(found, exact, rtol=0, atol=TOLERANCE[dtype] * scale)
     assert torch.equal(x, before)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from tiny import same_bits_on_threads
 from torch import Tensor
 
 from escaip.errors import ConfigError
@@ -122,20 +123,13 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     table, point = torch.randn(50, 96, generator=generator), 45.0 * torch.rand(4000, generator=generator)
     cotangent = torch.randn(4000, 96, generator=generator)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(
-                [
-                    spline.spline_values(table, point, 0),
-                    spline.spline_products(cotangent, table, point, 1),
-                    spline.spline_transpose(cotangent, point, 0, 50),
-                ]
-            )
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    same_bits_on_threads(
+        lambda: [
+            spline.spline_values(table, point, 0),
+            spline.spline_products(cotangent, table, point, 1),
+            spline.spline_transpose(cotangent, point, 0, 50),
+        ]
+    )
 
 
 def test_operators_keep_the_contract_of_the_dispatcher() -> None:

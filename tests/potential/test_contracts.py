@@ -104,32 +104,6 @@ def test_published_weights_make_the_energy_jump(crossings: tuple[Atoms, list[flo
     assert energy_jump > 1e-6
 
 
-def test_two_neighbors_swap_rank_smoothly() -> None:
-    cluster = Atoms("Cu12", positions=np.random.default_rng(5).normal(scale=2.2, size=(12, 3)) * 1.4)
-    potential = make_potential()
-    evaluate = evaluator(potential)
-    # Move an atom until its distance to a third one passes that of another neighbor.
-    distances = cluster.get_all_distances()
-    center = 0
-    order = np.argsort(distances[center])[1:]
-    gaps = np.diff(distances[center][order])
-    first = int(np.argmin(gaps))
-    near, far = order[first], order[first + 1]
-    radial = cluster.positions[far] - cluster.positions[center]
-    radial /= np.linalg.norm(radial)
-    path = []
-    for number in range(-100, 101):
-        moved = cluster.copy()
-        moved.positions[far] -= radial * (gaps[first] + number * 1e-5)
-        path.append(moved)
-    nearer = [np.linalg.norm(a.positions[far] - a.positions[center]) < distances[center][near] for a in path]
-    assert nearer[-1]
-    assert not nearer[0]
-    energy_jump, force_jump = continuity_error(evaluate, path)
-    assert energy_jump < 1e-7
-    assert force_jump < 1e-7
-
-
 def test_isolated_atoms_have_finite_energy_and_no_force() -> None:
     lone = Atoms("He", positions=[[3.0, 1.0, 2.0]])
     far = Atoms("HeNe", positions=[[0, 0, 0], [30.0, 0, 0]])

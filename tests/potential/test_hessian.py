@@ -39,14 +39,6 @@ def test_it_is_the_derivative_of_the_forces(make: object, overrides: dict[str, o
     assert float((near - found).abs().max()) < 1e-7 * float(found.abs().max())
 
 
-@pytest.mark.parametrize("make", [methanol, crystal])
-def test_nothing_depends_on_translations(make: object) -> None:
-    atoms = make()  # type: ignore[operator]
-    found = make_potential().hessian(atoms)
-    assert float(found.view(3 * len(atoms), -1, 3).sum(1).abs().max()) < 1e-12 * len(atoms)
-    assert float(found.abs().max()) > 0.01
-
-
 def test_a_rotation_turns_the_forces() -> None:
     """``H (e × r) = −e × F``: zero where the forces are."""
     potential, atoms = make_potential(), methanol()

@@ -111,13 +111,6 @@ def kept_for(potential: Potential, monkeypatch: pytest.MonkeyPatch, most_kept: i
     return held.most
 
 
-def test_recomputation_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    potential = make_potential().eval()
-    all_of_it = kept_for(potential, monkeypatch, None)
-    potential.recompute = True
-    assert kept_for(potential, monkeypatch, None) < all_of_it / 2
-
-
 def test_what_does_not_fit_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more: the time of large predictions grows with the share that does not fit."""
     potential, batch = make_potential().eval(), make_batch()

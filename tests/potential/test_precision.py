@@ -20,7 +20,6 @@ from escaip import EScAIPCalculator, EScAIPConfig, Potential, load_potential
 from escaip.cli import parser_of
 from escaip.errors import ConfigError
 from escaip.graph import build_graph
-from escaip.nn.layers import RMSNorm
 from escaip.potential.compile import CompiledEvaluator
 from escaip.potential.precision import PRECISIONS, in_precision
 
@@ -138,13 +137,6 @@ def test_the_option_is_autocast_around_the_evaluation(kind: str) -> None:
     # Tables kept from a rounded evaluation are those of any other.
     potential.precision = "highest"
     assert torch.equal(potential(batch).forces, highest)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_norms_of_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
-    x, norm = (4.0 * torch.randn(50, 96)).to(dtype), RMSNorm(96)
-    assert norm(x).dtype == dtype
-    assert torch.equal(norm(x), norm(x.float()).to(dtype))
 
 
 def test_float64_is_left_alone() -> None:

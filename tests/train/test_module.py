@@ -201,13 +201,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     assert bool(torch.isfinite(weight).all())
 
 
-def test_direct_forces_train(tmp_path: Path) -> None:
-    recorder = Recorder()
-    module = PotentialModule({**TINY, "forces": "direct"})
-    make_trainer(tmp_path, [recorder], max_epochs=1).fit(module, make_data(tmp_path, rotate=True))
-    assert len(recorder.steps) == 3
-
-
 @pytest.mark.parametrize("missing", ["energy", "forces"])
 def test_every_parameter_has_a_gradient_when_labels_are_missing(missing: str) -> None:
     structures = [AtomicData.from_ase(atoms) for atoms in labelled_molecules(3)]
