@@ -59,3 +59,20 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return locate
+
+
+@pytest.fixture(scope="session")
+def compile_once() -> Callable[..., Any]:
+    """``compile_ahead``, which takes half a minute, once for each configuration of a model."""
+    from escaip.potential.compile import compile_ahead
+
+    kept: dict[str, tuple[Any, bytes]] = {}
+
+    def write(model: Any, differentiate: bool, path: Path) -> Any:
+        key = f"{model.config} {differentiate}"
+        if key not in kept:
+            kept[key] = compile_ahead(model, differentiate, path), path.read_bytes()
+        path.write_bytes(kept[key][1])
+        return kept[key][0]
+
+    return write

@@ -174,10 +174,12 @@ def test_a_folder_that_is_not_there_costs_no_compilation(tmp_path: Path, monkeyp
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(tmp_path_factory: pytest.TempPathFactory, compile_once: Callable[..., Any]) -> Path:
     folder = tmp_path_factory.mktemp("package")
     make_potential().save(folder / "made.escaip")
-    lines = export_model(make_potential(), folder / "made.pt2", "aoti")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "compile_ahead", compile_once)
+        lines = export_model(make_potential(), folder / "made.pt2", "aoti")
     assert "load only packages that you made" in lines[-1]
     assert sorted(path.name for path in folder.iterdir()) == ["made.escaip", "made.pt2"]
     return folder / "made.pt2"
