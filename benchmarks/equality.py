@@ -3,9 +3,9 @@
 python benchmarks/equality.py --environment runs/fairchem [--out benchmarks/results/equality.json]
 
 Makes the environment where it does not exist (benchmarks/fairchem/make_reference.sh), lets fairchem-core answer with
-random weights (hidden 128, 4 layers, 8 heads, 20 neighbors, 600 Gaussians; conservative and direct), imports the same weights
-and compares. Errors are the largest difference over the largest value of the structure, or over a fifth of the largest
-of all structures where that is more, since symmetry takes some forces to zero.
+random weights (hidden 128, 4 layers, 8 heads, 20 neighbors, 600 Gaussians; conservative and direct), imports the same
+weights and compares. Errors are the largest difference over the largest value of the structure, or over a fifth of the
+largest of all structures where that is more, since symmetry takes some forces to zero.
 """
 
 from __future__ import annotations

@@ -70,17 +70,8 @@ def random_system(rng: np.random.Generator, kind: str, cutoff: float) -> tuple[n
 
 
 KINDS = (
-    "cubic",
-    "mixed_pbc",
-    "skewed",
-    "skewed_mixed",
-    "tiny",
-    "crystal",
-    "molecule",
-    "isolated",
-    "single",
-    "unwrapped",
-)
+    "cubic", "mixed_pbc", "skewed", "skewed_mixed", "tiny", "crystal", "molecule", "isolated", "single", "unwrapped",
+)  # fmt: skip
 
 
 def random_rotation(rng: np.random.Generator) -> np.ndarray:
@@ -121,26 +112,39 @@ def step(x: np.ndarray, name: str) -> np.ndarray:
 
 def envelope_coordinates(
     positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, settings: GraphSettings
-) -> dict[Edge, float]:
-    """``x`` of every edge inside the cutoff, with ranks over all candidates up to far beyond the support."""
+) -> tuple[dict[Edge, float], set[Edge]]:
+    """``x`` of every ranked edge inside the cutoff, with ranks over all candidates up to far beyond the support.
+
+    With truncated ranks beside them the edges that are tied where a list is cut: any of them may be ranked.
+    """
     if settings.num_neighbors is None:
-        return {e: d / settings.cutoff for e, d in all_edges(positions, cell, pbc, settings.cutoff).items()}
+        return {e: d / settings.cutoff for e, d in all_edges(positions, cell, pbc, settings.cutoff).items()}, set()
     edges = all_edges(positions, cell, pbc, settings.cutoff + 4.5 * settings.rank_scale)
-    rank = {}
+    limit = None if settings.rank_truncation is None else settings.num_neighbors + settings.rank_truncation
+    rank: dict[Edge, float] = {}
+    tied: set[Edge] = set()
     for i in range(len(positions)):
-        own = [e for e in edges if e[0] == i]
-        distance = np.array([0.0] + [edges[e] for e in own])
-        gap = distance[1:, None] - distance[None]
+        own = sorted((e for e in edges if e[0] == i), key=lambda e: edges[e])
+        distance = np.array([0.0, *(edges[e] for e in own)])
+        if limit is not None and len(distance) > limit and distance[limit] - distance[limit - 1] < 1e-9:
+            tied |= {e for e in own if abs(edges[e] - distance[limit]) < 1e-9}
+        kept = distance[:limit]
+        gap = kept[1:, None] - kept[None]
         if settings.soft:
             values = step(gap / settings.rank_scale, settings.rank_step)
         else:
-            values = np.where(np.abs(gap) <= 1e-9 * distance[1:, None], 0.5, (gap > 0) * 1.0)
-        rank.update(zip(own, values.sum(1), strict=True))
+            values = np.where(np.abs(gap) <= 1e-9 * kept[1:, None], 0.5, (gap > 0) * 1.0)
+        rank.update(zip(own, values.sum(1), strict=limit is None))
     scale, k = settings.envelope_scale, settings.num_neighbors
     result = {}
-    for (i, j, *shift), d in edges.items():
-        if d < settings.cutoff:
-            back = (j, i, *(-s for s in shift))
-            terms = np.array([rank[(i, j, *shift)] / k, rank[back] / k, d / settings.cutoff]) / scale
-            result[(i, j, *shift)] = scale * np.logaddexp.reduce(terms)
-    return result
+    for here, d in edges.items():
+        back = reversed_edge(here)
+        if d < settings.cutoff and here in rank and back in rank:
+            terms = np.array([rank[here] / k, rank[back] / k, d / settings.cutoff]) / scale
+            result[here] = scale * np.logaddexp.reduce(terms)
+    return result, tied | {reversed_edge(edge) for edge in tied}
+
+
+def reversed_edge(edge: Edge) -> Edge:
+    i, j, *shift = edge
+    return (j, i, *(-x for x in shift))

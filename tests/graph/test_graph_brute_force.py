@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from graph_reference import KINDS, Edge, all_edges, envelope_coordinates, make_batch, random_system
 
+from escaip import EScAIPConfig
+from escaip.errors import ConfigError, DataError
 from escaip.graph import build_graph, compute_geometry, neighbor_list
 from escaip.types import Geometry, Graph, GraphSettings
 
@@ -16,6 +20,12 @@ SETTINGS = (
     GraphSettings(cutoff=3.5, num_neighbors=6, rank_scale=0.2, rank_step="bump"),
     GraphSettings(cutoff=4.0, num_neighbors=10, soft=False),
     GraphSettings(cutoff=3.5, num_neighbors=None),
+)
+# Steps so wide, and lists so short, that ranks hear of the truncation, as in published models.
+TRUNCATED = (
+    GraphSettings(cutoff=4.0, num_neighbors=6, rank_scale=0.6, rank_truncation=3),
+    GraphSettings(cutoff=4.0, num_neighbors=10, rank_scale=0.8, envelope_scale=0.05, rank_truncation=0),
+    GraphSettings(cutoff=3.5, num_neighbors=8, rank_scale=0.4, rank_step="bump", rank_truncation=2),
 )
 
 
@@ -54,10 +64,9 @@ def check_layout(graph: Graph) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_matches_dense_reference(kind: str) -> None:
-    """20 systems per kind, 200 in all; tokens with x at 1 to rounding may go either way."""
+    """Of every kind 20 systems and 12 with truncated ranks; tokens with x at 1 to rounding may go either way."""
     rng = np.random.default_rng(KINDS.index(kind))
-    for trial in range(20):
-        settings = SETTINGS[trial % len(SETTINGS)]
+    for settings in (*4 * SETTINGS, *4 * TRUNCATED):
         system = random_system(rng, kind, settings.cutoff)
         batch = make_batch(system)
         graph = build_graph(batch, settings)
@@ -66,9 +75,9 @@ def test_matches_dense_reference(kind: str) -> None:
         found = dict(zip(edges_of(graph, graph.num_tokens), geometry.log_envelope.tolist(), strict=True))
         for atom in range(graph.num_atoms):
             assert found.pop((atom, atom, 0, 0, 0)) == 0.0
-        expected = envelope_coordinates(*system, settings)
-        sure = {edge for edge, x in expected.items() if x < 1 - 1e-9}
-        possible = {edge for edge, x in expected.items() if x < 1 + 1e-9}
+        expected, tied = envelope_coordinates(*system, settings)
+        sure = {edge for edge, x in expected.items() if x < 1 - 1e-9} - tied
+        possible = {edge for edge, x in expected.items() if x < 1 + 1e-9} | tied
         assert sure <= set(found) <= possible
         for edge in sure:
             x = expected[edge]
@@ -114,3 +123,41 @@ def test_batch_equals_systems_alone(settings: GraphSettings) -> None:
         index_of = torch.tensor([order[edge] for edge in whole])
         expected = geometry_of(alone, small, settings).log_envelope
         torch.testing.assert_close(envelope[start:stop][index_of].exp(), expected.exp(), rtol=0, atol=1e-12)
+
+
+def test_truncation_matters_here_and_not_where_lists_are_short() -> None:
+    """What the test above compares differs from exact ranks; a truncation beyond every list is exact."""
+    rng = np.random.default_rng(5)
+    system = random_system(rng, "cubic", 4.0)
+    batch = make_batch(system)
+    for settings in TRUNCATED:
+        exact = dataclasses.replace(settings, rank_truncation=None)
+        far = dataclasses.replace(settings, rank_truncation=10_000)
+        values = [
+            torch.sort(geometry_of(batch, build_graph(batch, item), item).log_envelope.exp()).values
+            for item in (settings, exact, far)
+        ]
+        assert len(values[0]) != len(values[1]) or (values[0] - values[1]).abs().max() > 1e-3
+        assert torch.equal(values[1], values[2])
+
+
+@pytest.mark.bad_input
+def test_truncations_that_mean_nothing() -> None:
+    batch = make_batch(random_system(np.random.default_rng(0), "molecule", 4.0))
+    with pytest.raises(ConfigError, match="rank_truncation is -1"):
+        build_graph(batch, GraphSettings(rank_truncation=-1))
+    for fields in ({"rank_truncation": -1}, {"soft": False}, {"num_neighbors": None}):
+        with pytest.raises(ConfigError, match="rank_truncation"):
+            EScAIPConfig(**{"rank_truncation": 20, **fields})
+
+
+@pytest.mark.bad_input
+def test_periodic_structures_of_a_model_without_periodicity() -> None:
+    rng = np.random.default_rng(1)
+    settings = GraphSettings(cutoff=4.0, num_neighbors=8, periodic=False)
+    molecule, crystal = random_system(rng, "molecule", 4.0), random_system(rng, "mixed_pbc", 4.0)
+    with pytest.raises(DataError, match="system 1 is periodic, but the model treats every structure as open"):
+        build_graph(make_batch(molecule, crystal), settings)
+    batch = make_batch(molecule)
+    other = build_graph(batch, dataclasses.replace(settings, periodic=True))
+    assert torch.equal(build_graph(batch, settings).center, other.center)

@@ -1,13 +1,11 @@
-"""Teachers whose properties are known: springs between nearest neighbors, and ASE's EMT; a tiny model."""
+"""Teachers whose properties are known: springs between nearest neighbors, and ASE's EMT."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from ase import Atoms
 from ase.build import add_adsorbate, fcc100
 from ase.calculators.calculator import Calculator, all_changes
@@ -15,9 +13,6 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
-
-from escaip.models import EScAIPConfig
-from escaip.potential import Potential
 
 
 class Springs(Calculator):
@@ -44,23 +39,6 @@ class Springs(Calculator):
         if self.atoms.pbc.all():
             virial = 0.5 * np.einsum("ex,ey->xy", vector, pull)
             self.results["stress"] = full_3x3_to_voigt_6_stress(virial / self.atoms.get_volume())
-
-
-TINY: dict[str, Any] = {
-    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "angular_channels": [3, 2, 1, 1, 1], "num_radial": 24,
-    "distance_size": 12, "element_size": 8, "boo_size": 6, "boo_degrees": 4, "cutoff": 4.0, "num_neighbors": 8,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def make_potential() -> Callable[..., Potential]:
-    """Random weights."""
-
-    def make(**options: Any) -> Potential:
-        torch.manual_seed(0)
-        return Potential(EScAIPConfig.from_dict({**TINY, **options})).double().eval()
-
-    return make
 
 
 @pytest.fixture

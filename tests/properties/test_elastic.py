@@ -130,14 +130,6 @@ def test_averages_of_an_isotropic_solid() -> None:
     assert np.isnan(found["bulk_hill"])
 
 
-def test_young_modulus_of_a_cubic_crystal_along_111() -> None:
-    """``1/E = s11 − 2 (s11 − s12 − s44/2) / 3`` along [111] (Nye, Physical Properties of Crystals, 1957)."""
-    c = elastic_constants(copper()).stiffness
-    s = np.linalg.inv(c)
-    expected = 1 / (s[0, 0] - 2 * (s[0, 0] - s[0, 1] - s[3, 3] / 2) / 3)
-    assert young_modulus(c, np.full((1, 3), 3**-0.5))[0] == pytest.approx(expected, rel=1e-9)
-
-
 def test_a_crystal_that_is_none(tmp_path: Path) -> None:
     """Copper in a simple cubic lattice gives way to shear, and the results say so."""
     atoms = bulk("Cu", "sc", a=2.4)

@@ -56,55 +56,6 @@ def _emt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("escaip.calculators.ase.EScAIPCalculator", calculator)
 
 
-@pytest.mark.usefixtures("_emt")
-@pytest.mark.parametrize(
-    ("name", "options", "printed"),
-    [
-        ("eos", ["--points", "5"], "meV/atom above the minimum"),
-        ("elastic", [], "with clamped atoms: bulk 134"),
-        ("phonons", ["--supercell", "2", "2", "2", "--mesh", "20"], "highest mode at Γ"),
-        ("neb", ["--images", "1", "--fmax", "0.1"], "eV forward"),
-    ],
-)
-def test_decks(
-    name: str, options: list[str], printed: str, copper: Path, ends: list[str], tmp_path: Path, capsys: Capture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    if name == "phonons":
-        pytest.importorskip("phonopy", reason="phonopy is not installed: pip install 'escaip[sim]'")
-    structures = ends if name == "neb" else [str(copper)]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, "model.escaip", *structures, *options])
-    runpy.run_path(str(DECKS / f"{name}.py"), run_name="__main__")
-    assert printed in capsys.readouterr().out
-    assert (tmp_path / name / f"{name}.json").is_file()
-
-
-@pytest.mark.usefixtures("_emt")
-@pytest.mark.parametrize(("name", "printed"), [("eos", "B0"), ("elastic", "Fm-3m"), ("phonons", "no imaginary mode")])
-def test_properties_of_copper(name: str, printed: str, copper: Path, tmp_path: Path, capsys: Capture) -> None:
-    if name == "phonons":
-        pytest.importorskip("phonopy", reason="phonopy is not installed: pip install 'escaip[sim]'")
-    out = tmp_path / "out"
-    extra = ["--supercell", "2", "2", "2", "--mesh", "20"] if name == "phonons" else []
-    assert main([name, "example:organic", str(copper), "--out", str(out), *extra]) == 0
-    shown = capsys.readouterr().out
-    assert printed in shown
-    assert shown.endswith(f"wrote {out}\n")
-    assert json.loads((out / f"{name}.json").read_text())["formula"] == "Cu"
-    assert list(out.glob("*.png"))
-
-
-@pytest.mark.usefixtures("_emt")
-def test_a_path(ends: list[str], tmp_path: Path, capsys: Capture) -> None:
-    out = tmp_path / "out"
-    assert main(["neb", "example:organic", *ends, "--images", "3", "--out", str(out), "--fmax", "0.1"]) == 0
-    assert "eV forward" in capsys.readouterr().out
-    assert json.loads((out / "neb.json").read_text())["saddle_image"] == 2
-    assert main(["neb", "example:organic", ends[0], ends[0], "--out", str(out)]) == 1
-    assert "the ends are one structure" in capsys.readouterr().err
-
-
 def test_with_a_model(model: Path, copper: Path, tmp_path: Path, capsys: Capture) -> None:
     """Random weights, float64: nothing to rely on, but every number is there."""
     molecule = tmp_path / "water.xyz"
@@ -137,3 +88,46 @@ def test_one_line_for_every_error(model: Path, copper: Path, tmp_path: Path, cap
         assert message in printed.err
         assert printed.err.count("\n") == 1, printed.err
         assert printed.out == ""
+
+
+RUNS = [
+    ("eos", ["--points", "5"], "B0"),
+    ("elastic", [], "Fm-3m"),
+    ("phonons", ["--supercell", "2", "2", "2", "--mesh", "20"], "no imaginary mode"),
+    ("neb", ["--images", "1", "--fmax", "0.1"], "eV forward"),
+]
+FOOTERS = {
+    "eos": "meV/atom above the minimum",
+    "elastic": "with clamped atoms: bulk 134",
+    "phonons": "highest mode at Γ",
+}
+
+
+@pytest.mark.usefixtures("_emt")
+@pytest.mark.parametrize("deck", [False, True], ids=["command", "deck"])
+@pytest.mark.parametrize(("name", "options", "printed"), RUNS)
+def test_properties_of_copper_and_of_a_path(
+    name: str, options: list[str], printed: str, deck: bool, copper: Path, ends: list[str], tmp_path: Path,
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if name == "phonons":
+        pytest.importorskip("phonopy", reason="phonopy is not installed: pip install 'escaip[sim]'")
+    structures = ends if name == "neb" else [str(copper)]
+    monkeypatch.chdir(tmp_path)
+    if deck:
+        monkeypatch.setattr(sys, "argv", [name, "model.escaip", *structures, *options])
+        runpy.run_path(str(DECKS / f"{name}.py"), run_name="__main__")
+        assert FOOTERS.get(name, printed) in capsys.readouterr().out
+        assert (tmp_path / name / f"{name}.json").is_file()
+        return
+    out = tmp_path / "out"
+    assert main([name, "example:organic", *structures, "--out", str(out), *options]) == 0
+    shown = capsys.readouterr().out
+    assert printed in shown
+    assert shown.endswith(f"wrote {out}\n")
+    written = json.loads((out / f"{name}.json").read_text())
+    assert written["saddle_image"] == 1 if name == "neb" else written["formula"] == "Cu"
+    assert list(out.glob("*.png"))
+    if name == "neb":
+        assert main(["neb", "example:organic", ends[0], ends[0], "--out", str(out)]) == 1
+        assert "the ends are one structure" in capsys.readouterr().err
