@@ -1,21 +1,32 @@
-"""Contracts of every calculator: physics, and that what is kept between calls never shows in an answer."""
+"""Contracts of every calculator: physics, stress, sharing, and that what is kept never shows in an answer."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ase.build
 import numpy as np
 import pytest
-from ase import Atoms
+import torch
+from ase import Atoms, units
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
+from ase.filters import FrechetCellFilter, UnitCellFilter
+from ase.md.verlet import VelocityVerlet
+from ase.mep import NEB
+from ase.optimize import BFGS, FIRE
 from scipy.spatial.transform import Rotation
 
 from escaip import EScAIPCalculator, Potential
 from escaip.calculators import CommitteeCalculator
-from escaip.testing import check_potential, continuity_error, evaluator
+from escaip.data import AtomicData, collate
+from escaip.errors import ConfigError
+from escaip.simulate import MDSettings, read_log, relax, run_md
+from escaip.testing import Evaluation, check_potential, continuity_error, evaluator, stress_error_by_difference
 
 Make = Callable[..., Potential]
 
@@ -187,3 +198,247 @@ def test_stress_where_there_is_none(calculate: Maker) -> None:
             calculator.get_property(name, crystal)
     assert not {"stresses", "virials"} & set(calculator.implemented_properties)
     assert np.isfinite(calculator.get_property("forces", crystal)).all()
+
+
+def crystal() -> Atoms:
+    atoms = ase.build.bulk("NaCl", "rocksalt", a=5.4, cubic=True)
+    atoms.rattle(0.1, seed=0)
+    return atoms
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_shares_sum_to_the_stress(make_potential: Make, dtype: str) -> None:
+    atoms = crystal()
+    atoms.calc = EScAIPCalculator(make_potential(), dtype=dtype)
+    shares, stress = atoms.get_stresses(), atoms.get_stress()
+    assert shares.shape == (len(atoms), 6)
+    assert np.ptp(shares, axis=0).min() > 1e-5
+    np.testing.assert_allclose(shares.sum(axis=0), stress, rtol=1e-12 if dtype == "float64" else 1e-6, atol=1e-14)
+    assert atoms.get_stresses(voigt=False).shape == (len(atoms), 3, 3)
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+def test_virials_are_minus_volume_times_it_and_molecules_have_them(make_potential: Make, periodic: bool) -> None:
+    atoms = crystal() if periodic else ase.build.molecule("CH3OH")
+    atoms.calc = EScAIPCalculator(make_potential())
+    virials = atoms.calc.get_property("virials", atoms)
+    assert virials.shape == (len(atoms), 3, 3)
+    if periodic:
+        np.testing.assert_allclose(virials, -atoms.get_volume() * atoms.get_stresses(voigt=False), atol=1e-12)
+    else:
+        total = atoms.positions.T @ atoms.get_forces()  # Σ r ⊗ F
+        np.testing.assert_allclose(virials.sum(axis=0), 0.5 * (total + total.T), atol=1e-12)
+
+
+def test_each_atom_gets_half_of_its_pairs(make_potential: Make) -> None:
+    """Pair by pair, from the forces between two atoms."""
+    from escaip.potential.derivatives import virials_of
+
+    atoms = crystal()
+    batch = collate([AtomicData.from_ase(atoms)])
+    graph = make_potential().graph_of(batch)
+    generator = torch.Generator().manual_seed(0)
+    vectors, gradient = torch.randn(2, len(graph.center), 3, generator=generator, dtype=torch.float64)
+    expected = np.zeros((len(atoms), 3, 3))
+    for i, j, d, g in zip(graph.center, graph.neighbor, vectors.numpy(), gradient.numpy(), strict=True):
+        virial = np.outer(d, g)
+        for atom in (int(i), int(j)):
+            expected[atom] += 0.25 * (virial + virial.T)
+    np.testing.assert_allclose(virials_of(vectors, gradient, graph).numpy(), expected, atol=1e-12)
+
+
+PERIODIC: dict[str, Callable[[], Atoms]] = {
+    "molecule": lambda: ase.build.molecule("CH3OH"),
+    "wire": lambda: Atoms("CuAgCu", [[0, 0, 0], [0.3, 0.2, 2.4], [0.1, 0.4, 4.9]], cell=[9, 9, 7.3], pbc=(0, 0, 1)),
+    "slab": lambda: ase.build.fcc111("Cu", (2, 2, 2), vacuum=4.0, periodic=False),
+    "crystal": crystal,
+    "left-handed": lambda: Atoms(crystal(), cell=crystal().cell.array[[1, 0, 2]]),
+}
+
+
+@pytest.mark.parametrize("name", PERIODIC)
+def test_stress_with_any_number_of_periodic_axes(make_potential: Make, name: str) -> None:
+    """Where the cell has a volume it is that of a finite strain; elsewhere it says why there is none."""
+    atoms = PERIODIC[name]()
+    atoms.rattle(0.03, seed=1)
+    atoms.calc = EScAIPCalculator(make_potential())
+    if not atoms.pbc.any():
+        for ask in (atoms.get_stress, atoms.get_stresses):
+            with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
+                ask()
+        return
+
+    def evaluate(structures: Any) -> list[Evaluation]:
+        found = []
+        for structure in structures:
+            structure.calc = atoms.calc
+            found.append(
+                Evaluation(structure.get_potential_energy(), structure.get_forces(), structure.get_stress(voigt=False))
+            )
+        return found
+
+    assert stress_error_by_difference(evaluate, atoms.copy()) < 1e-7
+    np.testing.assert_allclose(atoms.get_stresses().sum(axis=0), atoms.get_stress(), atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["wire", "slab"])
+def test_dynamics_and_relaxation_with_open_axes(make_potential: Make, name: str, tmp_path: Path) -> None:
+    """Also where the open axes have no cell vector at all, so that there is no volume."""
+    potential = make_potential()
+    atoms = PERIODIC[name]()
+    flat = atoms.copy()
+    flat.set_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
+    found = []
+    for structure in (atoms, flat):
+        structure.calc = EScAIPCalculator(potential)
+        asked = MDSettings(steps=5, timestep=1.0, temperature=100.0, log_interval=1)
+        result = run_md(structure, asked, out=tmp_path / "a.extxyz", overwrite=True)
+        log = read_log(tmp_path / "a.csv")
+        assert np.isnan(log["pressure_GPa"]).all()
+        found.append((result.atoms.positions, relax(structure, fmax=0.5, steps=10).atoms.positions))
+    assert np.isnan(log["volume_A3"]).all()
+    np.testing.assert_allclose(found[0], found[1], atol=1e-9)
+    with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
+        flat.get_stress()
+    with pytest.raises(ConfigError, match="needs three periodic axes"):
+        relax(flat, cell=True)
+
+
+def small_copper() -> Atoms:
+    atoms = ase.build.bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=0)
+    return atoms
+
+
+def count_evaluations(calculator: EScAIPCalculator) -> list[int]:
+    calls: list[int] = []
+    original = calculator.potential.forward
+    calculator.potential.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]  # type: ignore[method-assign]
+    return calls
+
+
+def forces_alone(make_potential: Make, atoms: Atoms) -> np.ndarray:
+    copy = atoms.copy()
+    copy.calc = EScAIPCalculator(make_potential())
+    return copy.get_forces()
+
+
+def test_structures_of_any_size_share_it_and_only_changes_are_evaluated(make_potential: Make) -> None:
+    calculator = EScAIPCalculator(make_potential())
+    calls = count_evaluations(calculator)
+    structures = [ase.build.molecule(name) for name in ("H2O", "CH3OH", "NH3", "H2O")]
+    structures += [small_copper(), small_copper().repeat((2, 1, 1)), Atoms("Cu")]
+    expected = [forces_alone(make_potential, atoms) for atoms in structures]
+    for atoms in structures:
+        atoms.calc = calculator
+    for _ in range(2):
+        for atoms, forces in zip(structures, expected, strict=True):
+            assert np.array_equal(atoms.get_forces(), forces)
+            atoms.get_potential_energy()
+    assert len(calls) == 2 * len(structures)
+    water, same = structures[0], structures[0].copy()
+    same.calc = calculator
+    water.get_forces()
+    before = len(calls)
+    same.get_forces()  # an equal structure is the same question
+    water.get_forces()
+    assert len(calls) == before
+    same.numbers[0] = 16
+    assert not np.array_equal(same.get_forces(), water.get_forces())
+
+
+def test_what_is_returned_can_be_changed(make_potential: Make) -> None:
+    atoms = small_copper()
+    atoms.calc = EScAIPCalculator(make_potential())
+    forces = atoms.get_forces()
+    kept = forces.copy()
+    forces += 1.0
+    atoms.get_stress()[:] = 0.0
+    assert np.array_equal(atoms.get_forces(), kept)
+    assert np.abs(atoms.get_stress()).max() > 0
+
+
+def test_copies_that_differ_in_charge_or_spin_alone(make_potential: Make) -> None:
+    calculator = EScAIPCalculator(make_potential(charge=True, spin=True))
+    states = [{}, {"charge": 1}, {"spin_multiplicity": 3}, {"charge": -1, "spin": 2}]
+    structures = [ase.build.molecule("CH3OH") for _ in states]
+    for atoms, state in zip(structures, states, strict=True):
+        atoms.info.update(state)
+        atoms.calc = calculator
+    first = [atoms.get_potential_energy() for atoms in structures]
+    assert len(set(first)) == len(states)
+    assert [atoms.get_potential_energy() for atoms in reversed(structures)] == first[::-1]
+    structures[1].info["charge"] = 0
+    assert structures[1].get_potential_energy() == first[0]
+    for atoms in structures:  # a model that knows neither ignores both
+        atoms.calc = EScAIPCalculator(make_potential())
+    assert len({atoms.get_potential_energy() for atoms in structures}) == 1
+
+
+@pytest.mark.parametrize("committee", [False, True])
+def test_threads_get_the_answers_of_their_own_structures(make_potential: Make, committee: bool) -> None:
+    potential = make_potential()
+    calculator = CommitteeCalculator([potential, potential]) if committee else EScAIPCalculator(potential)
+    names = ["H2O", "CH3OH", "NH3", "CH4", "CH3CH2OH", "CO2"]
+    structures = [ase.build.molecule(name) for name in names]
+    expected = [forces_alone(make_potential, atoms) for atoms in structures]
+
+    def ask(number: int) -> float:
+        atoms = structures[number % len(names)].copy()
+        atoms.calc = calculator
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        assert calculator.get_property("energies", atoms).sum() == pytest.approx(energy, rel=1e-12)
+        return float(np.abs(forces - expected[number % len(names)]).max())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(ask, range(120))) < 1e-12
+
+
+def test_a_band_of_images_shares_it(make_potential: Make) -> None:
+    def band(shared: bool) -> list[np.ndarray]:
+        first, last = ase.build.molecule("NH3"), ase.build.molecule("NH3")
+        last.positions[:, 2] *= -1.0
+        images = [first, *(first.copy() for _ in range(3)), last]
+        one = EScAIPCalculator(make_potential())
+        for image in images:
+            image.calc = one if shared else EScAIPCalculator(make_potential())
+        neb = NEB(images, allow_shared_calculator=shared, method="improvedtangent")
+        neb.interpolate()
+        FIRE(neb, logfile=None).run(steps=3)
+        return [image.positions for image in images]
+
+    np.testing.assert_array_equal(band(True), band(False))
+
+
+@pytest.mark.parametrize("kind", [FrechetCellFilter, UnitCellFilter])
+def test_cells_relax_through_filters(make_potential: Make, kind: type) -> None:
+    atoms = ase.build.bulk("NaCl", "rocksalt", a=5.0)  # a crystal of one element hardly has a stress at random weights
+    atoms.rattle(0.05, seed=0)
+    atoms.calc = EScAIPCalculator(make_potential())
+    before, stress = atoms.get_volume(), np.abs(atoms.get_stress()).max()
+    with BFGS(kind(atoms), logfile=None) as optimizer:
+        assert optimizer.run(fmax=0.002, steps=100)
+    assert np.abs(atoms.get_stress()).max() < 0.1 * stress
+    assert abs(atoms.get_volume() / before - 1) > 1e-3
+
+
+def test_nothing_is_left_behind_by_a_long_run(make_potential: Make) -> None:
+    """Objects and tensors after some hundred steps are as many as after some dozens; the list is rebuilt meanwhile."""
+    atoms = ase.build.molecule("CH3OH")
+    atoms.calc = EScAIPCalculator(make_potential(dtype=torch.float32, num_layers=1), skin=0.05, graph_skin=0.02)
+    atoms.set_velocities(np.random.default_rng(0).normal(scale=0.02, size=atoms.positions.shape))
+    dynamics = VelocityVerlet(atoms, 0.5 * units.fs)
+
+    def census(steps: int) -> tuple[int, int]:
+        dynamics.run(steps)
+        gc.collect()
+        present = gc.get_objects()
+        return len(present), sum(issubclass(type(item), torch.Tensor) for item in present)
+
+    census(30)
+    objects, tensors = census(30)
+    builds = atoms.calc.num_neighbor_builds
+    later = census(120)
+    assert atoms.calc.num_neighbor_builds > builds + 8
+    assert later[1] <= tensors + 6  # what is kept may have been made in this step or in another
+    assert later[0] <= objects + 30

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from graph_reference import make_batch, random_rotation, random_system
-from test_graph_brute_force import SETTINGS, edges_of, geometry_of
+from test_graph import SETTINGS, edges_of, geometry_of
 
 from escaip.graph import build_graph, compute_geometry
 from escaip.graph.geometry import rank_step, step_support

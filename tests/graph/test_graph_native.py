@@ -12,7 +12,7 @@ import torch
 from graph_reference import KINDS, make_batch, random_rotation, random_system
 from hypothesis import given
 from hypothesis import strategies as st
-from test_graph_brute_force import SETTINGS, TRUNCATED, check_layout
+from test_graph import SETTINGS, TRUNCATED, check_layout
 from tiny import same_bits_on_threads
 
 from escaip.graph import build_graph, native, neighbor_list, search_cutoff

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ase import Atoms
 from graph_reference import KINDS, make_batch, random_system
-from test_graph_brute_force import SETTINGS, TRUNCATED, check_layout, edges_of, geometry_of
+from test_graph import SETTINGS, TRUNCATED, check_layout, edges_of, geometry_of
 from tiny import batch_of
 
 from escaip.errors import UsageError

@@ -1,7 +1,8 @@
-"""Options of the model: each builds, differentiates twice, and changes what it says it changes."""
+"""Layers, settings and options of the models: formulas, what each option changes, and how a fresh model starts."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import ase.build
@@ -11,7 +12,196 @@ import torch
 from tiny import batch_of
 
 from escaip.data import AtomicData, collate
+from escaip.errors import ConfigError, DataError
+from escaip.models import EScAIP, EScAIPConfig
+from escaip.nn.embedding import AtomFeatures, EdgeAttributes, GaussianBasis, SystemEmbedding
+from escaip.nn.layers import NORM_EPS, RMSNorm, StochasticDepth
 from escaip.potential import Potential
+from escaip.types import AtomInputs, Tokens
+
+
+def test_gaussian_basis_formula() -> None:
+    basis = GaussianBasis(13, 6.0, 2.0).double()
+    distance = torch.tensor([0.0, 1.3, 6.0], dtype=torch.float64)
+    spacing = 0.5
+    expected = torch.stack(
+        [torch.exp(-((distance - spacing * n) ** 2) / (2 * (2 * spacing) ** 2)) for n in range(13)], -1
+    )
+    torch.testing.assert_close(basis(distance), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_rms_norm_matches_torch_and_differentiates_twice() -> None:
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    norm = RMSNorm(8).double()
+    expected = torch.nn.functional.rms_norm(x, (8,), norm.weight, NORM_EPS)
+    torch.testing.assert_close(norm(x), expected)
+    assert torch.autograd.gradgradcheck(norm, (x,))
+
+
+def test_edge_attributes_equal_the_concatenated_linear_layer() -> None:
+    """The split into per-atom and per-token parts is exact: one weight matrix over [distance, source, target]."""
+    torch.manual_seed(1)
+    layer = EdgeAttributes(GaussianBasis(7, 6.0, 2.0), "never", 8, 20, 4, 3, 5, 6, 8, "gelu", "rmsnorm", 0.0).double()
+    numbers, order = torch.tensor([1, 6, 8]), torch.rand(3, 3, dtype=torch.float64)
+    neighbor, center = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([0, 0, 0, 1, 2])
+    radial = torch.rand(5, 7, dtype=torch.float64)
+    gelu = torch.nn.functional.gelu
+
+    def raw(end: AtomFeatures) -> torch.Tensor:
+        return torch.cat([gelu(end.order(order)), end.element(numbers)], -1)
+
+    weight = torch.cat([layer.distance_project.weight, layer.source.project.weight, layer.target.project.weight], 1)
+    joined = torch.cat(
+        [gelu(layer.distance_embedding(radial)), raw(layer.source)[neighbor], raw(layer.target)[center]], 1
+    )
+    expected = layer.norm(gelu(joined @ weight.T + layer.target.project.bias))
+    none = torch.empty(0)
+    tokens = Tokens(0, none, none, center, neighbor, none, none, none)
+    torch.testing.assert_close(layer(layer.distance.exact(radial), layer.ends(numbers, order), tokens), expected)
+
+
+def test_stochastic_depth_drops_whole_systems_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    drop = StochasticDepth(0.25).train()
+    first, atom = 2 * torch.arange(4000).repeat_interleave(2), torch.arange(8000)
+    kept = drop(torch.ones(8000, 1), first, atom).view(4000, 2)
+    assert (kept[:, 0] == kept[:, 1]).all()
+    assert sorted(kept.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
+    assert kept.mean().item() == pytest.approx(1.0, abs=0.05)
+    rows = drop(torch.ones(4, 1), torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1, 0]))
+    assert (rows == rows[0]).all()
+    assert (drop.eval()(torch.ones(8, 1), first[:8], atom[:8]) == 1).all()
+
+
+def test_system_embedding_distinguishes_charges_and_spins() -> None:
+    torch.manual_seed(0)
+    embed = SystemEmbedding(4, charge=True, spin=True)
+    token, zeros = torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)
+    atoms, center = AtomInputs(zeros, torch.tensor([-1, 2]), torch.tensor([1, 2]), zeros), torch.tensor([0, 1, 1])
+    out = embed(token, atoms, center)
+    assert not torch.equal(out[0], out[1])
+    assert torch.equal(out[1], out[2])
+    unused = SystemEmbedding(4, charge=False, spin=False)
+    assert unused(token, atoms, center) is token
+
+
+@pytest.mark.bad_input
+def test_charge_out_of_range_is_named() -> None:
+    embed = SystemEmbedding(4, charge=True, spin=False)
+    with pytest.raises(DataError, match="total charge outside"):
+        embed.check(torch.tensor([99]), torch.tensor([1]))
+
+
+@pytest.mark.parametrize(("num_radial", "width"), [(600, 2.0), (32, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_with_gradients_stay_normal_numbers(num_radial: int, width: float, dtype: torch.dtype) -> None:
+    basis = GaussianBasis(num_radial, 6.0, width).to(dtype)
+    distance = torch.linspace(0.5, 6.0, 200, dtype=dtype)
+    value = basis(distance)
+    assert (1e-12 * value).min() >= torch.finfo(torch.float32).tiny
+    exact = torch.exp(-basis.sharpness * (distance.unsqueeze(-1) - basis.centers).square())
+    assert (value - exact).abs().max() < 1e-19
+
+
+def test_gradients_are_those_of_gaussians() -> None:
+    basis = GaussianBasis(40, 6.0, 1.0).double()
+    distance = torch.tensor([0.7, 3.1, 5.9], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(basis, distance)
+    assert torch.autograd.gradgradcheck(basis, distance)
+
+
+SIZES = {"300k": 3e5, "1m": 1e6, "5m": 5e6, "20m": 20e6, "45m": 45e6, "85m": 85e6}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_have_the_size_they_are_named_after(name: str) -> None:
+    import torch
+
+    with torch.device("meta"):
+        model = EScAIP(EScAIPConfig.preset(name))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert abs(parameters / SIZES[name] - 1) < 0.15
+
+
+def test_round_trip_through_json() -> None:
+    config = EScAIPConfig.preset("5m", cutoff=5.0, num_neighbors=None, angular_channels=None)
+    assert EScAIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_expanded_scale_is_one_over_the_root_of_the_padded_width() -> None:
+    config = EScAIPConfig(hidden_size=64, num_heads=1, angular_channels=(20, 10, 4, 10, 20), attention_scale="expanded")
+    assert config.scale == pytest.approx(320**-0.5)
+    small = EScAIPConfig(hidden_size=8, num_heads=1, angular_channels=(3, 2, 1, 1, 1), attention_scale="expanded")
+    assert small.scale == pytest.approx(32**-0.5)  # 30 padded to 32
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hiden_size": 64}, "did you mean 'hidden_size'"),
+        ({"preset": "2m"}, "choose 300k, 1m, 5m"),
+        ({"hidden_size": 100, "num_heads": 3, "angular_channels": None}, "not a multiple of num_heads"),
+        ({"angular_channels": (1, 2, 3)}, "must sum to"),
+        ({"cutoff": -1.0}, "cutoff is -1.0"),
+        ({"forces": "gradient"}, "choose conservative or direct"),
+        ({"activation": "relu"}, "has a kink"),
+        ({"activation": "swish9"}, "activation 'swish9' does not exist"),
+        ({"norm": "batchnorm"}, "choose rmsnorm"),
+        ({"num_neighbors": 0}, "null for a plain radius graph"),
+        ({"dropout": 1.0}, r"must be in \[0, 1\)"),
+        ({"attention_backend": "cudnn"}, "choose auto"),
+        ({"boo_degrees": 11}, "at most 10"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EScAIPConfig.from_dict(values)
+
+
+@pytest.fixture(params=[(32, 1.0), (128, 2.0), (600, 2.0)], ids=lambda value: f"{value[0]}x{value[1]}")
+def model(request: pytest.FixtureRequest) -> EScAIP:
+    """A fresh one with direct forces, and so every kind of layer."""
+    torch.manual_seed(0)
+    num_radial, width = request.param
+    return EScAIP(EScAIPConfig.preset("1m", num_radial=num_radial, radial_width=width, forces="direct"))
+
+
+def test_the_distance_has_as_large_a_share_of_a_fresh_token_as_the_elements(model: EScAIP) -> None:
+    attributes = model.attributes
+    assert isinstance(attributes, EdgeAttributes)
+    with torch.no_grad():
+        radial = model.attributes.distance.basis(torch.linspace(0.5, 5.5, 400))
+        embedded = attributes.distance_embedding(radial)
+        assert embedded.std().item() == pytest.approx(1.0, abs=0.1)
+        distance = attributes.distance_project(attributes.activation(embedded)).std(0).mean()
+        atoms = attributes.source(torch.arange(1, 90), torch.rand(89, 10)).std(0).mean()
+    assert float(distance / atoms) == pytest.approx(1.0, abs=0.4)
+
+
+def test_squares_of_the_gaussians_sum_to_root_pi_times_their_width() -> None:
+    for width in (1.0, 2.0):
+        squares = GaussianBasis(64, 6.0, width)(torch.linspace(1.0, 5.0, 50)).square().sum(-1)
+        torch.testing.assert_close(squares, torch.full((50,), torch.pi**0.5 * width), rtol=1e-3, atol=0.0)
+
+
+def test_outputs_start_near_zero_and_the_magnitude_of_direct_forces_near_one(model: EScAIP) -> None:
+    features = torch.randn(200, model.config.hidden_size)
+    with torch.no_grad():
+        energies = model.energy_head(features)
+        vectors = model.force_head.vector(features)
+        magnitudes = model.force_head.magnitude(features)
+    for outputs in (energies, vectors):
+        assert outputs.std().item() == pytest.approx(0.06, rel=0.5)
+    assert magnitudes.mean().item() == pytest.approx(1.0, abs=0.1)
+    assert magnitudes.std().item() < 0.3
+
+
+def test_biases_start_at_zero(model: EScAIP) -> None:
+    biases = [value for name, value in model.named_parameters() if name.endswith(".bias") and "magnitude" not in name]
+    assert biases
+    assert all(not bias.any() for bias in biases)
+
 
 OPTIONS = [
     {},

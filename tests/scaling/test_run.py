@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import submitit
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 from test_study import study
 from training_stand_ins import TINY, write_molecules
 

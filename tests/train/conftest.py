@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # coordinates.py
 
 LIGHTNING = (
     "ignore:`isinstance.treespec, LeafSpec.` is deprecated",

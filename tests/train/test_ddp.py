@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("ddp_script.py")
 
 def _train_two(folder: Path) -> dict[str, list]:
     target = folder / "two.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, SCRIPT.parents[:3:2]))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, SCRIPT.parents[:3]))}
     command = [sys.executable, str(SCRIPT), "2", str(target)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]

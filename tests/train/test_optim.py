@@ -1,15 +1,18 @@
-"""Which weights decay, the learning rate at every step, and rates and first weights at other widths."""
+"""Which weights decay, learning rates at every step and width, first weights, and the check of coordinates."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
-from training_stand_ins import TINY
+from coordinates import check_coordinates
+from training_stand_ins import TINY, labelled_molecules
 
 from escaip import EScAIPConfig, Potential
+from escaip.data.structure import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.train import PotentialModule
 from escaip.train.mup import fan_in_ratios, scale_outputs
@@ -105,3 +108,30 @@ def test_the_base_width_in_a_training() -> None:
     assert torch.allclose(2.0 * modules[16].get_parameter(outputs), modules[None].get_parameter(outputs))
     with pytest.raises(ConfigError, match="width of 20 is not a multiple of the size of a head, 8"):
         PotentialModule(WIDE, base_width=20)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Any:
+    structures = labelled_molecules(4)
+    batch = collate([AtomicData.from_ase(atoms) for atoms in structures])
+    batch.energy = batch.energy - batch.energy.mean()
+    return batch
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+def test_flat_in_width_with_a_base_width_alone(batch: Any, forces: str) -> None:
+    config = EScAIPConfig.from_dict({**TINY, "num_layers": 2, "forces": forces})
+    options: dict[str, Any] = {"steps": 3, "learning_rate": 3e-3, "seeds": (0, 1)}
+    flat = check_coordinates(config, batch, (32, 64, 128), base_width=32, **options).slopes()
+    usual = check_coordinates(config, batch, (32, 64, 128), base_width=None, **options).slopes()
+    assert set(flat) == {"block 0", "block 1", "energy", "forces"}
+    for block in ("block 0", "block 1"):
+        assert abs(flat[block]) < 0.25
+        assert usual[block] > 0.4
+    assert flat["energy"] < 0.4
+
+
+@pytest.mark.bad_input
+def test_one_width_is_not_compared(batch: Any) -> None:
+    with pytest.raises(ConfigError, match="give two or more"):
+        check_coordinates(EScAIPConfig.from_dict(TINY), batch, (32,), base_width=32)
