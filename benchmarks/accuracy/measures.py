@@ -1,0 +1,101 @@
+"""What users look at beside errors: does hot dynamics hold, does energy drift, what do defects cost.
+
+Each takes a potential, the stores of its set and a folder for scratch, and returns plain values by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from stability import RUNAWAY, Molecule
+
+from escaip import EScAIPCalculator, Potential
+from escaip.data import AtomicData, Store, collate
+from escaip.errors import SimulationError
+from escaip.simulate import MDSettings, run_md
+
+Values = dict[str, float]
+REPLICAS, PICOSECONDS, TEMPERATURES = 4, 2.0, (600.0, 1000.0)
+FRICTION, LOOK = 0.02, 10  # 1/fs; steps of 1 fs
+
+
+def survival(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
+    """Runs of 2 ps in Langevin dynamics that keep their bonds, and the mean life of a run in ps."""
+    atoms = Store(stores["train"])[0].to_ase()
+    found: Values = {}
+    for temperature in TEMPERATURES:
+        lives = lives_of(potential, atoms, temperature)
+        found[f"survive {temperature:.0f} K of {REPLICAS}"] = int((lives >= PICOSECONDS).sum())
+        found[f"mean life at {temperature:.0f} K (ps)"] = float(lives.mean())
+    return found
+
+
+def lives_of(potential: Potential, atoms: Atoms, temperature: float) -> np.ndarray:
+    """Picoseconds that each replica lives, all in one batch; BAOAB (Leimkuhler and Matthews, AMRX 2013)."""
+    molecule, count, rng = Molecule(atoms), len(atoms), np.random.default_rng(0)
+    masses = np.tile(atoms.get_masses(), REPLICAS)[:, None]
+    kept, step = np.exp(-FRICTION), units.fs
+    spread = np.sqrt(units.kB * temperature * masses)
+    batch = collate([AtomicData.from_ase(Atoms(atoms.numbers, atoms.positions))] * REPLICAS)
+    positions, momenta = batch.positions.double().numpy(), spread * rng.standard_normal((len(masses), 3))
+
+    def forces() -> np.ndarray:
+        batch.positions = torch.as_tensor(positions, dtype=batch.positions.dtype)
+        return potential(batch).forces.detach().double().numpy()
+
+    lives, force = np.full(REPLICAS, PICOSECONDS), forces()
+    for now in range(1, round(1000 * PICOSECONDS) + 1):
+        momenta += 0.5 * step * force
+        positions = positions + 0.5 * step * momenta / masses
+        momenta = kept * momenta + np.sqrt(1 - kept**2) * spread * rng.standard_normal(momenta.shape)
+        positions = positions + 0.5 * step * momenta / masses
+        force = forces()
+        momenta += 0.5 * step * force
+        if now % LOOK == 0:
+            present = (momenta**2 / masses).reshape(REPLICAS, -1).sum(1) / (3 * count * units.kB)
+            wrong = molecule.failures(positions.reshape(REPLICAS, count, 3), present, RUNAWAY * temperature)
+            for number, why in enumerate(wrong):
+                if why is not None:
+                    lives[number] = min(lives[number], 1e-3 * now)
+            if (lives < PICOSECONDS).all():
+                break
+    return lives
+
+
+def drift(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
+    """Drift of the total energy over 2 ps at 300 K without a thermostat, meV/atom/ps."""
+    atoms = Store(stores["train"])[0].to_ase()
+    atoms.calc = EScAIPCalculator(potential)
+    settings = MDSettings(ensemble="nve", temperature=300.0, timestep=0.5, steps=4000, log_interval=10)
+    try:
+        result = run_md(atoms, settings, out=folder / "nve.extxyz", overwrite=True)
+    except SimulationError as error:
+        print(f"drift: {error}")
+        return {}
+    return {} if result.drift is None else {"drift at 300 K (meV/atom/ps)": result.drift.slope}
+
+
+def defects(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
+    """Mean absolute error of ``E − N e_bulk`` by kind of defect, eV; ``e_bulk`` is each side's own.
+
+    The bulk is the frame of lowest energy per atom among those of equal numbers of both elements.
+    """
+    frames = [one for part in ("val", "test") for one in Store(stores[part]) if str(one.group).startswith("s_")]
+    bulk = min(
+        (one for one in Store(stores["train"]) if len(set(np.bincount(one.atomic_numbers)) - {0}) == 1),
+        key=lambda one: float(one.energy) / one.num_nodes,
+    )
+    predicted = [found.energy for found in potential.predict([bulk, *frames])]
+    errors: dict[str, list[float]] = defaultdict(list)
+    for one, energy in zip(frames, predicted[1:], strict=True):
+        share = one.num_nodes / bulk.num_nodes
+        truth = float(one.energy) - share * float(bulk.energy)
+        errors[str(one.group)].append(abs(energy - share * predicted[0] - truth))
+    return {f"defect {kind} (eV)": float(np.mean(values)) for kind, values in sorted(errors.items())}

@@ -1,0 +1,141 @@
+"""Sets of the accuracy bench: where each comes from, how long it is trained on, what its errors are split by."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from accuracy import xtb
+from real_data_sets import SETS as REAL
+from real_data_sets import RealSet, prepare
+
+from escaip.data import AtomicData, Store, StoreWriter, open_source
+from escaip.files import resolve
+
+Kind = Callable[[AtomicData], str]
+
+
+def charge(data: AtomicData) -> str:
+    value = int(data.charge)
+    return "neutral" if value == 0 else "ions"
+
+
+def group(data: AtomicData) -> str:
+    return str(data.group)
+
+
+@dataclass(frozen=True)
+class BenchSet:
+    """One set.
+
+    Attributes:
+        real: where it comes from and how it is divided.
+        steps: of the optimizer.
+        kind: splits the errors on the test part; None for thirds by the largest force of a structure.
+        also: tests beyond the test part, by name: files below the folder of the set.
+        changes: of the recipe, by option.
+        measures: further ones, by the name of a function of ``measures``.
+    """
+
+    real: RealSet
+    steps: int
+    kind: Kind | None = None
+    also: tuple[str, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    measures: tuple[str, ...] = ()
+
+    def stores(self, data: Path, out: Path) -> dict[str, Path]:
+        """Returns the store of each part and of each further test, made where needed.
+
+        Args:
+            data: folder of the real data.
+            out: folder for what is made of them.
+        """
+        real, files = self.real, {}
+        if self.also:
+            files = xtb.make(data / "molecular/3bpa_train_300K.xyz", out / real.name)
+            real = dataclasses.replace(real, source=str(files["train"].resolve()))
+        stores = prepare(real, data, out)
+        for name in self.also:
+            stores[name] = out / real.folder / f"test_{name}"
+            if not stores[name].exists():
+                with StoreWriter(stores[name], source=name) as writer:
+                    for structure in open_source(files[name]):
+                        writer.write(structure)
+        return stores
+
+
+def kinds_of(chosen: BenchSet, store: Path) -> list[str]:
+    """The kind of each structure of a test part."""
+    structures = list(Store(store))
+    if chosen.kind is not None:
+        return [chosen.kind(data) for data in structures]
+    largest = np.array([float(data.forces.norm(dim=1).max()) for data in structures])
+    limits = np.quantile(largest, [1 / 3, 2 / 3])
+    return [f"third {1 + int(np.searchsorted(limits, value))} by force" for value in largest]
+
+
+def size(data: AtomicData) -> str:
+    return "up to 20 atoms" if data.num_nodes <= 20 else "up to 40 atoms" if data.num_nodes <= 40 else "larger"
+
+
+_INP = dataclasses.replace(REAL["inp"], options={"keys": {"group": "group"}})
+_OC20 = REAL["oc20_conservative"]
+_OC20_FRAMES = dataclasses.replace(
+    _OC20, name="oc20_frames", split="structure", shares=None, recipe="oc20_conservative"
+)
+
+SETS = {
+    one.real.name: one
+    for one in (
+        BenchSet(REAL["threebpa"], 2000, measures=("survival", "drift")),
+        BenchSet(
+            RealSet("threebpa_xtb", "train.extxyz", "structure", "3BPA, GFN2-xTB labels", recipe="threebpa"),
+            2000, also=("hot", "stretched"), measures=("survival",),
+        ),
+        BenchSet(
+            RealSet("acac", "molecular/acac_train_300K.xyz", "structure", "acetylacetone at 300 K", recipe="threebpa"),
+            1500, measures=("survival",),
+        ),
+        BenchSet(
+            RealSet(
+                "ethanol", "molecular/ethanol_methanol_train.xyz", "structure", "ethanol and methanol",
+                options={"keys": {"group": "config_type"}}, recipe="threebpa",
+            ),
+            1500, kind=group,
+        ),
+        BenchSet(
+            RealSet(
+                "organic", str(resolve("dataset:spice/sample.hdf5")), "group", "organic sample, molecules held out",
+                options={"format": "spice"}, recipe="quickstart",
+            ),
+            2000, kind=charge,
+        ),
+        BenchSet(REAL["solvents"], 1000, kind=size),
+        BenchSet(_INP, 1000, kind=group, measures=("defects",)),
+        BenchSet(
+            RealSet(
+                "silicon", "materials/mvl_Si_train.extxyz.gz", "structure", "silicon with vacancies and surfaces",
+                options={"keys": {"group": "group"}}, recipe="inp",
+            ),
+            600, kind=group,
+        ),
+        BenchSet(
+            RealSet(
+                "monbtaw", "materials/mvl_MoNbTaW_train.extxyz.gz", "structure", "alloys of Mo, Nb, Ta and W",
+                options={"keys": {"group": "tag"}}, recipe="inp",
+            ),
+            1500, kind=group,
+        ),
+        BenchSet(REAL["mptrj"], 1000),
+        BenchSet(_OC20, 600),
+        BenchSet(_OC20_FRAMES, 600),
+    )
+}  # fmt: skip
