@@ -11,9 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import ase.data
 import numpy as np
 import torch
 from ase import Atoms, units
+from ase.data import covalent_radii
+from properties import measure_statics
+from property_teachers import TEACHERS
 from stability import RUNAWAY, Molecule
 
 from escaip import EScAIPCalculator, Potential
@@ -99,3 +103,34 @@ def defects(potential: Potential, stores: dict[str, Path], folder: Path) -> Valu
         truth = float(one.energy) - share * float(bulk.energy)
         errors[str(one.group)].append(abs(energy - share * predicted[0] - truth))
     return {f"defect {kind} (eV)": float(np.mean(values)) for kind, values in sorted(errors.items())}
+
+
+def dimers(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
+    """How far the energy of two atoms falls while they approach each other inside nine tenths of their bond, eV.
+
+    A right potential never falls there; the mean over all pairs of elements, and the largest.
+    """
+    elements = sorted(potential.metadata.elements)
+    depths = []
+    for index, one in enumerate(elements):
+        for other in elements[index:]:
+            bond = covalent_radii[one] + covalent_radii[other]
+            distances = bond * np.arange(0.90, 0.39, -0.02)
+            frames = [Atoms([one, other], [[0, 0, 0], [0, 0, distance]]) for distance in distances]
+            energies = np.array([found.energy for found in potential.predict(frames)])
+            depths.append(float((np.maximum.accumulate(energies) - energies).max()))
+    return {"dimers, mean fall (eV)": float(np.mean(depths)), "dimers, largest fall (eV)": max(depths)}
+
+
+def crystal(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
+    """Elastic constants, phonons and vacancy beside the teacher's, in per cent of the teacher's."""
+    teacher = next(
+        one for one in TEACHERS.values() if ase.data.atomic_numbers[one.symbol] in potential.metadata.elements
+    )
+    truth, learned = (
+        measure_statics(teacher, calculator).values for calculator in (teacher.make(), EScAIPCalculator(potential))
+    )
+    return {
+        f"{name.rpartition(' (')[0]} (% off)": 100 * (learned[name] / value - 1)
+        for name, value in truth.items() if value and learned[name] is not None and abs(value) > 1e-2
+    }  # fmt: skip

@@ -11,13 +11,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import ase.io
 import numpy as np
 from accuracy import xtb
+from property_teachers import TEACHERS, make_frames
 from real_data_sets import SETS as REAL
 from real_data_sets import RealSet, prepare
 
 from escaip.data import AtomicData, Store, StoreWriter, open_source
-from escaip.files import resolve
+from escaip.files import resolve, write_aside
 
 Kind = Callable[[AtomicData], str]
 
@@ -59,6 +61,13 @@ class BenchSet:
             out: folder for what is made of them.
         """
         real, files = self.real, {}
+        if self.real.name in TEACHERS:
+            path = out / real.name / "frames.extxyz"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with write_aside(path) as aside:
+                    ase.io.write(aside, make_frames(TEACHERS[real.name], 300, 0), format="extxyz")
+            real = dataclasses.replace(real, source=str(path.resolve()))
         if self.also:
             files = xtb.make(data / "molecular/3bpa_train_300K.xyz", out / real.name)
             real = dataclasses.replace(real, source=str(files["train"].resolve()))
@@ -86,6 +95,14 @@ def size(data: AtomicData) -> str:
     return "up to 20 atoms" if data.num_nodes <= 20 else "up to 40 atoms" if data.num_nodes <= 40 else "larger"
 
 
+def _taught(name: str) -> BenchSet:
+    """Frames of a crystal with vacancies, labelled by a potential in closed form."""
+    architecture = {"cutoff": TEACHERS[name].cutoff, "num_neighbors": "null"}
+    changes = {f"model.architecture.{key}": value for key, value in architecture.items()}
+    real = RealSet(name, "", "structure", f"taught {name}", recipe="inp")
+    return BenchSet(real, 1500, changes=changes, measures=("crystal",))
+
+
 _INP = dataclasses.replace(REAL["inp"], options={"keys": {"group": "group"}})
 _OC20 = REAL["oc20_conservative"]
 _OC20_FRAMES = dataclasses.replace(
@@ -95,14 +112,14 @@ _OC20_FRAMES = dataclasses.replace(
 SETS = {
     one.real.name: one
     for one in (
-        BenchSet(REAL["threebpa"], 2000, measures=("survival", "drift")),
+        BenchSet(REAL["threebpa"], 2000, measures=("survival", "dimers", "drift")),
         BenchSet(
             RealSet("threebpa_xtb", "train.extxyz", "structure", "3BPA, GFN2-xTB labels", recipe="threebpa"),
-            2000, also=("hot", "stretched"), measures=("survival",),
+            2000, also=("hot", "stretched"), measures=("survival", "dimers"),
         ),
         BenchSet(
             RealSet("acac", "molecular/acac_train_300K.xyz", "structure", "acetylacetone at 300 K", recipe="threebpa"),
-            1500, measures=("survival",),
+            1500, measures=("survival", "dimers"),
         ),
         BenchSet(
             RealSet(
@@ -116,7 +133,7 @@ SETS = {
                 "organic", str(resolve("dataset:spice/sample.hdf5")), "group", "organic sample, molecules held out",
                 options={"format": "spice"}, recipe="quickstart",
             ),
-            2000, kind=charge,
+            2000, kind=charge, measures=("dimers",),
         ),
         BenchSet(REAL["solvents"], 1000, kind=size),
         BenchSet(_INP, 1000, kind=group, measures=("defects",)),
@@ -137,5 +154,6 @@ SETS = {
         BenchSet(REAL["mptrj"], 1000),
         BenchSet(_OC20, 600),
         BenchSet(_OC20_FRAMES, 600),
+        *(_taught(name) for name in TEACHERS),
     )
 }  # fmt: skip
