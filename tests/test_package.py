@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -321,24 +322,21 @@ def test_a_folder_of_another_project_is_not_taken(installed: Path) -> None:
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("name", ["nothing", "nothing.yaml", "sub/quickstart", ""])
-def test_unknown_recipe(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"neither a file nor a recipe: recipes are .*quickstart"):
-        files.config_path(name)
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize("name", ["nothing", "", "..", "../datasets/spice"])
-def test_unknown_card(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"has no card: there are .*spice"):
-        files.dataset_card(name)
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize("file", ["nothing.hdf5", "", "../README.md"])
-def test_file_that_the_card_does_not_hold(file: str) -> None:
-    with pytest.raises(DataError, match=r"does not exist: the card of spice holds .*sample\.hdf5"):
-        files.resolve(f"dataset:spice/{file}")
+@pytest.mark.parametrize(
+    ("find", "names", "error", "message"),
+    [
+        (files.config_path, ["nothing", "nothing.yaml", "sub/quickstart", ""], ConfigError,
+         r"neither a file nor a recipe: recipes are .*quickstart"),
+        (files.dataset_card, ["nothing", "", "..", "../datasets/spice"], ConfigError,
+         r"has no card: there are .*spice"),
+        (files.resolve, [f"dataset:spice/{x}" for x in ("nothing.hdf5", "", "../README.md")], DataError,
+         r"does not exist: the card of spice holds .*sample\.hdf5"),
+    ],
+)  # fmt: skip
+def test_names_of_what_is_not_there(find: Any, names: list[str], error: type[Exception], message: str) -> None:
+    for name in names:
+        with pytest.raises(error, match=message):
+            find(name)
 
 
 @pytest.mark.bad_input

@@ -17,8 +17,7 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from ase.filters import FrechetCellFilter, UnitCellFilter
 from ase.md.verlet import VelocityVerlet
-from ase.mep import NEB
-from ase.optimize import BFGS, FIRE
+from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
 from escaip import EScAIPCalculator, Potential
@@ -26,7 +25,7 @@ from escaip.calculators import CommitteeCalculator
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.simulate import MDSettings, read_log, relax, run_md
-from escaip.testing import Evaluation, check_potential, continuity_error, evaluator, stress_error_by_difference
+from escaip.testing import check_potential, continuity_error, evaluator, stress_error_by_difference
 
 Make = Callable[..., Potential]
 
@@ -268,16 +267,7 @@ def test_stress_with_any_number_of_periodic_axes(make_potential: Make, name: str
                 ask()
         return
 
-    def evaluate(structures: Any) -> list[Evaluation]:
-        found = []
-        for structure in structures:
-            structure.calc = atoms.calc
-            found.append(
-                Evaluation(structure.get_potential_energy(), structure.get_forces(), structure.get_stress(voigt=False))
-            )
-        return found
-
-    assert stress_error_by_difference(evaluate, atoms.copy()) < 1e-7
+    assert stress_error_by_difference(evaluator(atoms.calc), atoms.copy()) < 1e-7
     np.testing.assert_allclose(atoms.get_stresses().sum(axis=0), atoms.get_stress(), atol=1e-13)
 
 
@@ -392,22 +382,6 @@ def test_threads_get_the_answers_of_their_own_structures(make_potential: Make, c
 
     with ThreadPoolExecutor(8) as pool:
         assert max(pool.map(ask, range(120))) < 1e-12
-
-
-def test_a_band_of_images_shares_it(make_potential: Make) -> None:
-    def band(shared: bool) -> list[np.ndarray]:
-        first, last = ase.build.molecule("NH3"), ase.build.molecule("NH3")
-        last.positions[:, 2] *= -1.0
-        images = [first, *(first.copy() for _ in range(3)), last]
-        one = EScAIPCalculator(make_potential())
-        for image in images:
-            image.calc = one if shared else EScAIPCalculator(make_potential())
-        neb = NEB(images, allow_shared_calculator=shared, method="improvedtangent")
-        neb.interpolate()
-        FIRE(neb, logfile=None).run(steps=3)
-        return [image.positions for image in images]
-
-    np.testing.assert_array_equal(band(True), band(False))
 
 
 @pytest.mark.parametrize("kind", [FrechetCellFilter, UnitCellFilter])

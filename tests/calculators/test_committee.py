@@ -14,8 +14,6 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
-from ase.filters import FrechetCellFilter
-from ase.optimize import BFGS
 
 from escaip import EScAIPCalculator
 from escaip.calculators import CommitteeCalculator, DispersionCalculator
@@ -126,21 +124,7 @@ def test_the_graph_is_shared_where_settings_agree(
     assert calculator.num_graph_builds == 6 * graphs if not graph_skin else calculator.num_graph_builds < 6 * graphs
 
 
-def test_structures_share_it_and_charge_counts_where_a_member_uses_it(
-    make_members: Members, make_potential: Make
-) -> None:
-    calculator = CommitteeCalculator([make_potential(), make_potential(charge=True)])
-    structures = [ase.build.molecule("H2O"), crystal(), ase.build.molecule("CH3OH")]
-    for atoms in structures:
-        atoms.calc = calculator
-    first = [atoms.get_potential_energy() for atoms in structures]
-    assert [atoms.get_potential_energy() for atoms in structures] == first
-    structures[0].info["charge"] = 1
-    assert structures[0].get_potential_energy() != first[0]
-    assert np.ptp(calculator.results["member_energy"]) > 0
-
-
-def test_it_relaxes_cells_and_travels(make_members: Members) -> None:
+def test_it_travels(make_members: Members) -> None:
     calculator = CommitteeCalculator(make_members(2), skin=0.3)
     atoms = crystal()
     atoms.calc = calculator
@@ -151,9 +135,6 @@ def test_it_relaxes_cells_and_travels(make_members: Members) -> None:
         assert other.get_potential_energy() == before
         other.positions += 0.01
         other.get_forces()
-    with BFGS(FrechetCellFilter(atoms), logfile=None) as optimizer:
-        optimizer.run(fmax=0.05, steps=10)
-    assert atoms.get_potential_energy() < before
 
 
 @pytest.mark.bad_input
@@ -161,22 +142,16 @@ def test_committees_that_cannot_be(make_potential: Make) -> None:
     for models in ([make_potential()], make_potential(), "model.escaip"):
         with pytest.raises(ConfigError, match="at least two models"):
             CommitteeCalculator(models)  # type: ignore[arg-type]
-    mixed = crystal()
-    mixed.calc = CommitteeCalculator([make_potential(), make_potential(forces="direct")])
-    mixed.get_forces()
-    with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
-        mixed.get_stress()
-    with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
-        mixed.get_stresses()
-    assert "stresses" not in mixed.calc.implemented_properties
+    mixed = CommitteeCalculator([make_potential(), make_potential(forces="direct")])
+    assert np.isfinite(mixed.get_property("forces", crystal())).all()
+    for name in ("stress", "stresses"):
+        with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
+            mixed.get_property(name, crystal())
     water = ase.build.molecule("H2O")
     water.calc = CommitteeCalculator([make_potential(), make_potential(elements=(1, 6))])
     for _ in range(2):  # asking again does not help
         with pytest.raises(UnsupportedElementError, match="not trained on O"):
             water.get_forces()
-    for name in ("stress", "stresses"):
-        with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
-            CommitteeCalculator([make_potential(), make_potential()]).get_property(name, water)
 
 
 def structures() -> list[Atoms]:

@@ -81,6 +81,8 @@ def _registered() -> Iterator[None]:
     register_model("Toy", ToyConfig)(Toy)
     register_target(Target("toy_charges", True, (), "e", "me", 1e3))
     register_target(Target("toy_dipole", False, (3,), "e·Å", "me·Å", 1e3))
+    register_target(Target(NAME, per_atom=False, shape=(3,), unit="e·Å", reported_unit="me·Å", reported_factor=1e3))
+    register_head(NAME)(DipoleHead)
     register_head("toy_charges")(build_charges)
     register_head("toy_dipole")(build_dipole)
     yield
@@ -206,15 +208,6 @@ class DipoleHead(nn.Module):
         """Returns ``(N, 3)`` e·Å of ``(N, H)`` features."""
         out: Tensor = self.linear(node)
         return out
-
-
-@pytest.fixture(autouse=True)
-def _registered_dipole() -> Iterator[None]:
-    """Registers the target and its head, for these tests alone."""
-    register_target(Target(NAME, per_atom=False, shape=(3,), unit="e·Å", reported_unit="me·Å", reported_factor=1e3))
-    register_head(NAME)(DipoleHead)
-    yield
-    del TARGETS[NAME], HEADS[NAME]
 
 
 @pytest.fixture

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
 from references import COMMITTED, structure
 
-from escaip import EScAIPCalculator, load_potential
+from escaip import load_potential
 from escaip.cli import main
 from escaip.data import collate
 from escaip.errors import CheckpointError
@@ -53,19 +52,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["import", "fairchem", str(tmp_path / "none.pt"), "--out", str(out)]) == 1
     assert "none.pt does not exist" in capsys.readouterr().err
     assert main(["import", "fairchem", str(ANY)]) == 2
-
-
-def test_an_import_drives_a_calculator(tmp_path: Path) -> None:
-    """As fairchem-core 2.24 itself cannot: its calculator does not take EScAIP."""
-    out = tmp_path / "imported.escaip"
-    read_fairchem(ANY).save(out)
-    answers = EXPECTED["checkpoint_conservative"]["triclinic"]
-    given, expected = answers["structure"], answers["sets"]["spice"]
-    atoms = Atoms(given["numbers"], given["positions"], cell=given["cell"], pbc=given["pbc"])
-    atoms.calc = EScAIPCalculator(out, device="cpu", dtype="float64")
-    assert atoms.get_potential_energy() == pytest.approx(expected["energy"][0], rel=1e-6)
-    assert np.abs(atoms.get_forces() - expected["forces"]).max() < 1e-5 * np.abs(expected["forces"]).max()
-    assert atoms.get_stress().shape == (6,)
 
 
 def rewritten(tmp_path: Path, pickled: bytes) -> Path:

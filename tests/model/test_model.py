@@ -20,16 +20,6 @@ from escaip.potential import Potential
 from escaip.types import AtomInputs, Tokens
 
 
-def test_gaussian_basis_formula() -> None:
-    basis = GaussianBasis(13, 6.0, 2.0).double()
-    distance = torch.tensor([0.0, 1.3, 6.0], dtype=torch.float64)
-    spacing = 0.5
-    expected = torch.stack(
-        [torch.exp(-((distance - spacing * n) ** 2) / (2 * (2 * spacing) ** 2)) for n in range(13)], -1
-    )
-    torch.testing.assert_close(basis(distance), expected, rtol=1e-6, atol=1e-7)
-
-
 def test_rms_norm_matches_torch_and_differentiates_twice() -> None:
     x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     norm = RMSNorm(8).double()
@@ -289,23 +279,6 @@ def test_charge_and_spin_matter_only_when_asked_for() -> None:
     aware = make_potential(charge=True, spin=True).eval()(batch).energy
     assert plain[0] == pytest.approx(plain[1].item(), rel=1e-6)
     assert (aware[0] - aware[1]).abs() > 1e-5
-
-
-def test_per_atom_parts_are_computed_per_atom() -> None:
-    """The largest input of every per-atom layer has N rows, not T."""
-    potential = make_potential().eval()
-    rows: dict[str, int] = {}
-    for name, module in potential.model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda m, inputs, out, name=name: rows.update({name: inputs[0].shape[0]}))
-    batch = batch_of()
-    potential(batch)
-    num_atoms = batch.positions.shape[0]
-    per_atom = ("source.", "target.", "sender", "receiver", "node_", "energy_head")
-    checked = [name for name in rows if any(part in name for part in per_atom)]
-    assert len(checked) > 10
-    assert all(rows[name] == num_atoms for name in checked)
-    assert rows["basis" if "basis" in rows else "attributes.distance_embedding"] > num_atoms
 
 
 def test_forward_does_not_change_its_batch() -> None:

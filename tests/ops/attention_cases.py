@@ -1,14 +1,19 @@
-"""Inputs of attention, the sum written out, and derivatives through any function of them."""
+"""Inputs of attention and of kernel families, sums written out, and derivatives of the specification in float64."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from escaip.ops import available_backends
+from escaip.ops.autograd import OPERATORS
+from escaip.ops.inputs import AttentionInputs, Gradients
+from escaip.ops.reference import reference_attention
 
 # Those that take float64 on the CPU; the GPU kernels have tests of their own.
 CPU_BACKENDS = [info for info in available_backends() if not info.devices or "cpu" in info.devices]
@@ -103,3 +108,149 @@ def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
         difference, size = (f.detach().double() - e.detach().double()).norm(), float(e.detach().double().norm())
         errors.append(float(difference) / (size if size > 0 else 1.0))
     return errors
+
+
+Results = dict[str, Tensor | None]
+NAMES = ("out", "dq", "dk", "dv", "db", "dn", "gG", "gq", "gk", "gv", "gb", "gn")
+
+
+@dataclass
+class Case:
+    """A problem with cotangents: of the value, and of the gradients of the inputs."""
+
+    problem: AttentionInputs
+    grad_out: Tensor
+    tangents: Gradients
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """With all numbers in another type."""
+
+        def cast(x: object) -> object:
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        problem = AttentionInputs(*(cast(x) for x in vars(self.problem).values()))  # type: ignore[arg-type]
+        return Case(problem, self.grad_out.to(dtype), Gradients(*(cast(x) for x in self.tangents)))  # type: ignore[arg-type]
+
+    def on(self, device: str) -> Case:
+        """With all tensors on a device."""
+
+        def move(x: object) -> object:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        problem = AttentionInputs(*(move(x) for x in vars(self.problem).values()))  # type: ignore[arg-type]
+        return Case(problem, self.grad_out.to(device), Gradients(*(move(x) for x in self.tangents)))  # type: ignore[arg-type]
+
+    def changed(self, **values: object) -> Case:
+        """With other parts of the problem."""
+        return replace(self, problem=replace(self.problem, **values))  # type: ignore[arg-type]
+
+
+def make_case(
+    sizes: list[int],
+    heads: int = 1,
+    d: int = 16,
+    widths: tuple[int, ...] = (5, 3, 1, 3, 4),
+    dtype: torch.dtype = torch.float32,
+    use: str = "all",
+    seed: int = 0,
+) -> Case:
+    """A random case; ``use`` is ``all`` (tokens query), ``self`` (self tokens query) or ``node`` (no bias).
+
+    ``dtype`` is that of q, k, v and their cotangents; the geometry is float64 beside float64, else float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, dtype: torch.dtype = exact) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=exact).to(dtype)
+
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    total = int(offsets[-1])
+    occupied = offsets[:-1][offsets.diff() > 0]
+    direction = torch.nn.functional.normalize(normal(total, 3), dim=-1)
+    direction[occupied] = 0.0
+    log_envelope = -normal(total).square()
+    log_envelope[occupied] = 0.0
+    queries, query_offsets = total, offsets
+    if use == "self":
+        queries, query_offsets, widths = len(sizes), torch.arange(len(sizes) + 1), widths[:1]
+    q, k, v = (normal(rows, heads, d, dtype=dtype) for rows in (queries, total, total))
+    angles = direction if len(widths) > 1 else None
+    bias = None if use == "node" else log_envelope
+    problem = AttentionInputs(q, k, v, bias, angles, query_offsets, offsets, widths, 1 / math.sqrt(d))
+
+    def like(x: Tensor | None) -> Tensor | None:
+        return None if x is None else normal(*x.shape, dtype=x.dtype)
+
+    return Case(problem, normal(*q.shape, dtype=dtype), Gradients(*map(like, (q, k, v, bias, angles))))  # type: ignore[arg-type]
+
+
+def run_family(backend: str, case: Case, with_direction: bool = True) -> Results:
+    """Everything that the three operators of a backend return, by name."""
+    operators, x = OPERATORS[backend], case.problem
+    inputs = (x.q, x.k, x.v, x.log_envelope, x.direction, x.query_offsets, x.key_offsets)
+    constants = (list(x.widths), x.scale)
+    out, lse = operators.value(*inputs, *constants)
+    first = operators.backward(case.grad_out, *inputs, out, lse, *constants, with_direction and x.direction is not None)
+    tangents = case.tangents if with_direction else case.tangents._replace(direction=None)
+    second = operators.double_backward(*tangents, case.grad_out, *inputs, out, lse, *constants)
+    found = dict(zip(NAMES, (out, *first, *second), strict=True))
+    absent = {"db", "gb"} if x.log_envelope is None else set()
+    absent |= {"dn", "gn"} if x.direction is None else set() if with_direction else {"dn"}
+    return {name: None if name in absent else tensor for name, tensor in found.items()}
+
+
+def run_reference(case: Case, with_direction: bool = True) -> Results:
+    """The same by autograd through the specification in float64, on the (rounded) inputs of the case."""
+    problem = case.problem
+    total, angular = problem.k.shape[0], problem.direction is not None
+    bias = torch.zeros(total) if problem.log_envelope is None else problem.log_envelope
+    direction = torch.zeros(total, 3) if problem.direction is None else problem.direction
+    given = (case.grad_out, problem.q, problem.k, problem.v, bias, direction)
+    leaves = [x.detach().double().requires_grad_() for x in given]
+    grad, q, k, v, b, n = leaves
+    # Self tokens have no direction to differentiate by: their gradient is zero.
+    directed = torch.where((n != 0).any(-1, keepdim=True), n, n.detach())
+    used = sum(problem.widths)
+    q_used, k_used = (torch.nn.functional.pad(x[..., :used], (0, x.shape[-1] - used)) for x in (q, k))
+    # Channels that take no part are zero here, in a group of their own.
+    unused = (q.shape[-1] - used,) if used < q.shape[-1] else ()
+    channels = (*problem.widths, *unused) if angular else None
+    offsets, self_queries = problem.key_offsets, problem.q.shape[0] != total
+    occupied = offsets if self_queries else torch.cat([offsets[:1], offsets[1:][offsets.diff() > 0]])
+    out = reference_attention(q_used, k_used, v, b, directed, occupied, channels, problem.scale, self_queries)
+    inputs = [q, k, v, b, *([n] if angular else [])]
+    first = torch.autograd.grad(out, inputs, grad, create_graph=True, allow_unused=True)
+    pairs = [(g, t) for g, t in zip(first, case.tangents) if g is not None and t is not None]
+    if not with_direction and angular:
+        pairs = pairs[:-1]
+    second = torch.autograd.grad(
+        [g for g, _ in pairs], [grad, *inputs], [t.double() for _, t in pairs], allow_unused=True
+    )
+    none = () if angular else (None,)
+    results: Results = dict(zip(NAMES, (out, *first, *none, *second, *none), strict=True))
+    if problem.log_envelope is None:
+        results["db"] = results["gb"] = None
+    if not with_direction:
+        results["dn"] = None
+    return {name: None if x is None else x.detach() for name, x in results.items()}
+
+
+def errors(found: Results, expected: Results) -> dict[str, float]:
+    """Relative error in norm of each result; both absent is no error."""
+    result = {}
+    for name, want in expected.items():
+        got = found[name]
+        assert (got is None) == (want is None), name
+        if got is not None and want is not None:
+            assert got.shape == want.shape, name
+            result[name] = float((got.double() - want).norm() / want.norm().clamp(min=1e-12))
+    return result
+
+
+def without_keys(case: Case, tokens: Tensor) -> Case:
+    """The case with keys removed by their envelope."""
+    assert case.problem.log_envelope is not None
+    bias = case.problem.log_envelope.clone()
+    bias[tokens] = -math.inf
+    return case.changed(log_envelope=bias)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_cases import Case, Results, errors, make_case, run_family, run_reference, without_keys
+from attention_cases import Case, Results, errors, make_case, run_family, run_reference, without_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import same_bits_on_threads

@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from family_cases import make_case  # noqa: E402
+from attention_cases import make_case  # noqa: E402
 from test_families import DEVICE, PUBLISHED, check, run  # noqa: E402
 from tiny import batch_of, make_potential  # noqa: E402
 

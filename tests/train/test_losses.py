@@ -14,7 +14,7 @@ from training_stand_ins import labelled_molecules
 from escaip.data import AtomicData, collate, fit_statistics
 from escaip.errors import ConfigError
 from escaip.train.losses import ForceTerm, LossSettings, LossTerm, loss_sums
-from escaip.train.metrics import ErrorMetrics, format_table
+from escaip.train.metrics import ErrorMetrics
 from escaip.types import TARGETS, Prediction, Target
 
 
@@ -203,14 +203,3 @@ def test_errors_and_baseline_against_numpy() -> None:
     assert trivial["energy_mae_meV_per_atom"] == pytest.approx(1e3 * np.abs(np.concatenate(baseline)).mean(), rel=1e-9)
     assert trivial["force_mae_meV_per_A"] == pytest.approx(1e3 * np.abs(label).mean(), rel=1e-12)
     assert trivial["force_cosine"] == 0.0
-
-
-def test_table_has_a_row_per_error_and_a_column_per_model() -> None:
-    model = {"energy_mae_meV_per_atom": 1.234, "force_cosine": 0.5}
-    lines = format_table({"model": model, "baseline": {"force_cosine": 0.0}}).splitlines()
-    assert [line.split() for line in (lines[0], *lines[2:])] == [
-        ["validation", "error", "model", "baseline"],
-        ["energy", "MAE", "(meV/atom)", "1.23", "-"],
-        ["force", "cosine", "0.500", "0.000"],
-    ]
-    assert len({len(line) for line in lines}) == 1
