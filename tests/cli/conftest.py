@@ -11,20 +11,24 @@ import numpy as np
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-from cli_models import make_potential
+from tiny import make_potential
+
+from escaip.potential import PotentialMetadata
+
+METADATA = PotentialMetadata(elements=(1, 6, 7, 8, 29), level_of_theory="random numbers", datasets=("none",))
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.escaip"
-    make_potential().save(path)
+    make_potential(metadata=METADATA).save(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def direct_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "direct.escaip"
-    make_potential(forces="direct").save(path)
+    make_potential(metadata=METADATA, forces="direct").save(path)
     return path
 
 

@@ -11,7 +11,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from cli_models import make_potential
+from tiny import make_potential
 
 from escaip import EScAIPCalculator
 from escaip.cli import main

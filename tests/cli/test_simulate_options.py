@@ -12,7 +12,7 @@ import ase.build
 import ase.io
 import pytest
 from ase import Atoms
-from cli_models import make_potential
+from tiny import make_potential
 
 from escaip.cli import main
 from escaip.simulate import MDSettings, read_log, run_md
