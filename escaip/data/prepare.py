@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain, islice
@@ -377,7 +377,11 @@ def _make_parts(
 ) -> None:
     """Makes the parts that are not there; after an error the other parts that are whole stay."""
     for leftover in work.glob(f"{_MAKING}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        # Renamed first: a worker that outlives its killed run could give the folder its name while it is emptied.
+        gone = leftover.with_name(f"gone-{leftover.name}-{os.getpid()}")
+        with suppress(FileNotFoundError):
+            os.replace(leftover, gone)
+        shutil.rmtree(gone, ignore_errors=True)
     todo = [item for item in items if read_part(item.folder) is None]
     with tqdm(total=len(items), initial=len(items) - len(todo), unit=" parts", disable=not progress) as bar:
         if workers == 1 or len(todo) <= 1:

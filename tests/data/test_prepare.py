@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,11 +47,21 @@ def assert_holds(path: Path, expected: list[AtomicData]) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_structures_in_the_same_order(files: Path, tmp_path: Path, workers: int) -> None:
+def test_the_same_structures_in_the_same_order(
+    files: Path, frames: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    if workers == 2:  # which know further targets too
+        monkeypatch.setitem(TARGETS, "dipole", Target("dipole", False, (3,), "e·Å", "me·Å", 1e3))
+        for k, atoms in enumerate(frames):
+            atoms.info["dipole"] = [k, 0.0, 0.0]
+        for number in range(6):
+            ase.io.write(files / f"{number}.extxyz", frames[number * 10 : number * 10 + 10])
     report = prepare([str(files / "*.extxyz")], tmp_path / "s", workers=workers, shard_atoms=40)
     assert_holds(tmp_path / "s", list(open_source(str(files / "*.extxyz"))))
     assert (report.written, report.skipped, report.filtered, report.kept_parts) == (60, 0, 0, 0)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["native", "s"]
+    if workers == 2:
+        assert Store(tmp_path / "s").batch(range(60)).dipole[:, 0].tolist() == list(range(60))
 
 
 def test_the_index_agrees_with_the_structures(files: Path, tmp_path: Path) -> None:
@@ -66,17 +77,6 @@ def test_the_index_agrees_with_the_structures(files: Path, tmp_path: Path) -> No
     assert len(np.unique(index["content_hash"])) == 60
     # Neighbors within 6 Å of an atom of the cubic copper cell (3.6 Å): shells of 12, 6, 24, 12, 24 up to 5.7 Å.
     assert index["num_edges"][55] == pytest.approx(4 * 78, abs=8)
-
-
-def test_workers_know_further_targets(frames: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TARGETS, "dipole", Target("dipole", False, (3,), "e·Å", "me·Å", 1e3))
-    for number in (0, 1):
-        for k, atoms in enumerate(frames[number * 10 : number * 10 + 10]):
-            atoms.info["dipole"] = [k, number, 0.0]
-        ase.io.write(tmp_path / f"{number}.extxyz", frames[number * 10 : number * 10 + 10])
-    prepare([tmp_path / "0.extxyz", tmp_path / "1.extxyz"], tmp_path / "s", workers=2)
-    dipoles = Store(tmp_path / "s").batch(range(20)).dipole
-    assert dipoles.tolist() == [[k, number, 0.0] for number in (0, 1) for k in range(10)]
 
 
 def test_statistics_of_the_index_are_those_of_the_structures(files: Path, tmp_path: Path) -> None:
@@ -180,6 +180,23 @@ def test_killed_and_run_again(files: Path, tmp_path: Path, parts: int, workers: 
     assert_holds(tmp_path / "s", list(open_source(str(files / "*.extxyz"))))
 
 
+def test_a_worker_that_outlives_its_run_gives_no_emptied_part_its_name(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leftover = tmp_path / ".s.work" / "making-part-000000-1"
+    leftover.mkdir(parents=True)
+    (leftover / "part.json").write_text('{"shards": [], "skipped": 0, "filtered": 0, "messages": []}')
+    genuine = shutil.rmtree
+
+    def late(path: Path, **options: Any) -> None:
+        if leftover.exists():
+            leftover.rename(leftover.with_name("part-000000"))
+        genuine(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    assert prepare([str(files / "*.extxyz")], tmp_path / "s").written == 60
+
+
 @pytest.mark.parametrize("point", ["assemble", "_finish", "publish"])
 def test_interrupted_while_joining(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     import escaip.data.prepare as module
@@ -262,19 +279,16 @@ def test_one_process_at_a_time(files: Path, tmp_path: Path) -> None:
 
 @pytest.mark.bad_input
 def test_bad_settings(files: Path, tmp_path: Path) -> None:
-    out = tmp_path / "s"
-    with pytest.raises(ConfigError, match="workers: 0"):
-        prepare(files / "0.extxyz", out, workers=0)
-    with pytest.raises(ConfigError, match="dtype: 'half'"):
-        prepare(files / "0.extxyz", out, dtype="half")
-    with pytest.raises(ConfigError, match="named by split already"):
-        prepare({"train": files / "0.extxyz"}, out, split={"val": 0.1})
-    with pytest.raises(ConfigError, match="keys: unknown label"):
-        prepare(files / "0.extxyz", out, reading=Reading(keys={"enregy": "x"}))
-    with pytest.raises(ConfigError, match="has no option 'subset'"):
-        prepare(files / "0.extxyz", out, reading=Reading(options={"subset": "x"}))
-    with pytest.raises(DataError, match="0 structures to write"):
-        prepare(files / "0.extxyz", out, reading=Reading(options={"index": "99:"}))
+    for options, error, message in (
+        ({"workers": 0}, ConfigError, "workers: 0"),
+        ({"dtype": "half"}, ConfigError, "dtype: 'half'"),
+        ({"source": {"train": files / "0.extxyz"}, "split": {"val": 0.1}}, ConfigError, "named by split already"),
+        ({"reading": Reading(keys={"enregy": "x"})}, ConfigError, "keys: unknown label"),
+        ({"reading": Reading(options={"subset": "x"})}, ConfigError, "has no option 'subset'"),
+        ({"reading": Reading(options={"index": "99:"})}, DataError, "0 structures to write"),
+    ):
+        with pytest.raises(error, match=message):
+            prepare(**{"source": files / "0.extxyz", "out": tmp_path / "s", **options})
     assert [entry.name for entry in tmp_path.iterdir() if entry.name != "native"] == []
 
 

@@ -130,57 +130,21 @@ def test_groups(xyz_file: Path, frames: list[Atoms], tmp_path: Path) -> None:
     assert {data.group for data in open_source(path, keys={"group": "mol"})} == {"m0", "m1", "m2"}
 
 
-def test_vasp_output(tmp_path: Path) -> None:
-    """A minimal vasprun.xml: forces as VASP writes them, stress in kB with the opposite sign."""
-    forces, stress = "0.1 0.0 -0.2", ("10 1 2", "1 20 3", "2 3 30")
-    vectors = "<v>4 0 0</v><v>0 4 0</v><v>0 0 4</v>"
-    crystal = f'<structure><crystal><varray name="basis">{vectors}</varray></crystal>'
-    crystal += '<varray name="positions"><v>0 0 0</v></varray></structure>'
-    items = "".join(f'<i name="{key}">-3.5</i>' for key in ("e_fr_energy", "e_wo_entrp", "e_0_energy"))
-    energy = f"<energy>{items}</energy>"
-    text = (
-        '<modeling><kpoints><varray name="kpointlist"><v>0 0 0</v></varray><varray name="weights"><v>1</v></varray>'
-        '</kpoints><atominfo><atoms>1</atoms><types>1</types><array name="atoms"><set><rc><c>Cu</c><c>1</c></rc></set>'
-        f'</array></atominfo><structure name="initialpos">{crystal.removeprefix("<structure>")}'
-        f"<calculation><scstep>{energy}</scstep>{crystal}"
-        f'<varray name="forces"><v>{forces}</v></varray><varray name="stress">'
-        + "".join(f"<v>{row}</v>" for row in stress)
-        + f"</varray>{energy}</calculation></modeling>"
-    )
-    path = tmp_path / "vasprun.xml"
-    path.write_text(text)
-    data = next(open_source(path))
-    assert float(data.energy) == -3.5
-    assert data.forces.tolist() == [[0.1, 0.0, -0.2]]
-    assert float(data.stress[0, 1, 1]) == pytest.approx(-20 / 1602.1766, rel=1e-6)
-    assert float(data.stress[0, 1, 2]) == pytest.approx(-3 / 1602.1766, rel=1e-6)
-
-
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("name", "unit", "expected"), [(ETHANOL, "kcal/mol", 2.02), (ASPIRIN, "meV", 2.2)], ids=["ethanol", "aspirin"]
 )
-def test_stated_units_make_files_plausible(
+def test_units_are_refused_by_name_until_they_are_stated(
     shared_data: Callable[[str], Path], name: str, unit: str, expected: float
 ) -> None:
-    read = list(open_source(shared_data(name), units={"energy": unit}, limit=200))
+    path = shared_data(name)
+    with pytest.raises(DataError, match=rf"{path.name}:0: energy .*looks like {unit}.*units: {{energy: {unit}}}"):
+        next(open_source(path))
+    with pytest.raises(DataError, match=f"forces of .* look like {unit}/Å"):
+        next(open_source(path, keys={"forces": "forces"}))
+    read = list(open_source(path, units={"energy": unit}, limit=200))
     rms = np.sqrt(np.mean([(data.forces.numpy() ** 2).sum(1).mean() for data in read]))
     assert rms == pytest.approx(expected, rel=0.05)
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize(("name", "unit"), [(ETHANOL, "kcal/mol"), (ASPIRIN, "meV")], ids=["ethanol", "aspirin"])
-def test_wrong_units_are_refused_by_name(shared_data: Callable[[str], Path], name: str, unit: str) -> None:
-    with pytest.raises(DataError, match=rf"{Path(name).name}:0: energy .*looks like {unit}.*units: {{energy: {unit}}}"):
-        next(open_source(shared_data(name)))
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize(("name", "unit"), [(ETHANOL, "kcal/mol"), (ASPIRIN, "meV")], ids=["ethanol", "aspirin"])
-def test_wrong_force_units_are_refused_without_energies(
-    shared_data: Callable[[str], Path], name: str, unit: str
-) -> None:
-    with pytest.raises(DataError, match=f"forces of .* look like {unit}/Å"):
-        next(open_source(shared_data(name), keys={"forces": "forces"}))
 
 
 @pytest.mark.parametrize(
@@ -191,37 +155,38 @@ def test_right_units_are_not_refused(shared_data: Callable[[str], Path], name: s
     assert sum(1 for _ in open_source(shared_data(name), limit=300)) >= 100
 
 
-@pytest.mark.bad_input
-@pytest.mark.parametrize(("factor", "unit"), [(1 / 0.529177, "bohr"), (0.1, "nm")])
-def test_wrong_length_units_are_refused(frames: list[Atoms], tmp_path: Path, factor: float, unit: str) -> None:
+def scaled(frames: list[Atoms], length: float) -> None:
     for atoms in frames:
-        atoms.positions *= factor
-        atoms.cell *= factor
-    path = tmp_path / "scaled.extxyz"
-    ase.io.write(path, frames[:50])
-    with pytest.raises(DataError, match=f"length: {unit}"):
-        list(open_source(path))
+        atoms.positions *= length
+        atoms.cell *= length
 
 
-@pytest.mark.bad_input
-def test_mixed_units_are_refused(frames: list[Atoms], tmp_path: Path) -> None:
+def with_one_energy(frames: list[Atoms]) -> None:
     frames[7].calc.results["energy"] *= 23.06
-    path = tmp_path / "mixed.extxyz"
-    ase.io.write(path, frames)
-    with pytest.raises(DataError, match=r"mixed.extxyz:7: energy .* same composition .* mixed units"):
-        list(open_source(path))
+
+
+def with_kbar(frames: list[Atoms]) -> None:
+    for atoms in frames[50:]:
+        atoms.calc.results["stress"] = atoms.calc.results["stress"] * 1602.2
 
 
 @pytest.mark.bad_input
-def test_stress_in_kbar_is_refused(frames: list[Atoms], tmp_path: Path) -> None:
-    for atoms in frames:
-        if "stress" in atoms.calc.results:
-            atoms.calc.results["stress"] = atoms.calc.results["stress"] * 1602.2
-    path = tmp_path / "kbar.extxyz"
-    ase.io.write(path, frames)
-    with pytest.raises(DataError, match=r"stress of .* kbar"):
-        list(open_source(path))
-    assert len(list(open_source(path, units={"stress": "kbar"}))) == 60
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda frames: scaled(frames, 1 / 0.529177), "length: bohr"),
+        (lambda frames: scaled(frames, 0.1), "length: nm"),
+        (with_one_energy, r"made.traj:7: energy .* same composition .* mixed units"),
+        (with_kbar, r"stress of .* kbar.*units: {stress: kbar}"),
+    ],
+)
+def test_other_units_are_refused(
+    frames: list[Atoms], tmp_path: Path, change: Callable[[list[Atoms]], None], message: str
+) -> None:
+    change(frames)
+    ase.io.write(tmp_path / "made.traj", frames)
+    with pytest.raises(DataError, match=message):
+        list(open_source(tmp_path / "made.traj"))
 
 
 @pytest.mark.bad_input
@@ -267,22 +232,16 @@ def test_bad_options(xyz_file: Path, options: dict, message: str) -> None:
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("path", ["/nowhere/at.all", "/nowhere/*.xyz"])
-def test_missing_files(path: str) -> None:
-    with pytest.raises(DataError, match=r"no such file|no file matches"):
-        list(open_source(path))
-
-
-@pytest.mark.bad_input
-def test_a_directory_that_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no prepared store"):
-        list(open_source(tmp_path))
-
-
-@pytest.mark.bad_input
-def test_required_labels(shared_data: Callable[[str], Path]) -> None:
-    path = shared_data("molecular/solvent_xtb_train.xyz")
-    with pytest.raises(DataError, match=r"has no energy.*found info: config_type, energy_xtb.*keys: {energy: KEY}"):
+def test_nothing_there_and_missing_labels(tmp_path: Path, write_xyz: Callable[[str, str], Path]) -> None:
+    for path, message in (
+        ("/nowhere/at.all", "no such file"),
+        ("/nowhere/*.xyz", "no file matches"),
+        (tmp_path, "no prepared store"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(open_source(path))
+    path = write_xyz("a.xyz", FRAME.format(energy=1, z=1.1).replace("energy=", "energy_xtb="))
+    with pytest.raises(DataError, match=r"a.xyz:0: has no energy.*found info: energy_xtb.*keys: {energy: KEY}"):
         list(open_source(path, required_labels=["energy"]))
 
 

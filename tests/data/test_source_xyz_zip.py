@@ -1,26 +1,21 @@
-"""Zips of extxyz files, and databases of others that the ``ase`` source reads."""
+"""Zips of extxyz files."""
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
-import ase.db
 import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
 
-from escaip.data import open_source
 from escaip.data.readers import xyz_zip
 from escaip.data.readers.policy import ReadPolicy
 from escaip.data.readers.xyz_zip import divide, matches, read_xyz_zip
 from escaip.data.structure import LabelKeys
 from escaip.errors import DataError
-
-LABELS = ("energy", "forces", "stress")
 
 
 def zipped(path: Path, members: dict[str, str]) -> Path:
@@ -82,49 +77,22 @@ def test_bad_zips(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(xyz_zip, "MAX_LINE", 1 << 12)
     monkeypatch.setattr(xyz_zip, "MAX_FRAME", 1 << 16)
     content = archive.read_bytes()
+
+    def made(name: str, text: str) -> bytes:
+        return zipped(tmp_path / "n.zip", {name: text}).read_bytes()
+
     cases = {
-        "cut": content[: len(content) // 2],
-        "none": zipped(tmp_path / "n.zip", {"README.md": "x"}).read_bytes(),
-        "short": zipped(tmp_path / "n.zip", {"a.xyz": "3\n\nH 0 0 0\n"}).read_bytes(),
-        "words": zipped(tmp_path / "n.zip", {"a.xyz": "1\n\nH 0 0 0\n\nand more\n"}).read_bytes(),
-        "line": zipped(tmp_path / "n.zip", {"a.xyz": "1\n" + " " * (1 << 20)}).read_bytes(),
-        "atoms": zipped(tmp_path / "n.zip", {"a.xyz": "9999999\n" + "\n" * (1 << 20)}).read_bytes(),
-        "bytes": content.replace(zipped(tmp_path / "n.zip", {"x": ""}).read_bytes()[:2], b"PK", 1),
+        "cut": (content[: len(content) // 2], "not a readable zip, or truncated"),
+        "none": (made("README.md", "x"), r"holds no .xyz or .extxyz member; it holds README.md"),
+        "short": (made("a.xyz", "3\n\nH 0 0 0\n"), "member a.xyz is damaged after 0 frames .*has 1 atoms, expected 3"),
+        "words": (made("a.xyz", "1\n\nH 0 0 0\n\nand more\n"), "a blank line stands between frames"),
+        "line": (made("a.xyz", "1\n" + " " * (1 << 20)), "larger than any structure needs"),
+        "atoms": (made("a.xyz", "9999999\n" + "\n" * (1 << 20)), "larger than any structure needs"),
+        "bytes": (content[:120] + bytes(20) + content[140:], "member .* is damaged"),
     }
-    damaged = bytearray(content)
-    damaged[120:140] = bytes(20)
-    cases["bytes"] = bytes(damaged)
-    messages = {
-        "cut": "not a readable zip, or truncated",
-        "none": r"holds no .xyz or .extxyz member; it holds README.md",
-        "short": "member a.xyz is damaged after 0 frames .the last frame has 1 atoms, expected 3",
-        "words": "a blank line stands between frames",
-        "line": "larger than any structure needs",
-        "atoms": "larger than any structure needs",
-        "bytes": "member .* is damaged",
-    }
-    for case, text in cases.items():
+    for case, (text, message) in cases.items():
         path = tmp_path / f"{case}.zip"
         path.write_bytes(text)
-        with pytest.raises(DataError, match=messages[case]) as caught:
+        with pytest.raises(DataError, match=message) as caught:
             list(read_xyz_zip(path, path.name, ReadPolicy()))
         assert "\n" not in str(caught.value)
-
-
-def test_ase_databases_of_others(shared_data: Callable[[str], Path]) -> None:
-    """What the ``ase`` source reads of two published databases, against plain ase.db."""
-    path = shared_data("native_formats/ase_db_genuine/10_mptraj_systems.db")
-    with ase.db.connect(path) as database:
-        rows = list(database.select())
-    for data, row in zip(open_source(path, required_labels=LABELS), rows, strict=True):
-        assert (float(data.energy), data.atomic_numbers.tolist()) == (row.energy, row.numbers.tolist())
-        assert np.array_equal(data.forces.numpy(), row.forces)
-    path = shared_data("native_formats/ase_db_genuine/ase_carbene_2200.db")
-    keys = {"energy": "energy", "forces": "forces", "charge": "total_charge", "spin": "ignore"}
-    found = list(open_source(path, keys=keys))
-    with ase.db.connect(path) as database:
-        for data, row in zip(found[::100], list(database.select())[::100], strict=True):
-            assert float(data.energy) == row.data["energy"][0]
-            assert np.array_equal(data.forces.numpy(), row.data["forces"])
-            assert int(data.charge) == row.data["total_charge"][0]
-    assert len(found) == 2200
