@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from http_server import FileServer, Page, file_server
+from toys import refusal
 
 from escaip.data import download as module
 from escaip.data.download import BLOCK, download
@@ -98,12 +99,14 @@ def assert_only(target: Path, content: bytes = CONTENT) -> None:
     assert names(target.parent) == [f".{target.name}.verified", target.name]
 
 
-def test_whole_once_and_never_again(server: FileServer, get: Get, target: Path) -> None:
-    server.pages["/f"] = Page(CONTENT)
-    report, again = get(size=SIZE), get(size=SIZE)
-    assert_only(target)
+@pytest.mark.parametrize("content", [CONTENT, b""])
+def test_whole_once_and_never_again(server: FileServer, get: Get, target: Path, content: bytes) -> None:
+    server.pages["/f"] = Page(content)
+    facts = {"size": len(content), "md5": hashlib.md5(content).hexdigest()}
+    report, again = get(**facts), get(**facts)
+    assert_only(target, content)
     assert len(server.asked) == 1
-    assert f"downloaded, md5:{MD5} (as published)" in report
+    assert f"downloaded, md5:{facts['md5']} (as published)" in report
     assert "1 files downloaded, 0 were there" in report
     assert "0 files downloaded, 1 were there" in again
 
@@ -186,12 +189,6 @@ def test_lengths_that_are_missing_or_wrong(server: FileServer, get: Get, target:
     assert_only(target)
 
 
-def test_an_empty_file(server: FileServer, get: Get, target: Path) -> None:
-    server.pages["/f"] = Page(b"")
-    get(md5=hashlib.md5(b"").hexdigest())
-    assert_only(target, b"")
-
-
 def test_always_cut_without_ranges_gives_up(server: FileServer, get: Get, target: Path) -> None:
     server.pages["/f"] = Page(CONTENT, ranges=False, cuts=[2 * BLOCK] * 99)
     with pytest.raises(DataError, match=r"f.bin: the connection broke off"):
@@ -269,9 +266,8 @@ def test_redirects_to_another_host_keep_the_range(server: FileServer, get: Get, 
 @pytest.mark.parametrize("address", ["/f", "ftp://127.0.0.1/f", "file:///etc/passwd", "http://[broken/f"])
 def test_bad_redirects(server: FileServer, get: Get, target: Path, address: str) -> None:
     server.pages["/f"] = Page(redirect=(302, address))
-    with pytest.raises(DataError, match=r"f.bin: .*/f cannot be asked for") as caught:
+    with refusal(r"f.bin: .*/f cannot be asked for"):
         get()
-    assert "\n" not in str(caught.value)
     assert names(target.parent) == []
 
 
@@ -323,9 +319,8 @@ def test_passing_refusals_and_the_time_to_wait(
 )
 def test_refusals_in_one_line(server: FileServer, get: Get, target: Path, page: Page, message: str) -> None:
     server.pages["/f"] = page
-    with pytest.raises(DataError, match=message) as caught:
+    with refusal(message):
         get(size=SIZE)
-    assert "\n" not in str(caught.value)
     assert names(target.parent) == []
 
 
@@ -351,9 +346,8 @@ def test_through_a_proxy(server: FileServer, get: Get, target: Path, monkeypatch
 @pytest.mark.parametrize("proxy", ["", "the proxy for "])
 def test_nobody_listens(get: Get, target: Path, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9" if proxy else "")
-    with pytest.raises(DataError, match=rf"no answer from {proxy}127.0.0.1 \(.*, 4 times") as caught:
+    with refusal(rf"no answer from {proxy}127.0.0.1 \(.*, 4 times"):
         get(url="http://127.0.0.1:9/f")
-    assert "\n" not in str(caught.value)
     assert names(target.parent) == []
 
 
@@ -667,12 +661,12 @@ def test_ctrl_c_says_how_to_go_on(server: FileServer, entry: Entry, target: Path
     assert server.got("/f")[1].start >= BLOCK
 
 
-def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
+def tar_of(files: dict[str, bytes], mode: str = "w", kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode=mode) as archive:  # type: ignore[call-overload]
         for name, content in files.items():
             member = tarfile.TarInfo(name)
-            member.size = len(content)
+            member.size, member.type, member.linkname = len(content), kind, link
             archive.addfile(member, io.BytesIO(content))
     return made.getvalue()
 
@@ -741,12 +735,7 @@ def test_a_foreign_folder_is_not_touched(server: FileServer, get: Get, target: P
 
 
 def special_tar(kind: bytes, link: str) -> bytes:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as archive:
-        member = tarfile.TarInfo("odd")
-        member.type, member.linkname = kind, link
-        archive.addfile(member)
-    return made.getvalue()
+    return tar_of({"odd": b""}, kind=kind, link=link)
 
 
 def encrypted_zip() -> bytes:
@@ -780,9 +769,8 @@ def test_hostile_archives(
     server: FileServer, get: Get, target: Path, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     server.pages["/f"] = Page(content)
-    with pytest.raises(DataError, match=message) as caught:
+    with refusal(message):
         get(name=name, md5=None, options={"extract": True})
-    assert "\n" not in str(caught.value)
     assert names(target.parent) == [f".{name}.verified", name]
     assert names(tmp_path) == ["data"]
 

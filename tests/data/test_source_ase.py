@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.constraints import FixAtoms
+from toys import refusal
 
 from escaip.data.readers import ReadReport, detect_format, list_files, open_source, read_file
 from escaip.data.readers.policy import ReadPolicy
@@ -209,9 +210,8 @@ def test_other_units_are_refused(
     ],
 )
 def test_bad_files(write_xyz: Callable[[str, str], Path], name: str, text: str, message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
+    with refusal(message):
         list(open_source(write_xyz(name, text)))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.bad_input

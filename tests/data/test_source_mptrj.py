@@ -15,11 +15,12 @@ from ase import Atoms
 from hypothesis import given
 from hypothesis import strategies as st
 from pymatgen.core import Structure
+from toys import assert_bad, refusal
 
 from escaip.data import AtomicData, open_source
 from escaip.data.readers import mptrj
 from escaip.data.readers.mptrj import divide, matches, read_mptrj
-from escaip.data.readers.policy import ReadPolicy, ReadReport
+from escaip.data.readers.policy import ReadPolicy
 from escaip.errors import ConfigError, DataError
 from escaip.files import dataset_card
 from escaip.types import TARGETS, Target
@@ -215,9 +216,8 @@ def test_what_is_recognised(tmp_path: Path) -> None:
 def test_damaged_or_other_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "m.json"
     path.write_text(text)
-    with pytest.raises(DataError, match=message) as caught:
+    with refusal(message):
         read(path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.bad_input
@@ -274,12 +274,7 @@ def with_sites(*sites: Any) -> dict[str, Any]:
 )
 def test_bad_frames(tmp_path: Path, record: dict[str, Any], message: str) -> None:
     path = written(tmp_path / "m.json", {"mp-1": {"a-0-0": record, "a-0-1": frame()}})
-    with pytest.raises(DataError, match=message) as caught:
-        read(path)
-    assert "m.json:mp-1:a-0-0" in str(caught.value)
-    report = ReadReport()
-    assert len(read(path, ReadPolicy(on_error="skip", report=report))) == 1
-    assert report.skipped == 1
+    assert "m.json:mp-1:a-0-0" in assert_bad(lambda policy: read(path, policy), message)
 
 
 @pytest.mark.bad_input

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from toys import assert_bad, refusal
 
 from escaip.data import AtomicData, open_source
 from escaip.data.inspect import ForceWork
 from escaip.data.readers import check_magnitudes
 from escaip.data.readers.oc20 import READER, list_files, matches, read_oc20
-from escaip.data.readers.policy import ReadPolicy, ReadReport
+from escaip.data.readers.policy import ReadPolicy
 from escaip.errors import ConfigError, DataError
 from escaip.files import dataset_card
 from escaip.units import Units
@@ -139,7 +140,7 @@ def test_energy_must_be_stated_and_plausible(write: Callable[..., Path]) -> None
     path = write(FRAME, LINE.format(0).replace("-6.25", "0.0"))
     with pytest.raises(ConfigError, match=r"3\.extxyz: energy is not stated; state energy: total .* or energy: adsorp"):
         read(path, None)
-    with pytest.raises(ConfigError, match=r"energy 'free' is not known"):
+    with pytest.raises(ConfigError, match=r"energy: 'free' is not one of adsorption, total"):
         read(path, "free")
     with pytest.raises(DataError, match=r"stated as adsorption energies are -2\.5 eV per atom"):
         read(path, "adsorption")
@@ -195,9 +196,8 @@ def test_damaged_compression(tmp_path: Path) -> None:
     flipped[len(whole) // 2] ^= 0xFF
     for content in (whole[:-1000], whole[: len(whole) // 2], bytes(flipped), b"", b"no xz at all", whole[:20]):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"0\.extxyz\.xz: ") as caught:
+        with refusal(r"0\.extxyz\.xz: "):
             read(path)
-        assert "\n" not in str(caught.value)
 
 
 BAD_FRAMES = {
@@ -225,18 +225,16 @@ BAD_FRAMES = {
 @pytest.mark.parametrize("name", BAD_FRAMES)
 def test_bad_frames_give_one_line(name: str, write: Callable[..., Path]) -> None:
     text, expected = BAD_FRAMES[name]
-    with pytest.raises(DataError, match=expected) as caught:
+    with refusal(expected):
         read(write(text))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.bad_input
 def test_bad_frames_are_counted_and_the_rest_keeps_its_lines(write: Callable[..., Path]) -> None:
-    report = ReadReport()
     path = write(FRAME.replace("0.50000000", "nan") + FRAME)
-    (data,) = list(read_oc20(path, path.name, ReadPolicy(on_error="skip", report=report), energy="total"))
+    assert_bad(lambda policy: list(read_oc20(path, path.name, policy, energy="total")), "random12:0: forces holds NaN")
+    (data,) = read_oc20(path, path.name, ReadPolicy(on_error="skip"), energy="total")
     assert data.structure_id == "3.extxyz:random12:1"
-    assert (report.read, report.skipped) == (1, 1)
 
 
 @pytest.mark.bad_input

@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 import torch
 from torch_geometric.data import Batch, Data
+from toys import assert_bad, write_lmdb
 
 from escaip.data import AtomicData, open_source
 from escaip.data.readers import check_magnitudes, ocp_lmdb
-from escaip.data.readers.oc20 import read_oc20
 from escaip.data.readers.ocp_lmdb import READER, divide, list_lmdb_files, matches, matches_pyg, read_ocp_lmdb, read_pyg
-from escaip.data.readers.policy import ReadPolicy, ReadReport
+from escaip.data.readers.policy import ReadPolicy
 from escaip.errors import ConfigError, DataError
 from escaip.files import dataset_card
+from escaip.units import Units
 
 OC20 = dataset_card("oc20").path
 OC22 = dataset_card("oc22").path / "sample" / "data.0000.lmdb"
@@ -61,34 +62,29 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     """Writes records, or raw values by key, as an LMDB file."""
 
     def make(values: list[Any] | dict[bytes, bytes], name: str = "made.lmdb", length: int | None = -1) -> Path:
-        path = tmp_path / name
+        entries = values
         if isinstance(values, list):
             entries = {str(k).encode(): pickle.dumps(Data(**value), protocol=-1) for k, value in enumerate(values)}
             if length is not None:
                 entries[b"length"] = pickle.dumps(len(values) if length < 0 else length)
-        else:
-            entries = values
-        environment = lmdb.open(str(path), subdir=False, map_size=1 << 24, lock=False)
-        with environment.begin(write=True) as transaction:
-            for key, value in entries.items():
-                transaction.put(key, value)
-        environment.close()
-        return path
+        return write_lmdb(tmp_path / name, entries)
 
     return make
 
 
-def read(path: Path, **options: Any) -> list[AtomicData]:
-    return list(read_ocp_lmdb(path, path.name, ReadPolicy(), **options))
+def read(path: Path, policy: ReadPolicy | None = None, **options: Any) -> list[AtomicData]:
+    return list(read_ocp_lmdb(path, path.name, policy or ReadPolicy(), **options))
+
+
+def read_file(path: Path, **options: Any) -> list[AtomicData]:
+    return list(read_pyg(path, path.name, ReadPolicy(), **options))
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=["PyG 2", "PyG 1"])
 def test_sample_is_the_published_form_of_the_same_frames(path: Path) -> None:
     raw = {
         data.structure_id.split(":", 1)[1].removeprefix("random"): data
-        for data in read_oc20(
-            OC20 / "sample" / "0.extxyz.xz", Path(OC20 / "sample" / "0.extxyz.xz").name, ReadPolicy(), energy="total"
-        )
+        for data in open_source(OC20 / "sample" / "0.extxyz.xz", energy="total")
     }
     adsorption = read(path, energy="adsorption")
     total = read(path, energy="adsorption", reference=OC20 / "sample_ref.pkl")
@@ -168,7 +164,7 @@ def test_test_files_have_no_labels_and_need_no_statement(write: Callable[..., Pa
     with pytest.raises(
         DataError, match=r"sid77:3: has no energy, which required_labels asks for; found record keys at"
     ):
-        list(read_ocp_lmdb(path, path.name, ReadPolicy(required=("energy",))))
+        read(path, ReadPolicy(required=("energy",)))
 
 
 def relaxation(**changes: Any) -> dict[str, Any]:
@@ -204,7 +200,7 @@ def test_relaxations_need_a_choice(write: Callable[..., Path]) -> None:
 @pytest.mark.bad_input
 def test_energies_must_be_stated_and_plausible(write: Callable[..., Path]) -> None:
     with pytest.raises(
-        ConfigError, match=r"data\.0000\.lmdb: does not say .* state energy: adsorption, or energy: total"
+        ConfigError, match=r"data\.0000\.lmdb: energy is not stated; state energy: total .* or energy: adsorption"
     ):
         read(SAMPLES[0])
     with pytest.raises(ConfigError, match=r"energy: 'free' is not one of adsorption, total"):
@@ -290,13 +286,7 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_records_give_one_line_or_are_counted(name: str, write: Callable[..., Path]) -> None:
     changes, expected = BAD_RECORDS[name]
     path = write([record(**changes), record(fid=9)])
-    with pytest.raises(DataError, match=expected) as caught:
-        read(path, energy="adsorption")
-    assert "\n" not in str(caught.value)
-    report = ReadReport()
-    kept = list(read_ocp_lmdb(path, path.name, ReadPolicy(on_error="skip", report=report), energy="adsorption"))
-    assert [data.structure_id for data in kept] == ["made.lmdb:sid77:9"]
-    assert (report.read, report.skipped) == (1, 1)
+    assert_bad(lambda policy: read(path, policy, energy="adsorption"), expected)
 
 
 @pytest.mark.bad_input
@@ -367,18 +357,12 @@ def test_folders(write: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_units_are_converted() -> None:
-    from escaip.units import Units
-
-    plain = read(SAMPLES[0], energy="adsorption")[0]
-    policy = ReadPolicy(Units.parse({"energy": "meV"}))
-    (data,) = list(read_ocp_lmdb(SAMPLES[0], Path(SAMPLES[0]).name, policy, energy="adsorption", part=(0, 1)))
-    assert float(data.energy) == pytest.approx(float(plain.energy) * 1e-3)
-    reference = OC20 / "sample_ref.pkl"
-    (total,) = list(
-        read_ocp_lmdb(SAMPLES[0], Path(SAMPLES[0]).name, policy, energy="adsorption", part=(0, 1), reference=reference)
-    )
-    added = float(read(SAMPLES[0], energy="adsorption", reference=reference)[0].energy) - float(plain.energy)
-    assert float(total.energy) - float(data.energy) == pytest.approx(added)
+    policy, reference = ReadPolicy(Units.parse({"energy": "meV"})), OC20 / "sample_ref.pkl"
+    plain, total = (read(SAMPLES[0], energy="adsorption", **more)[0].energy for more in ({}, {"reference": reference}))
+    first = {"energy": "adsorption", "part": (0, 1)}
+    (data,), (summed,) = (read(SAMPLES[0], policy, **first, **more) for more in ({}, {"reference": reference}))
+    assert float(data.energy) == pytest.approx(float(plain) * 1e-3)
+    assert float(summed.energy) - float(data.energy) == pytest.approx(float(total) - float(plain))  # eV in any case
 
 
 def test_lists_and_batches(tmp_path: Path) -> None:
@@ -390,7 +374,7 @@ def test_lists_and_batches(tmp_path: Path) -> None:
     torch.save(Batch.from_data_list(records), batch)
     torch.save(records[1], single)
     for path, numbers in ((listed, range(3)), (batch, range(3)), (single, [1])):
-        found = list(read_pyg(path, path.name, ReadPolicy(), energy="adsorption"))
+        found = read_file(path, energy="adsorption")
         assert [data.structure_id for data in found] == [f"{path.name}:sid77:{k}" for k in numbers]
         for data, number in zip(found, numbers, strict=True):
             assert float(data.energy) == -1.0 - number
@@ -409,7 +393,7 @@ def test_bad_lists_and_batches(tmp_path: Path) -> None:
     ):
         path.write_bytes(pickle.dumps(value, protocol=4))
         with pytest.raises(DataError, match=expected):
-            list(read_pyg(path, path.name, ReadPolicy()))
+            read_file(path)
     batch = Batch.from_data_list([Data(**record()), Data(**record())])
     for name, slices, expected in (
         ("force", torch.tensor([0, 4, 9]), "cut beyond its 8 entries"),
@@ -421,9 +405,9 @@ def test_bad_lists_and_batches(tmp_path: Path) -> None:
         changed._slice_dict = {**batch._slice_dict, name: slices}
         torch.save(changed, path)
         with pytest.raises(DataError, match=expected):
-            list(read_pyg(path, path.name, ReadPolicy(), energy="adsorption"))
+            read_file(path, energy="adsorption")
     with pytest.raises(DataError, match=r"absent\.pkl: cannot be read"):
-        list(read_pyg(tmp_path / "absent.pkl", Path(tmp_path / "absent.pkl").name, ReadPolicy()))
+        read_file(tmp_path / "absent.pkl")
 
 
 # Real data, against an independent reading.
@@ -473,7 +457,7 @@ def test_real_files(
 )
 def test_real_lists(name: str, periodic: bool, shared_data: Callable[[str], Path]) -> None:
     path = shared_data(f"native_formats/{name}")
-    structures = list(read_pyg(path, path.name, ReadPolicy()))
+    structures = read_file(path)
     check_magnitudes(structures)
     records = pickle.loads(path.read_bytes())
     assert len(structures) == len(records) == 16
@@ -498,7 +482,7 @@ class Trusting(pickle.Unpickler):
 
 def test_real_batch(shared_data: Callable[[str], Path]) -> None:
     path = shared_data("native_formats/oc20_genuine/OC20_batch_3.pt")
-    structures = list(read_pyg(path, path.name, ReadPolicy(), energy="adsorption"))
+    structures = read_file(path, energy="adsorption")
     with zipfile.ZipFile(path) as archive:
         batch = Trusting(archive).load()
     assert [data.num_nodes for data in structures] == batch.natoms.tolist() == [88, 28, 83]
@@ -507,4 +491,4 @@ def test_real_batch(shared_data: Callable[[str], Path]) -> None:
     assert torch.equal(torch.cat([data.fixed for data in structures]), batch.fixed.bool())
     assert [data.group for data in structures] == [f"sid{sid}" for sid in batch.sid.tolist()]
     with pytest.raises(DataError, match="stated as total are"):
-        list(read_pyg(path, path.name, ReadPolicy(), energy="total"))
+        read_file(path, energy="total")

@@ -18,10 +18,10 @@ from typing import IO
 import numpy as np
 
 from escaip.data.readers.ocp_lmdb import numbered
-from escaip.data.readers.ocp_records import ENERGIES, EnergyCheck
+from escaip.data.readers.ocp_records import EnergyCheck, check_energy_option
 from escaip.data.readers.policy import Reader, ReadPolicy, Record
 from escaip.data.structure import AtomicData
-from escaip.errors import ConfigError, DataError
+from escaip.errors import DataError
 from escaip.units import Units
 
 STRUCTURES = (".extxyz.xz", ".extxyz")
@@ -67,10 +67,7 @@ def read_oc20(path: Path, name: str, policy: ReadPolicy, *, energy: str | None =
             frame, implausible energies.
         ConfigError: ``energy`` is not stated, or unknown.
     """
-    if energy not in ENERGIES:
-        stated = "is not stated" if energy is None else f"{energy!r} is not known"
-        raise ConfigError(f"{path}: energy {stated}; state energy: total (as computed) or energy: adsorption "
-                          "(the total less the reference in the .txt file)")  # fmt: skip
+    check_energy_option(path, energy)
     check = EnergyCheck(path, energy)
     yield from check.windows(policy.admit(_records(path, name, policy.units or Units(), check)))
 

@@ -40,8 +40,8 @@ def check_energy_option(path: Path, energy: str | None) -> None:
     """Refuses anything but a statement."""
     if energy is None:
         raise ConfigError(
-            f"{path}: does not say whether its energies are adsorption or total energies; state energy: adsorption, "
-            "or energy: total"
+            f"{path}: energy is not stated; state energy: total (as computed) or energy: adsorption (less a "
+            "reference), whichever the file holds"
         )
     if energy not in ENERGIES:
         raise ConfigError(f"{path}: energy: {energy!r} is not one of {', '.join(ENERGIES)}")
