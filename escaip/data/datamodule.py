@@ -23,6 +23,7 @@ from escaip.data.splits import PARTS, SplitSettings, divide, nested_subset, pars
 from escaip.data.statistics import Statistics, TrainingSums
 from escaip.data.store import MANIFEST, Store, label_counts
 from escaip.data.structure import AtomicData
+from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 
 SetSpec = dict[str, Any]
@@ -111,8 +112,7 @@ class AtomicDataModule(LightningDataModule):
         specs = {"train": train, "val": val, "test": test}
         self._sets = {part: named_sets(f"data.{part}", spec) for part, spec in specs.items()}
         self._split, self._sampling = SplitSettings.parse(split), Sampling.parse(sampling)
-        if scale not in ("shared", "per_set"):
-            raise ConfigError(f"scale: {scale!r} is not shared or per_set")
+        check_choice("scale", scale, ("shared", "per_set"))
         self.scale = scale
         if sampling is not None and not self._mixed:
             raise ConfigError("sampling: needs several sets by name (data.train: {A: {path: ...}, B: {path: ...}})")
@@ -121,10 +121,9 @@ class AtomicDataModule(LightningDataModule):
         self._taken: list[str] = []
         if batch_size is None and max_atoms is None and max_edges is None:
             raise ConfigError("data: give max_atoms (and max_edges), or batch_size")
-        if oversized not in OVERSIZED:
-            raise ConfigError(f"oversized: {oversized!r} is not one of {', '.join(OVERSIZED)}")
-        if start_method is not None and start_method not in START_METHODS:
-            raise ConfigError(f"start_method: {start_method!r} is not one of {', '.join(START_METHODS)}")
+        check_choice("oversized", oversized, OVERSIZED)
+        if start_method is not None:
+            check_choice("start_method", start_method, START_METHODS)
         self._budget: dict[str, Any] = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
         self._num_neighbors, self._oversized = num_neighbors, oversized
         self._opener = SetOpener(fixed_atoms, seed, tuple(required_labels), verify)

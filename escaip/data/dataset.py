@@ -19,7 +19,8 @@ from escaip.data.splits import random_keys
 from escaip.data.statistics import TrainingSums
 from escaip.data.store import Store
 from escaip.data.structure import AtomicData, collate, join_batches
-from escaip.errors import ConfigError, DataError
+from escaip.data.validation import check_choice
+from escaip.errors import DataError
 from escaip.types import TARGETS
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ class AtomicDataset(Dataset[AtomicData]):
             ConfigError: an unknown ``fixed_atoms``.
             DataError: no structures.
         """
-        if fixed_atoms not in FIXED_ATOMS:
-            raise ConfigError(f"fixed_atoms: {fixed_atoms!r} is not one of {', '.join(FIXED_ATOMS)}")
+        check_choice("fixed_atoms", fixed_atoms, FIXED_ATOMS)
         self.indices = np.arange(len(structures)) if indices is None else np.asarray(indices, dtype=np.int64)
         if len(self.indices) == 0:
             raise DataError("data set: 0 structures; check the source, its filters and the split")

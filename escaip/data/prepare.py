@@ -30,7 +30,7 @@ from tqdm import tqdm
 from escaip.data.readers import READERS, DataFile, PathLike, checked, list_files, read_file
 from escaip.data.readers.policy import Part, ReadPolicy, ReadReport
 from escaip.data.splits import PARTS, SplitSettings, divide
-from escaip.data.statistics import TrainingSums, index_histograms
+from escaip.data.statistics import TrainingSums
 from escaip.data.store import SCHEMA_VERSION, Arrays, Store, group_names
 from escaip.data.store_writer import (
     DEFAULT_SHARD_ATOMS,
@@ -431,7 +431,7 @@ def _divide(index: Arrays, settings: SplitSettings, seed: int) -> tuple[list[str
 
 
 def _finish(path: Path, messages: Sequence[str]) -> int:
-    """Writes statistics and histograms of the first split; returns how many structures of it occur in others too."""
+    """Writes statistics of the first split; returns how many structures of it occur in others too."""
     if messages:
         (path / SKIPPED).write_text("".join(f"{message}\n" for message in messages), encoding="utf-8")
     store = Store(path)
@@ -440,13 +440,11 @@ def _finish(path: Path, messages: Sequence[str]) -> int:
         raise DataError(f"{path}: 0 structures in the split {store.splits[0]}; check the source, filters and split")
     sums = TrainingSums()
     sums.add_rows(store, first)
-    statistics = sums.statistics(require_energy=False)
     split, hashes = store.index["split"], store.index["content_hash"]
     duplicates = int(np.isin(hashes[split != 0], hashes[split == 0]).sum())
     content = {
         "split": store.splits[0],
-        "statistics": statistics.to_dict(),
-        "histograms": index_histograms(store.index, first, statistics.element_references),
+        "statistics": sums.statistics(require_energy=False).to_dict(),
         "duplicates_across_splits": duplicates,
     }
     write_json(path / "statistics.json", content)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
+from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 
 OVERSIZED = ("error", "skip", "own_batch")
@@ -173,8 +174,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
             DataError: no structures, or one larger than a budget under ``oversized="error"``.
         """
         budgets = _budgets(max_atoms, max_edges, batch_size, num_edges)
-        if oversized not in OVERSIZED:
-            raise ConfigError(f"oversized: {oversized!r} is not one of {', '.join(OVERSIZED)}")
+        check_choice("oversized", oversized, OVERSIZED)
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is outside 0..{world_size - 1}")
         atoms = np.asarray(natoms, dtype=np.int64).reshape(-1)
@@ -189,16 +189,12 @@ class BudgetBatchSampler(Sampler[list[int]]):
         self._seed, self._shuffle, self._rank, self._world_size = seed, shuffle or quotas is not None, rank, world_size
         self._quotas = quotas
         large = np.flatnonzero((sizes > budget).any(axis=1))
-        self.skipped: list[int] = []
-        usable = np.arange(len(atoms))
-        if len(large) and oversized != "own_batch":
-            if oversized == "error":
-                raise DataError(_oversized_message(int(large[0]), sizes, budget, keys, names))
-            self.skipped = large.tolist()
-            usable = np.setdiff1d(usable, large)
-            if len(usable) == 0:
-                raise DataError("sampler: 0 structures are left, all are larger than the budget; raise max_atoms")
-        self._usable = usable
+        if len(large) and oversized == "error":
+            raise DataError(_oversized_message(int(large[0]), sizes, budget, keys, names))
+        self.skipped: list[int] = large.tolist() if oversized == "skip" else []
+        self._usable = np.setdiff1d(np.arange(len(atoms)), self.skipped)
+        if len(self._usable) == 0:
+            raise DataError("sampler: 0 structures are left, all are larger than the budget; raise max_atoms")
         sizes[large] = budget  # what may travel though oversized fills a batch alone
         self._sizes = Sizes(sizes, budget)
         self.epoch = 0

@@ -1,4 +1,4 @@
-"""Statistics of a training set: atomic energies, force scale, counts, histograms."""
+"""Statistics of a training set: atomic energies, force scale, counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.store import Arrays, Store, composition_key, compositions, label_counts
+from escaip.data.store import Store, composition_key, compositions, label_counts
 from escaip.data.structure import LABELS
 from escaip.data.validation import MAX_ATOMIC_NUMBER
 from escaip.errors import DataError
@@ -272,46 +272,3 @@ def _given_references(energies: Mapping[int, float], elements: tuple[int, ...]) 
             f"isolated_energies: no energy for {', '.join(missing)}; add it or drop isolated_energies to fit"
         )
     return {z: float(energies[z]) for z in elements}
-
-
-def index_histograms(
-    index: Arrays, rows: NDArray[np.int64], element_references: Mapping[int, float]
-) -> dict[str, dict[str, list[float]]]:
-    """Returns distributions over structures of a store, each as ``edges (b+1,)`` and ``counts (b,)``.
-
-    Args:
-        index: of the store.
-        rows: of the structures.
-        element_references: eV by atomic number.
-
-    Returns:
-        ``natoms``; ``energy_residual`` in eV/atom, after references; ``force_rms`` and ``max_force`` in eV/Å,
-        logarithmic; ``neighbors`` per atom within 6 Å.
-    """
-    natoms = index["natoms"][rows].astype(np.float64)
-    tables = [np.frombuffer(key, dtype="<i4").reshape(-1, 2).tolist() for key in compositions(index)]
-    references = np.array([sum(element_references.get(z, 0.0) * count for z, count in table) for table in tables])
-    residual = (index["energy"][rows] - references[index["composition_codes"][rows]]) / natoms
-    forced = rows[index["force_count"][rows] > 0]
-    rms = np.sqrt(index["force_square_sum"][forced] / index["force_count"][forced])
-    return {
-        "natoms": _histogram(natoms),
-        "energy_residual": _histogram(residual[np.isfinite(residual)]),
-        "force_rms": _histogram(rms, log=True),
-        "max_force": _histogram(index["max_force"][forced].astype(np.float64), log=True),
-        "neighbors": _histogram(index["num_edges"][rows] / natoms),
-    }
-
-
-def _histogram(values: NDArray[np.float64], bins: int = 50, *, log: bool = False) -> dict[str, list[float]]:
-    if log:
-        values = values[values > 0]
-    if len(values) == 0:
-        return {"edges": [], "counts": []}
-    low, high = float(values.min()), float(values.max())
-    edges: Any = bins if high > low else 1
-    if log and high > low:
-        edges = np.geomspace(low, high, bins + 1)
-        values = np.clip(values, edges[0], edges[-1])
-    counts, edges = np.histogram(values, edges)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}

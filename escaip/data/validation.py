@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.errors import DataError
+from escaip.errors import ConfigError, DataError
 
 MIN_DISTANCE = 0.1
 """Å; atoms closer than this are a wrong length unit or a duplicated atom."""
@@ -13,6 +15,12 @@ MIN_DISTANCE = 0.1
 MAX_ATOMIC_NUMBER = 118
 
 FloatArray = NDArray[np.float64]
+
+
+def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
+    """Raises a ``ConfigError`` that names ``what`` and the choices for a value that is none of them."""
+    if value not in (known := list(choices)):
+        raise ConfigError(f"{what}: {value!r} is not one of {', '.join(known)}")
 
 
 def check_structure(

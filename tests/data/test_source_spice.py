@@ -18,23 +18,22 @@ from escaip.errors import ConfigError, DataError
 WATER = "[O:1]([H:2])[H:3]"
 
 
-def write_spice(path: Path, **changes: object) -> Path:
-    """Two molecules of three conformations; ``changes`` replace or (None) remove datasets of the first."""
+def write_spice(path: Path, counts: dict[str, int] | None = None, **changes: object) -> Path:
+    """Waters with this many conformations each; ``changes`` replace or (None) remove datasets of the first."""
     rng = np.random.default_rng(0)
     geometry = np.array([[0, 0, 0], [1.8, 0, 0], [-0.5, 1.75, 0]])
     with h5py.File(path, "w") as file:
-        for name in ("water", "water two"):
+        for number, (name, count) in enumerate((counts or {"water": 3, "water two": 3}).items()):
             datasets: dict = {
                 "subset": [f"Subset {name}"],
                 "smiles": [WATER],
                 "atomic_numbers": np.array([8, 1, 1], dtype="i2"),
-                "conformations": (geometry + rng.normal(scale=0.02, size=(3, 3, 3))).astype("f4"),
-                "dft_total_energy": -76.4 + rng.normal(scale=1e-3, size=3),
-                "formation_energy": -0.35 + rng.normal(scale=1e-3, size=3),
-                "dft_total_gradient": rng.normal(scale=0.02, size=(3, 3, 3)).astype("f4"),
+                "conformations": (geometry + rng.normal(scale=0.02, size=(count, 3, 3))).astype("f4"),
+                "dft_total_energy": -76.4 + rng.normal(scale=1e-3, size=count),
+                "formation_energy": -0.35 + rng.normal(scale=1e-3, size=count),
+                "dft_total_gradient": rng.normal(scale=0.02, size=(count, 3, 3)).astype("f4"),
+                **({} if number else changes),
             }
-            if name == "water":
-                datasets.update(changes)
             group = file.create_group(name)
             for key, value in datasets.items():
                 if value is not None:
@@ -139,19 +138,23 @@ def test_charges_of_smiles(smiles: str, charge: int | None) -> None:
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "message", "skipped"),
     [
-        ({"dft_total_energy": None}, "s.hdf5:water:0: has no dataset 'dft_total_energy'; found"),
-        ({"atomic_numbers": None}, "no dataset 'atomic_numbers'"),
-        ({"smiles": None}, "no dataset 'smiles'"),
-        ({"smiles": ["[O:1]([H:2])[F:3]"]}, "does not have the same atoms"),
-        ({"smiles": ["[O:1"]}, "s.hdf5:water:0: SMILES"),
-        ({"conformations": np.zeros((3, 3, 3))}, "s.hdf5:water:0: atoms 0 and 1 are 0 Å apart"),
+        ({"dft_total_energy": None}, "has no dataset 'dft_total_energy'; found", 3),
+        ({"atomic_numbers": None}, "no dataset 'atomic_numbers'", 3),
+        ({"smiles": None}, "no dataset 'smiles'", 3),
+        ({"smiles": ["[O:1]([H:2])[F:3]"]}, "does not have the same atoms", 3),
+        ({"smiles": ["[O:1"]}, "SMILES", 3),
+        ({"smiles": np.zeros(0)}, "molecule 'water' has no readable 'smiles'", 3),
+        ({"conformations": np.zeros((3, 3, 3))}, "atoms 0 and 1 are 0 Å apart", 3),
+        ({"conformations": "none"}, "'conformations' cannot be read, is no array of numbers", 1),
+        ({"atomic_numbers": 8}, "'atomic_numbers' cannot be read, is no array of numbers", 3),
     ],
 )
-def test_bad_layouts(tmp_path: Path, changes: dict, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        list(open_source(write_spice(tmp_path / "s.hdf5", **changes)))
+def test_bad_molecules(tmp_path: Path, changes: dict, message: str, skipped: int) -> None:
+    path = write_spice(tmp_path / "s.hdf5", **changes)
+    text = assert_bad(lambda policy: list(read_spice(path, path.name, policy)), message, kept=3, skipped=skipped)
+    assert "s.hdf5:water:0: " in text
 
 
 @pytest.mark.bad_input
@@ -177,28 +180,8 @@ def test_bad_choices(tmp_path: Path, options: dict, error: type[Exception], mess
         list(open_source(write_spice(tmp_path / "s.hdf5"), **options))
 
 
-def many(path: Path, counts: list[int]) -> Path:
-    """Waters with this many conformations each, one subset after the other."""
-    with h5py.File(path, "w") as file:
-        for k, count in enumerate(counts):
-            place = np.array([[0, 0, 0], [1.8, 0, 0], [-0.5, 1.75, 0]]) + 0.01 * np.arange(count)[:, None, None]
-            datasets = {
-                "subset": ["late" if k == len(counts) - 1 else "early"],
-                "smiles": [WATER],
-                "atomic_numbers": np.array([8, 1, 1], dtype="i2"),
-                "conformations": place.astype("f4"),
-                "dft_total_energy": -76.4 - 1e-3 * np.arange(count),
-                "formation_energy": -0.35 - 1e-3 * np.arange(count),
-                "dft_total_gradient": np.zeros((count, 3, 3), dtype="f4"),
-            }
-            group = file.create_group(f"m{k:03d}")
-            for key, value in datasets.items():
-                group.create_dataset(key, data=value)
-    return path
-
-
 def test_parts_are_the_whole(tmp_path: Path) -> None:
-    path = many(tmp_path / "s.hdf5", [3, 1, 7, 2, 2, 5, 1])
+    path = write_spice(tmp_path / "s.hdf5", {f"m{k}": count for k, count in enumerate([3, 1, 7, 2, 2, 5, 1])})
     whole = [data.structure_id for data in read_spice(path, path.name, ReadPolicy())]
     assert len(whole) == 21
     for size in (1, 4, 8, 100):
@@ -209,7 +192,9 @@ def test_parts_are_the_whole(tmp_path: Path) -> None:
         assert [name for piece in pieces for name in piece] == whole
         assert max(map(len, pieces)) <= max(size, 7)
     assert READER.parts is divide
-    late = [len(list(read_spice(path, path.name, ReadPolicy(), part=part, subset="late"))) for part in divide(path, 4)]
+    late = [
+        len(list(read_spice(path, path.name, ReadPolicy(), part=part, subset="Subset m6"))) for part in divide(path, 4)
+    ]
     assert sum(late) == late[-1] == 1
     with pytest.raises(DataError, match="no molecule of subset"):
         list(read_spice(path, path.name, ReadPolicy(), part=(0, 2), subset="None such"))
@@ -221,7 +206,7 @@ def test_reading_is_linear_in_the_molecules(tmp_path: Path, monkeypatch: pytest.
     look = h5py.Group.__getitem__
     walk = h5py.Group.__iter__
     for number in (20, 40):
-        path = many(tmp_path / f"{number}.hdf5", [1] * number)
+        path = write_spice(tmp_path / f"{number}.hdf5", {f"m{k:02d}": 1 for k in range(number)})
         calls = {"get": 0, "iter": 0}
         monkeypatch.setattr(
             h5py.Group, "__getitem__", lambda self, key, c=calls: (c.update(get=c["get"] + 1), look(self, key))[1]
@@ -232,23 +217,6 @@ def test_reading_is_linear_in_the_molecules(tmp_path: Path, monkeypatch: pytest.
         counts[number] = calls
     assert counts[40]["get"] == 2 * counts[20]["get"] == 40 * 6
     assert counts[40]["iter"] == counts[20]["iter"] + 20
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"smiles": ["[O:1]([H:2])[F:3]"]}, "does not have the same atoms"),
-        ({"smiles": np.zeros(0)}, "molecule 'water' has no readable 'smiles'"),
-        ({"conformations": "none"}, "'conformations' cannot be read, is no array of numbers"),
-        ({"atomic_numbers": 8}, "'atomic_numbers' cannot be read, is no array of numbers"),
-    ],
-)
-def test_a_bad_molecule_can_be_left_out(tmp_path: Path, changes: dict, message: str) -> None:
-    path = write_spice(tmp_path / "s.hdf5", **changes)
-    skipped = 1 if "conformations" in changes else 3
-    text = assert_bad(lambda policy: list(read_spice(path, path.name, policy)), message, kept=3, skipped=skipped)
-    assert "s.hdf5:water:0: " in text
 
 
 @pytest.mark.bad_input

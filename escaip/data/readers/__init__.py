@@ -14,6 +14,7 @@ from typing import Any
 from escaip.data.readers import ase, aselmdb, mptrj, oc20, ocp_lmdb, pymatgen, spice, store, xyz_zip
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, ReadReport, check_magnitudes, checked
 from escaip.data.structure import AtomicData, LabelKeys
+from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 from escaip.files import resolve
 from escaip.units import Units
@@ -112,8 +113,8 @@ def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -
         DataError: nothing there, or a folder of no known layout.
         ConfigError: an unknown format.
     """
-    if format is not None and format not in READERS:
-        raise ConfigError(f"format: {format!r} is not one of {', '.join(READERS)}")
+    if format is not None:
+        check_choice("format", format, READERS)
     found: list[tuple[Path, str]] = []
     for given in expand_paths(path):
         kind = format or detect_format(given)

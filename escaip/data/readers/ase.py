@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges
 from escaip.data.structure import AtomicData, LabelKeys, labels_found
+from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 from escaip.units import Units
 
@@ -60,7 +61,7 @@ def read_ase(
         DataError: a file that is missing, empty, truncated or of unknown format, or a bad structure.
         ConfigError: an unknown ``group_by`` or ``index``.
     """
-    check_group_by(group_by)
+    check_choice("group_by", group_by, GROUP_BY)
     database = path.suffix == DATABASE
     if part is not None:
         if index is not None:
@@ -71,12 +72,6 @@ def read_ase(
         record_of(held(atoms), f"{name}:{position}", name, keys or LabelKeys(), policy, group_by)
         for position, atoms in frames
     )
-
-
-def check_group_by(group_by: str) -> None:
-    """Raises a ``ConfigError`` for an unknown ``group_by``."""
-    if group_by not in GROUP_BY:
-        raise ConfigError(f"group_by: {group_by!r} is not one of {', '.join(GROUP_BY)}")
 
 
 def held(atoms: Atoms) -> Callable[[], Atoms]:

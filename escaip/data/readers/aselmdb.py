@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.readers.ase import check_group_by, one_line, record_of
+from escaip.data.readers.ase import GROUP_BY, one_line, record_of
 from escaip.data.readers.ocp_lmdb import open_environment
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
 from escaip.data.structure import AtomicData, LabelKeys
+from escaip.data.validation import check_choice
 from escaip.errors import DataError
 from escaip.types import TARGETS
 
@@ -67,7 +68,7 @@ def read_aselmdb(
         DataError: no LMDB file, a truncated one, a missing or damaged row, a named key that is absent.
         ConfigError: an unknown ``group_by``.
     """
-    check_group_by(group_by)
+    check_choice("group_by", group_by, GROUP_BY)
     yield from policy.admit(_records(path, name, policy, keys or LabelKeys(), part, group_by))
 
 

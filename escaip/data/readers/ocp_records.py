@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from escaip.data.readers.pickled import attributes, plain, unpickle
 from escaip.data.readers.policy import WINDOW, ReadPolicy, Record
 from escaip.data.structure import LABELS, AtomicData, floats, hill_formula
+from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS
 from escaip.units import Units
@@ -43,8 +44,7 @@ def check_energy_option(path: Path, energy: str | None) -> None:
             f"{path}: energy is not stated; state energy: total (as computed) or energy: adsorption (less a "
             "reference), whichever the file holds"
         )
-    if energy not in ENERGIES:
-        raise ConfigError(f"{path}: energy: {energy!r} is not one of {', '.join(ENERGIES)}")
+    check_choice(f"{path}: energy", energy, ENERGIES)
 
 
 @dataclass
@@ -100,20 +100,11 @@ class OcpFile:
         is2re: str | None,
         reference: str | Path | None,
     ) -> None:
-        """Checks the options and reads the reference.
-
-        Args:
-            path: of the file, for messages.
-            name: what ids begin with.
-            policy: which structures are taken.
-            energy: ``"adsorption"`` or ``"total"``, the energies **of the file**; None where it need not be said.
-            is2re: ``"initial"`` or ``"relaxed"``, the geometry taken of a record of a whole relaxation.
-            reference: pickle of energies in eV by system, added to adsorption energies to make them total.
-        """
+        """Checks the options, which are those of ``read_ocp_lmdb``, and reads the reference."""
         if energy is not None:
             check_energy_option(path, energy)
-        if is2re is not None and is2re not in GEOMETRIES:
-            raise ConfigError(f"{path}: is2re: {is2re!r} is not one of {', '.join(GEOMETRIES)}")
+        if is2re is not None:
+            check_choice(f"{path}: is2re", is2re, GEOMETRIES)
         if reference is not None and energy != "adsorption":
             raise ConfigError(f"{path}: reference is added to adsorption energies; state energy: adsorption with it")
         self.path, self.name, self.energy, self.is2re = path, name, energy, is2re

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from escaip.data.structure import AtomicData
+from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS
 from escaip.units import Units
@@ -160,11 +161,9 @@ class ReadPolicy:
     max_force: float | None = None
 
     def __post_init__(self) -> None:
-        if self.on_error not in ("raise", "skip"):
-            raise ConfigError(f"on_error: {self.on_error!r} is not one of raise, skip")
+        check_choice("on_error", self.on_error, ("raise", "skip"))
         for name in self.required:
-            if name not in TARGETS:
-                raise ConfigError(f"required_labels: {name!r} is not one of {', '.join(TARGETS)}")
+            check_choice("required_labels", name, TARGETS)
         if self.max_force is not None and not self.max_force > 0:
             raise ConfigError(f"max_force: {self.max_force} is not a positive number of eV/Å")
 

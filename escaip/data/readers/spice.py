@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from escaip.data.readers.ase import one_line
 from escaip.data.readers.policy import MalformedError, Part, Reader, ReadPolicy, Record, ranges_by_weight
 from escaip.data.structure import AtomicData
-from escaip.errors import ConfigError, DataError
+from escaip.data.validation import check_choice
+from escaip.errors import DataError
 from escaip.units import Units
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ def read_spice(
         DataError: a file that is no HDF5, a missing dataset, a SMILES that contradicts the atoms, an absent subset.
         ConfigError: an unknown ``energy``.
     """
-    if energy not in ENERGIES:
-        raise ConfigError(f"energy: {energy!r} is not one of {', '.join(ENERGIES)}")
+    check_choice("energy", energy, ENERGIES)
     wanted = None if subset is None else {subset} if isinstance(subset, str) else set(subset)
     with _opened(path) as file:
         names = _molecules(file, path)
