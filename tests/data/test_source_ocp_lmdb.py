@@ -415,7 +415,8 @@ def test_bad_lists_and_batches(tmp_path: Path) -> None:
 
 def assert_as_trusted(data: AtomicData, value: Any) -> None:
     """Equal to the record as pickle itself reads it."""
-    fields = {key: np.asarray(x) for key, x in value.to_dict().items() if not isinstance(x, str)}
+    items = value.to_dict() if isinstance(value, Data) else value
+    fields = {key: np.asarray(item) for key, item in items.items() if not isinstance(item, str)}
     assert float(data.energy) == float(fields["y" if "y" in fields else "energy"])
     assert np.array_equal(data.forces.numpy(), fields["force"].astype(np.float64))
     assert np.array_equal(data.positions.numpy(), fields["pos"].astype(np.float64))
@@ -447,11 +448,12 @@ def test_real_files(
 
 @pytest.mark.parametrize(
     ("name", "periodic"),
-    [("oc22_genuine/oc22_pickle16_train.pkl", True)]
-    + [
-        (f"ani1x_trans1x_pyg_genuine/{s}_pickle16_{p}.pkl", False)
-        for s in ("ani1x", "trans1x")
-        for p in ("train", "val")
+    [
+        ("oc22_genuine/oc22_pickle16_train.pkl", True),
+        ("ani1x_trans1x_pyg_genuine/ani1x_pickle16_train.pkl", False),
+        ("ani1x_trans1x_pyg_genuine/ani1x_pickle16_val.pkl", False),
+        ("ani1x_trans1x_pyg_genuine/trans1x_pickle16_train.pkl", False),
+        ("ani1x_trans1x_pyg_genuine/trans1x_pickle16_val.pkl", False),
     ],
 )
 def test_real_lists(name: str, periodic: bool, shared_data: Callable[[str], Path]) -> None:
