@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from ase.geometry import get_distances
+from toys import write_store
 
-from escaip.data import AtomicData, AtomicDataModule, AtomicDataset, StoreWriter, collate, fit_statistics
+from escaip.data import AtomicData, AtomicDataModule, AtomicDataset, collate, fit_statistics
 from escaip.data.dataset import EpochIndex, random_rotation, rotate_structure
 from escaip.errors import ConfigError, DataError
 
@@ -21,12 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def names(loader: Any, epoch: int = 0) -> list[list[str]]:
     loader.batch_sampler.set_epoch(epoch)
     return [list(batch.structure_id) for batch in loader]
-
-
-def stored(structures: list[AtomicData], folder: Path) -> None:
-    with StoreWriter(folder / "store") as writer:
-        for data in structures:
-            writer.write(data)
 
 
 def test_rotation_turns_structure_and_labels(structures: list[AtomicData]) -> None:
@@ -77,7 +72,7 @@ def test_sets_statistics_and_summary(xyz_file: Path) -> None:
 
 
 def test_named_sets_and_options(xyz_file: Path, structures: list[AtomicData], tmp_path: Path) -> None:
-    stored(structures[:30], tmp_path)
+    write_store(tmp_path / "store", structures[:30])
     module = AtomicDataModule(
         train=str(tmp_path / "store"),
         val={"path": str(xyz_file), "index": "30:40", "keys": {"energy": "energy", "forces": "forces"}},
@@ -260,7 +255,7 @@ def test_bad_arguments(xyz_file: Path, options: dict, stage: str, message: str) 
 @pytest.mark.bad_input
 def test_bad_data(xyz_file: Path, structures: list[AtomicData], tmp_path: Path) -> None:
     structures[5].forces[:] = torch.nan
-    stored(structures, tmp_path)
+    write_store(tmp_path / "store", structures)
     with pytest.raises(DataError, match=r"1 of 60 structures in .* have no forces, which required_labels asks for"):
         AtomicDataModule(str(tmp_path / "store"), batch_size=2).setup("fit")
     AtomicDataModule(str(tmp_path / "store"), batch_size=2, required_labels=("energy",)).setup("fit")
@@ -275,7 +270,7 @@ def test_bad_data(xyz_file: Path, structures: list[AtomicData], tmp_path: Path) 
 
 
 def test_shipped_files_and_stores_by_mapping(structures: list[AtomicData], tmp_path: Path) -> None:
-    stored(structures, tmp_path)
+    write_store(tmp_path / "store", structures)
     module = AtomicDataModule(
         {"path": str(tmp_path / "store"), "format": "store"}, "dataset:spice/sample.hdf5", batch_size=8
     )

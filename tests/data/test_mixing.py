@@ -9,10 +9,11 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from toys import write_store
 
 from escaip import EScAIPConfig, Potential, load_potential
 from escaip.calculators import EScAIPCalculator
-from escaip.data import AtomicData, AtomicDataModule, Store, StoreWriter, collate, fit_statistics
+from escaip.data import AtomicData, AtomicDataModule, Store, collate, fit_statistics
 from escaip.data.prepare import prepare
 from escaip.errors import ConfigError, DataError, UnsupportedElementError
 
@@ -38,9 +39,7 @@ def molecules(level: str, count: int, seed: int) -> list[AtomicData]:
 def stores(tmp_path: Path) -> dict[str, dict[str, str]]:
     """Two stores at different levels of theory."""
     for level, count in (("low", 60), ("high", 20)):
-        with StoreWriter(tmp_path / level) as writer:
-            for data in molecules(level, count, seed=count):
-                writer.write(data)
+        write_store(tmp_path / level, molecules(level, count, seed=count))
     return {level: {"path": str(tmp_path / level)} for level in ("low", "high")}
 
 

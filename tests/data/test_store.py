@@ -4,15 +4,15 @@ import errno
 import json
 import multiprocessing
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
+from toys import write_store
 
 from escaip.data import AtomicData, AtomicDataset, Store, StoreWriter, collate, open_source
 from escaip.data import store_writer as writer_module
@@ -20,13 +20,6 @@ from escaip.data.statistics import TrainingSums
 from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS, Target
-
-
-def write(path: Path, structures: Iterable[AtomicData], **options: Any) -> Store:
-    with StoreWriter(path, **options) as writer:
-        for data in structures:
-            writer.write(data)
-    return Store(path)
 
 
 def assert_same(a: AtomicData, b: AtomicData) -> None:
@@ -41,7 +34,7 @@ def test_everything_comes_back(structures: list[AtomicData], tmp_path: Path) -> 
     structures[4].charge = torch.tensor([-2])
     structures[5].tags = torch.tensor([0, 2, -7])
     structures[6].fixed[1] = True
-    store = write(tmp_path / "s", structures, shard_atoms=50, source="made")
+    store = write_store(tmp_path / "s", structures, shard_atoms=50, source="made")
     assert len(store) == 60
     assert len(store.manifest["shards"]) > 4
     for index in np.random.default_rng(0).permutation(60).tolist():
@@ -57,7 +50,7 @@ def test_everything_comes_back(structures: list[AtomicData], tmp_path: Path) -> 
 
 
 def test_structures_can_be_changed_and_views_are_read_only(structures: list[AtomicData], tmp_path: Path) -> None:
-    store = write(tmp_path / "s", structures)
+    store = write_store(tmp_path / "s", structures)
     data = store[0]
     data.positions += 1.0
     data.fixed[0] = True
@@ -72,14 +65,14 @@ def test_structures_can_be_changed_and_views_are_read_only(structures: list[Atom
 def test_further_targets_are_stored_and_nan_where_missing(
     structures: list[AtomicData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = write(tmp_path / "plain", structures)
+    plain = write_store(tmp_path / "plain", structures)
     monkeypatch.setitem(TARGETS, "dipole", Target("dipole", False, (3,), "e·Å", "me·Å", 1e3))
     monkeypatch.setitem(TARGETS, "charges", Target("charges", True, (), "e", "me", 1e3))
     made = []
     for k in range(9):
         labels = {} if k % 3 else {"dipole": [k, 2.0, 3.0], "charges": [0.5, -0.5 * k]}
         made.append(AtomicData.from_arrays([1, 8], [[0, 0, 0], [0, 1, k]], labels=labels, structure_id=f"s{k}"))
-    store = write(tmp_path / "s", made, shard_atoms=4)
+    store = write_store(tmp_path / "s", made, shard_atoms=4)
     assert store.manifest["labels"] == {"energy": 0, "forces": 0, "stress": 0, "dipole": 3, "charges": 3}
     for k, data in enumerate(store):
         assert torch.equal(data.dipole.nan_to_num(-9.0), made[k].dipole.nan_to_num(-9.0))
@@ -96,7 +89,7 @@ def test_further_targets_are_stored_and_nan_where_missing(
 
 
 def test_float32_keeps_positions_and_energies(structures: list[AtomicData], tmp_path: Path) -> None:
-    data = write(tmp_path / "s", structures, dtype="float32")[55]
+    data = write_store(tmp_path / "s", structures, dtype="float32")[55]
     assert torch.equal(data.positions, structures[55].positions)
     assert torch.equal(data.energy, structures[55].energy)
     assert torch.equal(data.forces, structures[55].forces.float().double())
@@ -106,7 +99,7 @@ def test_float32_keeps_positions_and_energies(structures: list[AtomicData], tmp_
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_workers_of_every_kind(structures: list[AtomicData], tmp_path: Path, method: str) -> None:
-    dataset = AtomicDataset(write(tmp_path / "s", structures, shard_atoms=100))
+    dataset = AtomicDataset(write_store(tmp_path / "s", structures, shard_atoms=100))
     assert dataset[0].num_nodes == 3  # maps a shard in this process first
     loader = DataLoader(
         dataset,
@@ -120,7 +113,7 @@ def test_workers_of_every_kind(structures: list[AtomicData], tmp_path: Path, met
 
 
 def test_pickled_stores_hold_no_data(structures: list[AtomicData], tmp_path: Path) -> None:
-    store = write(tmp_path / "s", structures)
+    store = write_store(tmp_path / "s", structures)
     store[0], store.natoms, store.groups
     dump = pickle.dumps(store)
     assert len(dump) < 20_000
@@ -138,7 +131,7 @@ def test_a_failure_leaves_nothing(structures: list[AtomicData], tmp_path: Path) 
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):
-        write(tmp_path / "s", source(), shard_atoms=10)
+        write_store(tmp_path / "s", source(), shard_atoms=10)
     assert leftovers(tmp_path) == []
 
 
@@ -159,15 +152,15 @@ def test_a_full_disk_is_one_line(
 
     monkeypatch.setattr(writer_module.os, "fsync", full)
     with pytest.raises(DataError, match=r"/s: the disk is full, nothing was kept; free space"):
-        write(tmp_path / "s", structures, shard_atoms=80)
+        write_store(tmp_path / "s", structures, shard_atoms=80)
     assert leftovers(tmp_path) == []
 
 
 def test_overwriting_is_asked_for(structures: list[AtomicData], tmp_path: Path) -> None:
-    write(tmp_path / "s", structures)
+    write_store(tmp_path / "s", structures)
     with pytest.raises(DataError, match="exists already"):
         StoreWriter(tmp_path / "s")
-    assert len(write(tmp_path / "s", structures[:5], overwrite=True)) == 5
+    assert len(write_store(tmp_path / "s", structures[:5], overwrite=True)) == 5
     assert leftovers(tmp_path) == ["s"]
 
 
@@ -178,16 +171,16 @@ def test_bad_targets(structures: list[AtomicData], tmp_path: Path) -> None:
         StoreWriter(tmp_path / "mine", overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        write(tmp_path / "file" / "s", structures)
+        write_store(tmp_path / "file" / "s", structures)
     with pytest.raises(DataError, match="0 structures to write"):
-        write(tmp_path / "s", [])
+        write_store(tmp_path / "s", [])
     with pytest.raises(ConfigError, match="dtype"):
         StoreWriter(tmp_path / "s", dtype="float16")
 
 
 @pytest.mark.bad_input
 def test_damaged_shards_are_named(structures: list[AtomicData], tmp_path: Path) -> None:
-    store = write(tmp_path / "s", structures)
+    store = write_store(tmp_path / "s", structures)
     shard = tmp_path / "s" / "shard-00000.safetensors"
     content = shard.read_bytes()
     for damage in (b"\xff" * 8, b"\x10\0\0\0\0\0\0\0{broken json!!!!}"):
@@ -207,7 +200,7 @@ def test_damaged_shards_are_named(structures: list[AtomicData], tmp_path: Path) 
 
 @pytest.mark.bad_input
 def test_bad_manifests(structures: list[AtomicData], tmp_path: Path) -> None:
-    write(tmp_path / "s", structures)
+    write_store(tmp_path / "s", structures)
     file = tmp_path / "s" / "manifest.json"
     manifest = json.loads(file.read_text())
     for content, message in (
@@ -231,7 +224,7 @@ def test_batches_of_a_store_are_those_of_its_structures(
     structures: list[AtomicData], tmp_path: Path, rotate: bool, fixed_atoms: str
 ) -> None:
     structures[6].fixed[1] = True
-    store = write(tmp_path / "s", structures, shard_atoms=50)
+    store = write_store(tmp_path / "s", structures, shard_atoms=50)
     members = np.random.default_rng(0).permutation(40)[:25]
     fast = AtomicDataset(store, range(20, 60), rotate=rotate, fixed_atoms=fixed_atoms, seed=1)
     slow = AtomicDataset(list(store), range(20, 60), rotate=rotate, fixed_atoms=fixed_atoms, seed=1)

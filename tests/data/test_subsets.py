@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
+from toys import write_store
 
-from escaip.data import AtomicData, AtomicDataModule, StoreWriter, fit_statistics
+from escaip.data import AtomicData, AtomicDataModule, fit_statistics
 from escaip.data.prepare import prepare
 from escaip.data.splits import group_order, nested_subset, parse_train_size, random_keys
 from escaip.errors import ConfigError, DataError
@@ -33,17 +34,10 @@ def made(sizes: list[int], *, first: int = 0) -> list[AtomicData]:
     ]  # fmt: skip
 
 
-def write(structures: list[AtomicData], path: Path) -> str:
-    with StoreWriter(path) as writer:
-        for data in structures:
-            writer.write(data)
-    return str(path)
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> str:
     """Ninety structures in thirty groups of one to five."""
-    return write(made([1, 2, 3, 4, 5] * 6), tmp_path / "store")
+    return str(write_store(tmp_path / "store", made([1, 2, 3, 4, 5] * 6)).path)
 
 
 def module(train: Any, size: Any = None, **options: Any) -> AtomicDataModule:
@@ -130,7 +124,7 @@ def test_validation_and_test_stay_and_training_sets_are_nested(store: str, by: s
 @pytest.mark.parametrize("by", ["group", "structure"])
 def test_other_validation_sizes_take_only_their_own(tmp_path: Path, by: str) -> None:
     """Were the hash of the split that of the subset, a larger validation set would consist of it."""
-    path = write(made([3] * 40), tmp_path / "s")
+    path = str(write_store(tmp_path / "s", made([3] * 40)).path)
     small, large = (module(path, 30, split={"by": by, "val": val}, test=path) for val in (0.1, 0.3))
     kept = ids(small) - ids(large, "val")
     assert len(kept) > 15
@@ -173,7 +167,7 @@ def test_of_a_divided_store_only_its_training_part_is_reduced(xyz_file: Path, tm
 
 @pytest.mark.parametrize("by", ["group", "structure"])
 def test_several_stores_are_one_set(tmp_path: Path, by: str) -> None:
-    paths = [write(made([2] * 20, first=100 * k), tmp_path / str(k)) for k in range(2)]
+    paths = [str(write_store(tmp_path / str(k), made([2] * 20, first=100 * k)).path) for k in range(2)]
     parts = [module(paths, size, split={"by": by, "val": 0}, test=paths[0]) for size in (20, 40, None)]
     assert [len(ids(part)) for part in parts] == [20, 40, 80]
     assert ids(parts[0]) < ids(parts[1]) < ids(parts[2])
@@ -183,7 +177,7 @@ def test_several_stores_are_one_set(tmp_path: Path, by: str) -> None:
 
 
 def test_of_a_mixture_each_set_gives_its_fraction(tmp_path: Path) -> None:
-    sets = {name: {"path": write(made([2] * n), tmp_path / name)} for name, n in (("a", 50), ("b", 20))}
+    sets = {name: {"path": str(write_store(tmp_path / name, made([2] * n)).path)} for name, n in (("a", 50), ("b", 20))}
     whole, part = (module(sets, size) for size in (None, 0.5))
     for name, count in (("a", 40), ("b", 16)):
         member = part.datasets["train"].members[name]
@@ -216,7 +210,7 @@ def test_a_state_belongs_to_one_part_of_the_training_set(store: str) -> None:
 
 @pytest.mark.bad_input
 def test_a_size_below_the_smallest_group(tmp_path: Path) -> None:
-    path = write(made([4, 9, 4, 6]), tmp_path / "s")
+    path = str(write_store(tmp_path / "s", made([4, 9, 4, 6])).path)
     message = r"data.train: train_size: the smallest group \(g[02]\) has 4 structures, but 3 of 23 are asked for; "
     with pytest.raises(DataError, match=message + "ask for more, or set data.split.by: structure"):
         module(path, 3, split={"val": 0}, test=path)

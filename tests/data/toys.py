@@ -1,15 +1,16 @@
-"""What tests of readers share: LMDB files of given entries, and refusals in one line."""
+"""What tests share: stores and LMDB files of given content, and refusals in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
 
-from escaip.data import AtomicData
+from escaip.data import AtomicData, Store, StoreWriter
 from escaip.data.readers.policy import ReadPolicy, ReadReport
 from escaip.errors import DataError
 
@@ -30,6 +31,13 @@ def assert_bad(read: Callable[[ReadPolicy], list[AtomicData]], message: str, *, 
     assert len(read(ReadPolicy(on_error="skip", report=report))) == report.read == kept
     assert report.skipped == skipped
     return str(caught.value)
+
+
+def write_store(path: Path, structures: Iterable[AtomicData], **options: Any) -> Store:
+    with StoreWriter(path, **options) as writer:
+        for data in structures:
+            writer.write(data)
+    return Store(path)
 
 
 def write_lmdb(path: Path, entries: Mapping[bytes, bytes]) -> Path:
