@@ -101,7 +101,8 @@ def convert(
     from escaip.files import resolve
 
     on_error = "skip" if skip_bad else "raise"
-    print(convert_path(resolve(source), target, overwrite=overwrite, on_error=on_error, **reading(**read)).summary())
+    report = convert_path(resolve(source), target, overwrite=overwrite, on_error=on_error, **reading(**read))
+    print(f"{target}: {report.summary()}")
 
 
 def prepare(

@@ -194,8 +194,8 @@ class AtomicDataModule(LightningDataModule):
             f"{part}: {len(data)} structures, {int(data.natoms.sum())} atoms" for part, data in self.datasets.items()
         ]
         lines += self._taken
-        left_out = {place: report for place, report in self.reports.items() if report.skipped or report.filtered}
-        lines += [f"{place}: {report.summary()}" for place, report in left_out.items()]
+        reports = self._opener.reports.items()
+        lines += [f"{place}: {report.summary()}" for place, report in reports if report.skipped or report.filtered]
         if self._statistics is not None:
             single = {"train": self._statistics} if isinstance(self._statistics, Statistics) else self._statistics
             for name, statistics in single.items():
@@ -204,11 +204,6 @@ class AtomicDataModule(LightningDataModule):
         if self._mixed and self.shares is not None:
             lines.append("an epoch takes " + ", ".join(f"{int(n)} of {name}" for name, n in self.shares.items()))
         return "\n".join(lines)
-
-    @property
-    def reports(self) -> dict[str, ReadReport]:
-        """Counts of structures read and skipped, by place in the configuration, for the sets read from files."""
-        return self._opener.reports
 
     @property
     def level_of_theory(self) -> str:

@@ -228,17 +228,13 @@ class PartWriter:
             raise ConfigError(f"a store holds up to 8 targets, {len(TARGETS)} are registered: register fewer")
         self._folder, self._dtype, self._shard_atoms = folder, dtype, shard_atoms
         self._pending: list[AtomicData] = []
-        self._pending_atoms = self._written = 0
+        self._pending_atoms = 0
         self._indices: list[Arrays] = []
         self._shards: list[dict[str, Any]] = []
-
-    def __len__(self) -> int:
-        return self._written
 
     def write(self, data: AtomicData) -> None:
         """Adds one structure; a full shard goes to disk."""
         self._pending.append(data)
-        self._written += 1
         self._pending_atoms += int(data.num_nodes)
         if self._pending_atoms >= self._shard_atoms:
             self._flush()
@@ -431,9 +427,6 @@ class StoreWriter:
                     publish(store, self.path)
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
-
-    def __len__(self) -> int:
-        return len(self._writer)
 
     def write(self, data: AtomicData) -> None:
         """Adds one structure.

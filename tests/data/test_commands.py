@@ -102,7 +102,7 @@ def test_gradients_in_place_of_forces_are_found(shared_data: Callable[[str], Pat
 def test_convert_keeps_everything(xyz_file: Path, tmp_path: Path, name: str) -> None:
     target = tmp_path / "to" / name
     report = convert(xyz_file, target)
-    assert (report.written, report.skipped) == (60, 0)
+    assert (report.read, report.skipped) == (60, 0)
     keys = None if target.is_dir() else {"group": "group", "structure_id": "structure_id"}
     again = list(open_source(target, keys=keys))
     for a, b in zip(again, open_source(xyz_file), strict=True):

@@ -129,14 +129,11 @@ class OcpFile:
         return Record(build, partial(_listed_keys, held))
 
     def structure(self, record: Mapping[str, Any], key: str) -> AtomicData:
-        """Builds the structure of one record.
+        """Builds the structure of the record ``key`` of the file.
 
-        Args:
-            record: attributes by name: ``pos (n, 3)``, ``atomic_numbers (n,)``, ``cell (1, 3, 3)``, ``natoms``,
-                ``tags``, ``fixed``, ``sid``, ``fid``, ``pbc``; ``y`` and ``force``, or ``energy`` and ``forces``;
-                ``y_relaxed`` and ``pos_relaxed`` in records of relaxations; further targets under their names. Others
-                are ignored, neighbor lists among them.
-            key: of the record in its file.
+        Its attributes: ``pos (n, 3)``, ``atomic_numbers (n,)``, ``cell (1, 3, 3)``, ``natoms``, ``tags``, ``fixed``,
+        ``sid``, ``fid``, ``pbc``; ``y`` and ``force``, or ``energy`` and ``forces``; ``y_relaxed`` and ``pos_relaxed``
+        in records of relaxations; further targets under their names. Others, such as neighbor lists, are ignored.
         """
         place = f"{self.name}: record {key}"
         if "pos" not in record or "atomic_numbers" not in record:
