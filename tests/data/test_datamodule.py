@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,7 @@ def run(xyz_file: Path, folder: Path, workers: int, resume: Path | None = None, 
 @pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt:")
 @pytest.mark.parametrize(("workers", "stop"), [(0, 1), (2, 14), (0, 10), (0, 19)])
 def test_a_killed_run_goes_on_with_the_same_batches(xyz_file: Path, tmp_path: Path, workers: int, stop: int) -> None:
+    before = set(multiprocessing.active_children())
     whole = run(xyz_file, tmp_path / "a", 0).seen
     per_epoch = sum(epoch == 0 for epoch, _ in whole)
     assert per_epoch == 10
@@ -204,6 +206,7 @@ def test_a_killed_run_goes_on_with_the_same_batches(xyz_file: Path, tmp_path: Pa
     assert dead == whole[:stop]
     resumed = run(xyz_file, tmp_path / "c", workers, resume=tmp_path / "b" / f"step={stop}.ckpt").seen
     assert resumed == whole[stop:]
+    assert set(multiprocessing.active_children()) <= before  # the loader's processes end with the training
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:")
