@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,22 +118,6 @@ def test_version_is_one(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: escaip {command}".rstrip())
-
-
-def test_an_upward_import_and_a_circle_are_seen(tmp_path: Path) -> None:
-    """``make lint`` runs the contracts; here they are held against a package that breaks both."""
-    pytest.importorskip("importlinter")
-    shutil.copytree(PACKAGE, tmp_path / "escaip", ignore=shutil.ignore_patterns("_resources", "__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    graph = tmp_path / "escaip" / "graph"
-    with (graph / "knn.py").open("a", encoding="utf-8") as stream:
-        stream.write("def upward():\n    from escaip.nn import layers\n")
-    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Contracts: 0 kept, 2 broken" in done.stdout, done.stdout + done.stderr
-    assert "escaip.graph.knn -> escaip.nn.layers" in done.stdout
 
 
 def unsafe_calls(tree: ast.Module) -> list[str]:

@@ -61,6 +61,20 @@ def crystal() -> Atoms:
     return atoms
 
 
+def odd_structures() -> list[Atoms]:
+    """One isolated atom, two out of reach of each other, a pair, a molecule, a cell of one atom."""
+    apart = Atoms("CuH", positions=[[0, 0, 0], [0, 0, 50.0]])
+    pair = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]])
+    return rattled(Atoms("Cu"), apart, pair, ase.build.molecule("CH3CH2OH"), ase.build.bulk("Cu"))
+
+
+def rattled(*structures: Atoms, width: float = 0.05) -> list[Atoms]:
+    """Displaces atoms in place, differently in each structure."""
+    for seed, atoms in enumerate(structures):
+        atoms.rattle(width, seed=seed)
+    return list(structures)
+
+
 def batch_of(*structures: Atoms) -> Batch:
     """Returns a batch of structures; of methanol and the crystal without any."""
     return collate([AtomicData.from_ase(atoms) for atoms in structures or (methanol(), crystal())])

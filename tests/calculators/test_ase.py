@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from escaip import EScAIPCalculator
 from escaip.calculators import CommitteeCalculator
@@ -204,44 +203,6 @@ def test_a_graph_is_made_again_exactly_when_it_must(make_potential: Make) -> Non
     atoms.numbers[0] = 47
     assert builds() == 4
     assert pickle.loads(pickle.dumps(calculator)).num_graph_builds == 0
-
-
-class Waits(TorchDispatchMode):
-    """Counts operations whose result the host must wait for, if they run on a device."""
-
-    NAMES = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "equal", "bincount", "repeat_interleave")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::").split(".")[0]
-        indices = args[1] if name in ("index", "index_put_") else []
-        if name in self.NAMES or any(x is not None and x.dtype == torch.bool for x in indices):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("forces", ["conservative", "direct"])
-def test_between_rebuilds_nothing_waits_for_the_device(
-    make_potential: Make, forces: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The potential's part of a step; the calculator decides on the host and copies results once."""
-    monkeypatch.setattr("escaip.graph.tokens.has_kernels", lambda systems: False)  # as on a device
-    potential = make_potential(forces=forces)
-    calculator = EScAIPCalculator(potential, graph_skin=0.5)
-    atoms = copper(1)
-    atoms.calc = calculator
-    atoms.get_forces()
-    batch, graph = calculator._batch, calculator._graph._kept[0]
-    monkeypatch.setattr("escaip.graph.tokens.has_kernels", lambda _: False)  # as on a device
-    with Waits() as waits, torch.no_grad():
-        potential(batch, compute_stress=forces == "conservative", create_graph=False)
-    assert len(waits.found) > 10  # the counter counts
-    with Waits() as waits, torch.no_grad():
-        potential(batch, graph=graph, compute_stress=forces == "conservative", create_graph=False)
-    assert waits.found == []
 
 
 @pytest.mark.bad_input

@@ -14,6 +14,7 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
+from tiny import rattled
 
 from escaip import EScAIPCalculator
 from escaip.errors import ConfigError, DataError, UnsupportedElementError
@@ -70,10 +71,7 @@ def crystals() -> list[Atoms]:
     """Cubic, oblique and turned, and one atom: nothing that rows and columns could be exchanged in."""
     oblique = Atoms("NaCl", positions=[[0.1, 0.0, 0.2], [2.9, 2.6, 3.1]], pbc=True)
     oblique.cell = [[0.3, 4.8, 0.5], [-4.9, 1.1, 0.4], [0.9, 0.7, 5.3]]
-    found = [ase.build.bulk("Cu", cubic=True), oblique, ase.build.bulk("Fe")]
-    for seed, atoms in enumerate(found):
-        atoms.rattle(0.1, seed=seed)
-    return found
+    return rattled(ase.build.bulk("Cu", cubic=True), oblique, ase.build.bulk("Fe"), width=0.1)
 
 
 def molecules() -> list[Atoms]:

@@ -23,7 +23,7 @@ import tiny
 import torch
 from ase import Atoms
 from safetensors.torch import save
-from tiny import TABLE, batch_of
+from tiny import TABLE, batch_of, odd_structures, rattled
 
 from escaip import EScAIPCalculator, Potential, load_potential
 from escaip.cli import main
@@ -41,14 +41,7 @@ make_potential = partial(tiny.make_potential, metadata=METADATA, **TABLE)
 
 
 def structures() -> list[Atoms]:
-    """One isolated atom, two out of reach of each other, a pair, a molecule, a cell of one atom, a larger crystal."""
-    apart = Atoms("CuH", positions=[[0, 0, 0], [0, 0, 50.0]])
-    pair = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]])
-    crystal = ase.build.bulk("Cu", cubic=True).repeat((3, 2, 1))
-    made = [Atoms("Cu"), apart, pair, ase.build.molecule("CH3CH2OH"), ase.build.bulk("Cu"), crystal]
-    for seed, atoms in enumerate(made):
-        atoms.rattle(0.05, seed=seed)
-    return made
+    return [*odd_structures(), *rattled(ase.build.bulk("Cu", cubic=True).repeat((3, 2, 1)))]
 
 
 def fake_package(path: Path, schema: int = SCHEMA_VERSION, **changes: Any) -> Path:

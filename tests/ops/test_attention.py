@@ -1,4 +1,4 @@
-"""Neighborhood attention: reference against a written-out loop, dense against reference, all derivatives."""
+"""Attention by every backend: against sums written out, all derivatives, the registered operators, what is refused."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CPU_BACKENDS, gradients, make_inputs, relative_errors, written_out
+from attention_cases import CPU_BACKENDS, LEAVES, derivatives, gradients, make_inputs, relative_errors, written_out
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from escaip.errors import ConfigError
-from escaip.ops import neighborhood_attention, node_attention
+from escaip.ops import backends, blocked, neighborhood_attention, node_attention
+from escaip.ops.autograd import OPERATORS
+from escaip.ops.inputs import AttentionInputs, Gradients
 from escaip.ops.reference import legendre_polynomials
 
 BACKENDS = [info.name for info in CPU_BACKENDS]
@@ -168,3 +171,194 @@ def test_a_backend_for_neighborhoods_only_is_refused() -> None:
     x = torch.zeros(2, 1, 4)
     with pytest.raises(ConfigError, match="'native' does no attention among all atoms of a system: choose auto"):
         node_attention(x, x, x, torch.tensor([0, 2]), 1.0, "native")
+
+
+CHANNELS = (2, 1, 1, 1, 1)
+USABLE_FAMILIES = [info.name for info in CPU_BACKENDS if info.name in OPERATORS]
+
+
+def call(inputs: dict[str, Tensor], backend: str, **changes: Any) -> Tensor:
+    arguments = {"angular_channels": CHANNELS, "scale": 0.5, "backend": backend, **inputs, **changes}
+    return neighborhood_attention(**arguments)
+
+
+@pytest.mark.parametrize("family", USABLE_FAMILIES)
+@pytest.mark.parametrize("angular", [True, False])
+def test_operators_keep_their_promises_to_pytorch(family: str, angular: bool) -> None:
+    """Schema, fake tensors with dynamic shapes, and autograd registration of all three."""
+    inputs = make_inputs([4, 1, 6])
+    tensors = [inputs[name].requires_grad_() for name in LEAVES]
+    geometry = tensors[3:] if angular else [None, None]
+    constants = ([*CHANNELS] if angular else [6], 0.4)
+    operators = OPERATORS[family]
+    offsets = inputs["offsets"]
+    forward = (*tensors[:3], *geometry, offsets, offsets)
+    torch.library.opcheck(operators.value, (*forward, *constants))
+    out, lse = (x.detach() for x in operators.value(*forward, *constants))
+    torch.library.opcheck(
+        operators.backward, (torch.randn_like(out).requires_grad_(), *forward, out, lse, *constants, angular)
+    )
+    tangents = [None if x is None else torch.randn_like(x) for x in (*tensors[:3], *geometry)]
+    torch.library.opcheck(
+        operators.double_backward,
+        (*tangents, torch.randn_like(out), *(None if x is None else x.detach() for x in forward), out, lse, *constants),
+    )
+
+
+@pytest.mark.parametrize("backend", USABLE_FAMILIES)
+def test_derivatives_that_nobody_asked_for_are_zero_cotangents(backend: str) -> None:
+    """Only some of the first derivatives enter the second: the others count as zero, and directions may be constant."""
+    inputs = make_inputs([3, 5])
+    for wanted in (("q",), ("k", "v"), ("log_envelope",), ("direction",), ("q", "direction")):
+        found = []
+        for name in (backend, "reference"):
+            leaves = {n: inputs[n].detach().requires_grad_(n in wanted) for n in LEAVES}
+            out = call({**inputs, **leaves}, name)
+            first = torch.autograd.grad(out.square().sum(), [leaves[n] for n in wanted], create_graph=True)
+            second = torch.autograd.grad(first[0].square().sum(), [leaves[n] for n in wanted])
+            found.append([*first, *second])
+        assert max(relative_errors(*found)) < 1e-12, wanted
+
+
+@pytest.mark.parametrize("backend", USABLE_FAMILIES)
+def test_third_derivative_is_refused_by_name(backend: str) -> None:
+    inputs = make_inputs([3, 2])
+    q = inputs["q"].requires_grad_()
+    value = call(inputs, backend).square().sum()
+    for _ in range(2):
+        value = torch.autograd.grad(value, q, create_graph=True)[0].square().sum()
+    with pytest.raises(ConfigError, match=f"'{backend}' has two derivatives.*reference"):
+        torch.autograd.grad(value, q)
+
+
+@pytest.mark.parametrize("elements", [1, 100, 1 << 16])
+@pytest.mark.parametrize("channels", [None, CHANNELS, (3, 0, 3), (6, 0)])
+@pytest.mark.parametrize("only_self", [False, True])
+def test_blocks_of_any_size_agree(
+    monkeypatch: pytest.MonkeyPatch, elements: int, channels: tuple[int, ...] | None, only_self: bool
+) -> None:
+    """Runs of queries of one neighborhood, single neighborhoods, and padded groups of several."""
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(blocked, "MIN_ROWS", 1)
+    inputs = make_inputs([4, 1, 6, 3, 5, 5])
+    if only_self:
+        inputs["q"] = inputs["q"][inputs["offsets"][:-1]]
+
+    def through(backend: str) -> list[Tensor]:
+        def function(*leaves: Tensor) -> Tensor:
+            named = dict(zip(LEAVES, leaves, strict=True), offsets=inputs["offsets"])
+            return call(named, backend, angular_channels=channels, self_queries_only=only_self)
+
+        return derivatives(function, inputs, 2)
+
+    assert max(relative_errors(through("blocked"), through("reference"))) < 1e-12
+
+
+def test_blocked_memory_is_linear_in_the_tokens() -> None:
+    """No tensor grows with the square of a system; the largest holds q's elements or one block."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return result
+
+    atoms = 3000
+    q, k, v = torch.randn(3, atoms, 1, 8)
+    offsets = torch.tensor([0, atoms])
+    problem = AttentionInputs(q, k, v, None, None, offsets, offsets, (8,), 0.3)
+    with Largest() as largest:
+        result = blocked.forward(problem)
+        blocked.backward(problem, result, q, False)
+        blocked.double_backward(problem, result, q, Gradients(q, k, v, None, None))
+    assert largest.elements <= max(blocked.BLOCK_ELEMENTS, q.numel() * 8)
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense", *USABLE_FAMILIES])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_sum_in_float32(backend: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs([9, 4, 12], heads=2, width=16)
+    rounded = {n: inputs[n].to(dtype).double() if n in "qkv" else inputs[n].float().double() for n in LEAVES}
+    exact = call({**rounded, "offsets": inputs["offsets"]}, "reference", angular_channels=(8, 4, 4))
+    half = {n: rounded[n].to(dtype if n in "qkv" else torch.float32) for n in LEAVES}
+    found = call({**half, "offsets": inputs["offsets"]}, backend, angular_channels=(8, 4, 4))
+    assert found.dtype == dtype
+    # One rounding of the result, not an accumulation of them.
+    assert relative_errors([found], [exact])[0] < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+
+
+@pytest.mark.parametrize("backend", [info.name for info in CPU_BACKENDS])
+def test_autocast_takes_features_in_its_dtype_and_keeps_the_geometry(backend: str) -> None:
+    inputs = make_inputs([9, 4], width=16)
+    single = {name: inputs[name].float().requires_grad_() for name in LEAVES}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = call({**single, "offsets": inputs["offsets"]}, backend, angular_channels=(8, 4, 4))
+    assert found.dtype == torch.bfloat16
+    first = torch.autograd.grad(found.float().sum(), list(single.values()))
+    assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in first)
+    plain = {name: value.detach() for name, value in single.items()} | {"offsets": inputs["offsets"]}
+    in_bfloat16 = {name: value.bfloat16() if name in "qkv" else value for name, value in plain.items()}
+    torch.testing.assert_close(found, call(in_bfloat16, backend, angular_channels=(8, 4, 4)))
+
+
+@pytest.mark.parametrize("backend", [*USABLE_FAMILIES, "auto"])
+def test_compiles_in_one_graph_for_all_sizes(backend: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def step(q: Tensor, k: Tensor, v: Tensor, log_envelope: Tensor, direction: Tensor, offsets: Tensor) -> Tensor:
+        out = neighborhood_attention(2.0 * q, k, v, log_envelope, direction, offsets, CHANNELS, 0.5, backend)
+        return out.square().sum()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for sizes in ([3, 4, 1, 2], [5, 1, 2, 4, 7], [6, 6, 2, 3, 1, 1, 1, 1], [2, 9, 4, 5, 5, 5, 1]):
+        found = []
+        for function in (step, compiled):
+            inputs = make_inputs(sizes)
+            leaves = [inputs[name].requires_grad_() for name in LEAVES]
+            loss = function(*leaves, inputs["offsets"])
+            found.append([loss, *torch.autograd.grad(loss, leaves)])
+        torch.testing.assert_close(found[0], found[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    def chosen(**changes: Any) -> str:
+        values = {"device": "cpu", "dtype": torch.float32, "derivatives": 2, "dropout": False, "node_attention": False}
+        values |= changes
+        return backends.choose_backend("auto", backends.Request(**values)).name
+
+    assert chosen() == USABLE_FAMILIES[0]
+    assert chosen(derivatives=3) == "dense"
+    assert chosen(dropout=True) == "dense"
+    assert chosen(node_attention=True) == "blocked"
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("backend", "changes", "message"),
+    [
+        ("blocked", {"dropout": 0.1}, "'blocked' has no dropout of attention weights: choose auto, dense"),
+        ("sdpa", {"dropout": 0.1}, "'sdpa' has no dropout of attention weights: choose auto, dense"),
+        ("sdpa", {"derivatives": 2}, "'sdpa' has 1 derivative, not 2: choose auto, .*blocked"),
+        ("blocked", {"derivatives": 3}, "'blocked' has 2 derivatives, not 3: choose auto, dense, reference"),
+        ("triton", {}, "'triton' does not run on cpu: choose auto, "),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused_with_those_that_can(
+    backend: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call(make_inputs([3]), backend, **changes)
+
+
+@pytest.mark.bad_input
+def test_mixed_dtypes_are_refused() -> None:
+    inputs = make_inputs([3])
+    inputs["k"] = inputs["k"].float()
+    with pytest.raises(ConfigError, match=r"one dtype, not torch.float64, torch.float32 and torch.float64"):
+        call(inputs, "auto")

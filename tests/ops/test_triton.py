@@ -51,7 +51,7 @@ def test_lse() -> None:
     torch.testing.assert_close(lse, logits.logsumexp(1))
 
 
-@pytest.mark.parametrize(("own", "other"), [(16, 32), (32, 16), (64, 64)])
+@pytest.mark.parametrize(("own", "other"), [(16, 32), (64, 16)])
 def test_any_tile_gives_the_same(own: int, other: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in KERNELS:
         monkeypatch.setattr(kernel, "configs", [triton.Config({"OWN": own, "OTHER": other})])

@@ -18,6 +18,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from pymatgen.core import Lattice, Molecule, Structure
+from tiny import rattled
 
 from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError, DataError, UnsupportedElementError, UsageError
@@ -63,21 +64,15 @@ def structures() -> list[Atoms]:
     """Molecules, a crystal, a slab, a rod, in an order that packing must change."""
     rod = Atoms("C2", positions=[[0, 0, 0], [0.1, 1.3, 0.2]], cell=[[2.6, 0.4, 0], [0, 0, 0], [0, 0, 0]],
                 pbc=[True, False, False])  # fmt: skip
-    found = [
+    return rattled(
         ase.build.molecule("H2O"), ase.build.bulk("Cu", cubic=True), ase.build.molecule("C6H6"), Atoms("C"),
         ase.build.fcc111("Al", (2, 2, 2), vacuum=5.0), ase.build.molecule("CH3CH2OH"), rod, ase.build.bulk("Cu"),
         ase.build.molecule("NH3"),
-    ]  # fmt: skip
-    for index, atoms in enumerate(found):
-        atoms.rattle(0.05, seed=index)
-    return found
+    )  # fmt: skip
 
 
 def waters(count: int) -> list[Atoms]:
-    found = [ase.build.molecule("H2O") for _ in range(count)]
-    for index, atoms in enumerate(found):
-        atoms.rattle(0.05, seed=index)
-    return found
+    return rattled(*(ase.build.molecule("H2O") for _ in range(count)))
 
 
 def alone(potential: Potential, structure: Atoms | AtomicData, **options: Any) -> Any:
