@@ -113,6 +113,11 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def one_line(error: BaseException) -> str:
+    """Returns an error's message in one line, or the name of its class where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its class where it has none."""
     lines = str(error).splitlines()

@@ -14,6 +14,7 @@ from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges
 from escaip.data.structure import AtomicData, LabelKeys, labels_found
 from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
+from escaip.files import one_line
 from escaip.units import Units
 
 if TYPE_CHECKING:
@@ -136,11 +137,6 @@ def parse_xyz(text: str) -> Atoms:
     import ase.io
 
     return ase.io.read(io.StringIO(text), index=":", format="extxyz")[0]  # type: ignore[return-value]
-
-
-def one_line(error: BaseException) -> str:
-    """Returns an error's message in one line, or the name of its class where it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _frames(path: Path, index: str | int | None) -> Iterator[tuple[int, Atoms]]:

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.readers.ase import GROUP_BY, one_line, record_of
+from escaip.data.readers.ase import GROUP_BY, record_of
 from escaip.data.readers.ocp_lmdb import open_environment
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
 from escaip.data.structure import AtomicData, LabelKeys
 from escaip.data.validation import check_choice
 from escaip.errors import DataError
+from escaip.files import one_line
 from escaip.types import TARGETS
 
 if TYPE_CHECKING:

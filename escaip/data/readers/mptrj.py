@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from escaip.data.readers.ase import one_line
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
 from escaip.data.readers.pymatgen import parse_structure
 from escaip.data.structure import LABELS, AtomicData, floats
 from escaip.errors import ConfigError, DataError
+from escaip.files import one_line
 from escaip.types import TARGETS
 from escaip.units import KBAR, Units
 

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from escaip.data.readers.ase import one_line
 from escaip.errors import DataError
+from escaip.files import one_line
 
 MAX_DIMENSIONS = 8
 MAX_EXPANDED = 1 << 20

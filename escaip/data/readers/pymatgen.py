@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.readers.ase import one_line
 from escaip.data.readers.policy import Reader, ReadPolicy, Record
 from escaip.data.structure import IGNORE, LABELS, AtomicData, LabelKeys, floats, hill_formula, stress_from_virial
 from escaip.errors import DataError
+from escaip.files import one_line
 from escaip.types import TARGETS
 from escaip.units import Units
 

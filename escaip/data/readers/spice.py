@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escaip.data.readers.ase import one_line
 from escaip.data.readers.policy import MalformedError, Part, Reader, ReadPolicy, Record, ranges_by_weight
 from escaip.data.structure import AtomicData
 from escaip.data.validation import check_choice
 from escaip.errors import DataError
+from escaip.files import one_line
 from escaip.units import Units
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from escaip.data.readers.ase import XYZ, held, one_line, parse_xyz, record_of, xyz_frames
+from escaip.data.readers.ase import XYZ, held, parse_xyz, record_of, xyz_frames
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges_by_weight
 from escaip.data.structure import AtomicData, LabelKeys
 from escaip.errors import DataError
+from escaip.files import one_line
 
 GROUP_KEY = "material_id"
 MAX_LINE = 1 << 20
