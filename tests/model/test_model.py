@@ -289,3 +289,9 @@ def test_forward_does_not_change_its_batch() -> None:
     for key in ("positions", "cell", "atomic_numbers", "pbc"):
         assert torch.equal(batch[key], before[key])
         assert not batch[key].requires_grad
+
+
+def test_construction_touches_no_global_state() -> None:
+    before = (torch.get_default_dtype(), torch.get_float32_matmul_precision())
+    EScAIP(EScAIPConfig.preset("300k"))
+    assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == before

@@ -316,6 +316,13 @@ def test_direct_forces_have_it_too() -> None:
     np.testing.assert_allclose(found, [[0, 0, -found[1, 2]], [0, 0, found[1, 2]], [0, 0, 0]], atol=1e-12)
 
 
+def test_training_on_forces_goes_through_it() -> None:
+    potential = make_repulsive(2.0).train()
+    prediction = potential(collate([AtomicData.from_ase(ase.build.molecule("CH4"))]), compute_stress=True)
+    (prediction.forces.square().sum() + prediction.energy.sum()).backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in potential.parameters() if p.grad is not None)
+
+
 def test_it_keeps_atoms_apart() -> None:
     """Two atoms thrown at each other bounce, where the bare potential lets them through."""
     from ase import units
