@@ -152,6 +152,7 @@ def test_weights_move_to_the_final_ones(monkeypatch: pytest.MonkeyPatch) -> None
         (lambda: ForceTerm(math.nan), "weight nan"),
         (lambda: LossTerm(1.0, "huber", 0.0), "delta 0.0"),
         (lambda: ForceTerm(average="batch"), "'batch'"),
+        (lambda: LossSettings(LossTerm(1.0, average="atom")), "energy has one value per structure"),
         (lambda: LossSettings(LossTerm(0.0), ForceTerm(0.0)), "every loss weight is 0"),
         (lambda: LossTerm(1.0, final_weight=0.0), "final_weight 0.0"),
         (lambda: ForceTerm(1.0, final_weight=math.inf), "final_weight inf"),
