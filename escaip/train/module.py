@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -52,6 +52,7 @@ class PotentialModule(LightningModule):
         self,
         architecture: dict[str, Any] = DEFAULT_ARCHITECTURE,
         losses: LossSettings = DEFAULT_LOSSES,
+        optimizer: Literal["adamw", "soap"] = "adamw",
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-3,
         warmup_fraction: float = 0.05,
@@ -70,7 +71,8 @@ class PotentialModule(LightningModule):
             architecture: settings of ``EScAIPConfig``, with ``preset`` naming the size to start from;
                 default the preset ``1m``.
             losses: kinds and weights of the loss; default energy MAE (1) and force L2 norm (10).
-            learning_rate: peak learning rate of AdamW.
+            optimizer: see ``escaip.train.optim.make_optimizer``.
+            learning_rate: peak learning rate.
             weight_decay: decay of the weights of linear layers.
             warmup_fraction: part of the steps over which the learning rate rises.
             final_fraction: learning rate of the last step in units of the peak.
@@ -102,7 +104,7 @@ class PotentialModule(LightningModule):
         _check_losses(losses, config)
         self.save_hyperparameters(_plain(settings), logger=False)
         self.losses = losses
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.optimizer_name, self.learning_rate, self.weight_decay = optimizer, learning_rate, weight_decay
         self.warmup_fraction, self.final_fraction = warmup_fraction, final_fraction
         metadata = PotentialMetadata(level_of_theory=level_of_theory, datasets=tuple(datasets))
         self.potential = Potential(config, metadata=metadata)
@@ -280,8 +282,8 @@ class PotentialModule(LightningModule):
         self._log_errors("test")
 
     def configure_optimizers(self) -> Any:
-        """Returns AdamW, with warm-up and cosine over the whole run, stepped with the optimizer."""
-        optimizer = make_optimizer(self, self.learning_rate, self.weight_decay, self._ratios)
+        """Returns the optimizer, with warm-up and cosine over the whole run, stepped with the optimizer."""
+        optimizer = make_optimizer(self, self.learning_rate, self.weight_decay, self._ratios, self.optimizer_name)
         total = self.trainer.estimated_stepping_batches
         schedule = make_schedule(optimizer, total, self.warmup_fraction, self.final_fraction)
         self._total_steps = max(1, int(total))

@@ -1,4 +1,4 @@
-"""AdamW groups and the learning-rate schedule."""
+"""Parameter groups, the optimizer and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from escaip.errors import ConfigError
 
 ADAM_BETAS = (0.9, 0.999)
+SOAP_BETAS = (0.95, 0.95)
 
 
 def parameter_groups(
@@ -48,10 +49,30 @@ def parameter_groups(
 
 
 def make_optimizer(
-    module: nn.Module, learning_rate: float, weight_decay: float, ratios: Mapping[str, float] | None = None
-) -> AdamW:
-    """Returns AdamW with decay on linear weights only (arXiv 2410.24169); ``ratios`` as in ``parameter_groups``."""
-    return AdamW(parameter_groups(module, weight_decay, learning_rate, ratios), lr=learning_rate, betas=ADAM_BETAS)
+    module: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    ratios: Mapping[str, float] | None = None,
+    name: str = "adamw",
+) -> torch.optim.Optimizer:
+    """Returns the optimizer, with decay on linear weights only (arXiv 2410.24169).
+
+    Args:
+        module, learning_rate, weight_decay, ratios: as in ``parameter_groups``.
+        name: ``adamw``, or ``soap``: Adam in the eigenbases of the gradients' second moments (arXiv 2409.11321),
+            refreshed every ten steps; vectors by Adam. Its first step only gathers these moments.
+
+    Raises:
+        ConfigError: no optimizer of this name.
+    """
+    groups = parameter_groups(module, weight_decay, learning_rate, ratios)
+    if name == "soap":
+        from pytorch_optimizer.optimizer.soap import SOAP
+
+        return SOAP(groups, lr=learning_rate, betas=SOAP_BETAS, precondition_frequency=10)
+    if name != "adamw":
+        raise ConfigError(f"model.optimizer: {name!r} is not one of adamw, soap")
+    return AdamW(groups, lr=learning_rate, betas=ADAM_BETAS)
 
 
 def warmup_cosine(total_steps: int, warmup_steps: int, final_fraction: float) -> Callable[[int], float]:
