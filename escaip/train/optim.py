@@ -58,7 +58,10 @@ def make_optimizer(
     """Returns the optimizer, with decay on linear weights only (arXiv 2410.24169).
 
     Args:
-        module, learning_rate, weight_decay, ratios: as in ``parameter_groups``.
+        module: owner of the parameters.
+        learning_rate: learning rate of all parameters but those named in ``ratios``.
+        weight_decay: decay of the weights of linear layers.
+        ratios: as in ``parameter_groups``.
         name: ``adamw``, or ``soap``: Adam in the eigenbases of the gradients' second moments (arXiv 2409.11321),
             refreshed every ten steps; vectors by Adam. Its first step only gathers these moments.
 

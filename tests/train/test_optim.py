@@ -16,7 +16,7 @@ from escaip.data.structure import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.train import PotentialModule
 from escaip.train.mup import fan_in_ratios, scale_outputs
-from escaip.train.optim import make_schedule, parameter_groups, warmup_cosine
+from escaip.train.optim import make_optimizer, make_schedule, parameter_groups, warmup_cosine
 
 WIDE = {**TINY, "hidden_size": 64, "num_heads": 8, "num_layers": 2}
 
@@ -36,6 +36,22 @@ def test_only_linear_weights_decay() -> None:
     layer.weight.requires_grad_(False)
     (group,) = parameter_groups(layer, 0.1)
     assert (group["params"], group["weight_decay"]) == ([layer.bias], 0.0)
+
+
+def test_optimizers_by_name() -> None:
+    """SOAP's first step only gathers moments, and of the matrices both sides get an eigenbasis."""
+    layer = torch.nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    soap = make_optimizer(layer, 0.1, 0.0, name="soap")
+    for _ in range(2):
+        assert torch.equal(layer.weight, before)
+        layer.weight.grad, layer.bias.grad = torch.randn(2, 3), torch.randn(2)
+        soap.step()
+    assert not torch.equal(layer.weight, before)
+    assert [tuple(basis.shape) for basis in soap.state[layer.weight]["Q"]] == [(2, 2), (3, 3)]
+    assert isinstance(make_optimizer(layer, 0.1, 0.0), torch.optim.AdamW)
+    with pytest.raises(ConfigError, match="'sgd' is not one of adamw, soap"):
+        make_optimizer(layer, 0.1, 0.0, name="sgd")
 
 
 def test_warm_up_then_cosine_to_the_last_step() -> None:
