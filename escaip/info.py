@@ -86,6 +86,7 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
             "units": description["units"],
             "cutoff": description["cutoff"],
             "repulsion_below": _onsets(arrays.get("repulsion.onset"), metadata["elements"]),
+            "guarded_below": _onsets(arrays.get("core_guard.onset"), metadata["elements"]),
             "force_scale": scales[0] if sets == [""] else dict(zip(sets, scales, strict=True)),
             "element_references": rows[""] if sets == [""] else rows,
             "config": config,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing this module is cheap, so that a file is described
 
     from escaip.models import ModelConfig
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
 
 
@@ -152,8 +152,13 @@ def _from_version_4(description: dict[str, Any]) -> dict[str, Any]:
     return {**description, "schema": 5}
 
 
+def _from_version_5(description: dict[str, Any]) -> dict[str, Any]:
+    """Version 5 had no core guard: there is none (see ``escaip.potential.zbl.CoreGuard``)."""
+    return {**description, "schema": 6}
+
+
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: _from_version_1, 2: _from_version_2, 3: _from_version_3, 4: _from_version_4,
+    1: _from_version_1, 2: _from_version_2, 3: _from_version_3, 4: _from_version_4, 5: _from_version_5,
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from escaip.potential.hessian import hessian
 from escaip.potential.model_file import PotentialMetadata, describe, migrate, write_model_file
 from escaip.potential.precision import check_precision
 from escaip.potential.predict import StructurePrediction, iter_predict
-from escaip.potential.zbl import ZBL
+from escaip.potential.zbl import ZBL, CoreGuard
 from escaip.types import TARGETS, AtomInputs, Graph, NeighborList, Prediction, StructureBatch
 
 __all__ = ["Potential", "PotentialMetadata"]
@@ -59,7 +59,8 @@ class Potential(nn.Module):
             set does not have.
         element_shifts: of the same shape, eV; training adds them to the references (docs/howto/train.md).
         scale: ``()`` or ``(S,)`` eV.
-        repulsion: between atoms closer than any in training; none for a fresh model (``escaip.potential.zbl``).
+        repulsion, core_guard: between atoms closer than any in training; none for a fresh model
+            (``escaip.potential.zbl``).
         recompute: whether activations are recomputed for derivatives (activation checkpointing): less memory for about
             a third more time. None, the default, recomputes where a prediction would keep several GiB.
         precision: ``"highest"``, the model's own; ``"tf32"`` for products of float32 matrices on CUDA; ``"float16"`` or
@@ -76,7 +77,7 @@ class Potential(nn.Module):
         super().__init__()
         self.config = config
         self.model = kind_of(config).model(config)
-        self.repulsion = ZBL()
+        self.repulsion, self.core_guard = ZBL(), CoreGuard()
         for name in ("element_references", "element_shifts"):
             self.register_buffer(name, torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
@@ -255,10 +256,13 @@ class Potential(nn.Module):
             output, gradient = self.evaluator(self.model, inputs, request)
             offsets = self.atomic_references(batch) + self.atomic_shifts(batch)
             atomic_energies = offsets + scale * output.energy.double()
-            if self.repulsion:
-                core, slope = self.repulsion(vectors, graph, batch.atomic_numbers)
+            repelled = None  # gradient
+            for term in filter(None, (self.repulsion, self.core_guard)):
+                core, slope = term(vectors, graph, batch.atomic_numbers)
                 atomic_energies = atomic_energies + core
-                gradient = None if gradient is None else gradient + slope
+                repelled = slope if repelled is None else repelled + slope
+            if gradient is not None and repelled is not None:
+                gradient = gradient + repelled
             energy = sum_rows(atomic_energies, batch.batch, num_systems)
             forces, stress = None, None
             if gradient is not None and compute_forces:
@@ -269,7 +273,7 @@ class Potential(nn.Module):
             virials = virials_of(vectors, gradient, graph) if gradient is not None and compute_virials else None
             if output.forces is not None and compute_forces:
                 direct = scale.unsqueeze(-1) * output.forces.double()
-                forces = (direct + forces_of(slope, graph) if self.repulsion else direct).to(self.dtype)
+                forces = (direct if repelled is None else direct + forces_of(repelled, graph)).to(self.dtype)
         properties = {name: self._of_target(name, x, batch) for name, x in output.properties.items()}
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()

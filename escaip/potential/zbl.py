@@ -1,8 +1,8 @@
-"""Ziegler–Biersack–Littmark repulsion at distances shorter than those that a model was trained on."""
+"""Repulsion at distances shorter than those that a model was trained on: screened nuclei and a softer guard."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,17 +20,15 @@ from escaip.types import Graph
 _SCREENING = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.02817, 0.20162))
 _SCREENING_LENGTH = 0.8854 * 0.529177  # Å, over Z₁^0.23 + Z₂^0.23
 _COULOMB = 14.399645  # e²/4πε₀, eV Å
+_GUARD_STIFFNESS, _GUARD_SOFTNESS = 150.0, 0.1  # eV/Å³, Å
+_CONTACT = 1.0  # Å beyond the sum of covalent radii: about where atoms that are not bonded touch (H–H 1.6, C–C 2.5)
 # The shortest and longest bonds in units of the sum of covalent radii (N₂ 0.77, CH₄ 1.02).
 _SHORTEST_BOND = 0.7
 _LONGEST_BOND = 1.2
 
 
-class ZBL(nn.Module):
-    """``V(r) = Z₁Z₂ e²/4πε₀r · φ(r/a) · exp(−x²/(1 − x²))``, ``x = r / onset``, between pairs closer than their onset.
-
-    A network is not trained at distances shorter than those in its training set, where it may predict a deep well. The
-    universal potential of Ziegler, Biersack and Littmark (1985) repels atoms there. Onsets lie below all distances in
-    the training set, so that no learned energy changes. All derivatives are continuous.
+class PairRepulsion(nn.Module):
+    """An energy between pairs of atoms that are closer than the onset of their elements.
 
     Attributes:
         onset: ``(119, 119)`` Å by atomic numbers, symmetric; ``(0, 0)`` for no repulsion. Always float32.
@@ -64,11 +62,25 @@ class ZBL(nn.Module):
         # Pairs are rare, so skip the rest; on a GPU the test would make the host wait.
         if not vectors.is_cuda and not bool(inside.any()):
             return vectors.new_zeros(graph.num_atoms), torch.zeros_like(vectors)
-        energy, slope = _pairs(square, inside, first, second, onset)
+        energy, slope = self.pair_energies(square, inside, first, second, onset)
         gradient = torch.cat([slope.unsqueeze(1) * tokens, torch.zeros_like(vectors[graph.num_tokens :])])
         return 0.5 * sum_rows(energy, graph.token_center, graph.num_atoms), 0.5 * gradient
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ZBL:
+    def pair_energies(
+        self, square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the energy of each pair, eV, and ``V′(r)/r``, eV/Å²; ``(T,)`` each, zero outside.
+
+        Args:
+            square: ``(T,)`` Å², squared distances.
+            inside: ``(T,)`` whether a pair is closer than its onset.
+            first: ``(T,)`` atomic number of one atom.
+            second: ``(T,)`` atomic number of the other.
+            onset: ``(T,)`` Å.
+        """
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PairRepulsion:
         """Moves to another device, but keeps float32."""
         kept = self.onset
         super()._apply(fn, recurse)
@@ -85,71 +97,103 @@ class ZBL(nn.Module):
         self.onset = stored.detach().to(self.onset.device, torch.float32, copy=True)
 
 
-def _pairs(square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the energy of each pair, eV, and ``V′(r)/r``, eV/Å²; ``(T,)`` each."""
-    # Pairs outside get a harmless distance, so that no derivative is NaN.
-    distance = torch.where(inside, square, 1.0).sqrt()
-    x = torch.where(inside, distance / onset.clamp_min(1e-6), 0.5)
-    charges = _COULOMB * first.double() * second.double()
-    length = _SCREENING_LENGTH / (first.double() ** 0.23 + second.double() ** 0.23)
-    terms = [(d, c * torch.exp(-d * distance / length)) for c, d in _SCREENING]
-    screening = sum((term for _, term in terms), torch.zeros_like(distance))
-    screening_slope = sum((-d / length * term for d, term in terms), torch.zeros_like(distance))
-    rest = (1.0 - x * x).clamp_min(1e-3)  # exp(−999) is zero
-    envelope = torch.exp(-x * x / rest)
-    energy = charges * screening / distance * envelope
-    fall = -1.0 / distance - 2.0 * x * x / (distance * rest * rest)  # of the logarithms of 1/r and of the envelope
-    slope = energy * fall + charges * screening_slope / distance * envelope
-    return torch.where(inside, energy, 0.0), torch.where(inside, slope / distance, 0.0)
+class ZBL(PairRepulsion):
+    """``V(r) = Z₁Z₂ e²/4πε₀r · φ(r/a) · exp(−x²/(1 − x²))``, ``x = r / onset``.
+
+    A network is not trained at distances shorter than those in its training set, where it may predict a deep well. The
+    universal potential of Ziegler, Biersack and Littmark (1985) repels atoms there. Onsets lie below all distances in
+    the training set, so that no learned energy changes. All derivatives are continuous.
+    """
+
+    def pair_energies(
+        self, square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``PairRepulsion``."""
+        # Pairs outside get a harmless distance, so that no derivative is NaN.
+        distance = torch.where(inside, square, 1.0).sqrt()
+        x = torch.where(inside, distance / onset.clamp_min(1e-6), 0.5)
+        charges = _COULOMB * first.double() * second.double()
+        length = _SCREENING_LENGTH / (first.double() ** 0.23 + second.double() ** 0.23)
+        terms = [(d, c * torch.exp(-d * distance / length)) for c, d in _SCREENING]
+        screening = sum((term for _, term in terms), torch.zeros_like(distance))
+        screening_slope = sum((-d / length * term for d, term in terms), torch.zeros_like(distance))
+        rest = (1.0 - x * x).clamp_min(1e-3)  # exp(−999) is zero
+        envelope = torch.exp(-x * x / rest)
+        energy = charges * screening / distance * envelope
+        fall = -1.0 / distance - 2.0 * x * x / (distance * rest * rest)  # of the logarithms of 1/r and of the envelope
+        slope = energy * fall + charges * screening_slope / distance * envelope
+        return torch.where(inside, energy, 0.0), torch.where(inside, slope / distance, 0.0)
 
 
-def fit_zbl_onsets(repulsion: ZBL, structures: Sequence[AtomicData], cutoff: float, fraction: float = 0.9) -> None:
-    """Sets the onsets of a repulsion in place, below all distances of a training set.
+class CoreGuard(PairRepulsion):
+    """``V(r) = k x⁴ / (x + c)``, ``x = onset − r``, with k = 150 eV/Å³ and c = 0.1 Å: 0.8 eV at 0.2 Å.
+
+    Atoms that are not bonded meet in hot dynamics at distances far above the onset of ``ZBL`` and below all that the
+    model was shown. Three derivatives vanish at the onset.
+    """
+
+    def pair_energies(
+        self, square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``PairRepulsion``."""
+        distance = torch.where(inside, square, 1.0).sqrt()
+        x = torch.where(inside, onset - distance, 0.0)
+        near = x + _GUARD_SOFTNESS
+        energy = _GUARD_STIFFNESS * x**4 / near
+        slope = -_GUARD_STIFFNESS * x**3 * (3.0 * x + 4.0 * _GUARD_SOFTNESS) / near**2
+        return energy, slope / distance
+
+
+def fit_onsets(terms: Mapping[PairRepulsion, float | None], structures: Sequence[AtomicData], cutoff: float) -> None:
+    """Sets the onsets of repulsions in place, below all distances of a training set.
 
     Args:
-        repulsion: of a potential.
+        terms: repulsions of a potential and the fraction of each, see ``zbl_onsets`` and ``guard_onsets``; None for no
+            repulsion.
         structures: see ``closest_distances``.
         cutoff: Å, of the potential; onsets do not exceed it, so that no energy jumps there.
-        fraction: see ``zbl_onsets``.
 
     Raises:
         ConfigError: a fraction out of range.
     """
-    onsets = zbl_onsets(closest_distances(structures), fraction).clamp_max(cutoff)
-    repulsion.onset = onsets.to(repulsion.onset.device, torch.float32)
+    closest = closest_distances(structures, cutoff)
+    for term, fraction in terms.items():
+        if fraction is not None:
+            onsets = (guard_onsets if isinstance(term, CoreGuard) else zbl_onsets)(closest, fraction)
+            term.onset = onsets.clamp_max(cutoff).to(term.onset.device, torch.float32)
 
 
-def closest_distances(structures: Sequence[AtomicData], max_structures: int = 10_000) -> Tensor:
-    """Returns the shortest bonding distance between atoms of each two elements, ``(119, 119)`` Å.
+def closest_distances(structures: Sequence[AtomicData], cutoff: float, max_structures: int = 10_000) -> Tensor:
+    """Returns the shortest distance between atoms of each two elements, ``(119, 119)`` Å.
 
     Args:
         structures: a training set.
+        cutoff: Å; pairs farther apart are not looked at.
         max_structures: of a larger set so many are read, evenly spread.
 
     Returns:
-        float64, symmetric; infinite for pairs that never come within 1.2 times the sum of their covalent radii.
+        float64, symmetric; infinite for pairs that never come within the cutoff.
     """
-    radii = _covalent_radii()
     closest = torch.full((MAX_ATOMIC_NUMBER + 1, MAX_ATOMIC_NUMBER + 1), torch.inf, dtype=torch.float64)
     count = len(structures)
     for index in torch.linspace(0, count - 1, min(count, max_structures), dtype=torch.float64).round().long().tolist():
         data = structures[index]
         numbers, positions, cell = data.atomic_numbers, data.positions.double(), data.cell.double().reshape(3, 3)
         place = SimpleNamespace(positions=positions, cell=cell[None], pbc=data.pbc.reshape(1, 3))
-        pairs = neighbor_list(place, 2.0 * _LONGEST_BOND * float(radii[numbers].max()))
+        pairs = neighbor_list(place, cutoff)
         shift = pairs.shift.double() @ cell
         distance = (positions[pairs.neighbor] - positions[pairs.center] + shift).norm(dim=1)
         place_of = numbers[pairs.center] * closest.shape[1] + numbers[pairs.neighbor]
         closest.view(-1).scatter_reduce_(0, place_of, distance, "amin")
-    bonding = radii[:, None] + radii[None, :]
-    return torch.where(closest < _LONGEST_BOND * bonding, closest, torch.inf)
+    return closest
 
 
 def zbl_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
-    """Returns the onsets of repulsion, ``(119, 119)`` Å: a fraction of the shortest distances in the training set.
+    """Returns the onsets of ``ZBL``, ``(119, 119)`` Å: a fraction of the shortest bonds in the training set.
 
-    Elements without a bond in the training set have the fraction of 0.7 of the sum of their covalent radii (Cordero et
-    al., Dalton Trans. 2832, 2008, as in ASE), about the shortest bond that exists.
+    Elements without a bond in the training set, a distance within 1.2 times the sum of their covalent radii, have the
+    fraction of 0.7 of that sum (Cordero et al., Dalton Trans. 2832, 2008, as in ASE), about the shortest bond that
+    exists.
 
     Args:
         closest: of ``closest_distances``.
@@ -159,18 +203,36 @@ def zbl_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
         ConfigError: a fraction out of range.
     """
     check_fraction(fraction)
-    radii = _covalent_radii()
-    unseen = _SHORTEST_BOND * (radii[:, None] + radii[None, :])
-    return fraction * torch.where(torch.isinf(closest), unseen, closest)
+    bonding = _bonds()
+    return fraction * torch.where(closest < _LONGEST_BOND * bonding, closest, _SHORTEST_BOND * bonding)
 
 
-def check_fraction(fraction: float | None) -> None:
+def guard_onsets(closest: Tensor, fraction: float = 0.98) -> Tensor:
+    """Returns the onsets of ``CoreGuard``, ``(119, 119)`` Å: a fraction of the shortest distances, bonded or not.
+
+    They do not exceed the sum of covalent radii by more than 1 Å: elements that the training set shows far apart only
+    may come nearer. Elements that it does not show together have none.
+
+    Args:
+        closest: of ``closest_distances``.
+        fraction: above 0 and at most 1.
+
+    Raises:
+        ConfigError: a fraction out of range.
+    """
+    check_fraction(fraction, "core_guard")
+    return torch.where(closest.isinf(), 0.0, (fraction * closest).minimum(_bonds() + _CONTACT))
+
+
+def check_fraction(fraction: float | None, name: str = "repulsion") -> None:
     """Raises ConfigError unless the value is a fraction or None."""
     if fraction is not None and not 0.0 < fraction <= 1.0:
-        raise ConfigError(f"repulsion is {fraction}: it must be above 0 and at most 1, or null for none")
+        raise ConfigError(f"{name} is {fraction}: it must be above 0 and at most 1, or null for none")
 
 
-def _covalent_radii() -> Tensor:
+def _bonds() -> Tensor:
+    """Returns the sums of covalent radii, ``(119, 119)`` Å."""
     from ase.data import covalent_radii
 
-    return torch.from_numpy(covalent_radii[: MAX_ATOMIC_NUMBER + 1].copy())
+    radii = torch.from_numpy(covalent_radii[: MAX_ATOMIC_NUMBER + 1].copy())
+    return radii[:, None] + radii[None, :]

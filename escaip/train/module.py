@@ -15,7 +15,7 @@ from escaip.errors import ConfigError, TrainingError
 from escaip.models import ModelConfig, build_config
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.potential import ENERGY_BUFFERS
-from escaip.potential.zbl import check_fraction, fit_zbl_onsets
+from escaip.potential.zbl import check_fraction, fit_onsets
 from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.losses import LossSettings, LossSums, loss_sums
 from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums, figure_name
@@ -64,6 +64,7 @@ class PotentialModule(LightningModule):
         refit_references: bool = True,
         base_width: int | None = None,
         repulsion: float | None = 0.9,
+        core_guard: float | None = 0.98,
     ) -> None:
         """Builds the potential.
 
@@ -90,6 +91,8 @@ class PotentialModule(LightningModule):
                 ``escaip.train.mup``). Default: used as they are.
             repulsion: between atoms closer than this fraction of the shortest distance between their elements in the
                 training set (``escaip.potential.zbl``); null for none.
+            core_guard: a softer repulsion between atoms, bonded or not, closer than this fraction of the shortest
+                distance between their elements in the training set; null for none.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
@@ -100,6 +103,7 @@ class PotentialModule(LightningModule):
             raise ConfigError("compile and recompute do not go together: set one of them to false")
         _check_schedule(learning_rate, weight_decay, warmup_fraction, final_fraction)
         check_fraction(repulsion)
+        check_fraction(core_guard, "core_guard")
         config = build_config(dict(architecture))
         _check_losses(losses, config)
         self.save_hyperparameters(_plain(settings), logger=False)
@@ -117,7 +121,7 @@ class PotentialModule(LightningModule):
             self.potential.compile()
         self.validation_errors = ErrorMetrics(losses)
         self.last_errors: dict[str, dict[str, float]] = {}
-        self.refit_references, self.repulsion = refit_references, repulsion
+        self.refit_references, self.repulsion, self.core_guard = refit_references, repulsion, core_guard
         self._reference_fit: ReferenceFit | None = None
         self._dropout_seed, self._total_steps = 0, 1
         self._loader_state: dict[str, Any] | None = None
@@ -157,14 +161,15 @@ class PotentialModule(LightningModule):
             self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
         else:
             self.potential.set_statistics(statistics)
-        if self.repulsion is not None:
+        if self.repulsion is not None or self.core_guard is not None:
             structures = getattr(data, "datasets", {}).get("train")
             if structures is None:
                 raise ConfigError(
-                    "model.repulsion looks at the training structures, and this data module has no "
-                    "datasets['train']: set it to null"
+                    "model.repulsion and model.core_guard look at the training structures, and this data module has no "
+                    "datasets['train']: set both to null"
                 )
-            fit_zbl_onsets(self.potential.repulsion, structures, self.potential.cutoff, self.repulsion)
+            terms = {self.potential.repulsion: self.repulsion, self.potential.core_guard: self.core_guard}
+            fit_onsets(terms, structures, self.potential.cutoff)
         if self.refit_references:
             fitted = [item.references_fitted for item in sets]
             self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)

@@ -98,12 +98,14 @@ def test_version_3_keeps_its_floor(potential: Potential) -> None:
     assert migrate(now, "x.escaip")["config"]["boo_floor"] == 1e-4
 
 
-@pytest.mark.parametrize(("version", "missing"), [(2, "element_shifts"), (4, "repulsion.onset")])
+@pytest.mark.parametrize(
+    ("version", "missing"), [(2, "element_shifts"), (4, "repulsion.onset"), (5, "core_guard.onset")]
+)
 def test_versions_without_shifts_or_repulsion_have_none(
     potential: Potential, tmp_path: Path, version: int, missing: str
 ) -> None:
     description = {**potential.describe(), "schema": version}
-    assert migrate(description, "x.escaip")["schema"] == 5
+    assert migrate(description, "x.escaip")["schema"] == 6
     weights = {name: value for name, value in potential.state_dict().items() if name != missing}
     save_file(weights, tmp_path / "old.escaip", metadata={"escaip": json.dumps(description)})
     loaded = load_potential(tmp_path / "old.escaip", device="cpu")

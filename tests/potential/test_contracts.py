@@ -22,7 +22,7 @@ from escaip.graph import build_graph
 from escaip.info import describe_model
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.hessian import asymmetry, hessian
-from escaip.potential.zbl import closest_distances, fit_zbl_onsets, zbl_onsets
+from escaip.potential.zbl import closest_distances, fit_onsets, guard_onsets, zbl_onsets
 from escaip.testing import check_potential, continuity_error, evaluator, rotation_errors
 
 make_potential = partial(tiny.make_potential, num_layers=2)
@@ -243,10 +243,13 @@ def test_what_has_no_second_derivatives() -> None:
         make_potential().hessian(Atoms("H2", positions=[[0, 0, 0], [0, 0, np.nan]]))
 
 
-def make_repulsive(onset: float | None, **overrides: object) -> Potential:
+TERMS = ("repulsion", "core_guard")
+
+
+def make_repulsive(onset: float | None, term: str = "repulsion", **overrides: object) -> Potential:
     potential = tiny.make_potential(**overrides)
     if onset is not None:
-        potential.repulsion.onset = torch.full((119, 119), onset)
+        getattr(potential, term).onset = torch.full((119, 119), onset)
     return potential
 
 
@@ -270,54 +273,64 @@ def test_a_pair_has_the_screened_coulomb_energy(r: float) -> None:
     assert found == pytest.approx(published(49, 15, r) * math.exp(-x * x / (1 - x * x)), rel=1e-5, abs=1e-12)
 
 
-def test_beyond_the_onset_nothing_changes() -> None:
+@pytest.mark.parametrize("r", [0.3, 1.2, 1.4999])
+def test_a_guarded_pair_has_the_energy_of_the_formula(r: float) -> None:
+    atoms = Atoms("InP", positions=[[0, 0, 0], [0, 0, r]])
+    found = energy(make_repulsive(1.5, "core_guard"), atoms) - energy(make_repulsive(None), atoms)
+    assert found == pytest.approx(150 * (1.5 - r) ** 4 / (1.5 - r + 0.1), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_beyond_the_onset_nothing_changes(term: str) -> None:
     atoms = ase.build.molecule("CH3CH2OH")
     batch = collate([AtomicData.from_ase(atoms)])
-    bare, walled = (make_repulsive(onset)(batch, create_graph=False) for onset in (None, 0.9))
+    bare, walled = (make_repulsive(onset, term)(batch, create_graph=False) for onset in (None, 0.9))
     assert torch.equal(bare.energy, walled.energy)
     assert torch.equal(bare.forces, walled.forces)
 
 
-def test_contracts_hold_where_atoms_repel() -> None:
+@pytest.mark.parametrize("term", TERMS)
+def test_contracts_hold_where_atoms_repel(term: str) -> None:
     molecule = ase.build.molecule("CH3OH")
     crystal = ase.build.bulk("Cu", "fcc", a=3.6, cubic=True)
     crystal.rattle(0.1, seed=1)
     rod = Atoms("C2", positions=[[0, 0, 0], [0.1, 1.3, 0.2]], cell=[[2.6, 0.4, 0], [0, 0, 0], [0, 0, 0]],
                 pbc=[True, False, False])  # fmt: skip
-    onsets = zbl_onsets(torch.full((119, 119), 3.0, dtype=torch.float64)).float()
-    potential = make_repulsive(None)
-    potential.repulsion.onset = onsets
+    potential = make_repulsive(2.7, term)
     assert energy(potential, molecule) > energy(make_repulsive(None), molecule) + 1.0
     check_potential(potential, [molecule, crystal, rod])
 
 
-def test_hessians_and_virials_of_atoms_have_it() -> None:
-    potential, atoms = make_repulsive(2.0), ase.build.molecule("CH3OH")
+@pytest.mark.parametrize("term", TERMS)
+def test_hessians_and_virials_of_atoms_have_it(term: str) -> None:
+    potential, atoms = make_repulsive(2.0, term), ase.build.molecule("CH3OH")
     atoms.rattle(0.05, seed=0)
     near = potential.hessian(atoms, method="finite_differences", step=1e-5)
     found = potential.hessian(atoms)
     assert float((near - found).abs().max()) < 1e-6 * float(found.abs().max())
     crystal = ase.build.bulk("Cu", "fcc", a=2.5)
-    out = make_repulsive(2.0)(collate([AtomicData.from_ase(crystal)]), compute_stress=True, compute_virials=True)
+    out = make_repulsive(2.0, term)(collate([AtomicData.from_ase(crystal)]), compute_stress=True, compute_virials=True)
     assert torch.allclose(out.atomic_virials.sum(0), out.stress[0] * crystal.cell.volume, atol=1e-8)
 
 
-def test_direct_forces_have_it_too() -> None:
+@pytest.mark.parametrize("term", TERMS)
+def test_direct_forces_have_it_too(term: str) -> None:
     atoms = Atoms("C2H", positions=[[0, 0, 0], [0, 0, 0.9], [0, 2.0, 0]])
     batch = collate([AtomicData.from_ase(atoms)])
-    bare, walled = (make_repulsive(onset, forces="direct")(batch, create_graph=False) for onset in (None, 1.2))
+    bare, walled = (make_repulsive(onset, term, forces="direct")(batch, create_graph=False) for onset in (None, 1.2))
     found = (walled.forces - bare.forces).detach().numpy()
     step = 1e-5
     moved = [atoms.copy() for _ in range(2)]
     moved[0].positions[1, 2] += step
     moved[1].positions[1, 2] -= step
-    core = [energy(make_repulsive(1.2), a) - energy(make_repulsive(None), a) for a in moved]
+    core = [energy(make_repulsive(1.2, term), a) - energy(make_repulsive(None), a) for a in moved]
     np.testing.assert_allclose(found[1, 2], -(core[0] - core[1]) / (2 * step), rtol=1e-6)
     np.testing.assert_allclose(found, [[0, 0, -found[1, 2]], [0, 0, found[1, 2]], [0, 0, 0]], atol=1e-12)
 
 
-def test_training_on_forces_goes_through_it() -> None:
-    potential = make_repulsive(2.0).train()
+@pytest.mark.parametrize("term", TERMS)
+def test_training_on_forces_goes_through_it(term: str) -> None:
+    potential = make_repulsive(2.0, term).train()
     prediction = potential(collate([AtomicData.from_ase(ase.build.molecule("CH4"))]), compute_stress=True)
     (prediction.forces.square().sum() + prediction.energy.sum()).backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in potential.parameters() if p.grad is not None)
@@ -344,16 +357,19 @@ def test_it_keeps_atoms_apart() -> None:
 
 def test_files_keep_it_whatever_their_precision(tmp_path: Path) -> None:
     potential = make_repulsive(None)
-    potential.repulsion.onset = torch.rand(119, 119)
+    potential.repulsion.onset, potential.core_guard.onset = torch.rand(2, 119, 119)
     potential.save(tmp_path / "walled.escaip")
     potential.float().double()
     for dtype in ("float32", "float64"):
         loaded = load_potential(tmp_path / "walled.escaip", device="cpu", dtype=dtype)
         assert torch.equal(loaded.repulsion.onset, potential.repulsion.onset)
         assert loaded.repulsion.onset.dtype == torch.float32
+        assert torch.equal(loaded.core_guard.onset, potential.core_guard.onset)
     make_repulsive(None).save(tmp_path / "bare.escaip")
-    assert not load_potential(tmp_path / "bare.escaip", device="cpu").repulsion
-    assert "repulsion.onset" not in make_repulsive(None).state_dict()
+    bare = load_potential(tmp_path / "bare.escaip", device="cpu")
+    assert not bare.repulsion
+    assert not bare.core_guard
+    assert not [name for name in bare.state_dict() if name.endswith("onset")]
 
 
 def test_distances_are_the_shortest_of_a_set() -> None:
@@ -361,40 +377,50 @@ def test_distances_are_the_shortest_of_a_set() -> None:
     copper = ase.build.bulk("Cu", "fcc", a=3.6)  # its only neighbors are its own images
     copper.set_cell(copper.cell * 0.9, scale_atoms=True)
     across = Atoms("HF", positions=[[0.1, 0, 0], [4.2, 0, 0]], cell=[5.0] * 3, pbc=True)
-    found = closest_distances([AtomicData.from_ase(atoms) for atoms in (*sets, copper, across)])
+    found = closest_distances([AtomicData.from_ase(atoms) for atoms in (*sets, copper, across)], 3.0)
     assert torch.equal(found, found.T)
     assert float(found[6, 8]) == pytest.approx(sets[0].get_distance(0, 1))
     assert float(found[1, 6]) == pytest.approx(1.0897, abs=1e-3)
     assert float(found[1, 9]) == pytest.approx(0.9)
     assert float(found[29, 29]) == pytest.approx(0.9 * 3.6 / math.sqrt(2))
-    assert math.isinf(float(found[1, 1]))  # 1.78 Å is no bond
+    assert float(found[1, 1]) == pytest.approx(1.779, abs=1e-3)
     assert math.isinf(float(found[6, 6]))
 
 
 def test_a_large_set_is_sampled() -> None:
     structures = [AtomicData.from_ase(Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.5 + 0.001 * i]])) for i in range(100)]
-    assert float(closest_distances(structures, 2)[1, 1]) == pytest.approx(0.5)
-    assert float(closest_distances(structures[::-1], 2)[1, 1]) == pytest.approx(0.5)
-    assert float(closest_distances(structures[1:], 1)[1, 1]) == pytest.approx(0.501)
+    assert float(closest_distances(structures, 2.0, 2)[1, 1]) == pytest.approx(0.5)
+    assert float(closest_distances(structures[::-1], 2.0, 2)[1, 1]) == pytest.approx(0.5)
+    assert float(closest_distances(structures[1:], 2.0, 1)[1, 1]) == pytest.approx(0.501)
 
 
 def test_onsets() -> None:
     closest = torch.full((119, 119), math.inf, dtype=torch.float64)
-    closest[6, 6] = 1.2
+    closest[6, 6], closest[1, 1], closest[8, 8] = 1.2, 1.5, 4.0
     found = zbl_onsets(closest, 0.8)
     assert float(found[6, 6]) == pytest.approx(0.96)
-    assert float(found[1, 6]) == pytest.approx(0.8 * 0.7 * (covalent_radii[1] + covalent_radii[6]))
+    for one, other in ((1, 6), (1, 1)):  # 1.5 Å is no bond
+        assert float(found[one, other]) == pytest.approx(0.8 * 0.7 * (covalent_radii[one] + covalent_radii[other]))
+    found = guard_onsets(closest, 0.8)
+    assert float(found[6, 6]) == pytest.approx(0.96)
+    assert float(found[1, 1]) == pytest.approx(1.2)
+    assert float(found[8, 8]) == pytest.approx(2 * covalent_radii[8] + 1.0)
+    assert float(found[1, 6]) == 0.0
     for fraction in (0.0, 1.1, math.nan):
-        with pytest.raises(ConfigError, match="it must be above 0 and at most 1, or null"):
-            zbl_onsets(closest, fraction)
+        for onsets in (zbl_onsets, guard_onsets):
+            with pytest.raises(ConfigError, match="it must be above 0 and at most 1, or null"):
+                onsets(closest, fraction)
 
 
 def test_nothing_repels_beyond_the_cutoff() -> None:
     potential = make_repulsive(None)
     cesium = Atoms("Cs2", positions=[[0, 0, 0], [0, 0, 5.5]])
-    fit_zbl_onsets(potential.repulsion, [AtomicData.from_ase(cesium)], potential.cutoff)
-    assert float(closest_distances([AtomicData.from_ase(cesium)])[55, 55]) == pytest.approx(5.5)
-    assert float(potential.repulsion.onset.max()) == potential.cutoff
+    structures = [AtomicData.from_ase(cesium)]
+    potential.repulsion.onset = zbl_onsets(closest_distances(structures, 6.0))
+    assert float(potential.repulsion.onset[55, 55]) == pytest.approx(0.9 * 5.5)
+    fit_onsets({potential.repulsion: 0.9, potential.core_guard: None}, structures, potential.cutoff)
+    assert not potential.core_guard
+    assert float(potential.repulsion.onset.max()) <= potential.cutoff
     inside, outside = (Atoms("Cs2", positions=[[0, 0, 0], [0, 0, potential.cutoff + x]]) for x in (-1e-3, 1e-3))
     bare = make_repulsive(None)
     for atoms in (inside, outside):
@@ -406,5 +432,8 @@ def test_a_file_says_where_it_begins(tmp_path: Path) -> None:
     potential.set_metadata(PotentialMetadata(elements=(1, 6)))
     for expected in ("none", [0.391, 0.981]):
         potential.save(tmp_path / "model.escaip")
-        assert describe_model(tmp_path / "model.escaip")["repulsion_below"] == expected
-        fit_zbl_onsets(potential.repulsion, [AtomicData.from_ase(ase.build.molecule("CH4"))], potential.cutoff)
+        described = describe_model(tmp_path / "model.escaip")
+        assert described["repulsion_below"] == expected
+        assert described["guarded_below"] == ("none" if expected == "none" else [0.0, 1.62])
+        terms = {potential.repulsion: 0.9, potential.core_guard: 0.98}
+        fit_onsets(terms, [AtomicData.from_ase(ase.build.molecule("CH4"))], potential.cutoff)
