@@ -20,7 +20,7 @@ from escaip.types import Graph
 _SCREENING = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.02817, 0.20162))
 _SCREENING_LENGTH = 0.8854 * 0.529177  # Å, over Z₁^0.23 + Z₂^0.23
 _COULOMB = 14.399645  # e²/4πε₀, eV Å
-_GUARD_STIFFNESS, _GUARD_SOFTNESS = 150.0, 0.1  # eV/Å³, Å
+_GUARD_STIFFNESS, _GUARD_SOFTNESS, _GUARD_HILL = 150.0, 0.1, 25.0  # eV/Å³, Å, eV/Å²
 _CONTACT = 1.0  # Å beyond the sum of covalent radii: about where atoms that are not bonded touch (H–H 1.6, C–C 2.5)
 # The shortest and longest bonds in units of the sum of covalent radii (N₂ 0.77, CH₄ 1.02).
 _SHORTEST_BOND = 0.7
@@ -81,10 +81,11 @@ class PairRepulsion(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> PairRepulsion:
-        """Moves to another device, but keeps float32."""
-        kept = self.onset
+        """Moves to another device, but keeps the precision of its tables."""
+        kept = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        self.onset = kept.to(self.onset.device)
+        for name, table in kept.items():
+            setattr(self, name, table.to(self.onset.device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -126,11 +127,20 @@ class ZBL(PairRepulsion):
 
 
 class CoreGuard(PairRepulsion):
-    """``V(r) = k x⁴ / (x + c)``, ``x = onset − r``, with k = 150 eV/Å³ and c = 0.1 Å: 0.8 eV at 0.2 Å.
+    """``V = k x⁴/(x + c)``, ``x = onset − r``; for elements that training showed unbonded only, a hill around a bond.
 
     Atoms that are not bonded meet in hot dynamics at distances far above the onset of ``ZBL`` and below all that the
-    model was shown. Three derivatives vanish at the onset.
+    model was shown. Where the onset is longer than the longest bond ``b``, 1.2 times the sum of covalent radii,
+    ``V = K m² S(x/m)`` with ``m = onset − b`` and ``S(u) = 35u⁴ − 84u⁵ + 70u⁶ − 20u⁷``, constant below ``b``: such a
+    bond is hardly made, and one that is there feels no force. k = 150 eV/Å³, c = 0.1 Å, K = 25 eV/Å². Three
+    derivatives vanish at the onset.
     """
+
+    radii: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("radii", _covalent_radii(), persistent=False)
 
     def pair_energies(
         self, square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset: Tensor
@@ -141,7 +151,13 @@ class CoreGuard(PairRepulsion):
         near = x + _GUARD_SOFTNESS
         energy = _GUARD_STIFFNESS * x**4 / near
         slope = -_GUARD_STIFFNESS * x**3 * (3.0 * x + 4.0 * _GUARD_SOFTNESS) / near**2
-        return energy, slope / distance
+        width = onset - _LONGEST_BOND * (self.radii[first] + self.radii[second]).double()
+        apart = width > 0.0
+        width = torch.where(apart, width, 1.0)
+        u = (x / width).clamp_max(1.0)
+        hill = _GUARD_HILL * width**2 * u**4 * (35.0 + u * (-84.0 + u * (70.0 - 20.0 * u)))
+        hill_slope = -_GUARD_HILL * width * 140.0 * (u * (1.0 - u)) ** 3
+        return torch.where(apart, hill, energy), torch.where(apart, hill_slope, slope) / distance
 
 
 def fit_onsets(terms: Mapping[PairRepulsion, float | None], structures: Sequence[AtomicData], cutoff: float) -> None:
@@ -232,7 +248,11 @@ def check_fraction(fraction: float | None, name: str = "repulsion") -> None:
 
 def _bonds() -> Tensor:
     """Returns the sums of covalent radii, ``(119, 119)`` Å."""
+    radii = _covalent_radii()
+    return radii[:, None] + radii[None, :]
+
+
+def _covalent_radii() -> Tensor:
     from ase.data import covalent_radii
 
-    radii = torch.from_numpy(covalent_radii[: MAX_ATOMIC_NUMBER + 1].copy())
-    return radii[:, None] + radii[None, :]
+    return torch.from_numpy(covalent_radii[: MAX_ATOMIC_NUMBER + 1].copy())

@@ -280,6 +280,17 @@ def test_a_guarded_pair_has_the_energy_of_the_formula(r: float) -> None:
     assert found == pytest.approx(150 * (1.5 - r) ** 4 / (1.5 - r + 0.1), rel=1e-6, abs=1e-12)
 
 
+def test_a_bond_that_training_did_not_show_is_behind_a_hill_and_feels_no_force() -> None:
+    """H–H with an onset of 1.5 Å and a longest bond of 0.744 Å: half the height is in the middle."""
+    height = 25 * (1.5 - 0.744) ** 2
+    for r, expected, force in ((0.5, height, False), (0.74, height, False), (1.122, height / 2, True)):
+        atoms = Atoms("H2", positions=[[0, 0, 0], [0, 0, r]])
+        batch = collate([AtomicData.from_ase(atoms)])
+        guarded, bare = (make_repulsive(onset, "core_guard")(batch) for onset in (1.5, None))
+        assert float(guarded.energy - bare.energy) == pytest.approx(expected, rel=1e-6)
+        assert (float((guarded.forces - bare.forces).abs().max()) > 1e-9) == force
+
+
 @pytest.mark.parametrize("term", TERMS)
 def test_beyond_the_onset_nothing_changes(term: str) -> None:
     atoms = ase.build.molecule("CH3CH2OH")
