@@ -31,7 +31,7 @@ from escaip.potential.hessian import hessian
 from escaip.potential.model_file import PotentialMetadata, describe, migrate, write_model_file
 from escaip.potential.precision import check_precision
 from escaip.potential.predict import StructurePrediction, iter_predict
-from escaip.potential.zbl import ZBL, CoreGuard
+from escaip.potential.zbl import ZBL, CoreGuard, repel
 from escaip.types import TARGETS, AtomInputs, Graph, NeighborList, Prediction, StructureBatch
 
 __all__ = ["Potential", "PotentialMetadata"]
@@ -256,13 +256,10 @@ class Potential(nn.Module):
             output, gradient = self.evaluator(self.model, inputs, request)
             offsets = self.atomic_references(batch) + self.atomic_shifts(batch)
             atomic_energies = offsets + scale * output.energy.double()
-            repelled = None  # gradient
-            for term in filter(None, (self.repulsion, self.core_guard)):
-                core, slope = term(vectors, graph, batch.atomic_numbers)
-                atomic_energies = atomic_energies + core
-                repelled = slope if repelled is None else repelled + slope
-            if gradient is not None and repelled is not None:
-                gradient = gradient + repelled
+            core = repel((self.repulsion, self.core_guard), vectors, graph, batch.atomic_numbers)
+            if core is not None:
+                atomic_energies = atomic_energies + core[0]
+                gradient = None if gradient is None else gradient + core[1]
             energy = sum_rows(atomic_energies, batch.batch, num_systems)
             forces, stress = None, None
             if gradient is not None and compute_forces:
@@ -273,7 +270,7 @@ class Potential(nn.Module):
             virials = virials_of(vectors, gradient, graph) if gradient is not None and compute_virials else None
             if output.forces is not None and compute_forces:
                 direct = scale.unsqueeze(-1) * output.forces.double()
-                forces = (direct if repelled is None else direct + forces_of(repelled, graph)).to(self.dtype)
+                forces = (direct if core is None else direct + forces_of(core[1], graph)).to(self.dtype)
         properties = {name: self._of_target(name, x, batch) for name, x in output.properties.items()}
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,6 +158,17 @@ class CoreGuard(PairRepulsion):
         hill = _GUARD_HILL * width**2 * u**4 * (35.0 + u * (-84.0 + u * (70.0 - 20.0 * u)))
         hill_slope = -_GUARD_HILL * width * 140.0 * (u * (1.0 - u)) ** 3
         return torch.where(apart, hill, energy), torch.where(apart, hill_slope, slope) / distance
+
+
+def repel(
+    terms: Iterable[PairRepulsion], vectors: Tensor, graph: Graph, atomic_numbers: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Returns the sums of what the terms return, see ``PairRepulsion.forward``; None where none has onsets."""
+    found = [term(vectors, graph, atomic_numbers) for term in terms if term]
+    if not found:
+        return None
+    energies, gradients = zip(*found, strict=True)
+    return sum(energies[1:], energies[0]), sum(gradients[1:], gradients[0])
 
 
 def fit_onsets(terms: Mapping[PairRepulsion, float | None], structures: Sequence[AtomicData], cutoff: float) -> None:

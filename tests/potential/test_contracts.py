@@ -424,16 +424,17 @@ def test_onsets() -> None:
 
 
 def test_nothing_repels_beyond_the_cutoff() -> None:
-    potential = make_repulsive(None)
+    """The onset of elements without a bond in training, 3.07 Å for cesium, is cut there too."""
+    potential = make_repulsive(None, cutoff=2.5)
     cesium = Atoms("Cs2", positions=[[0, 0, 0], [0, 0, 5.5]])
     structures = [AtomicData.from_ase(cesium)]
     potential.repulsion.onset = zbl_onsets(closest_distances(structures, 6.0))
     assert float(potential.repulsion.onset[55, 55]) == pytest.approx(0.9 * 5.5)
     fit_onsets({potential.repulsion: 0.9, potential.core_guard: None}, structures, potential.cutoff)
     assert not potential.core_guard
-    assert float(potential.repulsion.onset.max()) <= potential.cutoff
+    assert float(potential.repulsion.onset[55, 55]) == potential.cutoff
     inside, outside = (Atoms("Cs2", positions=[[0, 0, 0], [0, 0, potential.cutoff + x]]) for x in (-1e-3, 1e-3))
-    bare = make_repulsive(None)
+    bare = make_repulsive(None, cutoff=2.5)
     for atoms in (inside, outside):
         assert abs(energy(potential, atoms) - energy(bare, atoms)) < 1e-9
 

@@ -73,8 +73,7 @@ def ranges(count: int, size: int) -> list[Part]:
 def ranges_by_weight(weights: Iterable[float], limit: float) -> list[Part]:
     """Divides records into ranges whose weights together stay below ``limit``, or that hold a single record."""
     parts: list[Part] = []
-    start = place = 0
-    held = 0.0
+    start, place, held = 0, -1, 0.0
     for place, weight in enumerate(weights):
         if place > start and held + weight > limit:
             parts.append((start, place))
