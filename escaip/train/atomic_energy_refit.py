@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from escaip.models import MAX_ATOMIC_NUMBER
-from escaip.train.losses import LossTerm, labelled
+from escaip.train.losses import LossTerm, labelled, size_factors
 from escaip.types import TARGETS, Prediction, StructureBatch
 
 _LEAST_ERROR = 1e-3  # eV/atom below which absolute errors weigh no more
@@ -32,7 +32,7 @@ class ReferenceFit:
 
     Attributes:
         sums: ``(S, K, K + 1)`` float64, of ``w x xᵀ`` and ``w x e`` with ``x`` the fractions of the elements in a
-            structure and ``e`` its error, label less prediction, in eV/atom.
+            structure and ``e`` its error, label less prediction, in eV/atom, both times what ``term.per`` asks for.
     """
 
     def __init__(self, elements: Sequence[int], fitted: Sequence[bool], term: LossTerm) -> None:
@@ -55,7 +55,8 @@ class ReferenceFit:
         found = []
         for index in range(len(self.fitted)):
             own = chosen & (sets == index)
-            x, e = numbers[own] / sizes[own, None], error[own]
+            factor = size_factors(batch, self._term)[own]
+            x, e = (factor / sizes[own])[:, None] * numbers[own], factor * error[own]
             found.append((x * self._weight(e)[:, None]).T @ torch.cat([x, e[:, None]], 1))
         return torch.stack(found).flatten()
 

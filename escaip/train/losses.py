@@ -29,11 +29,13 @@ KINDS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "l2": lambda error, delta: torch.linalg.vector_norm(error, dim=-1),
 }
 AVERAGES = ("structure", "atom")
+# What the error of an extensive target is divided by, of the N atoms of a structure: N to the power given here.
+SIZES = {"atom": 1.0, "root": 0.5, "structure": 0.0}
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """Loss on one target, in the unit of its label; extensive targets are divided by the number of atoms.
+    """Loss on one target, in the unit of its label; errors of extensive targets are divided as ``per`` says.
 
     Attributes:
         weight: factor in the total; 0 leaves the term out.
@@ -56,12 +58,15 @@ class LossTerm:
     delta: float = 0.01
     final_weight: float | None = None
     average: str = "structure"
+    per: str = "atom"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"loss kind {self.kind!r} does not exist: choose {' or '.join(KINDS)}")
         if self.average not in AVERAGES:
             raise ConfigError(f"loss average {self.average!r} does not exist: choose {' or '.join(AVERAGES)}")
+        if self.per not in SIZES:
+            raise ConfigError(f"loss per {self.per!r} does not exist: choose {' or '.join(SIZES)}")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigError(f"loss weight {self.weight} is not usable: it must be a number of at least 0")
         if not self.delta > 0:
@@ -97,7 +102,7 @@ class LossSettings:
 
     Raises:
         ConfigError: a property that is not registered, every weight is 0, an average over atoms of a target that has
-            one value per structure, or ``change_after`` is outside [0, 1].
+            one value per structure, ``per`` of one that is not extensive, or ``change_after`` is outside [0, 1].
     """
 
     energy: LossTerm = field(default_factory=lambda: LossTerm(weight=1.0))
@@ -117,6 +122,8 @@ class LossSettings:
         for name, term in self.terms.items():
             if term.average != "structure" and not TARGETS[name].per_atom:
                 raise ConfigError(f"losses.{name}.average is {term.average!r}, but {name} has one value per structure")
+            if term.per != "atom" and not TARGETS[name].extensive:
+                raise ConfigError(f"losses.{name}.per is {term.per!r}, but {name} does not grow with the structure")
         if not any(weight > 0 for weight in self.weights.values()):
             raise ConfigError("every loss weight is 0: set losses.energy.weight, losses.forces.weight or both")
 
@@ -228,9 +235,17 @@ def errors_of(
     return error, pair
 
 
+def size_factors(batch: StructureBatch, term: LossTerm) -> Tensor:
+    """Returns what turns errors per atom into those that a term counts, ``(B,)`` float64."""
+    return (batch.ptr[1:] - batch.ptr[:-1]).double() ** (1.0 - SIZES[term.per])
+
+
 def _term_sums(value: Tensor, batch: StructureBatch, target: Target, term: LossTerm) -> tuple[Tensor, Tensor]:
     chosen = labelled(batch, target)
-    values = KINDS[term.kind](errors_of(value, batch, target, chosen)[0], term.delta)
+    errors = errors_of(value, batch, target, chosen)[0]
+    if term.per != "atom":
+        errors = errors * size_factors(batch, term)[chosen, None]
+    values = KINDS[term.kind](errors, term.delta)
     if not target.per_atom or term.average == "atom":
         return values.sum(), chosen.sum().double()
     structure = batch.batch[chosen]

@@ -67,8 +67,10 @@ def test_kinds(kind: str) -> None:
     energy = ((prediction.energy.detach() - batch.energy) / (batch.ptr[1:] - batch.ptr[:-1])).numpy()[:, None]
     settings = LossSettings(LossTerm(0.0), ForceTerm(1.0, kind, delta, average="atom"))
     assert _total(prediction, batch, settings) == pytest.approx(expected(forces), rel=1e-12)
-    settings = LossSettings(LossTerm(1.0, kind, delta), ForceTerm(0.0))
-    assert _total(prediction, batch, settings) == pytest.approx(expected(energy), rel=1e-12)
+    sizes = (batch.ptr[1:] - batch.ptr[:-1]).numpy()[:, None]
+    for per, factor in {"atom": 1.0, "root": np.sqrt(sizes), "structure": sizes}.items():
+        settings = LossSettings(LossTerm(1.0, kind, delta, per=per), ForceTerm(0.0))
+        assert _total(prediction, batch, settings) == pytest.approx(expected(energy * factor), rel=1e-12)
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -152,6 +154,8 @@ def test_weights_move_to_the_final_ones(monkeypatch: pytest.MonkeyPatch) -> None
         (lambda: ForceTerm(math.nan), "weight nan"),
         (lambda: LossTerm(1.0, "huber", 0.0), "delta 0.0"),
         (lambda: ForceTerm(average="batch"), "'batch'"),
+        (lambda: LossTerm(per="cell"), "'cell'"),
+        (lambda: LossSettings(forces=ForceTerm(per="structure")), "forces does not grow"),
         (lambda: LossSettings(LossTerm(1.0, average="atom")), "energy has one value per structure"),
         (lambda: LossSettings(LossTerm(0.0), ForceTerm(0.0)), "every loss weight is 0"),
         (lambda: LossTerm(1.0, final_weight=0.0), "final_weight 0.0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -296,6 +297,18 @@ def test_weights_are_those_of_the_loss() -> None:
         found[kind] = float(off.abs().max())
     assert found["mae"] < 1e-3
     assert found["mse"] > 0.1
+
+
+@pytest.mark.parametrize(("per", "power"), [("atom", 1.0), ("root", 0.5), ("structure", 0.0)])
+def test_squares_are_those_that_the_loss_counts(per: str, power: float) -> None:
+    batch, noise = _batch(20), torch.linspace(-1.0, 1.0, 20, dtype=torch.float64)
+    fit = ReferenceFit(ELEMENTS, [True], LossTerm(1.0, "mse", per=per))
+    fit.add(fit.of_batch(Prediction(batch.energy - noise, None, None, noise), batch))
+    structures = [batch.atomic_numbers[first:last] for first, last in itertools.pairwise(batch.ptr)]
+    counts = np.array([[int((numbers == z).sum()) for z in ELEMENTS] for numbers in structures])
+    factor = counts.sum(1, keepdims=True) ** -power
+    expected = np.linalg.lstsq(factor * counts, factor[:, 0] * noise.numpy(), rcond=None)[0]
+    np.testing.assert_allclose(fit.solve()[0][list(ELEMENTS)], expected, atol=1e-9)
 
 
 def test_one_composition_has_one_sum() -> None:
