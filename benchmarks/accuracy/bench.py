@@ -40,7 +40,7 @@ from escaip.evaluate import evaluate
 from escaip.files import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MILLI = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
 
 
