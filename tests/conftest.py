@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ settings.load_profile("ci")
 def pytest_configure(config: pytest.Config) -> None:
     """ASE (3.29) shapes arrays in a way that NumPy deprecates from 2.5 on."""
     config.addinivalue_line("filterwarnings", "ignore:Setting the shape on a NumPy array:DeprecationWarning")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests and their imports stay to the end: the garbage collector need not look at them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -135,6 +135,9 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, *args: Any, default_name: str, **kwargs: Any) -> None:
         self._default_name = default_name
+        command = kwargs["args"][0]
+        # Of the parsers of three commands, which take a while to build, only the one in use is built.
+        self.subcommands = lambda: {command: LightningCLI.subcommands()[command]}  # type: ignore[method-assign]
         super().__init__(*args, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -143,11 +146,6 @@ class TrainingCLI(LightningCLI):
     def execute(self) -> None:
         """Runs the command that was parsed."""
         super()._run_subcommand(str(self.subcommand))
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Returns the commands; predictions are a command of their own, ``escaip predict``."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of a run."""

@@ -37,6 +37,8 @@ FIT = (
 )
 REDUCED = {
     "fit": FIT,
+    "check example:organic": "--structure structures.xyz --frame 0",
+    "check runs/quickstart/latest/best.ckpt": "--structure structures.xyz --frame 0",
     "md": "--steps 4 --interval 2 --quiet",
     "relax": "--fmax 1.0",
     "eos": "--relax none --points 5 --span 0.02",

@@ -125,7 +125,7 @@ def test_any_shape(case: Case) -> None:
 
 @pytest.mark.skipif(UNUSABLE["triton"] is not None, reason=str(UNUSABLE["triton"]))
 @given(cases(30, 2))
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_any_shape_in_triton(case: Case) -> None:
     check("triton", case.to(SINGLE))
 
@@ -153,7 +153,7 @@ def test_coincident_and_antiparallel_directions(family: str) -> None:
 def test_removed_keys_are_as_if_absent(family: str) -> None:
     """Minus infinity, in a tile of its own too: zero at the key, the rest unchanged."""
     gone = torch.tensor([2, *range(4, 36), 40])  # among them the first tile of the second neighborhood
-    for dtype in (*PRECISIONS[family], *((BFLOAT, HALF) if family == "triton" else ())):
+    for dtype in (*PRECISIONS[family], *((BFLOAT,) if family == "triton" else ())):
         case = without_keys(make_case([4, 40], widths=(8, 8), dtype=dtype), gone)
         found = run(family, case)
         assert all(bool(x.isfinite().all()) for x in present(found))

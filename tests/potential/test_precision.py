@@ -151,7 +151,7 @@ def test_compiled_evaluations_are_kept_by_precision() -> None:
     """The casts are in the graph, and torch's autocast is off wherever the compiler looks."""
     eager, batch = make_potential(num_layers=1).requires_grad_(False), make_batch()
     compiled = copy.deepcopy(eager)
-    compiled.evaluator = CompiledEvaluator(backend="aot_eager")
+    compiled.evaluator = CompiledEvaluator(backend="eager")
     for kind in ("highest", "bfloat16"):
         eager.precision = compiled.precision = kind
         expected = eager(batch).forces

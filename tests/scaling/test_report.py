@@ -11,7 +11,7 @@ from synthetic_runs import grid, loss, record, records, write_study
 
 from escaip.cli import main
 from escaip.errors import DataError
-from escaip.scaling.fits import fit_study
+from escaip.scaling.fits import StudyFit, fit_study
 from escaip.scaling.laws import FitSettings
 from escaip.scaling.report import draw_sheet, markdown, write_fit, write_report
 from escaip.scaling.study import read_records
@@ -19,18 +19,27 @@ from escaip.scaling.study import read_records
 FEW = FitSettings(bootstrap=60)
 
 
+def write(folder: Path) -> Path:
+    n, d = grid()
+    alone = [record(id="lost", losses={}, profiled=1.0), record(id="spent", profiled=1.02)]
+    write_study(folder, records(n, d, loss(n, d, 0.02, 1, E=0.03), "hard"), alone)
+    (folder / "study.json").write_text(json.dumps({"study": {"recipe": "quickstart", "epochs": 7}}))
+    return folder
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     """Two variants on a grid, one of budgets, one run that diverged and one that stands alone."""
-    n, d = grid()
-    alone = [record(id="lost", losses={}, profiled=1.0), record(id="spent", profiled=1.02)]
-    write_study(tmp_path, records(n, d, loss(n, d, 0.02, 1, E=0.03), "hard"), alone)
-    (tmp_path / "study.json").write_text(json.dumps({"study": {"recipe": "quickstart", "epochs": 7}}))
-    return tmp_path
+    return write(tmp_path)
 
 
-def test_the_same_study_is_the_same_report(study: Path) -> None:
-    found = fit_study(study, settings=FEW)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> StudyFit:
+    """Fits of that study."""
+    return fit_study(write(tmp_path_factory.mktemp("study")), settings=FEW)
+
+
+def test_the_same_study_is_the_same_report(study: Path, found: StudyFit) -> None:
     files = write_report(found, study)
     assert {path.name for path in study.iterdir()} == {*(one.name for one in files), "records.jsonl", "study.json"}
     before = {file.name: file.read_bytes() for file in files}
@@ -48,7 +57,7 @@ def test_the_same_study_is_the_same_report(study: Path) -> None:
     assert "nan" not in text
 
 
-def test_fits_as_json_and_the_commands(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fits_as_json_and_the_commands(study: Path, found: StudyFit, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--bootstrap", "60", "--level", "0.8", "--no-floor", "--huber", "1"]
     for command in ("fit", "plot"):
         assert main(["scaling", command, str(study), *options]) == 0
@@ -56,7 +65,6 @@ def test_fits_as_json_and_the_commands(study: Path, capsys: pytest.CaptureFixtur
     assert "Intervals hold 80 % (60 refits), Huber δ = 1, E fixed to 0" in printed
     assert "report.md" in printed
     assert json.loads((study / "fit.json").read_text("utf-8"))["settings"]["floor"] is False
-    found = fit_study(study, settings=FEW)
     written = json.loads(write_fit(found, study / "records.jsonl").read_text("utf-8"))
     default = found.variants["default"].joint
     assert default is not None
@@ -98,10 +106,10 @@ def test_usage(study: Path, capsys: pytest.CaptureFixture[str], options: list[st
 
 
 @pytest.mark.bad_input
-def test_nothing_half_written(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_half_written(study: Path, found: StudyFit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (study / "fit.json").mkdir()
     with pytest.raises(DataError, match=r"cannot write .*fit\.json: "):
-        write_fit(fit_study(study, settings=FEW), study)
+        write_fit(found, study)
     assert main(["scaling", "plot", str(tmp_path / "nowhere")]) == 1
     assert "no records: run `escaip scaling run` first" in capsys.readouterr().err
     assert not list(study.glob("*.p*"))

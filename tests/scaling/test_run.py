@@ -84,10 +84,10 @@ def test_every_run_once_in_the_order_of_the_plan(config: Path, tmp_path: Path) -
     assert len(read_records(out)) == 8
 
 
-def test_a_study_killed_five_times_ends_as_one_that_was_not(config: Path, tmp_path: Path) -> None:
+def test_a_study_killed_thrice_ends_as_one_that_was_not(config: Path, tmp_path: Path) -> None:
     assert run_study(config, tmp_path / "whole", say=quiet)
     out, rng = tmp_path / "killed", random.Random(0)
-    for _ in range(5):
+    for _ in range(3):
         before = sum(starts(out))
         process = program(config, out, start_new_session=True)
         while sum(starts(out)) == before and process.poll() is None:
