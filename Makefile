@@ -34,7 +34,7 @@ quickstart: $(STAMP) ## train on the sample data, show the errors, run a short M
 	    --timestep 0.5 --dtype float64 --overwrite --out $(RUN)/nve.extxyz
 	@echo "model $(RUN)/best.ckpt, plots $(RUN)/evaluation, trajectory and log $(RUN)/nve.extxyz, $(RUN)/nve.csv"
 
-test: $(STAMP) ## run the test suite (about seven minutes on two cores)
+test: $(STAMP) ## run the test suite (about six minutes on two cores)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 test-install: $(STAMP) ## only the test that the wheel works away from the checkout
