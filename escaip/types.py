@@ -16,6 +16,9 @@ from torch import Tensor
 
 from escaip.errors import ConfigError
 
+MAX_CHARGE = 20
+"""Largest total charge, of either sign, that a potential knows: far beyond any molecule in the data sets."""
+
 T_ = TypeVar("T_", bound="_Movable")
 
 

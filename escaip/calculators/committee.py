@@ -15,7 +15,6 @@ from escaip.calculators.ase import DEFAULT_SKIN, EScAIPCalculator, PotentialCalc
 from escaip.errors import ConfigError
 from escaip.graph.skin import GraphCache, VerletList
 from escaip.potential import Potential
-from escaip.potential.atomic_energies import check_elements
 from escaip.types import TARGETS, GraphSettings, Prediction, StructureBatch
 
 
@@ -128,8 +127,7 @@ class CommitteeCalculator(PotentialCalculator):
             for graph in self._graphs.values():
                 graph.reset()
             for potential in self.potentials:  # a shared graph is checked for one of its potentials only
-                check_elements(batch.atomic_numbers, potential.supported, potential.metadata.elements)
-                potential.model.check_systems(batch.charge, batch.spin_multiplicity)
+                potential.check_systems(batch)
             self._checked = batch
         with torch.no_grad():
             # Without a skin each graph searches for neighbors while it is built.

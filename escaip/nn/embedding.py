@@ -14,7 +14,7 @@ from escaip.errors import DataError
 from escaip.nn.layers import make_activation, make_norm
 from escaip.ops import bond_orientational_order, spline, take_rows
 from escaip.ops.steinhardt import harmonic_recursion
-from escaip.types import AtomInputs, Tokens
+from escaip.types import MAX_CHARGE, AtomInputs, Tokens
 
 # A function of encoded distances, (R,) or (R, num_radial), with values (R, H).
 Curve: TypeAlias = Callable[[Tensor], Tensor]
@@ -284,13 +284,11 @@ class EdgeAttributes(nn.Module):
 class SystemEmbedding(nn.Module):
     """Total charge and spin multiplicity as features of the whole system; nothing when unused."""
 
-    # Far beyond any molecule in the data sets; outside, an error rather than a clamp.
-    MAX_CHARGE = 20
-    MAX_SPIN = 40
+    MAX_SPIN = 40  # far beyond any molecule in the data sets; outside, an error rather than a clamp
 
     def __init__(self, hidden_size: int, charge: bool, spin: bool) -> None:
         super().__init__()
-        self.charge = nn.Embedding(2 * self.MAX_CHARGE + 1, hidden_size) if charge else None
+        self.charge = nn.Embedding(2 * MAX_CHARGE + 1, hidden_size) if charge else None
         self.spin = nn.Embedding(self.MAX_SPIN + 1, hidden_size) if spin else None
 
     def forward(self, token: Tensor, atoms: AtomInputs, center: Tensor) -> Tensor:
@@ -305,7 +303,7 @@ class SystemEmbedding(nn.Module):
             ``(t, H)``, the input itself for a model that is not conditioned.
         """
         if self.charge is not None:
-            token = token + take_rows(self.charge.weight, atoms.charge[center] + self.MAX_CHARGE)
+            token = token + take_rows(self.charge.weight, atoms.charge[center] + MAX_CHARGE)
         if self.spin is not None:
             token = token + take_rows(self.spin.weight, atoms.spin_multiplicity[center])
         return token
@@ -317,7 +315,7 @@ class SystemEmbedding(nn.Module):
             DataError: one is out of range.
         """
         if self.charge is not None:
-            self._check("total charge", charge, -self.MAX_CHARGE, self.MAX_CHARGE)
+            self._check("total charge", charge, -MAX_CHARGE, MAX_CHARGE)
         if self.spin is not None:
             self._check("spin multiplicity", spin_multiplicity, 0, self.MAX_SPIN)
 

@@ -1,4 +1,4 @@
-"""Atomic energies and scale: from the statistics of training sets, one set of each or one for each data set."""
+"""Atomic energies, energies of charges and scale of training sets: one set of each, or one for each data set."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from escaip.data import Statistics
-from escaip.errors import ConfigError, UnsupportedElementError
+from escaip.data import AtomicData, Statistics
+from escaip.errors import ConfigError, DataError, UnsupportedElementError
 from escaip.models import MAX_ATOMIC_NUMBER
-from escaip.types import StructureBatch
+from escaip.types import MAX_CHARGE, StructureBatch
+
+_LEAST_SCALE = 1e-5  # of the best determined direction: below it compositions and charges say nothing
 
 
 def references_of(
@@ -52,6 +54,68 @@ def _force_scale(statistics: Statistics) -> float:
     if not statistics.force_rms > 0:
         raise ConfigError(f"the training set's force RMS is {statistics.force_rms}: all its forces are zero")
     return float(statistics.force_rms)
+
+
+def fit_charges(
+    references: Tensor, structures: Sequence[AtomicData], fitted: Sequence[bool], max_structures: int = 10_000
+) -> tuple[Tensor, Tensor]:
+    """Fits energies of total charges together with the element references of ``S`` sets.
+
+    Energies of ions differ from those of neutral molecules by several eV that no composition explains, and a fit in the
+    composition alone spreads them over the elements. Least squares per atom in the composition and in each charge but
+    0; where they do not determine the solution, the change of least norm.
+
+    Args:
+        references: ``(119,)`` or ``(S, 119)`` eV, fitted in the composition alone or energies of isolated atoms.
+        structures: the training set; their ``dataset`` says which of several sets they belong to.
+        fitted: for each set whether its references were fitted; those of isolated atoms stay, and the part of the
+            energies that the composition explains is left to the model.
+        max_structures: of a larger set so many are read, evenly spread.
+
+    Returns:
+        References, and energies ``(41,)`` or ``(S, 41)`` eV by charge from −20 on, 0 for charges not read; float64.
+
+    Raises:
+        DataError: a charge beyond ±20; names the structure.
+    """
+    references = references.clone()
+    energies = references.new_zeros(*references.shape[:-1], 2 * MAX_CHARGE + 1)
+    rows: dict[int, list[tuple[Tensor, int, float]]] = {}
+    count = len(structures)
+    for index in torch.linspace(0, count - 1, min(count, max_structures), dtype=torch.float64).round().long().tolist():
+        data = structures[index]
+        check_charges(data.charge, [data.structure_id])
+        if data.has_label("energy"):
+            numbers = torch.bincount(data.atomic_numbers, minlength=MAX_ATOMIC_NUMBER + 1).double()
+            code = int(data.dataset) if len(fitted) > 1 else 0
+            rows.setdefault(code, []).append((numbers, int(data.charge), float(data.energy)))
+    for code, found in rows.items():
+        charges = sorted({charge for _, charge, _ in found} - {0})
+        if not charges:
+            continue
+        own, table = (values.view(-1, values.shape[-1])[code] for values in (references, energies))
+        numbers = torch.stack([row[0] for row in found])
+        elements, sizes = numbers.any(0).nonzero()[:, 0], numbers.sum(1, keepdim=True)
+        charged = torch.tensor([[float(charge == other) for other in charges] for _, charge, _ in found])
+        labels = torch.tensor([[energy] for _, _, energy in found], dtype=torch.float64)
+        x = torch.cat([numbers[:, elements], charged.double()], 1) / sizes
+        y = (labels - numbers[:, elements] @ own[elements, None]) / sizes
+        solution = torch.linalg.lstsq(x, y, driver="gelsd", rcond=_LEAST_SCALE).solution[:, 0]
+        table[torch.tensor(charges) + MAX_CHARGE] = solution[len(elements) :]
+        if fitted[code]:
+            own[elements] += solution[: len(elements)]
+    return references, energies
+
+
+def check_charges(charges: Tensor, names: Sequence[str]) -> None:
+    """Raises DataError for the first of the ``(B,)`` total charges of named structures that is out of range."""
+    over = charges.abs() > MAX_CHARGE
+    if bool(over.any()):
+        first = int(over.nonzero()[0])
+        raise DataError(
+            f"total charge outside [-{MAX_CHARGE}, {MAX_CHARGE}]: {names[first]} has {int(charges[first])}, "
+            "so correct it or leave the structure out"
+        )
 
 
 def dataset_codes(batch: StructureBatch, chosen: int, names: Sequence[str]) -> Tensor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing this module is cheap, so that a file is described
 
     from escaip.models import ModelConfig
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
 
 
@@ -157,8 +157,14 @@ def _from_version_5(description: dict[str, Any]) -> dict[str, Any]:
     return {**description, "schema": 6}
 
 
+def _from_version_6(description: dict[str, Any]) -> dict[str, Any]:
+    """Version 6 had no energies of charges: they are zero (see ``build_potential``)."""
+    return {**description, "schema": 7}
+
+
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _from_version_1, 2: _from_version_2, 3: _from_version_3, 4: _from_version_4, 5: _from_version_5,
+    6: _from_version_6,
 }  # fmt: skip
 
 

@@ -16,7 +16,13 @@ from escaip.files import first_line
 from escaip.graph import attached_neighbors, build_graph, displacements, search_cutoff
 from escaip.models import MAX_ATOMIC_NUMBER, ModelConfig, kind_named, kind_of
 from escaip.ops import sum_rows
-from escaip.potential.atomic_energies import check_elements, dataset_codes, missing_reference, references_of
+from escaip.potential.atomic_energies import (
+    check_charges,
+    check_elements,
+    dataset_codes,
+    missing_reference,
+    references_of,
+)
 from escaip.potential.compile import compiled
 from escaip.potential.derivatives import (
     EagerEvaluator,
@@ -32,23 +38,24 @@ from escaip.potential.model_file import PotentialMetadata, describe, migrate, wr
 from escaip.potential.precision import check_precision
 from escaip.potential.predict import StructurePrediction, iter_predict
 from escaip.potential.zbl import ZBL, CoreGuard, repel
-from escaip.types import TARGETS, AtomInputs, Graph, NeighborList, Prediction, StructureBatch
+from escaip.types import MAX_CHARGE, TARGETS, AtomInputs, Graph, NeighborList, Prediction, StructureBatch
 
 __all__ = ["Potential", "PotentialMetadata"]
 
-ENERGY_BUFFERS = ("element_references", "element_shifts", "scale")
+ENERGY_BUFFERS = ("element_references", "element_shifts", "charge_energies", "scale")
 """Buffers of a potential with a leading dimension ``S`` where it was trained on ``S`` data sets."""
 
 
 class Potential(nn.Module):
     """An interatomic potential: model, element references, scale and derivatives.
 
-    ``E = Σ_i (reference[Z_i] + shift[Z_i] + scale · ε_i)`` with ``ε_i`` the model's per-atom energies, summed in
-    float64, plus a repulsion at short distances. Potentials trained on several data sets have one reference, shift and
-    scale for each, chosen by ``batch.dataset`` or, where that is −1, by ``choose_dataset``. Forces are ``−∂E/∂r``
-    or, for direct-force models, ``scale ·`` the force head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``,
-    positive in tension. Positions and cells are read in float64, displacements formed in float64 and cast to the
-    model's dtype (float32 or float64).
+    ``E = Σ_i (reference[Z_i] + shift[Z_i] + scale · ε_i) + charge_energies[Q]`` with ``ε_i`` the model's per-atom
+    energies, summed in float64, plus a repulsion at short distances. Atoms share the energy of the total charge ``Q``
+    equally; models that are not conditioned on charge have no such term. Potentials trained on several data sets have
+    references, shifts, energies of charges and a scale for each, chosen by ``batch.dataset`` or, where that is −1, by
+    ``choose_dataset``. Forces are ``−∂E/∂r`` or, for direct-force models, ``scale ·`` the force head; stress is
+    ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in tension. Positions and cells are read in float64,
+    displacements formed in float64 and cast to the model's dtype (float32 or float64).
 
     Args:
         config: the model.
@@ -58,6 +65,8 @@ class Potential(nn.Module):
         element_references: ``(119,)`` eV by atomic number, or ``(S, 119)`` for several sets, NaN for elements that a
             set does not have.
         element_shifts: of the same shape, eV; training adds them to the references (docs/howto/train.md).
+        charge_energies: ``(41,)`` or ``(S, 41)`` eV by total charge from −20 on; 0 for neutral structures and
+            for charges that training did not show.
         scale: ``()`` or ``(S,)`` eV.
         repulsion, core_guard: between atoms closer than any in training; none for a fresh model
             (``escaip.potential.zbl``).
@@ -70,6 +79,7 @@ class Potential(nn.Module):
 
     element_references: Tensor
     element_shifts: Tensor
+    charge_energies: Tensor
     scale: Tensor
     supported: Tensor
 
@@ -80,6 +90,7 @@ class Potential(nn.Module):
         self.repulsion, self.core_guard = ZBL(), CoreGuard()
         for name in ("element_references", "element_shifts"):
             self.register_buffer(name, torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
+        self.register_buffer("charge_energies", torch.zeros(2 * MAX_CHARGE + 1, dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
         self.register_buffer("supported", torch.ones(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool), persistent=False)
         self.set_metadata(metadata or PotentialMetadata())
@@ -166,13 +177,18 @@ class Potential(nn.Module):
         names = {"datasets": list(found)} if isinstance(statistics, Mapping) else {}
         self.set_metadata(PotentialMetadata.from_dict({**self.metadata.to_dict(), "elements": elements, **names}))
 
-    def set_references(self, references: Tensor, scale: Tensor) -> None:
-        """Sets references, ``(119,)`` or ``(S, 119)`` eV, and scale, ``()`` or ``(S,)`` eV; shifts are zero then."""
+    def set_references(self, references: Tensor, scale: Tensor, charge_energies: Tensor | None = None) -> None:
+        """Sets references, ``(119,)`` or ``(S, 119)`` eV, scale, ``()`` or ``(S,)`` eV, and energies of charges.
+
+        Shifts are zero then, and so are the energies of charges where none are given.
+        """
+        zeros = missing_energies(references)
+        energies = zeros["charge_energies"] if charge_energies is None else charge_energies
         self.element_references, self.scale = references.to(self.device), scale.to(self.device)
-        self.element_shifts = torch.zeros_like(self.element_references)
+        self.element_shifts, self.charge_energies = zeros["element_shifts"].to(self.device), energies.to(self.device)
 
     def atomic_references(self, batch: StructureBatch) -> Tensor:
-        """Returns the element reference of each atom, ``(N,)`` float64 eV.
+        """Returns the element reference of each atom and its share of the energy of the charge, ``(N,)`` float64 eV.
 
         Raises:
             ConfigError: the potential has several sets of references and the batch chooses none.
@@ -181,7 +197,11 @@ class Potential(nn.Module):
         references = self._of_atoms(self.element_references, batch)
         if self.element_references.dim() == 2 and bool(torch.isnan(references).any()):
             raise missing_reference(references, batch, self._dataset_codes(batch), self.datasets)
-        return references
+        if not self.config.charge:
+            return references
+        table, charge = self.charge_energies, batch.charge + MAX_CHARGE
+        energies = table[charge] if table.dim() == 1 else table[self._dataset_codes(batch), charge]
+        return references + (energies / (batch.ptr[1:] - batch.ptr[:-1]))[batch.batch]
 
     def atomic_shifts(self, batch: StructureBatch) -> Tensor:
         """Returns the shift of each atom's reference, ``(N,)`` float64 eV."""
@@ -291,9 +311,20 @@ class Potential(nn.Module):
             DataError: an invalid structure.
         """
         self.config.check_graph_skin(graph_skin)
-        check_elements(batch.atomic_numbers, self.supported, self.metadata.elements)
-        self.model.check_systems(batch.charge, batch.spin_multiplicity)
+        self.check_systems(batch)
         return build_graph(batch, self.config.graph, neighbors or attached_neighbors(batch), graph_skin)
+
+    def check_systems(self, batch: StructureBatch) -> None:
+        """Checks elements, total charges and spin multiplicities of a batch.
+
+        Raises:
+            UnsupportedElementError: an element the potential was not trained on.
+            DataError: a charge or multiplicity out of range, where the model is conditioned on it.
+        """
+        check_elements(batch.atomic_numbers, self.supported, self.metadata.elements)
+        if self.config.charge:
+            check_charges(batch.charge, batch.structure_id)
+        self.model.check_systems(batch.charge, batch.spin_multiplicity)
 
     def compile(self, *_: Any, cuda_graphs: bool = False, **__: Any) -> None:
         """Compiles energy and forces into one graph; the first evaluation of each kind takes a minute or two.
@@ -350,6 +381,12 @@ class Potential(nn.Module):
         write_model_file(path, self.describe(), self.state_dict())
 
 
+def missing_energies(references: Tensor) -> dict[str, Tensor]:
+    """Returns zeros for what older files lack: shifts before version 3, energies of charges before version 7."""
+    charges = references.new_zeros(*references.shape[:-1], 2 * MAX_CHARGE + 1, dtype=torch.float64)
+    return {"element_shifts": torch.zeros_like(references, dtype=torch.float64), "charge_energies": charges}
+
+
 def build_potential(description: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Potential:
     """Builds a potential from the contents of a file, on the CPU, in training mode as any new module.
 
@@ -369,8 +406,7 @@ def build_potential(description: dict[str, Any], weights: dict[str, Tensor], pat
         if floating:
             potential = potential.to(floating[0])
         # One set of references, or one for each of several: the file says.
-        shifts = torch.zeros_like(weights["element_references"], dtype=torch.float64)
-        weights = {"element_shifts": shifts, **weights}  # before version 3 there were none
+        weights = {**missing_energies(weights["element_references"]), **weights}
         for name in ENERGY_BUFFERS:
             setattr(potential, name, torch.zeros_like(weights[name], dtype=torch.float64))
         potential.load_state_dict(weights)

@@ -14,7 +14,8 @@ from torch import Tensor
 from escaip.errors import ConfigError, TrainingError
 from escaip.models import ModelConfig, build_config
 from escaip.potential import Potential, PotentialMetadata
-from escaip.potential.potential import ENERGY_BUFFERS
+from escaip.potential.atomic_energies import fit_charges
+from escaip.potential.potential import ENERGY_BUFFERS, missing_energies
 from escaip.potential.zbl import check_fraction, fit_onsets
 from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.losses import LossSettings, LossSums, loss_sums
@@ -135,6 +136,7 @@ class PotentialModule(LightningModule):
         Raises:
             ConfigError: a loss on a label that no training structure has, no statistics at all, or no structures to
                 look up distances in.
+            DataError: a charge out of range, for a model that is conditioned on it.
         """
         if stage != "fit":
             return
@@ -161,8 +163,8 @@ class PotentialModule(LightningModule):
             self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
         else:
             self.potential.set_statistics(statistics)
+        structures = getattr(data, "datasets", {}).get("train")
         if self.repulsion is not None or self.core_guard is not None:
-            structures = getattr(data, "datasets", {}).get("train")
             if structures is None:
                 raise ConfigError(
                     "model.repulsion and model.core_guard look at the training structures, and this data module has no "
@@ -170,8 +172,11 @@ class PotentialModule(LightningModule):
                 )
             terms = {self.potential.repulsion: self.repulsion, self.potential.core_guard: self.core_guard}
             fit_onsets(terms, structures, self.potential.cutoff)
+        fitted = [item.references_fitted for item in sets]
+        if self.potential.config.charge and structures is not None:
+            references, charges = fit_charges(self.potential.element_references.cpu(), structures, fitted)
+            self.potential.set_references(references, self.potential.scale, charges)
         if self.refit_references:
-            fitted = [item.references_fitted for item in sets]
             self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)
         level = getattr(data, "level_of_theory", "")
         if self.potential.metadata.level_of_theory == "unknown" and level:
@@ -309,9 +314,9 @@ class PotentialModule(LightningModule):
         if "escaip" in checkpoint:
             self.potential.set_metadata(PotentialMetadata.from_dict(checkpoint["escaip"]["metadata"]))
         for weights in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
-            if "potential.element_references" in weights:  # before schema 3 there were no shifts
-                shifts = torch.zeros_like(weights["potential.element_references"])
-                weights.setdefault("potential.element_shifts", shifts)
+            if "potential.element_references" in weights:
+                for name, values in missing_energies(weights["potential.element_references"]).items():
+                    weights.setdefault(f"potential.{name}", values)
         # One set of references, or one for each of several: the checkpoint says.
         for name in ENERGY_BUFFERS:
             stored = checkpoint["state_dict"].get(f"potential.{name}")

@@ -8,15 +8,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.build import molecule
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import batch_of, make_potential
 
+from escaip import EScAIPCalculator
 from escaip.data import Statistics
-from escaip.errors import CheckpointError, ConfigError
+from escaip.errors import CheckpointError, ConfigError, DataError
 from escaip.potential import Potential, PotentialMetadata, model_file
 from escaip.potential.loading import load_potential
 from escaip.potential.model_file import migrate
@@ -99,13 +102,14 @@ def test_version_3_keeps_its_floor(potential: Potential) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "missing"), [(2, "element_shifts"), (4, "repulsion.onset"), (5, "core_guard.onset")]
+    ("version", "missing"),
+    [(2, "element_shifts"), (4, "repulsion.onset"), (5, "core_guard.onset"), (6, "charge_energies")],
 )
-def test_versions_without_shifts_or_repulsion_have_none(
+def test_what_older_versions_did_not_have_is_none(
     potential: Potential, tmp_path: Path, version: int, missing: str
 ) -> None:
     description = {**potential.describe(), "schema": version}
-    assert migrate(description, "x.escaip")["schema"] == 6
+    assert migrate(description, "x.escaip")["schema"] == model_file.SCHEMA_VERSION
     weights = {name: value for name, value in potential.state_dict().items() if name != missing}
     save_file(weights, tmp_path / "old.escaip", metadata={"escaip": json.dumps(description)})
     loaded = load_potential(tmp_path / "old.escaip", device="cpu")
@@ -121,6 +125,54 @@ def test_shifts_add_to_references(potential: Potential, tmp_path: Path) -> None:
     loaded = load_potential(tmp_path / "model.escaip", device="cpu", dtype="float64")
     assert loaded.element_shifts.dtype == torch.float64
     assert loaded(batch, create_graph=False).energy.item() == pytest.approx(before + 3.5, abs=1e-4)
+
+
+def water(*charges: int) -> list[Atoms]:
+    return [Atoms(molecule("H2O"), info={"charge": charge}) for charge in charges]
+
+
+def test_atoms_share_the_energy_of_the_charge() -> None:
+    potential, structures = (
+        make_potential(charge=True),
+        [*water(0, -1, 2, 3), Atoms(molecule("OH"), info={"charge": -1})],
+    )
+    before = potential.predict(structures)
+    potential.charge_energies[19], potential.charge_energies[22] = -6.0, 12.0
+    expected = [0.0, -6.0, 12.0, 0.0, -6.0]  # nothing for a charge that training did not show
+    for old, new, energy in zip(before, potential.predict(structures), expected, strict=True):
+        assert new.energy - old.energy == pytest.approx(energy, abs=1e-9)
+        shares = new.atomic_energies - old.atomic_energies
+        np.testing.assert_allclose(shares, energy / len(shares), atol=1e-9)
+        assert torch.equal(new.forces, old.forces)
+    calculator = EScAIPCalculator(potential, "cpu")
+    for atoms, found in zip(structures, potential.predict(structures), strict=True):
+        assert calculator.get_potential_energy(atoms) == pytest.approx(found.energy, abs=1e-9)
+
+
+def test_each_set_has_energies_of_charges_of_its_own(tmp_path: Path) -> None:
+    potential = make_potential(charge=True)
+    potential.set_references(potential.element_references.expand(2, -1), potential.scale)
+    potential.set_metadata(PotentialMetadata(datasets=("first", "second")))
+    potential.charge_energies[:, 21] = torch.tensor([3.0, 5.0])
+    potential.save(tmp_path / "model.escaip")
+    energies = [
+        load_potential(tmp_path / "model.escaip", dataset=name).predict(water(1))[0].energy
+        for name in potential.datasets
+    ]
+    assert energies[1] - energies[0] == pytest.approx(2.0, abs=1e-9)
+
+
+@pytest.mark.bad_input
+def test_charges_count_only_where_the_model_is_conditioned_on_them() -> None:
+    unaware = make_potential()
+    unaware.charge_energies[21] = 5.0
+    neutral, *ions = unaware.predict(water(0, 1, 21, -21))
+    assert all(torch.equal(ion.atomic_energies, neutral.atomic_energies) for ion in ions)
+    for charge in (21, -21):
+        batch = batch_of(*water(0, charge))
+        batch.structure_id = ["water", "ion"]
+        with pytest.raises(DataError, match=rf"total charge outside \[-20, 20\]: ion has {charge}"):
+            make_potential(charge=True)(batch)
 
 
 class Attack:

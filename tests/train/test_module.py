@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,9 @@ from lightning.pytorch import Callback, seed_everything
 from training_stand_ins import TINY, labelled_molecules, make_data, make_trainer
 
 from escaip import Potential, load_potential
-from escaip.data import AtomicData, collate, fit_statistics
-from escaip.errors import ConfigError, TrainingError
+from escaip.data import AtomicData, AtomicDataModule, collate, fit_statistics
+from escaip.errors import ConfigError, DataError, TrainingError
+from escaip.potential.atomic_energies import fit_charges
 from escaip.potential.zbl import closest_distances, guard_onsets, zbl_onsets
 from escaip.train import BestAndLast, ForceTerm, LossSettings, LossTerm, PotentialModule, WeightEMA
 from escaip.train.atomic_energy_refit import ReferenceFit
@@ -332,6 +334,96 @@ def test_sets_are_kept_apart_and_given_references_stay() -> None:
     shifts = fit.solve()
     np.testing.assert_allclose(shifts[0], OFF, atol=1e-9)
     assert not shifts[1].any()
+
+
+def _ions(off: dict[int, float], code: int = 0) -> list[AtomicData]:
+    """Molecules whose energies are linear in the composition, but for what their charge adds."""
+    names = ("H2O", "NH3", "CH4", "CH3OH")
+    structures = [AtomicData.from_ase(atoms) for atoms in labelled_molecules(16, 0, names)]
+    for index, data in enumerate(structures):
+        data.charge[:], data.dataset[:] = list(off)[index // len(names) % len(off)], code
+        data.energy[:] = OFF[data.atomic_numbers].sum() + off[int(data.charge)]
+    return structures
+
+
+def test_energies_of_charges_are_found_with_those_of_elements() -> None:
+    structures = _ions({0: 0.0, 1: 12.0, -1: -6.0})
+    alone = torch.zeros(119, dtype=torch.float64)
+    for number, energy in fit_statistics(structures).element_references.items():
+        alone[number] = energy
+    assert float((alone - OFF).abs().max()) > 0.1  # ions spoil a fit in the composition
+    references, charges = fit_charges(alone, structures, [True])
+    expected = torch.zeros(41, dtype=torch.float64)
+    expected[21], expected[19] = 12.0, -6.0
+    np.testing.assert_allclose(charges, expected, atol=1e-8)
+    np.testing.assert_allclose(references, OFF, atol=1e-8)
+
+
+def test_energies_of_charges_of_each_set_and_beside_isolated_atoms() -> None:
+    given = torch.stack([torch.full_like(OFF, torch.nan), 2.0 * OFF, OFF])  # the second leaves a part to the model
+    given[0, list(ELEMENTS)] = 0.0
+    sets = [*_ions({0: 0.0, 1: 12.0}, 0), *_ions({0: 0.0, 1: 9.0, 2: 30.0}, 1), *_ions({0: 0.0}, 2)]
+    references, charges = fit_charges(given, sets, [True, False, True])
+    np.testing.assert_allclose(charges[:, 20:23], [[0.0, 12.0, 0.0], [0.0, 9.0, 30.0], [0.0, 0.0, 0.0]], atol=1e-8)
+    np.testing.assert_allclose(references[0, list(ELEMENTS)], OFF[list(ELEMENTS)], atol=1e-8)
+    assert torch.equal(references[1:], given[1:])
+
+
+def test_of_many_structures_some_are_fitted() -> None:
+    structures = _ions({0: 0.0, 1: 12.0})
+    structures[1].charge[:] = 2  # not among the first and the last
+    _, charges = fit_charges(OFF, structures, [True], max_structures=2)
+    assert charges.nonzero()[:, 0].tolist() == [21]
+
+
+@pytest.mark.bad_input
+def test_a_charge_out_of_range_names_its_structure() -> None:
+    structures = _ions({0: 0.0})
+    structures[3].charge[:], structures[3].structure_id = -21, "anion"
+    with pytest.raises(DataError, match=r"total charge outside \[-20, 20\]: anion has -21"):
+        fit_charges(OFF, structures, [True])
+
+
+def _train_ions(folder: Path, epochs: int = 1, resume: Path | None = None, **architecture: Any) -> Any:
+    frames = labelled_molecules(24)
+    for index, atoms in enumerate(frames):
+        atoms.info["charge"] = index // 3 % 2
+        atoms.calc.results["energy"] += 12.0 * atoms.info["charge"]
+    folder.mkdir(exist_ok=True)
+    ase.io.write(folder / "ions.extxyz", frames)
+    data = AtomicDataModule(train=str(folder / "ions.extxyz"), batch_size=4, split={"by": "structure", "val": 4})
+    module = PotentialModule({**TINY, **architecture}, learning_rate=1e-12, weight_decay=0.0)
+    callbacks = [WeightEMA(0.9), BestAndLast(dirpath=str(folder))]
+    make_trainer(folder, callbacks, max_epochs=epochs).fit(module, data, ckpt_path=resume)
+    return module.potential, data.statistics
+
+
+def test_a_model_conditioned_on_charge_has_energies_of_charges(tmp_path: Path) -> None:
+    trained, _ = _train_ions(tmp_path, charge=True)
+    assert float(trained.charge_energies[21]) == pytest.approx(12.0, abs=0.5)
+    assert trained.charge_energies.nonzero()[:, 0].tolist() == [21]
+    for name in ("best", "last"):
+        assert torch.equal(load_potential(tmp_path / f"{name}.ckpt").charge_energies, trained.charge_energies)
+    unaware, statistics = _train_ions(tmp_path / "unaware")
+    assert not unaware.charge_energies.any()
+    assert float(unaware.element_references[1]) == statistics.element_references[1]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_resumed_run_keeps_its_energies_of_charges(tmp_path: Path, old: bool) -> None:
+    _train_ions(tmp_path, charge=True)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for weights in (checkpoint["state_dict"], checkpoint["current_model_state"]):
+        if old:
+            del weights["potential.charge_energies"]
+        else:
+            weights["potential.charge_energies"][21] = 11.0
+    torch.save(checkpoint, tmp_path / "begun.ckpt")
+    resumed, _ = _train_ions(tmp_path, 2, tmp_path / "begun.ckpt", charge=True)
+    saved = load_potential(tmp_path / "last.ckpt")
+    for potential in (resumed, saved):
+        assert float(potential.charge_energies[21]) == (0.0 if old else 11.0)
+        assert torch.equal(potential.element_references.cpu(), checkpoint["state_dict"]["potential.element_references"])
 
 
 def _train(folder: Path, epochs: int, isolated: dict[str, float] | None = None, **settings: Any) -> Potential:
