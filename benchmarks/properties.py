@@ -69,7 +69,7 @@ class Found:
 def measure_statics(teacher: Teacher, calculator: Any) -> Found:
     """Everything but dynamics."""
     found = Found()
-    primitive = bulk(teacher.symbol, "fcc", a=teacher.lattice)
+    primitive = bulk(teacher.symbol, teacher.structure, a=teacher.lattice)
     primitive.calc = calculator
     curve = found.timed("equation of state", lambda: fit_equation_of_state(primitive))
     lattice = float((4 * curve.volume) ** (1 / 3))
@@ -81,10 +81,11 @@ def measure_statics(teacher: Teacher, calculator: Any) -> Found:
     for name, entry in (("C11", (0, 0)), ("C12", (0, 1)), ("C44", (3, 3))):
         found.values[f"{name} (GPa)"] = float(elastic[entry])
     phonons = found.timed("phonons", lambda: bands_of(primitive, DISPLACEMENT))
+    lowest, highest = ("transverse", "longitudinal") if len(primitive) == 1 else ("lowest", "highest")
     for name, point in (("X", X), ("L", L)):
         modes = phonons.frequencies(point)
-        found.values[f"{name} transverse (THz)"] = float(modes[0])
-        found.values[f"{name} longitudinal (THz)"] = float(modes[-1])
+        found.values[f"{name} {lowest} (THz)"] = float(modes[0])
+        found.values[f"{name} {highest} (THz)"] = float(modes[-1])
     found.values["lowest phonon (THz)"] = float(phonons.lowest)
     found.curves["phonons"] = drawn(phonons.bands)
     found.curves["phonons_small"] = drawn(bands_of(primitive, 0.01).bands)
@@ -99,7 +100,7 @@ def measure_statics(teacher: Teacher, calculator: Any) -> Found:
 
 
 def bands_of(primitive: Atoms, displacement: float) -> Phonons:
-    """In a supercell of 216 atoms: forces of two layers reach further than the teacher's."""
+    """In a supercell of 216 primitive cells: forces of two layers reach further than the teacher's."""
     return crystal_phonons(primitive, supercell=(6, 6, 6), displacement=displacement, mesh=30.0, path_density=12.0)
 
 
@@ -111,7 +112,7 @@ def drawn(bands: Bands) -> dict[str, Any]:
 
 
 def vacancy(teacher: Teacher, calculator: Any, lattice: float) -> float:
-    """``E(N − 1) − E(N) (N − 1)/N`` of 108 atoms, ions relaxed at the lattice constant, eV."""
+    """``E(N − 1) − E(N) (N − 1)/N`` of three cubic cells along each axis, ions relaxed at the lattice constant, eV."""
     perfect = teacher.crystal(3, lattice)
     perfect.calc = calculator
     energy = perfect.get_potential_energy()
@@ -121,7 +122,7 @@ def vacancy(teacher: Teacher, calculator: Any, lattice: float) -> float:
 
 
 def vacancy_hop(teacher: Teacher, calculator: Any, lattice: float) -> Any:
-    """The path of a neighbor into a vacancy of 32 sites; None, and a line, where the potential has none.
+    """The path of a neighbor into a vacancy; None, and a line, where the potential has none.
 
     No image climbs: the middle one lies on the saddle by symmetry, and where a potential has two humps beside it
     instead, equal ones, they would take turns to climb.

@@ -29,14 +29,15 @@ class Teacher:
     """A crystal and what gives its energies.
 
     Attributes:
-        symbol: of the element; the lattice is fcc.
+        symbol: of the element.
         lattice: Å, near the teacher's own.
-        cutoff: Å, of the model: two shells, and well apart from the third, which would otherwise come and go.
+        cutoff: Å, of the model: whole shells, and well apart from the next, which would otherwise come and go.
         temperature: K, of the dynamics.
         timestep: fs, of the dynamics: a thirtieth of the shortest period.
         rattle: Å, the largest standard deviation of the displacements.
         fmax: eV/Å, largest force on the band: small beside the forces of this crystal.
         make: returns the calculator.
+        structure: of the crystal, as ``ase.build.bulk`` names it: fcc or diamond.
     """
 
     symbol: str
@@ -47,10 +48,11 @@ class Teacher:
     rattle: float
     fmax: float
     make: Callable[[], Any]
+    structure: str = "fcc"
 
     def crystal(self, repeat: int, lattice: float | None = None) -> Atoms:
-        """``repeat`` cubic cells of four atoms along each axis, without a calculator."""
-        return bulk(self.symbol, "fcc", a=lattice or self.lattice, cubic=True).repeat(repeat)
+        """``repeat`` cubic cells along each axis, without a calculator."""
+        return bulk(self.symbol, self.structure, a=lattice or self.lattice, cubic=True).repeat(repeat)
 
 
 TEACHERS = {
@@ -63,7 +65,7 @@ TEACHERS = {
 
 
 def make_frames(teacher: Teacher, count: int, seed: int) -> list[Atoms]:
-    """Cells of 31 or 32 atoms, strained, rattled; labelled.
+    """Two cubic cells along each axis, strained, rattled; labelled.
 
     A third has a vacancy, and in half of these a neighbor of it is on its way into the hole: a barrier that no frame
     comes near is not learnt.

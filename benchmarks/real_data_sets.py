@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 from collections import Counter
@@ -145,9 +146,14 @@ def prepare(
         The store of each part.
 
     Raises:
-        DataError: no such data, or a split that leaves nothing to train on.
+        DataError: no such data, a split that leaves nothing to train on, or a set divided from other files.
     """
     stores = divided(chosen, out)
+    if stores is not None:
+        source = json.loads((out / chosen.folder / SPLIT).read_text("utf-8"))["source"]
+        names = [[Path(one).name for one in text.split()] for text in (source, " ".join(chosen.sources))]
+        if names[0] != names[1]:
+            raise DataError(f"{out / chosen.folder} was divided from {source}: remove it")
     if stores is None:
         stores = {part: out / chosen.folder / part for part in PARTS}
         structures = chosen.read(data)

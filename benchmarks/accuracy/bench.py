@@ -2,11 +2,12 @@
 
     python benchmarks/accuracy/bench.py --data ../shared/data --arms base gaussians_10
     python benchmarks/accuracy/bench.py --arms base soap --sets threebpa inp --seeds 0 --report
+    python benchmarks/accuracy/bench.py --sets inp silicon_snap --frames 50 100 0
 
 An arm is a list of options of ``escaip fit`` (``arms.yaml``, or a file of the same form given with --arms-file). Each
 arm, set and seed is one run on one core. After an interruption the same command keeps what is finished and
-resumes what was begun from its last checkpoint. ``OUT/ARM/SET/SEED/cell.json`` holds one run, ``OUT/accuracy.json`` and
-``OUT/accuracy.md`` all of them.
+resumes what was begun from its last checkpoint. ``OUT/ARM/SET/SEED/cell.json`` holds one run (``SEED-N`` one on N
+structures, for learning curves), ``OUT/accuracy.json`` and ``OUT/accuracy.md`` all of them.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ import numpy as np
 import torch
 import yaml
 from accuracy import measures
-from accuracy.sets import SETS, kinds_of
+from accuracy.sets import SETS, kinds_of, thinned
 from common import markdown_table, provenance, write_json
 from real_data import best_checkpoint, fit_arguments
 
 from escaip import Potential, load_potential
 from escaip.data import Store
+from escaip.errors import DataError
 from escaip.evaluate import evaluate
 from escaip.files import write_file
 
@@ -46,21 +48,30 @@ MILLI = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: an arm's changes on a set with a seed."""
+    """One run: an arm's changes on a set, or on a number of its training structures, with a seed."""
 
     arm: str
     changes: dict[str, Any]
     name: str
     seed: int
     steps: int
-    folder: Path
+    out: Path
+    frames: int  # 0 for all
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.frames} frames" if self.frames else self.name
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.arm / self.name / (f"{self.seed}-{self.frames}" if self.frames else str(self.seed))
 
     def plan(self) -> dict[str, Any]:
         """What the numbers of the cell depend on, beside the code."""
         recipe = SETS[self.name].real.config.read_bytes()
         return {
             "changes": self.changes, "steps": self.steps, "seed": self.seed,
-            "recipe": hashlib.sha256(recipe).hexdigest()[:12],
+            "recipe": hashlib.sha256(recipe).hexdigest()[:12], **({"frames": self.frames} if self.frames else {}),
         }  # fmt: skip
 
     def finished(self) -> dict[str, Any] | None:
@@ -83,6 +94,8 @@ def run(cell: Cell, stores: dict[str, Path]) -> dict[str, Any]:
     cell.folder.mkdir(parents=True, exist_ok=True)
     chosen = SETS[cell.name]
     parts = {part: stores[part] for part in ("train", "val", "test")}
+    if cell.frames:
+        parts["train"] = thinned(stores["train"], cell.frames)
     changes = {"seed_everything": cell.seed, **chosen.changes, **cell.changes}
     command = [sys.executable, "-m", "escaip"]
     command += fit_arguments(chosen.real, parts, cell.folder, cell.steps, changes)
@@ -99,7 +112,7 @@ def run(cell: Cell, stores: dict[str, Path]) -> dict[str, Any]:
     found = json.loads((cell.folder / "measured.json").read_text("utf-8"))
     result = {"plan": cell.plan(), "commit": provenance()["commit"], "cpu_seconds": seconds if whole else None, **found}
     write_json(cell.folder / "cell.json", result)
-    print(f"{cell.arm} on {cell.name}, seed {cell.seed}: {brief(result)}", flush=True)
+    print(f"{cell.arm} on {cell.title}, seed {cell.seed}: {brief(result)}", flush=True)
     return result
 
 
@@ -161,7 +174,7 @@ def table(cells: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     """One row for each set, error or measure; one column for each arm, the mean of its seeds and half their range."""
     arms = list(cells)
     rows = []
-    for name in SETS:
+    for name in dict.fromkeys(name for sets in cells.values() for name in sets):
         done = [cells[arm].get(name, []) for arm in arms]
         for label in dict.fromkeys(label for of_arm in done for cell in of_arm for label in figures(cell)):
             values = [[figures(cell)[label] for cell in of_arm if label in figures(cell)] for of_arm in done]
@@ -188,7 +201,7 @@ def gather(cells: Iterable[Cell]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for cell in cells:
         if (done := cell.finished()) is not None:
-            found.setdefault(cell.arm, {}).setdefault(cell.name, []).append(done)
+            found.setdefault(cell.arm, {}).setdefault(cell.title, []).append(done)
     return found
 
 
@@ -200,6 +213,10 @@ def main() -> None:
     parser.add_argument("--arms-file", type=Path, default=Path(__file__).with_name("arms.yaml"))
     parser.add_argument("--sets", nargs="+", choices=sorted(SETS), default=list(SETS), metavar="SET")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[0], metavar="N",
+        help="train on so many structures, evenly spread over the training part; 0 for all (default)",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, help="instead of the set's own, for a dry run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument("--report", action="store_true", help="run nothing; report what is finished")
@@ -216,11 +233,17 @@ def main() -> None:
             raise SystemExit(f"accuracy: no arm {arm} in {options.arms_file}: it has {', '.join(known)}")
     out = options.out.resolve()
     cells = [
-        Cell(arm, known[arm], name, seed, options.steps or SETS[name].steps, out / arm / name / str(seed))
-        for name in options.sets for seed in options.seeds for arm in options.arms
+        Cell(arm, known[arm], name, seed, options.steps or SETS[name].steps, out, frames)
+        for name in options.sets for frames in options.frames for seed in options.seeds for arm in options.arms
     ]  # fmt: skip
     if not options.report:
-        stores = {name: SETS[name].stores(options.data.resolve(), out / "data") for name in options.sets}
+        try:
+            stores = {name: SETS[name].stores(options.data.resolve(), out / "data") for name in options.sets}
+            for name in options.sets:
+                for frames in filter(None, options.frames):  # here, not where several runs at once would
+                    thinned(stores[name]["train"], frames)
+        except DataError as error:
+            raise SystemExit(f"accuracy: {error}") from error
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda cell: cell.finished() or run(cell, stores[cell.name]), cells))
     found = gather(cells)

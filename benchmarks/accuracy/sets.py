@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ase.io
 import numpy as np
 from accuracy import xtb
-from property_teachers import TEACHERS, make_frames
+from accuracy.taught import TAUGHT
+from property_teachers import make_frames
 from real_data_sets import SETS as REAL
 from real_data_sets import RealSet, prepare
 
 from escaip.data import AtomicData, Store, StoreWriter, open_source
-from escaip.files import resolve, write_aside
+from escaip.errors import DataError
+from escaip.files import write_aside
 
 Kind = Callable[[AtomicData], str]
 
@@ -61,12 +63,12 @@ class BenchSet:
             out: folder for what is made of them.
         """
         real, files = self.real, {}
-        if self.real.name in TEACHERS:
+        if self.real.name in TAUGHT:
             path = out / real.name / "frames.extxyz"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with write_aside(path) as aside:
-                    ase.io.write(aside, make_frames(TEACHERS[real.name], 300, 0), format="extxyz")
+                    ase.io.write(aside, make_frames(TAUGHT[real.name], 300, 0), format="extxyz")
             real = dataclasses.replace(real, source=str(path.resolve()))
         if self.also:
             files = xtb.make(data / "molecular/3bpa_train_300K.xyz", out / real.name)
@@ -79,6 +81,33 @@ class BenchSet:
                     for structure in open_source(files[name]):
                         writer.write(structure)
         return stores
+
+
+def thinned(store: Path, count: int) -> Path:
+    """Returns a store of ``count`` structures of another, beside it, made where needed.
+
+    The first structure of each element, because a potential refuses elements that it never saw, and others evenly
+    spread over the rest.
+
+    Raises:
+        DataError: there are fewer structures, or more are needed to show every element.
+    """
+    path = store.with_name(f"{store.name}_{count}")
+    if path.exists():
+        return path
+    structures = list(Store(store))
+    first: dict[int, int] = {}
+    for index, data in enumerate(structures):
+        for element in data.atomic_numbers.tolist():
+            first.setdefault(element, index)
+    shown = sorted(set(first.values()))
+    if not len(shown) <= count <= len(structures):
+        raise DataError(f"{store}: {count} frames asked for: give {len(shown)} to {len(structures)}")
+    rest, more = sorted(set(range(len(structures))) - set(shown)), count - len(shown)
+    with StoreWriter(path, source=str(store)) as writer:
+        for index in sorted([*shown, *(rest[k * len(rest) // more] for k in range(more))]):
+            writer.write(structures[index])
+    return path
 
 
 def kinds_of(chosen: BenchSet, store: Path) -> list[str]:
@@ -96,8 +125,8 @@ def size(data: AtomicData) -> str:
 
 
 def _taught(name: str) -> BenchSet:
-    """Frames of a crystal with vacancies, labelled by a potential in closed form."""
-    architecture = {"cutoff": TEACHERS[name].cutoff, "num_neighbors": "null"}
+    """Frames of a crystal with vacancies, labelled by another potential."""
+    architecture = {"cutoff": TAUGHT[name].cutoff, "num_neighbors": "null"}
     changes = {f"model.architecture.{key}": value for key, value in architecture.items()}
     real = RealSet(name, "", "structure", f"taught {name}", recipe="inp")
     return BenchSet(real, 1500, changes=changes, measures=("crystal",))
@@ -130,10 +159,12 @@ SETS = {
         ),
         BenchSet(
             RealSet(
-                "organic", str(resolve("dataset:spice/sample.hdf5")), "group", "organic sample, molecules held out",
-                options={"format": "spice"}, recipe="quickstart",
+                "organic",
+                {"molecular/spice_des_monomers_GFN2.hdf5": {}, "molecular/spice_amino_acid_ligand_GFN2.hdf5": {}},
+                "group", "molecules and complexes of amino acids, GFN2-xTB labels, molecules held out",
+                options={"format": "spice"}, recipe="spice_small",
             ),
-            2000, kind=charge, measures=("dimers",),
+            4000, kind=charge, measures=("dimers",),
         ),
         BenchSet(REAL["solvents"], 1000, kind=size),
         BenchSet(_INP, 1000, kind=group, measures=("defects",)),
@@ -154,6 +185,6 @@ SETS = {
         BenchSet(REAL["mptrj"], 1000),
         BenchSet(_OC20, 600),
         BenchSet(_OC20_FRAMES, 600),
-        *(_taught(name) for name in TEACHERS),
+        *(_taught(name) for name in TAUGHT),
     )
 }  # fmt: skip
