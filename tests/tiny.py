@@ -45,6 +45,11 @@ def make_potential(
     potential = kind(config, metadata=metadata or PotentialMetadata(elements=elements)).to(dtype).eval()
     potential.element_references.copy_(torch.linspace(-2.0, 2.0, 119, dtype=torch.float64))
     potential.scale.fill_(3.0)
+    if potential.model.density is not None:
+        density = potential.model.density
+        for table in (density.channel, density.coefficients, density.mean):
+            table.normal_(0.0, 0.1)
+        density.spread.uniform_(0.5, 2.0)
     return potential
 
 

@@ -11,6 +11,7 @@ from escaip.models.protocol import ModelConfig, check_fading_ranks
 from escaip.nn.heads import check_heads
 from escaip.nn.layers import NORMS, SMOOTH_ACTIVATIONS, make_activation
 from escaip.ops.backends import check_backend
+from escaip.ops.steinhardt import MAX_DEGREE
 from escaip.types import GraphSettings
 
 
@@ -43,6 +44,10 @@ class EScAIPConfig(ModelConfig):
             a neighbor enters or leaves).
         boo_floor: ``ε`` in the root of the orientational order, which symmetry takes to zero: features of a perfect
             crystal change over displacements of some ``√ε`` of a bond. Published weights have 1e-6.
+        density_radial: Gaussians of the density invariants (``escaip.nn.density``), 0 for none: sums over neighbors as
+            features of atoms, and an energy linear in them that is solved for before training begins.
+        density_degree: their highest ``l``.
+        density_channels: their channels of elements, at least as many as there are elements in training.
         force_weighting: ``"envelope"`` or ``"uniform"`` sum over edges in the direct-force head.
         ffn_multiplier, readout_multiplier, output_multiplier: hidden width of the feed-forward
             networks in blocks, readouts and heads, in units of ``hidden_size``.
@@ -85,6 +90,9 @@ class EScAIPConfig(ModelConfig):
     boo_size: int = 64
     boo_weighting: str = "envelope"
     boo_floor: float = 1e-4
+    density_radial: int = 0
+    density_degree: int = 4
+    density_channels: int = 2
     force_weighting: str = "envelope"
     ffn_multiplier: int = 2
     readout_multiplier: int = 2
@@ -129,16 +137,23 @@ class EScAIPConfig(ModelConfig):
         return self.forces == "conservative"
 
     @property
+    def order_features(self) -> int:
+        """Features of an atom from its neighbors alone: bond-orientational order and density invariants."""
+        pairs = self.density_channels * (self.density_channels + 1) // 2
+        return self.boo_degrees + self.density_radial * (self.density_channels + pairs * (self.density_degree + 1))
+
+    @property
     def kept_per_token(self) -> int:
         """Numbers that automatic differentiation keeps for a token: 15 to 16 for a feature of a block, measured."""
         return 16 * self.num_layers * self.hidden_size
 
     def used_per_token(self, differentiate: bool) -> int:
         """Returns, from above, how many numbers a token takes at once (benchmarks/kept.py)."""
+        density = self.density_channels * self.density_radial * (self.density_degree + 1) ** 2
         return (
-            self.kept_per_token + 16 * self.hidden_size
+            self.kept_per_token + 16 * self.hidden_size + 4 * density
             if differentiate
-            else (12 + 5 * self.num_layers) * self.hidden_size
+            else (12 + 5 * self.num_layers) * self.hidden_size + 2 * density
         )
 
     def at_width(self, hidden_size: int) -> EScAIPConfig:
@@ -175,6 +190,14 @@ class EScAIPConfig(ModelConfig):
             raise ConfigError(f"model setting num_radial is {self.num_radial}: it must be at least 2")
         if self.distance_knots < 8:
             raise ConfigError(f"model setting distance_knots is {self.distance_knots}: it must be at least 8")
+        if self.density_radial < 0 or self.density_radial == 1:
+            raise ConfigError(
+                f"model setting density_radial is {self.density_radial}: it must be 0 for none, or above 1"
+            )
+        if not 0 <= self.density_degree <= MAX_DEGREE:
+            raise ConfigError(f"model setting density_degree is {self.density_degree}: it must be in 0 .. {MAX_DEGREE}")
+        if self.density_channels < 1:
+            raise ConfigError(f"model setting density_channels is {self.density_channels}: it must be at least 1")
         if self.boo_degrees > 10:
             raise ConfigError(f"model setting boo_degrees is {self.boo_degrees}: it must be at most 10")
         if self.num_neighbors is not None and self.num_neighbors < 1:
@@ -216,6 +239,8 @@ class EScAIPConfig(ModelConfig):
         make_activation(self.activation)
         check_backend(self.attention_backend)
         check_heads(self.heads)
+        if self.density_radial and not self.is_conservative:
+            raise ConfigError("density_radial is for conservative forces: set it to 0 for direct ones")
         if self.is_conservative and self.activation not in SMOOTH_ACTIVATIONS:
             raise ConfigError(
                 f"activation {self.activation!r} has a kink, so conservative forces would jump: choose "

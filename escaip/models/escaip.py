@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from escaip.graph import TokenChunks
 from escaip.models.config import EScAIPConfig
 from escaip.models.protocol import MAX_ATOMIC_NUMBER, Model, register_model
 from escaip.nn.block import Block, Message, NeighborhoodAttention
+from escaip.nn.density import DensityInvariants
 from escaip.nn.embedding import EdgeAttributes, GaussianBasis, OrientationalOrder, SystemEmbedding
 from escaip.nn.heads import DirectForceHead, EnergyHead, Readout, ReadoutProjection, make_heads
 from escaip.nn.init import initialize
@@ -36,6 +38,7 @@ class EScAIP(Model):
         c = config
         basis = GaussianBasis(c.num_radial, c.cutoff, c.radial_width)
         self.orientational_order = OrientationalOrder(c.boo_degrees, c.boo_weighting == "uniform", c.boo_floor)
+        self.density = _density(c) if c.density_radial else None
         self.system_embedding = SystemEmbedding(c.hidden_size, c.charge, c.spin)
         self.attributes = _attributes(c, basis)
         self.input_ffn = FeedForward(c.hidden_size, 1, c.activation, c.dropout)
@@ -65,6 +68,11 @@ class EScAIP(Model):
         """
         order = torch.cat(tokens.map(self.orientational_order))  # (N, boo_degrees)
         distance = tokens.map(self.attributes.distance.encode)  # of each chunk, the same for all depths
+        linear: Tensor | None = None
+        if self.density is not None:
+            density = torch.cat(tokens.map(partial(self.density, atoms=atoms)))  # (N, F)
+            linear = self.density.energies(density, atoms.atomic_numbers)
+            order = torch.cat([order, self.density.standardized(density, atoms.atomic_numbers)], -1)
         node, edge = self._embed(atoms, order, distance, tokens)  # (N, H), (t, H) of each chunk
         nodes, edges = [node], [edge]
         for block in self.blocks:
@@ -75,6 +83,7 @@ class EScAIP(Model):
 
         node = self.node_projection([read(x) for read, x in zip(self.node_readouts, nodes, strict=True)])  # (N, H)
         energy = self.energy_head(node)  # (N,)
+        energy = energy if linear is None else energy + linear
         forces = None if self.config.is_conservative else self._forces(node, edges, tokens)  # (N, 3)
         return ModelOutput(energy, forces, {name: head(node) for name, head in self.heads.items()})
 
@@ -111,7 +120,7 @@ class EScAIP(Model):
 
 def _attributes(c: EScAIPConfig, basis: GaussianBasis) -> EdgeAttributes:
     return EdgeAttributes(
-        basis, c.distance_table, c.distance_knots, MAX_ATOMIC_NUMBER + 1, c.element_size, c.boo_degrees, c.boo_size,
+        basis, c.distance_table, c.distance_knots, MAX_ATOMIC_NUMBER + 1, c.element_size, c.order_features, c.boo_size,
         c.distance_size, c.hidden_size, c.activation, c.norm, c.dropout,
     )  # fmt: skip
 
@@ -129,3 +138,7 @@ def _block(c: EScAIPConfig, basis: GaussianBasis, layer: int) -> Block:
         c.hidden_size, c.ffn_multiplier, c.activation, c.norm, c.node_dropout, c.edge_dropout,
         c.stochastic_depth, needs_edges,
     )  # fmt: skip
+
+
+def _density(c: EScAIPConfig) -> DensityInvariants:
+    return DensityInvariants(c.density_radial, c.density_degree, c.density_channels, c.cutoff, MAX_ATOMIC_NUMBER + 1)

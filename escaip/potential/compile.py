@@ -278,7 +278,7 @@ class AotCode:
 
 
 class WeightState:
-    """Reads addresses and versions of a model's weights, which change when one is replaced or changed in place."""
+    """Reads addresses and versions of weights and buffers, which change when one is replaced or changed in place."""
 
     def __init__(self) -> None:
         self._model: Model | None = None
@@ -287,7 +287,8 @@ class WeightState:
     def __call__(self, model: Model) -> list[tuple[int, int]]:
         if self._model is not model:  # looked up once: this runs at every evaluation
             self._model = model
-            self._places = [(m._parameters, name) for m in model.modules() for name in m._parameters]
+            tables = [table for m in model.modules() for table in (m._parameters, m._buffers)]
+            self._places = [(table, name) for table in tables for name in table]
         weights = [place[name] for place, name in self._places]
         return [(weight.data_ptr(), weight._version) for weight in weights if weight is not None]
 

@@ -2,15 +2,16 @@
 
 Matrix products and the products within attention are counted, a multiply-add as two operations, as
 ``torch.utils.flop_counter.FlopCounterMode`` does. Everything else is **not counted**: activations, norms, softmax,
-Legendre polynomials, gathers and sums over rows, Gaussians and splines, bond-orientational order, graph and geometry,
-atomic energies, loss and optimizer. All of it is linear in tokens or pairs, and takes a larger share of the time.
+Legendre polynomials, gathers and sums over rows, Gaussians and splines, bond-orientational order, density invariants
+and their linear energy, graph and geometry, atomic energies, loss and optimizer. All of it is linear in tokens or
+pairs, and takes a larger share of the time.
 
 A product of ``rows × in`` by ``in × out`` costs ``2 · rows · in · out``. With ``N`` atoms, ``T`` tokens (kept directed
 edges and ``N`` self tokens), ``P = Σ_i T_i²`` pairs of tokens of the same atom, ``L`` layers, ``H`` features, ``h``
 heads, ``K`` knots, ``R`` Gaussians and ``D, Z, B`` the sizes of distance, element and order embedding:
 
     edge attributes (L + 1 times)   rows T: R × D, D × H (K + 9 rows from a table, none from a kept one)
-                                    rows N, for each end: boo_degrees × B, (B + Z) × H
+                                    rows N, for each end: order_features × B, (B + Z) × H
     input network                   rows T: H × H twice
     message                         rows N: H × H twice; rows T: H × H, 3H × H (gated: H × H, 2H × H twice)
     projections                     rows T: H × H for query, key, value, output
@@ -227,7 +228,7 @@ def _edge_attributes(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
         yield _Product("distance embedding", rows, c.num_radial, c.distance_size, moves=moves, learned=False)
         yield _Product("distance embedding", rows, c.distance_size, c.hidden_size, moves=moves)
     for _ in ("neighbor", "center"):
-        yield _Product("atom features", "atom", c.boo_degrees, c.boo_size, learned=False)
+        yield _Product("atom features", "atom", c.order_features, c.boo_size, learned=False)
         yield _Product("atom features", "atom", c.boo_size + c.element_size, c.hidden_size)
 
 

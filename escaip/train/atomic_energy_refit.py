@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from escaip.models import MAX_ATOMIC_NUMBER
+from escaip.potential import Potential
 from escaip.train.losses import LossTerm, labelled, size_factors
 from escaip.types import TARGETS, Prediction, StructureBatch
 
@@ -60,7 +61,7 @@ class ReferenceFit:
             found.append((x * self._weight(e)[:, None]).T @ torch.cat([x, e[:, None]], 1))
         return torch.stack(found).flatten()
 
-    def add(self, sums: Tensor) -> None:
+    def add(self, sums: Tensor, batches: float = 1.0) -> None:
         """Adds the result of ``of_batch``."""
         self.sums = self.sums.to(sums.device) + sums.view_as(self.sums)
 
@@ -68,6 +69,14 @@ class ReferenceFit:
         """Continues from ``sums`` of a checkpoint, unless they are of other elements or sets."""
         if sums.shape == self.sums.shape:
             self.sums = sums.clone()
+
+    def is_due(self, step: int, steps: int, last_batch: bool) -> bool:
+        """Whether references are shifted before this step: after each epoch."""
+        return last_batch
+
+    def apply(self, potential: Potential) -> None:
+        """Shifts the references of a potential."""
+        potential.element_shifts = potential.element_shifts + self.solve().view_as(potential.element_shifts)
 
     def solve(self) -> Tensor:
         """Returns the ``(S, 119)`` eV to be added to the references, and forgets the sums.

@@ -18,6 +18,7 @@ from escaip.potential.atomic_energies import fit_charges
 from escaip.potential.potential import ENERGY_BUFFERS, missing_energies
 from escaip.potential.zbl import check_fraction, fit_onsets
 from escaip.train.atomic_energy_refit import ReferenceFit
+from escaip.train.linear_fit import LinearRefit, fit_linear_energy
 from escaip.train.losses import LossSettings, LossSums, loss_sums
 from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums, figure_name
 from escaip.train.mup import fan_in_ratios, scale_outputs
@@ -123,7 +124,7 @@ class PotentialModule(LightningModule):
         self.validation_errors = ErrorMetrics(losses)
         self.last_errors: dict[str, dict[str, float]] = {}
         self.refit_references, self.repulsion, self.core_guard = refit_references, repulsion, core_guard
-        self._reference_fit: ReferenceFit | None = None
+        self._energy_fit: ReferenceFit | LinearRefit | None = None
         self._dropout_seed, self._total_steps = 0, 1
         self._loader_state: dict[str, Any] | None = None
         self._recent: list[str] = []
@@ -165,19 +166,17 @@ class PotentialModule(LightningModule):
             self.potential.set_statistics(statistics)
         structures = getattr(data, "datasets", {}).get("train")
         if self.repulsion is not None or self.core_guard is not None:
-            if structures is None:
-                raise ConfigError(
-                    "model.repulsion and model.core_guard look at the training structures, and this data module has no "
-                    "datasets['train']: set both to null"
-                )
             terms = {self.potential.repulsion: self.repulsion, self.potential.core_guard: self.core_guard}
-            fit_onsets(terms, structures, self.potential.cutoff)
+            fit_onsets(terms, _training_structures(data), self.potential.cutoff)
         fitted = [item.references_fitted for item in sets]
         if self.potential.config.charge and structures is not None:
             references, charges = fit_charges(self.potential.element_references.cpu(), structures, fitted)
             self.potential.set_references(references, self.potential.scale, charges)
-        if self.refit_references:
-            self._reference_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)
+        if getattr(self.potential.model, "density", None) is not None:
+            fit_linear_energy(self.potential, _training_structures(data), sets[0].force_rms, fitted[0])
+            self._energy_fit = LinearRefit(self.potential, fitted[0] and self.refit_references)
+        elif self.refit_references:
+            self._energy_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)
         level = getattr(data, "level_of_theory", "")
         if self.potential.metadata.level_of_theory == "unknown" and level:
             values = {**self.potential.metadata.to_dict(), "level_of_theory": level}
@@ -212,8 +211,8 @@ class PotentialModule(LightningModule):
         prediction = self.potential(batch, compute_forces=forces, compute_stress=stress, create_graph=True)
         terms = loss_sums(prediction, batch, losses)
         local = [terms.sums.detach(), terms.counts, error_sums(prediction, batch)]
-        if self._reference_fit is not None:
-            local.append(self._reference_fit.of_batch(prediction, batch))
+        if self._energy_fit is not None:
+            local.append(self._energy_fit.of_batch(prediction, batch))
         total = self.trainer.strategy.reduce(torch.cat(local), reduce_op="sum")
         sums, counts, errors, *fit = total.split([len(part) for part in local])
         loss = terms.total(losses, counts) * self.trainer.world_size
@@ -221,14 +220,20 @@ class PotentialModule(LightningModule):
         self._recent.extend(str(name) for name in batch.structure_id)
         if not torch.isfinite(logged):
             raise self._loss_failure(float(logged), terms, batch)
-        if self._reference_fit is not None:
-            self._refit(self._reference_fit, *fit)
+        if self._energy_fit is not None:
+            self._energy_fit.add(fit[0], self.trainer.num_training_batches)
         found = errors_from_sums(errors)
         names = [figure_name(target, "mae") for target in TARGETS.values()]
         shown = {f"train/{name}": found[name] for name in names if name in found}
         self.log_dict({"train/loss": float(logged), **shown}, batch_size=1)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Solves for the energies that are linear, so that averaged weights and checkpoints go with them."""
+        fit, trainer = self._energy_fit, self.trainer
+        if fit is not None and fit.is_due(trainer.global_step, self._total_steps, trainer.is_last_batch):
+            fit.apply(self.potential)
 
     def configure_gradient_clipping(
         self,
@@ -303,8 +308,8 @@ class PotentialModule(LightningModule):
         """Adds the entries that ``escaip.load_potential`` reads, the seed of dropout and the place in the data."""
         checkpoint["escaip"] = self.potential.describe()
         checkpoint["dropout_seed"] = self._dropout_seed
-        if self._reference_fit is not None:
-            checkpoint["reference_fit"] = self._reference_fit.sums
+        if self._energy_fit is not None:
+            checkpoint["reference_fit"] = self._energy_fit.sums
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "state_dict"):
             checkpoint["train_loader"] = loader.state_dict()
@@ -322,8 +327,8 @@ class PotentialModule(LightningModule):
             stored = checkpoint["state_dict"].get(f"potential.{name}")
             if stored is not None:
                 setattr(self.potential, name, stored.to(self.potential.device, copy=True))
-        if self._reference_fit is not None and "reference_fit" in checkpoint:
-            self._reference_fit.restore(checkpoint["reference_fit"].to(self.potential.device))
+        if self._energy_fit is not None and "reference_fit" in checkpoint:
+            self._energy_fit.restore(checkpoint["reference_fit"].to(self.potential.device))
         self._loader_state = checkpoint.get("train_loader")
         self._dropout_seed = int(checkpoint.get("dropout_seed", self._dropout_seed))
 
@@ -347,16 +352,6 @@ class PotentialModule(LightningModule):
         }
         self.log_dict({**model, **baseline, **sets}, batch_size=1, sync_dist=True)
 
-    def _refit(self, fit: ReferenceFit, sums: Tensor) -> None:
-        """Adds a batch of all processes, and after the last of an epoch shifts the references.
-
-        Before the optimizer's step, so that averaged weights and checkpoints go with them.
-        """
-        fit.add(sums)
-        if self.trainer.is_last_batch:
-            shifts = self.potential.element_shifts
-            self.potential.element_shifts = shifts + fit.solve().view_as(shifts)
-
     def _loss_failure(self, loss: float, terms: LossSums, batch: StructureBatch) -> Exception:
         finite = torch.isfinite(terms.sums).tolist()
         bad = [name for name, fine in zip(self.losses.terms, finite, strict=True) if not fine]
@@ -364,6 +359,16 @@ class PotentialModule(LightningModule):
         if not bad:
             return TrainingError(f"{problem} in another process: see its message")
         return _training_error(self.trainer, f"{problem} (from {', '.join(bad)}) in the batch of", batch.structure_id)
+
+
+def _training_structures(data: Any) -> Any:
+    structures = getattr(data, "datasets", {}).get("train")
+    if structures is None:
+        raise ConfigError(
+            "model.repulsion, model.core_guard and density_radial look at the training structures, and this data "
+            "module has no datasets['train']: set the first two to null and the last to 0"
+        )
+    return structures
 
 
 def _place(name: str) -> str:

@@ -172,7 +172,7 @@ OPTIONS = [
     {"forces": "direct", "num_layers": 1},
     {"distance_table": "inference", "charge": True, "num_layers": 1},
     {"aggregation": "graph_attention", "boo_weighting": "uniform", "num_layers": 1},
-    {"num_neighbors": None, "message_gate": True, "num_layers": 1},
+    {"num_neighbors": None, "message_gate": True, "density_radial": 4, "num_layers": 1},
 ]
 
 

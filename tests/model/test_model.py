@@ -142,6 +142,10 @@ def test_expanded_scale_is_one_over_the_root_of_the_padded_width() -> None:
         ({"dropout": 1.0}, r"must be in \[0, 1\)"),
         ({"attention_backend": "cudnn"}, "choose auto"),
         ({"boo_degrees": 11}, "at most 10"),
+        ({"density_radial": 1}, "density_radial is 1"),
+        ({"density_degree": 17}, "density_degree is 17"),
+        ({"density_channels": 0}, "density_channels is 0"),
+        ({"density_radial": 4, "forces": "direct"}, "density_radial is for conservative forces"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(values: dict[str, object], message: str) -> None:

@@ -46,6 +46,7 @@ def structures() -> list[Atoms]:
         {"angular_channels": None, "message_gate": True, "norm": "layernorm", "activation": "silu"},
         {"num_neighbors": None, "aggregation": "graph_attention"},
         {"rank_step": "bump", "attention_scale": "expanded", "charge": True, "spin": True},
+        {"density_radial": 5, "density_degree": 3},
     ],
 )
 def test_contracts_hold_in_float64(overrides: dict[str, object]) -> None:

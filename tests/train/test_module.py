@@ -135,11 +135,12 @@ def test_averaged_weights_are_validated_saved_and_served(tmp_path: Path) -> None
 
 
 def _run(
-    folder: Path, checkpoint: Path | None = None, optimizer: str = "adamw", **options: Any
+    folder: Path, checkpoint: Path | None = None, optimizer: str = "adamw", density_radial: int = 0, **options: Any
 ) -> tuple[Recorder, PotentialModule]:
     seed_everything(1)
     settings: Any = {"optimizer": optimizer, "learning_rate": 1e-2, "warmup_fraction": 0.3}
-    module = PotentialModule({**TINY, "dropout": 0.1}, **settings)
+    density = {"density_radial": density_radial, "density_degree": 1, "density_channels": 4}
+    module = PotentialModule({**TINY, **density, "dropout": 0.1}, **settings)
     recorder = Recorder()
     last = BestAndLast(dirpath=str(folder), keep_every_n_steps=1)
     callbacks = [WeightEMA(0.9), last, recorder, *([Keep()] if checkpoint is None else [])]
@@ -150,8 +151,8 @@ def _run(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"accumulate_grad_batches": 2, "val_check_interval": 0.5}, {"optimizer": "soap"}],
-    ids=["plain", "accumulation", "soap"],
+    [{}, {"accumulate_grad_batches": 2, "val_check_interval": 0.5}, {"optimizer": "soap"}, {"density_radial": 3}],
+    ids=["plain", "accumulation", "soap", "linear"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
     whole, reference = _run(tmp_path / "whole", **options)
@@ -501,7 +502,7 @@ def test_a_data_module_without_structures(tmp_path: Path) -> None:
     data = make_data(tmp_path, 12)
     data.setup("fit")
     module._trainer = SimpleNamespace(datamodule=SimpleNamespace(statistics=data.statistics))  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="set both to null"):
+    with pytest.raises(ConfigError, match="set the first two to null"):
         module.setup("fit")
 
 

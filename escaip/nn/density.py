@@ -1,0 +1,132 @@
+"""Invariants of the density of neighbors around an atom, and an energy linear in them.
+
+Softmax attention takes means: it learns the energy of a missing neighbor slowly and spreads it over the cell. Sums over
+neighbors show it at once. They enter the atoms' features, and an energy linear in them, linear ACE up to three bodies
+(Drautz, Phys. Rev. B 99, 014104, 2019), is solved for in closed form before training begins
+(``escaip.train.linear_fit``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from escaip.nn.embedding import GaussianBasis
+from escaip.ops import sum_rows
+from escaip.ops.steinhardt import harmonic_recursion, spherical_harmonics
+from escaip.types import AtomInputs, Tokens
+
+_CLOSED_SHELLS = (0, 2, 10, 18, 36, 54, 86)  # electrons
+_CLIP = 4.0  # standard deviations beyond which a feature saturates
+
+
+def element_channels(elements: Sequence[int], channels: int, num_elements: int) -> Tensor:
+    """Returns what each element counts in each channel, ``(num_elements, channels)``; zero for other elements.
+
+    A channel for each element where there are enough; otherwise the elements are described by a constant, covalent
+    radius, electrons outside of the last closed shell, and period, and powers of these, made orthonormal over the
+    elements in this order.
+
+    Args:
+        elements: atomic numbers in training.
+        channels: how many.
+        num_elements: rows of the result.
+    """
+    from ase.data import covalent_radii
+
+    found = torch.zeros(num_elements, channels, dtype=torch.float64)
+    chosen = torch.tensor(list(elements))
+    if len(elements) <= channels:
+        found[chosen, torch.arange(len(elements))] = 1.0
+        return found
+    closed = torch.tensor(_CLOSED_SHELLS)
+    period = torch.bucketize(chosen, closed[1:])
+    properties = torch.stack([torch.from_numpy(covalent_radii)[chosen], chosen - closed[period], period], 1).double()
+    spread = (properties - properties.mean(0)) / properties.std(0).clamp_min(1e-6)
+    columns = [torch.ones(len(elements), 1, dtype=torch.float64), spread]
+    while sum(column.shape[1] for column in columns) < channels:
+        columns.append(columns[-1] * spread)
+    basis = torch.linalg.qr(torch.cat(columns, 1)).Q[:, :channels]
+    found[chosen, : basis.shape[1]] = basis * math.sqrt(len(elements))
+    return found
+
+
+class DensityInvariants(nn.Module):
+    """Products of two densities of neighbors that rotations leave alone.
+
+    ``A_ncm = Σ_j w_j g_n(d_j) ε_c(Z_j) Ŷ_lm(n_j)`` over the neighbors of an atom, with Gaussians ``g_n`` and fixed
+    channels ``ε_c`` of the elements. Features are ``A_nc`` of ``l = 0`` and ``Σ_m A_ncm A_nc'm`` for ``c ≤ c'`` and
+    ``l = 0 .. degree``. They are not divided by the number of neighbors.
+
+    Args:
+        num_radial: Gaussians on ``[0, cutoff]``, of a width of one spacing.
+        degree: highest ``l``.
+        channels: ``C``, of the elements.
+        cutoff: Å.
+        num_elements: atomic numbers are below it.
+
+    Attributes:
+        channel: ``(num_elements, C)``, what an element counts in each channel, as a neighbor and as a center.
+        mean, spread: ``(num_elements, F)`` of the features around atoms of an element in training.
+        coefficients: ``(C, F)`` for each channel of the center, energies in units of the potential's scale. Buffers of
+            this module keep float64.
+    """
+
+    channel: Tensor
+    mean: Tensor
+    spread: Tensor
+    coefficients: Tensor
+    first: Tensor
+    second: Tensor
+    recursion: Tensor
+
+    def __init__(self, num_radial: int, degree: int, channels: int, cutoff: float, num_elements: int) -> None:
+        super().__init__()
+        self.basis = GaussianBasis(num_radial, cutoff, 1.0)
+        self.degree = degree
+        first, second = torch.triu_indices(channels, channels)
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("second", second, persistent=False)
+        self.num_features = num_radial * (channels + len(first) * (degree + 1))
+        self.register_buffer("channel", torch.ones(num_elements, channels, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(num_elements, self.num_features, dtype=torch.float64))
+        self.register_buffer("spread", torch.ones(num_elements, self.num_features, dtype=torch.float64))
+        self.register_buffer("coefficients", torch.zeros(channels, self.num_features, dtype=torch.float64))
+        self.register_buffer("recursion", harmonic_recursion(degree), persistent=False)
+
+    def forward(self, tokens: Tokens, atoms: AtomInputs) -> Tensor:
+        """Returns the features ``(n, F)`` of the atoms of a chunk, not standardized."""
+        weight = tokens.log_envelope.exp().index_fill(0, tokens.self_token, 0.0)
+        radial = self.basis(tokens.distance) * weight.unsqueeze(-1)  # (t, R)
+        channel = self.channel.to(radial.dtype)[atoms.atomic_numbers[tokens.neighbor]]  # (t, C)
+        harmonics = spherical_harmonics(tokens.direction, self.degree, self.recursion)  # (t, M)
+        density = (channel.unsqueeze(-1) * radial.unsqueeze(1)).flatten(1)  # (t, C R)
+        terms = (density.unsqueeze(-1) * harmonics.unsqueeze(1)).flatten(1)
+        sums = sum_rows(terms, tokens.center - tokens.first, tokens.num_atoms)
+        sums = sums.view(tokens.num_atoms, channel.shape[1], radial.shape[1], -1)  # (n, C, R, M)
+        products = sums[:, self.first] * sums[:, self.second]
+        parts = products.split([2 * degree + 1 for degree in range(self.degree + 1)], -1)
+        power = torch.stack([part.sum(-1) for part in parts], -1)  # (n, C (C + 1) / 2, R, degree + 1)
+        return torch.cat([sums[..., 0].flatten(1), power.flatten(1)], 1)
+
+    def standardized(self, features: Tensor, atomic_numbers: Tensor) -> Tensor:
+        """Returns features of atoms less their mean, in units of their spread, bounded smoothly; ``(N, F)``."""
+        mean, spread = self.mean.to(features.dtype)[atomic_numbers], self.spread.to(features.dtype)[atomic_numbers]
+        return _CLIP * torch.tanh((features - mean) / (_CLIP * spread))
+
+    def energies(self, features: Tensor, atomic_numbers: Tensor) -> Tensor:
+        """Returns the linear energy of atoms, ``(N,)`` in units of the potential's scale."""
+        of_channels = features @ self.coefficients.to(features.dtype).T  # (N, C)
+        return (of_channels * self.channel.to(features.dtype)[atomic_numbers]).sum(-1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DensityInvariants:
+        """Moves like any module, and keeps the precision of its tables."""
+        kept = {name: table for name, table in self.named_buffers(recurse=False) if table.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, table in kept.items():
+            setattr(self, name, table.to(getattr(self, name).device))
+        return self
