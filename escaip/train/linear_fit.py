@@ -29,7 +29,7 @@ _STEP = 1e-4  # Å, and of strains
 _ROUNDS = 5  # of reweighted least squares
 _RIDGE = 0.01
 # While training: when, as a part of all steps; how often, in steps; forces in units of the potential's scale; ridge.
-_REFIT_FROM, _REFIT_EVERY, _REFIT_FORCE, _REFIT_RIDGE = 0.3, 10, 0.15, 1e-4
+_REFIT_FROM, _REFIT_EVERY, _REFIT_FORCE, _REFIT_RIDGE = 0.3, 20, 0.15, 1e-4
 # Errors from which on rows count by their size and not by its square: forces in units of their RMS, energies per atom
 # and stresses in units of that of forces.
 _FORCE, _ENERGY, _STRESS = 0.05, 1 / 50, 1 / 10
@@ -136,7 +136,7 @@ class LinearRefit:
     """Solves for the linear energy again and again, on what the whole model leaves of the labels.
 
     Frames of a rare kind move a network little. Least squares weigh them like the others, and a whole epoch at once:
-    recursive least squares that forget over an epoch, reweighted for a Huber loss.
+    recursive least squares that forget over half an epoch, reweighted for a Huber loss.
 
     Args:
         potential: with a linear energy.
@@ -164,8 +164,8 @@ class LinearRefit:
         return torch.cat([weighted @ x, (weighted @ y)[:, None], size[:, None]], 1).flatten()
 
     def add(self, sums: Tensor, batches: float) -> None:
-        """Adds the result of ``of_batch``; what is ``batches`` old counts 1/e."""
-        self.sums = math.exp(-1.0 / batches) * self.sums.to(sums.device) + sums.view_as(self.sums)
+        """Adds the result of ``of_batch``; ``batches`` make an epoch, and what is half an epoch old counts 1/e."""
+        self.sums = math.exp(-2.0 / batches) * self.sums.to(sums.device) + sums.view_as(self.sums)
 
     def restore(self, sums: Tensor) -> None:
         """Continues from ``sums`` of a checkpoint, unless they are of another model."""
