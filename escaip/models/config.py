@@ -47,7 +47,7 @@ class EScAIPConfig(ModelConfig):
         density_radial: Gaussians of the density invariants (``escaip.nn.density``), 0 for none: sums over neighbors as
             features of atoms, and an energy linear in them that is solved for before training begins.
         density_degree: their highest ``l``.
-        density_channels: their channels of elements, at least as many as there are elements in training.
+        density_channels: their channels, one for each element in training.
         force_weighting: ``"envelope"`` or ``"uniform"`` sum over edges in the direct-force head.
         ffn_multiplier, readout_multiplier, output_multiplier: hidden width of the feed-forward
             networks in blocks, readouts and heads, in units of ``hidden_size``.

@@ -8,8 +8,6 @@ neighbors show it at once. They enter the atoms' features, and an energy linear 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,46 +18,14 @@ from escaip.ops import sum_rows
 from escaip.ops.steinhardt import harmonic_recursion, spherical_harmonics
 from escaip.types import AtomInputs, Tokens
 
-_CLOSED_SHELLS = (0, 2, 10, 18, 36, 54, 86)  # electrons
 _CLIP = 4.0  # standard deviations beyond which a feature saturates
-
-
-def element_channels(elements: Sequence[int], channels: int, num_elements: int) -> Tensor:
-    """Returns what each element counts in each channel, ``(num_elements, channels)``; zero for other elements.
-
-    A channel for each element where there are enough; otherwise the elements are described by a constant, covalent
-    radius, electrons outside of the last closed shell, and period, and powers of these, made orthonormal over the
-    elements in this order.
-
-    Args:
-        elements: atomic numbers in training.
-        channels: how many.
-        num_elements: rows of the result.
-    """
-    from ase.data import covalent_radii
-
-    found = torch.zeros(num_elements, channels, dtype=torch.float64)
-    chosen = torch.tensor(list(elements))
-    if len(elements) <= channels:
-        found[chosen, torch.arange(len(elements))] = 1.0
-        return found
-    closed = torch.tensor(_CLOSED_SHELLS)
-    period = torch.bucketize(chosen, closed[1:])
-    properties = torch.stack([torch.from_numpy(covalent_radii)[chosen], chosen - closed[period], period], 1).double()
-    spread = (properties - properties.mean(0)) / properties.std(0).clamp_min(1e-6)
-    columns = [torch.ones(len(elements), 1, dtype=torch.float64), spread]
-    while sum(column.shape[1] for column in columns) < channels:
-        columns.append(columns[-1] * spread)
-    basis = torch.linalg.qr(torch.cat(columns, 1)).Q[:, :channels]
-    found[chosen, : basis.shape[1]] = basis * math.sqrt(len(elements))
-    return found
 
 
 class DensityInvariants(nn.Module):
     """Products of two densities of neighbors that rotations leave alone.
 
-    ``A_ncm = Σ_j w_j g_n(d_j) ε_c(Z_j) Ŷ_lm(n_j)`` over the neighbors of an atom, with Gaussians ``g_n`` and fixed
-    channels ``ε_c`` of the elements. Features are ``A_nc`` of ``l = 0`` and ``Σ_m A_ncm A_nc'm`` for ``c ≤ c'`` and
+    ``A_ncm = Σ_j w_j g_n(d_j) [Z_j = c] Ŷ_lm(n_j)`` over the neighbors of an atom, with Gaussians ``g_n`` and a
+    channel ``c`` for each element. Features are ``A_nc`` of ``l = 0`` and ``Σ_m A_ncm A_nc'm`` for ``c ≤ c'`` and
     ``l = 0 .. degree``. They are not divided by the number of neighbors.
 
     Args:

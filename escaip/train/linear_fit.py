@@ -20,7 +20,7 @@ from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.graph import build_graph, displacements, token_geometry
 from escaip.graph.tokens import split_tokens
-from escaip.nn.density import DensityInvariants, element_channels
+from escaip.nn.density import DensityInvariants
 from escaip.potential import Potential
 from escaip.types import AtomInputs, Graph, Prediction, StructureBatch
 
@@ -207,13 +207,20 @@ def fit_linear_energy(
         constants: whether references are shifted too; those of isolated atoms, whose invariants are zero, stay.
 
     Raises:
-        ConfigError: several sets of references.
+        ConfigError: several sets of references, or more elements than channels.
     """
     density = invariants_of(potential)
     elements = list(potential.metadata.elements)
     if potential.element_references.dim() > 1:
         raise ConfigError("density_radial is for one training set; with several, set it to 0")
-    density.channel.copy_(element_channels(elements, density.channel.shape[1], len(density.channel)))
+    channels = density.channel.shape[1]
+    if len(elements) > channels:
+        raise ConfigError(
+            f"density_channels is {channels}, but the training set has {len(elements)} elements: set it to "
+            f"{len(elements)}, or density_radial to 0"
+        )
+    density.channel.zero_()
+    density.channel[elements, range(len(elements))] = 1.0
     number = min(len(structures), _MAX_STRUCTURES)
     directions = max(2, min(16, -(-2 * density.coefficients.numel() // number)))
     rows, limit, found = Rows(potential, directions), _FORCE * force_rms, []

@@ -14,7 +14,6 @@ from tiny import make_potential
 
 from escaip.data import AtomicData, Statistics, collate
 from escaip.errors import ConfigError
-from escaip.nn.density import element_channels
 from escaip.potential import Potential
 from escaip.train.linear_fit import LinearRefit, fit_linear_energy
 
@@ -52,7 +51,8 @@ def labelled(teacher: Potential, frames: list[Atoms]) -> list[AtomicData]:
 def taught() -> tuple[list[AtomicData], list[AtomicData], float]:
     teacher = silent(elements=(11, 17))
     density = teacher.model.density
-    density.channel.copy_(element_channels((11, 17), 2, 119))
+    density.channel.zero_()
+    density.channel[[11, 17], [0, 1]] = 1.0
     train, test = (labelled(teacher, crystals(count, seed)) for count, seed in ((60, 0), (10, 1)))
     rms = math.sqrt(float(torch.cat([data.forces for data in train]).square().mean()))
     return train, test, rms
@@ -139,15 +139,5 @@ def test_what_cannot_be_fitted(taught: tuple[list[AtomicData], list[AtomicData],
     several.set_statistics({"one": one, "two": one})
     with pytest.raises(ConfigError, match="is for one training set"):
         fit_linear_energy(several, *taught[::2])
-
-
-def test_channels_of_elements() -> None:
-    assert torch.equal(
-        element_channels((1, 8), 3, 10)[[1, 8, 6]],
-        torch.eye(3, dtype=torch.float64)[[0, 1, 2]] * torch.tensor([[1], [1], [0]]),
-    )
-    many = element_channels((1, 6, 7, 8, 9, 16, 17, 35), 4, 119)
-    chosen = many[[1, 6, 7, 8, 9, 16, 17, 35]]
-    np.testing.assert_allclose(chosen.T @ chosen / 8, np.eye(4), atol=1e-12)
-    assert len({tuple(row) for row in chosen.tolist()}) == 8  # no two elements are the same
-    assert int(many.any(1).sum()) == 8
+    with pytest.raises(ConfigError, match="density_channels is 1, but the training set has 2 elements: set it to 2"):
+        fit_linear_energy(student(density_channels=1), *taught[::2])
