@@ -87,6 +87,7 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
             "cutoff": description["cutoff"],
             "repulsion_below": _onsets(arrays.get("repulsion.onset"), metadata["elements"]),
             "guarded_below": _onsets(arrays.get("core_guard.onset"), metadata["elements"]),
+            "bonds_held_beyond": _onsets(arrays.get("bond_guard.start"), metadata["elements"]),
             "force_scale": scales[0] if sets == [""] else dict(zip(sets, scales, strict=True)),
             "element_references": rows[""] if sets == [""] else rows,
             "config": config,
@@ -108,7 +109,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
 
 
 def _onsets(onset: Any, elements: list[int]) -> str | list[float]:
-    """Returns the least and the largest distance of two elements, in Å, below which atoms repel each other."""
+    """Returns the least and the largest onset of two elements, in Å."""
     if onset is None or not onset.any():
         return "none"
     import numpy as np

@@ -37,7 +37,7 @@ from escaip.potential.hessian import hessian
 from escaip.potential.model_file import PotentialMetadata, describe, migrate, write_model_file
 from escaip.potential.precision import check_precision
 from escaip.potential.predict import StructurePrediction, iter_predict
-from escaip.potential.zbl import ZBL, CoreGuard, repel
+from escaip.potential.zbl import ZBL, BondGuard, CoreGuard, repel
 from escaip.types import MAX_CHARGE, TARGETS, AtomInputs, Graph, NeighborList, Prediction, StructureBatch
 
 __all__ = ["Potential", "PotentialMetadata"]
@@ -68,8 +68,8 @@ class Potential(nn.Module):
         charge_energies: ``(41,)`` or ``(S, 41)`` eV by total charge from −20 on; 0 for neutral structures and
             for charges that training did not show.
         scale: ``()`` or ``(S,)`` eV.
-        repulsion, core_guard: between atoms closer than any in training; none for a fresh model
-            (``escaip.potential.zbl``).
+        repulsion, core_guard, bond_guard: between atoms at distances that training did not show; none for a fresh
+            model (``escaip.potential.zbl``).
         recompute: whether activations are recomputed for derivatives (activation checkpointing): less memory for about
             a third more time. None, the default, recomputes where a prediction would keep several GiB.
         precision: ``"highest"``, the model's own; ``"tf32"`` for products of float32 matrices on CUDA; ``"float16"`` or
@@ -87,7 +87,7 @@ class Potential(nn.Module):
         super().__init__()
         self.config = config
         self.model = kind_of(config).model(config)
-        self.repulsion, self.core_guard = ZBL(), CoreGuard()
+        self.repulsion, self.core_guard, self.bond_guard = ZBL(), CoreGuard(), BondGuard()
         for name in ("element_references", "element_shifts"):
             self.register_buffer(name, torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64))
         self.register_buffer("charge_energies", torch.zeros(2 * MAX_CHARGE + 1, dtype=torch.float64))
@@ -276,7 +276,8 @@ class Potential(nn.Module):
             output, gradient = self.evaluator(self.model, inputs, request)
             offsets = self.atomic_references(batch) + self.atomic_shifts(batch)
             atomic_energies = offsets + scale * output.energy.double()
-            core = repel((self.repulsion, self.core_guard), vectors, graph, batch.atomic_numbers)
+            pairs = (self.repulsion, self.core_guard, self.bond_guard)
+            core = repel(pairs, vectors, graph, batch.atomic_numbers)
             if core is not None:
                 atomic_energies = atomic_energies + core[0]
                 gradient = None if gradient is None else gradient + core[1]

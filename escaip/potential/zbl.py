@@ -1,10 +1,10 @@
-"""Repulsion at distances shorter than those that a model was trained on: screened nuclei and a softer guard."""
+"""Energies of pairs at distances that training did not show: screened nuclei, a softer guard, and one of bonds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,15 @@ _SCREENING = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.028
 _SCREENING_LENGTH = 0.8854 * 0.529177  # Å, over Z₁^0.23 + Z₂^0.23
 _COULOMB = 14.399645  # e²/4πε₀, eV Å
 _GUARD_STIFFNESS, _GUARD_SOFTNESS, _GUARD_HILL = 150.0, 0.1, 25.0  # eV/Å³, Å, eV/Å²
+_HOLD_STIFFNESS, _HOLD_SOFTNESS = 8.0, 0.05  # eV/Å², Å
+_HOLD_FALL = 0.3  # of the gap, over which the hill falls
+_HOLD_MARGIN, _SINGLE_BOND = 1.02, 1.1  # times the longest bond of training, times the sum of covalent radii
+_COVALENT = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 32, 33, 34, 35, 51, 52, 53)
 _CONTACT = 1.0  # Å beyond the sum of covalent radii: about where atoms that are not bonded touch (H–H 1.6, C–C 2.5)
 # The shortest and longest bonds in units of the sum of covalent radii (N₂ 0.77, CH₄ 1.02).
 _SHORTEST_BOND = 0.7
 _LONGEST_BOND = 1.2
+_BONDED = 1.3  # below: a bond, hot ones too (C–H 1.39 Å, C–C 1.98 Å)
 
 
 class PairRepulsion(nn.Module):
@@ -58,13 +63,17 @@ class PairRepulsion(nn.Module):
         first, second = atomic_numbers[graph.token_center], atomic_numbers[graph.token_neighbor]
         onset = self.onset[first, second].double()
         square = (tokens * tokens).sum(dim=1)
-        inside = (square < onset * onset) & (square > 0.0)  # an atom is no neighbor of itself
+        inside = (square < onset * onset) & (square > self.inner_square(first, second))
         # Pairs are rare, so skip the rest; on a GPU the test would make the host wait.
         if not vectors.is_cuda and not bool(inside.any()):
             return vectors.new_zeros(graph.num_atoms), torch.zeros_like(vectors)
         energy, slope = self.pair_energies(square, inside, first, second, onset)
         gradient = torch.cat([slope.unsqueeze(1) * tokens, torch.zeros_like(vectors[graph.num_tokens :])])
         return 0.5 * sum_rows(energy, graph.token_center, graph.num_atoms), 0.5 * gradient
+
+    def inner_square(self, first: Tensor, second: Tensor) -> Tensor | float:
+        """Returns Å² above which pairs have an energy; an atom is no neighbor of itself."""
+        return 0.0
 
     def pair_energies(
         self, square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset: Tensor
@@ -93,9 +102,10 @@ class PairRepulsion(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any, **__: Any) -> None:
-        """Accepts a table of any shape; files before schema 5 have none."""
-        stored = state_dict.get(f"{prefix}onset", torch.zeros(0, 0))
-        self.onset = stored.detach().to(self.onset.device, torch.float32, copy=True)
+        """Accepts tables of any shape; older files have none."""
+        for name in self._buffers.keys() - self._non_persistent_buffers_set:
+            stored = state_dict.get(f"{prefix}{name}", torch.zeros(0, 0))
+            setattr(self, name, stored.detach().to(self.onset.device, torch.float32, copy=True))
 
 
 class ZBL(PairRepulsion):
@@ -154,10 +164,51 @@ class CoreGuard(PairRepulsion):
         width = onset - _LONGEST_BOND * (self.radii[first] + self.radii[second]).double()
         apart = width > 0.0
         width = torch.where(apart, width, 1.0)
-        u = (x / width).clamp_max(1.0)
-        hill = _GUARD_HILL * width**2 * u**4 * (35.0 + u * (-84.0 + u * (70.0 - 20.0 * u)))
-        hill_slope = -_GUARD_HILL * width * 140.0 * (u * (1.0 - u)) ** 3
+        hill, hill_slope = _step((x / width).clamp_max(1.0))
+        hill, hill_slope = _GUARD_HILL * width**2 * hill, -_GUARD_HILL * width * hill_slope
         return torch.where(apart, hill, energy), torch.where(apart, hill_slope, slope) / distance
+
+
+class BondGuard(PairRepulsion):
+    """``V = k x⁴/(x + c)² S(y/w)``, ``x = r − start``, ``y = onset − r``: a hill beyond the bonds of training.
+
+    A network lets go of a bond that is longer than any it was shown, for a fraction of the energy. Where training shows
+    a gap between bonds of two elements and their next distance, the guard stiffens the bond there. The hill falls over
+    the last ``w``, 0.3 of the gap; ``S`` as in ``CoreGuard``, at most 1. k = 8 eV/Å², c = 0.05 Å. Three derivatives
+    vanish at either end.
+
+    Attributes:
+        start: ``(119, 119)`` Å, where the gap of two elements begins; ``(0, 0)`` for no guard. Always float32.
+    """
+
+    start: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("start", torch.zeros(0, 0))
+
+    def inner_square(self, first: Tensor, second: Tensor) -> Tensor | float:
+        """See ``PairRepulsion``."""
+        return self.start[first, second].double().square()
+
+    def pair_energies(
+        self, square: Tensor, inside: Tensor, first: Tensor, second: Tensor, onset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``PairRepulsion``."""
+        distance = torch.where(inside, square, 1.0).sqrt()
+        start = self.start[first, second].double()
+        x = torch.where(inside, distance - start, 0.0)
+        near = x + _HOLD_SOFTNESS
+        rise = _HOLD_STIFFNESS * x**4 / near**2
+        rise_slope = 2.0 * _HOLD_STIFFNESS * x**3 * (x + 2.0 * _HOLD_SOFTNESS) / near**3
+        width = torch.where(inside, _HOLD_FALL * (onset - start), 1.0)
+        fall, fall_slope = _step(((onset - distance) / width).clamp(0.0, 1.0))
+        return rise * fall, (rise_slope * fall - rise * fall_slope / width) / distance
+
+
+def _step(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns ``S(u) = 35u⁴ − 84u⁵ + 70u⁶ − 20u⁷``, which goes from 0 to 1 with u, and its slope."""
+    return u**4 * (35.0 + u * (-84.0 + u * (70.0 - 20.0 * u))), 140.0 * (u * (1.0 - u)) ** 3
 
 
 def repel(
@@ -171,37 +222,55 @@ def repel(
     return sum(energies[1:], energies[0]), sum(gradients[1:], gradients[0])
 
 
+class Distances(NamedTuple):
+    """Distances between atoms of each two elements in a training set, ``(119, 119)`` Å, float64, symmetric.
+
+    Attributes:
+        closest: the shortest; infinite for elements that never come within the cutoff.
+        longest_bond: the longest within 1.3 times the sum of covalent radii; zero for none.
+        closest_apart: the shortest beyond; infinite for none.
+    """
+
+    closest: Tensor
+    longest_bond: Tensor
+    closest_apart: Tensor
+
+
 def fit_onsets(terms: Mapping[PairRepulsion, float | None], structures: Sequence[AtomicData], cutoff: float) -> None:
-    """Sets the onsets of repulsions in place, below all distances of a training set.
+    """Sets the onsets of repulsions in place, so that no distance of a training set has an energy.
 
     Args:
-        terms: repulsions of a potential and the fraction of each, see ``zbl_onsets`` and ``guard_onsets``; None for no
-            repulsion.
-        structures: see ``closest_distances``.
+        terms: repulsions of a potential and the fraction of each, see ``zbl_onsets``, ``guard_onsets`` and
+            ``bond_gaps``; None for no repulsion.
+        structures: see ``measure_distances``.
         cutoff: Å, of the potential; onsets do not exceed it, so that no energy jumps there.
 
     Raises:
         ConfigError: a fraction out of range.
     """
-    closest = closest_distances(structures, cutoff)
+    found = measure_distances(structures, cutoff)
     for term, fraction in terms.items():
-        if fraction is not None:
-            onsets = (guard_onsets if isinstance(term, CoreGuard) else zbl_onsets)(closest, fraction)
-            term.onset = onsets.clamp_max(cutoff).to(term.onset.device, torch.float32)
+        if fraction is None:
+            continue
+        if isinstance(term, BondGuard):
+            start, onsets = bond_gaps(found, fraction)
+            term.start = start.to(term.onset.device, torch.float32)
+        else:
+            onsets = (guard_onsets if isinstance(term, CoreGuard) else zbl_onsets)(found.closest, fraction)
+        term.onset = onsets.clamp_max(cutoff).to(term.onset.device, torch.float32)
 
 
-def closest_distances(structures: Sequence[AtomicData], cutoff: float, max_structures: int = 10_000) -> Tensor:
-    """Returns the shortest distance between atoms of each two elements, ``(119, 119)`` Å.
+def measure_distances(structures: Sequence[AtomicData], cutoff: float, max_structures: int = 10_000) -> Distances:
+    """Looks up distances between atoms of each two elements.
 
     Args:
         structures: a training set.
         cutoff: Å; pairs farther apart are not looked at.
         max_structures: of a larger set so many are read, evenly spread.
-
-    Returns:
-        float64, symmetric; infinite for pairs that never come within the cutoff.
     """
-    closest = torch.full((MAX_ATOMIC_NUMBER + 1, MAX_ATOMIC_NUMBER + 1), torch.inf, dtype=torch.float64)
+    shape = (MAX_ATOMIC_NUMBER + 1, MAX_ATOMIC_NUMBER + 1)
+    closest, apart = (torch.full(shape, torch.inf, dtype=torch.float64) for _ in range(2))
+    longest, reach = torch.zeros(shape, dtype=torch.float64), (_BONDED * _bonds()).view(-1)
     count = len(structures)
     for index in torch.linspace(0, count - 1, min(count, max_structures), dtype=torch.float64).round().long().tolist():
         data = structures[index]
@@ -211,8 +280,11 @@ def closest_distances(structures: Sequence[AtomicData], cutoff: float, max_struc
         shift = pairs.shift.double() @ cell
         distance = (positions[pairs.neighbor] - positions[pairs.center] + shift).norm(dim=1)
         place_of = numbers[pairs.center] * closest.shape[1] + numbers[pairs.neighbor]
+        bonded = distance < reach[place_of]
         closest.view(-1).scatter_reduce_(0, place_of, distance, "amin")
-    return closest
+        longest.view(-1).scatter_reduce_(0, place_of[bonded], distance[bonded], "amax")
+        apart.view(-1).scatter_reduce_(0, place_of[~bonded], distance[~bonded], "amin")
+    return Distances(closest, longest, apart)
 
 
 def zbl_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
@@ -223,7 +295,7 @@ def zbl_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
     exists.
 
     Args:
-        closest: of ``closest_distances``.
+        closest: of ``measure_distances``.
         fraction: above 0 and at most 1.
 
     Raises:
@@ -241,7 +313,7 @@ def guard_onsets(closest: Tensor, fraction: float = 0.98) -> Tensor:
     may come nearer. Elements that it does not show together have none.
 
     Args:
-        closest: of ``closest_distances``.
+        closest: of ``measure_distances``.
         fraction: above 0 and at most 1.
 
     Raises:
@@ -249,6 +321,29 @@ def guard_onsets(closest: Tensor, fraction: float = 0.98) -> Tensor:
     """
     check_fraction(fraction, "core_guard")
     return torch.where(closest.isinf(), 0.0, (fraction * closest).minimum(_bonds() + _CONTACT))
+
+
+def bond_gaps(distances: Distances, fraction: float = 0.9) -> tuple[Tensor, Tensor]:
+    """Returns where the gaps of ``BondGuard`` begin and end, ``(119, 119)`` Å each; zero for elements without a gap.
+
+    A gap begins 2 % beyond the longest bond, at least 1.1 times the sum of covalent radii, so that single bonds are
+    free where training shows double ones only. It ends at a fraction of the next distance, at most 1 Å beyond that sum.
+    Metals have none, nor have elements whose distances in training leave no gap, as in reactions.
+
+    Args:
+        distances: of a training set.
+        fraction: above 0 and at most 1.
+
+    Raises:
+        ConfigError: a fraction out of range.
+    """
+    check_fraction(fraction, "bond_guard")
+    start = (_HOLD_MARGIN * distances.longest_bond).maximum(_SINGLE_BOND * _bonds())
+    end = (fraction * distances.closest_apart).minimum(_bonds() + _CONTACT)
+    covalent = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
+    covalent[list(_COVALENT)] = True
+    gap = (distances.longest_bond > 0.0) & (end > start) & covalent & covalent[:, None]
+    return torch.where(gap, start, 0.0), torch.where(gap, end, 0.0)
 
 
 def check_fraction(fraction: float | None, name: str = "repulsion") -> None:

@@ -67,6 +67,7 @@ class PotentialModule(LightningModule):
         base_width: int | None = None,
         repulsion: float | None = 0.9,
         core_guard: float | None = 0.98,
+        bond_guard: float | None = 0.9,
     ) -> None:
         """Builds the potential.
 
@@ -95,6 +96,8 @@ class PotentialModule(LightningModule):
                 training set (``escaip.potential.zbl``); null for none.
             core_guard: a softer repulsion between atoms, bonded or not, closer than this fraction of the shortest
                 distance between their elements in the training set; null for none.
+            bond_guard: stiffens bonds longer than any in the training set up to this fraction of the distance of the
+                next atoms of their elements, where the set shows no atoms in between; null for none.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
@@ -106,6 +109,7 @@ class PotentialModule(LightningModule):
         _check_schedule(learning_rate, weight_decay, warmup_fraction, final_fraction)
         check_fraction(repulsion)
         check_fraction(core_guard, "core_guard")
+        check_fraction(bond_guard, "bond_guard")
         config = build_config(dict(architecture))
         _check_losses(losses, config)
         self.save_hyperparameters(_plain(settings), logger=False)
@@ -123,7 +127,8 @@ class PotentialModule(LightningModule):
             self.potential.compile()
         self.validation_errors = ErrorMetrics(losses)
         self.last_errors: dict[str, dict[str, float]] = {}
-        self.refit_references, self.repulsion, self.core_guard = refit_references, repulsion, core_guard
+        self.refit_references = refit_references
+        self.pair_terms = {"repulsion": repulsion, "core_guard": core_guard, "bond_guard": bond_guard}
         self._energy_fit: ReferenceFit | LinearRefit | None = None
         self._dropout_seed, self._total_steps = 0, 1
         self._loader_state: dict[str, Any] | None = None
@@ -165,8 +170,8 @@ class PotentialModule(LightningModule):
         else:
             self.potential.set_statistics(statistics)
         structures = getattr(data, "datasets", {}).get("train")
-        if self.repulsion is not None or self.core_guard is not None:
-            terms = {self.potential.repulsion: self.repulsion, self.potential.core_guard: self.core_guard}
+        if any(fraction is not None for fraction in self.pair_terms.values()):
+            terms = {getattr(self.potential, name): fraction for name, fraction in self.pair_terms.items()}
             fit_onsets(terms, _training_structures(data), self.potential.cutoff)
         fitted = [item.references_fitted for item in sets]
         if self.potential.config.charge and structures is not None:
@@ -365,8 +370,8 @@ def _training_structures(data: Any) -> Any:
     structures = getattr(data, "datasets", {}).get("train")
     if structures is None:
         raise ConfigError(
-            "model.repulsion, model.core_guard and density_radial look at the training structures, and this data "
-            "module has no datasets['train']: set the first two to null and the last to 0"
+            "model.repulsion, core_guard and bond_guard, and density_radial, look at the training structures, and this "
+            "data module has no datasets['train']: set the first three to null and the last to 0"
         )
     return structures
 

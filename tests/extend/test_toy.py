@@ -102,7 +102,9 @@ def batch_of(atoms: list[ase.Atoms]):  # type: ignore[no-untyped-def]
 
 
 def test_it_trains_saves_loads_and_runs_in_ase(tmp_path: Path) -> None:
-    module = PotentialModule(architecture={"name": "Toy", "hidden_size": 8}, repulsion=None, core_guard=None)
+    module = PotentialModule(
+        architecture={"name": "Toy", "hidden_size": 8}, repulsion=None, core_guard=None, bond_guard=None
+    )
     assert isinstance(module.potential.model, Toy)
     batch = batch_of(structures())
     optimizer = torch.optim.Adam(module.parameters(), 1e-2)

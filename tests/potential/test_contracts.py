@@ -22,7 +22,7 @@ from escaip.graph import build_graph
 from escaip.info import describe_model
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.hessian import asymmetry, hessian
-from escaip.potential.zbl import closest_distances, fit_onsets, guard_onsets, zbl_onsets
+from escaip.potential.zbl import Distances, bond_gaps, fit_onsets, guard_onsets, measure_distances, zbl_onsets
 from escaip.testing import check_potential, continuity_error, evaluator, rotation_errors
 
 make_potential = partial(tiny.make_potential, num_layers=2)
@@ -244,13 +244,14 @@ def test_what_has_no_second_derivatives() -> None:
         make_potential().hessian(Atoms("H2", positions=[[0, 0, 0], [0, 0, np.nan]]))
 
 
-TERMS = ("repulsion", "core_guard")
+TERMS = ("repulsion", "core_guard", "bond_guard")
 
 
 def make_repulsive(onset: float | None, term: str = "repulsion", **overrides: object) -> Potential:
     potential = tiny.make_potential(**overrides)
     if onset is not None:
         getattr(potential, term).onset = torch.full((119, 119), onset)
+        potential.bond_guard.start = torch.full((119, 119), 0.4 * onset)
     return potential
 
 
@@ -290,6 +291,57 @@ def test_a_bond_that_training_did_not_show_is_behind_a_hill_and_feels_no_force()
         guarded, bare = (make_repulsive(onset, "core_guard")(batch) for onset in (1.5, None))
         assert float(guarded.energy - bare.energy) == pytest.approx(expected, rel=1e-6)
         assert (float((guarded.forces - bare.forces).abs().max()) > 1e-9) == force
+
+
+@pytest.mark.parametrize("r", [0.59, 0.62, 1.0, 1.2, 1.23, 1.4, 1.4999, 1.51])
+def test_a_bond_in_the_gap_has_the_energy_of_the_formula(r: float) -> None:
+    """The gap from 0.6 to 1.5 Å has its fall from 1.23 Å on."""
+    atoms = Atoms("InP", positions=[[0, 0, 0], [0, 0, r]])
+    found = energy(make_repulsive(1.5, "bond_guard"), atoms) - energy(make_repulsive(None), atoms)
+    x, u = max(r - 0.6, 0.0), min(max((1.5 - r) / 0.27, 0.0), 1.0)
+    expected = 8 * x**4 / (x + 0.05) ** 2 * (35 * u**4 - 84 * u**5 + 70 * u**6 - 20 * u**7)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("term", ["core_guard", "bond_guard"])
+@pytest.mark.parametrize("end", ["onset", "start"])
+def test_three_derivatives_of_a_guard_vanish_at_its_ends(term: str, end: str) -> None:
+    """The third difference goes to zero with the step."""
+    guard = getattr(make_repulsive(1.5, term), term)
+    at = float(getattr(guard, end if term == "bond_guard" else "onset")[6, 6])
+    carbon = torch.full((4,), 6)
+
+    def third(step: float) -> float:
+        r = at + step * torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64)
+        onset = guard.onset[carbon, carbon].double()
+        inside = (r < onset) & (r.square() > guard.inner_square(carbon, carbon))
+        energies, slopes = guard.pair_energies(r.square(), inside, carbon, carbon, onset)
+        energies, slopes = torch.where(inside, energies, 0.0), torch.where(inside, slopes, 0.0)
+        assert float(energies.abs().max()) > 0.0
+        assert float((slopes * r).abs().max()) < 1e7 * step**3
+        return abs(float(energies @ torch.tensor([-1.0, 3.0, -3.0, 1.0], dtype=torch.float64))) / step**3
+
+    assert third(1e-5) < 0.11 * third(1e-4) < 0.02 * third(1e-2) + 11.0
+
+
+def test_bonds_of_training_keep_what_they_learned() -> None:
+    """Energies and forces of the training set to the last bit; a bond a little longer than all is held."""
+    molecules = [ase.build.molecule(name) for name in ("CH3CH2OH", "CH3OH", "CH4", "H2O")]
+    for seed, atoms in enumerate(molecules):
+        atoms.rattle(0.05, seed=seed)
+    structures = [AtomicData.from_ase(atoms) for atoms in molecules]
+    bare, guarded = make_repulsive(None), make_repulsive(None)
+    fit_onsets({guarded.repulsion: None, guarded.bond_guard: 0.9}, structures, guarded.cutoff)
+    assert guarded.bond_guard
+    batch = collate(structures)
+    for compute in (bare, guarded):
+        compute.eval()
+    assert torch.equal(bare(batch).energy, guarded(batch).energy)
+    assert torch.equal(bare(batch).forces, guarded(batch).forces)
+    assert torch.allclose(bare.hessian(molecules[2]), guarded.hessian(molecules[2]), atol=1e-12)
+    longer = molecules[2].copy()
+    longer.set_distance(0, 1, float(guarded.bond_guard.start[1, 6]) + 0.2, fix=0)
+    assert energy(guarded, longer) > energy(bare, longer) + 0.1
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -369,19 +421,23 @@ def test_it_keeps_atoms_apart() -> None:
 
 def test_files_keep_it_whatever_their_precision(tmp_path: Path) -> None:
     potential = make_repulsive(None)
-    potential.repulsion.onset, potential.core_guard.onset = torch.rand(2, 119, 119)
+    names = ("repulsion.onset", "core_guard.onset", "bond_guard.onset", "bond_guard.start")
+    for name in names:
+        term, table = name.split(".")
+        setattr(getattr(potential, term), table, torch.rand(119, 119))
     potential.save(tmp_path / "walled.escaip")
     potential.float().double()
     for dtype in ("float32", "float64"):
         loaded = load_potential(tmp_path / "walled.escaip", device="cpu", dtype=dtype)
-        assert torch.equal(loaded.repulsion.onset, potential.repulsion.onset)
-        assert loaded.repulsion.onset.dtype == torch.float32
-        assert torch.equal(loaded.core_guard.onset, potential.core_guard.onset)
+        for name in names:
+            assert torch.equal(loaded.get_buffer(name), potential.get_buffer(name))
+            assert loaded.get_buffer(name).dtype == torch.float32
     make_repulsive(None).save(tmp_path / "bare.escaip")
     bare = load_potential(tmp_path / "bare.escaip", device="cpu")
     assert not bare.repulsion
     assert not bare.core_guard
-    assert not [name for name in bare.state_dict() if name.endswith("onset")]
+    assert not bare.bond_guard
+    assert not [name for name in bare.state_dict() if name.endswith(("onset", "start"))]
 
 
 def test_distances_are_the_shortest_of_a_set() -> None:
@@ -389,7 +445,8 @@ def test_distances_are_the_shortest_of_a_set() -> None:
     copper = ase.build.bulk("Cu", "fcc", a=3.6)  # its only neighbors are its own images
     copper.set_cell(copper.cell * 0.9, scale_atoms=True)
     across = Atoms("HF", positions=[[0.1, 0, 0], [4.2, 0, 0]], cell=[5.0] * 3, pbc=True)
-    found = closest_distances([AtomicData.from_ase(atoms) for atoms in (*sets, copper, across)], 3.0)
+    distances = measure_distances([AtomicData.from_ase(atoms) for atoms in (*sets, copper, across)], 3.0)
+    found, longest, apart = distances
     assert torch.equal(found, found.T)
     assert float(found[6, 8]) == pytest.approx(sets[0].get_distance(0, 1))
     assert float(found[1, 6]) == pytest.approx(1.0897, abs=1e-3)
@@ -397,13 +454,20 @@ def test_distances_are_the_shortest_of_a_set() -> None:
     assert float(found[29, 29]) == pytest.approx(0.9 * 3.6 / math.sqrt(2))
     assert float(found[1, 1]) == pytest.approx(1.779, abs=1e-3)
     assert math.isinf(float(found[6, 6]))
+    assert torch.equal(longest, longest.T)
+    assert torch.equal(apart, apart.T)
+    assert float(longest[6, 8]) == pytest.approx(sets[0].get_distance(0, 1))
+    assert float(longest[29, 29]) == pytest.approx(0.9 * 3.6 / math.sqrt(2))
+    assert float(longest[1, 1]) == 0.0
+    assert float(apart[1, 1]) == pytest.approx(1.779, abs=1e-3)
+    assert math.isinf(float(apart[6, 8]))
 
 
 def test_a_large_set_is_sampled() -> None:
     structures = [AtomicData.from_ase(Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.5 + 0.001 * i]])) for i in range(100)]
-    assert float(closest_distances(structures, 2.0, 2)[1, 1]) == pytest.approx(0.5)
-    assert float(closest_distances(structures[::-1], 2.0, 2)[1, 1]) == pytest.approx(0.5)
-    assert float(closest_distances(structures[1:], 2.0, 1)[1, 1]) == pytest.approx(0.501)
+    assert float(measure_distances(structures, 2.0, 2).closest[1, 1]) == pytest.approx(0.5)
+    assert float(measure_distances(structures[::-1], 2.0, 2).closest[1, 1]) == pytest.approx(0.5)
+    assert float(measure_distances(structures[1:], 2.0, 1).closest[1, 1]) == pytest.approx(0.501)
 
 
 def test_onsets() -> None:
@@ -418,6 +482,20 @@ def test_onsets() -> None:
     assert float(found[1, 1]) == pytest.approx(1.2)
     assert float(found[8, 8]) == pytest.approx(2 * covalent_radii[8] + 1.0)
     assert float(found[1, 6]) == 0.0
+    longest, apart = torch.zeros(119, 119), torch.full((119, 119), math.inf)
+    longest[6, 6], apart[6, 6] = 1.65, 2.2
+    longest[1, 8] = 1.0
+    longest[8, 8], apart[8, 8] = 1.5, 1.6
+    longest[26, 26], apart[26, 26] = 2.6, 4.0
+    start, end = bond_gaps(Distances(closest, longest, apart))
+    assert float(start[6, 6]) == pytest.approx(1.683)
+    assert float(end[6, 6]) == pytest.approx(1.98)
+    assert float(end[1, 8]) == pytest.approx(covalent_radii[1] + covalent_radii[8] + 1.0)
+    assert float(start[1, 8]) == pytest.approx(1.1 * (covalent_radii[1] + covalent_radii[8]))
+    for one, other in ((1, 1), (8, 8), (26, 26)):  # no bond, no gap, and a metal
+        assert float(start[one, other]) == float(end[one, other]) == 0.0
+    with pytest.raises(ConfigError, match="bond_guard is"):
+        bond_gaps(Distances(closest, longest, apart), 1.1)
     for fraction in (0.0, 1.1, math.nan):
         for onsets in (zbl_onsets, guard_onsets):
             with pytest.raises(ConfigError, match="it must be above 0 and at most 1, or null"):
@@ -429,7 +507,7 @@ def test_nothing_repels_beyond_the_cutoff() -> None:
     potential = make_repulsive(None, cutoff=2.5)
     cesium = Atoms("Cs2", positions=[[0, 0, 0], [0, 0, 5.5]])
     structures = [AtomicData.from_ase(cesium)]
-    potential.repulsion.onset = zbl_onsets(closest_distances(structures, 6.0))
+    potential.repulsion.onset = zbl_onsets(measure_distances(structures, 6.0).closest)
     assert float(potential.repulsion.onset[55, 55]) == pytest.approx(0.9 * 5.5)
     fit_onsets({potential.repulsion: 0.9, potential.core_guard: None}, structures, potential.cutoff)
     assert not potential.core_guard
@@ -448,5 +526,6 @@ def test_a_file_says_where_it_begins(tmp_path: Path) -> None:
         described = describe_model(tmp_path / "model.escaip")
         assert described["repulsion_below"] == expected
         assert described["guarded_below"] == ("none" if expected == "none" else [0.0, 1.62])
-        terms = {potential.repulsion: 0.9, potential.core_guard: 0.98}
+        assert described["bonds_held_beyond"] == ("none" if expected == "none" else [0.0, 1.177])
+        terms = {potential.repulsion: 0.9, potential.core_guard: 0.98, potential.bond_guard: 0.9}
         fit_onsets(terms, [AtomicData.from_ase(ase.build.molecule("CH4"))], potential.cutoff)

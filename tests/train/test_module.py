@@ -20,7 +20,7 @@ from escaip import Potential, load_potential
 from escaip.data import AtomicData, AtomicDataModule, collate, fit_statistics
 from escaip.errors import ConfigError, DataError, TrainingError
 from escaip.potential.atomic_energies import fit_charges
-from escaip.potential.zbl import closest_distances, guard_onsets, zbl_onsets
+from escaip.potential.zbl import bond_gaps, guard_onsets, measure_distances, zbl_onsets
 from escaip.train import BestAndLast, ForceTerm, LossSettings, LossTerm, PotentialModule, WeightEMA
 from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.types import Prediction
@@ -476,24 +476,28 @@ def _repelled(folder: Path, epochs: int = 1, resume: str | None = None, **settin
 
 def test_onsets_are_those_of_the_training_set(tmp_path: Path) -> None:
     trained, data = _repelled(tmp_path)
-    closest = closest_distances(data.datasets["train"], trained.cutoff)
+    found = measure_distances(data.datasets["train"], trained.cutoff)
+    closest, (start, end) = found.closest, bond_gaps(found)
     expected, guarded = zbl_onsets(closest).float(), guard_onsets(closest).clamp_max(trained.cutoff).float()
     assert 0.7 < float(expected[1, 8]) < 0.97
     assert 1.3 < float(guarded[1, 1]) < 1.65
     for potential in (trained, load_potential(tmp_path / "last.ckpt"), load_potential(tmp_path / "best.ckpt")):
         assert torch.equal(potential.repulsion.onset, expected)
         assert torch.equal(potential.core_guard.onset, guarded)
+        assert torch.equal(potential.bond_guard.start, start.float())
+        assert torch.equal(potential.bond_guard.onset, end.clamp_max(trained.cutoff).float())
     loaded = load_potential(tmp_path / "last.ckpt")
     loaded.save(tmp_path / "model.escaip")
     assert torch.equal(load_potential(tmp_path / "model.escaip").repulsion.onset, expected)
 
 
 def test_a_resumed_run_keeps_what_its_checkpoint_has(tmp_path: Path) -> None:
-    _repelled(tmp_path, repulsion=None, core_guard=None)
+    _repelled(tmp_path, repulsion=None, core_guard=None, bond_guard=None)
     assert not load_potential(tmp_path / "last.ckpt").repulsion
     resumed, _ = _repelled(tmp_path, 2, str(tmp_path / "last.ckpt"))
     assert not resumed.repulsion
     assert not resumed.core_guard
+    assert not resumed.bond_guard
     assert not load_potential(tmp_path / "last.ckpt").repulsion
 
 
@@ -502,7 +506,7 @@ def test_a_data_module_without_structures(tmp_path: Path) -> None:
     data = make_data(tmp_path, 12)
     data.setup("fit")
     module._trainer = SimpleNamespace(datamodule=SimpleNamespace(statistics=data.statistics))  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="set the first two to null"):
+    with pytest.raises(ConfigError, match="set the first three to null"):
         module.setup("fit")
 
 
