@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing this module is cheap, so that a file is described
 
     from escaip.models import ModelConfig
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 UNITS = {"length": "angstrom", "energy": "eV", "force": "eV/angstrom", "stress": "eV/angstrom^3, positive in tension"}
 
 
@@ -162,9 +162,14 @@ def _from_version_6(description: dict[str, Any]) -> dict[str, Any]:
     return {**description, "schema": 7}
 
 
+def _from_version_7(description: dict[str, Any]) -> dict[str, Any]:
+    """Version 7 had no bond guard: there is none (see ``escaip.potential.zbl.BondGuard``)."""
+    return {**description, "schema": 8}
+
+
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _from_version_1, 2: _from_version_2, 3: _from_version_3, 4: _from_version_4, 5: _from_version_5,
-    6: _from_version_6,
+    6: _from_version_6, 7: _from_version_7,
 }  # fmt: skip
 
 

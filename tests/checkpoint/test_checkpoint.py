@@ -103,7 +103,13 @@ def test_version_3_keeps_its_floor(potential: Potential) -> None:
 
 @pytest.mark.parametrize(
     ("version", "missing"),
-    [(2, "element_shifts"), (4, "repulsion.onset"), (5, "core_guard.onset"), (6, "charge_energies")],
+    [
+        (2, "element_shifts"),
+        (4, "repulsion.onset"),
+        (5, "core_guard.onset"),
+        (6, "charge_energies"),
+        (7, "bond_guard.onset"),
+    ],
 )
 def test_what_older_versions_did_not_have_is_none(
     potential: Potential, tmp_path: Path, version: int, missing: str
