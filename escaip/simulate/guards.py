@@ -1,4 +1,4 @@
-"""Conditions that stop a run: NaN, heat, atoms in contact, a committee that disagrees."""
+"""Conditions that stop a run, NaN, heat, atoms in contact, a committee that disagrees; and the range of training."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ase.data import covalent_radii
 
 from escaip.errors import ConfigError, SimulationError
 from escaip.graph import neighbor_list
+from escaip.potential import Potential
 from escaip.simulate.ensembles import MDSettings
 from escaip.simulate.output import ExtxyzTrajectory, make_frame
 
@@ -38,6 +39,63 @@ def find_problem(atoms: Atoms, temperature: float, max_temperature: float) -> st
 def find_contact(atoms: Atoms) -> str | None:
     """Describes the two atoms that are closest to each other, if they are too close; None otherwise. O(N)."""
     radii = _TOUCHING * covalent_radii[atoms.numbers]
+    first, second, distance = _pairs(atoms, 2.0 * float(radii.max(initial=0.1)))
+    near = np.flatnonzero(distance < radii[first] + radii[second])
+    return _apart(atoms, first, second, distance, near[np.argmin(distance[near])]) if len(near) else None
+
+
+class RangeMonitor:
+    """Notices atoms at distances that training did not show, by the guards of a potential: closer, or in a gap.
+
+    Args:
+        atoms: with a calculator; without a potential that has guards nothing is noticed.
+
+    Attributes:
+        looks, outside: how many structures were looked at, and how many were outside.
+        first: the first of these in words; empty until there is one.
+    """
+
+    def __init__(self, atoms: Atoms) -> None:
+        self.looks, self.outside, self.first = 0, 0, ""
+        potential = getattr(atoms.calc, "potential", None)
+        guards = (potential.core_guard, potential.bond_guard) if isinstance(potential, Potential) else ()
+        none = np.zeros((len(covalent_radii), len(covalent_radii)))
+        self._core, self._start, self._end = none, none, none
+        if guards and guards[0]:
+            self._core = guards[0].onset.cpu().double().numpy()
+        if guards and guards[1]:
+            self._start, self._end = (table.cpu().double().numpy() for table in (guards[1].start, guards[1].onset))
+
+    def look(self, atoms: Atoms, step: int) -> None:
+        """Looks at a structure; O(N)."""
+        present = np.ix_(np.unique(atoms.numbers), np.unique(atoms.numbers))
+        reach = max(table[present].max(initial=0.0) for table in (self._core, self._end))
+        if reach == 0.0:
+            return
+        self.looks += 1
+        first, second, distance = _pairs(atoms, float(reach))
+        kinds = atoms.numbers[first], atoms.numbers[second]
+        close = self._core[kinds] - distance
+        beyond = np.maximum(close, np.minimum(distance - self._start[kinds], self._end[kinds] - distance))
+        if beyond.max(initial=0.0) <= 0.0:
+            return
+        self.outside += 1
+        if not self.first:
+            worst = int(beyond.argmax())
+            why = "closer than in training" if close[worst] > 0.0 else "between bonds and the next distance of training"
+            self.first = f"step {step}: {_apart(atoms, first, second, distance, worst)}, {why}"
+
+    def __str__(self) -> str:
+        """Says how often; empty where nothing was noticed."""
+        if not self.outside:
+            return ""
+        return (
+            f"outside of the training range in {self.outside} of {self.looks} frames looked at, first at {self.first}"
+        )
+
+
+def _pairs(atoms: Atoms, reach: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns pairs of atoms within ``reach`` Å, in both directions, and their distances."""
     cell = atoms.cell.array
     # ASE's neighbor list divides an open box into bins, which for a molecule in 50 Å takes as long as a hundred steps.
     structure = SimpleNamespace(
@@ -45,15 +103,14 @@ def find_contact(atoms: Atoms) -> str | None:
         cell=torch.from_numpy(cell.copy())[None],
         pbc=torch.from_numpy(atoms.pbc.copy())[None],
     )
-    found = neighbor_list(structure, 2.0 * float(radii.max(initial=0.1)))
+    found = neighbor_list(structure, reach)
     first, second, shift = (x.numpy() for x in (found.center, found.neighbor, found.shift))
-    distance = np.linalg.norm(atoms.positions[second] - atoms.positions[first] + shift @ cell, axis=1)
-    near = np.flatnonzero(distance < radii[first] + radii[second])
-    if not len(near):
-        return None
-    worst = near[np.argmin(distance[near])]
-    i, j = int(first[worst]), int(second[worst])
-    return f"atoms {i} ({atoms.symbols[i]}) and {j} ({atoms.symbols[j]}) are {distance[worst]:.2f} Å apart"
+    return first, second, np.linalg.norm(atoms.positions[second] - atoms.positions[first] + shift @ cell, axis=1)
+
+
+def _apart(atoms: Atoms, first: np.ndarray, second: np.ndarray, distance: np.ndarray, pair: int) -> str:
+    i, j = int(first[pair]), int(second[pair])
+    return f"atoms {i} ({atoms.symbols[i]}) and {j} ({atoms.symbols[j]}) are {distance[pair]:.2f} Å apart"
 
 
 def is_committee(atoms: Atoms) -> bool:

@@ -23,6 +23,7 @@ from escaip.simulate.ensembles import Ensemble, MDSettings, make_ensemble, prepa
 from escaip.simulate.guards import (
     DEVIATION_COLUMN,
     DeviationMonitor,
+    RangeMonitor,
     find_contact,
     find_problem,
     is_committee,
@@ -76,6 +77,7 @@ class MDResult:
         drift: of the conserved energy; None for Langevin or fewer than three log lines.
         ns_per_day: speed of this part; NaN when there was nothing left to do.
         trajectory, log, restart: the files.
+        outside: how often this part left what the model was trained on, in words; empty for never.
     """
 
     atoms: Atoms
@@ -87,6 +89,7 @@ class MDResult:
     trajectory: Path
     log: Path
     restart: Path
+    outside: str = ""
 
     def summary(self) -> str:
         """Returns a few lines for people."""
@@ -98,6 +101,8 @@ class MDResult:
             )
         if np.isfinite(self.ns_per_day):
             lines.append(f"speed {self.ns_per_day:.3g} ns/day")
+        if self.outside:
+            lines.append(self.outside)
         lines.append(f"wrote {self.trajectory}, {self.log} and {self.restart}")
         return "\n".join(lines)
 
@@ -202,7 +207,7 @@ class _Run:
         self.first_step, self.is_new = (state.step, False) if state else (0, True)
         stored = state.max_temperature if state else 10 * max(settings.temperature or 0.0, self.temperature, 300.0)
         self.max_temperature = settings.max_temperature or stored
-        self.logs_deviation = is_committee(atoms)
+        self.logs_deviation, self.range = is_committee(atoms), RangeMonitor(atoms)
         columns = (DEVIATION_COLUMN,) if self.logs_deviation else ()
         with contextlib.ExitStack() as stack:
             self.monitor = DeviationMonitor(atoms, files.uncertain, settings, state.saved if state else ())
@@ -279,6 +284,7 @@ class _Run:
             problem = find_contact(self.atoms)
             if problem is None:
                 self.last_good = step, make_frame(self.atoms, step, step * settings.timestep)
+                self.range.look(self.atoms, step)
         if problem is not None:
             self._stop(problem)
         if (problem := self.monitor.find_problem(self.atoms, step)) is not None:
@@ -341,7 +347,7 @@ class _Run:
             mean_temperature=float(log["temperature_K"].mean()) if len(log["step"]) else float("nan"),
             drift=energy_drift(log["time_fs"], log["conserved_energy_eV"], len(self.atoms)),
             ns_per_day=_ns_per_day(num_steps * self.settings.timestep, time.perf_counter() - self.started),
-            trajectory=self.files.trajectory, log=self.files.log, restart=self.files.restart,
+            trajectory=self.files.trajectory, log=self.files.log, restart=self.files.restart, outside=str(self.range),
         )  # fmt: skip
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ase.build
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
+from tiny import make_potential
 
-from escaip.simulate.guards import find_contact
+from escaip import EScAIPCalculator
+from escaip.data import AtomicData
+from escaip.potential.zbl import fit_onsets
+from escaip.simulate import MDSettings, run_md
+from escaip.simulate.guards import RangeMonitor, find_contact
 
 
 @pytest.mark.parametrize("box", [None, 50.0, 5000.0])
@@ -41,3 +48,36 @@ def test_the_worst_contact_is_that_of_ase(seed: int) -> None:
     found = find_contact(atoms)
     assert found is not None
     assert f"{distance.min():.2f} Å apart" in found
+
+
+def test_distances_that_training_did_not_show(tmp_path: Path) -> None:
+    potential = make_potential(elements=(1, 6))
+    ethane = ase.build.molecule("C2H6")
+    ethane.calc = EScAIPCalculator(potential)
+    off = RangeMonitor(ethane)
+    off.look(ethane, 0)
+    assert (off.looks, str(off)) == (0, "")  # a model without guards says nothing
+    guards = {potential.core_guard: 0.98, potential.bond_guard: 0.9}
+    fit_onsets(guards, [AtomicData.from_ase(ethane)], potential.cutoff)
+    ethane.calc = EScAIPCalculator(potential)
+    monitor = RangeMonitor(ethane)
+    monitor.look(ethane, 0)
+    assert (monitor.looks, str(monitor)) == (1, "")
+    stretched = ethane.copy()
+    stretched.positions[[0, 2, 3, 4]] += 0.3 * (ethane.positions[0] - ethane.positions[1]) / 1.53
+    monitor.look(stretched, 10)
+    close = ethane.copy()
+    close.positions[[0, 2, 3, 4]] -= 0.3 * (ethane.positions[0] - ethane.positions[1]) / 1.53
+    monitor.look(close, 20)
+    assert str(monitor).startswith(
+        "outside of the training range in 2 of 3 frames looked at, first at step 10: atoms 0 (C)"
+    )
+    assert str(monitor).endswith("between bonds and the next distance of training")
+    again = RangeMonitor(ethane)
+    again.look(close, 5)
+    assert "step 5: atoms 0 (C) and 1 (C) are 1.23 Å apart" in str(again)
+    assert str(again).endswith("closer than in training")
+    stretched.calc = ethane.calc
+    result = run_md(stretched, MDSettings(steps=10, timestep=0.1, temperature=10.0), out=tmp_path / "out.extxyz")
+    assert result.outside in result.summary().splitlines()
+    assert result.outside.startswith("outside of the training range in 2 of 2")
