@@ -1,7 +1,7 @@
 """Is a change better? Trains arms on many sets at equal steps, several seeds each, and reports errors as a table.
 
-    python benchmarks/accuracy/bench.py --data ../shared/data --arms base gaussians_10
-    python benchmarks/accuracy/bench.py --arms base soap --sets threebpa inp --seeds 0 --report
+    python benchmarks/accuracy/bench.py --data ../shared/data --arms before default
+    python benchmarks/accuracy/bench.py --arms before soap --sets threebpa inp --seeds 0 --report
     python benchmarks/accuracy/bench.py --sets inp silicon_snap --frames 50 100 0
 
 An arm is a list of options of ``escaip fit`` (``arms.yaml``, or a file of the same form given with --arms-file). Each
@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the real data")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
-    parser.add_argument("--arms", nargs="+", default=["base"], metavar="ARM")
+    parser.add_argument("--arms", nargs="+", default=["before", "default"], metavar="ARM")
     parser.add_argument("--arms-file", type=Path, default=Path(__file__).with_name("arms.yaml"))
     parser.add_argument("--sets", nargs="+", choices=sorted(SETS), default=list(SETS), metavar="SET")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

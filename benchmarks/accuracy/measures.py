@@ -26,7 +26,7 @@ from escaip.errors import SimulationError
 from escaip.simulate import MDSettings, run_md
 
 Values = dict[str, float]
-REPLICAS, PICOSECONDS, TEMPERATURES = 4, 2.0, (600.0, 1000.0)
+REPLICAS, PICOSECONDS, TEMPERATURES = 16, 2.0, (300.0, 600.0, 1000.0)
 FRICTION, LOOK = 0.02, 10  # 1/fs; steps of 1 fs
 
 

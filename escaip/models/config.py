@@ -251,32 +251,32 @@ class EScAIPConfig(ModelConfig):
 # Sizes by number of parameters of the conservative model. The larger ones have the published angular groups
 # (20, 10, 4, 10, 20), the two largest also the published 600 Gaussians.
 _PUBLISHED_CHANNELS = (20, 10, 4, 10, 20)
-_COARSE_BASIS: dict[str, Any] = {
-    "num_radial": 32, "radial_width": 1.0, "distance_table": "always", "distance_knots": 256,
+# Few wide Gaussians and low degrees: what training did not show stays close to what it did.
+_SMOOTH: dict[str, Any] = {
+    "num_radial": 10, "radial_width": 1.0, "boo_degrees": 5, "distance_table": "always", "distance_knots": 256,
 }  # fmt: skip
-_FINE_BASIS: dict[str, Any] = {"num_radial": 600, "distance_table": "always", "distance_knots": 2048}
 PRESETS: dict[str, dict[str, Any]] = {
     "300k": {
         "hidden_size": 64, "num_layers": 2, "num_heads": 4, "angular_channels": (5, 3, 1, 3, 4), "num_neighbors": 20,
-        "distance_size": 64, "element_size": 64, "boo_size": 32, **_COARSE_BASIS,
+        "distance_size": 64, "element_size": 64, "boo_size": 32, **_SMOOTH,
     },
     "1m": {
         "hidden_size": 96, "num_layers": 3, "num_heads": 4, "angular_channels": (8, 4, 2, 4, 6),
-        "distance_size": 64, "element_size": 64, "boo_size": 32, **_COARSE_BASIS,
+        "distance_size": 64, "element_size": 64, "boo_size": 32, **_SMOOTH,
     },
     "5m": {
         "hidden_size": 192, "num_layers": 4, "num_heads": 6, "angular_channels": (10, 5, 2, 5, 10),
-        "distance_size": 256, "element_size": 96, "boo_size": 32, **_COARSE_BASIS,
+        "distance_size": 256, "element_size": 96, "boo_size": 32, **_SMOOTH,
     },
     "20m": {
         "hidden_size": 384, "num_layers": 5, "num_heads": 6, "angular_channels": _PUBLISHED_CHANNELS,
-        "distance_size": 384, **_COARSE_BASIS,
+        "distance_size": 384, **_SMOOTH,
     },
     "45m": {
-        "hidden_size": 512, "num_layers": 6, "num_heads": 8, "angular_channels": _PUBLISHED_CHANNELS, **_FINE_BASIS,
+        "hidden_size": 512, "num_layers": 6, "num_heads": 8, "angular_channels": _PUBLISHED_CHANNELS, **_SMOOTH,
     },
     "85m": {
-        "hidden_size": 640, "num_layers": 8, "num_heads": 10, "angular_channels": _PUBLISHED_CHANNELS, **_FINE_BASIS,
+        "hidden_size": 640, "num_layers": 8, "num_heads": 10, "angular_channels": _PUBLISHED_CHANNELS, **_SMOOTH,
     },
 }  # fmt: skip
 EScAIPConfig.PRESETS = PRESETS

@@ -54,7 +54,7 @@ class PotentialModule(LightningModule):
         self,
         architecture: dict[str, Any] = DEFAULT_ARCHITECTURE,
         losses: LossSettings = DEFAULT_LOSSES,
-        optimizer: Literal["adamw", "soap"] = "adamw",
+        optimizer: Literal["adamw", "soap"] = "soap",
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-3,
         warmup_fraction: float = 0.05,

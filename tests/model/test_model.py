@@ -153,7 +153,7 @@ def test_settings_that_cannot_work_are_refused(values: dict[str, object], messag
         EScAIPConfig.from_dict(values)
 
 
-@pytest.fixture(params=[(32, 1.0), (128, 2.0), (600, 2.0)], ids=lambda value: f"{value[0]}x{value[1]}")
+@pytest.fixture(params=[(10, 1.0), (128, 2.0), (600, 2.0)], ids=lambda value: f"{value[0]}x{value[1]}")
 def model(request: pytest.FixtureRequest) -> EScAIP:
     """A fresh one with direct forces, and so every kind of layer."""
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_the_distance_has_as_large_a_share_of_a_fresh_token_as_the_elements(mode
         embedded = attributes.distance_embedding(radial)
         assert embedded.std().item() == pytest.approx(1.0, abs=0.1)
         distance = attributes.distance_project(attributes.activation(embedded)).std(0).mean()
-        atoms = attributes.source(torch.arange(1, 90), torch.rand(89, 10)).std(0).mean()
+        atoms = attributes.source(torch.arange(1, 90), torch.rand(89, model.config.boo_degrees)).std(0).mean()
     assert float(distance / atoms) == pytest.approx(1.0, abs=0.4)
 
 
