@@ -186,6 +186,11 @@ class TrainingCLI(LightningCLI):
             config.model.architecture = stored
             return
         _check_same_model(config.model.architecture, stored, path)
+        used = checkpoint.get("hyper_parameters", {}).get(
+            "optimizer", "adamw"
+        )  # the only one before there was a choice
+        if config.model.optimizer != used:
+            raise ConfigError(f"{path} was trained by {used}: resume with --model.optimizer {used}")
         limit = config.trainer.max_epochs
         if limit is not None and -1 < limit < checkpoint["epoch"]:
             epoch = checkpoint["epoch"]
