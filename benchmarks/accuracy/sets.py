@@ -180,7 +180,7 @@ SETS = {
                 "monbtaw", "materials/mvl_MoNbTaW_train.extxyz.gz", "structure", "alloys of Mo, Nb, Ta and W",
                 options={"keys": {"group": "tag"}}, recipe="inp",
             ),
-            1500, kind=group,
+            1500, kind=group, changes={"model.architecture.density_channels": 4},
         ),
         BenchSet(REAL["mptrj"], 1000),
         BenchSet(_OC20, 600),
