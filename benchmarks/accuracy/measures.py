@@ -89,7 +89,8 @@ def drift(potential: Potential, stores: dict[str, Path], folder: Path) -> Values
 def defects(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
     """Mean absolute error of ``E − N e_bulk`` by kind of defect, eV; ``e_bulk`` is each side's own.
 
-    The bulk is the frame of lowest energy per atom among those of equal numbers of both elements.
+    The bulk is the frame of lowest energy per atom among those of equal numbers of both elements. The last value is by
+    how much the energy of a defect changes at most in a cell twice as long.
     """
     frames = [one for part in ("val", "test") for one in Store(stores[part]) if str(one.group).startswith("s_")]
     bulk = min(
@@ -102,7 +103,36 @@ def defects(potential: Potential, stores: dict[str, Path], folder: Path) -> Valu
         share = one.num_nodes / bulk.num_nodes
         truth = float(one.energy) - share * float(bulk.energy)
         errors[str(one.group)].append(abs(energy - share * predicted[0] - truth))
-    return {f"defect {kind} (eV)": float(np.mean(values)) for kind, values in sorted(errors.items())}
+    found = {f"defect {kind} (eV)": float(np.mean(values)) for kind, values in sorted(errors.items())}
+    return {**found, "defects in cells twice as long, largest change (eV)": longer_cells(potential, bulk.to_ase())}
+
+
+def longer_cells(potential: Potential, bulk: Atoms) -> float:
+    """By how much the energies of unrelaxed defects change when their cell is twice as long, at most, eV.
+
+    Vacancies, antisites, pairs of them and interstitials in 2 × 2 × 2 cells of zinc blende.
+    """
+    perfect = bulk.repeat(2)
+    near = int(np.argsort(perfect.get_distances(0, range(len(perfect)), mic=True))[1])  # of the other element
+    swapped = {0: perfect.numbers[near], near: perfect.numbers[0]}
+    cells = []
+    for gone in ([0], [near], [0, near]):
+        cells.append(perfect.copy())
+        del cells[-1][gone]
+        cells.append(perfect.copy())
+        cells[-1].numbers[gone] = [swapped[index] for index in gone]
+    for index in (0, near):
+        place = perfect.positions[0] + 0.5 * bulk.cell.sum(0)
+        cells.append(perfect + Atoms([perfect.numbers[index]], [place]))
+    long = []
+    for cell in cells:
+        long.append(cell.copy())
+        long[-1].cell[0] *= 2
+        more = perfect.copy()
+        more.positions += perfect.cell[0]
+        long[-1] += more
+    energies = np.array([found.energy for found in potential.predict([perfect, *cells, *long])])
+    return float(np.abs(energies[1 + len(cells) :] - energies[1 : 1 + len(cells)] - energies[0]).max())
 
 
 def dimers(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
