@@ -29,7 +29,7 @@ import ase.io
 import numpy as np
 import torch
 from ase import Atoms, units
-from ase.calculators.socketio import SocketClient, actualunixsocketname
+from ase.calculators.socketio import SocketClient
 from ase.md.verlet import VelocityVerlet
 from common import markdown_table, provenance, write_json
 
@@ -157,6 +157,16 @@ INPUT = """<simulation verbosity='low'>
 """
 
 
+def connected(address: str, ipi: subprocess.Popen[bytes]) -> SocketClient:
+    """Connects to i-PI once it listens, which is a little after its socket is there."""
+    while ipi.poll() is None:
+        try:
+            return SocketClient(unixsocket=address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            time.sleep(0.05)
+    raise SystemExit(f"engines: i-PI ended with status {ipi.returncode} before it could be reached")
+
+
 def with_ipi(potential: Potential, atoms: Atoms, steps: int) -> Run:
     box = " ".join(str(x) for x in atoms.cell.cellpar())
     velocities = atoms.get_velocities() / units.Bohr * _ATOMIC_TIME
@@ -171,9 +181,11 @@ def with_ipi(potential: Potential, atoms: Atoms, steps: int) -> Run:
     volume = atoms.get_volume() / units.Bohr**3 * units.Hartree
     atoms.calc = calculator = Watched(potential)
     with subprocess.Popen([Path(sys.executable).with_name("i-pi"), "input.xml"], stdout=subprocess.DEVNULL) as ipi:
-        while not Path(actualunixsocketname(address)).exists() and ipi.poll() is None:
-            time.sleep(0.05)
-        SocketClient(unixsocket=address).run(atoms, use_stress=True)
+        try:
+            connected(address, ipi).run(atoms, use_stress=True)
+        except BaseException:
+            ipi.kill()  # it would wait for another client, and this for it
+            raise
     rows = np.loadtxt("ipi.out")
     virial = rows[0, 1:][[0, 3, 4, 3, 1, 5, 4, 5, 2]].reshape(3, 3) * volume
     seconds = calculator.times[-1] - calculator.times[0]
