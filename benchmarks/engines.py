@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -160,10 +161,13 @@ INPUT = """<simulation verbosity='low'>
 def connected(address: str, ipi: subprocess.Popen[bytes]) -> SocketClient:
     """Connects to i-PI once it listens, which is a little after its socket is there."""
     while ipi.poll() is None:
-        try:
-            return SocketClient(unixsocket=address)
-        except (FileNotFoundError, ConnectionRefusedError):
-            time.sleep(0.05)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # ASE leaves the socket of a failed try open
+            try:
+                return SocketClient(unixsocket=address)
+            except (FileNotFoundError, ConnectionRefusedError):
+                pass
+        time.sleep(0.05)
     raise SystemExit(f"engines: i-PI ended with status {ipi.returncode} before it could be reached")
 
 
