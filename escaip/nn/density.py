@@ -2,8 +2,8 @@
 
 Softmax attention takes means: it learns the energy of a missing neighbor slowly and spreads it over the cell. Sums over
 neighbors show it at once. They enter the atoms' features, and an energy linear in them, linear ACE up to three bodies
-(Drautz, Phys. Rev. B 99, 014104, 2019), is solved for in closed form before training begins
-(``escaip.train.linear_fit``).
+(Drautz, Phys. Rev. B 99, 014104, 2019), is solved for in closed form, before training begins and
+while the network learns (``escaip.train.linear_fit``).
 """
 
 from __future__ import annotations

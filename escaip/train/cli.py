@@ -186,9 +186,8 @@ class TrainingCLI(LightningCLI):
             config.model.architecture = stored
             return
         _check_same_model(config.model.architecture, stored, path)
-        used = checkpoint.get("hyper_parameters", {}).get(
-            "optimizer", "adamw"
-        )  # the only one before there was a choice
+        # Checkpoints from before there was a choice name none.
+        used = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
         if config.model.optimizer != used:
             raise ConfigError(f"{path} was trained by {used}: resume with --model.optimizer {used}")
         limit = config.trainer.max_epochs

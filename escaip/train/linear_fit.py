@@ -1,4 +1,4 @@
-"""The linear part of a model's energy, solved for in closed form before training begins.
+"""The linear part of a model's energy, solved for in closed form before training begins and while it goes on.
 
 Least squares for energies, forces and stresses of a training set in the density invariants of atoms
 (``escaip.nn.density``) and one constant for each element. Forces and stresses enter as derivatives along random
