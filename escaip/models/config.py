@@ -262,18 +262,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "1m": {
         "hidden_size": 96, "num_layers": 3, "num_heads": 4, "angular_channels": (8, 4, 2, 4, 6),
-        "distance_size": 64, "element_size": 64, "boo_size": 32, **_SMOOTH,
+        "distance_size": 64, **_SMOOTH,
     },
     "5m": {
-        "hidden_size": 192, "num_layers": 4, "num_heads": 6, "angular_channels": (10, 5, 2, 5, 10),
-        "distance_size": 256, "element_size": 96, "boo_size": 32, **_SMOOTH,
+        "hidden_size": 192, "num_layers": 4, "num_heads": 6, "angular_channels": (10, 5, 2, 5, 10), **_SMOOTH,
     },
     "20m": {
-        "hidden_size": 384, "num_layers": 5, "num_heads": 6, "angular_channels": _PUBLISHED_CHANNELS,
-        "distance_size": 384, **_SMOOTH,
+        "hidden_size": 384, "num_layers": 5, "num_heads": 6, "angular_channels": _PUBLISHED_CHANNELS, **_SMOOTH,
     },
     "45m": {
-        "hidden_size": 512, "num_layers": 6, "num_heads": 8, "angular_channels": _PUBLISHED_CHANNELS, **_SMOOTH,
+        "hidden_size": 512, "num_layers": 6, "num_heads": 8, "angular_channels": _PUBLISHED_CHANNELS,
+        "distance_size": 1024, "element_size": 256, **_SMOOTH,
     },
     "85m": {
         "hidden_size": 640, "num_layers": 8, "num_heads": 10, "angular_channels": _PUBLISHED_CHANNELS, **_SMOOTH,
