@@ -4,10 +4,11 @@
     python benchmarks/accuracy/bench.py --arms before soap --sets threebpa inp --seeds 0 --report
     python benchmarks/accuracy/bench.py --sets inp silicon_snap --frames 50 100 0
 
-An arm is a list of options of ``escaip fit`` (``arms.yaml``, or a file of the same form given with --arms-file). Each
-arm, set and seed is one run on one core. After an interruption the same command keeps what is finished and
-resumes what was begun from its last checkpoint. ``OUT/ARM/SET/SEED/cell.json`` holds one run (``SEED-N`` one on N
-structures, for learning curves), ``OUT/accuracy.json`` and ``OUT/accuracy.md`` all of them.
+An arm is a list of options of ``escaip fit`` (``arms.yaml``, or a file of the same form given with --arms-file), or
+``mace``: MACE small, in an environment of its own that is made the first time, on the same energies and forces for as
+many CPU seconds as ``default`` took. Each arm, set and seed is one run on one core. After an interruption the same
+command keeps what is finished and resumes what was begun from its last checkpoint. ``OUT/ARM/SET/SEED/cell.json``
+holds one run (``SEED-N`` one on N structures, for learning curves), ``OUT/accuracy.json`` and ``OUT/accuracy.md`` all.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import yaml
-from accuracy import measures
+from accuracy import mace, measures
 from accuracy.sets import SETS, kinds_of, thinned
 from common import markdown_table, provenance, write_json
 from real_data import best_checkpoint, fit_arguments
 
 from escaip import Potential, load_potential
-from escaip.data import Store
+from escaip.data import AtomicData, Store
 from escaip.errors import DataError
 from escaip.evaluate import evaluate
 from escaip.files import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+MACE = "mace"
 MILLI = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
 
 
@@ -102,9 +105,12 @@ def run(cell: Cell, stores: dict[str, Path]) -> dict[str, Any]:
     begun = cell.folder / "begun"
     if list((cell.folder / "runs").glob("version_*/last.ckpt")):
         command += ["--ckpt_path", "last"]
-    whole = not begun.exists()  # else the seconds of the part that was interrupted are not known
+    whole = cell.arm == MACE or not begun.exists()  # else the seconds of the part that was interrupted are not known
     begun.touch()
-    seconds = child(command, cell.folder / "fit.log")
+    if cell.arm == MACE:
+        seconds = mace.train(parts, cell.folder, cell.seed, seconds_of_default(cell), child)
+    else:
+        seconds = child(command, cell.folder / "fit.log")
     measuring = [sys.executable, __file__, "--measure", str(cell.folder), "--only", cell.name]
     for name, path in stores.items():
         measuring += ["--store", f"{name}={path}"]
@@ -116,19 +122,32 @@ def run(cell: Cell, stores: dict[str, Path]) -> dict[str, Any]:
     return result
 
 
+def seconds_of_default(cell: Cell) -> float:
+    """CPU seconds of the same run by the default.
+
+    Raises:
+        SystemExit: it is not finished, or was interrupted.
+    """
+    path = dataclasses.replace(cell, arm="default").folder / "cell.json"
+    seconds = json.loads(path.read_text("utf-8"))["cpu_seconds"] if path.exists() else None
+    if seconds is None:
+        raise SystemExit(f"mace trains as long as default: run --arms default first, without a break ({path})")
+    return float(seconds)
+
+
 def brief(cell: dict[str, Any]) -> str:
     test = cell["errors"]["test"]
     return ", ".join(f"{name} {test[name]:.3g} {unit}" for name, unit in MILLI.items() if name in test)
 
 
-def child(command: list[str], log: Path) -> float:
-    """Runs a command on one core; returns its CPU seconds.
+def child(command: list[str], log: Path, folder: Path = ROOT) -> float:
+    """Runs a command on one core in a folder; returns its CPU seconds.
 
     Raises:
         SystemExit: it failed; the end of its output is shown.
     """
     with log.open("ab") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        process = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT, env=ENVIRONMENT)
         _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status) != 0:
         tail = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-8:])
@@ -139,22 +158,30 @@ def child(command: list[str], log: Path) -> float:
 def measure(folder: Path, name: str, stores: dict[str, Path]) -> None:
     """Writes ``measured.json``: errors on the validation part and on all tests, by kind, and the further measures."""
     torch.set_num_threads(1)
-    chosen = SETS[name]
-    potential = load_potential(best_checkpoint(folder / "runs"))
+    chosen, which = SETS[name], SETS[name].measures
+    if (folder / "train_stagetwo.model").exists():
+        elements = sorted({int(number) for one in Store(stores["train"]) for number in one.atomic_numbers})
+        potential: Any = mace.TrainedMACE(folder, elements)
+        mean_errors: Callable[[Sequence[AtomicData]], dict[str, float]] = potential.errors
+        which = tuple(one for one in which if one not in measures.OURS_ONLY)
+    else:
+        potential = load_potential(best_checkpoint(folder / "runs"))
+        mean_errors = partial(errors_of_ours, potential, free_atoms_only=chosen.real.free_atoms_only)
     errors: dict[str, dict[str, float]] = {}
     for part, path in stores.items():
         if part != "train":
-            errors |= errors_of(potential, path, part, kinds_of(chosen, path), chosen.real.free_atoms_only)
+            errors |= errors_of(mean_errors, path, part, kinds_of(chosen, path))
     values: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for one in chosen.measures:
+        for one in which:
             values |= getattr(measures, one)(potential, stores, Path(scratch))
-    parameters = sum(weight.numel() for weight in potential.parameters())
+    parameters = potential.parameters
+    parameters = parameters if isinstance(parameters, int) else sum(weight.numel() for weight in parameters())
     write_json(folder / "measured.json", {"errors": errors, "measures": values, "parameters": parameters})
 
 
 def errors_of(
-    potential: Potential, path: Path, part: str, kinds: list[str], free_atoms_only: bool
+    mean_errors: Callable[[Sequence[AtomicData]], dict[str, float]], path: Path, part: str, kinds: list[str]
 ) -> dict[str, dict[str, float]]:
     """Mean absolute errors of a part and, for tests, of each kind in it; meV/atom, meV/Å, meV/Å³."""
     structures = list(Store(path))
@@ -162,12 +189,13 @@ def errors_of(
     if part in ("test", "hot") and len(set(kinds)) > 1:
         for kind in sorted(set(kinds)):
             groups[f"{part}: {kind}"] = [one for one, own in zip(structures, kinds, strict=True) if own == kind]
-    found = {}
-    for title, members in groups.items():
-        report, _ = evaluate(potential, members, free_atoms_only=free_atoms_only)
-        mae = {"energy": report.energy_per_atom, "forces": report.forces, "stress": report.stress}
-        found[title] = {key: 1e3 * value.errors.mae for key, value in mae.items() if value is not None}
-    return found
+    return {title: mean_errors(members) for title, members in groups.items()}
+
+
+def errors_of_ours(potential: Potential, structures: Sequence[AtomicData], free_atoms_only: bool) -> dict[str, float]:
+    report, _ = evaluate(potential, structures, free_atoms_only=free_atoms_only)
+    mae = {"energy": report.energy_per_atom, "forces": report.forces, "stress": report.stress}
+    return {key: 1e3 * value.errors.mae for key, value in mae.items() if value is not None}
 
 
 def table(cells: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
@@ -227,7 +255,7 @@ def main() -> None:
     if options.measure:
         given = (one.split("=", 1) for one in options.store)
         return measure(Path(options.measure), options.only, {name: Path(path) for name, path in given})
-    known = yaml.safe_load(options.arms_file.read_text("utf-8"))
+    known = {**yaml.safe_load(options.arms_file.read_text("utf-8")), MACE: {}}
     for arm in options.arms:
         if arm not in known:
             raise SystemExit(f"accuracy: no arm {arm} in {options.arms_file}: it has {', '.join(known)}")
@@ -244,8 +272,10 @@ def main() -> None:
                     thinned(stores[name]["train"], frames)
         except DataError as error:
             raise SystemExit(f"accuracy: {error}") from error
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda cell: cell.finished() or run(cell, stores[cell.name]), cells))
+        for of_mace in (False, True):  # those last: they take as long as others did
+            now = [cell for cell in cells if (cell.arm == MACE) == of_mace and not cell.finished()]
+            with ThreadPoolExecutor(options.jobs) as pool:
+                list(pool.map(lambda cell: run(cell, stores[cell.name]), now))
     found = gather(cells)
     write_json(out / "accuracy.json", {"provenance": provenance(), "cells": found})
     write_file(out / "accuracy.md", table(found) + "\n")
