@@ -33,6 +33,8 @@ FRICTION, LOOK = 0.02, 10  # 1/fs; steps of 1 fs
 def survival(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
     """Runs of 2 ps in Langevin dynamics that keep their bonds, and the mean life of a run in ps."""
     atoms = Store(stores["train"])[0].to_ase()
+    if isinstance(potential, Potential):
+        potential.compile()  # for 6 000 evaluations
     found: Values = {}
     for temperature in TEMPERATURES:
         lives = lives_of(potential, atoms, temperature)
