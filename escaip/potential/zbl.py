@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ _CONTACT = 1.0  # Å beyond the sum of covalent radii: about where atoms that ar
 # The shortest and longest bonds in units of the sum of covalent radii (N₂ 0.77, CH₄ 1.02).
 _SHORTEST_BOND = 0.7
 _LONGEST_BOND = 1.2
+# A distance is known when three quarters of eight parts of a training set show the like.
+_PARTS, _KNOWN = 8, 0.75
 _BONDED = 1.3  # below: a bond, hot ones too (C–H 1.39 Å, C–C 1.98 Å)
 
 
@@ -227,11 +230,14 @@ class Distances(NamedTuple):
 
     Attributes:
         closest: the shortest; infinite for elements that never come within the cutoff.
+        usual: the shortest in a part of the set, of eight: at most this in three quarters of them. Infinite for
+            elements that fewer parts show.
         longest_bond: the longest within 1.3 times the sum of covalent radii; zero for none.
         closest_apart: the shortest beyond; infinite for none.
     """
 
     closest: Tensor
+    usual: Tensor
     longest_bond: Tensor
     closest_apart: Tensor
 
@@ -256,7 +262,8 @@ def fit_onsets(terms: Mapping[PairRepulsion, float | None], structures: Sequence
             start, onsets = bond_gaps(found, fraction)
             term.start = start.to(term.onset.device, torch.float32)
         else:
-            onsets = (guard_onsets if isinstance(term, CoreGuard) else zbl_onsets)(found.closest, fraction)
+            guards = isinstance(term, CoreGuard)
+            onsets = guard_onsets(found, fraction) if guards else zbl_onsets(found.closest, fraction)
         term.onset = onsets.clamp_max(cutoff).to(term.onset.device, torch.float32)
 
 
@@ -268,23 +275,24 @@ def measure_distances(structures: Sequence[AtomicData], cutoff: float, max_struc
         cutoff: Å; pairs farther apart are not looked at.
         max_structures: of a larger set so many are read, evenly spread.
     """
-    shape = (MAX_ATOMIC_NUMBER + 1, MAX_ATOMIC_NUMBER + 1)
-    closest, apart = (torch.full(shape, torch.inf, dtype=torch.float64) for _ in range(2))
-    longest, reach = torch.zeros(shape, dtype=torch.float64), (_BONDED * _bonds()).view(-1)
-    count = len(structures)
-    for index in torch.linspace(0, count - 1, min(count, max_structures), dtype=torch.float64).round().long().tolist():
+    shape, count = (MAX_ATOMIC_NUMBER + 1, MAX_ATOMIC_NUMBER + 1), min(len(structures), max_structures)
+    parts = torch.full((max(1, min(_PARTS, count)), shape[0] * shape[1]), torch.inf, dtype=torch.float64)
+    longest, apart = torch.zeros_like(parts[0]), torch.full_like(parts[0], torch.inf)
+    reach = (_BONDED * _bonds()).view(-1)
+    chosen = torch.linspace(0, len(structures) - 1, count, dtype=torch.float64).round().long().tolist()
+    for place, index in enumerate(chosen):
         data = structures[index]
         numbers, positions, cell = data.atomic_numbers, data.positions.double(), data.cell.double().reshape(3, 3)
-        place = SimpleNamespace(positions=positions, cell=cell[None], pbc=data.pbc.reshape(1, 3))
-        pairs = neighbor_list(place, cutoff)
+        pairs = neighbor_list(SimpleNamespace(positions=positions, cell=cell[None], pbc=data.pbc.reshape(1, 3)), cutoff)
         shift = pairs.shift.double() @ cell
         distance = (positions[pairs.neighbor] - positions[pairs.center] + shift).norm(dim=1)
-        place_of = numbers[pairs.center] * closest.shape[1] + numbers[pairs.neighbor]
-        bonded = distance < reach[place_of]
-        closest.view(-1).scatter_reduce_(0, place_of, distance, "amin")
-        longest.view(-1).scatter_reduce_(0, place_of[bonded], distance[bonded], "amax")
-        apart.view(-1).scatter_reduce_(0, place_of[~bonded], distance[~bonded], "amin")
-    return Distances(closest, longest, apart)
+        kinds = numbers[pairs.center] * shape[0] + numbers[pairs.neighbor]
+        bonded = distance < reach[kinds]
+        parts[place * len(parts) // count].scatter_reduce_(0, kinds, distance, "amin")
+        longest.scatter_reduce_(0, kinds[bonded], distance[bonded], "amax")
+        apart.scatter_reduce_(0, kinds[~bonded], distance[~bonded], "amin")
+    usual = parts.kthvalue(math.ceil(_KNOWN * len(parts)), dim=0).values
+    return Distances(*(one.view(shape) for one in (parts.amin(0), usual, longest, apart)))
 
 
 def zbl_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
@@ -306,21 +314,25 @@ def zbl_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
     return fraction * torch.where(closest < _LONGEST_BOND * bonding, closest, _SHORTEST_BOND * bonding)
 
 
-def guard_onsets(closest: Tensor, fraction: float = 0.98) -> Tensor:
+def guard_onsets(distances: Distances, fraction: float = 0.98) -> Tensor:
     """Returns the onsets of ``CoreGuard``, ``(119, 119)`` Å: a fraction of the shortest distances, bonded or not.
 
-    They do not exceed the sum of covalent radii by more than 1 Å: elements that the training set shows far apart only
-    may come nearer. Elements that it does not show together have none.
+    What one part of the training set shows another may not: from this comes off by how much the shortest distance
+    varies among parts. Elements that fewer than three quarters of them show together have none: that a few frames show
+    no shorter distance says little. Onsets do not exceed the sum of covalent radii by more than 1 Å: elements that the
+    training set shows far apart only may come nearer.
 
     Args:
-        closest: of ``measure_distances``.
+        distances: of a training set.
         fraction: above 0 and at most 1.
 
     Raises:
         ConfigError: a fraction out of range.
     """
     check_fraction(fraction, "core_guard")
-    return torch.where(closest.isinf(), 0.0, (fraction * closest).minimum(_bonds() + _CONTACT))
+    known = distances.usual.isfinite()
+    closest, usual = torch.where(known, distances.closest, 0.0), torch.where(known, distances.usual, 0.0)
+    return (fraction * closest - (usual - closest)).clamp_min(0.0).minimum(_bonds() + _CONTACT)
 
 
 def bond_gaps(distances: Distances, fraction: float = 0.9) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,8 @@ class PotentialModule(LightningModule):
             repulsion: between atoms closer than this fraction of the shortest distance between their elements in the
                 training set (``escaip.potential.zbl``); null for none.
             core_guard: a softer repulsion between atoms, bonded or not, closer than this fraction of the shortest
-                distance between their elements in the training set; null for none.
+                distance between their elements in the training set, less what that varies by among parts of the set;
+                null for none.
             bond_guard: stiffens bonds longer than any in the training set up to this fraction of the distance of the
                 next atoms of their elements, where the set shows no atoms in between; null for none.
 

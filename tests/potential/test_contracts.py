@@ -446,7 +446,7 @@ def test_distances_are_the_shortest_of_a_set() -> None:
     copper.set_cell(copper.cell * 0.9, scale_atoms=True)
     across = Atoms("HF", positions=[[0.1, 0, 0], [4.2, 0, 0]], cell=[5.0] * 3, pbc=True)
     distances = measure_distances([AtomicData.from_ase(atoms) for atoms in (*sets, copper, across)], 3.0)
-    found, longest, apart = distances
+    found, _, longest, apart = distances
     assert torch.equal(found, found.T)
     assert float(found[6, 8]) == pytest.approx(sets[0].get_distance(0, 1))
     assert float(found[1, 6]) == pytest.approx(1.0897, abs=1e-3)
@@ -470,6 +470,18 @@ def test_a_large_set_is_sampled() -> None:
     assert float(measure_distances(structures[1:], 2.0, 1).closest[1, 1]) == pytest.approx(0.501)
 
 
+def test_a_distance_is_usual_when_most_parts_of_a_set_show_it() -> None:
+    """Sixteen structures make eight parts: six show C and O together, from 1.30 to 1.35 Å, one shows N2."""
+    structures = [Atoms("CO", positions=[[0, 0, 0], [0, 0, 1.30 + 0.01 * (i // 2)]]) for i in range(16)]
+    structures[12:] = [ase.build.molecule("N2"), ase.build.molecule("H2"), ase.build.molecule("H2"), structures[0]]
+    structures[3].positions[1, 2] = 0.9
+    distances = measure_distances([AtomicData.from_ase(atoms) for atoms in structures], 3.0)
+    assert float(distances.closest[6, 8]) == pytest.approx(0.9)
+    assert float(distances.usual[6, 8]) == pytest.approx(1.34)
+    assert math.isinf(float(distances.usual[7, 7]))
+    assert float(distances.closest[7, 7]) < 1.2
+
+
 def test_onsets() -> None:
     closest = torch.full((119, 119), math.inf, dtype=torch.float64)
     closest[6, 6], closest[1, 1], closest[8, 8] = 1.2, 1.5, 4.0
@@ -477,17 +489,21 @@ def test_onsets() -> None:
     assert float(found[6, 6]) == pytest.approx(0.96)
     for one, other in ((1, 6), (1, 1)):  # 1.5 Å is no bond
         assert float(found[one, other]) == pytest.approx(0.8 * 0.7 * (covalent_radii[one] + covalent_radii[other]))
-    found = guard_onsets(closest, 0.8)
-    assert float(found[6, 6]) == pytest.approx(0.96)
-    assert float(found[1, 1]) == pytest.approx(1.2)
-    assert float(found[8, 8]) == pytest.approx(2 * covalent_radii[8] + 1.0)
-    assert float(found[1, 6]) == 0.0
+    usual = closest.clone()
+    usual[1, 1] = 1.8
+    closest[7, 7] = 1.1  # in few parts
     longest, apart = torch.zeros(119, 119), torch.full((119, 119), math.inf)
     longest[6, 6], apart[6, 6] = 1.65, 2.2
     longest[1, 8] = 1.0
     longest[8, 8], apart[8, 8] = 1.5, 1.6
     longest[26, 26], apart[26, 26] = 2.6, 4.0
-    start, end = bond_gaps(Distances(closest, longest, apart))
+    distances = Distances(closest, usual, longest, apart)
+    found = guard_onsets(distances, 0.8)
+    assert float(found[6, 6]) == pytest.approx(0.96)
+    assert float(found[1, 1]) == pytest.approx(1.2 - 0.3)
+    assert float(found[8, 8]) == pytest.approx(2 * covalent_radii[8] + 1.0)
+    assert float(found[1, 6]) == float(found[7, 7]) == 0.0
+    start, end = bond_gaps(distances)
     assert float(start[6, 6]) == pytest.approx(1.683)
     assert float(end[6, 6]) == pytest.approx(1.98)
     assert float(end[1, 8]) == pytest.approx(covalent_radii[1] + covalent_radii[8] + 1.0)
@@ -495,11 +511,11 @@ def test_onsets() -> None:
     for one, other in ((1, 1), (8, 8), (26, 26)):  # no bond, no gap, and a metal
         assert float(start[one, other]) == float(end[one, other]) == 0.0
     with pytest.raises(ConfigError, match="bond_guard is"):
-        bond_gaps(Distances(closest, longest, apart), 1.1)
+        bond_gaps(distances, 1.1)
     for fraction in (0.0, 1.1, math.nan):
-        for onsets in (zbl_onsets, guard_onsets):
+        for onsets, measured in ((zbl_onsets, closest), (guard_onsets, distances)):
             with pytest.raises(ConfigError, match="it must be above 0 and at most 1, or null"):
-                onsets(closest, fraction)
+                onsets(measured, fraction)
 
 
 def test_nothing_repels_beyond_the_cutoff() -> None:
