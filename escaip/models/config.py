@@ -45,7 +45,7 @@ class EScAIPConfig(ModelConfig):
         boo_floor: ``ε`` in the root of the orientational order, which symmetry takes to zero: features of a perfect
             crystal change over displacements of some ``√ε`` of a bond. Published weights have 1e-6.
         density_radial: Gaussians of the density invariants (``escaip.nn.density``), 0 for none: sums over neighbors as
-            features of atoms, and an energy linear in them that is solved for before training begins.
+            features of atoms, and an energy linear in them that is solved for before training and in its course.
         density_degree: their highest ``l``.
         density_channels: their channels, one for each element in training.
         force_weighting: ``"envelope"`` or ``"uniform"`` sum over edges in the direct-force head.

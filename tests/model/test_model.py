@@ -15,6 +15,7 @@ from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError, DataError
 from escaip.models import EScAIP, EScAIPConfig
 from escaip.nn.embedding import AtomFeatures, EdgeAttributes, GaussianBasis, SystemEmbedding
+from escaip.nn.init import valence_electrons
 from escaip.nn.layers import NORM_EPS, RMSNorm, StochasticDepth
 from escaip.potential import Potential
 from escaip.types import AtomInputs, Tokens
@@ -171,6 +172,31 @@ def test_the_distance_has_as_large_a_share_of_a_fresh_token_as_the_elements(mode
         distance = attributes.distance_project(attributes.activation(embedded)).std(0).mean()
         atoms = attributes.source(torch.arange(1, 90), torch.rand(89, model.config.boo_degrees)).std(0).mean()
     assert float(distance / atoms) == pytest.approx(1.0, abs=0.4)
+
+
+def test_elements_begin_as_their_neighbors_in_the_periodic_table(model: EScAIP) -> None:
+    for module in (one for one in model.modules() if isinstance(one, AtomFeatures)):
+        fluorine, chlorine, iron = module.element.weight[[9, 17, 26]]
+        assert (fluorine - chlorine).norm() < 0.7 * min((fluorine - iron).norm(), (chlorine - iron).norm())
+        assert module.element.weight.std().item() == pytest.approx(1.0, abs=0.15)
+        assert module.element.weight.unique(dim=0).shape[0] > 118
+
+
+def test_valence_electrons_are_those_of_the_periodic_table() -> None:
+    table = valence_electrons(119)
+    period, s, p, d, f = range(5)
+    zinc, gallium, krypton, rubidium, cerium = table[[30, 31, 36, 37, 58]]
+    assert torch.equal(zinc[[period, s, d]], krypton[[period, s, d]])  # full, and of one period
+    assert zinc[p] < gallium[p] < krypton[p] == table[:, p].max()
+    assert rubidium[period] > krypton[period]
+    assert rubidium[d] == table[:, d].min()
+    assert cerium[f] > table[56, f] == table[:, f].min()
+    torch.testing.assert_close(table.std(0), torch.ones(5))
+
+
+def test_ions_begin_almost_as_the_neutral_molecule() -> None:
+    weight = EScAIP(EScAIPConfig.preset("300k", charge=True)).system_embedding.charge.weight
+    assert 0.05 < weight.std() < 0.15
 
 
 def test_squares_of_the_gaussians_sum_to_root_pi_times_their_width() -> None:
