@@ -49,9 +49,10 @@ def initialize(model: nn.Module, radial_width: float) -> None:
             module.distance_project.weight.mul_(_DISTANCE_GAIN)
         elif isinstance(module, AtomFeatures):
             weight = module.element.weight
-            common = valence_electrons(len(weight)).to(weight)
-            common = common @ torch.randn_like(weight[: common.shape[1]]) / math.sqrt(common.shape[1])
-            weight.copy_(math.sqrt(1.0 - _OWN**2) * common + _OWN * torch.randn_like(weight))
+            electrons = valence_electrons(len(weight)).to(weight)
+            number = electrons.shape[1]
+            common = electrons @ weight[-number:] / math.sqrt(number)  # maps: what elements drew that no data has
+            weight.copy_(math.sqrt(1.0 - _OWN**2) * common + _OWN * weight)
         elif isinstance(module, SystemEmbedding):
             for embedding in (module.charge, module.spin):
                 if embedding is not None:
