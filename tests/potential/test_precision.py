@@ -81,13 +81,13 @@ def test_products_of_tokens_alone_are_rounded(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
 @pytest.mark.parametrize("table", ["always", "never"])
 def test_errors_of_a_preset(forces: str, table: str) -> None:
-    """Eleven bits and eight bits of each product; energies against their spread, small while elements are alike."""
-    torch.manual_seed(0)
+    """Eleven bits and eight bits of each product; energies against their spread, small by chance with seed 0."""
+    torch.manual_seed(1)
     potential = Potential(EScAIPConfig.preset("1m", forces=forces, num_layers=2, distance_table=table)).eval()
     batch = make_batch()
     exact = copy.deepcopy(potential).double()(batch)
     spread = (exact.atomic_energies - exact.atomic_energies.mean()).norm()
-    for name, energy_bound, force_bound in (("float16", 0.008, 0.004), ("bfloat16", 0.05, 0.025)):
+    for name, energy_bound, force_bound in (("float16", 0.004, 0.004), ("bfloat16", 0.025, 0.025)):
         potential.precision = name
         found = potential(batch)
         assert found.energy.dtype == torch.float64
