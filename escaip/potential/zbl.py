@@ -30,8 +30,9 @@ _CONTACT = 1.0  # Å beyond the sum of covalent radii: about where atoms that ar
 # The shortest and longest bonds in units of the sum of covalent radii (N₂ 0.77, CH₄ 1.02).
 _SHORTEST_BOND = 0.7
 _LONGEST_BOND = 1.2
-# A distance is known when three quarters of eight parts of a training set show the like.
-_PARTS, _KNOWN = 8, 0.75
+# The shortest distance of two elements is known when an eighth of a training set shows them together, eight structures at
+# least, or all of a smaller set. It varies by what three quarters of eight parts of these structures allow for.
+_PARTS, _SHARE, _KNOWN = 8, 8, 0.75
 _BONDED = 1.3  # below: a bond, hot ones too (C–H 1.39 Å, C–C 1.98 Å)
 
 
@@ -230,31 +231,34 @@ class Distances(NamedTuple):
 
     Attributes:
         closest: the shortest; infinite for elements that never come within the cutoff.
-        usual: the shortest in a part of the set, of eight: at most this in three quarters of them. Infinite for
-            elements that fewer parts show.
+        varies: by how much the shortest distance varies in the structures that show both elements within the cutoff: it
+            is within that of ``closest`` in three quarters of eight parts of them, one after the other. Infinite where
+            these are fewer than an eighth of the set, or than eight and not the whole set.
         longest_bond: the longest within 1.3 times the sum of covalent radii; zero for none.
         closest_apart: the shortest beyond; infinite for none.
     """
 
     closest: Tensor
-    usual: Tensor
+    varies: Tensor
     longest_bond: Tensor
     closest_apart: Tensor
 
 
-def fit_onsets(terms: Mapping[PairRepulsion, float | None], structures: Sequence[AtomicData], cutoff: float) -> None:
-    """Sets the onsets of repulsions in place, so that no distance of a training set has an energy.
+def fit_onsets(
+    terms: Mapping[PairRepulsion, float | None], sets: Sequence[Sequence[AtomicData]], cutoff: float
+) -> None:
+    """Sets the onsets of repulsions in place, so that no distance of the training sets has an energy.
 
     Args:
         terms: repulsions of a potential and the fraction of each, see ``zbl_onsets``, ``guard_onsets`` and
             ``bond_gaps``; None for no repulsion.
-        structures: see ``measure_distances``.
+        sets: the training set, or those of a mixture, each judged by itself, so that a small one counts too.
         cutoff: Å, of the potential; onsets do not exceed it, so that no energy jumps there.
 
     Raises:
         ConfigError: a fraction out of range.
     """
-    found = measure_distances(structures, cutoff)
+    found = _joined([measure_distances(structures, cutoff) for structures in sets])
     for term, fraction in terms.items():
         if fraction is None:
             continue
@@ -275,24 +279,38 @@ def measure_distances(structures: Sequence[AtomicData], cutoff: float, max_struc
         cutoff: Å; pairs farther apart are not looked at.
         max_structures: of a larger set so many are read, evenly spread.
     """
-    shape, count = (MAX_ATOMIC_NUMBER + 1, MAX_ATOMIC_NUMBER + 1), min(len(structures), max_structures)
-    parts = torch.full((max(1, min(_PARTS, count)), shape[0] * shape[1]), torch.inf, dtype=torch.float64)
-    longest, apart = torch.zeros_like(parts[0]), torch.full_like(parts[0], torch.inf)
+    size, count = MAX_ATOMIC_NUMBER + 1, min(len(structures), max_structures)
+    closest, longest, apart = (torch.full((size * size,), start, dtype=torch.float64) for start in (torch.inf, 0.0, torch.inf))
     reach = (_BONDED * _bonds()).view(-1)
-    chosen = torch.linspace(0, len(structures) - 1, count, dtype=torch.float64).round().long().tolist()
-    for place, index in enumerate(chosen):
+    seen = []  # the shortest distances in each structure
+    for index in torch.linspace(0, len(structures) - 1, count, dtype=torch.float64).round().long().tolist():
         data = structures[index]
         numbers, positions, cell = data.atomic_numbers, data.positions.double(), data.cell.double().reshape(3, 3)
         pairs = neighbor_list(SimpleNamespace(positions=positions, cell=cell[None], pbc=data.pbc.reshape(1, 3)), cutoff)
         shift = pairs.shift.double() @ cell
         distance = (positions[pairs.neighbor] - positions[pairs.center] + shift).norm(dim=1)
-        kinds = numbers[pairs.center] * shape[0] + numbers[pairs.neighbor]
-        bonded = distance < reach[kinds]
-        parts[place * len(parts) // count].scatter_reduce_(0, kinds, distance, "amin")
-        longest.scatter_reduce_(0, kinds[bonded], distance[bonded], "amax")
-        apart.scatter_reduce_(0, kinds[~bonded], distance[~bonded], "amin")
-    usual = parts.kthvalue(math.ceil(_KNOWN * len(parts)), dim=0).values
-    return Distances(*(one.view(shape) for one in (parts.amin(0), usual, longest, apart)))
+        kinds, pair = (numbers[pairs.center] * size + numbers[pairs.neighbor]).unique(return_inverse=True)
+        bonded = distance < reach[kinds][pair]
+        shortest = torch.full((len(kinds),), torch.inf, dtype=torch.float64).scatter_reduce_(0, pair, distance, "amin")
+        seen.append((kinds, shortest))
+        longest.scatter_reduce_(0, kinds[pair[bonded]], distance[bonded], "amax")
+        apart.scatter_reduce_(0, kinds[pair[~bonded]], distance[~bonded], "amin")
+    kinds, shortest = (torch.cat(column) for column in zip(*seen, strict=True))
+    closest.scatter_reduce_(0, kinds, shortest, "amin")
+    varies = torch.full_like(closest, torch.inf)
+    for kind in kinds.unique().tolist():
+        shown = shortest[kinds == kind]
+        if len(shown) >= min(count, max(_PARTS, count / _SHARE)):
+            parts = torch.stack([part.amin() for part in shown.tensor_split(min(_PARTS, len(shown)))])
+            varies[kind] = parts.kthvalue(math.ceil(_KNOWN * len(parts))).values - parts.amin()
+    return Distances(*(one.view(size, size) for one in (closest, varies, longest, apart)))
+
+
+def _joined(sets: Sequence[Distances]) -> Distances:
+    """Returns the distances of several sets as of one; a shortest distance is known where one set knows it."""
+    closest, varies, longest, apart = (torch.stack(column) for column in zip(*sets, strict=True))
+    most = varies.where(varies.isfinite(), -torch.inf).amax(0)
+    return Distances(closest.amin(0), most.where(most.isfinite(), torch.inf), longest.amax(0), apart.amin(0))
 
 
 def zbl_onsets(closest: Tensor, fraction: float = 0.9) -> Tensor:
@@ -318,8 +336,7 @@ def guard_onsets(distances: Distances, fraction: float = 0.98) -> Tensor:
     """Returns the onsets of ``CoreGuard``, ``(119, 119)`` Å: a fraction of the shortest distances, bonded or not.
 
     What one part of the training set shows another may not: from this comes off by how much the shortest distance
-    varies among parts. Elements that fewer than three quarters of them show together have none: that a few frames show
-    no shorter distance says little. Onsets do not exceed the sum of covalent radii by more than 1 Å: elements that the
+    varies. Elements that few structures show together have none: that these show no shorter distance says little. Onsets do not exceed the sum of covalent radii by more than 1 Å: elements that the
     training set shows far apart only may come nearer.
 
     Args:
@@ -330,9 +347,8 @@ def guard_onsets(distances: Distances, fraction: float = 0.98) -> Tensor:
         ConfigError: a fraction out of range.
     """
     check_fraction(fraction, "core_guard")
-    known = distances.usual.isfinite()
-    closest, usual = torch.where(known, distances.closest, 0.0), torch.where(known, distances.usual, 0.0)
-    return (fraction * closest - (usual - closest)).clamp_min(0.0).minimum(_bonds() + _CONTACT)
+    onsets = (fraction * distances.closest - distances.varies).nan_to_num(0.0)  # ∞ − ∞: never within the cutoff
+    return onsets.clamp_min(0.0).minimum(_bonds() + _CONTACT)
 
 
 def bond_gaps(distances: Distances, fraction: float = 0.9) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from escaip.data.dataset import MixedDataset
 from escaip.errors import ConfigError, TrainingError
 from escaip.models import ModelConfig, build_config
 from escaip.potential import Potential, PotentialMetadata
@@ -173,7 +174,9 @@ class PotentialModule(LightningModule):
         structures = getattr(data, "datasets", {}).get("train")
         if any(fraction is not None for fraction in self.pair_terms.values()):
             terms = {getattr(self.potential, name): fraction for name, fraction in self.pair_terms.items()}
-            fit_onsets(terms, _training_structures(data), self.potential.cutoff)
+            structures = _training_structures(data)
+            members = structures.members.values() if isinstance(structures, MixedDataset) else [structures]
+            fit_onsets(terms, list(members), self.potential.cutoff)
         fitted = [item.references_fitted for item in sets]
         if self.potential.config.charge and structures is not None:
             references, charges = fit_charges(self.potential.element_references.cpu(), structures, fitted)

@@ -331,7 +331,7 @@ def test_bonds_of_training_keep_what_they_learned() -> None:
         atoms.rattle(0.05, seed=seed)
     structures = [AtomicData.from_ase(atoms) for atoms in molecules]
     bare, guarded = make_repulsive(None), make_repulsive(None)
-    fit_onsets({guarded.repulsion: None, guarded.bond_guard: 0.9}, structures, guarded.cutoff)
+    fit_onsets({guarded.repulsion: None, guarded.bond_guard: 0.9}, [structures], guarded.cutoff)
     assert guarded.bond_guard
     batch = collate(structures)
     for compute in (bare, guarded):
@@ -470,16 +470,42 @@ def test_a_large_set_is_sampled() -> None:
     assert float(measure_distances(structures[1:], 2.0, 1).closest[1, 1]) == pytest.approx(0.501)
 
 
-def test_a_distance_is_usual_when_most_parts_of_a_set_show_it() -> None:
-    """Sixteen structures make eight parts: six show C and O together, from 1.30 to 1.35 Å, one shows N2."""
-    structures = [Atoms("CO", positions=[[0, 0, 0], [0, 0, 1.30 + 0.01 * (i // 2)]]) for i in range(16)]
-    structures[12:] = [ase.build.molecule("N2"), ase.build.molecule("H2"), ase.build.molecule("H2"), structures[0]]
-    structures[3].positions[1, 2] = 0.9
-    distances = measure_distances([AtomicData.from_ase(atoms) for atoms in structures], 3.0)
+def pair(symbols: str, distance: float) -> AtomicData:
+    return AtomicData.from_ase(Atoms(symbols, positions=[[0, 0, 0], [0, 0, distance]]))
+
+
+def test_a_shortest_distance_varies_among_the_structures_that_show_it() -> None:
+    """Two chemistries one after the other; of 96 structures 64 show C and O in eight parts, from 1.30 to 1.37 Å."""
+    structures = [pair("CO", 1.30 + 0.01 * (i // 8)) for i in range(64)]
+    structures[3] = pair("CO", 0.9)
+    structures += [pair("N2", 1.1)] * 12 + [pair("H2", 0.74)] * 11 + [pair("F2", 1.4)] * 9
+    distances = measure_distances(structures, 3.0)
     assert float(distances.closest[6, 8]) == pytest.approx(0.9)
-    assert float(distances.usual[6, 8]) == pytest.approx(1.34)
-    assert math.isinf(float(distances.usual[7, 7]))
-    assert float(distances.closest[7, 7]) < 1.2
+    assert float(distances.varies[6, 8]) == pytest.approx(1.35 - 0.9)
+    assert float(distances.closest[1, 1]) == pytest.approx(0.74)
+    for element, known in ((7, True), (1, False), (9, False), (6, False)):  # an eighth is twelve
+        assert bool(distances.varies[element, element].isfinite()) == known
+
+
+@pytest.mark.parametrize(("count", "others", "known"), [(1, 0, True), (7, 0, True), (7, 1, False), (8, 56, True)])
+def test_few_structures_are_enough_when_there_are_no_others(count: int, others: int, known: bool) -> None:
+    """Of up to eight structures all must show a distance, of more eight."""
+    structures = [pair("CO", 1.2)] * count + [pair("N2", 1.1)] * others
+    assert bool(measure_distances(structures, 3.0).varies[6, 8].isfinite()) == known
+
+
+def test_a_small_set_of_a_mixture_counts() -> None:
+    """Alone it knows its distances, and the mixture the closest and the widest of all."""
+    small, large = [pair("CO", 1.1), pair("CO", 1.2)], [pair("H2", 0.7 + 0.01 * i) for i in range(40)]
+    large[-1] = pair("CO", 1.0)
+    onsets = {}
+    for name, sets in {"together": [small + large], "apart": [small, large]}.items():
+        potential = make_repulsive(None, cutoff=2.5)
+        fit_onsets({potential.core_guard: 0.98}, sets, potential.cutoff)
+        onsets[name] = potential.core_guard.onset
+    assert float(onsets["together"][6, 8]) == 0.0
+    assert float(onsets["apart"][6, 8]) == pytest.approx(0.98 * 1.0 - 0.1)
+    assert float(onsets["apart"][1, 1]) == pytest.approx(0.98 * 0.7 - 0.25)
 
 
 def test_onsets() -> None:
@@ -489,15 +515,15 @@ def test_onsets() -> None:
     assert float(found[6, 6]) == pytest.approx(0.96)
     for one, other in ((1, 6), (1, 1)):  # 1.5 Å is no bond
         assert float(found[one, other]) == pytest.approx(0.8 * 0.7 * (covalent_radii[one] + covalent_radii[other]))
-    usual = closest.clone()
-    usual[1, 1] = 1.8
-    closest[7, 7] = 1.1  # in few parts
+    varies = torch.where(closest.isfinite(), 0.0, math.inf)
+    varies[1, 1] = 0.3
+    closest[7, 7], varies[7, 7] = 1.1, math.inf
     longest, apart = torch.zeros(119, 119), torch.full((119, 119), math.inf)
     longest[6, 6], apart[6, 6] = 1.65, 2.2
     longest[1, 8] = 1.0
     longest[8, 8], apart[8, 8] = 1.5, 1.6
     longest[26, 26], apart[26, 26] = 2.6, 4.0
-    distances = Distances(closest, usual, longest, apart)
+    distances = Distances(closest, varies, longest, apart)
     found = guard_onsets(distances, 0.8)
     assert float(found[6, 6]) == pytest.approx(0.96)
     assert float(found[1, 1]) == pytest.approx(1.2 - 0.3)
@@ -525,7 +551,7 @@ def test_nothing_repels_beyond_the_cutoff() -> None:
     structures = [AtomicData.from_ase(cesium)]
     potential.repulsion.onset = zbl_onsets(measure_distances(structures, 6.0).closest)
     assert float(potential.repulsion.onset[55, 55]) == pytest.approx(0.9 * 5.5)
-    fit_onsets({potential.repulsion: 0.9, potential.core_guard: None}, structures, potential.cutoff)
+    fit_onsets({potential.repulsion: 0.9, potential.core_guard: None}, [structures], potential.cutoff)
     assert not potential.core_guard
     assert float(potential.repulsion.onset[55, 55]) == potential.cutoff
     inside, outside = (Atoms("Cs2", positions=[[0, 0, 0], [0, 0, potential.cutoff + x]]) for x in (-1e-3, 1e-3))
@@ -544,4 +570,4 @@ def test_a_file_says_where_it_begins(tmp_path: Path) -> None:
         assert described["guarded_below"] == ("none" if expected == "none" else [0.0, 1.62])
         assert described["bonds_held_beyond"] == ("none" if expected == "none" else [0.0, 1.177])
         terms = {potential.repulsion: 0.9, potential.core_guard: 0.98, potential.bond_guard: 0.9}
-        fit_onsets(terms, [AtomicData.from_ase(ase.build.molecule("CH4"))], potential.cutoff)
+        fit_onsets(terms, [[AtomicData.from_ase(ase.build.molecule("CH4"))]], potential.cutoff)

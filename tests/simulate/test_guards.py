@@ -58,7 +58,7 @@ def test_distances_that_training_did_not_show(tmp_path: Path) -> None:
     off.look(ethane, 0)
     assert (off.looks, str(off)) == (0, "")  # a model without guards says nothing
     guards = {potential.core_guard: 0.98, potential.bond_guard: 0.9}
-    fit_onsets(guards, [AtomicData.from_ase(ethane)], potential.cutoff)
+    fit_onsets(guards, [[AtomicData.from_ase(ethane)]], potential.cutoff)
     ethane.calc = EScAIPCalculator(potential)
     monitor = RangeMonitor(ethane)
     monitor.look(ethane, 0)

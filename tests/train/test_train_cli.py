@@ -221,6 +221,7 @@ def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: 
     shifted = ase.io.read(folder / "b.extxyz", ":")
     for atoms in shifted:
         atoms.calc.results["energy"] -= 7.0 * float((atoms.numbers == 1).sum())
+        atoms.numbers[atoms.numbers == 1] = 9
     ase.io.write(folder / "b.extxyz", shifted)
     sets = json.dumps({"a": {"path": "a.extxyz"}, "b": {"path": "b.extxyz"}})
     sampling = json.dumps({"weights": {"a": 1, "b": 1}, "epoch_size": 24})
@@ -235,7 +236,8 @@ def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: 
     potential = load_potential(best, device="cpu")
     assert potential.datasets == ("a", "b")
     assert potential.element_references.shape == (2, 119)
-    assert float(potential.element_references[0, 1] - potential.element_references[1, 1]) == pytest.approx(7.0, abs=0.5)
+    assert float(potential.element_references[0, 1] - potential.element_references[1, 9]) == pytest.approx(7.0, abs=0.5)
+    assert float(potential.core_guard.onset[9, 9]) > 0.0  # in six structures: all of b, few of the mixture
     assert main([*command, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
     assert main(["validate", *command[1:], "--ckpt_path", str(best)]) == 0
     capsys.readouterr()
