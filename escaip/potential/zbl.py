@@ -280,7 +280,9 @@ def measure_distances(structures: Sequence[AtomicData], cutoff: float, max_struc
         max_structures: of a larger set so many are read, evenly spread.
     """
     size, count = MAX_ATOMIC_NUMBER + 1, min(len(structures), max_structures)
-    closest, longest, apart = (torch.full((size * size,), start, dtype=torch.float64) for start in (torch.inf, 0.0, torch.inf))
+    closest, longest, apart = (
+        torch.full((size * size,), start, dtype=torch.float64) for start in (torch.inf, 0.0, torch.inf)
+    )
     reach = (_BONDED * _bonds()).view(-1)
     seen = []  # the shortest distances in each structure
     for index in torch.linspace(0, len(structures) - 1, count, dtype=torch.float64).round().long().tolist():
