@@ -30,8 +30,8 @@ _CONTACT = 1.0  # Å beyond the sum of covalent radii: about where atoms that ar
 # The shortest and longest bonds in units of the sum of covalent radii (N₂ 0.77, CH₄ 1.02).
 _SHORTEST_BOND = 0.7
 _LONGEST_BOND = 1.2
-# The shortest distance of two elements is known when an eighth of a training set shows them together, eight structures at
-# least, or all of a smaller set. It varies by what three quarters of eight parts of these structures allow for.
+# The shortest distance of two elements is known when an eighth of a training set shows them together, at least eight
+# structures, or all of a smaller set. It varies by what three quarters of eight parts of these structures allow for.
 _PARTS, _SHARE, _KNOWN = 8, 8, 0.75
 _BONDED = 1.3  # below: a bond, hot ones too (C–H 1.39 Å, C–C 1.98 Å)
 
@@ -338,8 +338,9 @@ def guard_onsets(distances: Distances, fraction: float = 0.98) -> Tensor:
     """Returns the onsets of ``CoreGuard``, ``(119, 119)`` Å: a fraction of the shortest distances, bonded or not.
 
     What one part of the training set shows another may not: from this comes off by how much the shortest distance
-    varies. Elements that few structures show together have none: that these show no shorter distance says little. Onsets do not exceed the sum of covalent radii by more than 1 Å: elements that the
-    training set shows far apart only may come nearer.
+    varies. Elements that few structures show together have none: that these show no shorter distance says little.
+    Onsets do not exceed the sum of covalent radii by more than 1 Å: elements that the training set shows far apart only
+    may come nearer.
 
     Args:
         distances: of a training set.
