@@ -175,8 +175,9 @@ class PotentialModule(LightningModule):
         if any(fraction is not None for fraction in self.pair_terms.values()):
             terms = {getattr(self.potential, name): fraction for name, fraction in self.pair_terms.items()}
             structures = _training_structures(data)
-            members = structures.members.values() if isinstance(structures, MixedDataset) else [structures]
-            fit_onsets(terms, list(members), self.potential.cutoff)
+            mixed = isinstance(structures, MixedDataset)
+            members: list[Any] = list(structures.members.values()) if mixed else [structures]
+            fit_onsets(terms, members, self.potential.cutoff)
         fitted = [item.references_fitted for item in sets]
         if self.potential.config.charge and structures is not None:
             references, charges = fit_charges(self.potential.element_references.cpu(), structures, fitted)
