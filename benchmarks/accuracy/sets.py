@@ -144,11 +144,11 @@ SETS = {
         BenchSet(REAL["threebpa"], 2000, measures=("survival", "dimers", "drift")),
         BenchSet(
             RealSet("threebpa_xtb", "train.extxyz", "structure", "3BPA, GFN2-xTB labels", recipe="threebpa"),
-            2000, also=("hot", "stretched"), measures=("survival", "dimers"),
+            2000, also=("hot", "stretched"), measures=("dimers",),
         ),
         BenchSet(
             RealSet("acac", "molecular/acac_train_300K.xyz", "structure", "acetylacetone at 300 K", recipe="threebpa"),
-            1500, measures=("survival", "dimers"),
+            1500, measures=("dimers",),
         ),
         BenchSet(
             RealSet(
@@ -164,7 +164,7 @@ SETS = {
                 "group", "molecules and complexes of amino acids, GFN2-xTB labels, molecules held out",
                 options={"format": "spice"}, recipe="spice_small",
             ),
-            4000, kind=charge, measures=("dimers",),
+            2000, kind=charge, measures=("dimers",),
         ),
         BenchSet(REAL["solvents"], 1000, kind=size),
         BenchSet(_INP, 1000, kind=group, measures=("defects",)),
