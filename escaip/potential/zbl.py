@@ -300,8 +300,9 @@ def measure_distances(structures: Sequence[AtomicData], cutoff: float, max_struc
     kinds, shortest = (torch.cat(column) for column in zip(*seen, strict=True))
     closest.scatter_reduce_(0, kinds, shortest, "amin")
     varies = torch.full_like(closest, torch.inf)
-    for kind in kinds.unique().tolist():
-        shown = shortest[kinds == kind]
+    order = kinds.argsort(stable=True)
+    own, counts = kinds[order].unique_consecutive(return_counts=True)
+    for kind, shown in zip(own.tolist(), shortest[order].split(counts.tolist()), strict=True):
         if len(shown) >= min(count, max(_PARTS, count / _SHARE)):
             parts = torch.stack([part.amin() for part in shown.tensor_split(min(_PARTS, len(shown)))])
             varies[kind] = parts.kthvalue(math.ceil(_KNOWN * len(parts))).values - parts.amin()
