@@ -99,7 +99,7 @@ def run(cell: Cell, stores: dict[str, Path]) -> dict[str, Any]:
     parts = {part: stores[part] for part in ("train", "val", "test")}
     if cell.frames:
         parts["train"] = thinned(stores["train"], cell.frames)
-    changes = {"seed_everything": cell.seed, **chosen.changes, **cell.changes}
+    changes = {"seed_everything": cell.seed, **chosen.options(cell.changes)}
     command = [sys.executable, "-m", "escaip"]
     command += fit_arguments(chosen.real, parts, cell.folder, cell.steps, changes)
     begun = cell.folder / "begun"

@@ -46,6 +46,7 @@ class BenchSet:
         also: tests beyond the test part, by name: files below the folder of the set.
         changes: of the recipe, by option.
         measures: further ones, by the name of a function of ``measures``.
+        energy_loss_before: of the recipe before the bench; None where it is the same now.
     """
 
     real: RealSet
@@ -54,6 +55,14 @@ class BenchSet:
     also: tuple[str, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
     measures: tuple[str, ...] = ()
+    energy_loss_before: str | None = None
+
+    def options(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The changes of the set and those of an arm."""
+        found = {**self.changes, **changes}
+        if found.get("model.losses.energy") == "before":
+            found["model.losses.energy"] = self.energy_loss_before
+        return {name: value for name, value in found.items() if value is not None}
 
     def stores(self, data: Path, out: Path) -> dict[str, Path]:
         """Returns the store of each part and of each further test, made where needed.
@@ -124,12 +133,16 @@ def size(data: AtomicData) -> str:
     return "up to 20 atoms" if data.num_nodes <= 20 else "up to 40 atoms" if data.num_nodes <= 40 else "larger"
 
 
+_MOLECULES_LOSS = "{weight: 1.0, kind: mae, final_weight: null}"
+_INP_LOSS = "{weight: 10.0, kind: huber, delta: 0.1, final_weight: 50.0}"
+
+
 def _taught(name: str) -> BenchSet:
     """Frames of a crystal with vacancies, labelled by another potential."""
     architecture = {"cutoff": TAUGHT[name].cutoff, "num_neighbors": "null"}
     changes = {f"model.architecture.{key}": value for key, value in architecture.items()}
     real = RealSet(name, "", "structure", f"taught {name}", recipe="inp")
-    return BenchSet(real, 1500, changes=changes, measures=("crystal",))
+    return BenchSet(real, 1500, changes=changes, measures=("crystal",), energy_loss_before=_INP_LOSS)
 
 
 _INP = dataclasses.replace(REAL["inp"], options={"keys": {"group": "group"}})
@@ -164,23 +177,23 @@ SETS = {
                 "group", "molecules and complexes of amino acids, GFN2-xTB labels, molecules held out",
                 options={"format": "spice"}, recipe="spice_small",
             ),
-            2000, kind=charge, measures=("dimers",),
+            2000, kind=charge, measures=("dimers",), energy_loss_before=_MOLECULES_LOSS,
         ),
-        BenchSet(REAL["solvents"], 1000, kind=size),
-        BenchSet(_INP, 1000, kind=group, measures=("defects",)),
+        BenchSet(REAL["solvents"], 1000, kind=size, energy_loss_before=_MOLECULES_LOSS),
+        BenchSet(_INP, 1000, kind=group, measures=("defects",), energy_loss_before=_INP_LOSS),
         BenchSet(
             RealSet(
                 "silicon", "materials/mvl_Si_train.extxyz.gz", "structure", "silicon with vacancies and surfaces",
                 options={"keys": {"group": "group"}}, recipe="inp",
             ),
-            600, kind=group,
+            600, kind=group, energy_loss_before=_INP_LOSS,
         ),
         BenchSet(
             RealSet(
                 "monbtaw", "materials/mvl_MoNbTaW_train.extxyz.gz", "structure", "alloys of Mo, Nb, Ta and W",
                 options={"keys": {"group": "tag"}}, recipe="inp",
             ),
-            1500, kind=group, changes={"model.architecture.density_channels": 4},
+            1500, kind=group, changes={"model.architecture.density_channels": 4}, energy_loss_before=_INP_LOSS,
         ),
         BenchSet(REAL["mptrj"], 1000),
         BenchSet(_OC20, 600),
