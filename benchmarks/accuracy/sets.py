@@ -154,21 +154,23 @@ _OC20_FRAMES = dataclasses.replace(
 SETS = {
     one.real.name: one
     for one in (
-        BenchSet(REAL["threebpa"], 2000, measures=("survival", "dimers", "drift")),
+        BenchSet(
+            REAL["threebpa"], 2000, measures=("survival", "dimers", "drift"), energy_loss_before=_MOLECULES_LOSS
+        ),
         BenchSet(
             RealSet("threebpa_xtb", "train.extxyz", "structure", "3BPA, GFN2-xTB labels", recipe="threebpa"),
-            2000, also=("hot", "stretched"), measures=("dimers",),
+            2000, also=("hot", "stretched"), measures=("dimers",), energy_loss_before=_MOLECULES_LOSS,
         ),
         BenchSet(
             RealSet("acac", "molecular/acac_train_300K.xyz", "structure", "acetylacetone at 300 K", recipe="threebpa"),
-            1500, measures=("dimers",),
+            1500, measures=("dimers",), energy_loss_before=_MOLECULES_LOSS,
         ),
         BenchSet(
             RealSet(
                 "ethanol", "molecular/ethanol_methanol_train.xyz", "structure", "ethanol and methanol",
                 options={"keys": {"group": "config_type"}}, recipe="threebpa",
             ),
-            1500, kind=group,
+            1500, kind=group, energy_loss_before=_MOLECULES_LOSS,
         ),
         BenchSet(
             RealSet(
