@@ -28,13 +28,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(STAMP) ## train on the sample data, show the errors, run a short MD (under five minutes on two cores)
+quickstart: $(STAMP) ## train on the sample data, show the errors, run a short MD (three to nine minutes on two cores)
 	$(BIN)/escaip fit --config quickstart --out $(OUT)
 	$(BIN)/escaip md $(RUN)/best.ckpt md/structures/ethanol.xyz --ensemble nve --temperature 300 --steps 2000 \
 	    --timestep 0.5 --dtype float64 --overwrite --out $(RUN)/nve.extxyz
 	@echo "model $(RUN)/best.ckpt, plots $(RUN)/evaluation, trajectory and log $(RUN)/nve.extxyz, $(RUN)/nve.csv"
 
-test: $(STAMP) ## run the test suite (about six minutes on two cores)
+test: $(STAMP) ## run the test suite (six to twelve minutes on two cores)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 test-install: $(STAMP) ## only the test that the wheel works away from the checkout
