@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OUT ?= runs
 RUN := $(OUT)/quickstart/latest
 WORKERS ?= 2
-# Tests run side by side: more threads each would only wait for one another.
+# For tests, which run side by side, and for small models: more threads would only wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
@@ -28,9 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(STAMP) ## train on the sample data, show the errors, run a short MD (three to nine minutes on two cores)
-	$(BIN)/escaip fit --config quickstart --out $(OUT)
-	$(BIN)/escaip md $(RUN)/best.ckpt md/structures/ethanol.xyz --ensemble nve --temperature 300 --steps 2000 \
+quickstart: $(STAMP) ## train on the sample data, show the errors, run a short MD (two to five minutes)
+	$(ONE_THREAD) $(BIN)/escaip fit --config quickstart --out $(OUT)
+	$(ONE_THREAD) $(BIN)/escaip md $(RUN)/best.ckpt md/structures/ethanol.xyz --ensemble nve --temperature 300 --steps 2000 \
 	    --timestep 0.5 --dtype float64 --overwrite --out $(RUN)/nve.extxyz
 	@echo "model $(RUN)/best.ckpt, plots $(RUN)/evaluation, trajectory and log $(RUN)/nve.extxyz, $(RUN)/nve.csv"
 
