@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# Name -> module: imported on first use, so that importing one of them does not import Lightning.
-_PUBLIC = {
-    "AtomicData": "escaip.data.structure",
-    "collate": "escaip.data.structure",
-    "LabelKeys": "escaip.data.structure",
-    "Statistics": "escaip.data.statistics",
-    "fit_statistics": "escaip.data.statistics",
-    "Store": "escaip.data.store",
-    "StoreWriter": "escaip.data.store_writer",
-    "AtomicDataset": "escaip.data.dataset",
-    "AtomicDataModule": "escaip.data.datamodule",
-    "BudgetBatchSampler": "escaip.data.sampler",
-    "open_source": "escaip.data.readers",
-}
+from escaip import lazy_names
 
 __all__ = [
     "AtomicData",
@@ -44,12 +30,8 @@ if TYPE_CHECKING:
     from escaip.data.store_writer import StoreWriter
     from escaip.data.structure import AtomicData, LabelKeys, collate
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'escaip.data' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, {
+    "datamodule": ("AtomicDataModule",), "dataset": ("AtomicDataset",), "readers": ("open_source",),
+    "sampler": ("BudgetBatchSampler",), "statistics": ("Statistics", "fit_statistics"), "store": ("Store",),
+    "store_writer": ("StoreWriter",), "structure": ("AtomicData", "LabelKeys", "collate"),
+})  # fmt: skip

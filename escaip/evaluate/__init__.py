@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# Name -> module: imported on first use, so that numbers do not import plots.
-_PUBLIC = {
-    "EvaluationReport": "escaip.evaluate.report",
-    "Records": "escaip.evaluate.report",
-    "evaluate": "escaip.evaluate.run",
-    "evaluate_into": "escaip.evaluate.run",
-}
+from escaip import lazy_names
 
 __all__ = ["EvaluationReport", "Records", "evaluate", "evaluate_into"]
 
@@ -19,8 +12,6 @@ if TYPE_CHECKING:
     from escaip.evaluate.report import EvaluationReport, Records
     from escaip.evaluate.run import evaluate, evaluate_into
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'escaip.evaluate' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__, {"report": ("EvaluationReport", "Records"), "run": ("evaluate", "evaluate_into")}
+)

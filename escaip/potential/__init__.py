@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-_PUBLIC = {
-    "Potential": "escaip.potential.potential",
-    "PotentialMetadata": "escaip.potential.model_file",
-    "load_potential": "escaip.potential.loading",
-}
+from escaip import lazy_names
 
 __all__ = ["Potential", "PotentialMetadata", "load_potential"]
 
@@ -18,8 +13,7 @@ if TYPE_CHECKING:
     from escaip.potential.model_file import PotentialMetadata
     from escaip.potential.potential import Potential
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'escaip.potential' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {"loading": ("load_potential",), "model_file": ("PotentialMetadata",), "potential": ("Potential",)},
+)

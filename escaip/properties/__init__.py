@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# Name -> module: imported on first use, so that one of them does not import the libraries of all.
-_PUBLIC = {
-    "ElasticConstants": "escaip.properties.elastic",
-    "EquationOfState": "escaip.properties.equation_of_state",
-    "MinimumEnergyPath": "escaip.properties.neb",
-    "Phonons": "escaip.properties.phonons",
-    "Vibrations": "escaip.properties.vibrations",
-    "crystal_phonons": "escaip.properties.phonons",
-    "elastic_constants": "escaip.properties.elastic",
-    "fit_equation_of_state": "escaip.properties.equation_of_state",
-    "minimum_energy_path": "escaip.properties.neb",
-    "molecular_vibrations": "escaip.properties.vibrations",
-}
+from escaip import lazy_names
 
 __all__ = [
     "ElasticConstants", "EquationOfState", "MinimumEnergyPath", "Phonons", "Vibrations", "crystal_phonons",
@@ -31,12 +18,10 @@ if TYPE_CHECKING:
     from escaip.properties.phonons import Phonons, crystal_phonons
     from escaip.properties.vibrations import Vibrations, molecular_vibrations
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'escaip.properties' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, {
+    "elastic": ("ElasticConstants", "elastic_constants"),
+    "equation_of_state": ("EquationOfState", "fit_equation_of_state"),
+    "neb": ("MinimumEnergyPath", "minimum_energy_path"),
+    "phonons": ("Phonons", "crystal_phonons"),
+    "vibrations": ("Vibrations", "molecular_vibrations"),
+})  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from escaip import lazy_names
 
 if TYPE_CHECKING:
     from escaip.simulate.analysis import EnergyDrift, energy_drift, radial_distribution
@@ -15,8 +16,13 @@ if TYPE_CHECKING:
     from escaip.simulate.report import AnalysisSettings, analyze
     from escaip.simulate.select import select_file, select_frames
 
-# Names by module, imported on first use, so that one of them does not import all of ASE.
-_PUBLIC = {
+__all__ = [
+    "AnalysisSettings", "CheckReport", "EnergyDrift", "MDResult", "MDSettings", "MDStatus", "ProgressLine",
+    "RelaxResult", "analyze", "check_calculator", "default_timestep", "energy_drift", "radial_distribution", "read_log",
+    "read_structure", "read_trajectory", "relax", "run_md", "select_file", "select_frames", "write_structure",
+]  # fmt: skip
+
+__getattr__, __dir__ = lazy_names(__name__, {
     "analysis": ("EnergyDrift", "energy_drift", "radial_distribution"),
     "check": ("CheckReport", "check_calculator"),
     "ensembles": ("MDSettings", "default_timestep"),
@@ -25,21 +31,4 @@ _PUBLIC = {
     "relaxation": ("RelaxResult", "relax"),
     "report": ("AnalysisSettings", "analyze"),
     "select": ("select_file", "select_frames"),
-}
-_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
-
-__all__ = [
-    "AnalysisSettings", "CheckReport", "EnergyDrift", "MDResult", "MDSettings", "MDStatus", "ProgressLine",
-    "RelaxResult", "analyze", "check_calculator", "default_timestep", "energy_drift", "radial_distribution", "read_log",
-    "read_structure", "read_trajectory", "relax", "run_md", "select_file", "select_frames", "write_structure",
-]  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"escaip.simulate.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'escaip.simulate' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+})  # fmt: skip

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# Name -> module: imported on first use, so that importing the losses does not import Lightning.
-_PUBLIC = {
-    "BestAndLast": "escaip.train.callbacks",
-    "ErrorMetrics": "escaip.train.metrics",
-    "RunReport": "escaip.train.callbacks",
-    "ForceTerm": "escaip.train.losses",
-    "LossSettings": "escaip.train.losses",
-    "LossTerm": "escaip.train.losses",
-    "PotentialModule": "escaip.train.module",
-    "WeightEMA": "escaip.train.ema",
-}
+from escaip import lazy_names
 
 __all__ = [
     "BestAndLast",
@@ -35,8 +24,7 @@ if TYPE_CHECKING:
     from escaip.train.metrics import ErrorMetrics
     from escaip.train.module import PotentialModule
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'escaip.train' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__, {
+    "callbacks": ("BestAndLast", "RunReport"), "ema": ("WeightEMA",), "module": ("PotentialModule",),
+    "losses": ("ForceTerm", "LossSettings", "LossTerm"), "metrics": ("ErrorMetrics",),
+})  # fmt: skip
