@@ -285,6 +285,13 @@ class MixedDataset(Dataset[AtomicData]):
 StructureSet = AtomicDataset | MixedDataset
 
 
+def evenly(structures: Sequence[AtomicData], most: int) -> Iterator[AtomicData]:
+    """Yields all structures, or of more than ``most`` so many, evenly spread from the first to the last."""
+    count = len(structures)
+    for index in torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long().tolist():
+        yield structures[index]
+
+
 def random_rotation(seed: int, epoch: int, index: int) -> Tensor:
     """Returns a ``(3, 3)`` float64 proper rotation, uniform over the group, from a normalised Gaussian quaternion."""
     quaternion = np.random.default_rng([seed, epoch, index, 0x517]).normal(size=4)

@@ -8,12 +8,11 @@ while the network learns (``escaip.train.linear_fit``).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from escaip.nn.embedding import GaussianBasis
+from escaip.nn.layers import PreciseTables
 from escaip.ops import sum_rows
 from escaip.ops.steinhardt import harmonic_recursion, spherical_harmonics
 from escaip.types import AtomInputs, Tokens
@@ -21,7 +20,7 @@ from escaip.types import AtomInputs, Tokens
 _CLIP = 4.0  # standard deviations beyond which a feature saturates
 
 
-class DensityInvariants(nn.Module):
+class DensityInvariants(PreciseTables):
     """Products of two densities of neighbors that rotations leave alone.
 
     ``A_ncm = Σ_j w_j g_n(d_j) [Z_j = c] Ŷ_lm(n_j)`` over the neighbors of an atom, with Gaussians ``g_n`` and a
@@ -38,8 +37,7 @@ class DensityInvariants(nn.Module):
     Attributes:
         channel: ``(num_elements, C)``, what an element counts in each channel, as a neighbor and as a center.
         mean, spread: ``(num_elements, F)`` of the features around atoms of an element in training.
-        coefficients: ``(C, F)`` for each channel of the center, energies in units of the potential's scale. Buffers of
-            this module keep float64.
+        coefficients: ``(C, F)`` for each channel of the center, energies in units of the potential's scale.
     """
 
     channel: Tensor
@@ -58,10 +56,10 @@ class DensityInvariants(nn.Module):
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("second", second, persistent=False)
         self.num_features = num_radial * (channels + len(first) * (degree + 1))
-        self.register_buffer("channel", torch.ones(num_elements, channels, dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(num_elements, self.num_features, dtype=torch.float64))
-        self.register_buffer("spread", torch.ones(num_elements, self.num_features, dtype=torch.float64))
-        self.register_buffer("coefficients", torch.zeros(channels, self.num_features, dtype=torch.float64))
+        self.register_buffer("channel", torch.ones(num_elements, channels).double())
+        self.register_buffer("mean", torch.zeros(num_elements, self.num_features).double())
+        self.register_buffer("spread", torch.ones_like(self.mean))
+        self.register_buffer("coefficients", torch.zeros(channels, self.num_features).double())
         self.register_buffer("recursion", harmonic_recursion(degree), persistent=False)
 
     def forward(self, tokens: Tokens, atoms: AtomInputs) -> Tensor:
@@ -88,11 +86,3 @@ class DensityInvariants(nn.Module):
         """Returns the linear energy of atoms, ``(N,)`` in units of the potential's scale."""
         of_channels = features @ self.coefficients.to(features.dtype).T  # (N, C)
         return (of_channels * self.channel.to(features.dtype)[atomic_numbers]).sum(-1)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> DensityInvariants:
-        """Moves like any module, and keeps the precision of its tables."""
-        kept = {name: table for name, table in self.named_buffers(recurse=False) if table.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, table in kept.items():
-            setattr(self, name, table.to(getattr(self, name).device))
-        return self

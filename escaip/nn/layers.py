@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from escaip.errors import ConfigError
 from escaip.ops.inputs import accumulation_dtype
@@ -21,6 +24,17 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 SMOOTH_ACTIVATIONS = ("gelu", "silu", "tanh", "softplus")
 NORMS = ("rmsnorm", "layernorm", "skip")
+
+
+class PreciseTables(nn.Module):
+    """A module whose own buffers move to a device with it, but are never cast; those of its parts are."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, table in kept.items():
+            setattr(self, name, table.to(getattr(self, name).device))
+        return self
 
 
 def make_activation(name: str) -> nn.Module:

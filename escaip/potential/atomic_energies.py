@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from escaip.data import AtomicData, Statistics
+from escaip.data.dataset import evenly
 from escaip.errors import ConfigError, DataError, UnsupportedElementError
 from escaip.models import MAX_ATOMIC_NUMBER
 from escaip.types import MAX_CHARGE, StructureBatch
@@ -81,9 +82,7 @@ def fit_charges(
     references = references.clone()
     energies = references.new_zeros(*references.shape[:-1], 2 * MAX_CHARGE + 1)
     rows: dict[int, list[tuple[Tensor, int, float]]] = {}
-    count = len(structures)
-    for index in torch.linspace(0, count - 1, min(count, max_structures), dtype=torch.float64).round().long().tolist():
-        data = structures[index]
+    for data in evenly(structures, max_structures):
         check_charges(data.charge, [data.structure_id])
         if data.has_label("energy"):
             numbers = torch.bincount(data.atomic_numbers, minlength=MAX_ATOMIC_NUMBER + 1).double()

@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,15 +118,15 @@ def migrate(description: dict[str, Any], path: str | os.PathLike[str]) -> dict[s
             f"{path} has schema {version}, this version reads up to {SCHEMA_VERSION}: install a newer escaip"
         )
     while version < SCHEMA_VERSION:
-        description = _MIGRATIONS[version](description)
+        upgrade = _MIGRATIONS.get(version, dict)
         version += 1
+        description = {**upgrade(description), "schema": version}
     return description
 
 
 def _from_version_1(description: dict[str, Any]) -> dict[str, Any]:
     """Version 1 kept elements and level of theory at the top, and its units had no stress."""
     upgraded = {key: value for key, value in description.items() if key not in ("elements", "level_of_theory")}
-    upgraded["schema"] = 2
     upgraded["metadata"] = {
         "elements": description.get("elements", []),
         "level_of_theory": description.get("level_of_theory", "unknown"),
@@ -137,40 +137,14 @@ def _from_version_1(description: dict[str, Any]) -> dict[str, Any]:
     return upgraded
 
 
-def _from_version_2(description: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 had no shifts of the element references: they are zero (see ``build_potential``)."""
-    return {**description, "schema": 3}
-
-
 def _from_version_3(description: dict[str, Any]) -> dict[str, Any]:
     """Version 3 had one floor of the orientational order."""
-    return {**description, "schema": 4, "config": {"boo_floor": 1e-6, **description["config"]}}
+    return {**description, "config": {"boo_floor": 1e-6, **description["config"]}}
 
 
-def _from_version_4(description: dict[str, Any]) -> dict[str, Any]:
-    """Version 4 had no repulsion: there is none (see ``escaip.potential.zbl.ZBL``)."""
-    return {**description, "schema": 5}
-
-
-def _from_version_5(description: dict[str, Any]) -> dict[str, Any]:
-    """Version 5 had no core guard: there is none (see ``escaip.potential.zbl.CoreGuard``)."""
-    return {**description, "schema": 6}
-
-
-def _from_version_6(description: dict[str, Any]) -> dict[str, Any]:
-    """Version 6 had no energies of charges: they are zero (see ``build_potential``)."""
-    return {**description, "schema": 7}
-
-
-def _from_version_7(description: dict[str, Any]) -> dict[str, Any]:
-    """Version 7 had no bond guard: there is none (see ``escaip.potential.zbl.BondGuard``)."""
-    return {**description, "schema": 8}
-
-
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: _from_version_1, 2: _from_version_2, 3: _from_version_3, 4: _from_version_4, 5: _from_version_5,
-    6: _from_version_6, 7: _from_version_7,
-}  # fmt: skip
+# The others only lacked arrays, which are zero or empty then: shifts of the element references (2), the repulsion (4),
+# the core guard (5), energies of charges (6), the bond guard (7).
+_MIGRATIONS = {1: _from_version_1, 3: _from_version_3}
 
 
 def is_archive(path: Path) -> bool:

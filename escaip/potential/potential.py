@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from escaip.data import Statistics
 from escaip.errors import CheckpointError, ConfigError, EscaipError
 from escaip.files import first_line
 from escaip.graph import attached_neighbors, build_graph, displacements, search_cutoff
 from escaip.models import MAX_ATOMIC_NUMBER, ModelConfig, kind_named, kind_of
+from escaip.nn.layers import PreciseTables
 from escaip.ops import sum_rows
 from escaip.potential.atomic_energies import (
     check_charges,
@@ -46,7 +47,7 @@ ENERGY_BUFFERS = ("element_references", "element_shifts", "charge_energies", "sc
 """Buffers of a potential with a leading dimension ``S`` where it was trained on ``S`` data sets."""
 
 
-class Potential(nn.Module):
+class Potential(PreciseTables):
     """An interatomic potential: model, element references, scale and derivatives.
 
     ``E = Σ_i (reference[Z_i] + shift[Z_i] + scale · ε_i) + charge_energies[Q]`` with ``ε_i`` the model's per-atom
@@ -219,15 +220,6 @@ class Potential(nn.Module):
     def _dataset_codes(self, batch: StructureBatch) -> Tensor:
         """Returns the data set of each structure, ``(B,)``."""
         return dataset_codes(batch, self._dataset, self.datasets)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Potential:
-        """Applies a move or cast, but keeps references, shifts and scale in float64."""
-        kept = {name: getattr(self, name) for name in ENERGY_BUFFERS}
-        super()._apply(fn, recurse)
-        device = self.element_references.device
-        for name, values in kept.items():
-            setattr(self, name, values.to(device))
-        return self
 
     def forward(
         self,

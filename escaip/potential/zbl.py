@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from escaip.data import AtomicData
+from escaip.data.dataset import evenly
 from escaip.errors import ConfigError
 from escaip.graph import neighbor_list
 from escaip.models import MAX_ATOMIC_NUMBER
+from escaip.nn.layers import PreciseTables
 from escaip.ops import sum_rows
 from escaip.types import Graph
 
@@ -36,7 +37,7 @@ _PARTS, _SHARE, _KNOWN = 8, 8, 0.75
 _BONDED = 1.3  # below: a bond, hot ones too (C–H 1.39 Å, C–C 1.98 Å)
 
 
-class PairRepulsion(nn.Module):
+class PairRepulsion(PreciseTables):
     """An energy between pairs of atoms that are closer than the onset of their elements.
 
     Attributes:
@@ -92,14 +93,6 @@ class PairRepulsion(nn.Module):
             onset: ``(T,)`` Å.
         """
         raise NotImplementedError
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PairRepulsion:
-        """Moves to another device, but keeps the precision of its tables."""
-        kept = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, table in kept.items():
-            setattr(self, name, table.to(self.onset.device))
-        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self:
@@ -285,11 +278,9 @@ def measure_distances(structures: Sequence[AtomicData], cutoff: float, max_struc
     )
     reach = (_BONDED * _bonds()).view(-1)
     seen = []  # the shortest distances in each structure
-    for index in torch.linspace(0, len(structures) - 1, count, dtype=torch.float64).round().long().tolist():
-        data = structures[index]
-        numbers, positions, cell = data.atomic_numbers, data.positions.double(), data.cell.double().reshape(3, 3)
-        pairs = neighbor_list(SimpleNamespace(positions=positions, cell=cell[None], pbc=data.pbc.reshape(1, 3)), cutoff)
-        shift = pairs.shift.double() @ cell
+    for data in evenly(structures, max_structures):
+        numbers, positions, pairs = data.atomic_numbers, data.positions, neighbor_list(data, cutoff)
+        shift = pairs.shift.double() @ data.cell[0]
         distance = (positions[pairs.neighbor] - positions[pairs.center] + shift).norm(dim=1)
         kinds, pair = (numbers[pairs.center] * size + numbers[pairs.neighbor]).unique(return_inverse=True)
         bonded = distance < reach[kinds][pair]

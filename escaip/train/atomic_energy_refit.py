@@ -65,11 +65,6 @@ class ReferenceFit:
         """Adds the result of ``of_batch``."""
         self.sums = self.sums.to(sums.device) + sums.view_as(self.sums)
 
-    def restore(self, sums: Tensor) -> None:
-        """Continues from ``sums`` of a checkpoint, unless they are of other elements or sets."""
-        if sums.shape == self.sums.shape:
-            self.sums = sums.clone()
-
     def is_due(self, step: int, steps: int, last_batch: bool) -> bool:
         """Whether references are shifted before this step: after each epoch."""
         return last_batch

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from escaip.data import AtomicData, collate
+from escaip.data.dataset import evenly
 from escaip.errors import ConfigError
 from escaip.graph import build_graph, displacements, token_geometry
 from escaip.graph.tokens import split_tokens
@@ -81,25 +82,22 @@ class Rows:
         graph = build_graph(batch, self.graph)
         features = self.features(batch, graph)
         unit = limit * _ENERGY * sizes
-        found = [(self.sums(batch, features) / unit[:, None], energy / unit)]
+        found = [(0, self.sums(batch, features) / unit[:, None], energy / unit)]
         free = ~batch.fixed & ~torch.isnan(forces).any(1)
         unit = limit * torch.zeros_like(sizes).index_add(0, batch.batch, free.double()).sqrt()
         unit = torch.where(unit > 0, unit, torch.nan)
         for _ in range(self.directions):
             move = self.normal(len(free), 3) * free[:, None]
             work = torch.zeros_like(sizes).index_add(0, batch.batch, -(forces.nan_to_num() * move).sum(1))
-            found.append((self.derivative(batch, graph, move, none) / unit[:, None], work / unit))
+            found.append((1, self.derivative(batch, graph, move, none) / unit[:, None], work / unit))
         unit = limit * _STRESS * torch.where(batch.pbc.all(1), torch.linalg.det(batch.cell).abs(), torch.nan)
         if not bool(torch.isnan(stress.sum((1, 2)) + unit).all()):
             strain = self.normal(len(sizes), 3, 3)
             strain = 0.5 * (strain + strain.transpose(1, 2))
             change = self.derivative(batch, graph, torch.zeros_like(batch.positions), strain)
-            found.append((change / unit[:, None], (stress * strain).sum((1, 2)) / (limit * _STRESS)))
-        kinds = [
-            torch.full_like(y, 0 if place == 0 else 1 if place <= self.directions else 2, dtype=torch.long)
-            for place, (_, y) in enumerate(found)
-        ]
-        x, y, kind = torch.cat([x for x, _ in found]), torch.cat([y for _, y in found]), torch.cat(kinds)
+            found.append((2, change / unit[:, None], (stress * strain).sum((1, 2)) / (limit * _STRESS)))
+        x, y = torch.cat([x for _, x, _ in found]), torch.cat([y for _, _, y in found])
+        kind = torch.cat([torch.full_like(y, number, dtype=torch.long) for number, _, y in found])
         known = ~(torch.isnan(y) | torch.isnan(x).any(1))
         return x[known], y[known], kind[known], features
 
@@ -167,11 +165,6 @@ class LinearRefit:
         """Adds the result of ``of_batch``; ``batches`` make an epoch, and what is half an epoch old counts 1/e."""
         self.sums = math.exp(-2.0 / batches) * self.sums.to(sums.device) + sums.view_as(self.sums)
 
-    def restore(self, sums: Tensor) -> None:
-        """Continues from ``sums`` of a checkpoint, unless they are of another model."""
-        if sums.shape == self.sums.shape:
-            self.sums = sums.clone()
-
     def is_due(self, step: int, steps: int, last_batch: bool) -> bool:
         """Whether the linear energy is solved for before this step."""
         return step >= _REFIT_FROM * steps and step % _REFIT_EVERY == 0
@@ -224,8 +217,7 @@ def fit_linear_energy(
     number = min(len(structures), _MAX_STRUCTURES)
     directions = max(2, min(16, -(-2 * density.coefficients.numel() // number)))
     rows, limit, found = Rows(potential, directions), _FORCE * force_rms, []
-    size = (len(density.channel), density.num_features)
-    moments = [torch.zeros(size[0], 1).double(), torch.zeros(size).double(), torch.zeros(size).double()]
+    moments = [torch.zeros_like(one) for one in (density.mean[:, :1], density.mean, density.mean)]
     for batch in _batches(structures, number):
         references = torch.zeros_like(batch.energy).index_add(0, batch.batch, potential.atomic_references(batch))
         *equations, features = rows(batch, batch.energy - references, batch.forces.double(), batch.stress, limit)
@@ -234,14 +226,12 @@ def fit_linear_energy(
         for moment, power in zip(moments, powers, strict=True):
             moment.index_add_(0, batch.atomic_numbers, power)
     x, y, kinds = (torch.cat(parts) for parts in zip(*found, strict=True))
-    count, mean, square = moments[0].clamp_min(1.0), *moments[1:]
-    mean = mean / count
+    mean, square = (moment / moments[0].clamp_min(1.0) for moment in moments[1:])
     density.mean.copy_(mean)
-    density.spread.copy_((square / count - mean.square()).clamp_min(0.0).add(_LEAST_VARIANCE).sqrt())
+    density.spread.copy_((square - mean.square()).clamp_min(0.0).add(_LEAST_VARIANCE).sqrt())
     x[:, : len(elements)] *= constants
     solution, residual = _solve(x, y, kinds, len(elements))
-    force = residual[kinds == 1] * limit
-    potential.scale.fill_(float(force.square().mean().sqrt()))
+    potential.scale.fill_(float((residual[kinds == 1] * limit).square().mean().sqrt()))
     density.coefficients.zero_()
     _add(potential, solution)
 
@@ -254,11 +244,10 @@ def _add(potential: Potential, solution: Tensor) -> None:
 
 
 def _batches(structures: Sequence[AtomicData], number: int) -> Iterator[StructureBatch]:
-    chosen = torch.linspace(0, len(structures) - 1, number, dtype=torch.float64).round().long().unique().tolist()
     waiting: list[AtomicData] = []
-    for place, index in enumerate(chosen):
-        waiting.append(structures[index])
-        if sum(one.num_nodes for one in waiting) >= _ATOMS or place == len(chosen) - 1:
+    for place, data in enumerate(evenly(structures, number), 1):
+        waiting.append(data)
+        if sum(one.num_nodes for one in waiting) >= _ATOMS or place == number:
             batch = collate(waiting)
             batch.positions, batch.cell = batch.positions.double(), batch.cell.double()
             yield batch

@@ -337,8 +337,9 @@ class PotentialModule(LightningModule):
             stored = checkpoint["state_dict"].get(f"potential.{name}")
             if stored is not None:
                 setattr(self.potential, name, stored.to(self.potential.device, copy=True))
-        if self._energy_fit is not None and "reference_fit" in checkpoint:
-            self._energy_fit.restore(checkpoint["reference_fit"].to(self.potential.device))
+        sums = checkpoint.get("reference_fit")
+        if self._energy_fit is not None and sums is not None and sums.shape == self._energy_fit.sums.shape:
+            self._energy_fit.sums = sums.to(self.potential.device, copy=True)
         self._loader_state = checkpoint.get("train_loader")
         self._dropout_seed = int(checkpoint.get("dropout_seed", self._dropout_seed))
 
