@@ -124,15 +124,18 @@ class AtomicDataModule(LightningDataModule):
         check_choice("oversized", oversized, OVERSIZED)
         if start_method is not None:
             check_choice("start_method", start_method, START_METHODS)
-        self._budget: dict[str, Any] = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
-        self._num_neighbors, self._oversized = num_neighbors, oversized
+        self._num_neighbors, self._by_edges = num_neighbors, max_edges is not None
+        self._batching: dict[str, Any] = {
+            "batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges, "oversized": oversized,
+        }  # fmt: skip
+        self._loading: dict[str, Any] = {
+            "num_workers": num_workers, "start_method": start_method, "neighbor_cutoff": neighbor_cutoff,
+        }  # fmt: skip
         self._opener = SetOpener(fixed_atoms, seed, tuple(required_labels), verify)
         self._isolated = isolated_energies
         if not self._mixed:
             parse_isolated_energies(isolated_energies)
-        self._rotate, self._neighbor_cutoff = rotate, neighbor_cutoff
-        self._num_workers, self._start_method = num_workers, start_method
-        self._seed, self._cache_dir = seed, cache_dir
+        self._rotate, self._seed, self._cache_dir = rotate, seed, cache_dir
         self._statistics: Statistics | dict[str, Statistics] | None = None
         self._divided = False
         self.datasets: dict[str, StructureSet] = {}
@@ -288,10 +291,8 @@ class AtomicDataModule(LightningDataModule):
     def _loader(self, part: str, *, shuffle: bool) -> BatchLoader:
         if part not in self.datasets:
             raise ConfigError(f"data.{part}: name the data (--data.{part} PATH) or let data.split make it")
-        data = self.datasets[part]
-        trainer = self.trainer
-        edges = None
-        if self._budget["max_edges"] is not None:
+        data, trainer, edges = self.datasets[part], self.trainer, None
+        if self._by_edges:
             edges = estimate_edges(data.natoms, data.periodic, self._num_neighbors, data.num_edges)
         sampler = BudgetBatchSampler(
             data.natoms,
@@ -301,20 +302,12 @@ class AtomicDataModule(LightningDataModule):
             seed=self._seed,
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
-            oversized=self._oversized,
             quotas=self._quotas(data) if shuffle and self._mixed and isinstance(data, MixedDataset) else None,
-            **self._budget,
+            **self._batching,
         )
         if sampler.skipped:
             _log.warning("data.%s: %d structures larger than the budget are left out", part, len(sampler.skipped))
-        return BatchLoader(
-            data,
-            sampler,
-            num_workers=self._num_workers,
-            start_method=self._start_method,
-            neighbor_cutoff=self._neighbor_cutoff,
-            train_size=self._train_size if part == "train" else None,
-        )
+        return BatchLoader(data, sampler, train_size=self._train_size if part == "train" else None, **self._loading)
 
     def _quotas(self, data: MixedDataset) -> list[Quota] | None:
         """Returns the structures that an epoch draws of each set; None when it is every structure once."""

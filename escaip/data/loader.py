@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from escaip.data.dataset import StructureSet
 from escaip.data.sampler import BudgetBatchSampler
@@ -75,13 +75,12 @@ class BatchLoader:
         """
         self.dataset, self.batch_sampler = dataset, batch_sampler
         self._train_size = train_size
-        self._epoch_batches = _EpochBatches()
+        self._planned: list[tuple[int, NDArray[np.int64]]] = []  # epoch and members of the batches of the running epoch
         context = multiprocessing.get_context(start_method) if num_workers and start_method else None
         self._loader: DataLoader[Any] = DataLoader(
             _Batches(dataset, neighbor_cutoff),
             batch_size=None,
-            sampler=self._epoch_batches,
-            collate_fn=_as_it_is,
+            sampler=self._planned,
             num_workers=num_workers,
             multiprocessing_context=context,
             persistent_workers=num_workers > 0,
@@ -113,7 +112,7 @@ class BatchLoader:
             resumed = self._resume[1]
         self._resume = None
         self._epoch, self._consumed = epoch, resumed
-        self._epoch_batches.plan = (epoch, batches[resumed:])
+        self._planned[:] = [(epoch, batch) for batch in batches[resumed:]]
         for batch in self._loader:
             self._consumed += 1
             yield batch
@@ -148,24 +147,5 @@ class BatchLoader:
         self._resume = (self._epoch, self._consumed)
 
 
-class _EpochBatches(Sampler[tuple[int, NDArray[np.int64]]]):
-    """The batches planned for the running epoch."""
-
-    def __init__(self) -> None:
-        self.plan: tuple[int, list[NDArray[np.int64]]] = (0, [])
-
-    def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        epoch, batches = self.plan
-        return ((epoch, batch) for batch in batches)
-
-    def __len__(self) -> int:
-        return len(self.plan[1])
-
-
 def _shown(train_size: int | float | None) -> str:
     return "null (all)" if train_size is None else str(train_size)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    """Replaces torch's conversion, which has nothing to do here."""
-    return batch

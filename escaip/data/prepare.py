@@ -235,30 +235,23 @@ def prepare(
         kept = sum(read_part(item.folder) is not None for item in items)
         _make_parts(work, items, (reading, dtype, shard_atoms), workers, progress=progress)
         reports = [read_part(item.folder) or {} for item in items]
-        messages = [message for report in reports for message in report["messages"]]
-        counts = {key: sum(report[key] for report in reports) for key in ("skipped", "filtered")}
         named = partial(_named_splits, list(sources), items, reports)
-        described = "; ".join(f"{name}={_names(given)}" for name, given in sources.items())
-        manifest = assemble(
-            [item.folder for item in items],
-            work / "store",
-            dtype=dtype,
-            source=described if isinstance(source, Mapping) else _names(source),
-            split=named if settings is None else partial(_divide, settings=settings, seed=seed),
-            **{"read": counts, **(facts or {})},
-        )
-        duplicates = _finish(work / "store", messages)
+        split_by = named if settings is None else partial(_divide, settings=settings, seed=seed)
+        how = {"dtype": dtype, "source": _described(source), "split": split_by}
+        made = _assemble(work / "store", items, reports, facts or {}, **how)
         publish(work / "store", target)
-    return PrepareReport(
-        path=target,
-        written=manifest["num_structures"],
-        **counts,
-        kept_parts=kept,
-        splits=manifest["splits"],
-        duplicates=duplicates,
-        messages=tuple(messages[:20]),
-        seconds=time.perf_counter() - began,
-    )
+    return PrepareReport(path=target, kept_parts=kept, **made, seconds=time.perf_counter() - began)
+
+
+def _assemble(
+    store: Path, items: Sequence[WorkItem], reports: Sequence[dict[str, Any]], facts: Mapping[str, Any], **how: Any
+) -> dict[str, Any]:
+    """Makes the store of whole parts, with its statistics; returns entries of ``PrepareReport``."""
+    messages = [message for report in reports for message in report["messages"]]
+    counts = {key: sum(report[key] for report in reports) for key in ("skipped", "filtered")}
+    manifest = assemble([item.folder for item in items], store, **how, **{"read": counts, **facts})
+    found = {"written": manifest["num_structures"], "splits": manifest["splits"], "messages": tuple(messages[:20])}
+    return {**found, **counts, "duplicates": _finish(store, messages)}
 
 
 def _check_recipe(target: Path, reading: Reading, dtype: str, shard_atoms: int) -> None:
@@ -333,9 +326,10 @@ def _by_split(sources: Sequence[str]) -> list[Path] | dict[str, list[Path]]:
     return named
 
 
-def _names(source: PathLike | Sequence[PathLike]) -> str:
-    given = [source] if isinstance(source, str | os.PathLike) else source
-    return ", ".join(os.fspath(item) for item in given)
+def _described(source: Any) -> str:
+    if isinstance(source, Mapping):
+        return "; ".join(f"{name}={_described(given)}" for name, given in source.items())
+    return ", ".join(os.fspath(item) for item in ([source] if isinstance(source, str | os.PathLike) else source))
 
 
 def _plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +175,9 @@ class Potential(PreciseTables):
         if not isinstance(statistics, Mapping):
             references, scales = references[0].nan_to_num(0.0), scales[0]
         self.set_references(references, scales)
-        elements = sorted({int(z) for item in found.values() for z in item.elements})
-        names = {"datasets": list(found)} if isinstance(statistics, Mapping) else {}
-        self.set_metadata(PotentialMetadata.from_dict({**self.metadata.to_dict(), "elements": elements, **names}))
+        elements = tuple(sorted({int(z) for item in found.values() for z in item.elements}))
+        names = tuple(found) if isinstance(statistics, Mapping) else self.metadata.datasets
+        self.set_metadata(replace(self.metadata, elements=elements, datasets=names))
 
     def set_references(self, references: Tensor, scale: Tensor, charge_energies: Tensor | None = None) -> None:
         """Sets references, ``(119,)`` or ``(S, 119)`` eV, scale, ``()`` or ``(S,)`` eV, and energies of charges.

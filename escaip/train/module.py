@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from escaip.data import Statistics
 from escaip.data.dataset import MixedDataset
 from escaip.errors import ConfigError, TrainingError
 from escaip.models import ModelConfig, build_config
@@ -109,9 +110,9 @@ class PotentialModule(LightningModule):
         if compile and recompute:
             raise ConfigError("compile and recompute do not go together: set one of them to false")
         _check_schedule(learning_rate, weight_decay, warmup_fraction, final_fraction)
-        check_fraction(repulsion)
-        check_fraction(core_guard, "core_guard")
-        check_fraction(bond_guard, "bond_guard")
+        self.pair_terms = {"repulsion": repulsion, "core_guard": core_guard, "bond_guard": bond_guard}
+        for name, fraction in self.pair_terms.items():
+            check_fraction(fraction, name)
         config = build_config(dict(architecture))
         _check_losses(losses, config)
         self.save_hyperparameters(_plain(settings), logger=False)
@@ -130,7 +131,6 @@ class PotentialModule(LightningModule):
         self.validation_errors = ErrorMetrics(losses)
         self.last_errors: dict[str, dict[str, float]] = {}
         self.refit_references = refit_references
-        self.pair_terms = {"repulsion": repulsion, "core_guard": core_guard, "bond_guard": bond_guard}
         self._energy_fit: ReferenceFit | LinearRefit | None = None
         self._dropout_seed, self._total_steps = 0, 1
         self._loader_state: dict[str, Any] | None = None
@@ -171,26 +171,33 @@ class PotentialModule(LightningModule):
             self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
         else:
             self.potential.set_statistics(statistics)
-        structures = getattr(data, "datasets", {}).get("train")
-        if any(fraction is not None for fraction in self.pair_terms.values()):
-            terms = {getattr(self.potential, name): fraction for name, fraction in self.pair_terms.items()}
-            structures = _training_structures(data)
-            mixed = isinstance(structures, MixedDataset)
-            members: list[Any] = list(structures.members.values()) if mixed else [structures]
-            fit_onsets(terms, members, self.potential.cutoff)
-        fitted = [item.references_fitted for item in sets]
-        if self.potential.config.charge and structures is not None:
-            references, charges = fit_charges(self.potential.element_references.cpu(), structures, fitted)
-            self.potential.set_references(references, self.potential.scale, charges)
-        if getattr(self.potential.model, "density", None) is not None:
-            fit_linear_energy(self.potential, _training_structures(data), sets[0].force_rms, fitted[0])
-            self._energy_fit = LinearRefit(self.potential, fitted[0] and self.refit_references)
-        elif self.refit_references:
-            self._energy_fit = ReferenceFit(self.potential.metadata.elements, fitted, self.losses.energy)
         level = getattr(data, "level_of_theory", "")
         if self.potential.metadata.level_of_theory == "unknown" and level:
-            values = {**self.potential.metadata.to_dict(), "level_of_theory": level}
-            self.potential.set_metadata(PotentialMetadata.from_dict(values))
+            self.potential.set_metadata(dataclasses.replace(self.potential.metadata, level_of_theory=level))
+        self._fit_energies(getattr(data, "datasets", {}).get("train"), sets)
+
+    def _fit_energies(self, structures: Any, sets: Sequence[Statistics]) -> None:
+        """Fits onsets of the pair terms, energies of charges and the linear energy, before training begins."""
+        potential, fitted = self.potential, [item.references_fitted for item in sets]
+        has_pair_terms = any(fraction is not None for fraction in self.pair_terms.values())
+        has_linear_energy = getattr(potential.model, "density", None) is not None
+        if structures is None and (has_pair_terms or has_linear_energy):
+            raise ConfigError(
+                "model.repulsion, core_guard and bond_guard, and density_radial, look at the training structures, and "
+                "this data module has no datasets['train']: set the first three to null and the last to 0"
+            )
+        if has_pair_terms:
+            terms = {getattr(potential, name): fraction for name, fraction in self.pair_terms.items()}
+            members: Any = structures.members.values() if isinstance(structures, MixedDataset) else [structures]
+            fit_onsets(terms, list(members), potential.cutoff)
+        if potential.config.charge and structures is not None:
+            references, charges = fit_charges(potential.element_references.cpu(), structures, fitted)
+            potential.set_references(references, potential.scale, charges)
+        if has_linear_energy:
+            fit_linear_energy(potential, structures, sets[0].force_rms, fitted[0])
+            self._energy_fit = LinearRefit(potential, fitted[0] and self.refit_references)
+        elif self.refit_references:
+            self._energy_fit = ReferenceFit(potential.metadata.elements, fitted, self.losses.energy)
 
     def on_train_start(self) -> None:
         """Returns the training data to the place where a resumed run left it.
@@ -370,16 +377,6 @@ class PotentialModule(LightningModule):
         if not bad:
             return TrainingError(f"{problem} in another process: see its message")
         return _training_error(self.trainer, f"{problem} (from {', '.join(bad)}) in the batch of", batch.structure_id)
-
-
-def _training_structures(data: Any) -> Any:
-    structures = getattr(data, "datasets", {}).get("train")
-    if structures is None:
-        raise ConfigError(
-            "model.repulsion, core_guard and bond_guard, and density_radial, look at the training structures, and this "
-            "data module has no datasets['train']: set the first three to null and the last to 0"
-        )
-    return structures
 
 
 def _place(name: str) -> str:
