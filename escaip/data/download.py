@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from escaip import __version__
 from escaip.errors import ConfigError, DataError, EscaipError
-from escaip.files import DatasetCard, dataset_card, first_line, try_lock
+from escaip.files import DatasetCard, aligned, dataset_card, first_line, try_lock
 
 if TYPE_CHECKING:
     from requests import Response
@@ -203,13 +203,11 @@ def _table(plan: Sequence[RemoteFile], folder: Path, needed: int, free: int) -> 
         note = " (by hand: conditions)" if item.gated and not item.whole else ""
         size = _bytes(item.there if item.whole else item.size)
         rows.append((item.name, item.split or "-", size if item.exact else f"about {size}", there + note))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     unknown = sum(item.size is None and not item.whole for item in plan)
     more = f" and {unknown} files of unknown size" if unknown else ""
     short = f": {_bytes(needed - free)} too little" if needed > free else ""
-    lines.append(f"{len(plan)} files into {folder}; needed {_bytes(needed)}{more}")
-    return "\n".join([*lines, f"free on that disk {_bytes(free)}{short}"])
+    total = f"{len(plan)} files into {folder}; needed {_bytes(needed)}{more}"
+    return "\n".join([*aligned(rows), total, f"free on that disk {_bytes(free)}{short}"])
 
 
 def _read_files(card: DatasetCard, folder: Path) -> list[RemoteFile]:

@@ -290,7 +290,6 @@ def inspect_structures(
 
 def plot_inspection(values: dict[str, NDArray[np.float64]], path: Path) -> None:
     """Histograms as a PNG, drawn without touching matplotlib's global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = (
@@ -300,7 +299,6 @@ def plot_inspection(values: dict[str, NDArray[np.float64]], path: Path) -> None:
         ("stress", "largest stress component (eV/Å³)", True),
     )
     figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, (key, label, logarithmic) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         data = _finite(values[key])
         axis.set_xlabel(label)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -50,7 +49,6 @@ def draw_errors(records: Records, *, free_atoms_only: bool = False) -> bytes:
 def _draw(records: Records, free_atoms_only: bool, draw: Callable[[Axes, _Panel], None]) -> bytes:
     panels = _panels(records, free_atoms_only)
     figure = Figure(figsize=(4.6 * max(len(panels), 1), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     grid: Any = figure.subplots(1, max(len(panels), 1), squeeze=False)
     for axis, panel in zip(grid[0], panels, strict=False):
         draw(axis, panel)

@@ -179,25 +179,20 @@ class EScAIPConfig(ModelConfig):
         return (8 * -(-expanded // 8)) ** -0.5
 
     def _check_sizes(self) -> None:
-        sizes = ("hidden_size", "num_layers", "num_heads", "distance_size", "element_size", "boo_degrees", "boo_size")
-        for name in (*sizes, "ffn_multiplier", "readout_multiplier", "output_multiplier"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be at least 1")
+        sizes = ("hidden_size", "num_layers", "num_heads", "distance_size", "element_size", "boo_degrees", "boo_size",
+                 "density_channels", "ffn_multiplier", "readout_multiplier", "output_multiplier")  # fmt: skip
+        for name, least in {**dict.fromkeys(sizes, 1), "num_radial": 2, "distance_knots": 8}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be at least {least}")
         for name in ("cutoff", "rank_scale", "envelope_scale", "radial_width", "boo_floor"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be above 0")
-        if self.num_radial < 2:
-            raise ConfigError(f"model setting num_radial is {self.num_radial}: it must be at least 2")
-        if self.distance_knots < 8:
-            raise ConfigError(f"model setting distance_knots is {self.distance_knots}: it must be at least 8")
         if self.density_radial < 0 or self.density_radial == 1:
             raise ConfigError(
                 f"model setting density_radial is {self.density_radial}: it must be 0 for none, or above 1"
             )
         if not 0 <= self.density_degree <= MAX_DEGREE:
             raise ConfigError(f"model setting density_degree is {self.density_degree}: it must be in 0 .. {MAX_DEGREE}")
-        if self.density_channels < 1:
-            raise ConfigError(f"model setting density_channels is {self.density_channels}: it must be at least 1")
         if self.boo_degrees > 10:
             raise ConfigError(f"model setting boo_degrees is {self.boo_degrees}: it must be at most 10")
         if self.num_neighbors is not None and self.num_neighbors < 1:

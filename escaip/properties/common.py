@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from ase import Atoms
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from escaip.errors import ConfigError, SimulationError
+from escaip.files import aligned
 from escaip.simulate.relaxation import relax
 
 MODEL, MUTED, ACCENT = "#2a6f97", "#b0b0b0", "#c1121f"
@@ -70,13 +70,9 @@ def deformed(atoms: Atoms, deformation: np.ndarray) -> Atoms:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Aligns columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("  ".join(row) for row in padded)
+    return "\n".join(aligned(rows, numbers=True))
 
 
 def new_figure(panels: int = 1, width: float = 5.2, height: float = 4.0) -> Figure:
     """Returns a figure outside of matplotlib's global state."""
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width * panels, height), layout="constrained")

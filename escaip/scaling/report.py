@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -225,7 +224,6 @@ def draw_sheet(study: StudyFit, records: Iterable[Record]) -> Figure:
     """
     groups = {name: group for name, group in variants(records).items() if name in study.variants}
     figure = Figure(figsize=(20.0, 4.0 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
     loss = f"{study.metric} ({_UNITS[study.metric]})" if study.metric in _UNITS else study.metric
     rows: Any = figure.subplots(len(groups), 5, squeeze=False)
     for axes, (name, group) in zip(rows, groups.items(), strict=True):

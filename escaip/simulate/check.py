@@ -17,6 +17,7 @@ from ase.md.verlet import VelocityVerlet
 
 from escaip.calculators import CommitteeCalculator, EScAIPCalculator
 from escaip.errors import SimulationError, UsageError
+from escaip.files import aligned
 from escaip.potential import Potential
 from escaip.simulate.ensembles import MDSettings, prepare_velocities
 from escaip.testing import (
@@ -113,8 +114,7 @@ class CheckReport:
         for f in self.findings:
             limit = "" if f.limit is None else f"{f.limit:.0e}"
             rows.append((f.verdict, f.name, f"{f.value:.2e}", limit, f.unit, f.note))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join([self.subject, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
+        return "\n".join([self.subject, *aligned(rows)])
 
     def raise_failed(self) -> None:
         """Raises SimulationError when a comparison failed."""

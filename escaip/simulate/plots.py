@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from escaip.simulate.analysis import Array
@@ -63,7 +62,6 @@ def _plot(
 ) -> Figure:
     """Draws panels of named curves side by side, without matplotlib's global state."""
     figure = Figure(figsize=(4.8 * len(panels), 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
     grid: Any = figure.subplots(1, len(panels), squeeze=False)
     colors: dict[str, str] = {"all": "#303030"}
     for axis, (curves, look) in zip(grid[0], panels, strict=True):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from escaip.files import aligned
 from escaip.train.losses import LossSettings, LossSums, errors_of, labelled, loss_sums
 from escaip.types import TARGETS, Prediction, StructureBatch, Target
 
@@ -159,10 +160,5 @@ def format_table(columns: Mapping[str, Mapping[str, float]], part: str = "valida
         cells = [f"{e[figure.name]:.{figure.digits}f}" if figure.name in e else "-" for e in columns.values()]
         if any(cell != "-" for cell in cells):
             rows.append([figure.label, *cells])
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    rows.insert(1, ["-" * max(map(len, column)) for column in zip(*rows, strict=True)])
+    return "\n".join(aligned(rows, numbers=True))
