@@ -243,8 +243,7 @@ class EScAIPConfig(ModelConfig):
             )
 
 
-# Sizes by number of parameters of the conservative model. The larger ones have the published angular groups
-# (20, 10, 4, 10, 20), the two largest also the published 600 Gaussians.
+# Sizes by number of parameters of the conservative model. The larger ones have the published angular groups.
 _PUBLISHED_CHANNELS = (20, 10, 4, 10, 20)
 # Few wide Gaussians and low degrees: what training did not show stays close to what it did.
 _SMOOTH: dict[str, Any] = {

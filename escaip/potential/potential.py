@@ -66,7 +66,7 @@ class Potential(PreciseTables):
     Attributes:
         element_references: ``(119,)`` eV by atomic number, or ``(S, 119)`` for several sets, NaN for elements that a
             set does not have.
-        element_shifts: of the same shape, eV; training adds them to the references (docs/howto/train.md).
+        element_shifts: of the same shape, eV; training adds them to the references (docs/concepts/energies.md).
         charge_energies: ``(41,)`` or ``(S, 41)`` eV by total charge from −20 on; 0 for neutral structures and
             for charges that training did not show.
         scale: ``()`` or ``(S,)`` eV.

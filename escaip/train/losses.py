@@ -47,10 +47,12 @@ class LossTerm:
             the same.
         average: for a target with one value per atom, ``"structure"`` averages over the atoms of each structure, then
             over structures; ``"atom"`` averages over all atoms at once.
+        per: for an extensive target of ``N`` atoms, the divisor of its error: ``"atom"`` is ``N``, ``"root"`` its root,
+            ``"structure"`` 1.
 
     Raises:
-        ConfigError: an unknown kind or average, a negative weight, a ``delta`` not above 0, a final weight for a term
-            left out.
+        ConfigError: an unknown kind, average or ``per``, a negative weight, a ``delta`` not above 0, a final weight for
+            a term left out.
     """
 
     weight: float = 0.0
@@ -94,7 +96,7 @@ class LossSettings:
     """Total loss ``Σ weight · term`` over the terms.
 
     Attributes:
-        energy: term on the energy per atom.
+        energy: term on the energy, by default per atom.
         forces: term on the forces of atoms that are free to move.
         stress: term on the stress of periodic structures.
         change_after: part of a training after which weights begin to move to the final ones.

@@ -90,7 +90,7 @@ class PotentialModule(LightningModule):
             recompute: keep only the inputs of each block and compute the rest again for the derivatives: a fraction of
                 the memory for about a third more time (arXiv 1604.06174).
             refit_references: after each epoch shift the element references by a fit to the remaining energy errors
-                (docs/howto/train.md); those given as energies of isolated atoms stay.
+                (docs/concepts/energies.md); those given as energies of isolated atoms stay.
             base_width: ``hidden_size`` at which ``learning_rate`` and ``weight_decay`` were found; other widths scale
                 them, and the first outputs, so that they stay right (maximal-update parametrisation,
                 ``escaip.train.mup``). Default: used as they are.
