@@ -11,9 +11,9 @@ import torch
 from ase import Atoms
 from ase.data import covalent_radii
 
+from escaip.calculators.ase import PotentialCalculator
 from escaip.errors import ConfigError, SimulationError
 from escaip.graph import neighbor_list
-from escaip.potential import Potential
 from escaip.simulate.ensembles import MDSettings
 from escaip.simulate.output import ExtxyzTrajectory, make_frame
 
@@ -45,10 +45,11 @@ def find_contact(atoms: Atoms) -> str | None:
 
 
 class RangeMonitor:
-    """Notices atoms at distances that training did not show, by the guards of a potential: closer, or in a gap.
+    """Notices atoms at distances that training did not show, by the guards of potentials: closer, or in a gap.
 
     Args:
-        atoms: with a calculator; without a potential that has guards nothing is noticed.
+        atoms: with a calculator; without a potential that has guards nothing is noticed. Any member of a committee
+            counts.
 
     Attributes:
         looks, outside: how many structures were looked at, and how many were outside.
@@ -57,33 +58,31 @@ class RangeMonitor:
 
     def __init__(self, atoms: Atoms) -> None:
         self.looks, self.outside, self.first = 0, 0, ""
-        potential = getattr(atoms.calc, "potential", None)
-        guards = (potential.core_guard, potential.bond_guard) if isinstance(potential, Potential) else ()
-        none = np.zeros((len(covalent_radii), len(covalent_radii)))
-        self._core, self._start, self._end = none, none, none
-        if guards and guards[0]:
-            self._core = guards[0].onset.cpu().double().numpy()
-        if guards and guards[1]:
-            self._start, self._end = (table.cpu().double().numpy() for table in (guards[1].start, guards[1].onset))
+        self._ranges: list[list[np.ndarray]] = []  # where distances that training did not show begin and end
+        for potential in atoms.calc.potentials if isinstance(atoms.calc, PotentialCalculator) else ():
+            core, bond = potential.core_guard, potential.bond_guard
+            for guard, start in ((core, core.onset - torch.inf), (bond, bond.start)):
+                if guard:
+                    self._ranges.append([table.cpu().double().numpy() for table in (start, guard.onset)])
 
     def look(self, atoms: Atoms, step: int) -> None:
         """Looks at a structure; O(N)."""
         present = np.ix_(np.unique(atoms.numbers), np.unique(atoms.numbers))
-        reach = max(table[present].max(initial=0.0) for table in (self._core, self._end))
+        reach = max((float(end[present].max(initial=0.0)) for _, end in self._ranges), default=0.0)
         if reach == 0.0:
             return
         self.looks += 1
-        first, second, distance = _pairs(atoms, float(reach))
+        first, second, distance = _pairs(atoms, reach)
         kinds = atoms.numbers[first], atoms.numbers[second]
-        close = self._core[kinds] - distance
-        beyond = np.maximum(close, np.minimum(distance - self._start[kinds], self._end[kinds] - distance))
-        if beyond.max(initial=0.0) <= 0.0:
+        inside = np.stack([np.minimum(distance - start[kinds], end[kinds] - distance) for start, end in self._ranges])
+        if inside.max(initial=0.0) <= 0.0:
             return
         self.outside += 1
         if not self.first:
-            worst = int(beyond.argmax())
-            why = "closer than in training" if close[worst] > 0.0 else "between bonds and the next distance of training"
-            self.first = f"step {step}: {_apart(atoms, first, second, distance, worst)}, {why}"
+            number, worst = np.unravel_index(int(inside.argmax()), inside.shape)
+            closer = np.isinf(self._ranges[number][0][0, 0])
+            why = "closer than in training" if closer else "between bonds and the next distance of training"
+            self.first = f"step {step}: {_apart(atoms, first, second, distance, int(worst))}, {why}"
 
     def __str__(self) -> str:
         """Says how often; empty where nothing was noticed."""

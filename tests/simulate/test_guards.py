@@ -13,6 +13,7 @@ from ase.neighborlist import neighbor_list
 from tiny import make_potential
 
 from escaip import EScAIPCalculator
+from escaip.calculators import CommitteeCalculator
 from escaip.data import AtomicData
 from escaip.potential.zbl import fit_onsets
 from escaip.simulate import MDSettings, run_md
@@ -77,7 +78,11 @@ def test_distances_that_training_did_not_show(tmp_path: Path) -> None:
     again.look(close, 5)
     assert "step 5: atoms 0 (C) and 1 (C) are 1.23 Å apart" in str(again)
     assert str(again).endswith("closer than in training")
-    stretched.calc = ethane.calc
+    ethane.calc = CommitteeCalculator([make_potential(elements=(1, 6)), potential])
+    one_of_two = RangeMonitor(ethane)
+    one_of_two.look(close, 5)
+    assert str(one_of_two) == str(again)
+    stretched.calc = EScAIPCalculator(potential)
     result = run_md(stretched, MDSettings(steps=10, timestep=0.1, temperature=10.0), out=tmp_path / "out.extxyz")
     assert result.outside in result.summary().splitlines()
     assert result.outside.startswith("outside of the training range in 2 of 2")
