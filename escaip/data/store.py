@@ -174,20 +174,9 @@ class Store:
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: index {index} outside 0..{len(self) - 1}")
-        index %= len(self)
-        shard = int(self._starts.searchsorted(index, side="right")) - 1
-        arrays, local = self._map(shard), index - int(self._starts[shard])
-        start, stop = arrays["offsets"][local : local + 2].tolist()
-        atoms, own = slice(start, stop), slice(local, local + 1)
-        fields: dict[str, Any] = {
-            key: torch.from_numpy(_values(arrays, key, atoms if per_atom else own).astype(dtype))
-            for key, per_atom, dtype in _table(tuple(TARGETS))
-        }
-        fields["dataset"] = torch.tensor([-1])
-        fields["structure_id"] = read_text(arrays, "id", local)
-        fields["group"] = read_text(self.index, "group", int(self.index["group_codes"][index]))
-        fields["num_nodes"] = stop - start
-        return AtomicData.from_fields(fields)
+        fields, (count,) = self._joined([index % len(self)])
+        ids, groups = fields.pop("structure_id"), fields.pop("group")
+        return AtomicData.from_fields({**fields, "structure_id": ids[0], "group": groups[0], "num_nodes": count})
 
     def __iter__(self) -> Iterator[AtomicData]:
         return (self[index] for index in range(len(self)))
@@ -198,6 +187,11 @@ class Store:
         Args:
             positions: ``(B,)`` of the structures, each inside the store.
         """
+        fields, counts = self._joined(positions)
+        return make_batch(fields, torch.tensor(counts))
+
+    def _joined(self, positions: Sequence[int] | Indices) -> tuple[dict[str, Any], list[int]]:
+        """Returns the fields of structures end to end, their names, and how many atoms each has."""
         located = self._locate(positions)
         spans = [(arrays, local, *arrays["offsets"][local : local + 2].tolist()) for arrays, local in located]
         shards = list({id(arrays): arrays for arrays, _, _, _ in spans}.values())
@@ -216,7 +210,7 @@ class Store:
         codes = self.index["group_codes"][np.asarray(positions, dtype=np.int64)].tolist()
         names = {code: read_text(self.index, "group", code) for code in set(codes)}
         fields["group"] = [names[code] for code in codes]
-        return make_batch(fields, torch.tensor([stop - start for _, _, start, stop in spans]))
+        return fields, [stop - start for _, _, start, stop in spans]
 
     def structure_id(self, index: int) -> str:
         """Returns the name of one structure."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -149,9 +150,9 @@ class AtomicData(Data):
     ) -> AtomicData:
         """Builds a validated structure that shares no memory with the caller.
 
-        ``units`` converts lengths, energy, forces and stress; ``labels`` holds further targets by name, in their own
-        unit. A stress is ``(3, 3)``, ``(9,)`` or Voigt ``(6,)`` (xx, yy, zz, yz, xz, xy). Targets that need a cell are
-        dropped without any periodic axis.
+        ``units`` converts lengths, energy, forces and stress; ``labels`` holds any targets by name, further ones in
+        their own unit. A stress is ``(3, 3)``, ``(9,)`` or Voigt ``(6,)`` (xx, yy, zz, yz, xz, xy). Targets that need
+        a cell are dropped without any periodic axis.
 
         Raises:
             DataError: an invalid structure (see ``escaip.data.validation``), a label with a wrong shape, NaN or Inf,
@@ -164,10 +165,11 @@ class AtomicData(Data):
         periodic = np.array(np.broadcast_to(np.asarray(pbc, dtype=bool), (3,)))
         check_structure(numbers, place, box, periodic, name)
         n = len(numbers)
-        values = {"energy": energy, "forces": forces, "stress": stress_matrix(stress, name), **(labels or {})}
+        values = {"energy": energy, "forces": forces, "stress": stress, **(labels or {})}
         for label in values:
             if label not in TARGETS:
                 raise DataError(f"{name}: label {label!r} is no target; register it (escaip.types.register_target)")
+        values["stress"] = stress_matrix(values["stress"], name)
         factors = {"energy": units.energy, "forces": units.forces, "stress": units.stress}
         fields: dict[str, Any] = {
             "positions": torch.from_numpy(place),
@@ -226,7 +228,10 @@ class AtomicData(Data):
             or (_text(atoms, keys.structure_id, "structure_id") if keys.structure_id else "")
             or _formula(atoms)
         )
-        labels = _labels_of(atoms, results, keys, units, name)
+        find, places = partial(_find, atoms, results, name=name), (results, atoms.info, atoms.arrays)
+        held = {target: next((one[target] for one in places if target in one), None) for target in TARGETS}
+        held |= {label: results.get(label) for label in LABELS}  # these in a calculator alone
+        labels = named_labels(keys, held, find, np.asarray(atoms.cell), units, name)
         charge = (
             atoms.info.get("charge", 0) if keys.charge is None else _find(atoms, results, keys.charge, "charge", name)
         )
@@ -242,9 +247,6 @@ class AtomicData(Data):
             atoms.positions,
             cell=np.asarray(atoms.cell),
             pbc=atoms.pbc,
-            energy=labels.pop("energy"),
-            forces=labels.pop("forces"),
-            stress=labels.pop("stress"),
             labels=labels,
             charge=charge,
             spin_multiplicity=spin,
@@ -421,6 +423,31 @@ def stress_from_virial(virial: ArrayLike, cell: ArrayLike | None, units: Units, 
     return -floats(virial, "virial", name) * scale
 
 
+def named_labels(
+    keys: LabelKeys, held: Mapping[str, Any], find: Callable[[str, str], Any], cell: ArrayLike | None, units: Units,
+    name: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns labels by target in the source's units, None where they are not there.
+
+    Args:
+        keys: names of labels.
+        held: what the file holds under the names of targets.
+        find: returns what stands under a key, given the key and the label that it is for.
+        cell: ``(3, 3)`` in the source's unit of length, or None.
+        units: of the source.
+        name: what messages call the structure.
+    """
+    labels: dict[str, Any] = {}
+    for target in TARGETS:
+        if target in keys.targets:
+            labels[target] = find(keys.targets[target], target)
+        else:
+            labels[target] = None if target in LABELS and keys.names_labels else held.get(target)
+    if keys.virial is not None:
+        labels["stress"] = stress_from_virial(find(keys.virial, "virial"), cell, units, name)
+    return labels
+
+
 def integer(value: Any, what: str, name: str) -> int:
     """Returns ``value`` as an integer."""
     if type(value) is int:
@@ -452,24 +479,6 @@ def labels_found(atoms: Atoms) -> str:
     arrays = [key for key in atoms.arrays if key not in ("numbers", "positions")]
     places = {"info": map(str, atoms.info), "arrays": arrays, "calculator": _held_results(atoms)}
     return "; ".join(f"{place}: {', '.join(sorted(names)) or 'none'}" for place, names in places.items())
-
-
-def _labels_of(atoms: Atoms, results: Mapping[str, Any], keys: LabelKeys, units: Units, name: str) -> dict[str, Any]:
-    """Labels by target in the source's units, None where they are not there."""
-    labels: dict[str, Any] = {}
-    for target in TARGETS:
-        key = keys.targets.get(target)
-        if key is not None:
-            labels[target] = _find(atoms, results, key, target, name)
-        elif target in LABELS:
-            labels[target] = None if keys.names_labels else results.get(target)
-        else:
-            places = (results, atoms.info, atoms.arrays)
-            labels[target] = next((place[target] for place in places if target in place), None)
-    if keys.virial is not None:
-        virial = _find(atoms, results, keys.virial, "virial", name)
-        labels["stress"] = stress_from_virial(virial, np.asarray(atoms.cell), units, name)
-    return labels
 
 
 def _held_results(atoms: Atoms) -> dict[str, Any]:

@@ -63,12 +63,9 @@ class LossTerm:
     per: str = "atom"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"loss kind {self.kind!r} does not exist: choose {' or '.join(KINDS)}")
-        if self.average not in AVERAGES:
-            raise ConfigError(f"loss average {self.average!r} does not exist: choose {' or '.join(AVERAGES)}")
-        if self.per not in SIZES:
-            raise ConfigError(f"loss per {self.per!r} does not exist: choose {' or '.join(SIZES)}")
+        for name, choices in (("kind", KINDS), ("average", AVERAGES), ("per", SIZES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"loss {name} {getattr(self, name)!r} does not exist: choose {' or '.join(choices)}")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigError(f"loss weight {self.weight} is not usable: it must be a number of at least 0")
         if not self.delta > 0:

@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from escaip.data.readers.policy import Reader, ReadPolicy, Record
-from escaip.data.structure import IGNORE, LABELS, AtomicData, LabelKeys, floats, hill_formula, stress_from_virial
+from escaip.data.structure import IGNORE, AtomicData, LabelKeys, floats, hill_formula, named_labels
 from escaip.errors import DataError
 from escaip.files import one_line
-from escaip.types import TARGETS
 from escaip.units import Units
 
 if TYPE_CHECKING:
@@ -116,14 +115,6 @@ def _built(
             raise DataError(f"{name}: no {label} under the key {key!r}; found {held}; name one of these in keys")
         return found[key]
 
-    values: dict[str, Any] = {}
-    for target in TARGETS:
-        if target in keys.targets:
-            values[target] = named(keys.targets[target], target)
-        else:
-            values[target] = None if target in LABELS and keys.names_labels else found.get(target)
-    if keys.virial is not None:
-        values["stress"] = stress_from_virial(named(keys.virial, "virial"), cell, units, name)
     charge, spin = body.get("charge"), body.get("spin_multiplicity")
     if charge is None:
         charge = sum(float(site["species"][0].get("oxidation_state") or 0) for site in sites)
@@ -135,10 +126,7 @@ def _built(
         positions,
         cell=cell,
         pbc=pbc,
-        energy=values.pop("energy"),
-        forces=values.pop("forces"),
-        stress=values.pop("stress"),
-        labels=values,
+        labels=named_labels(keys, found, named, cell, units, name),
         charge=round(charge) if keys.charge is None else named(keys.charge, "charge"),
         spin_multiplicity=spin if keys.spin is None else 1 if keys.spin == IGNORE else named(keys.spin, "spin"),
         fixed=None if dynamics is None else [flags is not None and not np.any(flags) for flags in dynamics],
