@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from escaip.errors import CheckpointError
 from escaip.files import resolve
 from escaip.potential.export import is_package, load_package, read_package
-from escaip.potential.model_file import migrate, read_model_file
+from escaip.potential.model_file import read_model_file
 from escaip.potential.potential import Potential, build_potential
 from escaip.potential.precision import check_precision, resolve_device, resolve_dtype
 
@@ -62,17 +60,8 @@ def read_potential(path: str | os.PathLike[str]) -> Potential:
         CheckpointError: as ``load_potential``.
     """
     path = _existing(path)
-    return build_potential(*_read(path), path).eval()
-
-
-def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the migrated description in a model file, without building the model."""
-    path = _existing(path)
-    return migrate(_read(path)[0], path)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return read_package(path) if is_package(path) else read_model_file(path)
+    description, weights = read_package(path) if is_package(path) else read_model_file(path)
+    return build_potential(description, weights, path).eval()
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

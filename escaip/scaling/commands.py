@@ -55,13 +55,10 @@ def fit(folder: str, **options: Unpack[_FitOptions]) -> None:
 
     Example: escaip scaling fit studies/smoke
     """
-    metric, settings = _settings(options)
-    from escaip.scaling.fits import fit_study
+    study = _fitted(folder, options)
     from escaip.scaling.report import markdown, write_fit
 
-    study = fit_study(folder, metric, settings)
-    file = write_fit(study, folder)
-    print(f"{markdown(study)}\n\nwrote {file}")
+    print(f"{markdown(study)}\n\nwrote {write_fit(study, folder)}")
 
 
 def plot(folder: str, **options: Unpack[_FitOptions]) -> None:
@@ -72,17 +69,16 @@ def plot(folder: str, **options: Unpack[_FitOptions]) -> None:
 
     Example: escaip scaling plot studies/smoke
     """
-    metric, settings = _settings(options)
-    from escaip.scaling.fits import fit_study
+    study = _fitted(folder, options)
     from escaip.scaling.report import write_report
 
-    print("wrote " + ", ".join(map(str, write_report(fit_study(folder, metric, settings), folder))))
+    print("wrote " + ", ".join(map(str, write_report(study, folder))))
 
 
-def _settings(options: _FitOptions) -> tuple[str, Any]:
+def _fitted(folder: str, options: _FitOptions) -> Any:
+    from escaip.scaling.fits import fit_study
     from escaip.scaling.laws import FitSettings
 
-    given: dict[str, Any] = {"huber": 1e-3, "bootstrap": 1000, "level": 0.9, "seed": 0, **options}
-    given["floor"] = not given.pop("no_floor", False)
-    metric = given.pop("metric", "forces_mae")
-    return metric, FitSettings(**given)
+    given: dict[str, Any] = {**options}
+    metric, floor = given.pop("metric", "forces_mae"), not given.pop("no_floor", False)
+    return fit_study(folder, metric, FitSettings(**given, floor=floor))

@@ -278,10 +278,6 @@ class PotentialModule(LightningModule):
         if self.validation_errors.datasets != self.potential.datasets:
             self.validation_errors = ErrorMetrics(self.losses, self.potential.datasets).to(self.device)
 
-    def on_test_epoch_start(self) -> None:
-        """Prepares the errors as before a validation."""
-        self.on_validation_epoch_start()
-
     def validation_step(self, batch: StructureBatch, batch_idx: int) -> None:
         """Adds the errors of a batch.
 
@@ -301,9 +297,7 @@ class PotentialModule(LightningModule):
             raise _training_error(self.trainer, "prediction is NaN or Inf in validation for", names)
         self.validation_errors.update(prediction, batch, self.potential.atomic_references(batch))
 
-    def test_step(self, batch: StructureBatch, batch_idx: int) -> None:
-        """Adds the errors of a batch."""
-        self.validation_step(batch, batch_idx)
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Logs errors, loss and baseline of the whole set."""
