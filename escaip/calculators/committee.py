@@ -41,7 +41,8 @@ class CommitteeCalculator(PotentialCalculator):
 
     Args:
         models: two or more, each as in ``EScAIPCalculator``.
-        device, dtype, compile, skin, dataset, precision, graph_skin, cuda_graphs: of every member, as there.
+        device, dtype, compile, skin, graph_skin: of every member, as there.
+        options: ``dataset, precision, cuda_graphs`` of every member, as there.
 
     Attributes:
         members: one calculator each, which can be used alone.
@@ -65,21 +66,16 @@ class CommitteeCalculator(PotentialCalculator):
         compile: bool = False,
         *,
         skin: float = DEFAULT_SKIN,
-        dataset: str | None = None,
-        precision: str | None = None,
         graph_skin: float = 0.0,
-        cuda_graphs: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         if isinstance(models, (str, os.PathLike, Potential)) or len(models) < 2:
             raise ConfigError("a committee needs at least two models: give a list of them")
         self.members = tuple(
-            EScAIPCalculator(
-                model, device, dtype, compile, skin=skin, dataset=dataset, precision=precision, graph_skin=graph_skin,
-                cuda_graphs=cuda_graphs,
-            )
+            EScAIPCalculator(model, device, dtype, compile, skin=skin, graph_skin=graph_skin, **options)
             for model in models
-        )  # fmt: skip
+        )
         self.skin, self.graph_skin = float(skin), float(graph_skin)
         devices = {str(member.potential.device) for member in self.members}
         if len(devices) > 1:

@@ -139,7 +139,6 @@ class EScAIPModel(_Base):
         index, cell = state.system_idx, state.cell
         count, systems = len(index), len(cell)
         pbc = torch.as_tensor(state.pbc, dtype=torch.bool, device=cell.device)
-        nan = torch.tensor(torch.nan, dtype=torch.float64)  # there are no labels
         names = [f"system {number}" for number in range(systems)]
         fields = {
             "positions": state.positions.detach().double(),
@@ -148,9 +147,6 @@ class EScAIPModel(_Base):
             "pbc": pbc.expand(systems, 3).clone(),
             "charge": self._of_systems(state, ("charge",), self._charge),
             "spin_multiplicity": self._of_systems(state, ("spin_multiplicity", "spin"), self._spin),
-            "energy": nan.expand(systems),
-            "forces": nan.expand(count, 3),
-            "stress": nan.expand(systems, 3, 3),
             "fixed": torch.zeros(count, dtype=torch.bool),
             "tags": torch.zeros(count, dtype=torch.int64),
             "dataset": torch.full((systems,), -1),

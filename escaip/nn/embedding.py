@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from escaip.errors import DataError
-from escaip.nn.layers import make_activation, make_norm
+from escaip.nn.layers import PreciseTables, make_activation, make_norm
 from escaip.ops import bond_orientational_order, spline, take_rows
 from escaip.ops.steinhardt import harmonic_recursion
 from escaip.types import MAX_CHARGE, AtomInputs, Tokens
@@ -42,7 +42,7 @@ class GaussianBasis(nn.Module):
         return torch.exp(exponent.clamp(min=_LEAST_EXPONENT))
 
 
-class OrientationalOrder(nn.Module):
+class OrientationalOrder(PreciseTables):
     """Bond-orientational order of atoms from their tokens (``escaip.ops.bond_orientational_order``).
 
     Args:
@@ -70,13 +70,6 @@ class OrientationalOrder(nn.Module):
             floor="clamp" if self.uniform else "smooth", epsilon=self.epsilon, offsets=tokens.offsets,
             recursion=self.recursion,
         )  # fmt: skip
-
-    def _apply(self, fn: Any, recurse: bool = True) -> OrientationalOrder:
-        """Moves like any module, and keeps its precision."""
-        kept = self.recursion
-        super()._apply(fn, recurse)
-        self.recursion = kept.to(self.recursion.device)
-        return self
 
 
 class AtomFeatures(nn.Module):

@@ -89,18 +89,17 @@ def fit_charges(
             code = int(data.dataset) if len(fitted) > 1 else 0
             rows.setdefault(code, []).append((numbers, int(data.charge), float(data.energy)))
     for code, found in rows.items():
-        charges = sorted({charge for _, charge, _ in found} - {0})
-        if not charges:
+        numbers, charge = torch.stack([row[0] for row in found]), torch.tensor([[row[1]] for row in found])
+        labels = torch.tensor([[row[2]] for row in found], dtype=torch.float64)
+        charges = charge[charge != 0].unique()
+        if not len(charges):
             continue
         own, table = (values.view(-1, values.shape[-1])[code] for values in (references, energies))
-        numbers = torch.stack([row[0] for row in found])
         elements, sizes = numbers.any(0).nonzero()[:, 0], numbers.sum(1, keepdim=True)
-        charged = torch.tensor([[float(charge == other) for other in charges] for _, charge, _ in found])
-        labels = torch.tensor([[energy] for _, _, energy in found], dtype=torch.float64)
-        x = torch.cat([numbers[:, elements], charged.double()], 1) / sizes
+        x = torch.cat([numbers[:, elements], (charge == charges).double()], 1) / sizes
         y = (labels - numbers[:, elements] @ own[elements, None]) / sizes
         solution = torch.linalg.lstsq(x, y, driver="gelsd", rcond=_LEAST_SCALE).solution[:, 0]
-        table[torch.tensor(charges) + MAX_CHARGE] = solution[len(elements) :]
+        table[charges + MAX_CHARGE] = solution[len(elements) :]
         if fitted[code]:
             own[elements] += solution[: len(elements)]
     return references, energies
