@@ -200,7 +200,7 @@ def fit_linear_energy(
         constants: whether references are shifted too; those of isolated atoms, whose invariants are zero, stay.
 
     Raises:
-        ConfigError: several sets of references, or more elements than channels.
+        ConfigError: several sets of references, more elements than channels, or no forces.
     """
     density = invariants_of(potential)
     elements = list(potential.metadata.elements)
@@ -212,6 +212,8 @@ def fit_linear_energy(
             f"density_channels is {channels}, but the training set has {len(elements)} elements: set it to "
             f"{len(elements)}, or density_radial to 0"
         )
+    if not force_rms > 0.0:
+        raise ConfigError("density_radial is fitted to forces, and no training structure has any: set it to 0")
     density.channel.zero_()
     density.channel[elements, range(len(elements))] = 1.0
     number = min(len(structures), _MAX_STRUCTURES)

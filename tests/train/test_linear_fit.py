@@ -141,3 +141,5 @@ def test_what_cannot_be_fitted(taught: tuple[list[AtomicData], list[AtomicData],
         fit_linear_energy(several, *taught[::2])
     with pytest.raises(ConfigError, match="density_channels is 1, but the training set has 2 elements: set it to 2"):
         fit_linear_energy(student(density_channels=1), *taught[::2])
+    with pytest.raises(ConfigError, match="no training structure has any: set it to 0"):
+        fit_linear_energy(student(), taught[0], math.nan)
