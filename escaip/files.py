@@ -225,13 +225,17 @@ def resource_dir(kind: str) -> Path:
     raise ConfigError(f"this installation has no {kind} folder: install escaip again")
 
 
-def list_configs() -> list[str]:
-    """Returns the names of the recipes that can be passed as ``--config NAME``."""
-    return sorted(path.stem for path in resource_dir("configs").glob("*.yaml"))
+def list_configs(kind: str = "") -> list[str]:
+    """Returns the names of the recipes that can be passed as ``--config NAME``, or of those in a folder of theirs."""
+    return sorted(path.stem for path in (resource_dir("configs") / kind).glob("*.yaml"))
 
 
-def config_path(name: str) -> Path:
+def config_path(name: str, kind: str = "") -> Path:
     """Returns the file of a recipe: a path as it is, else a recipe's name with or without ``.yaml``.
+
+    Args:
+        name: path or name.
+        kind: folder of the recipes in ``configs``; by default those of trainings.
 
     Raises:
         ConfigError: neither a file nor a recipe; the message lists the recipes.
@@ -239,10 +243,28 @@ def config_path(name: str) -> Path:
     given = Path(name)
     if given.is_file():
         return given
-    packaged = resource_dir("configs") / (given.name if given.suffix else f"{given.name}.yaml")
+    packaged = resource_dir("configs") / kind / (given.name if given.suffix else f"{given.name}.yaml")
     if given.parent == Path(".") and packaged.is_file():
         return packaged
-    raise ConfigError(f"config {name!r} is neither a file nor a recipe: recipes are {', '.join(list_configs())}")
+    known = ", ".join(list_configs(kind))
+    raise ConfigError(f"{kind or 'config'} {name!r} is neither a file nor a recipe: recipes are {known}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the settings in a YAML file; none for an empty one.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else than a mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config {path} cannot be read, or is no YAML ({one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {path} is no mapping of settings: see the recipes of escaip recipes")
+    return content
 
 
 def list_datasets() -> list[DatasetCard]:

@@ -10,15 +10,6 @@ from typing_extensions import TypedDict, Unpack
 from escaip.errors import ConfigError
 from escaip.options import ModelFile, StructureFile
 
-# Command -> function of escaip.properties.
-_FUNCTIONS = {
-    "vibrations": "molecular_vibrations",
-    "eos": "fit_equation_of_state",
-    "elastic": "elastic_constants",
-    "phonons": "crystal_phonons",
-    "neb": "minimum_energy_path",
-}
-
 
 class _Options(TypedDict, total=False):
     """Options of every property.
@@ -63,7 +54,7 @@ def vibrations(
     Example: escaip vibrations example:organic example:ethanol
     """
     settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "step": step}
-    _run("vibrations", model, [structure], out, options, finite_differences=finite_differences, **settings)
+    _run("molecular_vibrations", model, [structure], out, options, finite_differences=finite_differences, **settings)
 
 
 def eos(
@@ -92,7 +83,8 @@ def eos(
 
     Example: escaip eos example:silicon example:Si
     """
-    _run("eos", model, [structure], out, options, relaxation=relax, fmax=fmax, steps=steps, span=span, points=points)
+    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "span": span, "points": points}
+    _run("fit_equation_of_state", model, [structure], out, options, **settings)
 
 
 def elastic(
@@ -124,7 +116,7 @@ def elastic(
     Example: escaip elastic example:silicon example:Si
     """
     settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "strain": strain, "symprec": symprec}
-    _run("elastic", model, [structure], out, options, symmetrize=symmetry, **settings)
+    _run("elastic_constants", model, [structure], out, options, symmetrize=symmetry, **settings)
 
 
 def phonons(
@@ -163,7 +155,7 @@ def phonons(
     """
     settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "supercell": supercell, "min_length": min_length}
     settings = {**settings, "displacement": displacement, "hessian": hessian, "mesh": mesh, "symprec": symprec}
-    _run("phonons", model, [structure], out, options, **settings)
+    _run("crystal_phonons", model, [structure], out, options, **settings)
 
 
 def neb(
@@ -199,11 +191,11 @@ def neb(
     Example: escaip neb model.escaip before.xyz after.xyz --images 7
     """
     settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "images": images, "spring": spring}
-    _run("neb", model, [initial, final], out, options, optimizer=optimizer, climb=climb, **settings)
+    _run("minimum_energy_path", model, [initial, final], out, options, optimizer=optimizer, climb=climb, **settings)
 
 
-def _run(name: str, model: str, structures: list[str], out: str, options: _Options, **settings: Any) -> None:
-    """Computes a property of structure files with a model file, writes it into a folder and prints its summary.
+def _run(function: str, model: str, structures: list[str], out: str, options: _Options, **settings: Any) -> None:
+    """Applies a function of ``escaip.properties`` to structure files, writes its result and prints a summary.
 
     Raises:
         ConfigError: ``out`` is a file.
@@ -216,12 +208,12 @@ def _run(name: str, model: str, structures: list[str], out: str, options: _Optio
     from escaip.properties.phonons import check_phonopy
     from escaip.simulate.output import read_structure
 
-    if name == "phonons":
+    if function == "crystal_phonons":
         check_phonopy()  # before the model is loaded
     calculator: dict[str, Any] = {"dtype": "float64", **options}
     frame = calculator.pop("frame", -1)
     atoms = [read_structure(path, frame) for path in structures]
     atoms[0].calc = EScAIPCalculator(model, **calculator)
-    result = getattr(properties, _FUNCTIONS[name])(*atoms, **settings)
+    result = getattr(properties, function)(*atoms, **settings)
     result.write(out)
     print(f"{result.summary()}\nwrote {out}")

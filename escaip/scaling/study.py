@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from escaip.errors import ConfigError, DataError
-from escaip.files import config_path, resource_dir, write_json
+from escaip.files import config_path, read_yaml, write_json
 from escaip.models import EScAIPConfig
 
 RECORDS = "records.jsonl"
@@ -118,7 +118,7 @@ class StudyPlan:
             ConfigError: the file does not exist or holds something impossible.
         """
         file = study_path(os.fspath(path))
-        content = _read_yaml(file)
+        content = read_yaml(file)
         try:
             content["settings"] = merged(_mapping("settings", content.get("settings")), *map(_change, changes))
             return cls.parse(content)
@@ -137,7 +137,7 @@ class StudyPlan:
         for key in ("recipe", "learning_rate"):
             if key not in given:
                 raise ConfigError(f"{key} is missing")
-        recipe, settings = _read_yaml(config_path(str(given["recipe"]))), _mapping("settings", given["settings"])
+        recipe, settings = read_yaml(config_path(str(given["recipe"]))), _mapping("settings", given["settings"])
         recipe.setdefault("model", {}).setdefault("architecture", {"preset": "1m"})
         rate = given["learning_rate"]
         rate = dict(rate) if isinstance(rate, Mapping) else {"value": rate}
@@ -256,19 +256,8 @@ class StudyPlan:
 
 
 def study_path(name: str) -> Path:
-    """Returns the path of a file, or of a recipe of ``configs/scaling`` by name.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    folder = resource_dir("configs") / "scaling"
-    file = folder / f"{name.removesuffix('.yaml')}.yaml"
-    if "/" not in name and file.is_file():
-        return file
-    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise ConfigError(f"study {name!r} is neither a file nor a recipe: recipes are {names}")
+    """Returns the path of a file, or of a recipe of ``configs/scaling`` by name; see ``config_path``."""
+    return config_path(name, "scaling")
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,18 +270,6 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 result[key] = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
     return result
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} is no mapping of settings")
-    return content
 
 
 def _check_keys(prefix: str, given: Mapping[str, Any], known: set[str]) -> None:

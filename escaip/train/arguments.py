@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from escaip.errors import CheckpointError, ConfigError
-from escaip.files import config_path
+from escaip.files import config_path, read_yaml
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 _GROUPS = (
@@ -107,12 +107,7 @@ def _parsed(text: str) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Returns the settings of a configuration file, those of ``data`` under names such as ``data.train``."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config {path} cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"config {path} is no mapping of settings: see the recipes of escaip recipes")
+    config = read_yaml(path)
     for name in _classes(config):
         if name.partition(".")[0] not in _PACKAGES:
             raise ConfigError(
