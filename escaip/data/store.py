@@ -193,24 +193,18 @@ class Store:
     def _joined(self, positions: Sequence[int] | Indices) -> tuple[dict[str, Any], list[int]]:
         """Returns the fields of structures end to end, their names, and how many atoms each has."""
         located = self._locate(positions)
-        spans = [(arrays, local, *arrays["offsets"][local : local + 2].tolist()) for arrays, local in located]
-        shards = list({id(arrays): arrays for arrays, _, _, _ in spans}.values())
+        own = [(arrays, slice(local, local + 1)) for arrays, local in located]
+        of_atoms = [(arrays, slice(*arrays["offsets"][local : local + 2].tolist())) for arrays, local in located]
         fields: dict[str, Any] = {}
         for key, per_atom, dtype in _table(tuple(TARGETS)):
-            if not all(key in arrays for arrays in shards):
-                rows = [slice(start, stop) if per_atom else slice(k, k + 1) for _, k, start, stop in spans]
-                pieces = [_values(arrays, key, each) for (arrays, *_), each in zip(spans, rows, strict=True)]
-            elif per_atom:
-                pieces = [arrays[key][start:stop] for arrays, _, start, stop in spans]
-            else:
-                pieces = [arrays[key][local : local + 1] for arrays, local, _, _ in spans]
+            pieces = [_values(arrays, key, rows) for arrays, rows in (of_atoms if per_atom else own)]
             fields[key] = torch.from_numpy(np.concatenate(pieces).astype(dtype, copy=False))
-        fields["dataset"] = torch.full((len(spans),), -1)
+        fields["dataset"] = torch.full((len(located),), -1)
         fields["structure_id"] = [read_text(arrays, "id", local) for arrays, local in located]
         codes = self.index["group_codes"][np.asarray(positions, dtype=np.int64)].tolist()
         names = {code: read_text(self.index, "group", code) for code in set(codes)}
         fields["group"] = [names[code] for code in codes]
-        return fields, [stop - start for _, _, start, stop in spans]
+        return fields, [atoms.stop - atoms.start for _, atoms in of_atoms]
 
     def structure_id(self, index: int) -> str:
         """Returns the name of one structure."""
