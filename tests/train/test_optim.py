@@ -39,7 +39,7 @@ def test_only_linear_weights_decay() -> None:
 
 
 def test_optimizers_by_name() -> None:
-    """SOAP's first step only gathers moments, and of the matrices both sides get an eigenbasis."""
+    """SOAP's first step only gathers moments; sides of matrices get an eigenbasis, unless longer than the model is wide."""
     layer = torch.nn.Linear(3, 2)
     before = layer.weight.detach().clone()
     soap = make_optimizer(layer, 0.1, 0.0, name="soap")
@@ -48,7 +48,7 @@ def test_optimizers_by_name() -> None:
         layer.weight.grad, layer.bias.grad = torch.randn(2, 3), torch.randn(2)
         soap.step()
     assert not torch.equal(layer.weight, before)
-    assert [tuple(basis.shape) for basis in soap.state[layer.weight]["Q"]] == [(2, 2), (3, 3)]
+    assert [len(basis) for basis in soap.state[layer.weight]["Q"]] == [2, 0]
     assert isinstance(make_optimizer(layer, 0.1, 0.0), torch.optim.AdamW)
     with pytest.raises(ConfigError, match="'sgd' is not one of adamw, soap"):
         make_optimizer(layer, 0.1, 0.0, name="sgd")
