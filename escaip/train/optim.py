@@ -12,9 +12,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from escaip.errors import ConfigError
+from escaip.train.soap import SOAP
 
 ADAM_BETAS = (0.9, 0.999)
-SOAP_BETAS = (0.95, 0.95)
 
 
 def parameter_groups(
@@ -63,20 +63,14 @@ def make_optimizer(
         weight_decay: decay of the weights of linear layers.
         ratios: as in ``parameter_groups``.
         name: ``adamw``, or ``soap``: Adam in the eigenbases of the gradients' second moments (arXiv 2409.11321),
-            refreshed every ten steps. Sides of a matrix longer than the model is wide have no basis, which halves the
-            cost (section 5 there: one side alone), nor have vectors. Its first step only gathers these moments.
+            refreshed every ten steps; vectors by Adam. Its first step only gathers these moments.
 
     Raises:
         ConfigError: no optimizer of this name.
     """
     groups = parameter_groups(module, weight_decay, learning_rate, ratios)
     if name == "soap":
-        from pytorch_optimizer.optimizer.soap import SOAP
-
-        width = max(min(child.weight.shape) for child in module.modules() if isinstance(child, nn.Linear))
-        return SOAP(
-            groups, lr=learning_rate, betas=SOAP_BETAS, precondition_frequency=10, max_precondition_dim=width
-        )
+        return SOAP(groups, lr=learning_rate)
     if name != "adamw":
         raise ConfigError(f"model.optimizer: {name!r} is not one of adamw, soap")
     return AdamW(groups, lr=learning_rate, betas=ADAM_BETAS)

@@ -17,6 +17,7 @@ from escaip.errors import ConfigError
 from escaip.train import PotentialModule
 from escaip.train.mup import fan_in_ratios, scale_outputs
 from escaip.train.optim import make_optimizer, make_schedule, parameter_groups, warmup_cosine
+from escaip.train.soap import SOAP
 
 WIDE = {**TINY, "hidden_size": 64, "num_heads": 8, "num_layers": 2}
 
@@ -39,16 +40,8 @@ def test_only_linear_weights_decay() -> None:
 
 
 def test_optimizers_by_name() -> None:
-    """SOAP's first step only gathers moments; sides of matrices get an eigenbasis, unless longer than the model is wide."""
     layer = torch.nn.Linear(3, 2)
-    before = layer.weight.detach().clone()
-    soap = make_optimizer(layer, 0.1, 0.0, name="soap")
-    for _ in range(2):
-        assert torch.equal(layer.weight, before)
-        layer.weight.grad, layer.bias.grad = torch.randn(2, 3), torch.randn(2)
-        soap.step()
-    assert not torch.equal(layer.weight, before)
-    assert [len(basis) for basis in soap.state[layer.weight]["Q"]] == [2, 0]
+    assert isinstance(make_optimizer(layer, 0.1, 0.0, name="soap"), SOAP)
     assert isinstance(make_optimizer(layer, 0.1, 0.0), torch.optim.AdamW)
     with pytest.raises(ConfigError, match="'sgd' is not one of adamw, soap"):
         make_optimizer(layer, 0.1, 0.0, name="sgd")
