@@ -231,7 +231,7 @@ def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: 
     shown = capsys.readouterr().out
     assert "an epoch takes 12 of a, 12 of b" in shown
     header = next(line for line in shown.splitlines() if line.startswith("validation error"))
-    assert header.split() == ["validation", "error", "step", "12", "a", "b", "references,", "zero", "forces"]
+    assert header.split()[-7:] == ["step", "12", "a", "b", "references,", "zero", "forces"]  # another step may be best
     best = folder / "runs" / "tiny" / "latest" / "best.ckpt"
     potential = load_potential(best, device="cpu")
     assert potential.datasets == ("a", "b")
