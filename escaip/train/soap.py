@@ -46,7 +46,7 @@ class SOAP(Optimizer):
         super().__init__(params, {**settings, "step": 0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step; returns what ``closure`` returns, which computes the gradients."""
         loss = None
         if closure is not None:
