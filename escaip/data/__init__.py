@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from escaip import lazy_names
+from escaip.lazy import lazy_names
 
 __all__ = [
     "AtomicData",
