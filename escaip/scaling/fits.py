@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +21,30 @@ BUDGET_TOLERANCE = 0.08
 """Budgets count as equal if C differs by no more than this fraction from the middle of their group."""
 
 
-def frontier(flops: Array, parameters: Array, structures: Array, losses: Array) -> NDArray[np.bool_]:
-    """Chooses the runs that are best for their compute, ``(n,)``.
+class Points(NamedTuple):
+    """Runs that are fitted: parameters N, structures D, operations C and the loss of one metric, each ``(n,)``."""
 
-    In each bin of log C this is the cell (N, D) of the lowest geometric mean of ``losses (n,)`` over its seeds, unless
-    a cell of a cheaper bin is as good. The choice makes the best of several noisy cells look better than it is, by less
-    than the noise of their means; intervals of a law fitted to the frontier do not contain that.
+    N: Array
+    D: Array
+    C: Array
+    loss: Array
+
+    def take(self, chosen: NDArray[Any]) -> Points:
+        """Returns the runs of an index or a mask."""
+        return Points(*(values[chosen] for values in self))
+
+
+def frontier(points: Points) -> Points:
+    """Returns the runs that are best for their compute.
+
+    In each bin of log C this is the cell (N, D) of the lowest geometric mean loss over its seeds, unless a cell of a
+    cheaper bin is as good. The choice makes the best of several noisy cells look better than it is, by less than the
+    noise of their means; intervals of a law fitted to the frontier do not contain that.
     """
-    cells = Cells.of(np.stack([parameters, structures]))
-    means, cost = cells.means(np.log(losses)), cells.means(np.log10(flops))
+    if not len(points.loss):
+        return points
+    cells = Cells.of(np.stack([points.N, points.D]))
+    means, cost = cells.means(np.log(points.loss)), cells.means(np.log10(points.C))
     bin_of = np.floor((cost - cost.min()) * BINS_PER_DECADE + 1e-9)
     chosen, lowest = [], np.inf
     for one in np.unique(bin_of):
@@ -37,7 +53,7 @@ def frontier(flops: Array, parameters: Array, structures: Array, losses: Array) 
         if means[best] < lowest:
             chosen.append(best)
             lowest = means[best]
-    return np.isin(cells.index, chosen)
+    return points.take(np.isin(cells.index, chosen))
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class Parabola:
     """Parabola ``log L = a + b u + c u²``, ``u = log N``, through the runs of one budget.
 
     Attributes:
+        runs: of the budget.
         flops: geometric mean C of the runs.
         num_runs: number of runs.
         sizes: lowest and highest N.
@@ -54,6 +71,7 @@ class Parabola:
         text: the result in words.
     """
 
+    runs: Points = field(repr=False)
     flops: float
     num_runs: int
     sizes: tuple[float, float]
@@ -90,48 +108,35 @@ def group_budgets(flops: Array) -> list[NDArray[np.int64]]:
     return [np.array(group) for group in found]
 
 
-def fit_isoflop(
-    flops: Array, parameters: Array, structures: Array, losses: Array, settings: FitSettings
-) -> IsoFlop | None:
-    """Fits the parabola of every budget with three sizes or more (Hoffmann et al., arXiv:2203.15556, approach 2).
+def fit_isoflop(points: Points, settings: FitSettings) -> IsoFlop | None:
+    """Fits the parabola of every budget with three sizes or more; None where no budget has them.
 
-    Least squares in log L. Intervals are percentiles of fits to the parabolas plus normal residuals, whose spread is
-    that of all budgets together, divided by the root of a drawn ``χ²_ν/ν``. D* is the value at N* of the line of log D
-    over log N through the runs of the budget.
-
-    Args:
-        flops: C ``(n,)`` of each run.
-        parameters: N ``(n,)``.
-        structures: D ``(n,)``.
-        losses: ``(n,)`` positive.
-        settings: number of refits, level and seed.
-
-    Returns:
-        None where no budget has three sizes.
+    Least squares in log L (Hoffmann et al., arXiv:2203.15556, approach 2). Intervals are percentiles of fits to the
+    parabolas plus normal residuals, whose spread is that of all budgets together, divided by the root of a drawn
+    ``χ²_ν/ν``. D* is the value at N* of the line of log D over log N through the runs of the budget.
     """
     rng = np.random.default_rng([settings.seed, 2])
-    groups = [g for g in group_budgets(flops) if len(np.unique(np.round(np.log(parameters[g]), 6))) >= 3]
-    if not groups:
+    budgets = [points.take(group) for group in group_budgets(points.C)]
+    budgets = [runs for runs in budgets if len(np.unique(np.round(np.log(runs.N), 6))) >= 3]
+    if not budgets:
         return None
-    freedom = sum(len(group) - 3 for group in groups)
+    freedom = sum(len(runs.N) - 3 for runs in budgets)
     scale, squares = np.zeros(0), 0.0
-    for group in groups:
-        design = np.vander(np.log(parameters[group] / parameters[group].mean()), 3)
-        y = np.log(losses[group])
+    for runs in budgets:
+        design = np.vander(np.log(runs.N / runs.N.mean()), 3)
+        y = np.log(runs.loss)
         squares += float(np.square(y - design @ np.linalg.pinv(design) @ y).sum())
     if freedom > 0:
         scale = np.sqrt(squares / rng.chisquare(freedom, size=settings.bootstrap))
-    fitted = [
-        _parabola(flops[g], parameters[g], structures[g], np.log(losses[g]), scale, settings, rng) for g in groups
-    ]
-    budgets = tuple(one for one, _ in fitted)
-    warnings = [one.text for one in budgets if one.N is None]
+    fitted = [_parabola(runs, scale, settings, rng) for runs in budgets]
+    parabolas = tuple(one for one, _ in fitted)
+    warnings = [one.text for one in parabolas if one.N is None]
     if freedom == 0:
         warnings.append("three runs in each budget: the noise is not known, no intervals")
     usable = [(np.log(one.flops), minima) for one, minima in fitted if one.N is not None]
     if len(usable) < 2:
         warnings.append("fewer than two budgets have a minimum inside their sizes: no exponents of N* and D*")
-        return IsoFlop(budgets, None, None, tuple(warnings))
+        return IsoFlop(parabolas, None, None, tuple(warnings))
     if len(usable) == 2:
         warnings.append("two budgets only: N* and D* need not follow a power law")
     logs = np.array([one for one, _ in usable])
@@ -147,25 +152,23 @@ def fit_isoflop(
         if one.covers(0.0):
             level = f"{100 * settings.level:g} %"
             warnings.append(f"the {level} interval of {name} covers zero: not shown that {axis} grows with compute")
-    return IsoFlop(budgets, a, b, tuple(warnings))
+    return IsoFlop(parabolas, a, b, tuple(warnings))
 
 
-def _parabola(
-    c: Array, n: Array, d: Array, y: Array, scale: Array, settings: FitSettings, rng: np.random.Generator
-) -> tuple[Parabola, Array]:
+def _parabola(runs: Points, scale: Array, settings: FitSettings, rng: np.random.Generator) -> tuple[Parabola, Array]:
     """Returns the fit, and ``(2, 1 + R)`` log N* and log D* of fit and refits, NaN where there is no minimum."""
-    u = np.log(n)
+    u = np.log(runs.N)
     center = float(u.mean())
     design = np.vander(u - center, 3)
     inverse = np.linalg.pinv(design)
-    best = inverse @ y
-    drawn = design @ best + scale[:, None] * rng.standard_normal((len(scale), len(y)))
+    best = inverse @ np.log(runs.loss)
+    drawn = design @ best + scale[:, None] * rng.standard_normal((len(scale), len(u)))
     curvature, slope, constant = np.vstack([best, drawn @ inverse.T]).T
     curvature = np.where(curvature > 0, curvature, np.nan)
     minima = np.stack([center - slope / (2 * curvature)] * 2)
-    minima[1] = np.polyval(np.polyfit(u - center, np.log(d), 1), minima[0] - center)
+    minima[1] = np.polyval(np.polyfit(u - center, np.log(runs.D), 1), minima[0] - center)
     depth = constant - slope**2 / (4 * curvature)
-    flops, sizes = float(np.exp(np.log(c).mean())), (float(n.min()), float(n.max()))
+    flops, sizes = float(np.exp(np.log(runs.C).mean())), (float(runs.N.min()), float(runs.N.max()))
     best_n, best_d, lowest = None, None, None
     if u.min() < minima[0, 0] < u.max():
         best_n, best_d, lowest = (
@@ -178,7 +181,7 @@ def _parabola(
         why = "the curve has no minimum" if np.isnan(minima[0, 0]) else outside
         text = f"refused, {why}: add {'larger' if high < low else 'smaller'} models at this budget"
     text = f"budget {flops:.3g} FLOPs: {text}"
-    return Parabola(flops, len(y), sizes, best_n, best_d, lowest, tuple(best.tolist()), center, text), minima
+    return Parabola(runs, flops, len(u), sizes, best_n, best_d, lowest, tuple(best.tolist()), center, text), minima
 
 
 @dataclass(frozen=True)
@@ -245,22 +248,12 @@ def _difference(one: LawFit, other: LawFit, exponent: str, rng: np.random.Genera
 
 
 @dataclass(frozen=True)
-class Points:
-    """Values of the runs that are fitted: N, D, C and the loss of one metric, each ``(n,)``."""
-
-    parameters: Array
-    structures: Array
-    flops: Array
-    losses: Array
-
-
-@dataclass(frozen=True)
 class VariantFit:
     """Fits of one variant of a study.
 
     Attributes:
         points: the runs fitted.
-        on_frontier: ``(n,)`` whether the law of compute was fitted to a run.
+        frontier: those that the law of compute was fitted to.
         joint: L = E + A N^-α + B D^-β, where there are points enough.
         power: L = E + F C^-γ on the frontier, where there are points enough.
         isoflop: where a budget was spent on three sizes or more.
@@ -269,7 +262,7 @@ class VariantFit:
     """
 
     points: Points = field(repr=False)
-    on_frontier: NDArray[np.bool_] = field(repr=False)
+    frontier: Points = field(repr=False)
     joint: LawFit | None
     power: LawFit | None
     isoflop: IsoFlop | None
@@ -320,13 +313,13 @@ def fit_study(
 def fit_variant(records: Sequence[Record], metric: str, settings: FitSettings) -> VariantFit:
     """Fits every law that the records of one variant allow; notes give the reasons for those that are missing."""
     rows = [(one.parameters, one.structures, one.flops, one.losses[metric]) for one in records if metric in one.losses]
-    n, d, c, losses = np.array(rows, dtype=np.float64).reshape(-1, 4).T
+    points = Points(*np.array(rows, dtype=np.float64).reshape(-1, 4).T)
     notes = []
-    if len(losses) < len(records):
-        notes.append(f"{len(records) - len(losses)} of {len(records)} runs have no {metric} and are left out")
-    chosen = frontier(c, n, d, losses) if len(losses) else np.zeros(0, dtype=bool)
-    joint = _law("joint", [n, d], losses, settings, notes)
-    power = _law("power", [c[chosen]], losses[chosen], settings, notes)
+    if len(rows) < len(records):
+        notes.append(f"{len(records) - len(rows)} of {len(records)} runs have no {metric} and are left out")
+    best = frontier(points)
+    joint = _law("joint", [points.N, points.D], points.loss, settings, notes)
+    power = _law("power", [best.C], best.loss, settings, notes)
     difference = None
     if joint is not None and power is not None:
         difference = _difference(power, joint, "gamma", np.random.default_rng([settings.seed, 4]))
@@ -335,8 +328,7 @@ def fit_variant(records: Sequence[Record], metric: str, settings: FitSettings) -
                 "γ of the frontier and αβ/(α+β) differ: sizes and data on the frontier are not the best for their "
                 "compute, compute is not proportional to N D, or a law does not hold"
             )
-    isoflop = fit_isoflop(c, n, d, losses, settings)
-    return VariantFit(Points(n, d, c, losses), chosen, joint, power, isoflop, difference, tuple(notes))
+    return VariantFit(points, best, joint, power, fit_isoflop(points, settings), difference, tuple(notes))
 
 
 def _law(kind: str, inputs: list[Array], losses: Array, settings: FitSettings, notes: list[str]) -> LawFit | None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from escaip.files import plain, write_file, write_json
-from escaip.scaling.fits import IsoFlop, StudyFit, VariantFit, group_budgets
+from escaip.scaling.fits import IsoFlop, StudyFit, VariantFit
 from escaip.scaling.laws import Interval, LawFit
 from escaip.scaling.study import Record, read_records, variants
 
@@ -133,7 +133,7 @@ def _overview(study: StudyFit) -> str:
             verdict = {True: "NO", False: "yes"}[law.lack_of_fit.flagged]
             verdict = "not tested" if math.isnan(law.lack_of_fit.p_value) else verdict
         shown = [_shown(power.get("gamma")), *(_shown(joint.get(one)) for one in ("gamma", "alpha", "beta", "E"))]
-        rows.append([name, str(len(fits.points.losses)), *shown, verdict])
+        rows.append([name, str(len(fits.points.loss)), *shown, verdict])
     head = ["variant", "runs", "gamma (frontier)", "alpha beta/(alpha+beta)", "alpha", "beta", "E", "law fits"]
     return _table(head, rows)
 
@@ -232,7 +232,7 @@ def draw_sheet(study: StudyFit, records: Iterable[Record]) -> Figure:
         isoflop = fits.isoflop
         # Cells of a grid may happen to cost the same, and are then no search for a minimum.
         if isoflop is not None and (fits.joint is None or any(one.N is not None for one in isoflop.budgets)):
-            _budgets(axes[1], fits, isoflop, loss)
+            _budgets(axes[1], isoflop, loss)
             _best(axes[2], isoflop)
         else:
             _slices(axes[1], fits, "N", loss)
@@ -280,24 +280,20 @@ def _band(axis: Axes, x: np.ndarray, fit: LawFit, *inputs: Any) -> None:
 
 
 def _compute(axis: Axes, fits: VariantFit, title: str, loss: str) -> None:
-    points, chosen = fits.points, fits.on_frontier
-    for size, color in _colored(points.parameters):
-        mine = points.parameters == size
-        axis.plot(points.flops[mine], points.losses[mine], ".", color=color, label=f"N = {size:.3g}")
-    x, y = points.flops[chosen], points.losses[chosen]
-    axis.plot(x, y, "o", label="frontier", markersize=8, markerfacecolor="none", color=_LAW)
+    points, best = fits.points, fits.frontier
+    for size, color in _colored(points.N):
+        mine = points.take(np.equal(points.N, size))
+        axis.plot(mine.C, mine.loss, ".", color=color, label=f"N = {size:.3g}")
+    axis.plot(best.C, best.loss, "o", label="frontier", markersize=8, markerfacecolor="none", color=_LAW)
     if fits.power is not None:
-        x = np.geomspace(points.flops[chosen].min(), points.flops.max(), 100)
+        x = np.geomspace(best.C.min(), points.C.max(), 100)
         _band(axis, x, fits.power, x)
     axis.set(title=title, xlabel="training compute C (FLOPs)", ylabel=loss, xscale="log", yscale="log")
 
 
-def _budgets(axis: Axes, fits: VariantFit, found: IsoFlop, loss: str) -> None:
-    points = fits.points
-    groups = [g for g in group_budgets(points.flops) if len(np.unique(points.parameters[g])) >= 3]
-    colors = _colored(range(len(groups)))
-    for group, parabola, (_, color) in zip(groups, found.budgets, colors, strict=True):
-        axis.plot(points.parameters[group], points.losses[group], ".", color=color, label=f"C = {parabola.flops:.2g}")
+def _budgets(axis: Axes, found: IsoFlop, loss: str) -> None:
+    for parabola, (_, color) in zip(found.budgets, _colored(range(len(found.budgets))), strict=True):
+        axis.plot(parabola.runs.N, parabola.runs.loss, ".", color=color, label=f"C = {parabola.flops:.2g}")
         u = np.log(np.geomspace(*parabola.sizes, 60))
         axis.plot(np.exp(u), np.exp(np.polyval(parabola.coefficients, u - parabola.center)), color=color, linewidth=1)
         if parabola.N is not None and parabola.loss is not None:
@@ -325,32 +321,31 @@ def _best(axis: Axes, found: IsoFlop) -> None:
 
 def _slices(axis: Axes, fits: VariantFit, along: str, loss: str) -> None:
     """Plots losses along one input in a color for each value of the other."""
-    points, first = fits.points, along == "N"
-    x, other = (points.parameters, points.structures) if first else (points.structures, points.parameters)
-    for value, color in _colored(other):
-        here = other == value
-        axis.plot(x[here], points.losses[here], ".", color=color, label=f"{'D' if first else 'N'} = {value:.3g}")
+    other, title, label = {"N": ("D", "size", "parameters N"), "D": ("N", "data", "training structures D")}[along]
+    x, fixed = getattr(fits.points, along), getattr(fits.points, other)
+    for value, color in _colored(fixed):
+        here = fixed == value
+        axis.plot(x[here], fits.points.loss[here], ".", color=color, label=f"{other} = {value:.3g}")
         if fits.joint is None or x.min() == x.max():
             continue
         dense = np.geomspace(x.min(), x.max(), 60)
-        inputs = (dense, np.full_like(dense, value))[:: 1 if first else -1]
-        if value in (other.min(), other.max()):
+        inputs = (dense, np.full_like(dense, value))[:: 1 if along == "N" else -1]
+        if value in (fixed.min(), fixed.max()):
             _band(axis, dense, fits.joint, *inputs)
         else:
             axis.plot(dense, fits.joint.predict(*inputs)[0], color=color, linewidth=0.8)
-    axis.set(xlabel="parameters N" if first else "training structures D", ylabel=loss, xscale="log", yscale="log")
-    axis.set_title("size" if first else "data")
+    axis.set(title=title, xlabel=label, ylabel=loss, xscale="log", yscale="log")
 
 
 def _residuals(axis: Axes, fits: VariantFit, loss: str) -> None:
     if fits.joint is None:
         _empty(axis, "no law of N and D:\ntoo few sizes and data")
         return
-    points = fits.points
-    predicted = fits.joint.predict(points.parameters, points.structures)[0]
-    for size, color in _colored(points.parameters):
-        here = points.parameters == size
-        axis.plot(predicted[here], 100 * np.log(points.losses[here] / predicted[here]), ".", color=color)
+    sizes, data, _, losses = fits.points
+    predicted = fits.joint.predict(sizes, data)[0]
+    for size, color in _colored(sizes):
+        here = sizes == size
+        axis.plot(predicted[here], 100 * np.log(losses[here] / predicted[here]), ".", color=color)
     axis.axhline(0.0, color=_LAW, linewidth=0.8)
     title = "runs about the law of N and D"
     axis.set(title=title, xlabel=f"predicted {loss}", ylabel="off by (%)", xscale="log")

@@ -10,38 +10,39 @@ import pytest
 from synthetic_runs import LAW, grid, loss, noise, records, write, write_study
 
 from escaip.errors import DataError
-from escaip.scaling.fits import IsoFlop, compare, fit_isoflop, fit_study, frontier, group_budgets
+from escaip.scaling.fits import IsoFlop, Points, compare, fit_isoflop, fit_study, frontier, group_budgets
 from escaip.scaling.laws import FitSettings, fit_law
 
 FEW = FitSettings(bootstrap=60)
 
 
 def test_the_frontier_is_the_lower_envelope_of_cells() -> None:
-    n, d = np.array([1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0]), np.ones(7)
+    n = np.array([1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0])
     c = np.array([1e12, 1e12, 1.1e12, 1.1e12, 1e13, 1e13, 1e14])
     losses = np.array([0.5, 0.3, 0.35, 0.36, 0.2, 0.2, 0.3])
     # The second cell has the lower mean in its bin; the last costs more and is worse.
-    assert frontier(c, n, d, losses).tolist() == [False, False, True, True, True, True, False]
+    assert frontier(Points(n, np.ones(7), c, losses)).loss.tolist() == [0.35, 0.36, 0.2, 0.2]
 
 
-def budgets(span: float = 6.0, shift: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """C, N and D of four budgets with seven sizes about the best each, C = 60 N D."""
+def budgets(span: float = 6.0, shift: float = 1.0, spread: float = 0.0, seed: int = 0) -> Points:
+    """Runs of four budgets with seven sizes about the best each, C = 60 N D."""
     c = np.repeat(np.logspace(12, 15, 4), 14)
     total = LAW["alpha"] + LAW["beta"]
     best = (LAW["alpha"] * LAW["A"] / LAW["beta"] / LAW["B"]) ** (1 / total) * (c / 60) ** (LAW["beta"] / total)
     n = best * shift * np.tile(np.repeat(np.logspace(-np.log10(span), np.log10(span), 7), 2), 4)
-    return c, n, c / (60 * n)
+    d = c / (60 * n)
+    return Points(n, d, c, loss(n, d, spread, seed))
 
 
-def isoflop(c: np.ndarray, n: np.ndarray, d: np.ndarray, spread: float = 0.0, settings: FitSettings = FEW) -> IsoFlop:
-    found = fit_isoflop(c, n, d, loss(n, d, spread, settings.seed), settings)
+def isoflop(points: Points, settings: FitSettings = FEW) -> IsoFlop:
+    found = fit_isoflop(points, settings)
     assert found is not None
     return found
 
 
 def test_minima_and_exponents_of_budgets() -> None:
     """Exponents of the best size and data are β/(α+β) and α/(α+β)."""
-    found = isoflop(*budgets(), 0.005, FitSettings(bootstrap=300))
+    found = isoflop(budgets(spread=0.005), FitSettings(bootstrap=300))
     assert found.a is not None
     assert found.b is not None
     assert (found.a.value, found.b.value) == pytest.approx((0.4 / 0.7, 0.3 / 0.7), abs=0.06)
@@ -58,34 +59,31 @@ def test_minima_and_exponents_of_budgets() -> None:
 
 
 def test_intervals_of_budgets_hold_the_truth() -> None:
-    exact = isoflop(*budgets()).a
+    exact = isoflop(budgets()).a
     assert exact is not None
     held = 0
     for seed in range(30):
-        one = isoflop(*budgets(), 0.02, FitSettings(bootstrap=200, seed=seed)).a
+        one = isoflop(budgets(spread=0.02, seed=seed), FitSettings(bootstrap=200, seed=seed)).a
         held += one is not None and one.covers(exact.value)
     assert held >= 23
 
 
 def test_a_minimum_outside_of_the_sizes_is_refused() -> None:
-    found = isoflop(*budgets(3.0, 8.0))
+    found = isoflop(budgets(3.0, 8.0))
     assert all(one.N is None for one in found.budgets)
     assert found.a is None
     assert "its minimum lies outside of N" in found.warnings[0]
     assert "add smaller models at this budget" in found.warnings[0]
     assert "fewer than two budgets" in found.warnings[-1]
-    assert "add larger models" in isoflop(*budgets(3.0, 1 / 8)).warnings[0]
+    assert "add larger models" in isoflop(budgets(3.0, 1 / 8)).warnings[0]
     n = np.logspace(4, 6, 5)
-    upside_down = fit_isoflop(np.full(5, 1e12), n, 1e12 / n, np.exp(-0.1 * np.log(n / 1e5) ** 2), FEW)
-    assert upside_down is not None
+    upside_down = isoflop(Points(n, 1e12 / n, np.full(5, 1e12), np.exp(-0.1 * np.log(n / 1e5) ** 2)))
     assert "the curve has no minimum" in upside_down.warnings[0]
 
 
 def test_what_is_hardly_known_of_budgets_is_said() -> None:
-    c, n, d = budgets()
-    assert any("two budgets only" in one for one in isoflop(c[:28], n[:28], d[:28], 0.005).warnings)
-    picked = np.concatenate([np.arange(0, 14, 6), np.arange(14, 28, 6)])
-    exact = isoflop(c[picked], n[picked], d[picked])
+    assert any("two budgets only" in one for one in isoflop(budgets(spread=0.005).take(np.arange(28))).warnings)
+    exact = isoflop(budgets().take(np.concatenate([np.arange(0, 14, 6), np.arange(14, 28, 6)])))
     assert any("no intervals" in one for one in exact.warnings)
     assert exact.a is not None
     assert not exact.a.known
@@ -95,7 +93,8 @@ def test_budgets_are_grouped_within_the_tolerance() -> None:
     c = np.array([1.0, 2.0, 1.05, 0.96, 2.1, 1.3])
     assert [sorted(group.tolist()) for group in group_budgets(c)] == [[0, 2, 3], [5], [1, 4]]
     assert max(len(group) for group in group_budgets(1.05 ** np.arange(9))) == 4  # a chain is not followed
-    assert fit_isoflop(np.array([1.0, 1.0, 1.0, 5.0]), np.array([1.0, 2.0, 2.0, 4.0]), c[:4], c[:4], FEW) is None
+    two_sizes = Points(np.array([1.0, 2.0, 2.0, 4.0]), c[:4], np.array([1.0, 1.0, 1.0, 5.0]), c[:4])
+    assert fit_isoflop(two_sizes, FEW) is None
 
 
 def test_exponents_that_differ_and_such_that_do_not() -> None:
@@ -153,7 +152,7 @@ def test_everything_the_records_allow(tmp_path: Path) -> None:
     assert one.power is not None
     assert one.gamma_difference is not None
     assert len(one.joint.left_out) == 2
-    assert one.on_frontier.sum() >= 6
+    assert len(one.frontier.loss) >= 6
     assert found.variants["isoflop"].isoflop is not None
     assert "1 of 24 runs have no forces_mae and are left out" in found.variants["hard"].notes
     assert found.variants["few"].joint is None
