@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import OptimizeResult, least_squares
+from scipy.special import huber
 from scipy.stats import f as f_distribution
 
 from escaip.errors import DataError, UsageError
@@ -100,7 +101,6 @@ class Interval(NamedTuple):
         return not math.isnan(self.low)
 
     def covers(self, value: float) -> bool:
-        """Whether ``value`` lies in the interval."""
         return self.low <= value <= self.high
 
 
@@ -122,8 +122,7 @@ class Cells:
 
     def means(self, values: Array) -> Array:
         """Returns the means ``(C,)`` of ``values (n,)`` over the runs of each cell."""
-        found: Array = np.bincount(self.index, weights=values) / self.counts
-        return found
+        return np.bincount(self.index, weights=values) / self.counts
 
     def sums_of_squares(self, residuals: Array) -> tuple[float, float]:
         """Splits the squares of ``residuals (n,)`` into those of cell means and those of runs about them."""
@@ -159,8 +158,7 @@ class Noise:
     def draw(self, number: int, counts: Array, rng: np.random.Generator) -> Array:
         """Returns ``number`` displacements ``(number, C)`` of means of ``counts (C,)`` seeds."""
         inflation = np.sqrt(self.freedom / rng.chisquare(self.freedom, size=(number, 1)))
-        drawn: Array = self.run * inflation * rng.standard_normal((number, len(counts))) / np.sqrt(counts)
-        return drawn
+        return self.run * inflation * rng.standard_normal((number, len(counts))) / np.sqrt(counts)
 
 
 @dataclass(frozen=True)
@@ -193,13 +191,11 @@ class SumOfPowers:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters."""
         return len(self.lower)
 
     def value(self, parameters: Array, logs: Array) -> Array:
         """Returns log L ``(…, n)`` of ``parameters (…, P)`` at ``logs = log x − center (K, n)``."""
-        found: Array = np.logaddexp.reduce(self._terms(parameters, logs), axis=-2)
-        return found
+        return np.logaddexp.reduce(self._terms(parameters, logs), axis=-2)
 
     def jacobian(self, parameters: Array, logs: Array) -> Array:
         """Returns the derivatives ``(…, n, P)`` of log L by ``parameters (…, P)``."""
@@ -239,14 +235,14 @@ class SumOfPowers:
                 bounds=(self.lower, self.upper), f_scale=delta, ftol=tolerance, xtol=tolerance, gtol=None, max_nfev=300,
             )  # fmt: skip
 
-        rough = self.descend(logs, y, self.starts(y), max(delta, 0.3))
+        wide = max(delta, 0.3)
+        rough = self.descend(logs, y, self.starts(y), wide)
         kept: list[Array] = []
-        for one in rough[np.argsort(huber_loss(self.value(rough, logs) - y, max(delta, 0.3)))]:
+        for one in rough[np.argsort(huber(wide, self.value(rough, logs) - y).sum(axis=1))]:
             if all(np.abs(one - other).max() > 0.05 for other in kept):
                 kept.append(one)
         fine = [minimize(minimize(start, max(delta, 0.05), 1e-3).x, delta, 1e-9) for start in kept[:3]]
-        found: Array = min(fine, key=lambda result: float(result.cost)).x
-        return found
+        return min(fine, key=lambda result: float(result.cost)).x
 
     def descend(self, logs: Array, y: Array, start: Array, delta: float) -> Array:
         """Fits ``y (R or 1, n)`` from ``start (R, P)`` side by side, twenty times as fast as one after the other.
@@ -256,7 +252,7 @@ class SumOfPowers:
         """
         at, damping = start.copy(), np.full(len(start), 1e-3)
         residuals = self.value(at, logs) - y
-        cost, quiet = huber_loss(residuals, delta), np.zeros(len(start))
+        cost, quiet = huber(delta, residuals).sum(axis=1), np.zeros(len(start))
         for _ in range(60):
             jacobian, weights = self.jacobian(at, logs), np.minimum(1.0, delta / np.maximum(np.abs(residuals), 1e-300))
             gradient = np.einsum("rnp,rn->rp", jacobian, weights * residuals)
@@ -269,7 +265,7 @@ class SumOfPowers:
             step = np.linalg.solve(normal, (gradient * free)[:, :, None])[:, :, 0]
             trial = np.clip(at - step, self.lower, self.upper)
             reached = self.value(trial, logs) - y
-            gain = cost - huber_loss(reached, delta)
+            gain = cost - huber(delta, reached).sum(axis=1)
             better = gain > 0
             quiet = np.where(gain > 1e-7 * cost, 0, quiet + 1)
             at[better], residuals[better], cost[better] = trial[better], reached[better], (cost - gain)[better]
@@ -285,13 +281,6 @@ class SumOfPowers:
         drawn = noise.draw(settings.bootstrap, cells.counts, np.random.default_rng(seed))
         y = (self.value(best, logs[:, cells.first]) + drawn)[:, cells.index]
         return self.descend(logs, y, np.repeat(best[None], len(y), axis=0), settings.huber)
-
-
-def huber_loss(residuals: Array, delta: float) -> Array:
-    """Returns the sums of Huber's loss of ``residuals (R, n)``: ``r²/2`` up to δ, ``δ(|r| − δ/2)`` beyond."""
-    size = np.abs(residuals)
-    found: Array = np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)).sum(axis=1)
-    return found
 
 
 @dataclass(frozen=True)
