@@ -32,8 +32,7 @@ import yaml
 from common import markdown_table, provenance, write_json
 
 from escaip.cli import main as main_of_escaip
-from escaip.files import try_lock
-from escaip.scaling.study import study_path
+from escaip.files import config_path, try_lock
 from escaip.train.callbacks import LAST, read_checkpoint
 
 NOT_COMPARED = {"seconds": "wall-clock time", "commit": "of the code that made the record"}
@@ -49,7 +48,7 @@ def command(args: argparse.Namespace, config: Path, out: Path) -> list[str]:
 
 def write_study(args: argparse.Namespace, file: Path) -> None:
     """The recipe with the widths, data sizes, seeds and epochs that were asked for."""
-    content = yaml.safe_load(study_path(args.config).read_text(encoding="utf-8"))
+    content = yaml.safe_load(config_path(args.config, "scaling").read_text(encoding="utf-8"))
     given = {name: getattr(args, name) for name in (*REDUCED, "epochs")}
     file.write_text(yaml.safe_dump({**content, **{k: v for k, v in given.items() if v is not None}}), "utf-8")
 

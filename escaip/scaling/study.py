@@ -20,6 +20,7 @@ from escaip.models import EScAIPConfig
 
 RECORDS = "records.jsonl"
 """The file in the folder of a study that holds its records."""
+_WRITTEN_ALONE = {"settings", "widths", "width_per_layer"}  # entries of the file that a plan does not keep
 # Every job draws no pictures and shows no progress bar, whatever its recipe says.
 _QUIET = {"trainer": {"enable_progress_bar": False}, "evaluation": {"max_structures": 0}}
 
@@ -81,7 +82,7 @@ class StudyPlan:
     """A grid of runs: variants × sizes × (data sizes or budgets) × seeds.
 
     Attributes:
-        recipe: the configuration of ``escaip fit`` that every run starts from.
+        recipe: the configuration of ``escaip fit`` that every run starts from, with the changes for every run.
         variants: name to changes of the configuration, for architectures or options that are compared.
         sizes: name to settings of ``model.architecture``.
         data_sizes: fractions (at most 1) or numbers of the training structures, nested.
@@ -90,7 +91,6 @@ class StudyPlan:
         steps: of the optimizer, the same for every run; or
         budgets: FLOPs, each spent by every size on all data.
         learning_rate: see ``LearningRate``.
-        settings: changes of the configuration for every run.
         source: the plan as it was written.
     """
 
@@ -103,7 +103,6 @@ class StudyPlan:
     steps: int | None
     budgets: tuple[float, ...]
     learning_rate: LearningRate
-    settings: dict[str, Any]
     source: dict[str, Any] = field(repr=False)
 
     @classmethod
@@ -117,7 +116,7 @@ class StudyPlan:
         Raises:
             ConfigError: the file does not exist or holds something impossible.
         """
-        file = study_path(os.fspath(path))
+        file = config_path(os.fspath(path), "scaling")
         content = read_yaml(file)
         try:
             content["settings"] = merged(_mapping("settings", content.get("settings")), *map(_change, changes))
@@ -132,28 +131,47 @@ class StudyPlan:
         Raises:
             ConfigError: an unknown or impossible entry, which the message names.
         """
-        given = {"variants": {"default": {}}, "settings": {}, "data_sizes": [1.0], "seeds": [0], **content}
-        _check_keys("", given, {one.name for one in fields(cls)} - {"source"} | {"widths", "width_per_layer"})
+        given = {"variants": {"default": {}}, "data_sizes": [1.0], "seeds": [0], **content}
+        _check_keys("", given, {one.name for one in fields(cls)} - {"source"} | _WRITTEN_ALONE)
         for key in ("recipe", "learning_rate"):
             if key not in given:
                 raise ConfigError(f"{key} is missing")
-        recipe, settings = read_yaml(config_path(str(given["recipe"]))), _mapping("settings", given["settings"])
+        recipe = read_yaml(config_path(str(given["recipe"])))
         recipe.setdefault("model", {}).setdefault("architecture", {"preset": "1m"})
+        recipe = merged(recipe, _QUIET, _mapping("settings", given.get("settings")))
         rate = given["learning_rate"]
         rate = dict(rate) if isinstance(rate, Mapping) else {"value": rate}
         _check_keys("learning_rate.", rate, {one.name for one in fields(LearningRate)})
         rate["sweep"] = tuple(_numbers("learning_rate.sweep", rate.get("sweep", [])))
-        plan = cls(
-            recipe=recipe, settings=settings, variants=_mappings("variants", given["variants"]),
-            sizes=_sizes(merged(recipe, settings), given),
+        return cls(
+            recipe=recipe,
+            variants=_mappings("variants", given["variants"]),
+            sizes=_sizes(recipe["model"]["architecture"], given),
             data_sizes=tuple(_numbers("data_sizes", given["data_sizes"])),
             seeds=tuple(int(x) for x in _numbers("seeds", given["seeds"], least=0)),
-            epochs=_count("epochs", given.get("epochs")), steps=_count("steps", given.get("steps")),
+            epochs=_count("epochs", given.get("epochs")),
+            steps=_count("steps", given.get("steps")),
             budgets=tuple(_numbers("budgets", given.get("budgets", []))),
-            learning_rate=LearningRate(**rate), source=copy.deepcopy(dict(content)),
-        )  # fmt: skip
-        plan._check()
-        return plan
+            learning_rate=LearningRate(**rate),
+            source=copy.deepcopy(dict(content)),
+        )
+
+    def __post_init__(self) -> None:
+        lengths = [name for name in ("epochs", "steps", "budgets") if getattr(self, name)]
+        if len(lengths) != 1:
+            raise ConfigError(f"the length of a run is epochs, steps or budgets: give one (found {lengths or 'none'})")
+        rate = self.learning_rate
+        if self.budgets and rate.sweep and rate.epochs is None:
+            raise ConfigError("learning_rate.epochs: a sweep in a study of budgets needs its own length")
+        if self.budgets and len(self.data_sizes) > 1:
+            raise ConfigError("budgets are spent on one set of data: leave data_sizes out, or give one")
+        for variant in self.variants:
+            for size in self.sizes:
+                config = self.architecture(variant, size)  # refuses what cannot be built
+                if rate.base_width is not None:
+                    config.at_width(rate.base_width)
+            if rate.sweep and not self.swept_sizes(variant):
+                raise ConfigError(f"learning_rate.base_width {rate.base_width}: variant {variant} has no such size")
 
     def jobs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[Job]:
         """Returns the runs of the grid, small ones first.
@@ -192,8 +210,7 @@ class StudyPlan:
         return EScAIPConfig.from_dict(self._merged(variant, size)["model"]["architecture"])
 
     def _merged(self, variant: str, size: str) -> dict[str, Any]:
-        architecture = {"model": {"architecture": self.sizes[size]}}
-        return merged(self.recipe, _QUIET, self.settings, architecture, self.variants[variant])
+        return merged(self.recipe, {"model": {"architecture": self.sizes[size]}}, self.variants[variant])
 
     def _job(
         self, variant: str, size: str, data_size: float, budget: float | None, seed: int, rate: float | None,
@@ -211,23 +228,6 @@ class StudyPlan:
         place += [f"lr{rate:.3g}"] if sweep else []
         digest = hashlib.sha256(json.dumps([config, budget], sort_keys=True).encode()).hexdigest()[:8]
         return Job("-".join([*place, digest]), variant, size, seed, data_size, budget, sweep, config)
-
-    def _check(self) -> None:
-        lengths = [name for name in ("epochs", "steps", "budgets") if getattr(self, name)]
-        if len(lengths) != 1:
-            raise ConfigError(f"the length of a run is epochs, steps or budgets: give one (found {lengths or 'none'})")
-        rate = self.learning_rate
-        if self.budgets and rate.sweep and rate.epochs is None:
-            raise ConfigError("learning_rate.epochs: a sweep in a study of budgets needs its own length")
-        if self.budgets and len(self.data_sizes) > 1:
-            raise ConfigError("budgets are spent on one set of data: leave data_sizes out, or give one")
-        for variant in self.variants:
-            for size in self.sizes:
-                config = self.architecture(variant, size)  # refuses what cannot be built
-                if rate.base_width is not None:
-                    config.at_width(rate.base_width)
-            if rate.sweep and not self.swept_sizes(variant):
-                raise ConfigError(f"learning_rate.base_width {rate.base_width}: variant {variant} has no such size")
 
     def claim_folder(self, folder: Path, sweep: Sequence[Job], jobs: Sequence[Job] | None = None) -> None:
         """Makes sure that a folder holds this study or a smaller part of it, and writes the plan to ``study.json``.
@@ -255,20 +255,15 @@ class StudyPlan:
             write_json(file, {"study": self.source, **now})
 
 
-def study_path(name: str) -> Path:
-    """Returns the path of a file, or of a recipe of ``configs/scaling`` by name; see ``config_path``."""
-    return config_path(name, "scaling")
-
-
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merges nested mappings; any other value of a later layer replaces that of an earlier one."""
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
-            if isinstance(value, Mapping) and isinstance(result.get(key), dict):
-                result[key] = merged(result[key], value)
-            else:
-                result[key] = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
+            if isinstance(value, Mapping):
+                before = result.get(key)
+                value = merged(before if isinstance(before, dict) else {}, value)
+            result[key] = value
     return result
 
 
@@ -294,7 +289,7 @@ def _change(text: str) -> dict[str, Any]:
     return dict(result)
 
 
-def _sizes(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _sizes(architecture: dict[str, Any], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Reads sizes by name, or derives them from widths: more heads of the same size, layers as ``width_per_layer``."""
     if ("sizes" in given) == ("widths" in given):
         raise ConfigError("sizes are written one by one as sizes, or follow from widths: give one of them")
@@ -303,7 +298,7 @@ def _sizes(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, d
         if not named:
             raise ConfigError("sizes: there are none")
         return named
-    start = EScAIPConfig.from_dict(settings["model"]["architecture"])
+    start = EScAIPConfig.from_dict(architecture)
     per_layer = given.get("width_per_layer")
     found = {}
     for width in _numbers("widths", given["widths"]):
@@ -435,8 +430,8 @@ def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
     file = file / RECORDS if file.is_dir() else file
     if not file.is_file():
         raise DataError(f"{file}: no records: run `escaip scaling run` first, or name the folder of a study")
-    text = file.read_bytes().decode("utf-8", errors="replace")
     found: dict[str, Record] = {}
+    text = file.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: names may hold other ends of lines
         if not line.strip():
             continue
@@ -451,9 +446,9 @@ def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
     return tuple(found.values())
 
 
-def variants(records: Iterable[Record]) -> dict[str, tuple[Record, ...]]:
+def variants(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Returns the records of each variant, in the order in which variants first appear."""
     found: dict[str, list[Record]] = {}
     for record in records:
         found.setdefault(record.variant, []).append(record)
-    return {name: tuple(group) for name, group in found.items()}
+    return found

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from escaip import EScAIP
-from escaip.files import resource_dir
+from escaip.files import config_path, list_configs
 from escaip.models import EScAIPConfig
 from escaip.scaling.flops import GraphShape, count_flops, parameter_count
-from escaip.scaling.study import StudyPlan, study_path
+from escaip.scaling.study import StudyPlan
 
-NAMES = sorted(path.stem for path in (resource_dir("configs") / "scaling").glob("*.yaml"))
+NAMES = list_configs("scaling")
 # Mean structures that the headers count with; of the molecules of SPICE as they were measured.
 SHAPES = {
     "h200": GraphShape(19.33, 272.1, 4077.0),
@@ -27,7 +27,7 @@ MOLECULES = 4833  # of 5370, nine tenths
 
 def header(name: str) -> str:
     """Comment lines before the first entry, as one."""
-    lines = study_path(name).read_text("utf-8").splitlines()
+    lines = config_path(name, "scaling").read_text("utf-8").splitlines()
     return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
 
 
