@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -53,9 +53,8 @@ def run_study(
     changes: Sequence[str] = (),
     workers: int = 1,
     slurm: Sequence[str] | None = None,
-    say: Callable[[str], None] = print,
 ) -> bool:
-    """Runs what is missing of a study; runs with a record are left as they are.
+    """Runs what is missing of a study, printing a line for each run that ends; runs with a record are left as they are.
 
     Args:
         config: a file, or a recipe of ``configs/scaling``.
@@ -65,7 +64,6 @@ def run_study(
         workers: runs at once on this machine, each with its share of the cores.
         slurm: options of ``sbatch`` such as ``gres=gpu:1``; runs are then submitted as an array, and this returns at
             once.
-        say: receives a line for each run that ends.
 
     Returns:
         Whether the study is complete.
@@ -81,15 +79,15 @@ def run_study(
     sweep, rates = plan.sweep_jobs(), None
     if sweep:
         plan.claim_folder(folder, sweep)
-        if not _execute(folder, sweep, workers, slurm, say, SWEEP):
-            say("the search of learning rates is submitted: run the same command when it has ended")
+        if not _execute(folder, sweep, workers, slurm, SWEEP):
+            print("the search of learning rates is submitted: run the same command when it has ended")
             return False
         rates = best_rates(plan, read_finished(folder, sweep))
         for (variant, size), rate in rates.items():
-            say(f"learning rate of {variant}, {size}: {rate:.3g}")
+            print(f"learning rate of {variant}, {size}: {rate:.3g}")
     jobs = plan.jobs(rates)
     plan.claim_folder(folder, sweep, jobs)
-    return _execute(folder, jobs, workers, slurm, say, RECORDS)
+    return _execute(folder, jobs, workers, slurm, RECORDS)
 
 
 def best_rates(plan: StudyPlan, finished: Mapping[str, Record]) -> dict[tuple[str, str], float]:
@@ -132,9 +130,7 @@ def _collect(folder: Path, jobs: Sequence[Job], name: str) -> dict[str, Record]:
     return found
 
 
-def _execute(
-    folder: Path, jobs: Sequence[Job], workers: int, slurm: Sequence[str] | None, say: Callable[[str], None], name: str
-) -> bool:
+def _execute(folder: Path, jobs: Sequence[Job], workers: int, slurm: Sequence[str] | None, name: str) -> bool:
     """Runs the jobs without a record; returns False when they were submitted."""
     for job in jobs:
         place = folder_of(folder, job.id)
@@ -144,20 +140,20 @@ def _execute(
     finished = _collect(folder, jobs, name)
     missing = [job for job in jobs if job.id not in finished]
     if finished:
-        say(f"{len(finished)} of {len(jobs)} runs are done already")
+        print(f"{len(finished)} of {len(jobs)} runs are done already")
     if slurm is not None and missing:
-        say(submit(folder, missing, slurm))
+        print(submit(folder, missing, slurm))
         return False
     failed: list[Job] = []
     for job, status, seconds in _in_processes(folder, missing, workers):
         done = _collect(folder, jobs, name)
         if job.id not in done:
             failed.append(job)
-            say(f"{job.id} failed (status {status})")
+            print(f"{job.id} failed (status {status})")
             continue
         record = done[job.id]
         errors = ", ".join(f"{metric} {value:.4g}" for metric, value in record.losses.items()) or "diverged"
-        say(f"{len(done)} of {len(jobs)}: {job.id}: {errors}; {record.flops:.3g} FLOPs, {seconds:.0f} s")
+        print(f"{len(done)} of {len(jobs)}: {job.id}: {errors}; {record.flops:.3g} FLOPs, {seconds:.0f} s")
     if failed:
         log = folder_of(folder, failed[0].id) / LOG
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
@@ -337,13 +333,15 @@ def train(study: Path, job: Job) -> Record:
 
 
 def _record(job: Job, cli: TrainingCLI, folder: Path, finite: bool, seconds: float) -> Record:
-    from escaip.scaling.flops import parameter_count
+    from escaip.data import collate
+    from escaip.scaling.flops import count_flops, parameter_count, profile_flops
 
     steps = max(1, int(cli.trainer.global_step))
-    flops, data = _flops(cli, steps), cli.datamodule.datasets["train"]
+    flops, mode = _flops(cli, steps), _mode(cli)
+    data, config = cli.datamodule.datasets["train"], cli.model.potential.config
     rows = read_validations(folder / "run", steps)
     curve = [(float(step), flops * step / steps, row["val/loss"]) for step, row in rows.items() if "val/loss" in row]
-    count = parameter_count(cli.model.potential.config)
+    count, two = parameter_count(config), collate([data[0], data[len(data) // 2]])
     epochs = steps * int(cli.trainer.accumulate_grad_batches) / len(cli.datamodule.train_dataloader())
     seen = min(1.0, epochs)  # a budget may end before all data were seen: D is what the run has learned from
     return Record(
@@ -352,7 +350,7 @@ def _record(job: Job, cli: TrainingCLI, folder: Path, finite: bool, seconds: flo
         atoms=max(1, round(seen * int(sum(data.natoms)))), epochs=epochs, steps=steps, flops=flops,
         learning_rate=job.learning_rate, losses=_losses(rows) if finite else {},
         curve=tuple(point for point in curve if math.isfinite(point[2])), seconds=seconds, commit=version(),
-        config=dict(job.config), profiled=_profiled(cli),
+        config=dict(job.config), profiled=profile_flops(config, two, mode) / count_flops(config, two, mode),
     )  # fmt: skip
 
 
@@ -370,16 +368,6 @@ def _flops(cli: TrainingCLI, steps: int) -> float:
 def _mode(cli: TrainingCLI) -> str:
     losses = cli.model.losses
     return "training" if losses.forces.weight > 0 or losses.stress.weight > 0 else "energy_training"
-
-
-def _profiled(cli: TrainingCLI) -> float:
-    """Returns the operations of a training step on two structures by PyTorch's counter over those of the formula."""
-    from escaip.data import collate
-    from escaip.scaling.flops import count_flops, profile_flops
-
-    data, config = cli.datamodule.datasets["train"], cli.model.potential.config
-    two = collate([data[0], data[len(data) // 2]])
-    return profile_flops(config, two, _mode(cli)) / count_flops(config, two, _mode(cli))
 
 
 def _steps_within(budget: float, cli: TrainingCLI) -> int:

@@ -54,10 +54,6 @@ def write(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def quiet(line: str) -> None:
-    """Receives the lines of a study."""
-
-
 def starts(folder: Path) -> list[int]:
     return [len(file.read_text().split()) for file in sorted(folder.glob("jobs/*/starts.txt"))]
 
@@ -68,24 +64,25 @@ def program(config: Path, out: Path, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
 
 
-def test_every_run_once_in_the_order_of_the_plan(config: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_every_run_once_in_the_order_of_the_plan(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    assert run_study(config, out, workers=3, say=said.append)
+    assert run_study(config, out, workers=3)
     assert [record.id for record in read_records(out)] == json.loads((out / "study.json").read_text())["jobs"]
-    assert len(said) == 8
+    assert len(capsys.readouterr().out.splitlines()) == 8
     before = (out / "records.jsonl").read_bytes()
-    assert run_study(config, out, say=said.append)
-    assert said[-1] == "8 of 8 runs are done already"
+    assert run_study(config, out)
+    assert capsys.readouterr().out == "8 of 8 runs are done already\n"
     assert starts(out) == [1] * 8
     assert (out / "records.jsonl").read_bytes() == before
     with pytest.raises(DataError, match="holds another study"):
-        run_study(write(tmp_path, epochs=4), out, say=quiet)
+        run_study(write(tmp_path, epochs=4), out)
     assert len(read_records(out)) == 8
 
 
 def test_a_study_killed_thrice_ends_as_one_that_was_not(config: Path, tmp_path: Path) -> None:
-    assert run_study(config, tmp_path / "whole", say=quiet)
+    assert run_study(config, tmp_path / "whole")
     out, rng = tmp_path / "killed", random.Random(0)
     for _ in range(3):
         before = sum(starts(out))
@@ -95,7 +92,7 @@ def test_a_study_killed_thrice_ends_as_one_that_was_not(config: Path, tmp_path: 
         time.sleep(rng.uniform(0.0, 0.2))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert run_study(config, out, say=quiet)
+    assert run_study(config, out)
     assert (out / "records.jsonl").read_bytes() == (tmp_path / "whole" / "records.jsonl").read_bytes()
     assert sum(starts(out)) > 8
 
@@ -113,54 +110,52 @@ def test_a_run_that_another_command_has_is_waited_for(config: Path, tmp_path: Pa
     time.sleep(0.3)
     assert not (folder_of(out, job.id) / "starts.txt").exists()
     lock.close()
-    assert run_study(config, out, say=quiet)
+    assert run_study(config, out)
     assert [other.wait() for other in others] == [0, 0]
     assert len(read_records(out)) == 8
     assert starts(out) == [1] * 8
 
 
-def test_a_sweep_then_the_grid(tmp_path: Path) -> None:
+def test_a_sweep_then_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     config = write(tmp_path, learning_rate={"sweep": [0.001, 0.01, 0.2]}, seeds=[0])
-    said: list[str] = []
-    assert run_study(config, out, say=said.append)
+    assert run_study(config, out)
     assert {record.learning_rate for record in read_records(out)} == {0.01}
     assert len(read_records(out / "sweep.jsonl")) == 6
-    assert "learning rate of default, w16: 0.01" in said
+    assert "\nlearning rate of default, w16: 0.01\n" in capsys.readouterr().out
     with pytest.raises(DataError, match="holds another study"):
         run_study(write(tmp_path, learning_rate={"sweep": [0.002, 0.01]}, seeds=[0]), out)
     with pytest.raises(TrainingError, match="add lower ones"):
-        run_study(write(tmp_path, learning_rate={"sweep": [0.2, 0.3]}), tmp_path / "other", say=quiet)
+        run_study(write(tmp_path, learning_rate={"sweep": [0.2, 0.3]}), tmp_path / "other")
 
 
 def test_failed_runs_are_named_after_all_others(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAIL", "w32-d1-s0")
     with pytest.raises(TrainingError, match=r"1 of 8 runs failed; of default-w32-d1-s0-\w+: out of memory"):
-        run_study(config, tmp_path / "out", say=quiet)
+        run_study(config, tmp_path / "out")
     assert len(read_records(tmp_path / "out")) == 7
     monkeypatch.delenv("FAIL")
-    assert run_study(config, tmp_path / "out", say=quiet)
+    assert run_study(config, tmp_path / "out")
     assert len(read_records(tmp_path / "out")) == 8
 
 
-def test_slurm_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     config, tools, out = write(tmp_path, seeds=[0]), tmp_path / "bin", tmp_path / "out"
     with pytest.raises(ConfigError, match="there is no sbatch here"):
-        run_study(config, out, slurm=["time=1:00:00"], say=quiet)
+        run_study(config, out, slurm=["time=1:00:00"])
     tools.mkdir()
     for name, line in (("sbatch", "echo Submitted batch job 4711"), ("srun", ""), ("squeue", "echo $*")):
         (tools / name).write_text(f"#!/bin/sh\n{line}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     with pytest.raises(ConfigError, match="NAME=VALUE"):
-        run_study(config, out, slurm=["time"], say=quiet)
-    said: list[str] = []
-    assert not run_study(config, out, slurm=["time=1:00:00", "gres=gpu:1"], say=said.append)
-    assert said[-1] == "4 runs are submitted as array 4711: run the same command when it has ended"
+        run_study(config, out, slurm=["time"])
+    assert not run_study(config, out, slurm=["time=1:00:00", "gres=gpu:1"])
+    assert capsys.readouterr().out == "4 runs are submitted as array 4711: run the same command when it has ended\n"
     script = next((out / "slurm").glob("*4711*.sh")).read_text().splitlines()
     assert {"#SBATCH --time=1:00:00", "#SBATCH --gres=gpu:1", "#SBATCH --array=0-3%4"} < set(script)
     with pytest.raises(DataError, match="array 4711 is still in the queue"):
-        run_study(config, out, slurm=[], say=quiet)
+        run_study(config, out, slurm=[])
 
 
 def test_tasks_of_an_array(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
