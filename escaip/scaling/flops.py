@@ -6,23 +6,12 @@ Legendre polynomials, gathers and sums over rows, Gaussians and splines, bond-or
 and their linear energy, graph and geometry, atomic energies, loss and optimizer. All of it is linear in tokens or
 pairs, and takes a larger share of the time.
 
-A product of ``rows × in`` by ``in × out`` costs ``2 · rows · in · out``. With ``N`` atoms, ``T`` tokens (kept directed
-edges and ``N`` self tokens), ``P = Σ_i T_i²`` pairs of tokens of the same atom, ``L`` layers, ``H`` features, ``h``
-heads, ``K`` knots, ``R`` Gaussians and ``D, Z, B`` the sizes of distance, element and order embedding:
-
-    edge attributes (L + 1 times)   rows T: R × D, D × H (K + 9 rows from a table, none from a kept one)
-                                    rows N, for each end: order_features × B, (B + Z) × H
-    input network                   rows T: H × H twice
-    message                         rows N: H × H twice; rows T: H × H, 3H × H (gated: H × H, 2H × H twice)
-    projections                     rows T: H × H for query, key, value, output
-    attention                       2 P H logits, 2 P H values, 6 P cosines where there are angles
-    feed-forward                    rows N and rows T: H × mH, mH × H
-    readouts (L + 1 times)          rows N, direct forces also T: H × mH, mH × H; then once (L + 1)H × H
-    energy head                     rows N: H × mH, mH × H, H × 1
-    direct forces                   rows T: H × mH, mH × H, H × 3; rows N: H × mH, mH × H, H × 1
-
-The last block of a conservative model has no edge network, and unless its aggregation is ``graph_attention`` queries
-and outputs for ``N`` self tokens alone: then ``P`` is ``T`` and the logits are ``2 T h c_0``.
+A product of ``rows × in`` by ``in × out`` costs ``2 · rows · in · out``; ``_products`` lists them. Rows are the ``N``
+atoms, the ``T`` tokens (kept directed edges and ``N`` self tokens) or the knots of a table of distances. Attention
+costs ``2 P H`` for logits, ``2 P H`` for values and ``6 P`` for cosines where there are angles, with ``P = Σ_i T_i²``
+pairs of tokens of the same atom and ``H`` features. The last block of a conservative model has no edge network, and
+unless its aggregation is ``graph_attention`` queries and outputs for ``N`` self tokens alone: then ``P`` is ``T`` and
+the logits are ``2 T h c_0``, with ``h`` heads of ``c_0`` scalar channels.
 
 Derivatives. ``Y = X W`` costs one product. The gradient of the loss adds one for ``W`` and one for ``X`` where weights
 lie behind it: three for training on energies or direct forces. Conservative forces add the one for ``X`` (two in
@@ -35,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +48,7 @@ of training."""
 _SPLINE_ENDS = 2 * spline.GHOSTS + 1  # rows of a table beyond the number of its intervals
 
 
-@dataclass(frozen=True)
-class GraphShape:
+class GraphShape(NamedTuple):
     """Sizes of a batch on which its cost depends; means need not be whole.
 
     Attributes:
@@ -81,7 +69,7 @@ class GraphShape:
 
     def times(self, factor: float) -> GraphShape:
         """Returns the sizes of so many such batches."""
-        return GraphShape(*(factor * size for size in dataclasses.astuple(self)))
+        return GraphShape(*(factor * size for size in self))
 
 
 def mean_shape(structures: Iterable[AtomicData], settings: GraphSettings) -> GraphShape:
@@ -90,7 +78,7 @@ def mean_shape(structures: Iterable[AtomicData], settings: GraphSettings) -> Gra
     Raises:
         DataError: there is no structure.
     """
-    shapes = [dataclasses.astuple(GraphShape.of_batch(collate([one]), settings)) for one in structures]
+    shapes = [GraphShape.of_batch(collate([one]), settings) for one in structures]
     if not shapes:
         raise DataError("the sample has no structure: give at least one to count edges in")
     return GraphShape(*map(sum, zip(*shapes, strict=True))).times(1.0 / len(shapes))
@@ -156,8 +144,7 @@ def flops_by_layer(
     model: EScAIPConfig | Potential, batch: StructureBatch | GraphShape, mode: str = "training"
 ) -> dict[str, float]:
     """Counts as ``count_flops``, for each kind of layer apart; all blocks together."""
-    config = _config_of(model)
-    _check_mode(config, mode)
+    config = _checked(model, mode)
     shape = batch if isinstance(batch, GraphShape) else GraphShape.of_batch(batch, config.graph)
     knots = config.distance_knots + _SPLINE_ENDS
     rows = {"token": shape.num_tokens, "atom": shape.num_atoms, "knot": knots}
@@ -316,8 +303,7 @@ def profile_flops(model: EScAIPConfig | Potential, batch: StructureBatch, mode: 
     Raises:
         UsageError: as ``count_flops``.
     """
-    config = _config_of(model)
-    _check_mode(config, mode)
+    config = _checked(model, mode)
     training = mode.endswith("training")
     off: dict[str, Any] = {field.name: 0.0 for field in dataclasses.fields(config) if field.name.endswith("dropout")}
     config = dataclasses.replace(config, **off, stochastic_depth=0.0, attention_backend="auto")
@@ -339,18 +325,16 @@ def profile_flops(model: EScAIPConfig | Potential, batch: StructureBatch, mode: 
     return counter.get_total_flops()
 
 
-def _config_of(model: EScAIPConfig | Potential) -> EScAIPConfig:
+def _checked(model: EScAIPConfig | Potential, mode: str) -> EScAIPConfig:
+    """Returns the configuration of a model for which the mode can be counted."""
     config = model.config if isinstance(model, Potential) else model
     if not isinstance(config, EScAIPConfig):
         raise UsageError(f"operations of {type(config).__name__} are not known: only those of EScAIP are counted")
-    return config
-
-
-def _check_mode(config: EScAIPConfig, mode: str) -> None:
     if mode not in MODES:
         raise UsageError(f"mode {mode!r} does not exist: choose {', '.join(MODES)}")
     if mode == "energy_training" and not config.is_conservative:
         raise UsageError("a direct-force model is trained on forces, too: count mode training, or forces: conservative")
+    return config
 
 
 def operator_formulas() -> dict[Any, Callable[..., int]]:
