@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from escaip.files import plain, write_file, write_json
+from escaip.files import plain, write_aside, write_file, write_json
 from escaip.scaling.fits import IsoFlop, StudyFit, VariantFit
 from escaip.scaling.laws import Interval, LawFit
 from escaip.scaling.study import Record, read_records, variants
@@ -60,11 +59,9 @@ def write_report(study: StudyFit, folder: str | os.PathLike[str]) -> list[Path]:
     figure = draw_sheet(study, records)
     files = [write_fit(study, place)]
     for kind in ("png", "pdf"):
-        stream = io.BytesIO()
-        # Without a date, so that the same study is the same file.
-        figure.savefig(stream, format=kind, dpi=110, metadata={"CreationDate": None} if kind == "pdf" else None)
         files.append(place / f"{SHEET}.{kind}")
-        write_file(files[-1], stream.getvalue())
+        with write_aside(files[-1]) as aside:  # without a date, so that the same study is the same file
+            figure.savefig(aside, dpi=110, metadata={"CreationDate": None} if kind == "pdf" else None)
     text = "\n\n".join([markdown(study), f"![sheet]({SHEET}.png)", _protocol(place, records), _LIMITS])
     write_file(place / REPORT, text)
     return [*files, place / REPORT]
@@ -250,11 +247,9 @@ def draw_sheet(study: StudyFit, records: Iterable[Record]) -> Figure:
 
 def _few_labels(axis: Axes) -> None:
     """Labels logarithmic axes that are shorter than a decade between its powers of ten, too."""
-    for ticks, scale, (low, high) in (
-        (axis.xaxis, axis.get_xscale(), axis.get_xlim()),
-        (axis.yaxis, axis.get_yscale(), axis.get_ylim()),
-    ):
-        if scale == "log":
+    for ticks in (axis.xaxis, axis.yaxis):
+        if ticks.get_scale() == "log":
+            low, high = ticks.get_view_interval()
             short = high / low < 10.0
             ticks.set_minor_locator(LogLocator(subs=[2.0, 3.0, 5.0] if short else [float(x) for x in range(2, 10)]))
             ticks.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:.3g}") if short else NullFormatter())
