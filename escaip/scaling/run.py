@@ -79,15 +79,16 @@ def run_study(
     sweep, rates = plan.sweep_jobs(), None
     if sweep:
         plan.claim_folder(folder, sweep)
-        if not _execute(folder, sweep, workers, slurm, SWEEP):
+        finished = _execute(folder, sweep, workers, slurm, SWEEP)
+        if finished is None:
             print("the search of learning rates is submitted: run the same command when it has ended")
             return False
-        rates = best_rates(plan, read_finished(folder, sweep))
+        rates = best_rates(plan, finished)
         for (variant, size), rate in rates.items():
             print(f"learning rate of {variant}, {size}: {rate:.3g}")
     jobs = plan.jobs(rates)
     plan.claim_folder(folder, sweep, jobs)
-    return _execute(folder, jobs, workers, slurm, RECORDS)
+    return _execute(folder, jobs, workers, slurm, RECORDS) is not None
 
 
 def best_rates(plan: StudyPlan, finished: Mapping[str, Record]) -> dict[tuple[str, str], float]:
@@ -116,22 +117,19 @@ def folder_of(study: Path, job_id: str) -> Path:
     return study / "jobs" / job_id
 
 
-def read_finished(folder: Path, jobs: Sequence[Job]) -> dict[str, Record]:
-    """Reads the records of those of the jobs that have ended."""
-    files = {job.id: folder_of(folder, job.id) / RECORD for job in jobs}
-    return {name: Record.from_json(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
-
-
 def _collect(folder: Path, jobs: Sequence[Job], name: str) -> dict[str, Record]:
-    """Writes the records of the jobs into one file, in the order of the plan, and returns them."""
-    found = read_finished(folder, jobs)
+    """Writes the records of the jobs that have ended into one file, in the order of the plan, and returns them."""
+    files = {job.id: folder_of(folder, job.id) / RECORD for job in jobs}
+    found = {key: Record.from_json(file.read_text(encoding="utf-8")) for key, file in files.items() if file.is_file()}
     if found:
         write_file(folder / name, "".join(record.to_json() + "\n" for record in found.values()))
     return found
 
 
-def _execute(folder: Path, jobs: Sequence[Job], workers: int, slurm: Sequence[str] | None, name: str) -> bool:
-    """Runs the jobs without a record; returns False when they were submitted."""
+def _execute(
+    folder: Path, jobs: Sequence[Job], workers: int, slurm: Sequence[str] | None, name: str
+) -> dict[str, Record] | None:
+    """Runs the jobs without a record and returns the records of all; None when they were submitted."""
     for job in jobs:
         place = folder_of(folder, job.id)
         place.mkdir(parents=True, exist_ok=True)
@@ -143,17 +141,17 @@ def _execute(folder: Path, jobs: Sequence[Job], workers: int, slurm: Sequence[st
         print(f"{len(finished)} of {len(jobs)} runs are done already")
     if slurm is not None and missing:
         print(submit(folder, missing, slurm))
-        return False
+        return None
     failed: list[Job] = []
     for job, status, seconds in _in_processes(folder, missing, workers):
-        done = _collect(folder, jobs, name)
-        if job.id not in done:
+        finished = _collect(folder, jobs, name)
+        if job.id not in finished:
             failed.append(job)
             print(f"{job.id} failed (status {status})")
             continue
-        record = done[job.id]
+        record = finished[job.id]
         errors = ", ".join(f"{metric} {value:.4g}" for metric, value in record.losses.items()) or "diverged"
-        print(f"{len(done)} of {len(jobs)}: {job.id}: {errors}; {record.flops:.3g} FLOPs, {seconds:.0f} s")
+        print(f"{len(finished)} of {len(jobs)}: {job.id}: {errors}; {record.flops:.3g} FLOPs, {seconds:.0f} s")
     if failed:
         log = folder_of(folder, failed[0].id) / LOG
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
@@ -161,7 +159,7 @@ def _execute(folder: Path, jobs: Sequence[Job], workers: int, slurm: Sequence[st
             f"{len(failed)} of {len(jobs)} runs failed; of {failed[0].id}: {lines[-1] if lines else 'no output'} "
             f"({log}): mend the cause and run the same command again"
         )
-    return True
+    return finished
 
 
 @dataclass
