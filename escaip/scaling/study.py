@@ -46,8 +46,8 @@ class LearningRate:
     def __post_init__(self) -> None:
         if (self.value is None) == (not self.sweep):
             raise ConfigError("learning_rate: give value, or sweep with two or more rates")
-        if len(set(self.sweep)) == 1 or any(not rate > 0 for rate in (*self.sweep, self.value or 1.0)):
-            raise ConfigError("learning_rate: rates must be above 0, and a sweep has two or more")
+        if len(self.sweep) == 1:
+            raise ConfigError("learning_rate: a sweep has two or more rates")
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ class StudyPlan:
         rate = dict(rate) if isinstance(rate, Mapping) else {"value": rate}
         _check_keys("learning_rate.", rate, {one.name for one in fields(LearningRate)})
         rate["sweep"] = tuple(_numbers("learning_rate.sweep", rate.get("sweep", [])))
+        if rate.get("value") is not None:
+            (rate["value"],) = _numbers("learning_rate.value", [rate["value"]])
         return cls(
             recipe=recipe,
             variants=_mappings("variants", given["variants"]),

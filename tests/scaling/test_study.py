@@ -74,10 +74,12 @@ def test_steps_numbers_of_structures_and_sizes_by_name() -> None:
     assert jobs[0].config["data"]["train_size"] == 100
 
 
-def test_budgets() -> None:
-    jobs = StudyPlan.parse(study(epochs=None, budgets=["1e12", 2e12], data_sizes=[1.0], seeds=[0])).jobs()
+def test_budgets_and_numbers_that_yaml_reads_as_text() -> None:
+    content = study(epochs=None, budgets=["1e12", 2e12], data_sizes=[1.0], seeds=[0], learning_rate="1e-3")
+    jobs = StudyPlan.parse(content).jobs()
     assert len(jobs) == 2 * 3 * 2
     assert {job.budget for job in jobs} == {1e12, 2e12}
+    assert {job.learning_rate for job in jobs} == {1e-3}
 
 
 def test_a_sweep_gives_each_size_its_rate() -> None:
@@ -130,7 +132,8 @@ def test_a_folder_keeps_to_its_study(tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": {"rate": 1}}, "learning_rate.rate does not exist"),
         ({"learning_rate": {"sweep": [0.1]}}, "two or more"),
-        ({"learning_rate": {"value": -1.0}}, "above 0"),
+        ({"learning_rate": {"value": -1.0}}, "learning_rate.value is .*above 0"),
+        ({"learning_rate": "fast"}, "learning_rate.value is .*list of numbers"),
         ({"learning_rate": {"sweep": [0.1, 0.2], "base_width": 48}}, "has no such size"),
         ({"epochs": None, "budgets": [1e12]}, "budgets are spent on one set of data"),
         ({"variants": {"a": {"model": {"architecture": {"colour": 1}}}}}, "'colour' does not exist"),
