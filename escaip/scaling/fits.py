@@ -61,13 +61,10 @@ class Parabola:
     """Parabola ``log L = a + b u + c u²``, ``u = log N``, through the runs of one budget.
 
     Attributes:
-        runs: of the budget.
         flops: geometric mean C of the runs.
-        num_runs: number of runs.
         sizes: lowest and highest N.
         N, D, loss: values at the minimum; None where it does not lie inside the sizes.
-        coefficients: ``(c, b, a)`` in ``u − center``.
-        center: mean of u.
+        coefficients: ``(c, b, a)`` in ``u − center``, with the mean of u.
         text: the result in words.
     """
 
@@ -186,14 +183,11 @@ def _parabola(runs: Points, scale: Array, settings: FitSettings, rng: np.random.
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of the same law of two variants that were fitted apart.
+    """Comparison of a law, ``joint`` or ``power``, of two variants that were fitted apart.
 
     Attributes:
-        first, second: names of the variants.
-        law: ``joint`` or ``power``.
-        quantity: ``alpha``, ``beta`` or ``gamma``, of which the difference is taken, first less second; or ``loss``, of
-            which the ratio is taken, first over second.
-        value: the difference or ratio.
+        quantity: ``alpha``, ``beta`` or ``gamma``, or ``loss``.
+        value: first less second; of ``loss`` first over second.
         distinct: whether the interval leaves out zero, or one for a ratio.
         at: for the ratio, the largest C, or N and D, that both variants have.
         extrapolated: variants outside of whose range ``at`` lies.
@@ -254,8 +248,7 @@ class VariantFit:
     Attributes:
         points: the runs fitted.
         frontier: those that the law of compute was fitted to.
-        joint: L = E + A N^-α + B D^-β, where there are points enough.
-        power: L = E + F C^-γ on the frontier, where there are points enough.
+        joint, power: L = E + A N^-α + B D^-β, and L = E + F C^-γ on the frontier, where there are points enough.
         isoflop: where a budget was spent on three sizes or more.
         gamma_difference: γ of the frontier less αβ/(α+β); None without both.
         notes: which fits are missing and why, and caveats.
@@ -283,12 +276,12 @@ class StudyFit:
 def fit_study(
     folder: str | os.PathLike[str], metric: str = "forces_mae", settings: FitSettings | None = None
 ) -> StudyFit:
-    """Fits every law that the records of a study allow.
+    """Fits every law that the ``records.jsonl`` of a study allows.
 
     Args:
-        folder: of the study, holding ``records.jsonl``.
+        folder: of the study.
         metric: of the records, such as ``forces_mae``, ``energy_mae`` or ``loss``.
-        settings: default δ = 1e-3, 1000 refits, 90 %.
+        settings: of the fits.
 
     Raises:
         DataError: records that cannot be read, a metric that none holds, or too few points for any law.

@@ -89,10 +89,8 @@ class _Product:
     """A matrix product with weights.
 
     Attributes:
-        layer: kind of layer, for tables.
         rows: ``"token"``, ``"atom"`` or ``"knot"``: the input has one row for each.
-        fan_in: columns of the input.
-        fan_out: columns of the output.
+        fan_in, fan_out: columns of the input and of the output.
         moves: whether the input depends on positions.
         learned: whether the input depends on weights.
         last: whether no weights follow.
@@ -108,7 +106,6 @@ class _Product:
 
     @property
     def size(self) -> int:
-        """Entries of the weight."""
         return self.fan_in * self.fan_out
 
     def passes(self, mode: str, conservative: bool) -> int:
@@ -124,15 +121,12 @@ class _Product:
 
 
 def count_flops(model: EScAIPConfig | Potential, batch: StructureBatch | GraphShape, mode: str = "training") -> float:
-    """Counts the floating-point operations of one evaluation or training step by formula.
+    """Counts the floating-point operations of an evaluation or training step of a batch by formula.
 
     Args:
         model: a configuration, or a potential for its configuration.
         batch: structures, or the sizes of their graph.
         mode: one of ``MODES``.
-
-    Returns:
-        Operations for the whole batch; whole numbers for whole sizes.
 
     Raises:
         UsageError: there is no such mode, or a direct-force model is to be trained on energies alone.
@@ -293,15 +287,8 @@ def profile_flops(model: EScAIPConfig | Potential, batch: StructureBatch, mode: 
     """Measures the operations that ``count_flops`` predicts by one evaluation or step under PyTorch's counter.
 
     A fresh potential of the configuration without dropout is run on the batch's device; the potential given, the batch
-    and the state of the random numbers do not change. Attention is counted by ``operator_formulas``.
-
-    Args:
-        model: a configuration, or a potential for its configuration.
-        batch: structures.
-        mode: one of ``MODES``.
-
-    Raises:
-        UsageError: as ``count_flops``.
+    and the state of the random numbers do not change. Attention is counted by ``operator_formulas``. Arguments and
+    errors are those of ``count_flops``.
     """
     config = _checked(model, mode)
     training = mode.endswith("training")

@@ -50,7 +50,6 @@ class FitSettings:
         huber: δ of Huber's loss in log L.
         bootstrap: number of refits that intervals are taken from.
         level: probability with which an interval is to hold the truth.
-        seed: seed of the refits.
         floor: whether losses end at an E ≥ 0; without it E = 0.
 
     Raises:
@@ -285,13 +284,11 @@ class SumOfPowers:
 
 @dataclass(frozen=True)
 class LackOfFit:
-    """Test of a law against the noise of seeds.
+    """Test of a law against the noise of seeds, flagged where the law does not describe the points (5 %).
 
     Attributes:
         p_value: probability of a misfit as large if the law were true; NaN where the test is not possible.
         misfit: standard deviation of log L of cells about the law, less the noise of seeds.
-        flagged: whether the law does not describe the points (5 %).
-        text: the result in words.
     """
 
     p_value: float
@@ -302,13 +299,9 @@ class LackOfFit:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Prediction of the runs at the largest value of one input by the law fitted to all other runs.
+    """Prediction of the runs at the largest N, D or C by the law fitted to all other runs.
 
-    Attributes:
-        axis: N, D or C.
-        predicted: geometric mean of the losses left out, with noise; NaN where the others are too few.
-        observed: the mean loss observed.
-        text: the result in words.
+    Geometric means of their losses, the predicted one with noise; NaN where the others are too few.
     """
 
     axis: str
@@ -328,13 +321,9 @@ class LawFit:
         replicates: name to ``(R,)`` values of the refits; where E = 0 is not refuted, as many with E = 0 follow.
         without_floor: exponents of the fit with E = 0; empty where E was fixed to zero.
         floor_p_value: of E = 0, by an F test; NaN where E was fixed or the noise is not known.
-        noise: of log L about the law.
-        num_runs, num_points: number of runs, and of distinct inputs.
+        num_points: number of distinct inputs.
         ranges: input to lowest and highest value.
-        lack_of_fit: test of the law.
-        settings: of the fit.
-        warnings: in words.
-        left_out: predictions of the largest runs by the law of the others, where they were asked for.
+        left_out: predictions of the largest runs, where they were asked for.
     """
 
     kind: str

@@ -113,7 +113,6 @@ def best_rates(plan: StudyPlan, finished: Mapping[str, Record]) -> dict[tuple[st
 
 
 def folder_of(study: Path, job_id: str) -> Path:
-    """Returns the folder of a run."""
     return study / "jobs" / job_id
 
 
@@ -228,7 +227,7 @@ def submit(folder: Path, jobs: Sequence[Job], options: Sequence[str], cluster: s
         folder: of the study.
         jobs: to run.
         options: of ``sbatch``, such as ``gres=gpu:1``.
-        cluster: ``slurm``, or another executor of submitit.
+        cluster: executor of submitit.
 
     Raises:
         ConfigError: there is no submitit or no ``sbatch``, an option is no ``NAME=VALUE``, or ``sbatch`` refuses.
@@ -266,11 +265,7 @@ def _queued(array: str) -> bool:
 
 
 def run_claimed(study: str, job_id: str) -> None:
-    """Runs a job unless another process does; the task of an array.
-
-    Raises:
-        TrainingError: the job failed.
-    """
+    """Runs a job unless another process does, or raises a TrainingError; the task of an array."""
     folder = folder_of(Path(study), job_id)
     lock = try_lock(folder / LOCK)
     if lock is None:
@@ -285,11 +280,7 @@ def run_claimed(study: str, job_id: str) -> None:
 
 
 def read_job(study: Path, job_id: str) -> Job:
-    """Reads the job that ``run_study`` wrote.
-
-    Raises:
-        DataError: there is no such run.
-    """
+    """Reads the job that ``run_study`` wrote, or raises a DataError."""
     file = folder_of(study, job_id) / JOB
     if not file.is_file():
         raise DataError(f"{study} has no run {job_id}: start it by escaip scaling run")

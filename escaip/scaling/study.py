@@ -56,7 +56,6 @@ class Job:
 
     Attributes:
         id: place in the grid, and eight digits of the configuration's digest.
-        variant, size, seed, data_size: place in the grid.
         budget: FLOPs to spend, in a study of budgets; the number of steps is found when the data are read.
         sweep: whether the run belongs to the search of learning rates, which enters no fit.
         config: the whole configuration of ``escaip fit``.
@@ -90,7 +89,6 @@ class StudyPlan:
         epochs: passes of each run over its data; or
         steps: of the optimizer, the same for every run; or
         budgets: FLOPs, each spent by every size on all data.
-        learning_rate: see ``LearningRate``.
         source: the plan as it was written.
     """
 
@@ -114,7 +112,7 @@ class StudyPlan:
             changes: ``KEY=VALUE`` put into ``settings``, such as ``data.train=train.xyz``; values as in YAML.
 
         Raises:
-            ConfigError: the file does not exist or holds something impossible.
+            ConfigError: there is no such file, or an entry is unknown or impossible; the message names it.
         """
         file = config_path(os.fspath(path), "scaling")
         content = read_yaml(file)
@@ -126,11 +124,7 @@ class StudyPlan:
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> StudyPlan:
-        """Makes a plan from a mapping and checks each of its configurations.
-
-        Raises:
-            ConfigError: an unknown or impossible entry, which the message names.
-        """
+        """Makes a plan from the content of a file; see ``read``."""
         given = {"variants": {"default": {}}, "data_sizes": [1.0], "seeds": [0], **content}
         _check_keys("", given, {one.name for one in fields(cls)} - {"source"} | _WRITTEN_ALONE)
         for key in ("recipe", "learning_rate"):
@@ -234,10 +228,7 @@ class StudyPlan:
     def claim_folder(self, folder: Path, sweep: Sequence[Job], jobs: Sequence[Job] | None = None) -> None:
         """Makes sure that a folder holds this study or a smaller part of it, and writes the plan to ``study.json``.
 
-        Args:
-            folder: of the study; it need not exist.
-            sweep: runs of the search of learning rates.
-            jobs: runs of the grid; None where they are not known yet, and nothing is written.
+        Nothing is written where the jobs of the grid are not known yet (None).
 
         Raises:
             DataError: the folder holds another study.
@@ -343,24 +334,14 @@ class Record:
     """One finished run.
 
     Attributes:
-        id: unique in the study.
-        size: name of the model's size.
-        seed: of weights and order of the data.
-        parameters: N, without embeddings of elements.
-        parameters_total: number of all parameters.
+        parameters: N, without embeddings of elements; ``parameters_total`` is with them.
         structures: D, distinct training structures; of less than an epoch, those that were seen.
         atoms: in those structures.
-        epochs: passes over them.
-        steps: of the optimizer.
         flops: C, floating-point operations of the whole training by formula.
         learning_rate: the highest of the schedule.
         losses: metric to the last validation value, of averaged weights where the recipe averages them: ``energy_mae``
             eV/atom, ``forces_mae`` eV/Å, ``stress_mae`` eV/Å³, ``loss``. A run that diverged has none.
-        variant: name of the architecture or set of options; variants are fitted apart from each other.
         curve: ``(step, flops so far, validation loss)`` over the run.
-        seconds: of training.
-        commit: of the code.
-        config: of ``escaip fit``.
         profiled: operations of a training step on two structures by PyTorch's counter over those of the formula; None
             where they were not measured.
     """
@@ -385,11 +366,6 @@ class Record:
     profiled: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the values that are fitted.
-
-        Raises:
-            DataError: one that is no finite number above zero.
-        """
         fitted = {name: getattr(self, name) for name in ("parameters", "structures", "flops", "learning_rate")}
         if not isinstance(self.losses, Mapping):
             raise DataError(f"losses is {self.losses!r}, not a mapping: run that point again")
@@ -420,10 +396,7 @@ class Record:
 
 
 def read_records(path: str | os.PathLike[str]) -> tuple[Record, ...]:
-    """Reads the records of a study in the order written; a run that was written twice, alike, counts once.
-
-    Args:
-        path: folder of a study, or its file of records.
+    """Reads the records of a study, of its folder or file, in the order written; one that is there twice counts once.
 
     Raises:
         DataError: there is no file, a line is damaged, or one id has two different records.
