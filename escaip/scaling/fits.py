@@ -267,6 +267,7 @@ class VariantFit:
 class StudyFit:
     """Fits of each variant of a study, in the order of the records, and comparisons of every pair of variants."""
 
+    records: tuple[Record, ...] = field(repr=False)
     metric: str
     settings: FitSettings
     variants: Mapping[str, VariantFit]
@@ -300,7 +301,7 @@ def fit_study(
         raise DataError(f"{folder}: nothing can be fitted: {reasons}")
     joint = compare({name: one.joint for name, one in fits.items() if one.joint is not None})
     power = compare({name: one.power for name, one in fits.items() if one.power is not None})
-    return StudyFit(metric, settings, fits, (*joint, *power))
+    return StudyFit(records, metric, settings, fits, (*joint, *power))
 
 
 def fit_variant(records: Sequence[Record], metric: str, settings: FitSettings) -> VariantFit:

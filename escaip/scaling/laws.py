@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -216,13 +217,13 @@ class SumOfPowers:
     def starts(self, y: Array) -> Array:
         """Returns a grid of parameters ``(S, P)`` over exponents, E, and shares of the terms in the median loss."""
         num_inputs, middle = len(self.center), float(np.exp(np.median(y)))
+        constants = (0.05, 0.5, 0.9) if self.floor else (0.0,)
+        firsts = (0.25, 0.75) if num_inputs == 2 else (1.0,)
         found = []
-        for constant in (0.05, 0.5, 0.9) if self.floor else (0.0,):
-            for first in (0.25, 0.75) if num_inputs == 2 else (1.0,):
-                shares = np.array([first, 1.0 - first][:num_inputs])
-                heads = np.log(shares * (middle - constant * self.lowest) + 1e-3 * middle)
-                for powers in np.stack(np.meshgrid(*[(0.15, 0.5)] * num_inputs), -1).reshape(-1, num_inputs):
-                    found.append([*heads, *powers, *[constant] * self.floor])
+        for constant, first, *powers in product(constants, firsts, *[(0.15, 0.5)] * num_inputs):
+            shares = np.array([first, 1.0 - first][:num_inputs])
+            heads = np.log(shares * (middle - constant * self.lowest) + 1e-3 * middle)
+            found.append([*heads, *powers[::-1], *[constant] * self.floor])
         return np.clip(np.array(found), self.lower, self.upper)
 
     def best(self, logs: Array, y: Array, delta: float) -> Array:

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from escaip.files import plain, write_aside, write_file, write_json
 from escaip.scaling.fits import IsoFlop, StudyFit, VariantFit
 from escaip.scaling.laws import Interval, LawFit
-from escaip.scaling.study import Record, read_records, variants
+from escaip.scaling.study import Record, variants
 
 FIT, REPORT, SHEET = "fit.json", "report.md", "scaling"
 _FORMULAS = {"joint": "L = E + A N^-alpha + B D^-beta", "power": "L = E + F C^-gamma, on the frontier"}
@@ -52,17 +52,16 @@ def write_report(study: StudyFit, folder: str | os.PathLike[str]) -> list[Path]:
     """Writes ``fit.json``, ``report.md``, ``scaling.png`` and ``scaling.pdf`` into the folder of a study.
 
     Raises:
-        DataError: records that cannot be read, or a file that cannot be written.
+        DataError: a file cannot be written.
     """
     place = Path(folder)
-    records = read_records(place)
-    figure = draw_sheet(study, records)
+    figure = draw_sheet(study)
     files = [write_fit(study, place)]
     for kind in ("png", "pdf"):
         files.append(place / f"{SHEET}.{kind}")
         with write_aside(files[-1]) as aside:  # without a date, so that the same study is the same file
             figure.savefig(aside, dpi=110, metadata={"CreationDate": None} if kind == "pdf" else None)
-    text = "\n\n".join([markdown(study), f"![sheet]({SHEET}.png)", _protocol(place, records), _LIMITS])
+    text = "\n\n".join([markdown(study), f"![sheet]({SHEET}.png)", _protocol(place, study.records), _LIMITS])
     write_file(place / REPORT, text)
     return [*files, place / REPORT]
 
@@ -212,14 +211,14 @@ def _span(values: Sequence[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def draw_sheet(study: StudyFit, records: Iterable[Record]) -> Figure:
+def draw_sheet(study: StudyFit) -> Figure:
     """Draws a row of five panels for each variant; bands are intervals at the level of the study.
 
     The panels show loss against compute with the frontier and its law; losses of each budget against N with their
     parabolas, then N* and D*, or where no budget has a minimum losses against N and against D with the joint law;
     residuals of the joint law; learning curves.
     """
-    groups = {name: group for name, group in variants(records).items() if name in study.variants}
+    groups = variants(study.records)
     figure = Figure(figsize=(20.0, 4.0 * len(groups)), layout="constrained")
     loss = f"{study.metric} ({_UNITS[study.metric]})" if study.metric in _UNITS else study.metric
     rows: Any = figure.subplots(len(groups), 5, squeeze=False)

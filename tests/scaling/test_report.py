@@ -14,7 +14,6 @@ from escaip.errors import DataError
 from escaip.scaling.fits import StudyFit, fit_study
 from escaip.scaling.laws import FitSettings
 from escaip.scaling.report import draw_sheet, markdown, write_fit, write_report
-from escaip.scaling.study import read_records
 
 FEW = FitSettings(bootstrap=60)
 
@@ -80,7 +79,7 @@ def test_panels(study: Path) -> None:
     best = 1e5 * (c / 1e11) ** 0.5
     n = best * np.tile([0.3, 0.5, 1.0, 2.0, 3.0], 3)
     write_study(study, records(n, c / 60 / n, c**-0.1 * np.exp(0.3 * np.log(n / best) ** 2), "spent"))
-    axes = draw_sheet(fit_study(study, settings=FEW), read_records(study)).axes
+    axes = draw_sheet(fit_study(study, settings=FEW)).axes
     titles = [axis.get_title() for axis in axes]
     assert titles[:5] == ["default: compute", "size", "data", "runs about the law of N and D", "learning curves"]
     row = titles.index("spent: compute")
