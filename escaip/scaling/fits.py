@@ -215,8 +215,7 @@ def compare(fits: Mapping[str, LawFit]) -> list[Comparison]:
         one, other = fits[first], fits[second]
         for exponent in ("gamma",) if one.kind == "power" else ("alpha", "beta", "gamma"):
             difference = _difference(one, other, exponent, rng)
-            distinct = difference.known and not difference.covers(0.0)
-            found.append(Comparison(first, second, one.kind, exponent, difference, distinct))
+            found.append(Comparison(first, second, one.kind, exponent, difference, difference.excludes(0.0)))
         at = tuple(min(one.ranges[axis][1], other.ranges[axis][1]) for axis in one.ranges)
         (value, drawn), (value2, drawn2) = one.predict(*at), other.predict(*at)
         a, b = _paired(drawn[:, 0], drawn2[:, 0], rng)
@@ -226,8 +225,7 @@ def compare(fits: Mapping[str, LawFit]) -> list[Comparison]:
             for name, fit in ((first, one), (second, other))
             if any(x < low for x, (low, _) in zip(at, fit.ranges.values(), strict=True))
         )
-        distinct = ratio.known and not ratio.covers(1.0)
-        found.append(Comparison(first, second, one.kind, "loss", ratio, distinct, at, below))
+        found.append(Comparison(first, second, one.kind, "loss", ratio, ratio.excludes(1.0), at, below))
     return found
 
 
@@ -317,7 +315,7 @@ def fit_variant(records: Sequence[Record], metric: str, settings: FitSettings) -
     difference = None
     if joint is not None and power is not None:
         difference = _difference(power, joint, "gamma", np.random.default_rng([settings.seed, 4]))
-        if difference.known and not difference.covers(0.0):
+        if difference.excludes(0.0):
             notes.append(
                 "γ of the frontier and αβ/(α+β) differ: sizes and data on the frontier are not the best for their "
                 "compute, compute is not proportional to N D, or a law does not hold"

@@ -103,6 +103,9 @@ class Interval(NamedTuple):
     def covers(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    def excludes(self, value: float) -> bool:
+        return value < self.low or value > self.high  # neither where there is no interval
+
 
 @dataclass(frozen=True)
 class Cells:

@@ -130,10 +130,8 @@ def _execute(
 ) -> dict[str, Record] | None:
     """Runs the jobs without a record and returns the records of all; None when they were submitted."""
     for job in jobs:
-        place = folder_of(folder, job.id)
-        place.mkdir(parents=True, exist_ok=True)
-        if not (place / JOB).is_file():
-            write_file(place / JOB, json.dumps(dataclasses.asdict(job), indent=1) + "\n")
+        folder_of(folder, job.id).mkdir(parents=True, exist_ok=True)
+        write_file(folder_of(folder, job.id) / JOB, json.dumps(dataclasses.asdict(job), indent=1) + "\n")
     finished = _collect(folder, jobs, name)
     missing = [job for job in jobs if job.id not in finished]
     if finished:
@@ -247,8 +245,10 @@ def submit(folder: Path, jobs: Sequence[Job], options: Sequence[str], cluster: s
         executor.update_parameters(slurm_use_srun=False, slurm_additional_parameters=parameters)
     pending = folder / "slurm.txt"
     before = pending.read_text(encoding="utf-8").strip() if pending.is_file() else ""
-    if before and shutil.which("squeue") and _queued(before):
-        raise DataError(f"{folder}: its array {before} is still in the queue: wait for it")
+    if before and shutil.which("squeue"):
+        listed = subprocess.run(["squeue", "--noheader", "--jobs", before], capture_output=True, check=False)
+        if listed.returncode == 0 and listed.stdout.strip():
+            raise DataError(f"{folder}: its array {before} is still in the queue: wait for it")
     executor.update_parameters(name="escaip-scaling")
     try:
         tasks = executor.map_array(run_claimed, [str(folder.resolve())] * len(jobs), [job.id for job in jobs])
@@ -257,11 +257,6 @@ def submit(folder: Path, jobs: Sequence[Job], options: Sequence[str], cluster: s
     array = tasks[0].job_id.partition("_")[0]
     write_file(pending, array + "\n")
     return f"{len(jobs)} runs are submitted as array {array}: run the same command when it has ended"
-
-
-def _queued(array: str) -> bool:
-    done = subprocess.run(["squeue", "--noheader", "--jobs", array], capture_output=True, text=True, check=False)
-    return done.returncode == 0 and bool(done.stdout.strip())
 
 
 def run_claimed(study: str, job_id: str) -> None:
