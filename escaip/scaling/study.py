@@ -136,23 +136,29 @@ class StudyPlan:
         rate = given["learning_rate"]
         rate = dict(rate) if isinstance(rate, Mapping) else {"value": rate}
         _check_keys("learning_rate.", rate, {one.name for one in fields(LearningRate)})
-        rate["sweep"] = tuple(_numbers("learning_rate.sweep", rate.get("sweep", [])))
-        if rate.get("value") is not None:
-            (rate["value"],) = _numbers("learning_rate.value", [rate["value"]])
+        rate["sweep"] = _numbers("learning_rate.sweep", rate.get("sweep", []))
+        for key in ("value", "data_size"):
+            if rate.get(key) is not None:
+                rate[key] = _number(f"learning_rate.{key}", rate[key])
+        for key in ("epochs", "base_width"):
+            rate[key] = _count(f"learning_rate.{key}", rate.get(key))
         return cls(
             recipe=recipe,
             variants=_mappings("variants", given["variants"]),
             sizes=_sizes(recipe["model"]["architecture"], given),
-            data_sizes=tuple(_numbers("data_sizes", given["data_sizes"])),
+            data_sizes=_numbers("data_sizes", given["data_sizes"]),
             seeds=tuple(int(x) for x in _numbers("seeds", given["seeds"], least=0)),
             epochs=_count("epochs", given.get("epochs")),
             steps=_count("steps", given.get("steps")),
-            budgets=tuple(_numbers("budgets", given.get("budgets", []))),
+            budgets=_numbers("budgets", given.get("budgets", [])),
             learning_rate=LearningRate(**rate),
             source=copy.deepcopy(dict(content)),
         )
 
     def __post_init__(self) -> None:
+        for name in ("variants", "sizes", "data_sizes", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name}: there are none")
         lengths = [name for name in ("epochs", "steps", "budgets") if getattr(self, name)]
         if len(lengths) != 1:
             raise ConfigError(f"the length of a run is epochs, steps or budgets: give one (found {lengths or 'none'})")
@@ -287,16 +293,15 @@ def _sizes(architecture: dict[str, Any], given: Mapping[str, Any]) -> dict[str, 
     if ("sizes" in given) == ("widths" in given):
         raise ConfigError("sizes are written one by one as sizes, or follow from widths: give one of them")
     if "sizes" in given:
-        named = _mappings("sizes", given["sizes"])
-        if not named:
-            raise ConfigError("sizes: there are none")
-        return named
+        return _mappings("sizes", given["sizes"])
     start = EScAIPConfig.from_dict(architecture)
     per_layer = given.get("width_per_layer")
     found = {}
     for width in _numbers("widths", given["widths"]):
         config = start.at_width(int(width))
-        layers = start.num_layers if per_layer is None else max(1, math.floor(width / float(per_layer) + 0.5))
+        layers = start.num_layers
+        if per_layer is not None:
+            layers = max(1, math.floor(width / _number("width_per_layer", per_layer) + 0.5))
         heads = {"hidden_size": config.hidden_size, "num_heads": config.num_heads}
         found[f"w{int(width)}"] = {**heads, "num_layers": layers}
     return found
@@ -312,15 +317,21 @@ def _mappings(name: str, value: Any) -> dict[str, dict[str, Any]]:
     return {key: _mapping(f"{name}.{key}", entry) for key, entry in _mapping(name, value).items()}
 
 
-def _numbers(name: str, values: Any, least: float = 1e-300) -> list[float]:
-    values = values if isinstance(values, list | tuple) else [values]
-    try:
-        found = [float(value) for value in values]  # YAML reads 1e18 as text
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} is {values!r}: it must be a list of numbers") from None
-    if any(not (math.isfinite(x) and x >= least) for x in found) or len(set(found)) < len(found):
-        raise ConfigError(f"{name} is {values!r}: numbers above 0, each once")
+def _numbers(name: str, values: Any, least: float = 1e-300) -> tuple[float, ...]:
+    found = tuple(_number(name, value, least) for value in (values if isinstance(values, list | tuple) else [values]))
+    if len(set(found)) < len(found):
+        raise ConfigError(f"{name} is {values!r}: give each number once")
     return found
+
+
+def _number(name: str, value: Any, least: float = 1e-300) -> float:
+    try:
+        number = float(value)  # YAML reads 1e18 as text
+    except (TypeError, ValueError):
+        number = math.nan
+    if not least <= number < math.inf:
+        raise ConfigError(f"{name} is {value!r}: it must be a number above 0")
+    return number
 
 
 def _count(name: str, value: Any) -> int | None:
