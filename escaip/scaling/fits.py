@@ -275,12 +275,7 @@ class StudyFit:
 def fit_study(
     folder: str | os.PathLike[str], metric: str = "forces_mae", settings: FitSettings | None = None
 ) -> StudyFit:
-    """Fits every law that the ``records.jsonl`` of a study allows.
-
-    Args:
-        folder: of the study.
-        metric: of the records, such as ``forces_mae``, ``energy_mae`` or ``loss``.
-        settings: of the fits.
+    """Fits every law that the records in the folder of a study allow, to one of their metrics.
 
     Raises:
         DataError: records that cannot be read, a metric that none holds, or too few points for any law.

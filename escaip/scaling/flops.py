@@ -123,10 +123,7 @@ class _Product:
 def count_flops(model: EScAIPConfig | Potential, batch: StructureBatch | GraphShape, mode: str = "training") -> float:
     """Counts the floating-point operations of an evaluation or training step of a batch by formula.
 
-    Args:
-        model: a configuration, or a potential for its configuration.
-        batch: structures, or the sizes of their graph.
-        mode: one of ``MODES``.
+    The mode is one of ``MODES``; of a potential only the configuration counts.
 
     Raises:
         UsageError: there is no such mode, or a direct-force model is to be trained on energies alone.
@@ -264,12 +261,8 @@ def training_flops(
 ) -> float:
     """Counts the operations of a run: ``C = n · cost(structure) + steps · cost(tables)`` for ``n`` structures seen.
 
-    Args:
-        config: the model.
-        structure: mean sizes of a training structure, from ``mean_shape``.
-        batch_size: structures per step in all processes; the mean where batches are packed by atoms.
-        steps: number of steps.
-        mode: ``"training"`` or ``"energy_training"``.
+    A structure has mean sizes, from ``mean_shape``; ``batch_size`` is that of a step in all processes, the mean where
+    batches are packed by atoms.
 
     Raises:
         UsageError: a number is not positive, or the mode trains nothing.

@@ -54,16 +54,11 @@ def run_study(
     workers: int = 1,
     slurm: Sequence[str] | None = None,
 ) -> bool:
-    """Runs what is missing of a study, printing a line for each run that ends; runs with a record are left as they are.
+    """Runs what is missing of a study, as ``escaip scaling run``, printing a line for each run that ends.
 
-    Args:
-        config: a file, or a recipe of ``configs/scaling``.
-        out: folder of the study: ``study.json``, ``jobs/ID/``, ``records.jsonl`` of the grid and ``sweep.jsonl`` of the
-            search of learning rates.
-        changes: ``KEY=VALUE`` put into the settings of every run.
-        workers: runs at once on this machine, each with its share of the cores.
-        slurm: options of ``sbatch`` such as ``gres=gpu:1``; runs are then submitted as an array, and this returns at
-            once.
+    The folder ``out`` holds ``study.json``, ``jobs/ID/``, ``records.jsonl`` of the grid and ``sweep.jsonl`` of the
+    search of learning rates. Runs with a record are left as they are. With ``slurm``, options of ``sbatch``, runs are
+    submitted as an array, and this returns at once.
 
     Returns:
         Whether the study is complete.
@@ -221,11 +216,7 @@ def _cores() -> int:
 def submit(folder: Path, jobs: Sequence[Job], options: Sequence[str], cluster: str = "slurm") -> str:
     """Submits jobs as a SLURM array, one task for each run, and returns a line that says so.
 
-    Args:
-        folder: of the study.
-        jobs: to run.
-        options: of ``sbatch``, such as ``gres=gpu:1``.
-        cluster: executor of submitit.
+    Options are those of ``sbatch``, such as ``gres=gpu:1``; the cluster is an executor of submitit.
 
     Raises:
         ConfigError: there is no submitit or no ``sbatch``, an option is no ``NAME=VALUE``, or ``sbatch`` refuses.

@@ -107,9 +107,7 @@ class StudyPlan:
     def read(cls, path: str | os.PathLike[str], changes: Sequence[str] = ()) -> StudyPlan:
         """Reads a file, or a recipe of ``configs/scaling`` by name.
 
-        Args:
-            path: file, or name of a recipe.
-            changes: ``KEY=VALUE`` put into ``settings``, such as ``data.train=train.xyz``; values as in YAML.
+        Changes are ``KEY=VALUE`` put into ``settings``, such as ``data.train=train.xyz``, with values as in YAML.
 
         Raises:
             ConfigError: there is no such file, or an entry is unknown or impossible; the message names it.
@@ -176,11 +174,7 @@ class StudyPlan:
                 raise ConfigError(f"learning_rate.base_width {rate.base_width}: variant {variant} has no such size")
 
     def jobs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[Job]:
-        """Returns the runs of the grid, small ones first.
-
-        Args:
-            rates: learning rate of each variant and size; needed where ``sweep_jobs`` search it.
-        """
+        """Returns the runs of the grid, small ones first; where ``sweep_jobs`` search the rates, with those found."""
         if self.learning_rate.sweep and rates is None:
             raise ConfigError("the learning rates of this study come from a sweep, which has not run")
         found = []
