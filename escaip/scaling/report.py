@@ -99,10 +99,12 @@ def markdown(study: StudyFit) -> str:
     return "\n\n".join(parts)
 
 
+def _ends(one: Interval) -> str:
+    return f"{one.low:.3g} to {one.high:.3g}" if one.known else "unknown"
+
+
 def _shown(one: Interval | None) -> str:
-    if one is None:
-        return ""
-    return f"{one.value:.3g} " + (f"({one.low:.3g} to {one.high:.3g})" if one.known else "(unknown)")
+    return "" if one is None else f"{one.value:.3g} ({_ends(one)})"
 
 
 def _bullets(texts: Iterable[str]) -> str:
@@ -124,10 +126,12 @@ def _overview(study: StudyFit) -> str:
         joint = {} if fits.joint is None else fits.joint.estimates
         power = {} if fits.power is None else fits.power.estimates
         law = fits.joint or fits.power
-        verdict = "no law"
-        if law is not None:
-            verdict = {True: "NO", False: "yes"}[law.lack_of_fit.flagged]
-            verdict = "not tested" if math.isnan(law.lack_of_fit.p_value) else verdict
+        if law is None:
+            verdict = "no law"
+        elif math.isnan(law.lack_of_fit.p_value):
+            verdict = "not tested"
+        else:
+            verdict = "NO" if law.lack_of_fit.flagged else "yes"
         shown = [_shown(power.get("gamma")), *(_shown(joint.get(one)) for one in ("gamma", "alpha", "beta", "E"))]
         rows.append([name, str(len(fits.points.loss)), *shown, verdict])
     head = ["variant", "runs", "gamma (frontier)", "alpha beta/(alpha+beta)", "alpha", "beta", "E", "law fits"]
@@ -140,10 +144,9 @@ def _law(fit: LawFit) -> list[str]:
         one = fit.estimates[name]
         if name == "E" and not fit.settings.floor:
             continue
-        ends = f"{one.low:.3g} to {one.high:.3g}" if one.known else "unknown"
         bare = f"{fit.without_floor[name]:.3g}" if name in fit.without_floor else ""
         of_both = name == "gamma" and fit.kind == "joint"
-        rows.append(["gamma = alpha beta / (alpha + beta)" if of_both else name, f"{one.value:.4g}", ends, bare])
+        rows.append(["gamma = alpha beta / (alpha + beta)" if of_both else name, f"{one.value:.4g}", _ends(one), bare])
     seeds = "one seed each" if fit.noise.seeds is None else f"seeds differ by {100 * fit.noise.seeds:.2g} %"
     ranges = ", ".join(f"{axis} {low:.3g} to {high:.3g}" for axis, (low, high) in fit.ranges.items())
     head = (
