@@ -101,10 +101,9 @@ def best_rates(plan: StudyPlan, finished: Mapping[str, Record]) -> dict[tuple[st
                     f"every learning rate of {variant}, {size} diverged: add lower ones to learning_rate.sweep"
                 )
             found[variant, size] = min(tried, key=lambda record: record.losses["loss"]).learning_rate
-    if plan.learning_rate.base_width is not None:
-        base = {variant: rate for (variant, _), rate in found.items()}
-        return {(variant, size): base[variant] for variant in plan.variants for size in plan.sizes}
-    return found
+    if plan.learning_rate.base_width is None:
+        return found
+    return {(variant, size): rate for (variant, _), rate in found.items() for size in plan.sizes}
 
 
 def folder_of(study: Path, job_id: str) -> Path:

@@ -123,6 +123,10 @@ def test_a_sweep_then_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {record.learning_rate for record in read_records(out)} == {0.01}
     assert len(read_records(out / "sweep.jsonl")) == 6
     assert "\nlearning rate of default, w16: 0.01\n" in capsys.readouterr().out
+    base = write(tmp_path, learning_rate={"sweep": [0.001, 0.01], "base_width": 32}, data_sizes=[1.0], seeds=[0])
+    assert run_study(base, tmp_path / "base")
+    assert {(one.size, one.learning_rate) for one in read_records(tmp_path / "base")} == {("w16", 0.01), ("w32", 0.01)}
+    assert {one.size for one in read_records(tmp_path / "base" / "sweep.jsonl")} == {"w32"}
     with pytest.raises(DataError, match="holds another study"):
         run_study(write(tmp_path, learning_rate={"sweep": [0.002, 0.01]}, seeds=[0]), out)
     with pytest.raises(TrainingError, match="add lower ones"):
