@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,16 @@ class _Options(TypedDict, total=False):
     """Options of every property.
 
     Args:
+        fmax: largest force after the relaxation, in eV/Å (default: 0.001; of a band: 0.05)
+        steps: give up relaxing after this many (default: 500)
         frame: which structure of the file (default: the last)
         device: auto, cpu, cuda or cuda:N (default: auto)
         dtype: precision of the model (default: float64, since small differences matter)
         dataset: data set whose atomic energies are used, for a model trained on several
     """
 
+    fmax: float
+    steps: int
     frame: int
     device: str
     dtype: Literal["float32", "float64"]
@@ -32,8 +37,6 @@ def vibrations(
     structure: StructureFile,
     *,
     relax: Literal["ions", "none"] = "ions",
-    fmax: float = 1e-3,
-    steps: int = 500,
     finite_differences: bool = False,
     step: float = 0.01,
     out: str = "vibrations",
@@ -45,16 +48,16 @@ def vibrations(
         model: a model file
         structure: anything ASE reads
         relax: relax the molecule first
-        fmax: largest force after the relaxation, in eV/Å
-        steps: give up relaxing after this many
         finite_differences: differentiate forces numerically, for models whose forces are no derivatives
         step: displacement of the finite differences in Å
         out: folder for results and plots
 
     Example: escaip vibrations example:organic example:ethanol
     """
-    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "step": step}
-    _run("molecular_vibrations", model, [structure], out, options, finite_differences=finite_differences, **settings)
+    _run(
+        "molecular_vibrations", model, [structure], out, options, relaxation=relax, step=step,
+        finite_differences=finite_differences,
+    )  # fmt: skip
 
 
 def eos(
@@ -62,8 +65,6 @@ def eos(
     structure: StructureFile,
     *,
     relax: Literal["full", "ions", "none"] = "full",
-    fmax: float = 1e-3,
-    steps: int = 500,
     span: float = 0.06,
     points: int = 9,
     out: str = "eos",
@@ -75,16 +76,13 @@ def eos(
         model: a model file
         structure: anything ASE reads
         relax: relax first; full is atoms and cell
-        fmax: largest force after the relaxation, in eV/Å
-        steps: give up relaxing after this many
         span: volumes within 1 ± SPAN of the first
         points: number of volumes
         out: folder for results and plots
 
     Example: escaip eos example:silicon example:Si
     """
-    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "span": span, "points": points}
-    _run("fit_equation_of_state", model, [structure], out, options, **settings)
+    _run("fit_equation_of_state", model, [structure], out, options, relaxation=relax, span=span, points=points)
 
 
 def elastic(
@@ -92,8 +90,6 @@ def elastic(
     structure: StructureFile,
     *,
     relax: Literal["full", "ions", "none"] = "full",
-    fmax: float = 1e-3,
-    steps: int = 500,
     strain: float = 0.005,
     symprec: float = 1e-3,
     symmetry: bool = True,
@@ -106,8 +102,6 @@ def elastic(
         model: a model file
         structure: anything ASE reads
         relax: relax first; full is atoms and cell
-        fmax: largest force after the relaxation, in eV/Å
-        steps: give up relaxing after this many
         strain: strain applied in both directions
         symprec: tolerance of the symmetry in Å
         symmetry: average over the symmetry of the crystal
@@ -115,8 +109,10 @@ def elastic(
 
     Example: escaip elastic example:silicon example:Si
     """
-    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "strain": strain, "symprec": symprec}
-    _run("elastic_constants", model, [structure], out, options, symmetrize=symmetry, **settings)
+    _run(
+        "elastic_constants", model, [structure], out, options, relaxation=relax, strain=strain, symprec=symprec,
+        symmetrize=symmetry,
+    )  # fmt: skip
 
 
 def phonons(
@@ -124,8 +120,6 @@ def phonons(
     structure: StructureFile,
     *,
     relax: Literal["full", "ions", "none"] = "full",
-    fmax: float = 1e-3,
-    steps: int = 500,
     supercell: tuple[int, int, int] | None = None,
     min_length: float = 12.0,
     displacement: float = 0.01,
@@ -141,8 +135,6 @@ def phonons(
         model: a model file
         structure: anything ASE reads
         relax: relax first; full is atoms and cell
-        fmax: largest force after the relaxation, in eV/Å
-        steps: give up relaxing after this many
         supercell: repeats along the three axes (default: what --min-length asks for)
         min_length: smallest edge of the supercell in Å
         displacement: displacement of atoms in Å
@@ -153,9 +145,10 @@ def phonons(
 
     Example: escaip phonons example:silicon example:Si
     """
-    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "supercell": supercell, "min_length": min_length}
-    settings = {**settings, "displacement": displacement, "hessian": hessian, "mesh": mesh, "symprec": symprec}
-    _run("crystal_phonons", model, [structure], out, options, **settings)
+    _run(
+        "crystal_phonons", model, [structure], out, options, relaxation=relax, supercell=supercell, mesh=mesh,
+        min_length=min_length, displacement=displacement, hessian=hessian, symprec=symprec,
+    )  # fmt: skip
 
 
 def neb(
@@ -164,8 +157,6 @@ def neb(
     final: StructureFile,
     *,
     relax: Literal["ions", "none"] = "ions",
-    fmax: float = 0.05,
-    steps: int = 500,
     images: int = 5,
     spring: float = 0.1,
     optimizer: Literal["fire", "bfgs"] = "fire",
@@ -180,8 +171,6 @@ def neb(
         initial: anything ASE reads
         final: the same atoms in the same order and cell
         relax: relax the ends first
-        fmax: largest force at the end, in eV/Å
-        steps: give up after this many
         images: images between the ends
         spring: spring constant between images in eV/Å²
         optimizer: algorithm
@@ -190,11 +179,15 @@ def neb(
 
     Example: escaip neb model.escaip before.xyz after.xyz --images 7
     """
-    settings = {"relaxation": relax, "fmax": fmax, "steps": steps, "images": images, "spring": spring}
-    _run("minimum_energy_path", model, [initial, final], out, options, optimizer=optimizer, climb=climb, **settings)
+    _run(
+        "minimum_energy_path", model, [initial, final], out, options, relaxation=relax, images=images, spring=spring,
+        optimizer=optimizer, climb=climb,
+    )  # fmt: skip
 
 
-def _run(function: str, model: str, structures: list[str], out: str, options: _Options, **settings: Any) -> None:
+def _run(
+    function: str, model: str, structures: list[str], out: str, options: Mapping[str, Any], **settings: Any
+) -> None:
     """Applies a function of ``escaip.properties`` to structure files, writes its result and prints a summary.
 
     Raises:
@@ -210,10 +203,11 @@ def _run(function: str, model: str, structures: list[str], out: str, options: _O
 
     if function == "crystal_phonons":
         check_phonopy()  # before the model is loaded
-    calculator: dict[str, Any] = {"dtype": "float64", **options}
-    frame = calculator.pop("frame", -1)
+    given: dict[str, Any] = {"dtype": "float64", **options}
+    frame = given.pop("frame", -1)
+    settings |= {name: given.pop(name) for name in ("fmax", "steps") if name in given}
     atoms = [read_structure(path, frame) for path in structures]
-    atoms[0].calc = EScAIPCalculator(model, **calculator)
+    atoms[0].calc = EScAIPCalculator(model, **given)
     result = getattr(properties, function)(*atoms, **settings)
     result.write(out)
     print(f"{result.summary()}\nwrote {out}")
