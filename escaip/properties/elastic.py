@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import PropertyNotImplementedError
+from ase.stress import voigt_6_to_full_3x3_strain
 from pymatgen.analysis.elasticity import ElasticTensor
 from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
@@ -24,7 +23,6 @@ from escaip.properties.common import ACCENT, MODEL, at_rest, check_crystal, defo
 from escaip.simulate.output import write_results
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
-_PAIRS = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
 @dataclass(frozen=True)
@@ -98,16 +96,6 @@ class ElasticConstants:
             f"{self.deviation:.2g} GPa; stress before strain up to {np.abs(self.stress).max():.2g} GPa",
         ])  # fmt: skip
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns numbers with units in their names."""
-        return {
-            "formula": self.atoms.get_chemical_formula(),
-            "convention": "sigma_i = C_ij eps_j; xx, yy, zz, yz, xz, xy; engineering shear; axes of the cell as given",
-            "stiffness_GPa": self.stiffness, "measured_GPa": self.measured, "averages_GPa": self.averages,
-            "eigenvalues_GPa": self.eigenvalues, "stable": self.is_stable, "space_group": self.space_group,
-            "strain": self.strain, "stress_GPa": self.stress, "structure": self.atoms,
-        }  # fmt: skip
-
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``elastic.json`` and ``elastic.png``: the stiffness, and Young's modulus by direction."""
         figure = new_figure(2)
@@ -127,7 +115,14 @@ class ElasticConstants:
         if self.is_stable:
             right.legend(loc="lower left", fontsize=7)
         right.set_title("Young's modulus (GPa)")
-        write_results(folder, {"elastic.json": self.to_dict(), "elastic.png": figure})
+        values = {
+            "formula": self.atoms.get_chemical_formula(),
+            "convention": "sigma_i = C_ij eps_j; xx, yy, zz, yz, xz, xy; engineering shear; axes of the cell as given",
+            "stiffness_GPa": self.stiffness, "measured_GPa": self.measured, "averages_GPa": self.averages,
+            "eigenvalues_GPa": self.eigenvalues, "stable": self.is_stable, "space_group": self.space_group,
+            "strain": self.strain, "stress_GPa": self.stress, "structure": self.atoms,
+        }  # fmt: skip
+        write_results(folder, {"elastic.json": values, "elastic.png": figure})
 
 
 def young_modulus(stiffness: np.ndarray, directions: np.ndarray) -> np.ndarray:
@@ -171,15 +166,12 @@ def elastic_constants(
     within = "none" if relaxation == "none" else "ions"
     stress = _stress(start)
     measured = np.empty((6, 6))
-    for column, (first, second) in enumerate(_PAIRS):
+    for column, component in enumerate(VOIGT):
         ends = []
-        for sign in (1.0, -1.0):
-            applied = np.zeros((3, 3))
-            # Half of an engineering shear goes to each of the two places; a normal strain gets both halves.
-            applied[first, second] += sign * strain / 2
-            applied[second, first] += sign * strain / 2
-            name = f"the structure at strain {VOIGT[column]} {sign * strain:+g}"
-            ends.append(_stress(at_rest(deformed(start, np.eye(3) + applied), within, fmax, steps, name)))
+        for size in (strain, -strain):
+            moved = deformed(start, voigt_6_to_full_3x3_strain(size * np.eye(6)[column]))
+            name = f"the structure at strain {component} {size:+g}"
+            ends.append(_stress(at_rest(moved, within, fmax, steps, name)))
         measured[:, column] = (ends[0] - ends[1]) / (2 * strain)
     stiffness, group = 0.5 * (measured + measured.T), None
     if symmetrize:
@@ -191,7 +183,7 @@ def _stress(atoms: Atoms) -> np.ndarray:
     """Returns the stress ``(6,)`` in GPa."""
     try:
         return np.asarray(atoms.get_stress(), dtype=float) / units.GPa
-    except (PropertyNotImplementedError, NotImplementedError) as error:
+    except NotImplementedError as error:  # ASE's PropertyNotImplementedError is one
         raise ConfigError(f"elastic constants need stress: {error or 'this calculator has none'}") from error
 
 
