@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import ase.eos
 import numpy as np
 from ase import Atoms, units
+from scipy.optimize import OptimizeWarning
 
 from escaip.errors import ConfigError, SimulationError
 from escaip.properties.common import MODEL, at_rest, check_crystal, deformed, new_figure, table
@@ -64,15 +64,6 @@ class EquationOfState:
             ["fit", f"{self.residual:.2g} meV/atom", f"{len(self.volumes)} volumes"],
         ])  # fmt: skip
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns numbers with units in their names."""
-        return {
-            "formula": self.frames[0].get_chemical_formula(), "form": "Birch-Murnaghan, third order",
-            "V0_A3": self.volume, "E0_eV": self.energy, "B0_GPa": self.bulk_modulus, "B_prime": self.derivative,
-            "residual_meV/atom": self.residual, "volumes_A3": self.volumes, "energies_eV": self.energies,
-            "structure": self.atoms,
-        }  # fmt: skip
-
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``eos.json``, ``eos.png`` and the structures, ``eos.extxyz``."""
         figure = new_figure()
@@ -83,7 +74,13 @@ class EquationOfState:
         axis.plot(self.volumes / count, 1e3 * (self.energies - self.energy) / count, "o", color=MODEL)
         axis.set(xlabel="volume (Å³/atom)", ylabel="energy above the minimum (meV/atom)")
         axis.set_title(f"V0 {self.volume / count:.3f} Å³/atom, B0 {self.bulk_modulus:.1f} GPa")
-        write_results(folder, {"eos.json": self.to_dict(), "eos.png": figure, "eos.extxyz": self.frames})
+        values = {
+            "formula": self.frames[0].get_chemical_formula(), "form": "Birch-Murnaghan, third order",
+            "V0_A3": self.volume, "E0_eV": self.energy, "B0_GPa": self.bulk_modulus, "B_prime": self.derivative,
+            "residual_meV/atom": self.residual, "volumes_A3": self.volumes, "energies_eV": self.energies,
+            "structure": self.atoms,
+        }  # fmt: skip
+        write_results(folder, {"eos.json": values, "eos.png": figure, "eos.extxyz": self.frames})
 
 
 def fit_equation_of_state(
@@ -130,8 +127,6 @@ def fit_equation_of_state(
 
 
 def _fit(frames: list[Atoms], volumes: np.ndarray, energies: np.ndarray) -> EquationOfState:
-    from scipy.optimize import OptimizeWarning
-
     zero = float(energies.min())  # energies of thousands of eV would leave the fit no digits
     curve = ase.eos.EquationOfState(volumes, energies - zero, eos="birchmurnaghan")
     try:
@@ -148,6 +143,4 @@ def _fit(frames: list[Atoms], volumes: np.ndarray, energies: np.ndarray) -> Equa
         )
     misfit = energies - zero - ase.eos.birchmurnaghan(volumes, energy, modulus, derivative, volume)
     residual = 1e3 * float(np.sqrt((misfit**2).mean())) / len(frames[0])
-    return EquationOfState(
-        frames, volumes, energies, volume, energy + zero, modulus / units.GPa, derivative, residual
-    )  # fmt: skip
+    return EquationOfState(frames, volumes, energies, volume, energy + zero, modulus / units.GPa, derivative, residual)

@@ -83,15 +83,6 @@ class MinimumEnergyPath:
             f"{self.largest_force:.4f} eV/Å"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns numbers with units in their names."""
-        return {
-            "formula": self.images[0].get_chemical_formula(), "barrier_forward_eV": self.forward,
-            "barrier_backward_eV": self.backward, "reaction_energy_eV": self.reaction_energy,
-            "climbing_image": self.climbed, "saddle_image": self.saddle, "distances_A": self.distances,
-            "energies_eV": self.energies, "steps": self.steps, "largest_force_eV/A": self.largest_force,
-        }  # fmt: skip
-
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``neb.json``, ``neb.png`` and the images, ``neb.extxyz``."""
         figure = new_figure()
@@ -101,7 +92,13 @@ class MinimumEnergyPath:
         axis.plot(self.distances, self.energies - self.energies[0], "o", color=MODEL)
         axis.set(xlabel="path (Å)", ylabel="energy (eV)")
         axis.set_title(f"barrier {self.forward:.3f} eV forward, {self.backward:.3f} eV backward")
-        write_results(folder, {"neb.json": self.to_dict(), "neb.png": figure, "neb.extxyz": self.images})
+        values = {
+            "formula": self.images[0].get_chemical_formula(), "barrier_forward_eV": self.forward,
+            "barrier_backward_eV": self.backward, "reaction_energy_eV": self.reaction_energy,
+            "climbing_image": self.climbed, "saddle_image": self.saddle, "distances_A": self.distances,
+            "energies_eV": self.energies, "steps": self.steps, "largest_force_eV/A": self.largest_force,
+        }  # fmt: skip
+        write_results(folder, {"neb.json": values, "neb.png": figure, "neb.extxyz": self.images})
 
 
 class _Band(NEB):
@@ -153,7 +150,7 @@ def minimum_energy_path(
         own = atoms.copy()
         own.calc = initial.calc
         ends.append(freeze(at_rest(own, relaxation, fmax / 5, steps, name)))
-    _check_apart(ends)
+    _check_apart(*ends)
     band = [ends[0], *(ends[0].copy() for _ in range(images)), ends[1]]
     for image in band[1:-1]:
         image.calc = initial.calc
@@ -166,7 +163,7 @@ def minimum_energy_path(
     frozen = [ends[0], *(freeze(image) for image in band[1:-1]), ends[1]]
     return MinimumEnergyPath(
         images=frozen, energies=np.array([image.get_potential_energy() for image in frozen]),
-        distances=np.cumsum([0.0, *(_distance(a, b) for a, b in itertools.pairwise(frozen))]),
+        distances=np.cumsum([0.0, *(np.linalg.norm(_moved(a, b)) for a, b in itertools.pairwise(frozen))]),
         steps=taken, largest_force=chain.largest_force, climbed=climb,
     )  # fmt: skip
 
@@ -194,10 +191,6 @@ def _optimize(
     return taken + int(dynamics.nsteps)
 
 
-def _distance(first: Atoms, second: Atoms) -> float:
-    return float(np.sqrt((find_mic(second.positions - first.positions, first.cell, first.pbc)[0] ** 2).sum()))
-
-
 def _check(
     initial: Atoms, final: Atoms, images: int, relaxation: str, fmax: float, steps: int, spring: float, optimizer: str
 ) -> None:
@@ -219,12 +212,17 @@ def _check(
             raise ConfigError(f"{name} is {value}: it must be above 0")
 
 
-def _check_apart(ends: list[Atoms]) -> None:
-    distance = _distance(*ends)
+def _moved(first: Atoms, second: Atoms) -> np.ndarray:
+    """Returns the displacements ``(n, 3)`` Å of the atoms to their nearest images."""
+    return np.asarray(find_mic(second.positions - first.positions, first.cell, first.pbc)[0])
+
+
+def _check_apart(first: Atoms, last: Atoms) -> None:
+    moved = np.linalg.norm(_moved(first, last), axis=1)
+    distance = float(np.linalg.norm(moved))
     if distance < _SAME:
         raise SimulationError(
             f"the ends are one structure ({distance:.3f} Å apart after relaxing): give two different minima"
         )
-    moved = find_mic(ends[1].positions - ends[0].positions, ends[0].cell, ends[0].pbc)[0]
-    if len(ends[0]) > 1 and bool((np.linalg.norm(moved, axis=1) > 3.0).sum() > len(ends[0]) // 2):
+    if len(first) > 1 and (moved > 3.0).sum() > len(first) // 2:
         warnings.warn("most atoms move by more than 3 Å: are those of both ends in the same order?", stacklevel=3)

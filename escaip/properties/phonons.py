@@ -124,9 +124,9 @@ class Phonons:
         lines.append(f"largest force in the perfect supercell {self.residual_force:.2g} eV/Å")
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns numbers with units in their names."""
-        return {
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``phonopy.yaml`` (with force constants), ``phonons.json``, ``bands.png`` and ``thermal.png``."""
+        values = {
             "formula": self.atoms.get_chemical_formula(),
             "supercell": np.asarray(self.phonopy.supercell_matrix),
             "primitive": self.primitive,
@@ -143,12 +143,9 @@ class Phonons:
             "mesh": self.mesh, "stable": self.is_stable, "imaginary_share": self.imaginary_share,
             "lowest_THz": self.lowest, "residual_force_eV/A": self.residual_force,
         }  # fmt: skip
-
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``phonopy.yaml`` (with force constants), ``phonons.json``, ``bands.png`` and ``thermal.png``."""
         write_results(folder, {
             "phonopy.yaml": lambda path: self.phonopy.save(path, settings={"force_constants": True}),
-            "phonons.json": self.to_dict(), "bands.png": self._draw_bands(), "thermal.png": self._draw_thermal(),
+            "phonons.json": values, "bands.png": self._draw_bands(), "thermal.png": self._draw_thermal(),
         })  # fmt: skip
 
     def _draw_bands(self) -> Any:

@@ -92,56 +92,45 @@ class Vibrations:
         for number, (frequency, energy) in enumerate(zip(self.frequencies, self.energies), 1):
             mark = "i" if energy < 0 else ""
             rows.append([str(number), f"{abs(frequency):.1f}{mark}", f"{abs(energy):.2f}{mark}"])
-        lines = [table(rows), f"zero-point energy {self.zero_point_energy:.4f} eV, {self._minimum()}"]
+        kind = f"{self.num_imaginary} imaginary modes" if self.num_imaginary else "a minimum: no imaginary mode"
+        lines = [table(rows), f"zero-point energy {self.zero_point_energy:.4f} eV, {kind}"]
         if self.num_rigid:
             lines.append(f"{self.num_rigid} translations and rotations taken out, of up to {self.rigid_energy:.2g} meV")
         if self.asymmetry > _NOTED_ASYMMETRY:
             lines.append(f"second derivatives were asymmetric by {100 * self.asymmetry:.2g} % of the largest")
         return "\n".join(lines)
 
-    def _minimum(self) -> str:
-        return f"{self.num_imaginary} imaginary modes" if self.num_imaginary else "a minimum: no imaginary mode"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns numbers with units in their names."""
-        return {
-            "formula": self.atoms.get_chemical_formula(), "frequencies_cm-1": self.frequencies,
-            "energies_meV": self.energies, "zero_point_energy_eV": self.zero_point_energy,
-            "num_imaginary": self.num_imaginary, "num_rigid": self.num_rigid, "rigid_energy_meV": self.rigid_energy,
-            "largest_force_eV/A": self.largest_force, "hessian_asymmetry": self.asymmetry,
-            "modes_amu-1/2": self.modes, "structure": self.atoms,
-        }  # fmt: skip
-
-    def trajectory(self, mode: int, frames: int = _FRAMES, amplitude: float = _AMPLITUDE) -> list[Atoms]:
-        """Returns one period of a mode.
-
-        Args:
-            mode: index from 0.
-            frames: number of frames.
-            amplitude: largest displacement of an atom, Å.
-        """
-        displacement = self.modes[mode] * (amplitude / np.sqrt((self.modes[mode] ** 2).sum(-1).max()))
-        period = []
-        for index in range(frames):
-            frame = self.atoms.copy()
-            frame.set_constraint()
-            frame.info = {"mode": mode + 1, "frequency_cm-1": float(self.frequencies[mode]), "frame": index}
-            frame.arrays["displacement"] = displacement
-            frame.positions += np.sin(2 * np.pi * index / frames) * displacement
-            period.append(frame)
-        return period
-
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``vibrations.json``, ``vibrations.png`` and ``modes.extxyz``, one period of each mode in turn."""
-        frames = [frame for mode in range(len(self.modes)) for frame in self.trajectory(mode)]
+        frames = [frame for mode in range(len(self.modes)) for frame in self._period(mode)]
         figure = new_figure()
         axis = figure.subplots()
         axis.vlines(self.frequencies, 0, 1, colors=[MODEL if energy > 0 else ACCENT for energy in self.energies])
         axis.set(xlabel="wavenumber (cm⁻¹; imaginary: negative)", yticks=[], ylim=(0, 1.1))
         axis.set_xlim(min(0.0, 1.05 * self.frequencies.min(initial=0.0)))
         axis.set_title(f"{self.atoms.get_chemical_formula()}: {len(self.modes)} harmonic modes")
-        files: dict[str, Any] = {"vibrations.json": self.to_dict(), "vibrations.png": figure}
+        values = {
+            "formula": self.atoms.get_chemical_formula(), "frequencies_cm-1": self.frequencies,
+            "energies_meV": self.energies, "zero_point_energy_eV": self.zero_point_energy,
+            "num_imaginary": self.num_imaginary, "num_rigid": self.num_rigid, "rigid_energy_meV": self.rigid_energy,
+            "largest_force_eV/A": self.largest_force, "hessian_asymmetry": self.asymmetry,
+            "modes_amu-1/2": self.modes, "structure": self.atoms,
+        }  # fmt: skip
+        files: dict[str, Any] = {"vibrations.json": values, "vibrations.png": figure}
         write_results(folder, {**files, "modes.extxyz": frames} if frames else files)
+
+    def _period(self, mode: int) -> list[Atoms]:
+        """Returns one period of a mode, whose atoms move by up to ``_AMPLITUDE`` Å."""
+        displacement = self.modes[mode] * (_AMPLITUDE / np.sqrt((self.modes[mode] ** 2).sum(-1).max()))
+        period = []
+        for index in range(_FRAMES):
+            frame = self.atoms.copy()
+            frame.set_constraint()
+            frame.info = {"mode": mode + 1, "frequency_cm-1": float(self.frequencies[mode]), "frame": index}
+            frame.arrays["displacement"] = displacement
+            frame.positions += np.sin(2 * np.pi * index / _FRAMES) * displacement
+            period.append(frame)
+        return period
 
 
 def molecular_vibrations(
@@ -221,28 +210,26 @@ def _differences(atoms: Atoms, free: np.ndarray, step: float) -> np.ndarray:
     moved = atoms.copy()
     moved.set_constraint()
     moved.calc = atoms.calc
-    rows = []
-    for index in free:
-        for axis in range(3):
-            forces = []
-            for sign in (1.0, -1.0):
-                moved.positions = atoms.positions
-                moved.positions[index, axis] += sign * step
-                forces.append(moved.get_forces()[free].ravel())
-            rows.append((forces[1] - forces[0]) / (2 * step))
-    return np.array(rows)
+
+    def forces(index: int, axis: int, distance: float) -> np.ndarray:
+        moved.positions = atoms.positions
+        moved.positions[index, axis] += distance
+        return moved.get_forces()[free].ravel()
+
+    return np.array([
+        (forces(index, axis, -step) - forces(index, axis, step)) / (2 * step) for index in free for axis in range(3)
+    ])  # fmt: skip
 
 
 def _free_atoms(atoms: Atoms) -> np.ndarray:
-    held: set[int] = set()
+    is_free = np.ones(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
         if not isinstance(constraint, FixAtoms):
             raise ConfigError(f"constraint {type(constraint).__name__} has no vibrations: only FixAtoms is understood")
-        held.update(int(index) for index in constraint.get_indices())
-    free = np.array([index for index in range(len(atoms)) if index not in held], dtype=int)
-    if not free.size:
+        is_free[constraint.index] = False
+    if not is_free.any():
         raise ConfigError("every atom is held by a constraint: free those that shall vibrate")
-    return free
+    return np.flatnonzero(is_free)
 
 
 def _rigid_motions(atoms: Atoms) -> np.ndarray:
