@@ -64,19 +64,12 @@ def energy_drift(time: Array, energy: Array, num_atoms: int) -> EnergyDrift | No
 
 @dataclass(frozen=True)
 class Average:
-    """Mean of a time series.
-
-    Attributes:
-        mean: in the unit of the series.
-        error: standard error of the mean; None where the series is too short to tell.
-        deviation: standard deviation of the samples.
-        num_samples: number of finite samples.
-    """
+    """Mean of a time series, in its unit."""
 
     mean: float
-    error: float | None
-    deviation: float
-    num_samples: int
+    error: float | None  # standard error of the mean; None where the series is too short to tell
+    deviation: float  # standard deviation of the samples
+    num_samples: int  # that are finite
 
     @classmethod
     def of(cls, series: Array) -> Average | None:
@@ -107,15 +100,9 @@ def _block_error(values: Array) -> float | None:
 
 
 def autocorrelation(series: Array, weights: Array, num_lags: int) -> Array:
-    """Returns ``C_g(m) = Σ_i w_ig ⟨x_i(t) · x_i(t + m)⟩_t`` over every time origin, by zero-padded transforms.
+    """Returns ``C_g(m) = Σ_i w_ig ⟨x_i(t) · x_i(t + m)⟩_t``, ``(num_lags, G)``, of a series ``(F, N, 3)``.
 
-    Args:
-        series: ``(F, N, 3)`` in any unit.
-        weights: ``(N, G)``.
-        num_lags: number of lags, from 0, at most ``F``.
-
-    Returns:
-        ``(num_lags, G)``, unbiased: lag ``m`` is divided by its ``F − m`` origins.
+    Lag ``m``, from 0 to at most ``F − 1``, is the mean over its ``F − m`` time origins; by zero-padded transforms.
     """
     total = np.zeros((num_lags, weights.shape[1]))
     for block, part in _blocks_of_atoms(series):
@@ -192,35 +179,21 @@ class Unwrapper:
 
 @dataclass(frozen=True)
 class FirstShell:
-    """First coordination shell of ``B`` around ``A``.
+    """First coordination shell of ``B`` around ``A``."""
 
-    Attributes:
-        peak: Å, first maximum of g(r).
-        end: Å, the minimum after it.
-        coordination: mean number of ``B`` within ``end`` of an ``A``.
-    """
-
-    peak: float
-    end: float
-    coordination: float
+    peak: float  # Å, first maximum of g(r)
+    end: float  # Å, the minimum after it
+    coordination: float  # mean number of B within the end of an A
 
 
 @dataclass(frozen=True)
 class RadialDistribution:
-    """Result of ``radial_distribution``.
+    """Result of ``radial_distribution``: arrays ``(B,)`` over bins, for ``"all"`` pairs and each ``"A-B"``."""
 
-    Attributes:
-        distance: ``(B,)`` Å, middles of the bins.
-        edges: ``(B,)`` Å, upper edges of the bins.
-        g: ``(B,)`` for ``"all"`` pairs and for each ``"A-B"``, in both orders; 1 in an ideal gas.
-        neighbors: ``(B,)`` by the same names: mean number of ``B`` within the upper edge of an ``A``.
-        num_frames: number of frames averaged over.
-    """
-
-    distance: Array
-    edges: Array
-    g: dict[str, Array]
-    neighbors: dict[str, Array]
+    distance: Array  # Å, middles of the bins
+    edges: Array  # Å, upper edges of the bins
+    g: dict[str, Array]  # 1 in an ideal gas
+    neighbors: dict[str, Array]  # mean number of B within the upper edge of an A
     num_frames: int
 
     def first_shell(self, pair: str) -> FirstShell | None:
@@ -241,13 +214,7 @@ class RadialDistribution:
 
 
 class RadialCounter:
-    """Counts pairs frame by frame for ``radial_distribution``, whose arguments it takes.
-
-    Args:
-        first: a frame of the system.
-        r_max: Å; by default half the smallest width of the cell, at most 10.
-        width: of a bin in Å; adjusted so that bins fill ``r_max``.
-    """
+    """Counts pairs frame by frame for ``radial_distribution``, whose arguments it takes beside a first frame."""
 
     def __init__(self, first: Atoms, r_max: float | None = None, width: float = 0.05) -> None:
         check_periodic(first)
@@ -263,11 +230,7 @@ class RadialCounter:
         self._pairs, self._volume_pairs, self._num_frames = np.zeros(shape), np.zeros(shape), 0
 
     def add(self, frame: Atoms) -> None:
-        """Counts the pairs of a frame.
-
-        Raises:
-            DataError: not periodic along three axes, or other atoms than before.
-        """
+        """Counts the pairs of a frame; DataError where it is not periodic along three axes, or has other atoms."""
         from vesin import NeighborList
 
         check_periodic(frame)
@@ -310,7 +273,7 @@ def radial_distribution(frames: Iterable[Atoms], r_max: float | None = None, wid
     Args:
         frames: of one system, periodic along three axes; the volume may change.
         r_max: Å, which may exceed the cell; by default half the smallest width of the first cell, at most 10.
-        width: of a bin in Å.
+        width: of a bin in Å; adjusted so that bins fill ``r_max``.
 
     Raises:
         DataError: not periodic along three axes, frames with different atoms, or none.
@@ -333,36 +296,22 @@ def check_periodic(frame: Atoms) -> None:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Diffusion of one group of atoms.
+    """Diffusion of one group of atoms."""
 
-    Attributes:
-        coefficient: cm²/s, a sixth of the slope of the MSD in the window.
-        error: cm²/s, standard error from the coefficients of the blocks; None with one block.
-        exponent: of a power law fitted in the window: 1 for diffusion, 2 for free flight, 0 for bound atoms.
-    """
-
-    coefficient: float
-    error: float | None
-    exponent: float | None
+    coefficient: float  # cm²/s, a sixth of the slope of the MSD in the window
+    error: float | None  # cm²/s, standard error from the coefficients of the blocks; None with one block
+    exponent: float | None  # of a power law in the window: 1 for diffusion, 2 for free flight, 0 for bound atoms
 
 
 @dataclass(frozen=True)
 class Transport:
-    """Result of ``mean_square_displacement``.
+    """Result of ``mean_square_displacement``, by group of atoms."""
 
-    Attributes:
-        lag: ``(L,)`` fs.
-        msd: ``(L,)`` Å², by group.
-        diffusion: by group.
-        window: fs, first and last lag of the fits.
-        num_blocks: number of blocks that give the errors.
-    """
-
-    lag: Array
-    msd: dict[str, Array]
+    lag: Array  # (L,) fs
+    msd: dict[str, Array]  # (L,) Å²
     diffusion: dict[str, Diffusion]
-    window: tuple[float, float]
-    num_blocks: int
+    window: tuple[float, float]  # fs, first and last lag of the fits
+    num_blocks: int  # that give the errors
 
 
 def mean_square_displacement(
@@ -388,26 +337,21 @@ def mean_square_displacement(
     length = len(positions) // num_blocks
     first, last = _fit_lags(window, interval, length, num_blocks)
     lags = np.arange(first, last + 1)
-    num_lags = max(len(positions) // 2, last + 1)
 
     def coefficients(msd: Array) -> Array:
-        centered = lags - lags.mean()
-        slopes: Array = centered @ msd[first : last + 1] / (centered**2).sum() / interval
-        return slopes * (_CM2_PER_S / 6)
+        found: Array = np.polyfit(lags * interval, msd[lags], 1)[0] * (_CM2_PER_S / 6)
+        return found
 
-    curves = square_displacement(positions, weights, num_lags)
-    whole, errors = coefficients(curves), None
-    if num_blocks > 1:
-        parts = [positions[block * length : (block + 1) * length] for block in range(num_blocks)]
-        found = np.array([coefficients(square_displacement(part, weights, last + 1)) for part in parts])
-        errors = found.std(axis=0, ddof=1) / np.sqrt(num_blocks)
+    curves = square_displacement(positions, weights, max(len(positions) // 2, last + 1))
+    parts = [positions[block * length : (block + 1) * length] for block in range(num_blocks if num_blocks > 1 else 0)]
+    found = [coefficients(square_displacement(part, weights, last + 1)) for part in parts]
+    errors = np.std(found, axis=0, ddof=1) / np.sqrt(num_blocks) if found else [None] * len(groups)
     diffusion = {}
-    for group, name in enumerate(groups):
-        values = curves[lags, group]
+    for name, values, coefficient, error in zip(groups, curves[lags].T, coefficients(curves), errors, strict=True):
         exponent = float(np.polyfit(np.log(lags), np.log(values), 1)[0]) if (values > 0).all() else None
-        diffusion[name] = Diffusion(float(whole[group]), None if errors is None else float(errors[group]), exponent)
-    lag: Array = interval * np.arange(num_lags, dtype=np.float64)
+        diffusion[name] = Diffusion(float(coefficient), None if error is None else float(error), exponent)
     msd = dict(zip(groups, curves.T, strict=True))
+    lag = interval * np.arange(len(curves), dtype=np.float64)
     return Transport(lag, msd, diffusion, (first * interval, last * interval), num_blocks)
 
 
@@ -430,25 +374,15 @@ def _fit_lags(window: tuple[float, float] | None, interval: float, length: int, 
 
 @dataclass(frozen=True)
 class Vibrations:
-    """Result of ``vibrations``.
+    """Result of ``vibrations``, by group of atoms."""
 
-    Attributes:
-        lag: ``(L,)`` fs.
-        vacf: ``(L,)`` Å²/fs², ``⟨v(0)·v(t)⟩`` averaged over the atoms of each group.
-        frequency: ``(K,)`` cm⁻¹.
-        spectrum: ``(K,)`` per cm⁻¹, by group: that of ``"all"`` has the integral 1 and is the sum of the elements'.
-        peaks: cm⁻¹, maxima of the spectrum of all, largest first.
-        resolution: cm⁻¹, full width at half maximum of a sharp line.
-        highest: cm⁻¹; faster vibrations appear folded back below it.
-    """
-
-    lag: Array
-    vacf: dict[str, Array]
-    frequency: Array
-    spectrum: dict[str, Array]
-    peaks: Array
-    resolution: float
-    highest: float
+    lag: Array  # (L,) fs
+    vacf: dict[str, Array]  # (L,) Å²/fs², ⟨v(0)·v(t)⟩ averaged over the atoms
+    frequency: Array  # (K,) cm⁻¹
+    spectrum: dict[str, Array]  # (K,) per cm⁻¹: that of "all" has the integral 1 and is the sum of the elements'
+    peaks: Array  # cm⁻¹, maxima of the spectrum of all, largest first
+    resolution: float  # cm⁻¹, full width at half maximum of a sharp line
+    highest: float  # cm⁻¹; faster vibrations appear folded back below it
 
 
 def vibrations(
