@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import tempfile
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 from ase import Atoms, units
@@ -43,8 +43,6 @@ _GRAM_PER_CM3 = units._amu * 1e27  # per amu/Å³
 _FASTEST = ((("H",), 4500.0), (("B", "C", "N", "O", "F"), 2500.0))
 _FAR = 0.4  # of the cell: another atom may have moved farther than half of it, to an unknown image
 _DIFFUSIVE = 0.2  # deviation from 1 of an exponent that still counts as diffusion
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,38 +93,34 @@ class Analysis:
     """Result of ``analyze``; quantities that were not asked for, or not possible, are None.
 
     Attributes:
-        trajectory: the file.
-        formula: of the system.
-        num_atoms, num_frames: that were read.
+        trajectory, formula, num_atoms, num_frames: what was read.
+        drift_removed: whether displacements are relative to the center of mass: unless an atom is fixed or there is
+            only one.
+        notes: quantities that were left out, with the reason, and doubts about others.
         interval: fs between the frames read; None where no quantity needs it.
         radial: radial distribution functions.
         transport: mean-square displacements and diffusion.
-        drift_removed: whether displacements are relative to the center of mass: unless an atom is fixed or there is
-            only one.
         vibrations: velocity autocorrelation and spectrum.
-        density: g/cm³.
-        temperature: K.
-        pressure: GPa.
+        density, temperature, pressure: g/cm³, K and GPa.
         drift: of the conserved energy.
         log: columns of the log, the lines that were used.
-        notes: quantities that were left out, with the reason, and doubts about others.
     """
 
     trajectory: str
     formula: str
     num_atoms: int
     num_frames: int
-    interval: float | None
-    radial: RadialDistribution | None
-    transport: Transport | None
     drift_removed: bool
-    vibrations: Vibrations | None
-    density: Average | None
-    temperature: Average | None
-    pressure: Average | None
-    drift: EnergyDrift | None
-    log: dict[str, Array] | None
     notes: tuple[str, ...]
+    interval: float | None = None
+    radial: RadialDistribution | None = None
+    transport: Transport | None = None
+    vibrations: Vibrations | None = None
+    density: Average | None = None
+    temperature: Average | None = None
+    pressure: Average | None = None
+    drift: EnergyDrift | None = None
+    log: dict[str, Array] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns numbers and arrays, the unit in each name; what is unknown is None."""
@@ -141,8 +135,15 @@ class Analysis:
                 "fluctuation_meV_per_atom": self.drift.fluctuation,
             },
             "rdf": self.radial and _radial_values(self.radial),
-            "msd": self.transport and _transport_values(self.transport, self.drift_removed),
-            "vacf": self.vibrations and _vibration_values(self.vibrations),
+            "msd": self.transport and {
+                "center_of_mass_removed": self.drift_removed, **_transport_values(self.transport)
+            },
+            "vacf": self.vibrations and {
+                "resolution_per_cm": self.vibrations.resolution, "highest_per_cm": self.vibrations.highest,
+                "peaks_per_cm": self.vibrations.peaks, "lag_fs": self.vibrations.lag,
+                "vacf_A2_per_fs2": self.vibrations.vacf, "frequency_per_cm": self.vibrations.frequency,
+                "spectrum_cm": self.vibrations.spectrum,
+            },
             "notes": list(self.notes),
         }  # fmt: skip
 
@@ -200,47 +201,45 @@ def analyze(
     first = next(frames, None)
     if first is None:
         raise DataError(f"trajectory {path} has no frame number {settings.start}: give a smaller --start")
-    collector = _Collector(Path(path), first, settings)
-    for frame in tqdm(itertools.chain([first], frames), unit=" frames", disable=not progress):
-        collector.add(frame)
-    return collector.result()
-
-
-class Recording:
-    """Arrays of one shape, frame after frame, in an unnamed temporary file."""
-
-    def __init__(self) -> None:
-        self._stream: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the recording
-        weakref.finalize(self, self._stream.close)
-        self._shape: tuple[int, ...] = (0,)
-
-    def append(self, values: Array) -> None:
-        """Adds the array of a frame."""
-        self._shape = (self._shape[0] + 1, *values.shape)
-        self._stream.write(np.ascontiguousarray(values, dtype=np.float64).data)
-
-    def array(self) -> Array:
-        """Returns ``(F, *shape)``, read-only."""
-        self._stream.flush()
-        return np.memmap(self._stream, dtype=np.float64, mode="r", shape=self._shape)
+    with tempfile.TemporaryFile() as positions, tempfile.TemporaryFile() as velocities:
+        collector = _Collector(Path(path), first, settings, positions, velocities)
+        for frame in tqdm(itertools.chain([first], frames), unit=" frames", disable=not progress):
+            collector.add(frame)
+        return collector.result()
 
 
 class _Collector:
-    """Gathers time series from frame to frame."""
+    """Gathers time series from frame to frame, ``(F, N, 3)`` float64 in files."""
 
-    def __init__(self, path: Path, first: Atoms, settings: AnalysisSettings) -> None:
+    def __init__(
+        self, path: Path, first: Atoms, settings: AnalysisSettings, positions: IO[bytes], velocities: IO[bytes]
+    ) -> None:
         self.path, self.first, self.settings = path, first, settings
+        self.positions, self.velocities, self.unwrapper = positions, velocities, Unwrapper()
         self.log_path = Path(settings.log or path.with_suffix(".csv"))
         self.notes: list[str] = []
         self.times: list[float | None] = []
         self.volumes: list[float] = []
-        self.wanted = {name for name in settings.quantities or QUANTITIES if self._attempt(name, self._allows, name)}
+        self.wanted: list[str] = []
+        for name in settings.quantities or QUANTITIES:
+            with self._attempt(name):
+                self._check(name)
+                self.wanted.append(name)
         self.radial = RadialCounter(first, settings.r_max, settings.bin_width) if "rdf" in self.wanted else None
-        self.positions, self.velocities, self.unwrapper = Recording(), Recording(), Unwrapper()
         self.masses = first.get_masses()
         self.removes_drift = not first.constraints and len(first) > 1
 
-    def _allows(self, name: str) -> bool:
+    @contextlib.contextmanager
+    def _attempt(self, name: str) -> Iterator[None]:
+        """Turns a DataError into a note, unless the quantity was asked for by name."""
+        try:
+            yield
+        except DataError as error:
+            if self.settings.quantities is not None:
+                raise DataError(f"{name}: {error}") from error
+            self.notes.append(f"left out: {name}: {error}")
+
+    def _check(self, name: str) -> None:
         """Checks that the first frame allows a quantity, before all others are read."""
         if name in ("rdf", "density"):
             check_periodic(self.first)
@@ -253,7 +252,6 @@ class _Collector:
             raise DataError("the frames hold no momenta: write them into the trajectory")
         if name in _FROM_LOG and not self.log_path.is_file():
             raise DataError(f"there is no log {self.log_path}: give --log FILE")
-        return True
 
     def add(self, frame: Atoms) -> None:
         if not np.array_equal(frame.numbers, self.first.numbers):
@@ -268,41 +266,51 @@ class _Collector:
             positions = self.unwrapper(frame) if self.settings.unwrap else frame.get_positions()
             if self.removes_drift:
                 positions = positions - np.average(positions, axis=0, weights=self.masses)
-            self.positions.append(positions)
+            self.positions.write(positions.tobytes())
         if "vacf" in self.wanted:
-            self.velocities.append(frame.get_velocities() * units.fs)
+            self.velocities.write((frame.get_velocities() * units.fs).tobytes())
 
     def result(self) -> Analysis:
-        settings, wanted, first = self.settings, self.wanted, self.first
-        dynamic, logged = sorted(wanted & set(_DYNAMIC)), [name for name in _FROM_LOG if name in wanted]
-        interval = self._attempt(" and ".join(dynamic), self._interval) if dynamic else None
-        log = self._attempt(", ".join(logged), self._log) if logged else None
-        groups, weights = group_weights(first)
-        transport = vibrating = None
-        if interval is not None and "msd" in wanted:
-            transport = self._attempt("msd", lambda: mean_square_displacement(
-                self.positions.array(), groups, weights, interval, window=settings.fit
-            ))  # fmt: skip
-        if interval is not None and "vacf" in wanted:
-            vibrating = self._attempt("vacf", lambda: vibrations(
-                self.velocities.array(), groups, weights, self.masses, interval, settings.vacf_length
-            ))  # fmt: skip
+        settings, found = self.settings, dict[str, Any]()
+        dynamic = [name for name in _DYNAMIC if name in self.wanted]
+        if dynamic:
+            with self._attempt(" and ".join(dynamic)):
+                found["interval"] = self._interval()
+        interval, (groups, weights) = found.get("interval"), group_weights(self.first)
+        if "msd" in dynamic and interval:
+            with self._attempt("msd"):
+                found["transport"] = mean_square_displacement(
+                    self._series(self.positions), groups, weights, interval, window=settings.fit
+                )
+        if "vacf" in dynamic and interval:
+            with self._attempt("vacf"):
+                moving, length = self._series(self.velocities), settings.vacf_length
+                found["vibrations"] = vibrations(moving, groups, weights, self.masses, interval, length)
             self._note_folding(interval)
-        if transport is not None and settings.unwrap and self.unwrapper.farthest > _FAR:
+        if "transport" in found and self.unwrapper.farthest > _FAR:
             self.notes.append(
                 f"an atom moved by {self.unwrapper.farthest:.2f} of the cell between frames: beyond 0.5 the image it "
                 "moved to is unknown; read more frames, or switch unwrapping off (--no-unwrap) where the file holds "
                 "unwrapped positions"
             )
-        of_log = {} if log is None else {name: self._attempt(name, self._of_log, name, log) for name in logged}
+        logged = [name for name in _FROM_LOG if name in self.wanted]
+        if logged:
+            with self._attempt(", ".join(logged)):
+                found["log"] = self._log()
+        for name in logged if "log" in found else ():
+            with self._attempt(name):
+                found[name] = self._of_log(name, found["log"])
+        if self.radial is not None:
+            found["radial"] = self.radial.result()
         return Analysis(
-            trajectory=os.fspath(self.path), formula=first.get_chemical_formula(), num_atoms=len(first),
-            num_frames=len(self.times), interval=interval, transport=transport, drift_removed=self.removes_drift,
-            vibrations=vibrating, radial=self.radial.result() if self.radial is not None else None,
-            density=Average.of(self.masses.sum() * _GRAM_PER_CM3 / np.array(self.volumes)),
-            temperature=of_log.get("temperature"), pressure=of_log.get("pressure"), drift=of_log.get("drift"),
-            log=log, notes=tuple(self.notes),
+            trajectory=os.fspath(self.path), formula=self.first.get_chemical_formula(), num_atoms=len(self.first),
+            num_frames=len(self.times), drift_removed=self.removes_drift, notes=tuple(self.notes),
+            density=Average.of(self.masses.sum() * _GRAM_PER_CM3 / np.array(self.volumes)), **found,
         )  # fmt: skip
+
+    def _series(self, stream: IO[bytes]) -> Array:
+        stream.flush()
+        return np.memmap(stream, dtype=np.float64, mode="r", shape=(len(self.times), len(self.first), 3))
 
     def _interval(self) -> float:
         if len(self.times) < 2:
@@ -329,25 +337,12 @@ class _Collector:
             raise DataError(f"log {self.log_path} has no line in the time of the frames: give --log FILE")
         return {name: values[chosen] for name, values in columns.items()}
 
-    def _of_log(self, name: str, log: dict[str, Array]) -> Any:
-        """Returns the ``EnergyDrift`` for ``drift``, else an ``Average``."""
-        if name == "drift":
-            found: Any = energy_drift(log["time_fs"], log["conserved_energy_eV"], len(self.first))
-        else:
-            found = Average.of(log[_FROM_LOG[name]])
+    def _of_log(self, name: str, log: dict[str, Array]) -> EnergyDrift | Average:
+        column = log[_FROM_LOG[name]]
+        found = energy_drift(log["time_fs"], column, len(self.first)) if name == "drift" else Average.of(column)
         if found is None:
             raise DataError(f"log {self.log_path} holds no {name}: it is not defined for this run")
         return found
-
-    def _attempt(self, name: str, compute: Callable[..., T], *arguments: Any) -> T | None:
-        """Turns a DataError into a note, unless the quantity was asked for by name."""
-        try:
-            return compute(*arguments)
-        except DataError as error:
-            if self.settings.quantities is not None:
-                raise DataError(f"{name}: {error}") from error
-            self.notes.append(f"left out: {name}: {error}")
-            return None
 
     def _note_folding(self, interval: float) -> None:
         highest = WAVENUMBER / (2 * interval)
@@ -370,13 +365,7 @@ def group_weights(frame: Atoms) -> tuple[list[str], Array]:
 
 
 def frame_interval(times: Sequence[float | None], timestep: float | None, every: int, path: object) -> float:
-    """Returns the time between the frames read, in fs.
-
-    Args:
-        times: ``info["time_fs"]`` of each, None where there is none.
-        timestep: fs between frames of the file, for files that do not say.
-        every: frames of the file from one that is read to the next.
-        path: to name in messages.
+    """Returns the time in fs between frames read, from their ``info["time_fs"]`` or, where None, from ``timestep``.
 
     Raises:
         UsageError: neither the frames nor ``timestep`` say it, or both do and differ.
@@ -439,7 +428,7 @@ def _radial_values(found: RadialDistribution) -> dict[str, Any]:
     return {"num_frames": found.num_frames, "distance_A": found.distance, "edge_A": found.edges, "pairs": pairs}
 
 
-def _transport_values(found: Transport, drift_removed: bool) -> dict[str, Any]:
+def _transport_values(found: Transport) -> dict[str, Any]:
     chosen = thinned(len(found.lag))
     groups = {
         name: {
@@ -448,17 +437,10 @@ def _transport_values(found: Transport, drift_removed: bool) -> dict[str, Any]:
         }
         for name, one in found.diffusion.items()
     }  # fmt: skip
+    low, high = found.window
     return {
-        "center_of_mass_removed": drift_removed, "fit_from_fs": found.window[0], "fit_to_fs": found.window[1],
-        "num_blocks": found.num_blocks, "lag_fs": found.lag[chosen], "groups": groups,
-    }  # fmt: skip
-
-
-def _vibration_values(found: Vibrations) -> dict[str, Any]:
-    return {
-        "resolution_per_cm": found.resolution, "highest_per_cm": found.highest,
-        "peaks_per_cm": found.peaks, "lag_fs": found.lag, "vacf_A2_per_fs2": found.vacf,
-        "frequency_per_cm": found.frequency, "spectrum_cm": found.spectrum,
+        "fit_from_fs": low, "fit_to_fs": high, "num_blocks": found.num_blocks, "lag_fs": found.lag[chosen],
+        "groups": groups,
     }  # fmt: skip
 
 
