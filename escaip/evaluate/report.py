@@ -30,27 +30,16 @@ def shown_unit(target: Target) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Records:
-    """Labels and predictions of ``S`` structures with ``M`` atoms in all, in units of the targets.
+    """Labels and predictions of ``S`` structures with ``M`` atoms, in units of the targets; NaN where missing."""
 
-    Attributes:
-        structure_id: ``S`` names.
-        num_atoms: ``(S,)``.
-        numbers: ``(M,)`` atomic numbers.
-        fixed: ``(M,)`` bool, constrained atoms.
-        structure: ``(M,)`` index of the structure of each atom.
-        reference_energy: ``(S,)`` eV, the potential's sum of element references.
-        labels: by target, ``(S, *shape)`` or ``(M, *shape)``; NaN where missing.
-        predictions: by target, of the same shapes; NaN where the potential does not predict.
-    """
-
-    structure_id: tuple[str, ...]
-    num_atoms: NDArray[np.int64]
-    numbers: NDArray[np.int64]
-    fixed: NDArray[np.bool_]
-    structure: NDArray[np.int64]
-    reference_energy: FloatArray
-    labels: dict[str, FloatArray]
-    predictions: dict[str, FloatArray]
+    structure_id: tuple[str, ...]  # S names
+    num_atoms: NDArray[np.int64]  # (S,)
+    numbers: NDArray[np.int64]  # (M,) atomic numbers
+    fixed: NDArray[np.bool_]  # (M,) constrained atoms
+    structure: NDArray[np.int64]  # (M,) index of the structure of each atom
+    reference_energy: FloatArray  # (S,) eV, the potential's sum of element references
+    labels: dict[str, FloatArray]  # by target, (S, *shape) or (M, *shape)
+    predictions: dict[str, FloatArray]  # of the same shapes
 
     def errors(self, target: Target, *, free_atoms_only: bool = False) -> FloatArray:
         """Returns predictions less labels, NaN where either is missing or a force is not counted."""
@@ -93,41 +82,29 @@ class Quantity:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Result of ``escaip.evaluate.evaluate``; energies in eV, forces in eV/Å, stress in eV/Å³.
+    """Result of ``escaip.evaluate.evaluate``; energies in eV, forces in eV/Å, stress in eV/Å³; None without labels.
 
-    Attributes:
-        num_structures, num_atoms: size of the data.
-        free_atoms_only: whether forces of constrained atoms were left out.
-        energy: errors of the total energy, or None without labels.
-        energy_per_atom: errors with baselines ``references`` (the potential's element references alone) and ``mean``
-            (the mean energy per atom of this very data).
-        forces: errors over components, with baseline ``zero``.
-        force_cosine: mean cosine between predicted and labelled force; 0 counts where one of them is zero.
-        stress: errors over components, with baseline ``zero``.
-        energy_forces_within_threshold: fraction of structures with the energy within 0.02 eV and every force
-            component within 0.03 eV/Å (EFwT of the Open Catalyst challenge).
-        forces_by_element: errors of the force components by symbol.
-        rotation_error: RMS of ``F(R x) − R F(x)`` in eV/Å over random rotations, for models whose forces are not
-            equivariant by construction; else None.
-        worst: structure ids with their largest force component error (eV/Å) and energy error (eV/atom), worst first.
-        seconds: wall time of the predictions.
-        properties: errors of further targets by name, over components, in their unit (per atom where extensive), with
-            baseline ``zero``.
+    Errors of forces and stress are those of components, with the baseline ``zero``. Baselines of the energy are
+    ``references`` (the potential's element references alone) and ``mean`` (the mean energy per atom of this very data).
     """
 
     num_structures: int
     num_atoms: int
-    free_atoms_only: bool
+    free_atoms_only: bool  # whether forces of constrained atoms were left out
     energy: Errors | None
     energy_per_atom: Quantity | None
     forces: Quantity | None
-    force_cosine: float | None
+    force_cosine: float | None  # mean cosine between predicted and labelled force; 0 counts where one of them is zero
     stress: Quantity | None
+    # Fraction of structures with the energy within 0.02 eV and every force component within 0.03 eV/Å (EFwT of the
+    # Open Catalyst challenge).
     energy_forces_within_threshold: float | None
-    forces_by_element: dict[str, Errors]
+    forces_by_element: dict[str, Errors]  # by symbol
+    # RMS of F(R x) − R F(x) over random rotations, for models whose forces are not equivariant by construction.
     rotation_error: float | None
-    worst: tuple[tuple[str, float, float], ...]
-    seconds: float
+    worst: tuple[tuple[str, float, float], ...]  # id, largest force component error, energy error per atom; worst first
+    seconds: float  # wall time of the predictions
+    # Of further targets by name, in their unit (per atom where extensive), with baseline zero.
     properties: dict[str, Quantity] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,27 +18,16 @@ from escaip.simulate.output import freeze, write_results
 
 @dataclass(frozen=True)
 class EquationOfState:
-    """A Birch–Murnaghan fit.
+    """A Birch–Murnaghan fit."""
 
-    Attributes:
-        frames: structures computed, by volume, with energy and forces.
-        volumes: ``(m,)`` volumes of the cell, Å³.
-        energies: ``(m,)`` energies of the cell, eV.
-        volume: at the minimum, Å³.
-        energy: at the minimum, eV.
-        bulk_modulus: at the minimum, GPa.
-        derivative: ``∂B/∂p`` at the minimum.
-        residual: root mean square of the fit, meV per atom.
-    """
-
-    frames: list[Atoms]
-    volumes: np.ndarray
-    energies: np.ndarray
-    volume: float
-    energy: float
-    bulk_modulus: float
-    derivative: float
-    residual: float
+    frames: list[Atoms]  # structures computed, by volume, with energy and forces
+    volumes: np.ndarray  # (m,) Å³, of the cell
+    energies: np.ndarray  # (m,) eV, of the cell
+    volume: float  # Å³, at the minimum
+    energy: float  # eV, at the minimum
+    bulk_modulus: float  # GPa, at the minimum
+    derivative: float  # ∂B/∂p at the minimum
+    residual: float  # meV per atom, root mean square of the fit
 
     @property
     def atoms(self) -> Atoms:

@@ -32,23 +32,14 @@ _SAME = 0.05  # Å
 
 @dataclass(frozen=True)
 class MinimumEnergyPath:
-    """A minimum-energy path.
+    """A minimum-energy path."""
 
-    Attributes:
-        images: structures along the path with both ends, energies and forces.
-        energies: ``(m,)`` eV.
-        distances: ``(m,)`` length of the path up to each image, Å.
-        steps: steps of the optimizer.
-        largest_force: on the band, eV/Å.
-        climbed: whether the highest image climbed to the saddle point.
-    """
-
-    images: list[Atoms]
-    energies: np.ndarray
-    distances: np.ndarray
-    steps: int
-    largest_force: float
-    climbed: bool
+    images: list[Atoms]  # structures along the path with both ends, energies and forces
+    energies: np.ndarray  # (m,) eV
+    distances: np.ndarray  # (m,) Å, length of the path up to each image
+    steps: int  # of the optimizer
+    largest_force: float  # eV/Å, on the band
+    climbed: bool  # whether the highest image climbed to the saddle point
 
     @property
     def saddle(self) -> int:

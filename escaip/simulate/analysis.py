@@ -30,26 +30,17 @@ _MOST_PEAKS = 20
 
 @dataclass(frozen=True)
 class EnergyDrift:
-    """Conservation of energy in a run.
+    """Conservation of energy in a run."""
 
-    Attributes:
-        slope: meV per atom per ps, of a linear fit against time.
-        error: standard error of the slope, meV per atom per ps, for uncorrelated samples.
-        fluctuation: root mean square about the fit, meV per atom.
-    """
-
-    slope: float
-    error: float
-    fluctuation: float
+    slope: float  # meV per atom per ps, of a linear fit against time
+    error: float  # standard error of the slope, meV per atom per ps, for uncorrelated samples
+    fluctuation: float  # root mean square about the fit, meV per atom
 
 
 def energy_drift(time: Array, energy: Array, num_atoms: int) -> EnergyDrift | None:
-    """Fits a line to the conserved energy; None for fewer than three samples or where nothing is conserved.
+    """Fits a line to the conserved energy ``(S,)`` eV, NaN where it is not defined, over the time ``(S,)`` fs.
 
-    Args:
-        time: ``(S,)`` fs.
-        energy: ``(S,)`` eV, NaN where it is not defined.
-        num_atoms: number of atoms.
+    None for fewer than three samples, or where nothing is conserved.
     """
     valid = np.isfinite(energy)
     picoseconds, values = time[valid] * 1e-3, energy[valid] * (1e3 / num_atoms)

@@ -40,21 +40,13 @@ _DIRECTIONS = 6  # of the Jacobian
 
 
 class Tolerances(NamedTuple):
-    """Errors that rounding explains.
+    """Errors that rounding explains."""
 
-    Attributes:
-        energy: eV per atom, between equivalent structures.
-        derivative: relative to the largest force, or to 1 eV/Å where that is larger; for stress in eV per atom.
-        steps: Å of finite differences; the best of them counts.
-        jump: eV, for energies; for forces 100 times as much in eV/Å.
-        leak: meV per atom; smaller energy errors of a short run need not fall with the timestep.
-    """
-
-    energy: float
-    derivative: float
-    steps: tuple[float, ...]
-    jump: float
-    leak: float
+    energy: float  # eV per atom, between equivalent structures
+    derivative: float  # relative to the largest force, at least 1 eV/Å; for stress in eV per atom
+    steps: tuple[float, ...]  # Å of finite differences; the best of them counts
+    jump: float  # eV, for energies; for forces 100 times as much in eV/Å
+    leak: float  # meV per atom; smaller energy errors of a short run need not fall with the timestep
 
 
 TOLERANCES = {
@@ -67,20 +59,12 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison.
+    """One comparison."""
 
-    Attributes:
-        name: quantity compared.
-        value: error found; NaN fails.
-        unit: of the value, empty for a number.
-        limit: largest error allowed; None for information.
-        note: details in words.
-    """
-
-    name: str
-    value: float
-    unit: str
-    limit: float | None
+    name: str  # quantity compared
+    value: float  # error found; NaN fails
+    unit: str  # empty for a number
+    limit: float | None  # largest error allowed; None for information
     note: str = ""
 
     @property
@@ -93,14 +77,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Comparisons around one structure.
+    """Comparisons around one structure."""
 
-    Attributes:
-        subject: structure and kind of model in words.
-        findings: one for each comparison.
-    """
-
-    subject: str
+    subject: str  # structure and kind of model in words
     findings: tuple[Finding, ...]
 
     @property

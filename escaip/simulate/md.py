@@ -45,51 +45,31 @@ _CONTACT_INTERVAL = 10
 
 @dataclass(frozen=True)
 class MDStatus:
-    """Progress of a run.
-
-    Attributes:
-        step, steps: steps done, and steps in all.
-        time: simulated time in fs.
-        temperature: K.
-        energy: conserved energy, or total energy where nothing is conserved, eV.
-        ns_per_day: speed; NaN before the first step.
-        seconds_left: wall time; NaN before the first step.
-    """
+    """Progress of a run."""
 
     step: int
-    steps: int
-    time: float
-    temperature: float
-    energy: float
-    ns_per_day: float
-    seconds_left: float
+    steps: int  # in all
+    time: float  # fs, simulated
+    temperature: float  # K
+    energy: float  # eV, conserved energy, or total energy where nothing is conserved
+    ns_per_day: float  # NaN before the first step
+    seconds_left: float  # wall time; NaN before the first step
 
 
 @dataclass(frozen=True)
 class MDResult:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        atoms: the last frame, with velocities and calculator.
-        steps: steps done, resumed parts included.
-        time: simulated time in fs.
-        mean_temperature: K, over the log.
-        drift: of the conserved energy; None for Langevin or fewer than three log lines.
-        ns_per_day: speed of this part; NaN when there was nothing left to do.
-        trajectory, log, restart: the files.
-        outside: how often this part left what the model was trained on, in words; empty for never.
-    """
-
-    atoms: Atoms
-    steps: int
-    time: float
-    mean_temperature: float
-    drift: EnergyDrift | None
-    ns_per_day: float
+    atoms: Atoms  # the last frame, with velocities and calculator
+    steps: int  # resumed parts included
+    time: float  # fs, simulated
+    mean_temperature: float  # K, over the log
+    drift: EnergyDrift | None  # of the conserved energy; None for Langevin or fewer than three log lines
+    ns_per_day: float  # of this part; NaN when there was nothing left to do
     trajectory: Path
     log: Path
     restart: Path
-    outside: str = ""
+    outside: str = ""  # how often this part left what the model was trained on, in words; empty for never
 
     def summary(self) -> str:
         """Returns a few lines for people."""

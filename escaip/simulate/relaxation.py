@@ -17,26 +17,16 @@ OPTIMIZERS = {"bfgs": BFGS, "fire": FIRE}
 
 @dataclass(frozen=True)
 class RelaxResult:
-    """Result of a relaxation.
+    """Result of a relaxation."""
 
-    Attributes:
-        atoms: the relaxed structure, with its calculator.
-        converged: whether the largest force fell to ``fmax``.
-        steps: number of steps taken.
-        energy, initial_energy: eV.
-        largest_force: eV/Å; includes the generalised forces of a relaxed cell.
-        volume: Å³; NaN without a cell.
-        pressure: GPa; NaN without three periodic axes or without stress.
-    """
-
-    atoms: Atoms
+    atoms: Atoms  # the relaxed structure, with its calculator
     converged: bool
     steps: int
-    energy: float
-    initial_energy: float
-    largest_force: float
-    volume: float
-    pressure: float
+    energy: float  # eV
+    initial_energy: float  # eV
+    largest_force: float  # eV/Å; includes the generalised forces of a relaxed cell
+    volume: float  # Å³; NaN without a cell
+    pressure: float  # GPa; NaN without three periodic axes or without stress
 
     def summary(self) -> str:
         """Returns a few lines for people."""

@@ -90,37 +90,23 @@ class AnalysisSettings:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Result of ``analyze``; quantities that were not asked for, or not possible, are None.
-
-    Attributes:
-        trajectory, formula, num_atoms, num_frames: what was read.
-        drift_removed: whether displacements are relative to the center of mass: unless an atom is fixed or there is
-            only one.
-        notes: quantities that were left out, with the reason, and doubts about others.
-        interval: fs between the frames read; None where no quantity needs it.
-        radial: radial distribution functions.
-        transport: mean-square displacements and diffusion.
-        vibrations: velocity autocorrelation and spectrum.
-        density, temperature, pressure: g/cm³, K and GPa.
-        drift: of the conserved energy.
-        log: columns of the log, the lines that were used.
-    """
+    """Result of ``analyze``; quantities that were not asked for, or not possible, are None."""
 
     trajectory: str
     formula: str
     num_atoms: int
     num_frames: int
-    drift_removed: bool
-    notes: tuple[str, ...]
-    interval: float | None = None
+    drift_removed: bool  # displacements are relative to the center of mass, unless an atom is fixed or the only one
+    notes: tuple[str, ...]  # quantities that were left out, with the reason, and doubts about others
+    interval: float | None = None  # fs between the frames read
     radial: RadialDistribution | None = None
     transport: Transport | None = None
     vibrations: Vibrations | None = None
-    density: Average | None = None
-    temperature: Average | None = None
-    pressure: Average | None = None
-    drift: EnergyDrift | None = None
-    log: dict[str, Array] | None = None
+    density: Average | None = None  # g/cm³
+    temperature: Average | None = None  # K
+    pressure: Average | None = None  # GPa
+    drift: EnergyDrift | None = None  # of the conserved energy
+    log: dict[str, Array] | None = None  # columns of the log, the lines that were used
 
     def to_dict(self) -> dict[str, Any]:
         """Returns numbers and arrays, the unit in each name; what is unknown is None."""
@@ -153,12 +139,9 @@ class Analysis:
         if self.interval is not None:
             head += f", {self.interval:g} fs apart, {(self.num_frames - 1) * self.interval * 1e-3:g} ps"
         rows: list[tuple[str, str]] = []
-        for name, unit, found in (
-            ("density", "g/cm³", self.density), ("temperature", "K", self.temperature),
-            ("pressure", "GPa", self.pressure),
-        ):  # fmt: skip
-            if found is not None:
-                rows.append((name, f"{_with_error(found.mean, found.error)} {unit}"))
+        for name, unit in (("density", "g/cm³"), ("temperature", "K"), ("pressure", "GPa")):
+            if (average := getattr(self, name)) is not None:
+                rows.append((name, f"{_with_error(average.mean, average.error)} {unit}"))
         if self.drift is not None:
             rows.append(("energy drift", f"{self.drift.slope:+.3g} ± {self.drift.error:.2g} meV/atom/ps"))
         if self.radial is not None:

@@ -21,37 +21,22 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class RestartState:
-    """Everything that a run needs to continue bit for bit.
-
-    Attributes:
-        step, target: steps done, and steps asked for.
-        physics: settings that must not change.
-        positions, cell: ``(n, 3)`` and ``(3, 3)`` Å.
-        momenta: ``(n, 3)`` in ASE's unit.
-        atomic_numbers: ``(n,)``.
-        energy: potential energy in eV, to recognise the potential.
-        rng: state of the random number generator.
-        integrator: internal variables of thermostat and barostat, by name.
-        max_temperature: K at which the run stops.
-        log_position, trajectory_position: where log and trajectory end.
-        saved: step and end of the last frame saved for its spread, if any; None in files of schema 1, which did not
-            tell.
-    """
+    """Everything that a run needs to continue bit for bit."""
 
     step: int
-    target: int
-    physics: dict[str, Any]
-    positions: np.ndarray
-    momenta: np.ndarray
-    cell: np.ndarray
-    atomic_numbers: np.ndarray
-    energy: float
-    rng: dict[str, Any]
-    integrator: dict[str, np.ndarray]
-    max_temperature: float
-    log_position: int
-    trajectory_position: int
-    saved: Sequence[int] | None
+    target: int  # steps asked for
+    physics: dict[str, Any]  # settings that must not change
+    positions: np.ndarray  # (n, 3) Å
+    momenta: np.ndarray  # (n, 3) in ASE's unit
+    cell: np.ndarray  # (3, 3) Å
+    atomic_numbers: np.ndarray  # (n,)
+    energy: float  # potential energy in eV, to recognise the potential
+    rng: dict[str, Any]  # state of the random number generator
+    integrator: dict[str, np.ndarray]  # internal variables of thermostat and barostat, by name
+    max_temperature: float  # K at which the run stops
+    log_position: int  # where the log ends
+    trajectory_position: int  # where the trajectory ends
+    saved: Sequence[int] | None  # step and end of the last frame saved for its spread; None in files of schema 1
 
     def save(self, path: Path) -> None:
         """Replaces the file; a reader finds the old state or the new one, whole.

@@ -21,44 +21,30 @@ from escaip.simulate.output import read_trajectory, write_results
 class FrameScores:
     """A committee's answers for ``F`` frames.
 
-    Attributes:
-        forces_spread: ``(F,)`` eV/Å, the largest of an atom's ``√⟨|F_i − ⟨F_i⟩|²⟩`` over the members.
-        mean_forces_spread: ``(F,)`` eV/Å, its mean over the atoms.
-        energy_spread: ``(F,)`` eV, standard deviation of the energies.
-        descriptors: of each frame ``(M · n,)`` eV: the atomic energies of each of ``M`` members, sorted within each
-            element. They need no further evaluations and are invariant under rotation, translation, re-wrapping and
-            permutation.
-        formulas: of each frame; frames of different formulas are never duplicates.
+    Descriptors are the atomic energies of each of ``M`` members, sorted within each element: invariant under rotation,
+    translation, re-wrapping and permutation, without further evaluations. Frames of different formulas are never
+    duplicates.
     """
 
-    forces_spread: np.ndarray
-    mean_forces_spread: np.ndarray
-    energy_spread: np.ndarray
-    descriptors: list[np.ndarray]
+    forces_spread: np.ndarray  # (F,) eV/Å, the largest of an atom's √⟨|F_i − ⟨F_i⟩|²⟩ over the members
+    mean_forces_spread: np.ndarray  # (F,) eV/Å, its mean over the atoms
+    energy_spread: np.ndarray  # (F,) eV, standard deviation of the energies
+    descriptors: list[np.ndarray]  # (M · n,) eV, of each frame
     formulas: list[str]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The frames chosen from a file, in the order of choice.
+    """The frames chosen from a file, in the order of choice."""
 
-    Attributes:
-        frames: ``(K,)`` numbers of the frames in the file.
-        distances: ``(K,)`` eV, to the nearest frame chosen before; inf for the first of its formula.
-        spreads: ``(K,)`` eV/Å, largest spread of the forces on an atom.
-        num_frames, num_broken, num_considered: frames read, left out because atoms touch or the members' answers are
-            not finite, and within the limits.
-        out, report: file of the structures, and of the spreads (JSON).
-    """
-
-    frames: np.ndarray
-    distances: np.ndarray
-    spreads: np.ndarray
-    num_frames: int
-    num_broken: int
-    num_considered: int
-    out: Path
-    report: Path
+    frames: np.ndarray  # (K,) numbers of the frames in the file
+    distances: np.ndarray  # (K,) eV, to the nearest frame chosen before; inf for the first of its formula
+    spreads: np.ndarray  # (K,) eV/Å, largest spread of the forces on an atom
+    num_frames: int  # that were read
+    num_broken: int  # left out because atoms touch or the members' answers are not finite
+    num_considered: int  # within the limits
+    out: Path  # structures
+    report: Path  # spreads, JSON
 
     def summary(self) -> str:
         """Returns a few lines for people."""
