@@ -69,6 +69,35 @@ def write_json(path: str | os.PathLike[str], value: object, error: type[EscaipEr
     write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n", error)
 
 
+def write_results(folder: str | os.PathLike[str], files: Mapping[str, Any]) -> None:
+    """Writes each file whole: a dict as JSON, a figure as PNG, structures as extended XYZ.
+
+    Args:
+        folder: made where needed.
+        files: name to a dict, a Figure, a list of Atoms, or a function, which is given the path to write to.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    import ase.io
+
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
+    for name, content in files.items():
+        with write_aside(folder / name) as aside:
+            if isinstance(content, dict):
+                aside.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+            elif hasattr(content, "savefig"):
+                content.savefig(aside, format="png", dpi=150)
+            elif isinstance(content, list):
+                ase.io.write(aside, content, format="extxyz")
+            else:
+                content(aside)
+
+
 def plain(value: Any) -> Any:
     """Turns a value into JSON values.
 

@@ -1,8 +1,7 @@
-"""Parity plots and error histograms as PNG, drawn without matplotlib's global state."""
+"""Parity plots and error histograms, drawn without matplotlib's global state."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,17 +35,17 @@ class _Panel:
     trivial_name: str
 
 
-def draw_parity(records: Records, *, free_atoms_only: bool = False) -> bytes:
+def draw_parity(records: Records, *, free_atoms_only: bool = False) -> Figure:
     """Draws predictions against labels, colored by the density of points; a panel for each quantity with labels."""
     return _draw(records, free_atoms_only, _draw_parity)
 
 
-def draw_errors(records: Records, *, free_atoms_only: bool = False) -> bytes:
+def draw_errors(records: Records, *, free_atoms_only: bool = False) -> Figure:
     """Draws histograms of absolute errors on a logarithmic axis, beside those of the trivial predictor."""
     return _draw(records, free_atoms_only, _draw_errors)
 
 
-def _draw(records: Records, free_atoms_only: bool, draw: Callable[[Axes, _Panel], None]) -> bytes:
+def _draw(records: Records, free_atoms_only: bool, draw: Callable[[Axes, _Panel], None]) -> Figure:
     panels = _panels(records, free_atoms_only)
     figure = Figure(figsize=(4.6 * max(len(panels), 1), 4.4), layout="constrained")
     grid: Any = figure.subplots(1, max(len(panels), 1), squeeze=False)
@@ -54,9 +53,7 @@ def _draw(records: Records, free_atoms_only: bool, draw: Callable[[Axes, _Panel]
         draw(axis, panel)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
-    return stream.getvalue()
+    return figure
 
 
 def _panels(records: Records, free_atoms_only: bool) -> list[_Panel]:
@@ -105,13 +102,10 @@ def _with_density(panel: _Panel, limits: tuple[float, float]) -> tuple[FloatArra
     """Returns at most fifty thousand points, those in the densest bins last, and the count in the bin of each."""
     edges = np.linspace(*limits, _BINS + 1)
     counts, _, _ = np.histogram2d(panel.label, panel.found, bins=(edges, edges))
-    chosen = np.arange(len(panel.label))
-    if len(chosen) > _MAX_POINTS:
-        chosen = np.sort(np.random.default_rng(0).choice(chosen, _MAX_POINTS, replace=False))
+    chosen = np.random.default_rng(0).permutation(len(panel.label))[:_MAX_POINTS]
     label, found = panel.label[chosen], panel.found[chosen]
-    column, row = (np.clip(np.digitize(x, edges) - 1, 0, _BINS - 1) for x in (label, found))
-    density = counts[column, row]
-    order = np.argsort(density, kind="stable")
+    density = counts[np.digitize(label, edges) - 1, np.digitize(found, edges) - 1]  # the limits hold every point
+    order = np.argsort(density)
     return label[order], found[order], density[order]
 
 

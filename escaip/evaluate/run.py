@@ -18,7 +18,7 @@ from escaip.data import AtomicData, collate
 from escaip.data.dataset import random_rotation, rotate_structure
 from escaip.errors import DataError
 from escaip.evaluate.report import EvaluationReport, Records, compute_report
-from escaip.files import write_aside, write_file, write_json
+from escaip.files import write_aside, write_results
 from escaip.potential import Potential
 from escaip.potential.predict import StructurePrediction, join_structures, predict_pairs
 from escaip.types import TARGETS
@@ -48,16 +48,13 @@ def evaluate_into(
     """
     report, records = evaluate(potential, structures, free_atoms_only=free_atoms_only, **options)
     values = {**origin, "dtype": str(potential.dtype), "precision": potential.precision, **report.to_dict()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
-    write_json(folder / "report.json", values)
+    files: dict[str, Any] = {"report.json": values}
     if plots:
         from escaip.evaluate.plots import draw_errors, draw_parity
 
-        write_file(folder / "parity.png", draw_parity(records, free_atoms_only=free_atoms_only))
-        write_file(folder / "errors.png", draw_errors(records, free_atoms_only=free_atoms_only))
+        for name, draw in (("parity.png", draw_parity), ("errors.png", draw_errors)):
+            files[name] = draw(records, free_atoms_only=free_atoms_only)
+    write_results(folder, files)
     return report
 
 
@@ -125,17 +122,8 @@ def evaluate(
 def predict_into(path: Path, potential: Potential, structures: Iterable[AtomicData], **options: Any) -> int:
     """Writes structures with every predicted target instead of their labels; eV, eV/Å, eV/Å³.
 
-    Args:
-        path: extxyz file to write.
-        potential: in evaluation mode.
-        structures: of any number; labels are not needed.
-        **options: ``max_atoms`` and ``progress`` of ``escaip.potential.predict.predict_pairs``.
-
-    Returns:
-        The number of structures written.
-
-    Raises:
-        EscaipError: the data cannot be used, or the file cannot be written.
+    Further options are ``max_atoms`` and ``progress`` of ``escaip.potential.predict.predict_pairs``, which also names
+    the errors. Returns the number of structures written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     pairs = predict_pairs(potential, structures, compute_stress=potential.config.is_conservative, **options)

@@ -19,8 +19,8 @@ from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
 from escaip.errors import ConfigError
+from escaip.files import write_results
 from escaip.properties.common import ACCENT, MODEL, at_rest, check_crystal, deformed, new_figure, table
-from escaip.simulate.output import write_results
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 

@@ -12,8 +12,9 @@ from ase import Atoms, units
 from scipy.optimize import OptimizeWarning
 
 from escaip.errors import ConfigError, SimulationError
+from escaip.files import write_results
 from escaip.properties.common import MODEL, at_rest, check_crystal, deformed, new_figure, table
-from escaip.simulate.output import freeze, write_results
+from escaip.simulate.output import freeze
 
 
 @dataclass(frozen=True)

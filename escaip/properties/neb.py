@@ -22,8 +22,9 @@ from ase.optimize import BFGS, FIRE
 from ase.utils.forcecurve import fit_images
 
 from escaip.errors import ConfigError, SimulationError
+from escaip.files import write_results
 from escaip.properties.common import MODEL, RELAXATIONS, at_rest, check_calculator, new_figure, table
-from escaip.simulate.output import freeze, write_results
+from escaip.simulate.output import freeze
 
 OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS}
 _ROUGH = 5.0  # times fmax: the image climbs once the band lies near the path, or it might climb another ridge

@@ -11,9 +11,9 @@ import numpy as np
 from ase import Atoms, units
 
 from escaip.errors import ConfigError
+from escaip.files import write_results
 from escaip.properties.common import ACCENT, MODEL, MUTED, at_rest, check_crystal, new_figure, table
 from escaip.properties.vibrations import second_derivatives
-from escaip.simulate.output import write_results
 
 THZ_TO_MEV = 1e3 * units._hplanck / units._e * 1e12
 THZ_TO_CM = 1e12 / (units._c * 100)

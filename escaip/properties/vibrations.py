@@ -17,8 +17,8 @@ from ase.constraints import FixAtoms
 from ase.thermochemistry import HarmonicThermo, IdealGasThermo
 
 from escaip.errors import ConfigError, DataError
+from escaip.files import write_results
 from escaip.properties.common import ACCENT, MODEL, at_rest, check_calculator, new_figure, table
-from escaip.simulate.output import write_results
 
 _TO_EV = units._hbar * 1e10 / np.sqrt(units._e * units._amu)
 """Factor from ``ω`` in √(eV/Å²/amu) to ``ħω`` in eV."""

@@ -265,7 +265,7 @@ def analyze(
 
     Example: escaip analyze md.extxyz --quantities rdf msd
     """
-    from escaip.simulate.output import write_results
+    from escaip.files import write_results
     from escaip.simulate.report import AnalysisSettings
     from escaip.simulate.report import analyze as analyze_trajectory
 

@@ -6,10 +6,9 @@ import contextlib
 import csv
 import io
 import itertools
-import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.trajectory import Trajectory
 
 from escaip.errors import ConfigError, DataError, SimulationError, UsageError
-from escaip.files import first_line, plain, resolve, write_aside
+from escaip.files import first_line, resolve, write_aside
 
 LOG_COLUMNS = (
     "step", "time_fs", "temperature_K", "potential_energy_eV", "kinetic_energy_eV", "total_energy_eV",
@@ -301,30 +300,3 @@ def write_structure(path: str | os.PathLike[str], atoms: Atoms) -> None:
             raise
         except Exception as error:  # ASE's writers raise anything
             raise DataError(f"cannot write {path} ({first_line(error)}): choose a name that ends in .extxyz") from error
-
-
-def write_results(folder: str | os.PathLike[str], files: Mapping[str, Any]) -> None:
-    """Writes each file whole: a dict as JSON, a figure as PNG, structures as extended XYZ.
-
-    Args:
-        folder: made where needed.
-        files: name to a dict, a Figure, a list of Atoms, or a function, which is given the path to write to.
-
-    Raises:
-        DataError: the folder cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
-    for name, content in files.items():
-        with write_aside(folder / name) as aside:
-            if isinstance(content, dict):
-                aside.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-            elif hasattr(content, "savefig"):
-                content.savefig(aside, format="png", dpi=150)
-            elif isinstance(content, list):
-                ase.io.write(aside, content, format="extxyz")
-            else:
-                content(aside)

@@ -13,8 +13,9 @@ import numpy as np
 from ase import Atoms
 
 from escaip.errors import ConfigError, DataError
+from escaip.files import write_results
 from escaip.simulate.guards import find_contact
-from escaip.simulate.output import read_trajectory, write_results
+from escaip.simulate.output import read_trajectory
 
 
 @dataclass(frozen=True)

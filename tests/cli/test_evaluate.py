@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_energy_and_forces_within_threshold() -> None:
 def test_plots_are_drawn_whatever_is_missing() -> None:
     for found in (records([0.1], [0.0]), records([np.nan, np.nan], [0.1, 0.2])):
         for draw in (draw_parity, draw_errors):
-            assert draw(found).startswith(b"\x89PNG")
+            draw(found).savefig(io.BytesIO())
 
 
 def test_the_command(model: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +184,7 @@ def test_the_command(model: Path, labelled: Path, tmp_path: Path, capsys: pytest
     assert "predicting zero" in printed.out
     assert printed.err == ""
     assert sorted(path.name for path in out.iterdir()) == ["errors.png", "parity.png", "report.json"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
     report = json.loads((out / "report.json").read_text())
     assert report["forces"]["errors"]["count"] == 3 * 18
     assert report["num_structures"] == 5
