@@ -134,12 +134,9 @@ def check_calculator(
 ) -> CheckReport:
     """Compares a calculator's answers around a structure with the demands of physics.
 
-    The structure is displaced a little, since much vanishes in a perfect crystal. Compared are: forces with central
-    differences of the energy; stress with finite strains; the energy under translation, rotation, permutation and
-    re-wrapping, and forces under rotation; a kept neighbor list with a fresh one; energy and forces where a neighbor
-    enters or leaves the graph; and the energy error of a short NVE run at a timestep and at half of it, which must fall
-    to a quarter. Direct-force models get information instead where they promise nothing: how far forces are from
-    derivatives, and the antisymmetric share of their Jacobian.
+    The structure is displaced a little, since much vanishes in a perfect crystal. The comparisons are those of
+    docs/howto/evaluate.md. Direct-force models get information instead where they promise nothing: how far forces are
+    from derivatives, and the antisymmetric share of their Jacobian.
 
     Args:
         calculator: an ``EScAIPCalculator``, a committee, either with dispersion, or any other of ASE's.
@@ -205,15 +202,13 @@ def _curl(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, step: floa
     """``‖J − Jᵀ‖ / ‖J + Jᵀ‖`` of the force Jacobian in random directions: 0 for a gradient, 1 for a pure curl."""
     size = 3 * len(atoms)
     directions = np.linalg.qr(rng.normal(size=(size, min(_DIRECTIONS, size))))[0].T
-    columns = []
-    for direction in directions:
-        forces = []
-        for sign in (1.0, -1.0):
-            moved = atoms.copy()
-            moved.positions += sign * step * direction.reshape(-1, 3)
-            forces.append(evaluate([moved])[0].forces.ravel())
-        columns.append(directions @ (forces[0] - forces[1]) / (2.0 * step))
-    jacobian = np.array(columns)
+
+    def forces(shift: np.ndarray) -> np.ndarray:
+        moved = atoms.copy()
+        moved.positions += shift.reshape(-1, 3)
+        return evaluate([moved])[0].forces.ravel()
+
+    jacobian = np.array([directions @ (forces(step * d) - forces(-step * d)) / (2.0 * step) for d in directions])
     return float(np.linalg.norm(jacobian - jacobian.T) / max(np.linalg.norm(jacobian + jacobian.T), 1e-300))
 
 

@@ -54,10 +54,7 @@ class _TextFile:
 class LogFile(_TextFile):
     """A CSV with one line per logged step; values that are not defined are left empty.
 
-    Args:
-        path: the file.
-        position: bytes to keep of an existing file; None starts anew.
-        extra: further columns, of a committee.
+    ``position`` bytes of an existing file are kept, None starts anew; ``extra`` are the columns of a committee.
 
     Raises:
         SimulationError: the file holds fewer bytes than are to be kept, or other columns.
@@ -79,7 +76,7 @@ class LogFile(_TextFile):
 
     def write(self, row: dict[str, float | int]) -> None:
         """Appends a line; floats keep every digit."""
-        values = [row[name] for name in self._columns]
+        values = (row[name] for name in self._columns)
         self._stream.write(",".join("" if value != value else repr(value) for value in values) + "\n")
         self._stream.flush()
 
@@ -111,20 +108,14 @@ class AseTrajectory:
 
     def __init__(self, path: Path, position: int | None) -> None:
         self._count = position or 0
-        if position is not None:
-            self._cut(path)
-        self._writer = Trajectory(path, "w" if position is None else "a")
-
-    def _cut(self, path: Path) -> None:
-        if not path.is_file():
-            raise SimulationError(_TOO_SHORT.format(path))
-        with Trajectory(path) as frames:
+        with Trajectory(path) if position is not None and path.is_file() else contextlib.nullcontext([]) as frames:
             if len(frames) < self._count:
                 raise SimulationError(_TOO_SHORT.format(path))
             if len(frames) > self._count:
                 with write_aside(path, SimulationError) as aside, Trajectory(aside, "w") as kept:
                     for index in range(self._count):
                         kept.write(frames[index])
+        self._writer = Trajectory(path, "w" if position is None else "a")
 
     def write(self, frame: Atoms) -> None:
         """Appends a frame."""
@@ -182,9 +173,8 @@ def read_trajectory(
 ) -> Iterator[Atoms]:
     """Yields the frames of a trajectory one by one, holding one in memory.
 
-    Frames carry cell, momenta, energy, forces and, where it was computed, stress; ``info`` holds ``step`` and
-    ``time_fs`` where the file does, as those of ``run_md`` do. An incomplete frame at the end of
-    an extxyz file, whose run goes on or was killed, is left out with a warning.
+    ``info`` of frames by ``run_md`` holds ``step`` and ``time_fs``. An incomplete frame at the end of an extxyz file,
+    whose run goes on or was killed, is left out with a warning.
 
     Args:
         path: ``.traj``, ``.extxyz`` or ``.xyz``, or anything else ASE reads.
@@ -254,37 +244,30 @@ def read_structure(path: str | os.PathLike[str], frame: int = -1) -> Atoms:
     Raises:
         DataError: missing, empty or unreadable file, no such frame, or an invalid structure.
     """
-    from escaip.data import AtomicData
+    from escaip.data import AtomicData, Store
 
     path = resolve(path)
     if not path.exists():
         raise DataError(f"structure {path} does not exist: check the path")
-    atoms = (_read_store if path.is_dir() else _read_file)(path, frame)
+    if path.is_dir():
+        store = Store(path)
+        if not -len(store) <= frame < len(store):
+            raise DataError(
+                f"store {path} has {len(store)} structures, no number {frame}: give --frame a smaller number"
+            )
+        atoms: Any = store[frame % len(store)].to_ase()
+    else:
+        if path.stat().st_size == 0:
+            raise DataError(f"structure {path} is empty: give a file with at least one structure")
+        try:
+            atoms = ase.io.read(path, index=frame)
+        except (IndexError, StopIteration) as error:
+            raise DataError(f"structure {path} has no frame {frame}: give --frame a smaller number") from error
+        except Exception as error:  # ASE's readers raise anything
+            raise DataError(f"structure {path} cannot be read ({first_line(error)}): use a file ASE reads") from error
     atoms.calc = None
     AtomicData.from_ase(atoms, structure_id=path.name)  # checks the structure
     return atoms
-
-
-def _read_file(path: Path, frame: int) -> Atoms:
-    if path.stat().st_size == 0:
-        raise DataError(f"structure {path} is empty: give a file with at least one structure")
-    try:
-        atoms: Any = ase.io.read(path, index=frame)
-    except (IndexError, StopIteration) as error:
-        raise DataError(f"structure {path} has no frame {frame}: give --frame a smaller number") from error
-    except Exception as error:  # ASE's readers raise anything
-        raise DataError(f"structure {path} cannot be read ({first_line(error)}): use a file ASE reads") from error
-    assert isinstance(atoms, Atoms)
-    return atoms
-
-
-def _read_store(path: Path, frame: int) -> Atoms:
-    from escaip.data import Store
-
-    store = Store(path)
-    if not -len(store) <= frame < len(store):
-        raise DataError(f"store {path} has {len(store)} structures, no number {frame}: give --frame a smaller number")
-    return store[frame % len(store)].to_ase()
 
 
 def write_structure(path: str | os.PathLike[str], atoms: Atoms) -> None:
