@@ -166,27 +166,20 @@ def default_timestep(atoms: Atoms) -> float:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """An integrator bound to atoms.
-
-    Attributes:
-        dynamics: ASE's integrator.
-        rng: random numbers of velocities and thermostat.
-        num_degrees: thermal degrees of freedom, for the temperature.
-    """
+    """An integrator bound to atoms."""
 
     dynamics: MolecularDynamics
-    rng: np.random.Generator
-    num_degrees: int
+    rng: np.random.Generator  # of velocities and thermostat
+    num_degrees: int  # thermal degrees of freedom, for the temperature
 
     def conserved_energy(self) -> float:
         """Energy in eV that the equations of motion conserve; NaN for Langevin dynamics, which conserves none."""
         dynamics = self.dynamics
         if isinstance(dynamics, Langevin):
-            return float("nan")
+            return math.nan
         if isinstance(dynamics, (NoseHooverChainNVT, IsotropicMTKNPT, MTKNPT)):
             return float(dynamics.get_conserved_energy())
-        energy = float(dynamics.atoms.get_potential_energy() + dynamics.atoms.get_kinetic_energy())
-        return energy - float(dynamics.transferred_energy) if isinstance(dynamics, Bussi) else energy
+        return float(dynamics.atoms.get_total_energy() - getattr(dynamics, "transferred_energy", 0.0))  # of Bussi
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns the internal variables by name; scalars as 0-d arrays."""
@@ -272,10 +265,7 @@ def prepare_velocities(atoms: Atoms, settings: MDSettings, rng: np.random.Genera
 def degrees_of_freedom(atoms: Atoms, conserves_momentum: bool = True) -> int:
     """Counts the velocities that can be thermal: all but those that constraints or conservation laws fix.
 
-    Args:
-        atoms: the structure.
-        conserves_momentum: whether the dynamics conserves total momentum (all but Langevin's) and, without
-            periodic axes, angular momentum.
+    All dynamics but Langevin's conserve total momentum and, without periodic axes, angular momentum.
     """
     if not _is_free(atoms) or not conserves_momentum:
         return int(atoms.get_number_of_degrees_of_freedom())

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from escaip.errors import ConfigError, DataError, EscaipError, SimulationError, UsageError
 from escaip.simulate.analysis import EnergyDrift, energy_drift
-from escaip.simulate.ensembles import Ensemble, MDSettings, make_ensemble, prepare_velocities, temperature
+from escaip.simulate.ensembles import MDSettings, make_ensemble, prepare_velocities, temperature
 from escaip.simulate.guards import (
     DEVIATION_COLUMN,
     DeviationMonitor,
@@ -168,23 +168,30 @@ def run_md(
     own = atoms.copy()
     own.calc = atoms.calc
     _check_stress(own, settings)
-    if resume:
-        run = _Run.continued(own, settings, files)
-    else:
+    if not resume:
         _refuse_to_lose(files, overwrite)
         files.trajectory.parent.mkdir(parents=True, exist_ok=True)
-        run = _Run.fresh(own, settings, files)
-    return run.advance(report)
+    return _Run(own, settings, files, RestartState.load(files.restart) if resume else None, report).advance()
 
 
 class _Run:
     """A run: its files and its integrator."""
 
     def __init__(
-        self, atoms: Atoms, settings: MDSettings, files: RunFiles, ensemble: Ensemble, state: RestartState | None
-    ) -> None:
-        self.atoms, self.settings, self.files, self.ensemble = atoms, settings, files, ensemble
-        self.first_step, self.is_new = (state.step, False) if state else (0, True)
+        self, atoms: Atoms, settings: MDSettings, files: RunFiles, state: RestartState | None,
+        report: Callable[[MDStatus], None] | None,
+    ) -> None:  # fmt: skip
+        self.atoms, self.settings, self.files, self.report = atoms, settings, files, report
+        self.is_new, self.first_step = state is None, state.step if state else 0
+        rng = np.random.default_rng(settings.seed)
+        if state:
+            state.apply(atoms, settings.physics, files.restart)
+        else:
+            prepare_velocities(atoms, settings, rng)
+        self.ensemble = make_ensemble(atoms, settings, rng)
+        if state:
+            rng.bit_generator.state = state.rng
+            self.ensemble.restore(state.integrator, state.step)
         stored = state.max_temperature if state else 10 * max(settings.temperature or 0.0, self.temperature, 300.0)
         self.max_temperature = settings.max_temperature or stored
         self.logs_deviation, self.range = is_committee(atoms), RangeMonitor(atoms)
@@ -201,26 +208,6 @@ class _Run:
         self.started = self.last_logged = time.perf_counter()
         self.last_logged_step = self.first_step
 
-    @classmethod
-    def fresh(cls, atoms: Atoms, settings: MDSettings, files: RunFiles) -> _Run:
-        rng = np.random.default_rng(settings.seed)
-        prepare_velocities(atoms, settings, rng)
-        return cls(atoms, settings, files, make_ensemble(atoms, settings, rng), None)
-
-    @classmethod
-    def continued(cls, atoms: Atoms, settings: MDSettings, files: RunFiles) -> _Run:
-        state = RestartState.load(files.restart)
-        state.check(atoms, settings.physics, files.restart)
-        atoms.set_cell(state.cell, scale_atoms=False)
-        atoms.set_positions(state.positions, apply_constraint=False)
-        atoms.set_momenta(state.momenta, apply_constraint=False)
-        state.check_energy(atoms.get_potential_energy(), files.restart)
-        rng = np.random.default_rng(settings.seed)
-        ensemble = make_ensemble(atoms, settings, rng)
-        rng.bit_generator.state = state.rng
-        ensemble.restore(state.integrator, state.step)
-        return cls(atoms, settings, files, ensemble, state)
-
     @property
     def temperature(self) -> float:
         return temperature(self.atoms, self.ensemble.num_degrees)
@@ -229,16 +216,16 @@ class _Run:
     def step(self) -> int:
         return int(self.ensemble.dynamics.nsteps)
 
-    def advance(self, report: Callable[[MDStatus], None] | None) -> MDResult:
+    def advance(self) -> MDResult:
         remaining = max(self.settings.steps - self.first_step, 0)
         try:
             # An overflow becomes NaN, which a guard reports.
             with self.open_files, np.errstate(all="ignore"):
                 if self.is_new:
-                    self._after_step(report)
+                    self._after_step()
                 for _ in range(remaining):
                     self._take_step()
-                    self._after_step(report)
+                    self._after_step()
         except OSError as error:
             raise SimulationError(
                 f"step {self.step}: cannot write {self.files.trajectory}: {error.strerror or error}: make room, then "
@@ -255,9 +242,8 @@ class _Run:
         except (DataError, ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
             self._stop(f"the structure cannot be evaluated ({error})", cause=error)
 
-    def _after_step(self, report: Callable[[MDStatus], None] | None) -> None:
-        step, settings = self.step, self.settings
-        present = self.temperature
+    def _after_step(self) -> None:
+        step, settings, present = self.step, self.settings, self.temperature
         problem = find_problem(self.atoms, present, self.max_temperature)
         writes_restart = step % settings.restart_interval == 0 or step >= settings.steps
         if problem is None and (step % _CONTACT_INTERVAL == 0 or writes_restart):
@@ -272,14 +258,13 @@ class _Run:
         if step % settings.trajectory_interval == 0:
             self.trajectory.write(make_frame(self.atoms, step, step * settings.timestep))
         if step % settings.log_interval == 0:
-            self._log(step, present, report)
+            self._log(step, present)
         if writes_restart:
             self._save()
 
-    def _log(self, step: int, present: float, report: Callable[[MDStatus], None] | None) -> None:
+    def _log(self, step: int, present: float) -> None:
         now, length = time.perf_counter(), self.settings.timestep
-        done = step - self.last_logged_step
-        speed = _ns_per_day(done * length, now - self.last_logged)
+        speed = _ns_per_day((step - self.last_logged_step) * length, now - self.last_logged)
         self.last_logged, self.last_logged_step = now, step
         potential, kinetic = float(self.atoms.get_potential_energy()), float(self.atoms.get_kinetic_energy())
         conserved = self.ensemble.conserved_energy()
@@ -287,18 +272,17 @@ class _Run:
             "step": step, "time_fs": step * length, "temperature_K": present,
             "potential_energy_eV": potential, "kinetic_energy_eV": kinetic, "total_energy_eV": potential + kinetic,
             "conserved_energy_eV": conserved, "pressure_GPa": _pressure(self.atoms),
-            "volume_A3": float(self.atoms.get_volume()) if self.atoms.cell.rank == 3 else float("nan"),
+            "volume_A3": float(self.atoms.get_volume()) if self.atoms.cell.rank == 3 else math.nan,
             "ns_per_day": speed,
         }  # fmt: skip
         if self.logs_deviation:
             row[DEVIATION_COLUMN] = largest_spread(self.atoms)[0]
         self.log.write(row)
-        if report is not None:
-            elapsed = now - self.started
+        if self.report is not None:
             done = step - self.first_step
-            left = elapsed * (self.settings.steps - step) / done if done else float("nan")
-            energy = conserved if np.isfinite(conserved) else potential + kinetic
-            report(MDStatus(step, self.settings.steps, step * length, present, energy, speed, left))
+            left = (now - self.started) * (self.settings.steps - step) / done if done else math.nan
+            energy = conserved if math.isfinite(conserved) else potential + kinetic
+            self.report(MDStatus(step, self.settings.steps, step * length, present, energy, speed, left))
 
     def _save(self) -> None:
         RestartState(
@@ -324,7 +308,7 @@ class _Run:
         log = read_log(self.files.log)
         return MDResult(
             atoms=self.atoms, steps=self.step, time=self.step * self.settings.timestep,
-            mean_temperature=float(log["temperature_K"].mean()) if len(log["step"]) else float("nan"),
+            mean_temperature=float(log["temperature_K"].mean()) if len(log["step"]) else math.nan,
             drift=energy_drift(log["time_fs"], log["conserved_energy_eV"], len(self.atoms)),
             ns_per_day=_ns_per_day(num_steps * self.settings.timestep, time.perf_counter() - self.started),
             trajectory=self.files.trajectory, log=self.files.log, restart=self.files.restart, outside=str(self.range),
@@ -357,9 +341,9 @@ def _refuse_to_lose(files: RunFiles, overwrite: bool) -> None:
 def _pressure(atoms: Atoms) -> float:
     """Returns the pressure in GPa, kinetic part included; NaN where it is not defined."""
     if not atoms.pbc.all() or "stress" not in atoms.calc.implemented_properties:
-        return float("nan")
+        return math.nan
     return float(-np.trace(atoms.get_stress(voigt=False, include_ideal_gas=True)) / 3 / units.GPa)
 
 
 def _ns_per_day(femtoseconds: float, seconds: float) -> float:
-    return femtoseconds * 1e-6 / seconds * 86400 if femtoseconds > 0 and seconds > 0 else float("nan")
+    return femtoseconds * 1e-6 / seconds * 86400 if femtoseconds > 0 and seconds > 0 else math.nan

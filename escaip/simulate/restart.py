@@ -76,11 +76,12 @@ class RestartState:
             raise SimulationError(f"restart file {path} is damaged ({error}): start anew with --overwrite") from error
         return cls(**values, integrator=integrator)
 
-    def check(self, atoms: Atoms, physics: dict[str, Any], path: Path) -> None:
-        """Makes sure that the state belongs to this run.
+    def apply(self, atoms: Atoms, physics: dict[str, Any], path: Path) -> None:
+        """Puts the state into ``atoms``, after making sure that it belongs to this run.
 
         Raises:
-            SimulationError: another structure or other settings than those of the run.
+            SimulationError: another structure, other settings, or another potential: the energy of the stored positions
+                differs by more than 1 meV per atom.
         """
         if not np.array_equal(self.atomic_numbers, atoms.numbers):
             raise SimulationError(f"{path} belongs to another structure than {atoms.symbols}: use its own")
@@ -90,14 +91,11 @@ class RestartState:
                     f"{path} was written with {name} = {self.physics.get(name)}, not {value}: resume with the same "
                     "settings, or start anew with another --out"
                 )
-
-    def check_energy(self, energy: float, path: Path) -> None:
-        """Makes sure that the potential is the same.
-
-        Raises:
-            SimulationError: the energy of the stored positions differs by more than 1 meV per atom.
-        """
-        if not abs(energy - self.energy) <= 1e-3 * len(self.atomic_numbers):
+        atoms.set_cell(self.cell, scale_atoms=False)
+        atoms.set_positions(self.positions, apply_constraint=False)
+        atoms.set_momenta(self.momenta, apply_constraint=False)
+        energy = atoms.get_potential_energy()
+        if not abs(energy - self.energy) <= 1e-3 * len(atoms):
             raise SimulationError(
                 f"{path} was written with another potential: its energy is {self.energy:.6f} eV, this one gives "
                 f"{energy:.6f} eV: resume with the same model"
