@@ -47,13 +47,8 @@ def find_contact(atoms: Atoms) -> str | None:
 class RangeMonitor:
     """Notices atoms at distances that training did not show, by the guards of potentials: closer, or in a gap.
 
-    Args:
-        atoms: with a calculator; without a potential that has guards nothing is noticed. Any member of a committee
-            counts.
-
-    Attributes:
-        looks, outside: how many structures were looked at, and how many were outside.
-        first: the first of these in words; empty until there is one.
+    Without a potential that has guards nothing is noticed; any member of a committee counts. ``looks`` and ``outside``
+    count the structures looked at and those outside, ``first`` says the first of these in words.
     """
 
     def __init__(self, atoms: Atoms) -> None:
@@ -86,25 +81,18 @@ class RangeMonitor:
 
     def __str__(self) -> str:
         """Says how often; empty where nothing was noticed."""
-        if not self.outside:
-            return ""
-        return (
-            f"outside of the training range in {self.outside} of {self.looks} frames looked at, first at {self.first}"
-        )
+        often = f"{self.outside} of {self.looks} frames looked at, first at {self.first}"
+        return f"outside of the training range in {often}" if self.outside else ""
 
 
 def _pairs(atoms: Atoms, reach: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns pairs of atoms within ``reach`` Å, in both directions, and their distances."""
-    cell = atoms.cell.array
     # ASE's neighbor list divides an open box into bins, which for a molecule in 50 Å takes as long as a hundred steps.
-    structure = SimpleNamespace(
-        positions=torch.from_numpy(atoms.get_positions()),
-        cell=torch.from_numpy(cell.copy())[None],
-        pbc=torch.from_numpy(atoms.pbc.copy())[None],
-    )
-    found = neighbor_list(structure, reach)
+    arrays = {"positions": atoms.positions, "cell": atoms.cell.array[None], "pbc": atoms.pbc[None]}
+    found = neighbor_list(SimpleNamespace(**{name: torch.tensor(values) for name, values in arrays.items()}), reach)
     first, second, shift = (x.numpy() for x in (found.center, found.neighbor, found.shift))
-    return first, second, np.linalg.norm(atoms.positions[second] - atoms.positions[first] + shift @ cell, axis=1)
+    apart = atoms.positions[second] - atoms.positions[first] + shift @ atoms.cell.array
+    return first, second, np.linalg.norm(apart, axis=1)
 
 
 def _apart(atoms: Atoms, first: np.ndarray, second: np.ndarray, distance: np.ndarray, pair: int) -> str:
@@ -127,12 +115,9 @@ def largest_spread(atoms: Atoms) -> tuple[float, int]:
 class DeviationMonitor:
     """Stops a run when a committee's forces spread too much, and saves frames for labelling.
 
-    Args:
-        atoms: the structure, with its calculator.
-        path: file of the saved frames, created with the first of them.
-        settings: ``max_spread`` and ``save_spread``; one frame per ``trajectory_interval`` is saved at most.
-        saved: step and end in bytes of the last frame that a resumed run has saved, if any; what follows is removed.
-            None where that is not known; then there must be no file.
+    At most one frame per ``trajectory_interval`` is saved, into a file that is created with the first. ``saved`` are
+    step and end in bytes of the last one that a resumed run has saved, if any; what follows is removed. None where that
+    is not known; then there must be no file.
 
     Raises:
         ConfigError: a spread is given and the calculator is no committee.

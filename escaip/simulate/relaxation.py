@@ -65,7 +65,18 @@ def relax(
         ConfigError: a setting is out of range or does not fit the structure.
         SimulationError: energy or forces became NaN.
     """
-    _check(atoms, fmax, steps, optimizer, cell, pressure)
+    if atoms.calc is None:
+        raise ConfigError("the structure has no calculator: set atoms.calc")
+    if not fmax > 0:
+        raise ConfigError(f"fmax is {fmax} eV/Å: it must be above 0")
+    if steps < 1:
+        raise ConfigError(f"steps is {steps}: it must be at least 1")
+    if optimizer not in OPTIMIZERS:
+        raise ConfigError(f"optimizer is {optimizer!r}: choose {' or '.join(OPTIMIZERS)}")
+    if cell and not (atoms.pbc.all() and atoms.cell.rank == 3):
+        raise ConfigError("relaxing the cell needs three periodic axes: leave cell out, or set cell and pbc")
+    if pressure and not cell:
+        raise ConfigError("pressure acts on the cell: relax it with --cell, or leave pressure out")
     own = atoms.copy()
     own.calc = atoms.calc
     target = FrechetCellFilter(own, scalar_pressure=pressure * units.GPa) if cell else own
@@ -92,21 +103,6 @@ def relax(
         volume=float(own.get_volume()) if own.cell.rank == 3 else float("nan"),
         pressure=float(-np.mean(own.get_stress()[:3]) / units.GPa) if has_pressure else float("nan"),
     )  # fmt: skip
-
-
-def _check(atoms: Atoms, fmax: float, steps: int, optimizer: str, cell: bool, pressure: float) -> None:
-    if atoms.calc is None:
-        raise ConfigError("the structure has no calculator: set atoms.calc")
-    if not fmax > 0:
-        raise ConfigError(f"fmax is {fmax} eV/Å: it must be above 0")
-    if steps < 1:
-        raise ConfigError(f"steps is {steps}: it must be at least 1")
-    if optimizer not in OPTIMIZERS:
-        raise ConfigError(f"optimizer is {optimizer!r}: choose {' or '.join(OPTIMIZERS)}")
-    if cell and not (atoms.pbc.all() and atoms.cell.rank == 3):
-        raise ConfigError("relaxing the cell needs three periodic axes: leave cell out, or set cell and pbc")
-    if pressure and not cell:
-        raise ConfigError("pressure acts on the cell: relax it with --cell, or leave pressure out")
 
 
 def _largest(forces: np.ndarray) -> float:

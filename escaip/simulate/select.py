@@ -65,14 +65,8 @@ def select_frames(
     frame chosen. The distance of two frames of one formula is the root mean square difference of their descriptors, eV;
     a frame of a formula that was not chosen yet counts as far as the farthest of the others.
 
-    Args:
-        scores: of all frames.
-        count: largest number of frames to choose.
-        candidates: indices to choose from.
-        min_distance: eV; nearer frames are duplicates.
-
-    Returns:
-        Indices in the order chosen, and the distance of each to those before it.
+    Chosen are at most ``count`` of the ``candidates``, indices of frames; frames nearer than ``min_distance`` eV to a
+    chosen one are duplicates. Returns the indices in the order chosen, and the distance of each to those before it.
     """
     distance = np.full(len(scores.forces_spread), np.inf)
     chosen: list[int] = []
@@ -102,12 +96,8 @@ def score_frames(
 ) -> FrameScores:  # fmt: skip
     """Evaluates frames with each member, in batches of frames, with one member in memory at a time.
 
-    Args:
-        frames: without labels; charge and spin in ``info``.
-        models: two or more model files.
-        max_atoms: as in ``predict``.
-        progress: show a bar.
-        **options: ``device, dtype, precision, dataset`` as in ``EScAIPCalculator``.
+    Frames need no labels; ``max_atoms`` and ``progress`` are those of ``predict``, and ``device``, ``dtype``,
+    ``precision`` and ``dataset`` those of ``EScAIPCalculator``.
 
     Raises:
         ConfigError: fewer than two models.
@@ -149,18 +139,9 @@ def select_file(
 ) -> Selection:  # fmt: skip
     """Selects frames of a file; writes them without labels (extxyz) and the spreads of all beside them (JSON).
 
-    Args:
-        trajectory: anything ASE reads.
-        models: the committee.
-        out: ends in ``.extxyz``.
-        count: largest number of frames to choose.
-        min_spread: eV/Å; frames below teach nothing.
-        max_spread: eV/Å; frames above are broken.
-        min_distance: see ``select_frames``.
-        every: look at every N-th frame.
-        max_atoms: see ``score_frames``.
-        progress: show a bar.
-        **options: see ``score_frames``.
+    The trajectory is anything ASE reads, of which every ``every``-th frame is looked at; ``out`` ends in ``.extxyz``.
+    Frames below ``min_spread`` eV/Å teach nothing, and frames above ``max_spread`` are broken. ``count`` and
+    ``min_distance`` are explained in ``select_frames``, the rest in ``score_frames``.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -205,14 +186,11 @@ def select_file(
             "energy_spread": scores.energy_spread,
         },
     }  # fmt: skip
-    bare = [_without_labels(kept[index], int(numbers[index]), float(spreads[index])) for index in chosen]
+    bare = []
+    for index in chosen:
+        frame = kept[index]
+        info = {name: frame.info[name] for name in ("charge", "spin", "spin_multiplicity") if name in frame.info}
+        info |= {"source_frame": int(numbers[index]), "max_forces_spread": float(spreads[index])}
+        bare.append(Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc, info=info))
     write_results(path.parent, {path.name: bare, found.report.name: values})
     return found
-
-
-def _without_labels(atoms: Atoms, number: int, spread: float) -> Atoms:
-    frame = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    names = ("charge", "spin", "spin_multiplicity")
-    frame.info = {name: atoms.info[name] for name in names if name in atoms.info}
-    frame.info.update(source_frame=number, max_forces_spread=spread)
-    return frame
