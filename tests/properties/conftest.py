@@ -1,49 +1,14 @@
-"""Teachers whose properties are known: springs between nearest neighbors, and ASE's EMT."""
+"""A hop whose saddle is known by symmetry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import add_adsorbate, fcc100
-from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
-from ase.neighborlist import neighbor_list
-from ase.stress import full_3x3_to_voigt_6_stress
-
-
-class Springs(Calculator):
-    """``k/2 (r − length)²`` between atoms nearer than ``1.2 length``."""
-
-    implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012
-
-    def __init__(self, stiffness: float, length: float) -> None:
-        super().__init__()
-        self.stiffness, self.length = stiffness, length
-
-    def calculate(
-        self, atoms: Atoms | None = None, properties: Sequence[str] = (), system_changes: Sequence[str] = ()
-    ) -> None:
-        super().calculate(atoms, properties, system_changes or all_changes)
-        assert self.atoms is not None
-        center, distance, vector = neighbor_list("idD", self.atoms, 1.2 * self.length)
-        stretch = distance - self.length
-        pull = (self.stiffness * stretch / distance)[:, None] * vector
-        forces = np.zeros_like(self.atoms.positions)
-        np.add.at(forces, center, pull)
-        energy = 0.25 * self.stiffness * float((stretch**2).sum())
-        self.results = {"energy": energy, "free_energy": energy, "forces": forces}
-        if self.atoms.pbc.all():
-            virial = 0.5 * np.einsum("ex,ey->xy", vector, pull)
-            self.results["stress"] = full_3x3_to_voigt_6_stress(virial / self.atoms.get_volume())
-
-
-@pytest.fixture
-def springs() -> type[Springs]:
-    return Springs
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from ase.build import bulk
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
+from pair_potential import Springs
 from scipy import constants
 
 from escaip.errors import ConfigError, SimulationError
@@ -136,11 +137,11 @@ def voigt_strain(**components: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("cubic", [False, True])
-def test_springs_between_nearest_neighbors_of_fcc(springs: Any, cubic: bool) -> None:
+def test_springs_between_nearest_neighbors_of_fcc(cubic: bool) -> None:
     """``C11 = 2 C12 = 2 C44 = 2k/a`` (central forces without tension)."""
     stiffness, a = 1.7, 4.0
     atoms = bulk("Al", "fcc", a=a, cubic=cubic)
-    atoms.calc = springs(stiffness, a / np.sqrt(2))
+    atoms.calc = Springs(stiffness, a / np.sqrt(2))
     found = elastic_constants(atoms, strain=0.001)
     unit = stiffness / a / units.GPa
     expected = unit * np.array([[2, 1, 1], [1, 2, 1], [1, 1, 2]])
@@ -259,9 +260,9 @@ def _phonopy() -> None:
     pytest.importorskip("phonopy", reason=REASON)
 
 
-def spring_crystal(springs: Any, cubic: bool = False) -> Atoms:
+def spring_crystal(cubic: bool = False) -> Atoms:
     atoms = bulk("Al", "fcc", a=A, cubic=cubic)
-    atoms.calc = springs(STIFFNESS, A / np.sqrt(2))
+    atoms.calc = Springs(STIFFNESS, A / np.sqrt(2))
     return atoms
 
 
@@ -279,8 +280,8 @@ def known(wave: np.ndarray, mass: float) -> np.ndarray:
 
 @pytest.mark.usefixtures("_phonopy")
 @pytest.mark.parametrize("cubic", [False, True])
-def test_phonons_of_springs_between_nearest_neighbors_of_fcc(springs: Any, cubic: bool) -> None:
-    found = crystal_phonons(spring_crystal(springs, cubic), min_length=9.0, displacement=1e-3)
+def test_phonons_of_springs_between_nearest_neighbors_of_fcc(cubic: bool) -> None:
+    found = crystal_phonons(spring_crystal(cubic), min_length=9.0, displacement=1e-3)
     assert len(found.primitive) == 1
     mass = found.primitive.get_masses()[0]
     largest = known(2 * np.pi / A * np.array([1.0, 0, 0]), mass).max()
@@ -296,8 +297,8 @@ def test_phonons_of_springs_between_nearest_neighbors_of_fcc(springs: Any, cubic
 
 
 @pytest.mark.usefixtures("_phonopy")
-def test_thermal_properties_follow_from_the_modes(springs: Any) -> None:
-    found = crystal_phonons(spring_crystal(springs), min_length=9.0, temperatures=[0.0, 50.0, 3000.0])
+def test_thermal_properties_follow_from_the_modes() -> None:
+    found = crystal_phonons(spring_crystal(), min_length=9.0, temperatures=[0.0, 50.0, 3000.0])
     weights = found.mesh_weights / found.mesh_weights.sum()
     energies = 1e-3 * THZ_TO_MEV * found.mesh_frequencies
     energies[energies < 1e-6] = np.nan  # acoustic modes at Γ
@@ -346,9 +347,9 @@ def test_imaginary_modes_are_reported() -> None:
 
 
 @pytest.mark.usefixtures("_phonopy")
-def test_forces_of_the_perfect_supercell_are_no_answer(springs: Any) -> None:
+def test_forces_of_the_perfect_supercell_are_no_answer() -> None:
     """Atoms a little off their places, as relaxations leave them: symmetry is found, and its forces are left out."""
-    atoms = spring_crystal(springs, cubic=True)
+    atoms = spring_crystal(cubic=True)
     atoms.positions[0] += [0.003, 0.001, 0.0]
     options = {"supercell": (2, 2, 2), "symprec": 0.02, "mesh": 20.0}
     found = crystal_phonons(atoms, relaxation="none", **options)
@@ -361,10 +362,10 @@ def test_forces_of_the_perfect_supercell_are_no_answer(springs: Any) -> None:
 
 
 @pytest.mark.bad_input
-def test_without_phonopy(springs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_phonopy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "phonopy", None)
     with pytest.raises(ConfigError, match=r"phonons need phonopy: pip install 'escaip\[sim\]'"):
-        crystal_phonons(spring_crystal(springs))
+        crystal_phonons(spring_crystal())
 
 
 @pytest.mark.bad_input
@@ -378,6 +379,6 @@ def test_without_phonopy(springs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"displacement": -0.1}, r"displacement is -0\.1"),
     ],
 )
-def test_phonon_arguments_out_of_range(springs: Any, options: dict[str, Any], message: str) -> None:
+def test_phonon_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        crystal_phonons(spring_crystal(springs), **options)
+        crystal_phonons(spring_crystal(), **options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ase.io
 import numpy as np
@@ -15,6 +14,7 @@ from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms, FixedPlane
+from pair_potential import Springs
 from scipy import constants
 
 from escaip import EScAIPCalculator
@@ -30,9 +30,9 @@ def wavenumber(stiffness: float, mass: float) -> float:
     return float(np.sqrt(newton_per_meter / (mass * constants.atomic_mass)) / (2 * np.pi * constants.c * 100))
 
 
-def test_a_diatomic_spring(springs: Any) -> None:
+def test_a_diatomic_spring() -> None:
     stiffness = 30.0
-    atoms = Atoms("HF", positions=[[0, 0, 0.1], [0.3, 0.5, 0.9]], calculator=springs(stiffness, 0.95))
+    atoms = Atoms("HF", positions=[[0, 0, 0.1], [0.3, 0.5, 0.9]], calculator=Springs(stiffness, 0.95))
     found = molecular_vibrations(atoms, fmax=1e-6, step=1e-3)
     light, heavy = atoms.get_masses()
     assert found.frequencies.shape == (1,)
@@ -47,10 +47,10 @@ def test_a_diatomic_spring(springs: Any) -> None:
     assert np.abs(atoms.get_masses() @ found.modes[0]).max() < 1e-6
 
 
-def test_a_linear_chain_of_three(springs: Any) -> None:
+def test_a_linear_chain_of_three() -> None:
     """Stretches of A–B–A: ``k/m_A`` and ``k (1/m_A + 2/m_B)``; its bends cost nothing."""
     stiffness = 20.0
-    atoms = Atoms("OCO", positions=[[-1.2, 0, 0], [0, 0, 0], [1.2, 0, 0]], calculator=springs(stiffness, 1.2))
+    atoms = Atoms("OCO", positions=[[-1.2, 0, 0], [0, 0, 0], [1.2, 0, 0]], calculator=Springs(stiffness, 1.2))
     found = molecular_vibrations(atoms, step=1e-4)
     oxygen, carbon, _ = atoms.get_masses()
     assert len(found.energies) == 4
@@ -144,8 +144,8 @@ def test_second_derivatives_of_a_model_are_used(make_potential: Callable[..., Po
 
 
 @pytest.mark.bad_input
-def test_what_has_no_vibrations(springs: Any) -> None:
-    atoms = Atoms("H2", positions=[[0, 0, 0], [0.8, 0, 0]], calculator=springs(1.0, 0.8))
+def test_what_has_no_vibrations() -> None:
+    atoms = Atoms("H2", positions=[[0, 0, 0], [0.8, 0, 0]], calculator=Springs(1.0, 0.8))
     with pytest.raises(ConfigError, match=r"relax it first \(escaip relax --cell\)"):
         molecular_vibrations(atoms, relaxation="full")
     with pytest.raises(ConfigError, match=r"step is 0\.0"):

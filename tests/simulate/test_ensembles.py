@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import ase.build
 import numpy as np
 import pytest
 from ase import Atoms, units
-from ase.calculators.calculator import Calculator, all_changes
 from ase.neighborlist import neighbor_list
-from ase.stress import full_3x3_to_voigt_6_stress
+from pair_potential import PairPotential, Springs
 
 from escaip.simulate.analysis import Average
 from escaip.simulate.ensembles import Ensemble, MDSettings, make_ensemble, prepare_velocities
@@ -20,82 +18,36 @@ TEMPERATURE = 800.0
 KT = units.kB * TEMPERATURE
 
 
-class Pairs(Calculator):
-    """A sum over pairs that stay the same, so that a step costs little; which pairs, and what they cost, below."""
-
-    implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012
-
-    def __init__(self, first: np.ndarray, second: np.ndarray, count: int) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-        self.incidence = np.zeros((count, len(first)))
-        self.incidence[first, np.arange(len(first))] += 1.0
-        self.incidence[second, np.arange(len(first))] -= 1.0
-
-    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """ASE's own takes longer than everything else."""
-        known = self.atoms is not None and np.array_equal(self.atoms.positions, atoms.positions)
-        return [] if known and np.array_equal(self.atoms.cell.array, atoms.cell.array) else list(all_changes)
-
-    def calculate(
-        self, atoms: Atoms | None = None, properties: Sequence[str] = (), system_changes: Sequence[str] = ()
-    ) -> None:
-        super().calculate(atoms, properties, system_changes or all_changes)
-        assert self.atoms is not None
-        vectors = self.vectors(self.atoms.positions, self.atoms.cell.array)
-        energies, slopes = self.pair(np.sqrt((vectors**2).sum(axis=1)))  # slopes: dE/dr / r
-        pulls = slopes[:, None] * vectors
-        energy = float(energies.sum())
-        stress = vectors.T @ pulls / self.atoms.get_volume()
-        self.results = {
-            "energy": energy,
-            "free_energy": energy,
-            "forces": self.incidence @ pulls,
-            "stress": full_3x3_to_voigt_6_stress(stress),
-        }
-
-    def vectors(self, positions: np.ndarray, cell: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
-
-    def pair(self, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        raise NotImplementedError
-
-
-class Soft(Pairs):
+class Soft(PairPotential):
     """``ε (1 − r²/c²)⁴`` between nearest images: a fluid, which forgets quickly, in cells wider than ``2c``."""
 
-    EPSILON, CUTOFF = 0.5, 4.0
+    EPSILON, cutoff = 0.5, 4.0
 
     def __init__(self, count: int) -> None:
-        super().__init__(*np.triu_indices(count, 1), count)
+        super().__init__()
+        self.first, self.second = np.nonzero(~np.eye(count, dtype=bool))
 
-    def vectors(self, positions: np.ndarray, cell: np.ndarray) -> np.ndarray:
-        assert np.diag(cell).min() > 2.0 * self.CUTOFF
-        between = (positions @ np.linalg.inv(cell))[self.second] - (positions @ np.linalg.inv(cell))[self.first]
-        return (between - np.round(between)) @ cell
+    def edges(self, atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+        assert np.diag(atoms.cell.array).min() > 2.0 * self.cutoff
+        places = atoms.positions @ np.linalg.inv(atoms.cell.array)
+        between = places[self.second] - places[self.first]
+        return self.first, (between - np.round(between)) @ atoms.cell.array
 
     def pair(self, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        window = np.maximum(1.0 - (distances / self.CUTOFF) ** 2, 0.0)
-        return self.EPSILON * window**4, -8.0 * self.EPSILON / self.CUTOFF**2 * window**3
+        window = np.maximum(1.0 - (distances / self.cutoff) ** 2, 0.0)
+        return self.EPSILON * window**4, -8.0 * self.EPSILON / self.cutoff**2 * window**3
 
 
-class Springs(Pairs):
-    """``k/2 (r − d)²`` between nearest neighbors: a crystal, whose cell may take any shape."""
-
-    STIFFNESS, LENGTH = 1.0, 2.9
+class Bonds(Springs):
+    """Springs between those who are neighbors at first: a crystal, whose cell may take any shape."""
 
     def __init__(self, atoms: Atoms) -> None:
-        first, second, shift = neighbor_list("ijS", atoms, 1.2 * self.LENGTH)
-        once = first < second
-        super().__init__(first[once], second[once], len(atoms))
-        self.shift = shift[once]
+        super().__init__(stiffness=1.0, length=2.9)
+        self.first, self.second, self.shift = neighbor_list("ijS", atoms, self.cutoff)
 
-    def vectors(self, positions: np.ndarray, cell: np.ndarray) -> np.ndarray:
-        return positions[self.second] - positions[self.first] + self.shift @ cell
-
-    def pair(self, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        longer = distances - self.LENGTH
-        return 0.5 * self.STIFFNESS * longer**2, self.STIFFNESS * longer / distances
+    def edges(self, atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+        places = atoms.positions
+        return self.first, places[self.second] - places[self.first] + self.shift @ atoms.cell.array
 
 
 def fluid() -> Atoms:
@@ -108,7 +60,7 @@ def fluid() -> Atoms:
 def crystal() -> Atoms:
     """Under 2 GPa, about."""
     atoms = ase.build.bulk("Ar", "fcc", a=4.032, cubic=True).repeat(2)
-    atoms.calc = Springs(atoms)
+    atoms.calc = Bonds(atoms)
     atoms.rattle(0.05, seed=0)
     return atoms
 

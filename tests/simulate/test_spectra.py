@@ -9,30 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms, units
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.harmonic import SpringCalculator
 
 from escaip.errors import DataError, UsageError
 from escaip.simulate import MDSettings, read_trajectory, run_md
 from escaip.simulate.analysis import WAVENUMBER, Vibrations, vibrations
 from escaip.simulate.report import group_weights
-
-
-class Springs(Calculator):
-    """``½ k |r_i − s_i|²`` for each atom."""
-
-    implemented_properties = ["energy", "forces"]  # noqa: RUF012
-
-    def __init__(self, stiffness: float, sites: np.ndarray) -> None:
-        super().__init__()
-        self.stiffness, self.sites = stiffness, sites
-
-    def calculate(
-        self, atoms: Atoms | None = None, properties: Sequence[str] = (), system_changes: Sequence[str] = ()
-    ) -> None:
-        super().calculate(atoms, properties, system_changes or all_changes)
-        assert self.atoms is not None
-        away = self.atoms.positions - self.sites
-        self.results = {"energy": 0.5 * self.stiffness * (away**2).sum(), "forces": -self.stiffness * away}
 
 
 def wavenumber(stiffness: float, mass: float, timestep: float) -> float:
@@ -50,7 +32,7 @@ def spectrum_of(path: Path, interval: float, **options: Any) -> Vibrations:
 
 def test_atoms_on_springs_vibrate_at_their_frequencies(tmp_path: Path) -> None:
     atoms = Atoms("Ar2Kr2", positions=6.0 * np.eye(4, 3), cell=[20.0] * 3, pbc=True)
-    atoms.calc = Springs(2.0, sites=atoms.positions.copy())
+    atoms.calc = SpringCalculator(atoms.positions, 2.0)
     asked = MDSettings(temperature=100.0, timestep=4.0, steps=752, trajectory_interval=2, log_interval=1000)
     run_md(atoms, asked, out=tmp_path / "a.traj")
     found = spectrum_of(tmp_path / "a.traj", 8.0)
