@@ -125,8 +125,8 @@ def test_restart_continues_bit_for_bit(argon: Make, run_killed: Make, tmp_path: 
     asked = settings(**ENSEMBLES[name], steps=40, trajectory_interval=2, restart_interval=10, thermostat_time=50.0)
     whole = run_md(argon(), asked, out=tmp_path / f"whole{suffix}")
     broken = tmp_path / f"broken{suffix}"
-    for step, resume in ((17, False), (33, True)):
-        run_killed(argon(), asked, broken, step, resume)
+    for step in (5, 17, 33):  # before the first interval, and twice after it
+        run_killed(argon(), asked, broken, step, resume=step > 5)
     parts = run_md(argon(), asked, out=broken, resume=True)
     assert (parts.atoms.positions == whole.atoms.positions).all()
     assert (parts.atoms.get_momenta() == whole.atoms.get_momenta()).all()
@@ -267,22 +267,20 @@ def test_wrong_settings(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.bad_input
 def test_settings_that_do_not_fit_the_structure(argon: Make, tmp_path: Path) -> None:
-    cases: list[tuple[Atoms, dict[str, Any], str]] = []
-    cases.append((argon(periodic=False), {"ensemble": "npt"}, "periodic along all three axes"))
-    fixed = argon()
+    fixed, stressless = argon(), argon()
     fixed.set_constraint(FixAtoms([0]))
-    cases.append((fixed, {"ensemble": "npt"}, "npt does not support constraints"))
-    cases.append((fixed, {"ensemble": "nvt", "thermostat": "nose-hoover"}, "nose-hoover does not support constraints"))
-    lone = Atoms("Ar", calculator=argon().calc)
-    cases.append((lone, {"ensemble": "nvt", "thermostat": "bussi"}, "at least 2 atoms"))
-    cases.append((argon(), {"temperature": None}, "no velocities: give a temperature"))
-    cases.append((argon(), {"velocities": "keep"}, "no velocities to keep"))
-    bare = argon()
-    bare.calc = None
-    cases.append((bare, {}, "no calculator"))
-    stressless = argon()
     stressless.calc.implemented_properties = ["energy", "forces"]
-    cases.append((stressless, {"ensemble": "npt"}, "npt needs stress"))
+    lone = Atoms("Ar", calculator=argon().calc)
+    cases: list[tuple[Atoms, dict[str, Any], str]] = [
+        (argon(periodic=False), {"ensemble": "npt"}, "periodic along all three axes"),
+        (fixed, {"ensemble": "npt"}, "npt does not support constraints"),
+        (fixed, {"ensemble": "nvt", "thermostat": "nose-hoover"}, "nose-hoover does not support constraints"),
+        (lone, {"ensemble": "nvt", "thermostat": "bussi"}, "at least 2 atoms"),
+        (argon(), {"temperature": None}, "no velocities: give a temperature"),
+        (argon(), {"velocities": "keep"}, "no velocities to keep"),
+        (Atoms("Ar"), {}, "no calculator"),
+        (stressless, {"ensemble": "npt"}, "npt needs stress"),
+    ]
     for atoms, values, message in cases:
         with pytest.raises(EscaipError, match=message):
             run_md(atoms, settings(**values), out=tmp_path / "a.extxyz")

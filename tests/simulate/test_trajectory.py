@@ -19,7 +19,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
 from escaip.errors import ConfigError, DataError, SimulationError, UsageError
-from escaip.simulate import MDSettings, read_log, read_trajectory, run_md
+from escaip.simulate import MDSettings, read_trajectory, run_md
 from escaip.simulate.output import open_trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,17 +103,6 @@ def test_a_killed_process_leaves_every_frame_it_has_written(tmp_path: Path, suff
     end = 3 if suffix == ".traj" else write(tmp_path / "three.extxyz", frames[:3]).stat().st_size
     write(path, [frame(3)], position=end)
     assert steps(path) == [0, 10, 20, 30]
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_run_killed_before_its_first_interval_repeats_nothing(
-    argon: Callable[..., Atoms], run_killed: Callable[..., None], tmp_path: Path, suffix: str
-) -> None:
-    asked = MDSettings(temperature=60.0, timestep=4.0, steps=4, log_interval=1, trajectory_interval=1)
-    run_killed(argon(), asked, tmp_path / f"a{suffix}", 2)
-    result = run_md(argon(), asked, out=tmp_path / f"a{suffix}", resume=True)
-    assert steps(result.trajectory) == [0, 1, 2, 3, 4]
-    assert read_log(result.log)["step"].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
