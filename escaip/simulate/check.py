@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import ase.build
@@ -21,7 +20,6 @@ from escaip.files import aligned
 from escaip.potential import Potential
 from escaip.simulate.ensembles import MDSettings, prepare_velocities
 from escaip.testing import (
-    Evaluate,
     Evaluation,
     direction_error_by_difference,
     evaluator,
@@ -130,7 +128,7 @@ def default_structures(calculator: BaseCalculator) -> list[Atoms]:
 
 
 def check_calculator(
-    calculator: BaseCalculator, atoms: Atoms, *, seed: int = 0, temperature: float | None = None
+    calculator: BaseCalculator, atoms: Atoms, *, seed: int = 0, temperature: float = 300.0
 ) -> CheckReport:
     """Compares a calculator's answers around a structure with the demands of physics.
 
@@ -142,127 +140,150 @@ def check_calculator(
         calculator: an ``EScAIPCalculator``, a committee, either with dispersion, or any other of ASE's.
         atoms: the structure; constraints are ignored, neither it nor its calculator is changed.
         seed: of directions, rotations and velocities.
-        temperature: K, of the velocities; 300 by default.
+        temperature: K, of the velocities.
     """
-    own = atoms.copy()
-    own.calc = None
-    own.set_constraint()
-    rng = np.random.default_rng(seed)
-    own.positions += rng.normal(scale=_DISPLACEMENT, size=own.positions.shape)
-    base: Any = getattr(calculator, "calculator", calculator)  # below dispersion
-    members: list[Potential] = list(getattr(base, "potentials", ()))  # none of another program's
-    conservative = all(potential.config.is_conservative for potential in members)
-    kind = _kind(members)
-    limits = TOLERANCES[kind]
-    evaluate = evaluator(calculator)
-    findings = [
-        *_derivatives(evaluate, own, rng, limits, conservative),
-        *_symmetries(evaluate, own, rng, limits, conservative),
-    ]
-    plain = _without_skin(base) if members else None
-    if plain is not None:
-        findings.append(_skin(base, plain, own, rng, limits))
-        findings += _crossings(evaluator(plain), members, own, limits)
-    findings.append(_conservation(calculator, own, seed, temperature or 300.0, limits, conservative))
-    forces = "conservative" if conservative else "direct"
-    subject = f"{own.get_chemical_formula()}, {len(own)} atoms, {forces} forces, {kind}"
-    return CheckReport(subject, tuple(findings))
+    check = _Check(calculator, atoms, seed)
+    check.derivatives()
+    check.symmetries()
+    if check.members:
+        check.skin()
+        check.crossings()
+    check.conservation(seed, temperature)
+    kind = f"{'conservative' if check.conservative else 'direct'} forces, {check.kind}"
+    subject = f"{check.atoms.get_chemical_formula()}, {len(check.atoms)} atoms, {kind}"
+    return CheckReport(subject, tuple(check.findings))
 
 
-def _derivatives(
-    evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, limits: Tolerances, conservative: bool
-) -> list[Finding]:
-    answer = evaluate([atoms])[0]
-    largest = float(np.sqrt((answer.forces**2).sum(axis=1).max()))
-    limit = limits.derivative * max(largest, 1.0) if conservative else None
-    note = f"largest force {largest:.3g} eV/Å, step {' or '.join(f'{step:g}' for step in limits.steps)} Å"
-    seed = int(rng.integers(2**31))
+class _Check:
+    """Comparisons around one structure, each of which adds its findings."""
 
-    def smallest(error: Callable[..., float]) -> float:
-        return min(error(evaluate, atoms, np.random.default_rng(seed), step=step) for step in limits.steps)
+    def __init__(self, calculator: BaseCalculator, atoms: Atoms, seed: int) -> None:
+        self.findings: list[Finding] = []
+        self.calculator, self.rng = calculator, np.random.default_rng(seed)
+        self.atoms = atoms.copy()
+        self.atoms.calc = None
+        self.atoms.set_constraint()
+        self.atoms.positions += self.rng.normal(scale=_DISPLACEMENT, size=atoms.positions.shape)
+        self.base: Any = getattr(calculator, "calculator", calculator)  # below dispersion
+        self.members: list[Potential] = list(getattr(self.base, "potentials", ()))  # none of another program's
+        self.plain = evaluator(_without_skin(self.base)) if self.members else None
+        self.conservative = all(potential.config.is_conservative for potential in self.members)
+        self.kind = _kind(self.members)
+        self.limits = TOLERANCES[self.kind]
+        self.evaluate = evaluator(calculator)
+        self.answer = self.evaluate([self.atoms])[0]
 
-    findings = [
-        Finding("forces: F = -dE/dr, some atoms", smallest(force_error_by_difference), "eV/Å", limit, note),
-        Finding("forces: F = -dE/dr, random directions", smallest(direction_error_by_difference), "eV/Å", limit),
-    ]
-    if answer.stress is not None:
-        error = min(stress_error_by_difference(evaluate, atoms, step=step) for step in limits.steps)
-        density = len(atoms) / atoms.get_volume()
-        findings.append(Finding("stress: finite strain", error, "eV/Å³", None if limit is None else limit * density))
-    if not conservative:
-        curl, net = _curl(evaluate, atoms, rng, limits.steps[0]), float(np.linalg.norm(answer.forces.sum(axis=0)))
-        findings += [
-            Finding("forces: antisymmetric share of dF/dr", curl, "", None, "0 for derivatives of an energy"),
-            Finding("forces: their sum", net, "eV/Å", None, "0 where momentum is conserved"),
-        ]
-    return findings
+    def add(self, name: str, value: float, unit: str, limit: float | None, note: str = "") -> None:
+        self.findings.append(Finding(name, value, unit, limit, note))
 
+    def derivatives(self) -> None:
+        atoms, answer, steps = self.atoms, self.answer, self.limits.steps
+        largest = float(np.sqrt((answer.forces**2).sum(axis=1).max()))
+        limit = self.limits.derivative * max(largest, 1.0) if self.conservative else None
+        seed = int(self.rng.integers(2**31))
 
-def _curl(evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, step: float) -> float:
-    """``‖J − Jᵀ‖ / ‖J + Jᵀ‖`` of the force Jacobian in random directions: 0 for a gradient, 1 for a pure curl."""
-    size = 3 * len(atoms)
-    directions = np.linalg.qr(rng.normal(size=(size, min(_DIRECTIONS, size))))[0].T
+        def smallest(error: Callable[..., float]) -> float:
+            return min(error(self.evaluate, atoms, np.random.default_rng(seed), step=step) for step in steps)
 
-    def forces(shift: np.ndarray) -> np.ndarray:
-        moved = atoms.copy()
-        moved.positions += shift.reshape(-1, 3)
-        return evaluate([moved])[0].forces.ravel()
+        note = f"largest force {largest:.3g} eV/Å, step {' or '.join(f'{step:g}' for step in steps)} Å"
+        self.add("forces: F = -dE/dr, some atoms", smallest(force_error_by_difference), "eV/Å", limit, note)
+        self.add("forces: F = -dE/dr, random directions", smallest(direction_error_by_difference), "eV/Å", limit)
+        if answer.stress is not None:
+            error = min(stress_error_by_difference(self.evaluate, atoms, step=step) for step in steps)
+            density = len(atoms) / atoms.get_volume()
+            self.add("stress: finite strain", error, "eV/Å³", None if limit is None else limit * density)
+        if not self.conservative:
+            net = float(np.linalg.norm(answer.forces.sum(axis=0)))
+            note = "0 for derivatives of an energy"
+            self.add("forces: antisymmetric share of dF/dr", self.curl(steps[0]), "", None, note)
+            self.add("forces: their sum", net, "eV/Å", None, "0 where momentum is conserved")
 
-    jacobian = np.array([directions @ (forces(step * d) - forces(-step * d)) / (2.0 * step) for d in directions])
-    return float(np.linalg.norm(jacobian - jacobian.T) / max(np.linalg.norm(jacobian + jacobian.T), 1e-300))
+    def curl(self, step: float) -> float:
+        """``‖J − Jᵀ‖ / ‖J + Jᵀ‖`` of the force Jacobian in random directions: 0 for a gradient, 1 for a pure curl."""
+        size = 3 * len(self.atoms)
+        directions = np.linalg.qr(self.rng.normal(size=(size, min(_DIRECTIONS, size))))[0].T
 
+        def forces(shift: np.ndarray) -> np.ndarray:
+            moved = self.atoms.copy()
+            moved.positions += shift.reshape(-1, 3)
+            return self.evaluate([moved])[0].forces.ravel()
 
-def _symmetries(
-    evaluate: Evaluate, atoms: Atoms, rng: np.random.Generator, limits: Tolerances, conservative: bool
-) -> list[Finding]:
-    answer = evaluate([atoms])[0]
+        jacobian = np.array([directions @ (forces(step * d) - forces(-step * d)) / (2.0 * step) for d in directions])
+        return float(np.linalg.norm(jacobian - jacobian.T) / max(np.linalg.norm(jacobian + jacobian.T), 1e-300))
 
-    def differences(structures: Sequence[Atoms]) -> list[Evaluation]:
-        """Errors relative to the total energy would be hidden by the energies of the atoms."""
-        return [dataclasses.replace(found, energy=found.energy - answer.energy) for found in evaluate(structures)]
+    def symmetries(self) -> None:
+        atoms, answer, rng = self.atoms, self.answer, self.rng
 
-    energy, forces = rotation_errors(differences, atoms, rng)
-    moved, permuted = translation_error(differences, atoms, rng), permutation_error(differences, atoms, rng)
-    largest, limit = max(float(np.abs(answer.forces).max()), 1.0), limits.energy * len(atoms)
-    findings = [
-        Finding("energy under translation", moved, "eV", limit),
-        Finding("energy under rotation", energy, "eV", limit),
-        Finding("forces under rotation", forces, "eV/Å", limits.derivative * largest if conservative else None),
-        Finding("energy and forces under permutation", permuted, "eV, eV/Å", limit),
-    ]
-    if atoms.pbc.any():
-        findings.append(Finding("energy under re-wrapping", wrapping_error(differences, atoms, rng), "eV", limit))
-    return findings
+        def differences(structures: Sequence[Atoms]) -> list[Evaluation]:
+            """Errors relative to the total energy would be hidden by the energies of the atoms."""
+            return [replace(found, energy=found.energy - answer.energy) for found in self.evaluate(structures)]
 
+        limit = self.limits.energy * len(atoms)
+        turned = self.limits.derivative * max(float(np.abs(answer.forces).max()), 1.0) if self.conservative else None
+        energy, forces = rotation_errors(differences, atoms, rng)
+        self.add("energy under translation", translation_error(differences, atoms, rng), "eV", limit)
+        self.add("energy under rotation", energy, "eV", limit)
+        self.add("forces under rotation", forces, "eV/Å", turned)
+        self.add("energy and forces under permutation", permutation_error(differences, atoms, rng), "eV, eV/Å", limit)
+        if atoms.pbc.any():
+            self.add("energy under re-wrapping", wrapping_error(differences, atoms, rng), "eV", limit)
 
-def _skin(base: Any, plain: Any, atoms: Atoms, rng: np.random.Generator, limits: Tolerances) -> Finding:
-    """Compares answers on a walk that exhausts the skin several times and compresses the structure."""
-    moving, worst = atoms.copy(), 0.0
-    before = base.num_neighbor_builds
-    for _ in range(10):
-        moving.set_cell(0.99 * moving.cell.array)
-        moving.positions = 0.99 * moving.positions + rng.normal(scale=0.05, size=moving.positions.shape)
-        one, other = evaluator(base)([moving])[0], evaluator(plain)([moving])[0]
-        worst = max(worst, abs(one.energy - other.energy), float(np.abs(one.forces - other.forces).max()))
-    exact = base.graph_skin == 0.0
-    note = f"10 structures, {base.num_neighbor_builds - before} searches" + (", must be equal" if exact else "")
-    return Finding("kept neighbors beside fresh ones", worst, "eV, eV/Å", 0.0 if exact else limits.derivative, note)
+    def skin(self) -> None:
+        """Compares answers on a walk that exhausts the skin several times and compresses the structure."""
+        assert self.plain is not None
+        moving, worst, before = self.atoms.copy(), 0.0, self.base.num_neighbor_builds
+        for _ in range(10):
+            moving.set_cell(0.99 * moving.cell.array)
+            moving.positions = 0.99 * moving.positions + self.rng.normal(scale=0.05, size=moving.positions.shape)
+            one, other = evaluator(self.base)([moving])[0], self.plain([moving])[0]
+            worst = max(worst, abs(one.energy - other.energy), float(np.abs(one.forces - other.forces).max()))
+        exact = self.base.graph_skin == 0.0
+        note = f"10 structures, {self.base.num_neighbor_builds - before} searches" + ", must be equal" * exact
+        limit = 0.0 if exact else self.limits.derivative
+        self.add("kept neighbors beside fresh ones", worst, "eV, eV/Å", limit, note)
 
+    def crossings(self) -> None:
+        """Measures the largest jumps where a token appears or disappears as an atom moves through the cutoff."""
+        assert self.plain is not None
+        found = [pair for one in self.members for pair in _token_changes(one, *_path(self.atoms, one.cutoff))]
+        answers = [self.plain(pair) for pair in found[: _CROSSINGS * len(self.members)]]
+        if not answers:
+            self.add("energy where neighbors come and go", 0.0, "eV", None, "none did on the path")
+            return
+        energy = max(abs(after.energy - before.energy) for before, after in answers)
+        forces = max(float(np.abs(after.forces - before.forces).max()) for before, after in answers)
+        note, jump = f"{len(answers)} changes of the graph", self.limits.jump
+        self.add("energy where neighbors come and go", energy, "eV", jump, note)
+        self.add("forces where neighbors come and go", forces, "eV/Å", 100 * jump, note)
 
-def _crossings(evaluate: Evaluate, members: Sequence[Potential], atoms: Atoms, limits: Tolerances) -> list[Finding]:
-    """Measures the largest jumps where a token appears or disappears as an atom moves through the cutoff."""
-    found = [pair for member in members for pair in _token_changes(member, *_path(atoms, member.cutoff))]
-    found = found[: _CROSSINGS * len(members)]
-    if not found:
-        return [Finding("energy where neighbors come and go", 0.0, "eV", None, "none did on the path")]
-    answers = [evaluate(pair) for pair in found]
-    energy = max(abs(after.energy - before.energy) for before, after in answers)
-    forces = max(float(np.abs(after.forces - before.forces).max()) for before, after in answers)
-    note = f"{len(found)} changes of the graph"
-    return [
-        Finding("energy where neighbors come and go", energy, "eV", limits.jump, note),
-        Finding("forces where neighbors come and go", forces, "eV/Å", 100 * limits.jump, note),
-    ]
+    def conservation(self, seed: int, temperature: float) -> None:
+        """Measures how the energy error falls with the timestep: to second order for Verlet, not at all for a leak.
+
+        Where the energy surface has features finer than a step, the step is halved again.
+        """
+        timestep = min(0.5 * math.sqrt(float(self.atoms.get_masses().min())), 1.0)  # fs: 0.5 for hydrogen
+        settings = MDSettings(temperature=temperature, velocities="draw", timestep=timestep)
+        errors, order = [self.energy_error(seed, settings, 1)], 0.0
+        if not self.conservative:
+            self.add("energy error of a short NVE run", errors[0], "meV/atom", None, f"at {timestep:.3g} fs")
+            return
+        while len(errors) < 4 and order < 1.5:
+            errors.append(self.energy_error(seed, settings, 2 ** len(errors)))
+            order = math.log2(errors[-2] / errors[-1]) if errors[-1] > self.limits.leak else 2.0
+        told = ", ".join(f"{error:.2e} at {timestep / 2**index:.3g} fs" for index, error in enumerate(errors))
+        self.add("energy error, order of the timestep below 2", max(2.0 - order, 0.0), "", 0.5, f"meV/atom: {told}")
+
+    def energy_error(self, seed: int, settings: MDSettings, parts: int) -> float:
+        """Returns the root mean square change of the total energy in meV/atom, at the same times for any ``parts``."""
+        moving = self.atoms.copy()
+        moving.calc = self.calculator
+        prepare_velocities(moving, settings, np.random.default_rng(seed))
+        dynamics = VelocityVerlet(moving, settings.timestep / parts * units.fs)
+        first, seen = float(moving.get_total_energy()), []
+        for _ in range(_STEPS):
+            dynamics.run(parts)
+            seen.append(float(moving.get_total_energy()) - first)
+        return 1e3 * float(np.sqrt(np.mean(np.square(seen)))) / len(moving)
 
 
 def _path(atoms: Atoms, cutoff: float) -> tuple[Callable[[float], Atoms], float]:
@@ -318,39 +339,6 @@ def _tokens(potential: Potential, atoms: Atoms) -> torch.Tensor:
     if not potential.config.graph.soft:  # counted ranks jump without a change of tokens
         columns.append((2.0 * graph.rank_base[:, None]).long())
     return torch.cat(columns, dim=1).unique(dim=0)
-
-
-def _conservation(
-    calculator: BaseCalculator, atoms: Atoms, seed: int, temperature: float, limits: Tolerances, conservative: bool
-) -> Finding:
-    """Measures how the energy error falls with the timestep: to second order for Verlet, not at all for a leak.
-
-    Where the energy surface has features finer than a step, the step is halved again.
-    """
-    timestep = min(0.5 * math.sqrt(float(atoms.get_masses().min())), 1.0)  # fs: 0.5 for hydrogen
-    settings = MDSettings(temperature=temperature, velocities="draw", timestep=timestep)
-    steps, errors, order = [timestep], [_energy_error(calculator, atoms, seed, settings, 1)], 0.0
-    if not conservative:
-        return Finding("energy error of a short NVE run", errors[0], "meV/atom", None, f"at {timestep:.3g} fs")
-    while len(errors) < 4 and order < 1.5:
-        steps.append(0.5 * steps[-1])
-        errors.append(_energy_error(calculator, atoms, seed, settings, 2 ** len(errors)))
-        order = math.log2(errors[-2] / errors[-1]) if errors[-1] > limits.leak else 2.0
-    told = ", ".join(f"{error:.2e} at {step:.3g} fs" for error, step in zip(errors, steps, strict=True))
-    return Finding("energy error, order of the timestep below 2", max(2.0 - order, 0.0), "", 0.5, f"meV/atom: {told}")
-
-
-def _energy_error(calculator: BaseCalculator, atoms: Atoms, seed: int, settings: MDSettings, parts: int) -> float:
-    """Returns the root mean square change of the total energy in meV/atom, at the same times for any ``parts``."""
-    moving = atoms.copy()
-    moving.calc = calculator
-    prepare_velocities(moving, settings, np.random.default_rng(seed))
-    dynamics = VelocityVerlet(moving, settings.timestep / parts * units.fs)
-    first, seen = float(moving.get_total_energy()), []
-    for _ in range(_STEPS):
-        dynamics.run(parts)
-        seen.append(float(moving.get_total_energy()) - first)
-    return 1e3 * float(np.sqrt(np.mean(np.square(seen)))) / len(atoms)
 
 
 def _without_skin(base: EScAIPCalculator | CommitteeCalculator) -> EScAIPCalculator | CommitteeCalculator:
