@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escaip.data import AtomicData, collate
+from escaip.data import AtomicData
 from escaip.data.dataset import random_rotation, rotate_structure
 from escaip.errors import DataError
 from escaip.evaluate.report import EvaluationReport, Records, compute_report
@@ -32,16 +32,9 @@ def evaluate_into(
     folder: Path, potential: Potential, structures: Iterable[AtomicData], origin: Mapping[str, str], *,
     plots: bool = True, free_atoms_only: bool = False, **options: Any,
 ) -> EvaluationReport:  # fmt: skip
-    """Evaluates a potential; writes ``report.json``, ``parity.png`` and ``errors.png``.
+    """Evaluates a potential; writes ``report.json`` and, with ``plots``, ``parity.png`` and ``errors.png``.
 
-    Args:
-        folder: made when needed.
-        potential: in evaluation mode.
-        structures: with labels.
-        origin: model and data in words, for the top of the report.
-        plots: whether to draw.
-        free_atoms_only: leave forces of constrained atoms out.
-        **options: ``max_atoms`` and ``progress`` of ``evaluate``.
+    The ``origin``, model and data in words, is at the top of the report; all else is explained in ``evaluate``.
 
     Raises:
         DataError: no labels, or the folder cannot be written.
@@ -135,25 +128,19 @@ def predict_into(path: Path, potential: Potential, structures: Iterable[AtomicDa
     return count
 
 
-def rotation_error(potential: Potential, structures: Sequence[AtomicData], seed: int = 0) -> float:
+def rotation_error(potential: Potential, structures: Sequence[AtomicData]) -> float:
     """Returns the RMS of ``F(R x) − R F(x)`` over force components, eV/Å, for random rotations of each structure."""
-    total, count = 0.0, 0
-    for index, data in enumerate(structures):
+    turned = []
+    for index, (data, forces) in enumerate(zip(structures, _forces(potential, structures), strict=True)):
         held = data.clone()
-        held.forces = _forces(potential, data)
-        for repeat in range(_NUM_ROTATIONS):
-            turned = rotate_structure(held, random_rotation(seed, repeat, index))
-            difference = _forces(potential, turned) - turned.forces
-            total += float(difference.square().sum())
-            count += difference.numel()
-    return (total / count) ** 0.5
+        held.forces = forces
+        turned += [rotate_structure(held, random_rotation(0, repeat, index)) for repeat in range(_NUM_ROTATIONS)]
+    pairs = zip(turned, _forces(potential, turned), strict=True)
+    return float(torch.cat([forces - data.forces for data, forces in pairs]).square().mean().sqrt())
 
 
-def _forces(potential: Potential, data: AtomicData) -> torch.Tensor:
-    with torch.no_grad():
-        prediction = potential(collate([data]).to(potential.device), create_graph=False)
-    assert prediction.forces is not None
-    return prediction.forces.detach().cpu().double()
+def _forces(potential: Potential, structures: Sequence[AtomicData]) -> list[torch.Tensor]:
+    return [torch.as_tensor(found.forces, dtype=torch.float64) for found in potential.predict(structures)]
 
 
 def _columns(
