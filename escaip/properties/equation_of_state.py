@@ -113,10 +113,6 @@ def fit_equation_of_state(
             f"the energy still falls at {volumes[lowest]:.3f} Å³, the {'smallest' if lowest == 0 else 'largest'} "
             "volume: start nearer to the minimum, relax the cell first, or raise span"
         )
-    return _fit(frames, volumes, energies)
-
-
-def _fit(frames: list[Atoms], volumes: np.ndarray, energies: np.ndarray) -> EquationOfState:
     zero = float(energies.min())  # energies of thousands of eV would leave the fit no digits
     curve = ase.eos.EquationOfState(volumes, energies - zero, eos="birchmurnaghan")
     try:

@@ -136,7 +136,22 @@ def minimum_energy_path(
         ConfigError: ends that do not belong together, no calculator, or a setting out of range.
         SimulationError: not converged, or both ends are one structure.
     """
-    _check(initial, final, images, relaxation, fmax, steps, spring, optimizer)
+    check_calculator(initial)
+    if len(initial) != len(final) or (initial.numbers != final.numbers).any():
+        raise ConfigError(
+            f"the ends are {initial.symbols} and {final.symbols}: they must be the same atoms in the same order"
+        )
+    if not np.allclose(initial.cell.array, final.cell.array, atol=1e-6) or (initial.pbc != final.pbc).any():
+        raise ConfigError("the ends have different cells: a path at constant cell needs one for both")
+    if images < 1:
+        raise ConfigError(f"images is {images}: it must be at least 1")
+    if relaxation not in RELAXATIONS[1:]:
+        raise ConfigError(f"relaxation is {relaxation!r}: the cell is constant along a path, choose ions or none")
+    if optimizer not in OPTIMIZERS:
+        raise ConfigError(f"optimizer is {optimizer!r}: choose {' or '.join(OPTIMIZERS)}")
+    for name, value in (("fmax", fmax), ("steps", steps), ("spring", spring)):
+        if not value > 0:
+            raise ConfigError(f"{name} is {value}: it must be above 0")
     ends = []
     for atoms, name in ((initial, "the first structure"), (final, "the last structure")):
         own = atoms.copy()
@@ -181,27 +196,6 @@ def _optimize(
             f"of {fmax:g} eV/Å): raise steps, use other images, or look for a minimum in between"
         )
     return taken + int(dynamics.nsteps)
-
-
-def _check(
-    initial: Atoms, final: Atoms, images: int, relaxation: str, fmax: float, steps: int, spring: float, optimizer: str
-) -> None:
-    check_calculator(initial)
-    if len(initial) != len(final) or (initial.numbers != final.numbers).any():
-        raise ConfigError(
-            f"the ends are {initial.symbols} and {final.symbols}: they must be the same atoms in the same order"
-        )
-    if not np.allclose(initial.cell.array, final.cell.array, atol=1e-6) or (initial.pbc != final.pbc).any():
-        raise ConfigError("the ends have different cells: a path at constant cell needs one for both")
-    if images < 1:
-        raise ConfigError(f"images is {images}: it must be at least 1")
-    if relaxation not in RELAXATIONS[1:]:
-        raise ConfigError(f"relaxation is {relaxation!r}: the cell is constant along a path, choose ions or none")
-    if optimizer not in OPTIMIZERS:
-        raise ConfigError(f"optimizer is {optimizer!r}: choose {' or '.join(OPTIMIZERS)}")
-    for name, value in (("fmax", fmax), ("steps", steps), ("spring", spring)):
-        if not value > 0:
-            raise ConfigError(f"{name} is {value}: it must be above 0")
 
 
 def _moved(first: Atoms, second: Atoms) -> np.ndarray:

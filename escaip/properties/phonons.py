@@ -192,8 +192,31 @@ def crystal_phonons(
     if repeats is not None and (len(repeats) != 3 or min(repeats) < 1):
         raise ConfigError(f"supercell is {supercell}: give three numbers, each at least 1")
     start = at_rest(atoms, relaxation, fmax, steps)
-    phonon, residual = _force_constants(start, repeats or _repeats(start, min_length), displacement, hessian, symprec)
-    return _analyse(phonon, start, residual, mesh, path_density, temperatures)
+    heights = 1 / np.linalg.norm(start.cell.reciprocal().array, axis=1)
+    repeats = repeats or tuple(np.ceil(min_length / heights - 1e-6).astype(int).tolist())
+    phonon, residual = _force_constants(start, repeats, displacement, hessian, symprec)
+    primitive = _supercell(phonon.primitive, start)
+    primitive.calc = None
+    phonon.run_mesh(np.maximum(1, np.ceil(mesh / primitive.cell.lengths()).astype(int)), is_gamma_center=True)
+    phonon.run_total_dos()
+    kelvin = np.arange(0.0, 1001.0, 10.0) if temperatures is None else np.asarray(temperatures, dtype=float)
+    # Acoustic modes at Γ are zero up to rounding and have no thermal properties.
+    phonon.run_thermal_properties(temperatures=kelvin, cutoff_frequency=1e-2)
+    thermal = phonon.thermal_properties
+    _, free_energy, entropy, heat_capacity = (np.asarray(values) for values in thermal.thermal_properties)
+    # The lattice of a relaxed cell is exact to some 1e-4 only.
+    path = primitive.cell.bandpath(density=path_density, eps=1e-3)
+    distances, positions, labels = path.get_linear_kpoint_axis()
+    bands = Bands(path.kpts, distances, _frequencies(phonon, path.kpts), list(labels), positions)
+    return Phonons(
+        phonopy=phonon, atoms=start, primitive=primitive, bands=bands, residual_force=residual, temperatures=kelvin,
+        mesh=tuple(int(number) for number in phonon.mesh_numbers),  # type: ignore[arg-type]
+        mesh_frequencies=np.array(phonon.mesh.frequencies), mesh_weights=np.array(phonon.mesh.weights, dtype=float),
+        dos_frequencies=np.array(phonon.total_dos.frequency_points), dos=np.array(phonon.total_dos.dos),
+        free_energy=free_energy * _KJ_PER_MOL, entropy=entropy * 1e-3 * _KJ_PER_MOL,
+        heat_capacity=heat_capacity * 1e-3 * _KJ_PER_MOL,
+        zero_point_energy=float(thermal.zero_point_energy) * _KJ_PER_MOL,
+    )  # fmt: skip
 
 
 def check_phonopy() -> Any:
@@ -207,12 +230,6 @@ def check_phonopy() -> Any:
     except ImportError as error:
         raise ConfigError("phonons need phonopy: pip install 'escaip[sim]', or pip install phonopy alone") from error
     return phonopy
-
-
-def _repeats(atoms: Atoms, min_length: float) -> tuple[int, ...]:
-    """Returns the fewest repeats whose opposite faces are ``min_length`` apart."""
-    heights = 1 / np.linalg.norm(atoms.cell.reciprocal().array, axis=1)
-    return tuple(int(value) for value in np.ceil(min_length / heights - 1e-6))
 
 
 def _force_constants(
@@ -252,44 +269,8 @@ def _force_constants(
 
 def _supercell(cell: Any, atoms: Atoms) -> Atoms:
     """Returns phonopy's atoms as those of ASE, with the calculator."""
-    own = Atoms(
-        list(cell.symbols), scaled_positions=cell.scaled_positions, cell=cell.cell, pbc=True, masses=cell.masses
-    )
-    own.calc = atoms.calc
-    return own
-
-
-def _analyse(
-    phonon: Any, atoms: Atoms, residual: float, mesh: float, path_density: float, temperatures: Sequence[float] | None
-) -> Phonons:
-    primitive = _supercell(phonon.primitive, atoms)
-    primitive.calc = None
-    numbers = np.maximum(1, np.ceil(mesh / primitive.cell.lengths()).astype(int))
-    phonon.run_mesh(numbers, is_gamma_center=True)
-    phonon.run_total_dos()
-    kelvin = np.arange(0.0, 1001.0, 10.0) if temperatures is None else np.asarray(temperatures, dtype=float)
-    # Acoustic modes at Γ are zero up to rounding and have no thermal properties.
-    phonon.run_thermal_properties(temperatures=kelvin, cutoff_frequency=1e-2)
-    found = phonon.thermal_properties
-    _, free_energy, entropy, heat_capacity = (np.asarray(values) for values in found.thermal_properties)
-    return Phonons(
-        phonopy=phonon, atoms=atoms, primitive=primitive, residual_force=residual, temperatures=kelvin,
-        bands=_bands(phonon, primitive, path_density),
-        mesh=tuple(int(number) for number in phonon.mesh_numbers),  # type: ignore[arg-type]
-        mesh_frequencies=np.array(phonon.mesh.frequencies), mesh_weights=np.array(phonon.mesh.weights, dtype=float),
-        dos_frequencies=np.array(phonon.total_dos.frequency_points), dos=np.array(phonon.total_dos.dos),
-        free_energy=free_energy * _KJ_PER_MOL, entropy=entropy * 1e-3 * _KJ_PER_MOL,
-        heat_capacity=heat_capacity * 1e-3 * _KJ_PER_MOL,
-        zero_point_energy=float(found.zero_point_energy) * _KJ_PER_MOL,
-    )  # fmt: skip
-
-
-def _bands(phonon: Any, primitive: Atoms, density: float) -> Bands:
-    # The lattice of a relaxed cell is exact to some 1e-4 only.
-    path = primitive.cell.bandpath(density=density, eps=1e-3)
-    distances, positions, labels = path.get_linear_kpoint_axis()
-    kpoints = np.array(path.kpts)
-    return Bands(kpoints, np.array(distances), _frequencies(phonon, kpoints), list(labels), np.array(positions))
+    places = {"scaled_positions": cell.scaled_positions, "cell": cell.cell, "pbc": True}
+    return Atoms(cell.symbols, masses=cell.masses, calculator=atoms.calc, **places)
 
 
 def _frequencies(phonon: Any, kpoints: np.ndarray) -> np.ndarray:
