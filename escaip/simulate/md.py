@@ -167,7 +167,11 @@ def run_md(
     check_trajectory_name(files.trajectory)
     own = atoms.copy()
     own.calc = atoms.calc
-    _check_stress(own, settings)
+    if settings.ensemble == "npt":
+        try:
+            own.get_stress()
+        except NotImplementedError as error:  # ASE's PropertyNotImplementedError is one
+            raise ConfigError(f"npt needs stress: {error or 'this calculator has none'}: use nvt") from error
     if not resume:
         _refuse_to_lose(files, overwrite)
         files.trajectory.parent.mkdir(parents=True, exist_ok=True)
@@ -313,15 +317,6 @@ class _Run:
             ns_per_day=_ns_per_day(num_steps * self.settings.timestep, time.perf_counter() - self.started),
             trajectory=self.files.trajectory, log=self.files.log, restart=self.files.restart, outside=str(self.range),
         )  # fmt: skip
-
-
-def _check_stress(atoms: Atoms, settings: MDSettings) -> None:
-    if settings.ensemble != "npt":
-        return
-    try:
-        atoms.get_stress()
-    except NotImplementedError as error:  # ASE's PropertyNotImplementedError is one
-        raise ConfigError(f"npt needs stress: {error or 'this calculator has none'}: use nvt") from error
 
 
 def _refuse_to_lose(files: RunFiles, overwrite: bool) -> None:
