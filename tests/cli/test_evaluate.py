@@ -21,6 +21,7 @@ from escaip.errors import DataError
 from escaip.evaluate import EvaluationReport, evaluate, evaluate_into
 from escaip.evaluate.plots import draw_errors, draw_parity
 from escaip.evaluate.report import Records, compute_report
+from escaip.evaluate.run import rotation_error
 from escaip.potential import Potential
 from escaip.potential.loading import load_potential
 
@@ -205,6 +206,7 @@ def test_direct_forces_have_a_rotation_error(direct_model: Path, labelled: Path,
     report = evaluate_files(direct_model, labelled, tmp_path)
     assert report.rotation_error is not None
     assert report.rotation_error > 1e-6
+    assert rotation_error(make_potential(), list(open_source(labelled))) < 1e-10  # of derivatives of an energy
     assert "rotation error" in report.table()
     assert report.stress is None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +87,7 @@ def test_atoms_relax_at_each_volume() -> None:
 
 
 @pytest.mark.bad_input
-def test_settings_and_ranges() -> None:
-    with pytest.raises(ConfigError, match="points is 4"):
-        fit_equation_of_state(crystal(), points=4)
-    with pytest.raises(ConfigError, match=r"span is 0\.9"):
-        fit_equation_of_state(crystal(), span=0.9)
+def test_volumes_without_a_minimum() -> None:
     with pytest.raises(SimulationError, match=r"still falls at .* smallest volume: start nearer"):
         fit_equation_of_state(crystal(24.0), relaxation="none")
     with pytest.raises(SimulationError, match="largest volume"):
@@ -104,6 +102,15 @@ KINDS = ("voigt", "reuss", "hill")
 def copper(cubic: bool = False) -> Atoms:
     atoms = bulk("Cu", cubic=cubic)
     atoms.calc = EMT()
+    return atoms
+
+
+STIFFNESS, A = 1.7, 4.0
+
+
+def spring_crystal(cubic: bool = False) -> Atoms:
+    atoms = bulk("Al", "fcc", a=A, cubic=cubic)
+    atoms.calc = Springs(STIFFNESS, A / np.sqrt(2))
     return atoms
 
 
@@ -139,11 +146,8 @@ def voigt_strain(**components: float) -> np.ndarray:
 @pytest.mark.parametrize("cubic", [False, True])
 def test_springs_between_nearest_neighbors_of_fcc(cubic: bool) -> None:
     """``C11 = 2 C12 = 2 C44 = 2k/a`` (central forces without tension)."""
-    stiffness, a = 1.7, 4.0
-    atoms = bulk("Al", "fcc", a=a, cubic=cubic)
-    atoms.calc = Springs(stiffness, a / np.sqrt(2))
-    found = elastic_constants(atoms, strain=0.001)
-    unit = stiffness / a / units.GPa
+    found = elastic_constants(spring_crystal(cubic), strain=0.001)
+    unit = STIFFNESS / A / units.GPa
     expected = unit * np.array([[2, 1, 1], [1, 2, 1], [1, 1, 2]])
     np.testing.assert_allclose(found.stiffness[:3, :3], expected, rtol=1e-5)
     np.testing.assert_allclose(found.stiffness[3:, 3:], unit * np.eye(3), atol=1e-4)
@@ -225,20 +229,6 @@ def test_a_crystal_that_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"relaxation": "cell"}, "relaxation is 'cell': choose full, ions, none"),
-        ({"strain": 0.0}, "strain is 0.0"),
-        ({"fmax": -1.0}, "fmax is -1.0"),
-    ],
-)
-def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        elastic_constants(copper(), **options)
-
-
-@pytest.mark.bad_input
 def test_what_has_no_elastic_constants() -> None:
     with pytest.raises(ConfigError, match=r"set atoms\.calc"):
         elastic_constants(bulk("Cu"))
@@ -251,19 +241,9 @@ def test_what_has_no_elastic_constants() -> None:
         elastic_constants(far, steps=1, fmax=1e-6)
 
 
-STIFFNESS, A = 1.7, 4.0
-REASON = "phonopy is not installed: pip install 'escaip[sim]'"
-
-
-@pytest.fixture
-def _phonopy() -> None:
-    pytest.importorskip("phonopy", reason=REASON)
-
-
-def spring_crystal(cubic: bool = False) -> Atoms:
-    atoms = bulk("Al", "fcc", a=A, cubic=cubic)
-    atoms.calc = Springs(STIFFNESS, A / np.sqrt(2))
-    return atoms
+needs_phonopy = pytest.mark.skipif(
+    importlib.util.find_spec("phonopy") is None, reason="phonopy is not installed: pip install 'escaip[sim]'"
+)
 
 
 def known(wave: np.ndarray, mass: float) -> np.ndarray:
@@ -278,7 +258,7 @@ def known(wave: np.ndarray, mass: float) -> np.ndarray:
     return np.sqrt(np.maximum(0, scale * np.linalg.eigvalsh(total))) / (2 * np.pi) * 1e-12
 
 
-@pytest.mark.usefixtures("_phonopy")
+@needs_phonopy
 @pytest.mark.parametrize("cubic", [False, True])
 def test_phonons_of_springs_between_nearest_neighbors_of_fcc(cubic: bool) -> None:
     found = crystal_phonons(spring_crystal(cubic), min_length=9.0, displacement=1e-3)
@@ -296,7 +276,7 @@ def test_phonons_of_springs_between_nearest_neighbors_of_fcc(cubic: bool) -> Non
     assert found.imaginary_share == 0
 
 
-@pytest.mark.usefixtures("_phonopy")
+@needs_phonopy
 def test_thermal_properties_follow_from_the_modes() -> None:
     found = crystal_phonons(spring_crystal(), min_length=9.0, temperatures=[0.0, 50.0, 3000.0])
     weights = found.mesh_weights / found.mesh_weights.sum()
@@ -315,7 +295,7 @@ def test_thermal_properties_follow_from_the_modes() -> None:
     assert float((found.dos[1:] * step).sum()) == pytest.approx(3.0, rel=0.02)
 
 
-@pytest.mark.usefixtures("_phonopy")
+@needs_phonopy
 def test_second_derivatives_and_displacements_agree(tmp_path: Path) -> None:
     atoms = bulk("Cu")
     atoms.calc = EMT()
@@ -333,7 +313,7 @@ def test_second_derivatives_and_displacements_agree(tmp_path: Path) -> None:
     np.testing.assert_allclose(again.qpoints.frequencies[0], by_steps.frequencies([0.5, 0, 0.5]), atol=1e-4)
 
 
-@pytest.mark.usefixtures("_phonopy")
+@needs_phonopy
 def test_imaginary_modes_are_reported() -> None:
     """Copper in a simple cubic lattice gives way to shear."""
     atoms = bulk("Cu", "sc", a=2.4)
@@ -346,7 +326,7 @@ def test_imaginary_modes_are_reported() -> None:
     assert "i" in found.summary().split("X")[1].split("\n")[0]
 
 
-@pytest.mark.usefixtures("_phonopy")
+@needs_phonopy
 def test_forces_of_the_perfect_supercell_are_no_answer() -> None:
     """Atoms a little off their places, as relaxations leave them: symmetry is found, and its forces are left out."""
     atoms = spring_crystal(cubic=True)
@@ -369,16 +349,20 @@ def test_without_phonopy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.bad_input
-@pytest.mark.usefixtures("_phonopy")
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("compute", "options", "message"),
     [
-        ({"supercell": (2, 2)}, r"supercell is \(2, 2\): give three numbers"),
-        ({"supercell": (0, 2, 2)}, "each at least 1"),
-        ({"min_length": 0.0}, r"min_length is 0\.0"),
-        ({"displacement": -0.1}, r"displacement is -0\.1"),
+        (elastic_constants, {"relaxation": "cell"}, "relaxation is 'cell': choose full, ions, none"),
+        (elastic_constants, {"strain": 0.0}, "strain is 0.0"),
+        (elastic_constants, {"fmax": -1.0}, "fmax is -1.0"),
+        (fit_equation_of_state, {"points": 4}, "points is 4"),
+        (fit_equation_of_state, {"span": 0.9}, r"span is 0\.9"),
+        pytest.param(crystal_phonons, {"supercell": (2, 2)}, r"is \(2, 2\): give three numbers", marks=needs_phonopy),
+        pytest.param(crystal_phonons, {"supercell": (0, 2, 2)}, "each at least 1", marks=needs_phonopy),
+        pytest.param(crystal_phonons, {"min_length": 0.0}, r"min_length is 0\.0", marks=needs_phonopy),
+        pytest.param(crystal_phonons, {"displacement": -0.1}, r"displacement is -0\.1", marks=needs_phonopy),
     ],
 )
-def test_phonon_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
+def test_arguments_out_of_range(compute: Callable[..., Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        crystal_phonons(spring_crystal(), **options)
+        compute(copper(), **options)

@@ -20,12 +20,9 @@ from escaip.simulate import MDSettings, MDStatus, run_md
 @pytest.fixture
 def argon() -> Callable[..., Atoms]:
     def make(periodic: bool = True, **options: Any) -> Atoms:
-        if periodic:
-            atoms = ase.build.bulk("Ar", "fcc", a=5.4, cubic=True).repeat((2, 2, 2))
-        else:
-            atoms = ase.build.bulk("Ar", "fcc", a=5.4, cubic=True).repeat((2, 1, 1))
-            atoms.pbc = False
-            atoms.cell = None
+        atoms = ase.build.bulk("Ar", "fcc", a=5.4, cubic=True).repeat((2, 2, 2) if periodic else (2, 1, 1))
+        if not periodic:
+            atoms.pbc, atoms.cell = False, None
         atoms.rattle(0.02, seed=1)
         atoms.calc = Argon(**options)
         return atoms
