@@ -32,17 +32,11 @@ def check_crystal(atoms: Atoms, what: str) -> None:
 
 
 def at_rest(atoms: Atoms, relaxation: str, fmax: float, steps: int, what: str = "the structure") -> Atoms:
-    """Returns a relaxed copy with the same calculator.
-
-    Args:
-        atoms: structure with a calculator.
-        relaxation: ``"full"`` (atoms and cell), ``"ions"`` or ``"none"``.
-        fmax: largest force at the end, eV/Å.
-        steps: largest number of steps.
-        what: name of the structure in messages.
+    """Returns a copy with the same calculator, relaxed to forces below ``fmax`` eV/Å; ``what`` names it in messages.
 
     Raises:
-        ConfigError: an unknown ``relaxation``, or a setting out of range.
+        ConfigError: ``relaxation`` is neither ``"full"`` (atoms and cell), ``"ions"`` nor ``"none"``, or a setting is
+            out of range.
         SimulationError: the relaxation did not converge.
     """
     if relaxation not in RELAXATIONS:

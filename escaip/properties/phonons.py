@@ -220,11 +220,7 @@ def crystal_phonons(
 
 
 def check_phonopy() -> Any:
-    """Returns the module phonopy.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Returns the module phonopy; raises ConfigError where it is not installed."""
     try:
         import phonopy
     except ImportError as error:

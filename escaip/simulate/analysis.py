@@ -140,11 +140,8 @@ class Unwrapper:
 
     From frame to frame an atom is taken to move to the nearest image of its new position, and its wrapped displacements
     are added up (von Bülow, Bullerjahn and Hummer, J. Chem. Phys. 153, 021101 (2020)), which also holds where the cell
-    changes. Axes that are not periodic are left alone.
-
-    Attributes:
-        farthest: largest displacement between two frames so far, as a fraction of the cell; the nearest image is the
-            wrong one beyond 0.5.
+    changes. Axes that are not periodic are left alone. ``farthest`` is the largest displacement between two frames so
+    far, as a fraction of the cell; the nearest image is the wrong one beyond 0.5.
     """
 
     def __init__(self) -> None:
@@ -192,8 +189,7 @@ class RadialDistribution:
         from scipy.ndimage import gaussian_filter1d
         from scipy.signal import find_peaks
 
-        width = self.edges[1] - self.edges[0] if len(self.edges) > 1 else self.edges[0]
-        smooth = gaussian_filter1d(self.g[pair], 0.05 / width, mode="constant")
+        smooth = gaussian_filter1d(self.g[pair], 0.05 / self.edges[0], mode="constant")  # the width of a bin
         peaks, _ = find_peaks(smooth, prominence=0.2)
         if len(peaks) < 2:
             return None

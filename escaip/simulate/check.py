@@ -104,11 +104,7 @@ class CheckReport:
 
 
 def default_structures(calculator: BaseCalculator) -> list[Atoms]:
-    """Returns a molecule and a crystal that the calculator can evaluate, or one of them.
-
-    Raises:
-        UsageError: the calculator evaluates none of the candidates.
-    """
+    """Returns a molecule and a crystal that the calculator can evaluate, or one; raises UsageError without any."""
     molecules = [ase.build.molecule(name) for name in ("CH3CH2OH", "H2O", "N2", "O2")]
     crystals = [ase.build.bulk(name, cubic=True) for name in ("Si", "Cu", "Al", "Fe", "Li")]
     crystals += [ase.build.bulk("NaCl", "rocksalt", a=5.64), ase.build.bulk("Ar", "fcc", a=5.3, cubic=True)]

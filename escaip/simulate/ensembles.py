@@ -138,11 +138,7 @@ class MDSettings:
         return {name: getattr(self, name) for name in names}
 
     def check_structure(self, atoms: Atoms) -> list[str]:
-        """Returns warnings about the settings for a structure, one line each.
-
-        Raises:
-            ConfigError: the ensemble cannot be applied to it.
-        """
+        """Returns warnings about the settings for a structure; raises ConfigError where the ensemble cannot apply."""
         what = self.thermostat or self.ensemble
         if len(atoms) < 2 and (self.ensemble == "npt" or self.thermostat in ("bussi", "nose-hoover")):
             raise ConfigError(f"{what} needs at least 2 atoms: use nve, or nvt with the langevin thermostat")

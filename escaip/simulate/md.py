@@ -104,11 +104,7 @@ class RunFiles(NamedTuple):
 
 
 class ProgressLine:
-    """Rewrites one line on a terminal; elsewhere prints about ten lines in all.
-
-    Args:
-        stream: output; by default the error stream.
-    """
+    """Rewrites one line on a terminal; elsewhere prints about ten lines in all. By default on the error stream."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self.stream = stream or sys.stderr

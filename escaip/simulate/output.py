@@ -91,7 +91,7 @@ def read_log(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 class ExtxyzTrajectory(_TextFile):
-    """Frames as extended XYZ; arguments as for ``LogFile``."""
+    """Frames as extended XYZ; arguments and errors as for ``LogFile``."""
 
     def write(self, frame: Atoms) -> None:
         """Appends a frame."""
@@ -100,11 +100,7 @@ class ExtxyzTrajectory(_TextFile):
 
 
 class AseTrajectory:
-    """Frames in ASE's own format; positions count frames.
-
-    Raises:
-        SimulationError: the file holds fewer frames than are to be kept.
-    """
+    """Frames in ASE's own format, whose positions count frames; arguments and errors as for ``LogFile``."""
 
     def __init__(self, path: Path, position: int | None) -> None:
         self._count = position or 0
@@ -132,12 +128,7 @@ class AseTrajectory:
 
 
 def open_trajectory(path: Path, position: int | None) -> ExtxyzTrajectory | AseTrajectory:
-    """Opens a trajectory for writing, in the format of its suffix.
-
-    Raises:
-        ConfigError: the suffix is neither ``.extxyz``, ``.xyz`` nor ``.traj``.
-        SimulationError: see ``LogFile``.
-    """
+    """Opens a trajectory for writing, in the format of its suffix; see ``check_trajectory_name`` and ``LogFile``."""
     check_trajectory_name(path)
     return AseTrajectory(path, position) if path.suffix == ".traj" else ExtxyzTrajectory(path, position)
 

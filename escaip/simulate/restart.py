@@ -39,11 +39,7 @@ class RestartState:
     saved: Sequence[int] | None  # step and end of the last frame saved for its spread; None in files of schema 1
 
     def save(self, path: Path) -> None:
-        """Replaces the file; a reader finds the old state or the new one, whole.
-
-        Raises:
-            SimulationError: the file cannot be written.
-        """
+        """Replaces the file, whole or not at all; raises SimulationError where that is impossible."""
         header = {name: getattr(self, name) for name in _HEADER}
         header |= {"schema": SCHEMA_VERSION, "integrator": sorted(self.integrator)}
         arrays = {name: getattr(self, name) for name in _ARRAYS}
@@ -56,11 +52,7 @@ class RestartState:
 
     @classmethod
     def load(cls, path: Path) -> RestartState:
-        """Reads a file written by ``save``.
-
-        Raises:
-            SimulationError: missing, damaged, or of a newer schema.
-        """
+        """Reads a file written by ``save``; raises SimulationError if it is missing, damaged, or of a newer schema."""
         if not path.is_file():
             raise SimulationError(f"there is no restart file {path} to resume from: run without --resume first")
         try:
