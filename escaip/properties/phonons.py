@@ -15,7 +15,6 @@ from escaip.files import write_results
 from escaip.properties.common import ACCENT, MODEL, MUTED, at_rest, check_crystal, new_figure, table
 from escaip.properties.vibrations import second_derivatives
 
-THZ_TO_MEV = 1e3 * units._hplanck / units._e * 1e12
 THZ_TO_CM = 1e12 / (units._c * 100)
 _KJ_PER_MOL = units.kJ / units.mol
 _IMAGINARY = -0.05  # THz: acoustic modes at Γ lie a little below zero by rounding

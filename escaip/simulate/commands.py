@@ -304,17 +304,16 @@ def import_calculator(name: str) -> BaseCalculator:
     Raises:
         UsageError: no such module or name, or it makes no calculator.
     """
-    import importlib
+    import pkgutil
 
     from ase.calculators.calculator import BaseCalculator
 
     from escaip.errors import UsageError
     from escaip.files import first_line
 
-    module, _, attribute = name.partition(":")
     sys.path.insert(0, "")
     try:
-        made = getattr(importlib.import_module(module), attribute)
+        made = pkgutil.resolve_name(name)
         if not isinstance(made, BaseCalculator):
             made = made()
     except Exception as error:  # somebody else's module raises anything

@@ -21,7 +21,9 @@ def walk(seed: int, num_frames: int = 1000, num_atoms: int = 40, interval: float
     return 50.0 + np.cumsum(steps, axis=0)
 
 
-def test_averages_over_origins_are_those_of_the_definition() -> None:
+@pytest.mark.parametrize("memory", [1 << 27, 20_000], ids=["whole", "by atoms"])
+def test_averages_over_origins_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    monkeypatch.setattr("escaip.simulate.analysis._FFT_BYTES", memory)
     rng = np.random.default_rng(0)
     series, weights = 100.0 + rng.normal(size=(57, 5, 3)).cumsum(axis=0), rng.uniform(size=(5, 2))
     for num_lags in (1, 20, 57):
@@ -31,13 +33,6 @@ def test_averages_over_origins_are_those_of_the_definition() -> None:
             later, earlier = series[lag:], series[: 57 - lag]
             assert squares[lag] == pytest.approx(((later - earlier) ** 2).sum(-1).mean(0) @ weights, abs=1e-9)
             assert products[lag] == pytest.approx((later * earlier).sum(-1).mean(0) @ weights, rel=1e-12)
-
-
-def test_atoms_are_transformed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    series, weights = walk(0, 100, 9), np.eye(9)
-    whole = square_displacement(series, weights, 50)
-    monkeypatch.setattr("escaip.simulate.analysis._FFT_BYTES", 40_000)
-    assert square_displacement(series, weights, 50) == pytest.approx(whole)
 
 
 def test_a_walk_diffuses_as_it_was_made_to() -> None:
