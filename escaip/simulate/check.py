@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from escaip.files import aligned
 from escaip.potential import Potential
 from escaip.simulate.ensembles import MDSettings, prepare_velocities
 from escaip.testing import (
+    Evaluate,
     Evaluation,
     direction_error_by_difference,
     evaluator,
@@ -162,12 +164,20 @@ class _Check:
         self.atoms.positions += self.rng.normal(scale=_DISPLACEMENT, size=atoms.positions.shape)
         self.base: Any = getattr(calculator, "calculator", calculator)  # below dispersion
         self.members: list[Potential] = list(getattr(self.base, "potentials", ()))  # none of another program's
-        self.plain = evaluator(_without_skin(self.base)) if self.members else None
         self.conservative = all(potential.config.is_conservative for potential in self.members)
-        self.kind = _kind(self.members)
+        self.kind = "float32" if any(potential.dtype == torch.float32 for potential in self.members) else "float64"
+        if any(potential.precision != "highest" for potential in self.members):
+            self.kind = "rounded"
         self.limits = TOLERANCES[self.kind]
         self.evaluate = evaluator(calculator)
         self.answer = self.evaluate([self.atoms])[0]
+
+    @functools.cached_property
+    def without_skin(self) -> Evaluate:
+        """The same potentials, which search for neighbors every time."""
+        if isinstance(self.base, CommitteeCalculator):
+            return evaluator(CommitteeCalculator(self.members, skin=0.0))
+        return evaluator(EScAIPCalculator(self.members[0], skin=0.0))
 
     def add(self, name: str, value: float, unit: str, limit: float | None, note: str = "") -> None:
         self.findings.append(Finding(name, value, unit, limit, note))
@@ -226,12 +236,11 @@ class _Check:
 
     def skin(self) -> None:
         """Compares answers on a walk that exhausts the skin several times and compresses the structure."""
-        assert self.plain is not None
         moving, worst, before = self.atoms.copy(), 0.0, self.base.num_neighbor_builds
         for _ in range(10):
             moving.set_cell(0.99 * moving.cell.array)
             moving.positions = 0.99 * moving.positions + self.rng.normal(scale=0.05, size=moving.positions.shape)
-            one, other = evaluator(self.base)([moving])[0], self.plain([moving])[0]
+            one, other = evaluator(self.base)([moving])[0], self.without_skin([moving])[0]
             worst = max(worst, abs(one.energy - other.energy), float(np.abs(one.forces - other.forces).max()))
         exact = self.base.graph_skin == 0.0
         note = f"10 structures, {self.base.num_neighbor_builds - before} searches" + ", must be equal" * exact
@@ -240,9 +249,8 @@ class _Check:
 
     def crossings(self) -> None:
         """Measures the largest jumps where a token appears or disappears as an atom moves through the cutoff."""
-        assert self.plain is not None
         found = [pair for one in self.members for pair in _token_changes(one, *_path(self.atoms, one.cutoff))]
-        answers = [self.plain(pair) for pair in found[: _CROSSINGS * len(self.members)]]
+        answers = [self.without_skin(pair) for pair in found[: _CROSSINGS * len(self.members)]]
         if not answers:
             self.add("energy where neighbors come and go", 0.0, "eV", None, "none did on the path")
             return
@@ -335,15 +343,3 @@ def _tokens(potential: Potential, atoms: Atoms) -> torch.Tensor:
     if not potential.config.graph.soft:  # counted ranks jump without a change of tokens
         columns.append((2.0 * graph.rank_base[:, None]).long())
     return torch.cat(columns, dim=1).unique(dim=0)
-
-
-def _without_skin(base: EScAIPCalculator | CommitteeCalculator) -> EScAIPCalculator | CommitteeCalculator:
-    if isinstance(base, CommitteeCalculator):
-        return CommitteeCalculator([member.potential for member in base.members], skin=0.0)
-    return EScAIPCalculator(base.potential, skin=0.0)
-
-
-def _kind(members: Sequence[Potential]) -> str:
-    if any(potential.precision != "highest" for potential in members):
-        return "rounded"
-    return "float32" if any(potential.dtype == torch.float32 for potential in members) else "float64"

@@ -123,7 +123,6 @@ def md(
 
     Example: escaip md example:organic example:ethanol
     """
-    from dataclasses import replace
     from pathlib import Path
 
     from escaip.simulate.ensembles import MDSettings, default_timestep
@@ -131,17 +130,15 @@ def md(
     from escaip.simulate.output import check_trajectory_name, read_structure
 
     # Mistyped numbers and names are reported before the model is loaded.
+    check_trajectory_name(Path(out))
+    atoms = read_structure(structure, frame)
     settings = MDSettings(
-        ensemble=ensemble, steps=steps, timestep=0.5 if timestep is None else timestep, temperature=temperature,
-        pressure=pressure, thermostat=thermostat, thermostat_time=thermostat_time, barostat=barostat,
-        barostat_time=barostat_time, velocities=velocities, seed=seed, log_interval=interval,
+        ensemble=ensemble, steps=steps, timestep=default_timestep(atoms) if timestep is None else timestep,
+        temperature=temperature, pressure=pressure, thermostat=thermostat, thermostat_time=thermostat_time,
+        barostat=barostat, barostat_time=barostat_time, velocities=velocities, seed=seed, log_interval=interval,
         trajectory_interval=trajectory_interval or interval, restart_interval=restart_interval, max_spread=max_spread,
         save_spread=save_spread,
     )  # fmt: skip
-    check_trajectory_name(Path(out))
-    atoms = read_structure(structure, frame)
-    if timestep is None:
-        settings = replace(settings, timestep=default_timestep(atoms))
     atoms.calc = make_calculator(model, graph_skin=graph_skin, cuda_graphs=cuda_graphs, **options)
     report = None if quiet else ProgressLine()
     print(run_md(atoms, settings, out=out, resume=resume, overwrite=overwrite, report=report).summary())

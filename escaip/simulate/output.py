@@ -189,12 +189,7 @@ def read_trajectory(
 
 def _read_ase(path: Path, start: int, stop: int | None, every: int) -> Iterator[Atoms]:
     try:
-        if path.suffix == ".traj":
-            with Trajectory(path) as frames:
-                for index in range(len(frames))[start:stop:every]:
-                    yield frames[index]
-        else:
-            yield from ase.io.iread(path, index=slice(start, stop, every))
+        yield from ase.io.iread(path, index=slice(start, stop, every))
     except Exception as error:  # ASE's readers raise anything
         raise DataError(f"trajectory {path} cannot be read ({first_line(error)}): use a file ASE reads") from error
 
