@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from escaip.calculators import CommitteeCalculator
 from escaip.errors import ConfigError, SimulationError
-from escaip.potential import Potential
-from escaip.simulate import MDSettings, read_log, relax, run_md
+from escaip.simulate import MDSettings, read_log, run_md
 from escaip.simulate.output import LOG_COLUMNS
 
 Make = Callable[..., Any]
@@ -132,16 +130,6 @@ def test_too_large_a_spread_stops_the_run(committee: Make, tmp_path: Path, sprea
     assert frame.arrays["forces_spread"].max() > limit
     run_md(committee(), settings(max_spread=1e3), out=tmp_path / "a.extxyz", resume=True)
     np.testing.assert_array_equal(read_log(tmp_path / "a.csv")[COLUMN], spreads)
-
-
-def test_a_committee_of_models_runs_and_relaxes(make_potential: Callable[..., Potential], tmp_path: Path) -> None:
-    atoms = ase.build.molecule("CH3OH")
-    atoms.calc = CommitteeCalculator([make_potential(seed) for seed in (1, 2)])
-    result = run_md(
-        atoms, MDSettings(steps=5, timestep=0.2, temperature=50.0, log_interval=1), out=tmp_path / "a.extxyz"
-    )
-    assert (read_log(result.log)[COLUMN] > 0).all()
-    assert np.isfinite(relax(atoms, fmax=1.0, steps=5).largest_force)
 
 
 @pytest.mark.bad_input
