@@ -17,10 +17,10 @@ from ase.md.verlet import VelocityVerlet
 
 from escaip.errors import ConfigError
 
-ENSEMBLES = ("nve", "nvt", "npt")
-THERMOSTATS = ("langevin", "bussi", "nose-hoover")
-BAROSTATS = ("isotropic", "full")
-VELOCITIES = ("auto", "draw", "keep")
+_CHOICES = {
+    "ensemble": ("nve", "nvt", "npt"), "thermostat": ("langevin", "bussi", "nose-hoover", None),
+    "barostat": ("isotropic", "full", None), "velocities": ("auto", "draw", "keep"),
+}  # fmt: skip
 _MAX_TIMESTEP = 20.0  # fs; longer than any vibration allows
 _LINEAR = 1e-6  # amu Å²: smaller moments of inertia are those of a linear molecule about its axis
 
@@ -94,11 +94,9 @@ class MDSettings:
             object.__setattr__(self, "pressure", self.pressure or 0.0)
 
     def _check_choices(self) -> None:
-        choices = {"ensemble": ENSEMBLES, "thermostat": THERMOSTATS, "barostat": BAROSTATS, "velocities": VELOCITIES}
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed and not (value is None and name in ("thermostat", "barostat")):
-                raise ConfigError(f"{name} is {value!r}: choose {', '.join(allowed)}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: choose {', '.join(filter(None, allowed))}")
         for name, ensemble in (("thermostat", "nvt"), ("barostat", "npt"), ("pressure", "npt")):
             if getattr(self, name) is not None and self.ensemble != ensemble:
                 raise ConfigError(f"{name} belongs to {ensemble}, not to {self.ensemble}: leave it out")
@@ -197,38 +195,31 @@ def make_ensemble(atoms: Atoms, settings: MDSettings, rng: np.random.Generator) 
     Thermostats act on the free degrees of freedom. Where the dynamics conserves total momentum, ASE's count of ``3N``
     would heat a nine-atom molecule by a quarter.
     """
-    step = settings.timestep * units.fs
-    if settings.ensemble == "nve":
-        return Ensemble(VelocityVerlet(atoms, step), rng, degrees_of_freedom(atoms))
-    assert settings.temperature is not None
     relaxation = settings.thermostat_time * units.fs
-    if settings.thermostat == "langevin":
-        friction = 1.0 / relaxation
-        langevin = Langevin(atoms, step, temperature_K=settings.temperature, friction=friction, fixcm=False, rng=rng)
-        return Ensemble(langevin, rng, degrees_of_freedom(atoms, conserves_momentum=False))
-    num_degrees = degrees_of_freedom(atoms)
-    if settings.thermostat == "bussi":
-        bussi = Bussi(atoms, step, temperature_K=settings.temperature, taut=relaxation, rng=rng)
-        bussi.ndof = num_degrees
-        bussi.target_kinetic_energy = 0.5 * bussi.temp * num_degrees
-        return Ensemble(bussi, rng, num_degrees)
-    # In the equations of Martyna, Tobias and Klein the number of atoms stands for a third of the degrees of freedom.
-    chain = NoseHooverChainThermostat(
-        num_atoms_global=num_degrees / 3, masses=atoms.get_masses()[:, None],  # type: ignore[arg-type]
-        temperature_K=settings.temperature, tdamp=relaxation,
-    )  # fmt: skip
-    if settings.thermostat == "nose-hoover":
-        thermostatted = NoseHooverChainNVT(atoms, step, temperature_K=settings.temperature, tdamp=relaxation)
-        thermostatted._thermostat = chain
-        return Ensemble(thermostatted, rng, num_degrees)
-    kind = IsotropicMTKNPT if settings.barostat == "isotropic" else MTKNPT
-    barostatted = kind(
-        atoms, step, temperature_K=settings.temperature, pressure_au=(settings.pressure or 0.0) * units.GPa,
-        tdamp=relaxation, pdamp=settings.barostat_time * units.fs,
-    )  # fmt: skip
-    barostatted._num_atoms_global = num_degrees / 3
-    barostatted._thermostat = chain
-    return Ensemble(barostatted, rng, num_degrees)
+    common: dict[str, Any] = {"timestep": settings.timestep * units.fs, "temperature_K": settings.temperature}
+    num_degrees = degrees_of_freedom(atoms, conserves_momentum=settings.thermostat != "langevin")
+    dynamics: Any
+    if settings.ensemble == "nve":
+        dynamics = VelocityVerlet(atoms, settings.timestep * units.fs)
+    elif settings.thermostat == "langevin":
+        dynamics = Langevin(atoms, **common, friction=1.0 / relaxation, fixcm=False, rng=rng)
+    elif settings.thermostat == "bussi":
+        dynamics = Bussi(atoms, **common, taut=relaxation, rng=rng)
+        dynamics.ndof = num_degrees
+        dynamics.target_kinetic_energy = 0.5 * dynamics.temp * num_degrees
+    else:
+        # In the equations of Martyna, Tobias and Klein a third of the degrees of freedom is the number of atoms.
+        count = num_degrees / 3
+        if settings.thermostat == "nose-hoover":
+            dynamics = NoseHooverChainNVT(atoms, **common, tdamp=relaxation)
+        else:
+            pressure, damping = (settings.pressure or 0.0) * units.GPa, settings.barostat_time * units.fs
+            kind = IsotropicMTKNPT if settings.barostat == "isotropic" else MTKNPT
+            dynamics = kind(atoms, **common, pressure_au=pressure, tdamp=relaxation, pdamp=damping)
+            dynamics._num_atoms_global = count
+        masses: Any = atoms.get_masses()[:, None]
+        dynamics._thermostat = NoseHooverChainThermostat(count, masses, common["temperature_K"], tdamp=relaxation)  # type: ignore[arg-type]
+    return Ensemble(dynamics, rng, num_degrees)
 
 
 def prepare_velocities(atoms: Atoms, settings: MDSettings, rng: np.random.Generator) -> None:
