@@ -189,7 +189,7 @@ def read_trajectory(
 
 def _read_ase(path: Path, start: int, stop: int | None, every: int) -> Iterator[Atoms]:
     try:
-        yield from ase.io.iread(path, index=slice(start, stop, every))
+        yield from ase.io.iread(path, index=slice(start, stop, every), do_not_split_by_at_sign=True)
     except Exception as error:  # ASE's readers raise anything
         raise DataError(f"trajectory {path} cannot be read ({first_line(error)}): use a file ASE reads") from error
 
@@ -246,7 +246,7 @@ def read_structure(path: str | os.PathLike[str], frame: int = -1) -> Atoms:
         if path.stat().st_size == 0:
             raise DataError(f"structure {path} is empty: give a file with at least one structure")
         try:
-            atoms = ase.io.read(path, index=frame)
+            atoms = ase.io.read(path, index=frame, do_not_split_by_at_sign=True)
         except (IndexError, StopIteration) as error:
             raise DataError(f"structure {path} has no frame {frame}: give --frame a smaller number") from error
         except Exception as error:  # ASE's readers raise anything

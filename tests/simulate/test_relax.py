@@ -90,12 +90,12 @@ def test_drift_of_a_line_with_noise() -> None:
 
 def test_structures_come_back_as_written(tmp_path: Path) -> None:
     atoms = ase.build.bulk("NaCl", "rocksalt", a=5.6)
-    for name in ("a.extxyz", "a.cif", "a.traj", "POSCAR.vasp"):
+    for name in ("a@300K.extxyz", "a.cif", "a.traj", "POSCAR.vasp"):
         write_structure(tmp_path / name, atoms)
         again = read_structure(tmp_path / name)
         assert sorted(again.symbols) == sorted(atoms.symbols)
         assert again.get_volume() == pytest.approx(atoms.get_volume(), rel=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["POSCAR.vasp", "a.cif", "a.extxyz", "a.traj"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["POSCAR.vasp", "a.cif", "a.traj", "a@300K.extxyz"]
     ase.io.write(tmp_path / "two.xyz", [ase.build.molecule("H2O"), ase.build.molecule("NH3")])
     assert len(read_structure(tmp_path / "two.xyz")) == 4
     assert len(read_structure(tmp_path / "two.xyz", frame=0)) == 3

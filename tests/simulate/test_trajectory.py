@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".xyz"])
 def test_a_part_of_a_trajectory(tmp_path: Path, suffix: str) -> None:
-    path = write(tmp_path / f"a{suffix}", [frame(step) for step in range(10)])
+    path = write(tmp_path / f"a@300K{suffix}", [frame(step) for step in range(10)])
     for start, stop, every in ((0, None, 1), (2, 9, 3), (9, 20, 1), (10, None, 1), (0, None, 4)):
         found = [one.info["step"] // 10 for one in read_trajectory(path, start=start, stop=stop, every=every)]
         assert found == list(range(10))[start:stop:every]
