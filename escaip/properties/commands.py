@@ -18,6 +18,7 @@ class _Options(TypedDict, total=False):
     Args:
         fmax: largest force after the relaxation, in eV/Å (default: 0.001; of a band: 0.05)
         steps: give up relaxing after this many (default: 500)
+        out: folder for results and plots (default: the name of the command)
         frame: which structure of the file (default: the last)
         device: auto, cpu, cuda or cuda:N (default: auto)
         dtype: precision of the model (default: float64, since small differences matter)
@@ -26,6 +27,7 @@ class _Options(TypedDict, total=False):
 
     fmax: float
     steps: int
+    out: str
     frame: int
     device: str
     dtype: Literal["float32", "float64"]
@@ -39,7 +41,6 @@ def vibrations(
     relax: Literal["ions", "none"] = "ions",
     finite_differences: bool = False,
     step: float = 0.01,
-    out: str = "vibrations",
     **options: Unpack[_Options],
 ) -> None:
     """Computes harmonic frequencies and modes of a molecule.
@@ -50,12 +51,11 @@ def vibrations(
         relax: relax the molecule first
         finite_differences: differentiate forces numerically, for models whose forces are no derivatives
         step: displacement of the finite differences in Å
-        out: folder for results and plots
 
     Example: escaip vibrations example:organic example:ethanol
     """
     _run(
-        "molecular_vibrations", model, [structure], out, options, relaxation=relax, step=step,
+        "vibrations", "molecular_vibrations", model, [structure], options, relaxation=relax, step=step,
         finite_differences=finite_differences,
     )  # fmt: skip
 
@@ -67,7 +67,6 @@ def eos(
     relax: Literal["full", "ions", "none"] = "full",
     span: float = 0.06,
     points: int = 9,
-    out: str = "eos",
     **options: Unpack[_Options],
 ) -> None:
     """Fits an equation of state: equilibrium volume, bulk modulus and its pressure derivative.
@@ -78,11 +77,10 @@ def eos(
         relax: relax first; full is atoms and cell
         span: volumes within 1 ± SPAN of the first
         points: number of volumes
-        out: folder for results and plots
 
     Example: escaip eos example:silicon example:Si
     """
-    _run("fit_equation_of_state", model, [structure], out, options, relaxation=relax, span=span, points=points)
+    _run("eos", "fit_equation_of_state", model, [structure], options, relaxation=relax, span=span, points=points)
 
 
 def elastic(
@@ -93,7 +91,6 @@ def elastic(
     strain: float = 0.005,
     symprec: float = 1e-3,
     symmetry: bool = True,
-    out: str = "elastic",
     **options: Unpack[_Options],
 ) -> None:
     """Computes the elastic constants of a crystal.
@@ -105,12 +102,11 @@ def elastic(
         strain: strain applied in both directions
         symprec: tolerance of the symmetry in Å
         symmetry: average over the symmetry of the crystal
-        out: folder for results and plots
 
     Example: escaip elastic example:silicon example:Si
     """
     _run(
-        "elastic_constants", model, [structure], out, options, relaxation=relax, strain=strain, symprec=symprec,
+        "elastic", "elastic_constants", model, [structure], options, relaxation=relax, strain=strain, symprec=symprec,
         symmetrize=symmetry,
     )  # fmt: skip
 
@@ -126,7 +122,6 @@ def phonons(
     hessian: bool = False,
     mesh: float = 60.0,
     symprec: float = 1e-4,
-    out: str = "phonons",
     **options: Unpack[_Options],
 ) -> None:
     """Computes phonon bands, density of states and harmonic free energy of a crystal.
@@ -141,12 +136,11 @@ def phonons(
         hessian: use second derivatives of the supercell instead of displaced atoms
         mesh: length in Å that sets the density of q-points
         symprec: tolerance of the symmetry in Å
-        out: folder for results and plots
 
     Example: escaip phonons example:silicon example:Si
     """
     _run(
-        "crystal_phonons", model, [structure], out, options, relaxation=relax, supercell=supercell, mesh=mesh,
+        "phonons", "crystal_phonons", model, [structure], options, relaxation=relax, supercell=supercell, mesh=mesh,
         min_length=min_length, displacement=displacement, hessian=hessian, symprec=symprec,
     )  # fmt: skip
 
@@ -161,7 +155,6 @@ def neb(
     spring: float = 0.1,
     optimizer: Literal["fire", "bfgs"] = "fire",
     climb: bool = True,
-    out: str = "neb",
     **options: Unpack[_Options],
 ) -> None:
     """Finds the minimum-energy path and the barrier between two structures.
@@ -175,18 +168,17 @@ def neb(
         spring: spring constant between images in eV/Å²
         optimizer: algorithm
         climb: let the highest image climb to the saddle point
-        out: folder for results and plots
 
     Example: escaip neb model.escaip before.xyz after.xyz --images 7
     """
     _run(
-        "minimum_energy_path", model, [initial, final], out, options, relaxation=relax, images=images, spring=spring,
+        "neb", "minimum_energy_path", model, [initial, final], options, relaxation=relax, images=images, spring=spring,
         optimizer=optimizer, climb=climb,
     )  # fmt: skip
 
 
 def _run(
-    function: str, model: str, structures: list[str], out: str, options: Mapping[str, Any], **settings: Any
+    name: str, function: str, model: str, structures: list[str], options: Mapping[str, Any], **settings: Any
 ) -> None:
     """Applies a function of ``escaip.properties`` to structure files, writes its result and prints a summary.
 
@@ -194,6 +186,9 @@ def _run(
         ConfigError: ``out`` is a file.
         EscaipError: as the calculator, the readers and the property.
     """
+    given: dict[str, Any] = {"dtype": "float64", "out": name, "frame": -1, **options}
+    out, frame = given.pop("out"), given.pop("frame")
+    settings |= {name: given.pop(name) for name in ("fmax", "steps") if name in given}
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder")
     from escaip import properties
@@ -203,9 +198,6 @@ def _run(
 
     if function == "crystal_phonons":
         check_phonopy()  # before the model is loaded
-    given: dict[str, Any] = {"dtype": "float64", **options}
-    frame = given.pop("frame", -1)
-    settings |= {name: given.pop(name) for name in ("fmax", "steps") if name in given}
     atoms = [read_structure(path, frame) for path in structures]
     atoms[0].calc = EScAIPCalculator(model, **given)
     result = getattr(properties, function)(*atoms, **settings)

@@ -120,11 +120,11 @@ def test_properties_of_copper_and_of_a_path(
         assert FOOTERS.get(name, printed) in capsys.readouterr().out
         assert (tmp_path / name / f"{name}.json").is_file()
         return
-    out = tmp_path / "out"
-    assert main([name, "example:organic", *structures, "--out", str(out), *options]) == 0
+    out = tmp_path / name  # by default
+    assert main([name, "example:organic", *structures, *options]) == 0
     shown = capsys.readouterr().out
     assert printed in shown
-    assert shown.endswith(f"wrote {out}\n")
+    assert shown.endswith(f"wrote {name}\n")
     written = json.loads((out / f"{name}.json").read_text())
     assert written["saddle_image"] == 1 if name == "neb" else written["formula"] == "Cu"
     assert list(out.glob("*.png"))
