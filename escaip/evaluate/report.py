@@ -30,16 +30,27 @@ def shown_unit(target: Target) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Records:
-    """Labels and predictions of ``S`` structures with ``M`` atoms, in units of the targets; NaN where missing."""
+    """Labels and predictions of ``S`` structures with ``M`` atoms, in units of the targets; NaN where missing.
 
-    structure_id: tuple[str, ...]  # S names
-    num_atoms: NDArray[np.int64]  # (S,)
-    numbers: NDArray[np.int64]  # (M,) atomic numbers
-    fixed: NDArray[np.bool_]  # (M,) constrained atoms
-    structure: NDArray[np.int64]  # (M,) index of the structure of each atom
-    reference_energy: FloatArray  # (S,) eV, the potential's sum of element references
-    labels: dict[str, FloatArray]  # by target, (S, *shape) or (M, *shape)
-    predictions: dict[str, FloatArray]  # of the same shapes
+    Attributes:
+        structure_id: S names.
+        num_atoms: (S,).
+        numbers: (M,) atomic numbers.
+        fixed: (M,) constrained atoms.
+        structure: (M,) index of the structure of each atom.
+        reference_energy: (S,) eV, the potential's sum of element references.
+        labels: by target, (S, *shape) or (M, *shape).
+        predictions: of the same shapes.
+    """
+
+    structure_id: tuple[str, ...]
+    num_atoms: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    fixed: NDArray[np.bool_]
+    structure: NDArray[np.int64]
+    reference_energy: FloatArray
+    labels: dict[str, FloatArray]
+    predictions: dict[str, FloatArray]
 
     def errors(self, target: Target, *, free_atoms_only: bool = False) -> FloatArray:
         """Returns predictions less labels, NaN where either is missing or a force is not counted."""
@@ -86,25 +97,33 @@ class EvaluationReport:
 
     Errors of forces and stress are those of components, with the baseline ``zero``. Baselines of the energy are
     ``references`` (the potential's element references alone) and ``mean`` (the mean energy per atom of this very data).
+
+    Attributes:
+        free_atoms_only: whether forces of constrained atoms were left out.
+        force_cosine: mean cosine between predicted and labelled force; 0 counts where one of them is zero.
+        energy_forces_within_threshold: fraction of structures with the energy within 0.02 eV and every force component
+            within 0.03 eV/Å (EFwT of the Open Catalyst challenge).
+        forces_by_element: by symbol.
+        rotation_error: RMS of F(R x) − R F(x) over random rotations, for models whose forces are not equivariant by
+            construction.
+        worst: id, largest force component error, energy error per atom; worst first.
+        seconds: wall time of the predictions.
+        properties: further targets by name, in their unit (per atom where extensive), with baseline zero.
     """
 
     num_structures: int
     num_atoms: int
-    free_atoms_only: bool  # whether forces of constrained atoms were left out
+    free_atoms_only: bool
     energy: Errors | None
     energy_per_atom: Quantity | None
     forces: Quantity | None
-    force_cosine: float | None  # mean cosine between predicted and labelled force; 0 counts where one of them is zero
+    force_cosine: float | None
     stress: Quantity | None
-    # Fraction of structures with the energy within 0.02 eV and every force component within 0.03 eV/Å (EFwT of the
-    # Open Catalyst challenge).
     energy_forces_within_threshold: float | None
-    forces_by_element: dict[str, Errors]  # by symbol
-    # RMS of F(R x) − R F(x) over random rotations, for models whose forces are not equivariant by construction.
+    forces_by_element: dict[str, Errors]
     rotation_error: float | None
-    worst: tuple[tuple[str, float, float], ...]  # id, largest force component error, energy error per atom; worst first
-    seconds: float  # wall time of the predictions
-    # Of further targets by name, in their unit (per atom where extensive), with baseline zero.
+    worst: tuple[tuple[str, float, float], ...]
+    seconds: float
     properties: dict[str, Quantity] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

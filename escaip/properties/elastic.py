@@ -27,14 +27,23 @@ VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 
 @dataclass(frozen=True)
 class ElasticConstants:
-    """The stiffness of a crystal and what follows from it."""
+    """The stiffness of a crystal and what follows from it.
 
-    atoms: Atoms  # the crystal with its calculator
-    stiffness: np.ndarray  # (6, 6) GPa, symmetric, and averaged over the point group where that was asked for
-    measured: np.ndarray  # (6, 6) GPa, from the stresses alone
-    stress: np.ndarray  # (6,) GPa, of the crystal without strain
-    strain: float  # the largest applied
-    space_group: str | None  # None where the symmetry was not used
+    Attributes:
+        atoms: the crystal with its calculator.
+        stiffness: (6, 6) GPa, symmetric, and averaged over the point group where that was asked for.
+        measured: (6, 6) GPa, from the stresses alone.
+        stress: (6,) GPa, of the crystal without strain.
+        strain: the largest applied.
+        space_group: None where the symmetry was not used.
+    """
+
+    atoms: Atoms
+    stiffness: np.ndarray
+    measured: np.ndarray
+    stress: np.ndarray
+    strain: float
+    space_group: str | None
 
     @property
     def averages(self) -> dict[str, float]:

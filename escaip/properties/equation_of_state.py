@@ -19,16 +19,27 @@ from escaip.simulate.output import freeze
 
 @dataclass(frozen=True)
 class EquationOfState:
-    """A Birch–Murnaghan fit."""
+    """A Birch–Murnaghan fit.
 
-    frames: list[Atoms]  # structures computed, by volume, with energy and forces
-    volumes: np.ndarray  # (m,) Å³, of the cell
-    energies: np.ndarray  # (m,) eV, of the cell
-    volume: float  # Å³, at the minimum
-    energy: float  # eV, at the minimum
-    bulk_modulus: float  # GPa, at the minimum
-    derivative: float  # ∂B/∂p at the minimum
-    residual: float  # meV per atom, root mean square of the fit
+    Attributes:
+        frames: structures computed, by volume, with energy and forces.
+        volumes: (m,) Å³, of the cell.
+        energies: (m,) eV, of the cell.
+        volume: Å³, at the minimum.
+        energy: eV, at the minimum.
+        bulk_modulus: GPa, at the minimum.
+        derivative: ∂B/∂p at the minimum.
+        residual: meV per atom, root mean square of the fit.
+    """
+
+    frames: list[Atoms]
+    volumes: np.ndarray
+    energies: np.ndarray
+    volume: float
+    energy: float
+    bulk_modulus: float
+    derivative: float
+    residual: float
 
     @property
     def atoms(self) -> Atoms:

@@ -33,14 +33,23 @@ _SAME = 0.05  # Å
 
 @dataclass(frozen=True)
 class MinimumEnergyPath:
-    """A minimum-energy path."""
+    """A minimum-energy path.
 
-    images: list[Atoms]  # structures along the path with both ends, energies and forces
-    energies: np.ndarray  # (m,) eV
-    distances: np.ndarray  # (m,) Å, length of the path up to each image
-    steps: int  # of the optimizer
-    largest_force: float  # eV/Å, on the band
-    climbed: bool  # whether the highest image climbed to the saddle point
+    Attributes:
+        images: structures along the path with both ends, energies and forces.
+        energies: (m,) eV.
+        distances: (m,) Å, length of the path up to each image.
+        steps: of the optimizer.
+        largest_force: eV/Å, on the band.
+        climbed: whether the highest image climbed to the saddle point.
+    """
+
+    images: list[Atoms]
+    energies: np.ndarray
+    distances: np.ndarray
+    steps: int
+    largest_force: float
+    climbed: bool
 
     @property
     def saddle(self) -> int:

@@ -22,34 +22,59 @@ _IMAGINARY = -0.05  # THz: acoustic modes at Γ lie a little below zero by round
 
 @dataclass(frozen=True)
 class Bands:
-    """Frequencies along a path through the Brillouin zone."""
+    """Frequencies along a path through the Brillouin zone.
 
-    kpoints: np.ndarray  # (m, 3) in reciprocal lattice vectors of the primitive cell
-    distances: np.ndarray  # (m,) length of the path, 1/Å
-    frequencies: np.ndarray  # (m, 3n) THz, negative where imaginary
-    labels: list[str]  # names of the special points
-    positions: np.ndarray  # special points on the path, 1/Å
+    Attributes:
+        kpoints: (m, 3) in reciprocal lattice vectors of the primitive cell.
+        distances: (m,) length of the path, 1/Å.
+        frequencies: (m, 3n) THz, negative where imaginary.
+        labels: names of the special points.
+        positions: special points on the path, 1/Å.
+    """
+
+    kpoints: np.ndarray
+    distances: np.ndarray
+    frequencies: np.ndarray
+    labels: list[str]
+    positions: np.ndarray
 
 
 @dataclass(frozen=True)
 class Phonons:
-    """Harmonic phonons; ``n`` atoms are in the primitive cell."""
+    """Harmonic phonons; ``n`` atoms are in the primitive cell.
 
-    phonopy: Any  # the object of phonopy with force constants
-    atoms: Atoms  # the unit cell with its calculator
+    Attributes:
+        phonopy: the object of phonopy with force constants.
+        atoms: the unit cell with its calculator.
+        bands: along the path of the Bravais lattice (Setyawan and Curtarolo, Comput. Mater. Sci. 49, 299, 2010).
+        mesh: number of q-points along each axis.
+        mesh_frequencies: (q, 3n) THz, negative where imaginary.
+        mesh_weights: (q,) of the irreducible q-points.
+        dos_frequencies: THz.
+        dos: states per THz and primitive cell.
+        temperatures: K.
+        free_energy: eV per primitive cell, with the zero-point energy.
+        entropy: eV/K per primitive cell.
+        heat_capacity: at constant volume, eV/K per primitive cell.
+        zero_point_energy: eV per primitive cell.
+        residual_force: eV/Å, largest in the perfect supercell.
+    """
+
+    phonopy: Any
+    atoms: Atoms
     primitive: Atoms
-    bands: Bands  # along the path of the Bravais lattice (Setyawan and Curtarolo, Comput. Mater. Sci. 49, 299, 2010)
-    mesh: tuple[int, int, int]  # number of q-points along each axis
-    mesh_frequencies: np.ndarray  # (q, 3n) THz, negative where imaginary
-    mesh_weights: np.ndarray  # (q,) of the irreducible q-points
-    dos_frequencies: np.ndarray  # THz
-    dos: np.ndarray  # states per THz and primitive cell
-    temperatures: np.ndarray  # K
-    free_energy: np.ndarray  # eV per primitive cell, with the zero-point energy
-    entropy: np.ndarray  # eV/K per primitive cell
-    heat_capacity: np.ndarray  # at constant volume, eV/K per primitive cell
-    zero_point_energy: float  # eV per primitive cell
-    residual_force: float  # eV/Å, largest in the perfect supercell
+    bands: Bands
+    mesh: tuple[int, int, int]
+    mesh_frequencies: np.ndarray
+    mesh_weights: np.ndarray
+    dos_frequencies: np.ndarray
+    dos: np.ndarray
+    temperatures: np.ndarray
+    free_energy: np.ndarray
+    entropy: np.ndarray
+    heat_capacity: np.ndarray
+    zero_point_energy: float
+    residual_force: float
 
     def frequencies(self, kpoint: Sequence[float]) -> np.ndarray:
         """Returns ``(3n,)`` THz, ascending, negative where imaginary; ``kpoint`` in primitive reciprocal vectors."""

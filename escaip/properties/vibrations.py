@@ -29,15 +29,25 @@ _FRAMES, _AMPLITUDE = 20, 0.25
 
 @dataclass(frozen=True)
 class Vibrations:
-    """Harmonic vibrations of ``n`` atoms."""
+    """Harmonic vibrations of ``n`` atoms.
 
-    atoms: Atoms  # the structure with its calculator
-    energies: np.ndarray  # (k,) meV, ascending; those of imaginary modes are negative
-    modes: np.ndarray  # (k, n, 3) Cartesian, mass-weighted orthonormal: Σ_i m_i u·u' = δ (amu^−1/2)
-    num_rigid: int  # translations and rotations taken out
-    rigid_energy: float  # meV, largest of those; zero for exact second derivatives
-    largest_force: float  # eV/Å; where it is not small, frequencies do not belong to a minimum
-    asymmetry: float  # of the Hessian before it was made symmetric, relative to its largest entry
+    Attributes:
+        atoms: the structure with its calculator.
+        energies: (k,) meV, ascending; those of imaginary modes are negative.
+        modes: (k, n, 3) Cartesian, mass-weighted orthonormal: Σ_i m_i u·u' = δ (amu^−1/2).
+        num_rigid: translations and rotations taken out.
+        rigid_energy: meV, largest of those; zero for exact second derivatives.
+        largest_force: eV/Å; where it is not small, frequencies do not belong to a minimum.
+        asymmetry: of the Hessian before it was made symmetric, relative to its largest entry.
+    """
+
+    atoms: Atoms
+    energies: np.ndarray
+    modes: np.ndarray
+    num_rigid: int
+    rigid_energy: float
+    largest_force: float
+    asymmetry: float
 
     @property
     def frequencies(self) -> np.ndarray:

@@ -30,11 +30,17 @@ _MOST_PEAKS = 20
 
 @dataclass(frozen=True)
 class EnergyDrift:
-    """Conservation of energy in a run."""
+    """Conservation of energy in a run.
 
-    slope: float  # meV per atom per ps, of a linear fit against time
-    error: float  # standard error of the slope, meV per atom per ps, for uncorrelated samples
-    fluctuation: float  # root mean square about the fit, meV per atom
+    Attributes:
+        slope: meV per atom per ps, of a linear fit against time.
+        error: standard error of the slope, meV per atom per ps, for uncorrelated samples.
+        fluctuation: root mean square about the fit, meV per atom.
+    """
+
+    slope: float
+    error: float
+    fluctuation: float
 
 
 def energy_drift(time: Array, energy: Array, num_atoms: int) -> EnergyDrift | None:

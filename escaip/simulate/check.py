@@ -59,12 +59,19 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison."""
+    """One comparison.
 
-    name: str  # quantity compared
-    value: float  # error found; NaN fails
-    unit: str  # empty for a number
-    limit: float | None  # largest error allowed; None for information
+    Attributes:
+        name: quantity compared.
+        value: error found; NaN fails.
+        unit: empty for a number.
+        limit: largest error allowed; None for information.
+    """
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None
     note: str = ""
 
     @property
@@ -77,9 +84,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Comparisons around one structure."""
+    """Comparisons around one structure.
 
-    subject: str  # structure and kind of model in words
+    Attributes:
+        subject: structure and kind of model in words.
+    """
+
+    subject: str
     findings: tuple[Finding, ...]
 
     @property

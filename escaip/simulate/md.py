@@ -45,31 +45,50 @@ _CONTACT_INTERVAL = 10
 
 @dataclass(frozen=True)
 class MDStatus:
-    """Progress of a run."""
+    """Progress of a run.
+
+    Attributes:
+        steps: in all.
+        time: fs, simulated.
+        temperature: K.
+        energy: eV, conserved energy, or total energy where nothing is conserved.
+        ns_per_day: NaN before the first step.
+        seconds_left: wall time; NaN before the first step.
+    """
 
     step: int
-    steps: int  # in all
-    time: float  # fs, simulated
-    temperature: float  # K
-    energy: float  # eV, conserved energy, or total energy where nothing is conserved
-    ns_per_day: float  # NaN before the first step
-    seconds_left: float  # wall time; NaN before the first step
+    steps: int
+    time: float
+    temperature: float
+    energy: float
+    ns_per_day: float
+    seconds_left: float
 
 
 @dataclass(frozen=True)
 class MDResult:
-    """A finished run."""
+    """A finished run.
 
-    atoms: Atoms  # the last frame, with velocities and calculator
-    steps: int  # resumed parts included
-    time: float  # fs, simulated
-    mean_temperature: float  # K, over the log
-    drift: EnergyDrift | None  # of the conserved energy; None for Langevin or fewer than three log lines
-    ns_per_day: float  # of this part; NaN when there was nothing left to do
+    Attributes:
+        atoms: the last frame, with velocities and calculator.
+        steps: resumed parts included.
+        time: fs, simulated.
+        mean_temperature: K, over the log.
+        drift: of the conserved energy; None for Langevin or fewer than three log lines.
+        ns_per_day: of this part; NaN when there was nothing left to do.
+        outside: how often this part left what the model was trained on, in words; empty for never.
+    """
+
+    atoms: Atoms
+    steps: int
+    time: float
+    mean_temperature: float
+    drift: EnergyDrift | None
+    ns_per_day: float
     trajectory: Path
     log: Path
     restart: Path
-    outside: str = ""  # how often this part left what the model was trained on, in words; empty for never
+    outside: str = ""
 
     def summary(self) -> str:
         """Returns a few lines for people."""

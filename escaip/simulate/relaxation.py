@@ -17,16 +17,25 @@ OPTIMIZERS = {"bfgs": BFGS, "fire": FIRE}
 
 @dataclass(frozen=True)
 class RelaxResult:
-    """Result of a relaxation."""
+    """Result of a relaxation.
 
-    atoms: Atoms  # the relaxed structure, with its calculator
+    Attributes:
+        atoms: the relaxed structure, with its calculator.
+        energy: eV.
+        initial_energy: eV.
+        largest_force: eV/Å; includes the generalised forces of a relaxed cell.
+        volume: Å³; NaN without a cell.
+        pressure: GPa; NaN without three periodic axes or without stress.
+    """
+
+    atoms: Atoms
     converged: bool
     steps: int
-    energy: float  # eV
-    initial_energy: float  # eV
-    largest_force: float  # eV/Å; includes the generalised forces of a relaxed cell
-    volume: float  # Å³; NaN without a cell
-    pressure: float  # GPa; NaN without three periodic axes or without stress
+    energy: float
+    initial_energy: float
+    largest_force: float
+    volume: float
+    pressure: float
 
     def summary(self) -> str:
         """Returns a few lines for people."""
