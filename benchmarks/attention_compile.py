@@ -27,7 +27,7 @@ from escaip.ops.inputs import AttentionInputs, Gradients
 from escaip.ops.triton import launch
 
 MODES = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-USES = ("angles", "envelope", "node")
+USES = ("angles", "values", "envelope", "node")  # angles in the logits; in the values, too; none
 PUBLISHED = (20, 10, 4, 10, 20)  # of 64 channels; other head sizes in proportion
 
 
@@ -85,14 +85,16 @@ def compile_all(
     arch: int, mode: str, head_size: int, use: str, size: int = 24, most: int | None = None
 ) -> list[Record]:
     """Compiles the five kernels for neighborhoods of ``size`` tokens of eight heads, with all tiles or ``most``."""
-    widths = tuple(width * head_size // 64 for width in PUBLISHED[1:]) if use == "angles" else ()
+    angles = use in ("angles", "values")
+    widths = tuple(width * head_size // 64 for width in PUBLISHED[1:]) if angles else ()
     q = torch.zeros(size, 8, head_size, dtype=MODES[mode])
     offsets, bias = torch.tensor([0, size]), None if use == "node" else torch.zeros(size)
-    direction = torch.zeros(size, 3) if use == "angles" else None
-    inputs = AttentionInputs(q, q, q, bias, direction, offsets, offsets, (head_size - sum(widths), *widths), 1.0)
+    direction = torch.zeros(size, 3) if angles else None
+    groups = (head_size - sum(widths), *widths)
+    inputs = AttentionInputs(q, q, q, bias, direction, offsets, offsets, groups, 1.0, use == "values")
     with compiling(arch, mode, most) as records:
         outputs = launch.forward(inputs)
-        launch.backward(inputs, outputs, q, use == "angles")
+        launch.backward(inputs, outputs, q, angles)
         launch.double_backward(inputs, outputs, q, Gradients(q, q, q, bias, direction))
     return records
 

@@ -25,6 +25,7 @@ class EScAIPConfig(ModelConfig):
         num_heads: ``h``; divides ``hidden_size``.
         angular_channels: channels of each head per angular degree ``l = 0 .. 4``, summing to
             ``hidden_size / num_heads``; None for attention without bond angles.
+        angular_values: multiply the values by angles too, see ``escaip.ops.neighborhood_attention``.
         attention_scale: ``"head"`` for ``1/√d``, ``"expanded"`` for one over the root of the
             expanded width ``Σ_l (2l+1) c_l`` rounded up to a multiple of 8, as published.
         attention_backend: ``"auto"`` or a name from ``escaip.ops.available_backends()``.
@@ -69,6 +70,7 @@ class EScAIPConfig(ModelConfig):
     num_layers: int = 4
     num_heads: int = 4
     angular_channels: tuple[int, ...] | None = (10, 5, 2, 5, 10)
+    angular_values: bool = False
     attention_scale: str = "head"
     attention_backend: str = "auto"
     cutoff: float = 6.0
@@ -212,6 +214,8 @@ class EScAIPConfig(ModelConfig):
                 f"angular_channels {list(self.angular_channels)} sum to {sum(self.angular_channels)}: they must sum to "
                 f"hidden_size / num_heads = {head}"
             )
+        if self.angular_values and self.angular_channels is None:
+            raise ConfigError("model setting angular_values needs angular_channels: give the channels of each degree")
         for name in ("dropout", "attention_dropout", "node_dropout", "edge_dropout", "scalar_dropout",
                      "vector_dropout", "stochastic_depth"):  # fmt: skip
             if not 0.0 <= getattr(self, name) < 1.0:

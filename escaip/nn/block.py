@@ -63,6 +63,7 @@ class NeighborhoodAttention(nn.Module):
         hidden_size: int,
         num_heads: int,
         angular_channels: tuple[int, ...] | None,
+        angular_values: bool,
         scale: float,
         aggregation: str,
         dropout: float,
@@ -75,7 +76,7 @@ class NeighborhoodAttention(nn.Module):
         self.value = nn.Linear(hidden_size, hidden_size)
         self.project = nn.Linear(hidden_size, hidden_size)
         self.num_heads = num_heads
-        self.angular_channels = angular_channels
+        self.angular_channels, self.angular_values = angular_channels, angular_values
         self.scale = scale
         self.dropout = dropout
         self.backend = backend
@@ -103,6 +104,7 @@ class NeighborhoodAttention(nn.Module):
             self.backend,
             self_queries_only=self.self_queries_only,
             dropout=self.dropout if self.training else 0.0,
+            angular_values=self.angular_values,
         )
         edge = self.project(attended.flatten(-2))
         if self.self_queries_only:

@@ -29,6 +29,7 @@ def neighborhood_attention(
     *,
     self_queries_only: bool = False,
     dropout: float = 0.0,
+    angular_values: bool = False,
     derivatives: int | None = None,
 ) -> Tensor:
     """Attention of each token over the tokens of the same atom, with bond-angle logits.
@@ -56,6 +57,8 @@ def neighborhood_attention(
         self_queries_only: compute the ``N`` self tokens' rows alone (their logits involve the
             group ``l = 0`` only).
         dropout: probability of dropping an attention weight.
+        angular_values: multiply the channels of degree ``l`` of ``v_k`` by ``P_l(n_j·n_k)`` too, where both tokens
+            have a direction; off, the sum above.
         derivatives: how often the result will be differentiated, which ``"auto"`` must allow for; by
             default twice where the log envelope or the directions require gradients (forces by
             differentiation), once where only q, k or v do.
@@ -65,28 +68,31 @@ def neighborhood_attention(
 
     Raises:
         ConfigError: the backend does not exist, is not usable here or cannot do what is asked; q, k
-            and v differ in dtype; or ``angular_channels`` does not fit ``d``.
+            and v differ in dtype; ``angular_channels`` does not fit ``d``; or values with angles and no groups.
     """
     _check_channels(angular_channels, q.shape[-1])
+    if angular_values and angular_channels is None:
+        raise ConfigError("angular_values needs angular_channels: give the channels of each degree")
     q, k, v = _one_dtype(q, k, v)
     geometry = (log_envelope, direction)
     if derivatives is None:
         derivatives = _expected_derivatives((q, k, v), geometry) if backend == "auto" else 0
-    request = Request(q.device.type, q.dtype, derivatives, dropout > 0.0, False)
+    angular_values = angular_values and not self_queries_only  # self tokens have no angles
+    request = Request(q.device.type, q.dtype, derivatives, dropout > 0.0, False, angular_values)
     info = choose_backend(backend, request)
     if k.shape[0] == 0:
         return q.new_zeros(q.shape)
     log_envelope, direction = (x.to(accumulation_dtype(q)) for x in geometry)
     if info.name not in OPERATORS:
-        return _run(
-            info, q, k, v, log_envelope, direction, offsets, angular_channels, scale, self_queries_only, dropout
-        )
+        options = (self_queries_only, dropout, angular_values)
+        return _run(info, q, k, v, log_envelope, direction, offsets, angular_channels, scale, *options)
     widths = (q.shape[-1],) if angular_channels is None else tuple(angular_channels)
     query_offsets = offsets
     if self_queries_only:  # the direction of a self token is zero: group 0 alone
         widths, query_offsets = widths[:1], torch.arange(offsets.numel(), device=offsets.device)
     angles = direction if len(widths) > 1 else None
-    return _attend(info.name, q, k, v, log_envelope, angles, query_offsets, offsets, list(widths), scale)
+    constants = (list(widths), scale, angular_values and angles is not None)
+    return _attend(info.name, q, k, v, log_envelope, angles, query_offsets, offsets, *constants)
 
 
 def node_attention(
@@ -124,15 +130,15 @@ def node_attention(
     q, k, v = _one_dtype(q, k, v)
     if derivatives is None:
         derivatives = _expected_derivatives((), (q, k, v)) if backend == "auto" else 0
-    request = Request(q.device.type, q.dtype, derivatives, False, True)
+    request = Request(q.device.type, q.dtype, derivatives, False, True, False)
     info = choose_backend(backend, request)
     if k.shape[0] == 0:
         return q.new_zeros(q.shape)
     if info.name in OPERATORS:
-        return _attend(info.name, q, k, v, None, None, offsets, offsets, [q.shape[-1]], scale)
+        return _attend(info.name, q, k, v, None, None, offsets, offsets, [q.shape[-1]], scale, False)
     nothing = q.new_zeros(k.shape[0], 4, dtype=accumulation_dtype(q))
     occupied = torch.cat([offsets[:1], offsets[1:][offsets.diff() > 0]])
-    return _run(info, q, k, v, nothing[:, 0], nothing[:, 1:], occupied, None, scale, False, 0.0)
+    return _run(info, q, k, v, nothing[:, 0], nothing[:, 1:], occupied, None, scale, False, 0.0, False)
 
 
 def _attend(backend: str, *arguments: Any) -> Tensor:
@@ -147,10 +153,10 @@ def _attend(backend: str, *arguments: Any) -> Tensor:
 
 
 def _run(info: BackendInfo, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
-    """Calls a backend that is one differentiable function; the last of its further arguments is the dropout."""
+    """Calls a backend that is one differentiable function; the last two arguments are those that not all have."""
     module = info.name if info.name in ("reference", "dense") else "library"
     function = getattr(importlib.import_module(f"escaip.ops.{module}"), f"{info.name}_attention")
-    rest = arguments if info.dropout else arguments[:-1]
+    rest = arguments if info.dropout else arguments[:-2]
     with torch.autocast(q.device.type, enabled=False):  # dtypes are settled
         if info.name in ("reference", "dense") and q.dtype in HALF_TYPES:  # sums in float32, as every kernel does
             return function(q.float(), k.float(), v.float(), *rest).to(q.dtype)

@@ -22,7 +22,7 @@ KERNEL_BACKENDS = ("blocked", "native", "triton")
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_envelope, Tensor? direction, Tensor query_offsets, Tensor key_offsets"
 )
-_CONSTANTS = "int[] widths, float scale"
+_CONSTANTS = "int[] widths, float scale, bool angular_values"
 _SCHEMAS = {
     "": f"({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor)",
     "_backward": (
@@ -74,16 +74,17 @@ class _Operators:
 
     def run_backward(self, grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """Gradients of q, k, v, log envelope and direction; empty tensors stand for None."""
-        *tensors, out, lse, widths, scale, with_direction = rest
-        inputs = _attention_inputs((*tensors, widths, scale))
+        *tensors, out, lse, widths, scale, angular_values, with_direction = rest
+        inputs = _attention_inputs((*tensors, widths, scale, angular_values))
         with _full_precision(grad_out):
             found = self.module.backward(inputs, AttentionOutputs(out, lse), grad_out, with_direction)
         return _without_none(found)
 
     def run_double_backward(self, tq: Tensor, tk: Tensor, tv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """Gradients of ``grad_out`` and of the inputs for cotangents of the results of ``run_backward``."""
-        tb, tn, grad_out, *tensors, out, lse, widths, scale = rest
-        inputs, tangents = _attention_inputs((*tensors, widths, scale)), Gradients(tq, tk, tv, tb, tn)
+        tb, tn, grad_out, *tensors, out, lse, widths, scale, angular_values = rest
+        inputs = _attention_inputs((*tensors, widths, scale, angular_values))
+        tangents = Gradients(tq, tk, tv, tb, tn)
         with _full_precision(grad_out):
             to_grad_out, found = self.module.double_backward(inputs, AttentionOutputs(out, lse), grad_out, tangents)
         return to_grad_out, *_without_none(found)
@@ -94,7 +95,7 @@ class _Operators:
         with_direction = direction is not None and ctx.needs_input_grad[4]
         dq, dk, dv, db, dn = self.backward(grad_out, *saved, *ctx.constants, with_direction)
         geometry = (None if log_envelope is None else db, dn if with_direction else None)
-        return dq, dk, dv, *geometry, *(None,) * 4
+        return dq, dk, dv, *geometry, *(None,) * 5
 
     def differentiate_backward(self, ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         saved, (tq, tk, tv, tb, tn) = ctx.saved_tensors, cotangents
@@ -104,7 +105,7 @@ class _Operators:
         )
         geometry = (None if log_envelope is None else gb, None if direction is None else gn)
         # out and lse are functions of the others: the gradients include what passes through them.
-        return g_out, gq, gk, gv, *geometry, *(None,) * 7
+        return g_out, gq, gk, gv, *geometry, *(None,) * 8
 
     def refuse(self, ctx: Any, *_: Any) -> NoReturn:
         raise ConfigError(
@@ -114,9 +115,10 @@ class _Operators:
 
 
 def _attention_inputs(arguments: Any) -> AttentionInputs:
-    *tensors, widths, scale = arguments
+    *tensors, widths, scale, angular_values = arguments
     q, k, v, log_envelope, direction, query_offsets, key_offsets = tensors
-    return AttentionInputs(q, k, v, log_envelope, direction, query_offsets, key_offsets, tuple(widths), scale)
+    offsets = (query_offsets, key_offsets)
+    return AttentionInputs(q, k, v, log_envelope, direction, *offsets, tuple(widths), scale, angular_values)
 
 
 def _fake_value(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -145,7 +147,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _keep_for_second_derivative(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:10])
-    ctx.constants, ctx.with_direction = inputs[10:12], inputs[12]
+    ctx.constants, ctx.with_direction = inputs[10:13], inputs[13]
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -26,6 +26,7 @@ class BackendInfo:
         dtypes: dtypes of q, k and v.
         dropout: whether it drops attention weights in training.
         node_attention: whether it serves ``escaip.ops.node_attention`` too.
+        angular_values: whether it multiplies values by angles.
         description: one line for tables.
     """
 
@@ -35,6 +36,7 @@ class BackendInfo:
     dtypes: tuple[torch.dtype, ...]
     dropout: bool
     node_attention: bool
+    angular_values: bool
     description: str
 
     def summary(self) -> str:
@@ -61,6 +63,8 @@ class BackendInfo:
             return "has no dropout of attention weights"
         if request.node_attention and not self.node_attention:
             return "does no attention among all atoms of a system"
+        if request.angular_values and not self.angular_values:
+            return "has no angular values"
         if self.derivatives is not None and request.derivatives > self.derivatives:
             return f"has {_derivatives(self.derivatives)}, not {request.derivatives}"
         return None
@@ -75,23 +79,24 @@ class Request:
     derivatives: int
     dropout: bool
     node_attention: bool
+    angular_values: bool
 
 
 # Fastest first: "auto" takes the first that is usable and refuses nothing.
 BACKENDS = (
-    BackendInfo("triton", 2, ("cuda",), (torch.float32, *HALF_TYPES), False, True,
+    BackendInfo("triton", 2, ("cuda",), (torch.float32, *HALF_TYPES), False, True, True,
                 "fused GPU kernels"),
-    BackendInfo("native", 2, ("cpu",), _ANY_TYPE, False, False,
+    BackendInfo("native", 2, ("cpu",), _ANY_TYPE, False, False, True,
                 "fused C++, compiled at first use"),
-    BackendInfo("blocked", 2, (), _ANY_TYPE, False, True,
+    BackendInfo("blocked", 2, (), _ANY_TYPE, False, True, True,
                 "plain PyTorch in blocks of like sizes, memory linear in the tokens"),
-    BackendInfo("dense", None, (), _ANY_TYPE, True, True,
+    BackendInfo("dense", None, (), _ANY_TYPE, True, True, True,
                 "plain PyTorch on padded matrices"),
-    BackendInfo("sdpa", 1, (), _ANY_TYPE, False, True,
+    BackendInfo("sdpa", 1, (), _ANY_TYPE, False, True, False,
                 "PyTorch's scaled_dot_product_attention on padded, expanded channels"),
-    BackendInfo("xformers", 1, ("cuda",), (torch.float32, *HALF_TYPES), False, True,
+    BackendInfo("xformers", 1, ("cuda",), (torch.float32, *HALF_TYPES), False, True, False,
                 "xformers' memory-efficient attention on packed, expanded channels"),
-    BackendInfo("reference", None, (), _ANY_TYPE, True, True,
+    BackendInfo("reference", None, (), _ANY_TYPE, True, True, True,
                 "plain PyTorch over pairs of tokens: the specification"),
 )  # fmt: skip
 _BY_NAME = {info.name: info for info in BACKENDS}

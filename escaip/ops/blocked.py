@@ -81,7 +81,8 @@ def forward(inputs: AttentionInputs) -> AttentionOutputs:
         logits = _Logits(block, inputs)
         normaliser = torch.logsumexp(logits.value, -1)  # (G, h, R)
         probability = logits.value.sub_(normaliser.unsqueeze(-1)).exp_()
-        block.query.put(out, probability @ block.key.take(inputs.v))
+        values = logits.values
+        block.query.put(out, values.matrices([(probability, values.polynomial)])[0](block.key.take(inputs.v)))
         block.query.put(lse, normaliser)
     return AttentionOutputs(out, lse)
 
@@ -91,18 +92,22 @@ def backward(inputs: AttentionInputs, outputs: AttentionOutputs, grad_out: Tenso
     sums = _Sums(inputs, with_direction)
     for block in _blocks(inputs):
         logits = _Logits(block, inputs)
+        keys, values = logits.keys, logits.values
         p = (logits.value - block.query.take(outputs.lse).unsqueeze(-1)).exp_()
         g = block.query.take(grad_out, 0.0)
         d = (g * block.query.take(outputs.out)).sum(-1, keepdim=True)  # (G, h, R, 1)
-        r = (g @ block.key.take(inputs.v).mT).sub_(d).mul_(p)  # dS
-        block.key.add(sums.v, p.mT @ g)
-        row, column = logits.products_with([(r, logits.polynomial)])
+        products = values.products(g, block.key.take(inputs.v))  # B^l
+        r = (_weighted_sum(products, values.polynomial) - d).mul_(p)  # dS
+        block.key.add(sums.v, values.matrices([(p, values.polynomial)])[1](g))
+        row, column = keys.matrices([(r, keys.polynomial)])
         block.query.put(sums.q, row(logits.k))
         block.key.add(sums.k, column(logits.q))
         if sums.log_envelope is not None:
             block.key.add(sums.log_envelope, r.sum(-2))
         if sums.direction is not None:
-            logits.add_direction_gradient(sums.direction, logits.cosine_gradient([(r, logits.slope, logits.groups)]))
+            c = keys.cosine_gradient([(r, keys.slope, logits.products)])
+            c += values.cosine_gradient([(p, values.slope, products)])
+            logits.add_direction_gradient(sums.direction, c)
     return sums.finish()
 
 
@@ -113,29 +118,35 @@ def double_backward(
     g_out, sums = torch.empty_like(inputs.q), _Sums(inputs, True)
     for block in _blocks(inputs):
         logits = _Logits(block, inputs)
+        keys, values = logits.keys, logits.values
         tangent = _Tangent(logits, tangents)
-        values, value_tangents = block.key.take(inputs.v), block.key.take(tangents.v)
+        v, tv = block.key.take(inputs.v), block.key.take(tangents.v)
         p = (logits.value - block.query.take(outputs.lse).unsqueeze(-1)).exp_()
         g, attended = block.query.take(grad_out, 0.0), block.query.take(outputs.out)
         mu = (p * tangent.value).sum(-1, keepdim=True)
         dot_p = p * (tangent.value - mu)
-        dot_out = dot_p @ values + p @ value_tangents
-        centred = (g @ values.mT).sub_((g * attended).sum(-1, keepdim=True))  # E − D
-        dot_e = (g @ value_tangents.mT).sub_((g * dot_out).sum(-1, keepdim=True))
+        to_row, to_column = values.matrices(tangent.along(values, dot_p, p))
+        dot_out = to_row(v) + values.matrices([(p, values.polynomial)])[0](tv)
+        products, dot_products = values.products(g, v), values.products(g, tv)  # B^l and its tangent
+        centred = _weighted_sum(products, values.polynomial) - (g * attended).sum(-1, keepdim=True)  # E − D
+        dot_e = _weighted_sum(dot_products, values.polynomial) - (g * dot_out).sum(-1, keepdim=True)
+        if tangent.cosine is not None and values.has_angles:
+            dot_e = dot_e + tangent.cosine * _weighted_sum(products[1:], values.slope[1:])
         r, dot_r = p * centred, dot_p * centred + p * dot_e
         block.query.put(g_out, dot_out)
-        block.key.add(sums.v, dot_p.mT @ g)
+        block.key.add(sums.v, to_column(g))
         if sums.log_envelope is not None:
             block.key.add(sums.log_envelope, dot_r.sum(-2))
-        terms = [(dot_r, logits.polynomial)]
-        if tangent.cosine is not None:
-            terms.append((r * tangent.cosine, logits.slope))
-        row, column = logits.products_with(terms)
-        row_tangent, column_tangent = logits.products_with([(r, logits.polynomial)])
+        row, column = keys.matrices(tangent.along(keys, dot_r, r))
+        row_tangent, column_tangent = keys.matrices([(r, keys.polynomial)])
         block.query.put(sums.q, row(logits.k) + row_tangent(tangent.k))
         block.key.add(sums.k, column(logits.q) + column_tangent(tangent.q))
         if sums.direction is not None:
-            tangent.add_direction_gradient(sums.direction, r, dot_r)
+            c, dot_c = tangent.cosine_gradients(keys, r, dot_r, logits.products, tangent.products)
+            of_values, dot_of_values = tangent.cosine_gradients(values, p, dot_p, products, dot_products)
+            logits.add_direction_gradient(sums.direction, dot_c + dot_of_values)
+            if tangent.direction is not None:
+                logits.add_direction_gradient(sums.direction, c + of_values, tangent.direction)
     return g_out, sums.finish()
 
 
@@ -159,33 +170,39 @@ class _Sums:
         return Gradients(self.q, self.k.to(self.dtype), self.v.to(self.dtype), db, dn)
 
 
-class _Logits:
-    """Logits ``S`` of a block ``(G, h, R, C)``, and the pieces that their derivatives need."""
+_Weights = list[Tensor | None]  # by degree, ``(G, 1, R, C)``; None for one
+_Products = list[Tensor | None]  # by degree, ``(G, h, R, C)``; None for a degree without channels
 
-    def __init__(self, block: _Block, inputs: AttentionInputs) -> None:
-        widths, direction, log_envelope = inputs.widths, inputs.direction, inputs.log_envelope
-        self.block, self.widths, self.scale = block, widths, inputs.scale
-        self.q, self.k = block.query.take(inputs.q), block.key.take(inputs.k)
-        self.groups = _group_products(self.q, self.k, widths)  # A^l
-        self.direction: tuple[Tensor, Tensor] | None = None  # of queries (G, 1, R, 3) and keys (G, 1, C, 3)
-        self.polynomial: list[Tensor | None] = [None]  # P_l; None for one
-        self.slope: list[Tensor | None] = [None]  # P_l'
-        self.curvature: list[Tensor | None] = [None]  # P_l''
-        if direction is not None:
-            rows, columns = block.query.take(direction.unsqueeze(1)), block.key.take(direction.unsqueeze(1))
-            self.direction = rows, columns
-            both = (rows != 0).any(-1).unsqueeze(-1) & (columns != 0).any(-1).unsqueeze(-2)
-            for value, first, second in legendre_derivatives(rows @ columns.mT, len(widths) - 1)[1:]:
-                self.polynomial.append(value * both)
-                self.slope.append(first * both)
-                self.curvature.append(second * both)
-        self.value = _weighted_sum(self.groups, self.polynomial).mul_(self.scale)
-        if log_envelope is not None:
-            self.value = self.value + block.key.take(log_envelope.unsqueeze(1), -torch.inf).unsqueeze(-2)
-        elif block.key.exists is not None:
-            self.value = self.value.masked_fill(~block.key.exists[:, None, None, :], -torch.inf)
 
-    def products_with(self, terms: list[tuple[Tensor, list[Tensor | None]]]) -> tuple[_Product, _Product]:
+@dataclass(frozen=True)
+class _Groups:
+    """Channels by degree and their weights in a block: of queries and keys, or of the values.
+
+    Attributes:
+        widths: channels of each degree.
+        factor: on the products of queries and keys.
+        polynomial: ``P_l``, times ``a`` for keys; one where ``a`` is zero for values.
+        slope: ``a P_l'``.
+        curvature: ``a P_l''``.
+    """
+
+    widths: tuple[int, ...]
+    factor: float
+    polynomial: _Weights
+    slope: _Weights
+    curvature: _Weights
+
+    @property
+    def has_angles(self) -> bool:
+        return len(self.widths) > 1
+
+    def products(self, x: Tensor, y: Tensor) -> _Products:
+        """``x^l · y^l`` of rows and columns."""
+        used = sum(self.widths)
+        groups = zip(x[..., :used].split(self.widths, -1), y[..., :used].split(self.widths, -1), strict=True)
+        return [a @ b.mT if a.shape[-1] else None for a, b in groups]
+
+    def matrices(self, terms: list[tuple[Tensor, _Weights]]) -> tuple[_Product, _Product]:
         """Per degree ``M_l = s Σ_terms x w_l``; applies ``M_l`` to keys (row sums) or its transpose to queries."""
         matrices: list[Tensor | None] = []
         for degree, width in enumerate(self.widths):
@@ -197,17 +214,48 @@ class _Logits:
                 product = x if weight is None else x * weight
                 total = product if total is None else total + product
             matrices.append(total)
-        return _Product(matrices, self.widths, self.scale, False), _Product(matrices, self.widths, self.scale, True)
+        common = (matrices, self.widths, self.factor)
+        return _Product(*common, False), _Product(*common, True)
 
-    def cosine_gradient(self, terms: list[tuple[Tensor, list[Tensor | None], list[Tensor | None]]]) -> Tensor:
-        """``s Σ_heads Σ_l Σ_terms x w_l A^l``, ``(G, 1, R, C)``."""
+    def cosine_gradient(self, terms: list[tuple[Tensor, _Weights, _Products]]) -> Tensor:
+        """``s Σ_heads Σ_l Σ_terms x w_l A^l``, ``(G, 1, R, C)``; zero without angles."""
+        if not self.has_angles:
+            return torch.zeros((), dtype=terms[0][0].dtype, device=terms[0][0].device)
         total = None
-        for x, weights, groups in terms:
-            inner = _weighted_sum(groups[1:], weights[1:])
-            product = (x * inner).sum(1, keepdim=True)
+        for x, weights, products in terms:
+            product = (x * _weighted_sum(products[1:], weights[1:])).sum(1, keepdim=True)
             total = product if total is None else total + product
         assert total is not None
-        return total.mul_(self.scale)
+        return total.mul_(self.factor)
+
+
+class _Logits:
+    """Logits ``S`` of a block ``(G, h, R, C)``, and the pieces that their derivatives need."""
+
+    def __init__(self, block: _Block, inputs: AttentionInputs) -> None:
+        direction, log_envelope = inputs.direction, inputs.log_envelope
+        self.block = block
+        self.q, self.k = block.query.take(inputs.q), block.key.take(inputs.k)
+        self.direction: tuple[Tensor, Tensor] | None = None  # of queries (G, 1, R, 3) and keys (G, 1, C, 3)
+        weights: tuple[_Weights, _Weights, _Weights] = [None], [None], [None]
+        for_values = _Groups((inputs.v.shape[-1],), 1.0, [None], [None], [None])
+        if direction is not None:
+            rows, columns = block.query.take(direction.unsqueeze(1)), block.key.take(direction.unsqueeze(1))
+            self.direction = rows, columns
+            both = (rows != 0).any(-1).unsqueeze(-1) & (columns != 0).any(-1).unsqueeze(-2)
+            for derivatives in legendre_derivatives(rows @ columns.mT, len(inputs.widths) - 1)[1:]:
+                for of_degree, value in zip(weights, derivatives, strict=True):
+                    of_degree.append(value * both)
+            if inputs.angular_values:
+                polynomial = [None if x is None else x + ~both for x in weights[0]]
+                for_values = _Groups(inputs.widths, 1.0, polynomial, *weights[1:])
+        self.keys, self.values = _Groups(inputs.widths, inputs.scale, *weights), for_values
+        self.products = self.keys.products(self.q, self.k)  # A^l
+        self.value = _weighted_sum(self.products, self.keys.polynomial).mul_(inputs.scale)
+        if log_envelope is not None:
+            self.value = self.value + block.key.take(log_envelope.unsqueeze(1), -torch.inf).unsqueeze(-2)
+        elif block.key.exists is not None:
+            self.value = self.value.masked_fill(~block.key.exists[:, None, None, :], -torch.inf)
 
     def add_direction_gradient(self, total: Tensor, c: Tensor, direction: tuple[Tensor, Tensor] | None = None) -> None:
         """Adds ``Σ_k c_jk n_k`` to the queries and ``Σ_j c_jk n_j`` to the keys, with ``c (G, 1, R, C)``."""
@@ -227,33 +275,37 @@ class _Tangent:
     """Tangents of the logits and of what they are made of, along ``tq, tk, tb, tn``."""
 
     def __init__(self, logits: _Logits, tangents: Gradients) -> None:
-        block, widths, tb, tn = logits.block, logits.widths, tangents.log_envelope, tangents.direction
-        self.logits = logits
+        block, keys, tb, tn = logits.block, logits.keys, tangents.log_envelope, tangents.direction
         self.q, self.k = block.query.take(tangents.q), block.key.take(tangents.k)
-        first, second = _group_products(self.q, logits.k, widths), _group_products(logits.q, self.k, widths)
-        self.groups = [a if a is None or b is None else a + b for a, b in zip(first, second, strict=True)]
-        self.value = _weighted_sum(self.groups, logits.polynomial)
+        first, second = keys.products(self.q, logits.k), keys.products(logits.q, self.k)
+        self.products = [a if a is None or b is None else a + b for a, b in zip(first, second, strict=True)]
+        self.value = _weighted_sum(self.products, keys.polynomial)
         self.direction: tuple[Tensor, Tensor] | None = None
         self.cosine: Tensor | None = None
         if tn is not None and logits.direction is not None:
             rows, columns = block.query.take(tn.unsqueeze(1)), block.key.take(tn.unsqueeze(1))
             self.direction = rows, columns
             self.cosine = rows @ logits.direction[1].mT + logits.direction[0] @ columns.mT
-            self.value = self.value + self.cosine * _weighted_sum(logits.groups[1:], logits.slope[1:])
-        self.value = self.value * logits.scale
+            self.value = self.value + self.cosine * _weighted_sum(logits.products[1:], keys.slope[1:])
+        self.value = self.value * keys.factor
         if tb is not None:
             self.value = self.value + block.key.take(tb.unsqueeze(1)).unsqueeze(-2)
 
-    def add_direction_gradient(self, total: Tensor, r: Tensor, dot_r: Tensor) -> None:
-        """Adds the gradient of the directions for ``R`` and its tangent."""
-        logits = self.logits
-        terms = [(dot_r, logits.slope, logits.groups), (r, logits.slope, self.groups)]
+    def along(self, groups: _Groups, dot_x: Tensor, x: Tensor) -> list[tuple[Tensor, _Weights]]:
+        """The terms of the tangent of ``x P_l``."""
+        terms = [(dot_x, groups.polynomial)]
+        if self.cosine is not None and groups.has_angles:
+            terms.append((x * self.cosine, groups.slope))
+        return terms
+
+    def cosine_gradients(
+        self, groups: _Groups, x: Tensor, dot_x: Tensor, products: _Products, dot_products: _Products
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of the cosines for weights ``x`` of the products, and its tangent."""
+        terms = [(dot_x, groups.slope, products), (x, groups.slope, dot_products)]
         if self.cosine is not None:
-            terms.append((r * self.cosine, logits.curvature, logits.groups))
-        logits.add_direction_gradient(total, logits.cosine_gradient(terms))
-        if self.direction is not None:
-            c = logits.cosine_gradient([(r, logits.slope, logits.groups)])
-            logits.add_direction_gradient(total, c, self.direction)
+            terms.append((x * self.cosine, groups.curvature, products))
+        return groups.cosine_gradient([(x, groups.slope, products)]), groups.cosine_gradient(terms)
 
 
 @dataclass(frozen=True)
@@ -276,14 +328,7 @@ class _Product:
         return torch.nn.functional.pad(joined.mul_(self.scale), (0, rest))
 
 
-def _group_products(q: Tensor, k: Tensor, widths: tuple[int, ...]) -> list[Tensor | None]:
-    """``A^l = q^l · k^l``, ``(G, h, R, C)`` for each degree; None for a degree without channels."""
-    used = sum(widths)
-    groups = zip(q[..., :used].split(widths, -1), k[..., :used].split(widths, -1), strict=True)
-    return [a @ b.mT if a.shape[-1] else None for a, b in groups]
-
-
-def _weighted_sum(groups: list[Tensor | None], weights: list[Tensor | None]) -> Tensor:
+def _weighted_sum(groups: _Products, weights: _Weights) -> Tensor:
     """``Σ_l w_l A^l``; a weight of None is one."""
     total = None
     for group, weight in zip(groups, weights, strict=True):

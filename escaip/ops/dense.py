@@ -60,34 +60,46 @@ def dense_attention(
     scale: float,
     self_queries_only: bool = False,
     dropout: float = 0.0,
+    angular_values: bool = False,
 ) -> Tensor:
     """See ``escaip.ops.neighborhood_attention``; differentiable any number of times."""
     padding = Padding.of(offsets, k.shape[0])
     keys = padding.pad(k).transpose(1, 2)  # (N, h, M, d)
     values = padding.pad(v).transpose(1, 2)
     bias = padding.pad(log_envelope, -torch.inf)[:, None, None, :]  # (N, 1, 1, M)
+    weights = None
     if self_queries_only:
         width = q.shape[-1] if angular_channels is None else angular_channels[0]
         logits = q[:, :, None, :width] @ keys[..., :width].transpose(-1, -2)  # (N, h, 1, M)
     else:
         queries = padding.pad(q).transpose(1, 2)
-        bonds = None if angular_channels is None else padding.pad(direction)
-        logits = _angular_logits(queries, keys, bonds, angular_channels)
+        logits, weights = _angular_logits(queries, keys, padding.pad(direction), angular_channels)
     probability = torch.softmax(scale * logits + bias, -1)
     if dropout > 0.0:
         probability = torch.nn.functional.dropout(probability, dropout)
-    attended = probability @ values  # (N, h, M or 1, d)
+    if weights is None or not angular_values:
+        attended = probability @ values  # (N, h, M or 1, d)
+    else:
+        parts = zip(weights, values.split(angular_channels, -1), strict=True)
+        attended = torch.cat([probability * weight.unsqueeze(1) @ part for weight, part in parts], -1)
     if self_queries_only:
         return attended.squeeze(2)
     return padding.unpad(attended.transpose(1, 2))
 
 
 def _angular_logits(
-    queries: Tensor, keys: Tensor, direction: Tensor | None, angular_channels: tuple[int, ...] | None
-) -> Tensor:
-    """``Σ_l P_l(n_j·n_k) (q_j^l · k_k^l)``; queries and keys ``(N, h, M, d)``, direction ``(N, M, 3)``."""
-    if angular_channels is None or direction is None:
-        return queries @ keys.transpose(-1, -2)
+    queries: Tensor, keys: Tensor, direction: Tensor, angular_channels: tuple[int, ...] | None
+) -> tuple[Tensor, list[Tensor] | None]:
+    """``Σ_l P_l(n_j·n_k) (q_j^l · k_k^l)``, and the weights of the values by degree, ``(N, M, M)``, with angles.
+
+    Args:
+        queries: ``(N, h, M, d)``.
+        keys: ``(N, h, M, d)``.
+        direction: ``(N, M, 3)``.
+        angular_channels: channels per degree; None for no angles.
+    """
+    if angular_channels is None:
+        return queries @ keys.transpose(-1, -2), None
     cosine = direction @ direction.transpose(-1, -2)  # (N, M, M)
     has_direction = (direction != 0).any(-1)
     angular = (has_direction.unsqueeze(-1) & has_direction.unsqueeze(-2)).to(queries.dtype)
@@ -99,4 +111,4 @@ def _angular_logits(
         if angular_channels[degree]:
             products = query_groups[degree] @ key_groups[degree].transpose(-1, -2)
             logits = logits + (polynomials[degree] * angular).unsqueeze(1) * products
-    return logits
+    return logits, [polynomial * angular + (1 - angular) for polynomial in polynomials]

@@ -32,6 +32,8 @@ class AttentionInputs:
         key_offsets: ``(N + 1,)`` int64, keys of each neighborhood; a neighborhood may have none.
         widths: channels per angular degree; channels beyond their sum take no part in the logits.
         scale: factor on the products.
+        angular_values: whether the channels of degree ``l`` of the values are multiplied by ``P_l`` where both tokens
+            have a direction; the widths then sum to ``d``.
     """
 
     q: Tensor
@@ -43,6 +45,7 @@ class AttentionInputs:
     key_offsets: Tensor
     widths: tuple[int, ...]
     scale: float
+    angular_values: bool = False
 
 
 class AttentionOutputs(NamedTuple):

@@ -45,10 +45,11 @@ def reference_attention(
     scale: float,
     self_queries_only: bool = False,
     dropout: float = 0.0,
+    angular_values: bool = False,
 ) -> Tensor:
     """See ``escaip.ops.neighborhood_attention``; differentiable any number of times."""
     query, key = neighborhood_pairs(offsets, self_queries_only)
-    num_queries = q.shape[0]
+    num_queries, values = q.shape[0], v[key]  # (P, h, d)
     products = q[query] * k[key]  # (P, h, d)
     if angular_channels is None or self_queries_only:
         # Without angles one group; a self token sees only the group l = 0 (its direction is zero).
@@ -60,9 +61,14 @@ def reference_attention(
         angular = (has_direction[query] & has_direction[key]).to(q.dtype)
         logits = torch.zeros_like(products[..., 0])
         groups = products.split(angular_channels, -1)
-        for degree, polynomial in enumerate(legendre_polynomials(cosine, len(angular_channels) - 1)):
+        polynomials = legendre_polynomials(cosine, len(angular_channels) - 1)
+        for degree, polynomial in enumerate(polynomials):
             weight = polynomial * angular if degree else polynomial
             logits = logits + weight.unsqueeze(-1) * groups[degree].sum(-1)
+        if angular_values:
+            weights = [polynomial * angular + (1 - angular) for polynomial in polynomials]
+            parts = zip(weights, values.split(angular_channels, -1), strict=True)
+            values = torch.cat([weight[:, None, None] * part for weight, part in parts], -1)
     logits = scale * logits + log_envelope[key].unsqueeze(-1)  # (P, h)
 
     rows = query.unsqueeze(-1).expand_as(logits)
@@ -73,7 +79,7 @@ def reference_attention(
     probability = exponential / total[query]
     if dropout > 0.0:
         probability = torch.nn.functional.dropout(probability, dropout)
-    return torch.zeros_like(q).index_add(0, query, probability.unsqueeze(-1) * v[key])
+    return torch.zeros_like(q).index_add(0, query, probability.unsqueeze(-1) * values)
 
 
 def legendre_polynomials(cosine: Tensor, l_max: int) -> list[Tensor]:

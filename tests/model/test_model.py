@@ -134,6 +134,7 @@ def test_expanded_scale_is_one_over_the_root_of_the_padded_width() -> None:
         ({"preset": "2m"}, "choose 300k, 1m, 5m"),
         ({"hidden_size": 100, "num_heads": 3, "angular_channels": None}, "not a multiple of num_heads"),
         ({"angular_channels": (1, 2, 3)}, "must sum to"),
+        ({"angular_channels": None, "angular_values": True}, "needs angular_channels"),
         ({"cutoff": -1.0}, "cutoff is -1.0"),
         ({"forces": "gradient"}, "choose conservative or direct"),
         ({"activation": "relu"}, "has a kink"),
@@ -234,6 +235,7 @@ OPTIONS = [
     {"norm": "skip"},
     {"activation": "silu"},
     {"angular_channels": None},
+    {"angular_values": True},
     {"attention_scale": "expanded"},
     {"boo_weighting": "uniform"},
     {"charge": True, "spin": True},
@@ -279,7 +281,7 @@ def test_regularisation_acts_in_training_only(name: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"soft": False}, {"num_neighbors": None}, {"rank_step": "bump"}, {"attention_scale": "expanded"},
-     {"boo_weighting": "uniform"}, {"boo_floor": 1e-2}, {"activation": "silu"}],
+     {"angular_values": True}, {"boo_weighting": "uniform"}, {"boo_floor": 1e-2}, {"activation": "silu"}],
 )  # fmt: skip
 def test_options_without_parameters_change_the_function(change: dict[str, object]) -> None:
     # 3 neighbors, so that ranks matter.
@@ -290,10 +292,11 @@ def test_options_without_parameters_change_the_function(change: dict[str, object
     assert (one(batch).energy - other(batch).energy).abs().max() > 1e-6
 
 
-def test_skipping_unread_edges_of_the_last_block_is_exact() -> None:
+@pytest.mark.parametrize("angular_values", [False, True])
+def test_skipping_unread_edges_of_the_last_block_is_exact(angular_values: bool) -> None:
     """The conservative model computes N rows there; the direct one, with the same weights, all T."""
-    direct = make_potential(forces="direct").double().eval()
-    conservative = make_potential().double().eval()
+    direct = make_potential(forces="direct", angular_values=angular_values).double().eval()
+    conservative = make_potential(angular_values=angular_values).double().eval()
     names = set(conservative.state_dict())
     conservative.load_state_dict({k: v for k, v in direct.state_dict().items() if k in names})
     batch = batch_of()

@@ -42,7 +42,9 @@ def make_inputs(sizes: list[int], heads: int = 2, width: int = 6, seed: int = 0)
     }
 
 
-def written_out(inputs: dict[str, Tensor], channels: tuple[int, ...] | None, scale: float) -> Tensor:
+def written_out(
+    inputs: dict[str, Tensor], channels: tuple[int, ...] | None, scale: float, angular_values: bool = False
+) -> Tensor:
     """One query, one head, one neighborhood at a time."""
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     offsets, n, bias = inputs["offsets"].tolist(), inputs["direction"], inputs["log_envelope"]
@@ -55,20 +57,25 @@ def written_out(inputs: dict[str, Tensor], channels: tuple[int, ...] | None, sca
     for first, last in pairwise(offsets):
         for head in range(q.shape[1]):
             for j in range(first, last):
-                logits = []
+                logits, values = [], []
                 for m in range(first, last):
                     cosine = float(n[j] @ n[m])
                     legendre = [1, cosine, (3 * cosine**2 - 1) / 2, (5 * cosine**3 - 3 * cosine) / 2,
                                 (35 * cosine**4 - 30 * cosine**2 + 3) / 8]  # fmt: skip
+                    weights_of_values = torch.ones(q.shape[-1], dtype=q.dtype)
                     if j == first or m == first:
                         legendre = [1, 0, 0, 0, 0]
+                    elif angular_values:
+                        for degree, group in enumerate(groups):
+                            weights_of_values[list(group)] = legendre[degree]
+                    values.append(weights_of_values * v[m, head])
                     product = sum(
                         legendre[degree] * float(q[j, head, list(group)] @ k[m, head, list(group)])
                         for degree, group in enumerate(groups)
                     )
                     logits.append(scale * product + float(bias[m]))
                 weights = torch.softmax(torch.tensor(logits, dtype=q.dtype), 0)
-                out[j, head] = weights @ v[first:last, head]
+                out[j, head] = weights @ torch.stack(values)
     return out
 
 
@@ -153,6 +160,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     use: str = "all",
     seed: int = 0,
+    angular_values: bool = False,
 ) -> Case:
     """A random case; ``use`` is ``all`` (tokens query), ``self`` (self tokens query) or ``node`` (no bias).
 
@@ -177,7 +185,7 @@ def make_case(
     q, k, v = (normal(rows, heads, d, dtype=dtype) for rows in (queries, total, total))
     angles = direction if len(widths) > 1 else None
     bias = None if use == "node" else log_envelope
-    problem = AttentionInputs(q, k, v, bias, angles, query_offsets, offsets, widths, 1 / math.sqrt(d))
+    problem = AttentionInputs(q, k, v, bias, angles, query_offsets, offsets, widths, 1 / math.sqrt(d), angular_values)
 
     def like(x: Tensor | None) -> Tensor | None:
         return None if x is None else normal(*x.shape, dtype=x.dtype)
@@ -189,7 +197,7 @@ def run_family(backend: str, case: Case, with_direction: bool = True) -> Results
     """Everything that the three operators of a backend return, by name."""
     operators, x = OPERATORS[backend], case.problem
     inputs = (x.q, x.k, x.v, x.log_envelope, x.direction, x.query_offsets, x.key_offsets)
-    constants = (list(x.widths), x.scale)
+    constants = (list(x.widths), x.scale, x.angular_values)
     out, lse = operators.value(*inputs, *constants)
     first = operators.backward(case.grad_out, *inputs, out, lse, *constants, with_direction and x.direction is not None)
     tangents = case.tangents if with_direction else case.tangents._replace(direction=None)
@@ -218,7 +226,8 @@ def run_reference(case: Case, with_direction: bool = True) -> Results:
     channels = (*problem.widths, *unused) if angular else None
     offsets, self_queries = problem.key_offsets, problem.q.shape[0] != total
     occupied = offsets if self_queries else torch.cat([offsets[:1], offsets[1:][offsets.diff() > 0]])
-    out = reference_attention(q_used, k_used, v, b, directed, occupied, channels, problem.scale, self_queries)
+    options = {"self_queries_only": self_queries, "angular_values": problem.angular_values}
+    out = reference_attention(q_used, k_used, v, b, directed, occupied, channels, problem.scale, **options)
     inputs = [q, k, v, b, *([n] if angular else [])]
     first = torch.autograd.grad(out, inputs, grad, create_graph=True, allow_unused=True)
     pairs = [(g, t) for g, t in zip(first, case.tangents) if g is not None and t is not None]

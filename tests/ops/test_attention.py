@@ -20,6 +20,7 @@ from escaip.ops.inputs import AttentionInputs, Gradients
 from escaip.ops.reference import legendre_polynomials
 
 BACKENDS = [info.name for info in CPU_BACKENDS]
+ANGULAR_VALUES = [info.name for info in CPU_BACKENDS if info.angular_values]
 TWICE = [info.name for info in CPU_BACKENDS if info.derivatives != 1]
 
 
@@ -27,8 +28,11 @@ TWICE = [info.name for info in CPU_BACKENDS if info.derivatives != 1]
 @pytest.mark.parametrize("channels", [None, (2, 1, 1, 1, 1), (3, 3), (1, 0, 5)])
 def test_equals_written_out_sum(backend: str, channels: tuple[int, ...] | None) -> None:
     inputs = make_inputs([3, 1, 5, 2])
-    found = neighborhood_attention(**inputs, angular_channels=channels, scale=0.7, backend=backend)
-    torch.testing.assert_close(found, written_out(inputs, channels, 0.7), rtol=1e-12, atol=1e-12)
+    for angular_values in (False, True) if backend in ANGULAR_VALUES and channels else (False,):
+        arguments = {"angular_channels": channels, "scale": 0.7, "angular_values": angular_values}
+        found = neighborhood_attention(**inputs, **arguments, backend=backend)
+        expected = written_out(inputs, channels, 0.7, angular_values)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,8 +63,8 @@ def test_angular_groups_equal_expanded_harmonics(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", TWICE)
-@pytest.mark.parametrize("channels", [None, (2, 1, 1)])
-def test_first_and_second_derivatives(backend: str, channels: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize(("channels", "angular_values"), [(None, False), ((2, 1, 1), False), ((2, 1, 1), True)])
+def test_first_and_second_derivatives(backend: str, channels: tuple[int, ...] | None, angular_values: bool) -> None:
     inputs = make_inputs([3, 1, 4], heads=1, width=4)
     has_direction = (inputs["direction"] != 0).any(-1)
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "log_envelope")]
@@ -68,7 +72,8 @@ def test_first_and_second_derivatives(backend: str, channels: tuple[int, ...] | 
 
     def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, directed: Tensor) -> Tensor:
         direction = torch.zeros(len(has_direction), 3, dtype=q.dtype).index_put((has_direction,), directed)
-        return neighborhood_attention(q, k, v, bias, direction, inputs["offsets"], channels, 0.5, backend)
+        arguments = (q, k, v, bias, direction, inputs["offsets"], channels, 0.5, backend)
+        return neighborhood_attention(*arguments, angular_values=angular_values)
 
     assert torch.autograd.gradcheck(function, (*leaves, raw))
     assert torch.autograd.gradgradcheck(function, (*leaves, raw))
@@ -97,12 +102,12 @@ def test_removed_keys_have_no_influence_and_no_nan(backend: str) -> None:
 def test_self_queries_equal_the_rows_of_all_queries(backend: str, channels: tuple[int, ...] | None) -> None:
     inputs = make_inputs([4, 1, 6])
     rows = inputs["offsets"][:-1]
-    full = neighborhood_attention(**inputs, angular_channels=channels, scale=0.5, backend="reference")
     some = {**inputs, "q": inputs["q"][rows]}
-    found = neighborhood_attention(
-        **some, angular_channels=channels, scale=0.5, backend=backend, self_queries_only=True
-    )
-    torch.testing.assert_close(found, full[rows], rtol=1e-12, atol=1e-12)
+    for angular_values in (False, channels is not None):  # self tokens have no angles
+        arguments = {"angular_channels": channels, "scale": 0.5, "angular_values": angular_values}
+        full = neighborhood_attention(**inputs, **arguments, backend="reference")
+        found = neighborhood_attention(**some, **arguments, backend=backend, self_queries_only=True)
+        torch.testing.assert_close(found, full[rows], rtol=1e-12, atol=1e-12)
 
 
 def test_order_of_neighbors_does_not_matter() -> None:
@@ -128,6 +133,8 @@ def test_legendre_values() -> None:
         ({"backend": "flash9"}, "choose auto"),
         ({"angular_channels": (2, 2)}, "sum to the head dimension 6"),
         ({"angular_channels": (1, 1, 1, 1, 1, 1)}, "l goes up to 4"),
+        ({"angular_channels": None, "angular_values": True}, "needs angular_channels"),
+        ({"backend": "sdpa", "angular_values": True}, "'sdpa' has no angular values: choose auto"),
     ],
 )
 def test_wrong_requests_are_refused(change: dict[str, object], message: str) -> None:
@@ -189,7 +196,7 @@ def test_operators_keep_their_promises_to_pytorch(family: str, angular: bool) ->
     inputs = make_inputs([4, 1, 6])
     tensors = [inputs[name].requires_grad_() for name in LEAVES]
     geometry = tensors[3:] if angular else [None, None]
-    constants = ([*CHANNELS] if angular else [6], 0.4)
+    constants = ([*CHANNELS] if angular else [6], 0.4, angular)
     operators = OPERATORS[family]
     offsets = inputs["offsets"]
     forward = (*tensors[:3], *geometry, offsets, offsets)
@@ -247,7 +254,8 @@ def test_blocks_of_any_size_agree(
     def through(backend: str) -> list[Tensor]:
         def function(*leaves: Tensor) -> Tensor:
             named = dict(zip(LEAVES, leaves, strict=True), offsets=inputs["offsets"])
-            return call(named, backend, angular_channels=channels, self_queries_only=only_self)
+            options = {"self_queries_only": only_self, "angular_values": channels == CHANNELS}
+            return call(named, backend, angular_channels=channels, **options)
 
         return derivatives(function, inputs, 2)
 
@@ -328,7 +336,8 @@ def test_compiles_in_one_graph_for_all_sizes(backend: str) -> None:
 
 def test_auto_takes_the_first_that_can() -> None:
     def chosen(**changes: Any) -> str:
-        values = {"device": "cpu", "dtype": torch.float32, "derivatives": 2, "dropout": False, "node_attention": False}
+        values = {"device": "cpu", "dtype": torch.float32, "derivatives": 2, "dropout": False, "node_attention": False,
+                  "angular_values": False}  # fmt: skip
         values |= changes
         return backends.choose_backend("auto", backends.Request(**values)).name
 
@@ -336,6 +345,7 @@ def test_auto_takes_the_first_that_can() -> None:
     assert chosen(derivatives=3) == "dense"
     assert chosen(dropout=True) == "dense"
     assert chosen(node_attention=True) == "blocked"
+    assert chosen(angular_values=True, derivatives=3) == "dense"
 
 
 @pytest.mark.bad_input

@@ -83,8 +83,12 @@ SHAPES = [
 @families
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_derivatives(family: str, shape: tuple) -> None:
+    _, _, channels, widths = shape
     for dtype in PRECISIONS[family]:
-        check(family, make_case(*shape, dtype=DOUBLE).to(dtype))
+        case = make_case(*shape, dtype=DOUBLE).to(dtype)
+        check(family, case)
+        if len(widths) > 1 and sum(widths) == channels:
+            check(family, case.changed(angular_values=True))
 
 
 @families
@@ -113,8 +117,9 @@ def cases(draw: st.DrawFn, longest: int, heads: int) -> Case:
     widths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(lambda w: w[0] > 0))
     use, number = draw(st.sampled_from(["all", "self"])), draw(st.integers(1, heads))
     used = tuple(widths[:1] if use == "self" else widths)
-    channels = sum(used) + draw(st.integers(0, 5))
-    return make_case(sizes, number, channels, used, DOUBLE, use, draw(st.integers(0, 99)))
+    angular_values = len(used) > 1 and draw(st.booleans())
+    channels = sum(used) + (0 if angular_values else draw(st.integers(0, 5)))
+    return make_case(sizes, number, channels, used, DOUBLE, use, draw(st.integers(0, 99)), angular_values)
 
 
 @native
@@ -146,7 +151,8 @@ def test_coincident_and_antiparallel_directions(family: str) -> None:
     case = make_case([7, 4], 2, 10, (2, 2, 2, 2, 2), BEST[family])
     n = case.problem.direction
     n[2], n[3], n[4], n[8] = n[1], -n[1], torch.tensor([0.0, 0.0, 1.0]), n[9]
-    check(family, case)
+    for angular_values in (False, True):
+        check(family, case.changed(angular_values=angular_values))
 
 
 @families
@@ -190,7 +196,8 @@ def test_very_long_neighborhood(widths: tuple[int, ...]) -> None:
     )  # fmt: skip
     kept = {name: None if x is None else x[keep] for name, x in run("native", case).items()}
     assert max(errors(kept, run_reference(alone)).values()) < 1e-11
-    check("native", make_case([700], 1, 4, (2, 1, 1), DOUBLE), slack=10.0)
+    for angular_values in (False, True):
+        check("native", make_case([700], 1, 4, (2, 1, 1), DOUBLE, angular_values=angular_values), slack=10.0)
 
 
 @families
@@ -263,7 +270,7 @@ def test_wrong_offsets(offsets: list[int]) -> None:
 @pytest.mark.parametrize("operator", ["value", "backward", "double_backward"])
 def test_no_tensor_is_held_after_a_call(operator: str) -> None:
     x = make_case([5, 30], 3, 8, (4, 4)).problem
-    offsets, constants = (x.query_offsets, x.key_offsets), (list(x.widths), x.scale)
+    offsets, constants = (x.query_offsets, x.key_offsets), (list(x.widths), x.scale, True)
     inputs = (x.q, x.k, x.v, x.log_envelope, x.direction)
     out, lse = OPERATORS["native"].value(*inputs, *offsets, *constants)
     arguments = {

@@ -58,7 +58,7 @@ void clear(T* to, long first, long n, long each) {
     if (to) std::fill_n(to + first * each, n * each, T(0));
 }
 
-template <class T, int order, bool angular>
+template <class T, int order, bool angular, bool turned>
 void neighborhood(Worker<T>& w, long i) {
     w.open(i);
     const long row = w.heads * w.d;
@@ -72,7 +72,9 @@ void neighborhood(Worker<T>& w, long i) {
             order == 0 ? single.forward() : order == 1 ? single.backward() : single.double_backward();
         }
     } else {
-        order == 0 ? forward<T, angular>(w) : order == 1 ? backward<T, angular>(w) : double_backward<T, angular>(w);
+        order == 0   ? forward<T, angular, turned>(w)
+        : order == 1 ? backward<T, angular, turned>(w)
+                     : double_backward<T, angular, turned>(w);
     }
     if (order > 0) w.close();
 }
@@ -92,7 +94,7 @@ void on_threads(long threads, const Work& work) {
 #endif
 }
 
-template <class T, int order, bool angular>
+template <class T, int order, bool angular, bool turned>
 Status run(const Problem<T>& p) {
     Extent extent;
     const Status status = measure(p, extent);
@@ -112,7 +114,7 @@ Status run(const Problem<T>& p) {
         Worker<T> worker(p, extent.most_tile, extent.most_keys, order, arena);
         for (long first; (first = next.fetch_add(chunk)) < p.neighborhoods;) {
             for (long i = first; i < std::min<long>(first + chunk, p.neighborhoods); ++i) {
-                neighborhood<T, order, angular>(worker, i);
+                neighborhood<T, order, angular, turned>(worker, i);
             }
         }
         memory.trim();
@@ -122,7 +124,8 @@ Status run(const Problem<T>& p) {
 
 template <class T, int order>
 Status run(const Problem<T>& p) {
-    return p.groups > 1 ? run<T, order, true>(p) : run<T, order, false>(p);
+    if (p.groups == 1) return run<T, order, false, false>(p);
+    return p.angular_values ? run<T, order, true, true>(p) : run<T, order, true, false>(p);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ struct Problem {
     int64_t neighborhoods, queries, tokens, heads, head_size, groups, threads;
     int64_t widths[MOST_GROUPS];
     double scale;
+    bool angular_values;  // channels of degree l of the values are multiplied by P_l, too; only with more than one group
     const int64_t *query_offsets, *key_offsets;
     const T *q, *k, *v, *log_envelope, *direction, *grad_out, *out, *lse, *tq, *tk, *tv, *tb, *tn;
     // Value: (out, lse). First derivative: dq, dk, dv, db, dn. Second: the same of the tangents, and g_out.

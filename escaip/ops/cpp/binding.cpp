@@ -150,6 +150,7 @@ struct Shared {
     const Tensor &query_offsets, &key_offsets;
     at::IntArrayRef widths;
     double scale;
+    bool angular_values;
 
     template <class T>
     Problem<T> problem(Inputs& in) const {
@@ -157,6 +158,7 @@ struct Shared {
         p.neighborhoods = query_offsets.size(0) - 1;
         p.queries = q.size(0), p.tokens = k.size(0), p.heads = q.size(1), p.head_size = q.size(2);
         p.groups = int64_t(widths.size()), p.threads = at::get_num_threads(), p.scale = scale;
+        p.angular_values = angular_values;
         TORCH_CHECK_VALUE(p.groups <= MOST_GROUPS && key_offsets.size(0) == p.neighborhoods + 1,
                           "attention has ", p.groups, " groups, and offsets of ", query_offsets.size(0), " and ",
                           key_offsets.size(0), " entries: at most ", MOST_GROUPS, " groups and equal lengths are allowed");
@@ -196,8 +198,9 @@ struct Gradients {
 };
 
 Pair attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& log_envelope, const Optional& direction,
-               const Tensor& query_offsets, const Tensor& key_offsets, at::IntArrayRef widths, double scale) {
-    const Shared shared{q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale};
+               const Tensor& query_offsets, const Tensor& key_offsets, at::IntArrayRef widths, double scale,
+               bool angular_values) {
+    const Shared shared{q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale, angular_values};
     Tensor out = new_like(q), lse = at::empty({q.size(0), q.size(1)}, out.options());
     with_scalar(q, [&](auto scalar) {
         using T = decltype(scalar);
@@ -211,8 +214,9 @@ Pair attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
 
 Five attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& log_envelope,
                         const Optional& direction, const Tensor& query_offsets, const Tensor& key_offsets, const Tensor& out,
-                        const Tensor& lse, at::IntArrayRef widths, double scale, bool with_direction) {
-    const Shared shared{q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale};
+                        const Tensor& lse, at::IntArrayRef widths, double scale, bool angular_values,
+                        bool with_direction) {
+    const Shared shared{q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale, angular_values};
     const Gradients gradients(shared, with_direction);
     with_scalar(q, [&](auto scalar) {
         using T = decltype(scalar);
@@ -229,8 +233,8 @@ Six attention_double_backward(const Tensor& tq, const Tensor& tk, const Tensor& 
                               const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
                               const Optional& log_envelope, const Optional& direction, const Tensor& query_offsets,
                               const Tensor& key_offsets, const Tensor& out, const Tensor& lse, at::IntArrayRef widths,
-                              double scale) {
-    const Shared shared{q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale};
+                              double scale, bool angular_values) {
+    const Shared shared{q, k, v, log_envelope, direction, query_offsets, key_offsets, widths, scale, angular_values};
     const Gradients gradients(shared, true);
     Tensor to_grad_out = new_like(q);
     with_scalar(q, [&](auto scalar) {

@@ -97,9 +97,12 @@ struct Worker {
         for (T** x : {&q, &k, &v, &kT, &rows, &sums}) *x = arena.take(keys * dp);
         for (T** x : {&cosine, &P}) *x = arena.take(most_tile);
         for (T** x : {&group_products, &tangent_products}) *x = arena.take(MOST_GROUPS * BLOCK);
+        if (order > 0 || p.angular_values) {
+            for (T** x : {&cosineT, &XT, &RT}) *x = arena.take(most_tile);
+        }
         if (order > 0) {
             for (T** x : {&g, &vT}) *x = arena.take(keys * dp);
-            for (T** x : {&cosineT, &C, &R, &X, &XT, &RT, &dR}) *x = arena.take(most_tile);
+            for (T** x : {&C, &R, &X, &dR}) *x = arena.take(most_tile);
         }
         if (order > 1) {
             for (T** x : {&tq, &tk, &tv, &tkT, &tvT}) *x = arena.take(keys * dp);
@@ -149,8 +152,26 @@ struct Worker {
         return Jn > 0;
     }
 
+    // Cosines of rows and columns that begin at the tokens `first` and `other`. For angular values those of self tokens
+    // are 1, where every P_l is: in the logits they meet channels that are zero.
+    void cosines(T* out, long n, long columns, long first, long other) const {
+        dots(out, n, columns, nT + first, nT + other, nullptr, nullptr);
+        if (!p.angular_values) return;
+        for (long r = 0; r < n; ++r) {
+            const T directed = has_direction[first + r];
+            for (long c = 0; c < columns; c += L) {
+                T* at = out + r * columns + c;
+                store<T>(at, load(at) + (T(1) - directed * load(has_direction + other + c)));
+            }
+        }
+    }
+
+    void tangents_of_cosines(T* out, long n, long columns, long first, long other) const {
+        dots(out, n, columns, tnT + first, nT + other, nT + first, tnT + other);
+    }
+
     // out[r][c] = a_r · b_c (+ ta_r · tb_c) for 3-vectors; a and b have stride Mp.
-    void cosines(T* out, long n, long columns, const T* a, const T* b, const T* ta, const T* tb_) const {
+    void dots(T* out, long n, long columns, const T* a, const T* b, const T* ta, const T* tb_) const {
         for (long r = 0; r < n; ++r) {
             for (long c = 0; c < columns; c += L) {
                 Vec<T> total = zeros<T>();
@@ -183,7 +204,8 @@ struct Worker {
         if (p.to_b) std::copy_n(db, M, p.to_b + k0);
         if (!p.to_n) return;
         for (long key = 0; key < M; ++key) {
-            for (long x = 0; x < 3; ++x) p.to_n[3 * (k0 + key) + x] = dn[x * Mp + key];
+            const bool directed = has_direction[key] != 0;
+            for (long x = 0; x < 3; ++x) p.to_n[3 * (k0 + key) + x] = directed ? dn[x * Mp + key] : T(0);
         }
     }
 
@@ -253,47 +275,34 @@ struct Worker {
         }
     }
 
-    // each(row, column, A^l, tangents of A^l); those of a group without channels are zero.
+    // each(row, column, products of a and b by group, their tangents); those of a group without channels are zero. One
+    // group of `plain` channels without angles, whose place has channels always; no `ta` is a tangent of zero.
     template <bool angular, bool tangent, class Each>
-    ESCAIP_INLINE void each_logit(const Each& each) const {
+    ESCAIP_INLINE void each_product(
+        const T* a, const T* ta, const T* bT, const T* tbT, long plain, const Each& each) const {
         constexpr long groups = angular ? MOST_GROUPS : 1;
         each_block(
             [&](BlockProduct<T> product, long row, long column, long stride) {
                 for (long l = 0; l < groups; ++l) {
-                    if (width(l) == 0) continue;
-                    const T *a = q + row * dp + start[l], *b = kT + start[l] * Mp + column;
-                    product(a, dp, 1, b, Mp, width(l), group_products + l * BLOCK, stride, false);
+                    const long terms = angular ? width(l) : plain, from = row * dp + start[l];
+                    if (terms == 0) continue;
+                    const T* b = bT + start[l] * Mp + column;
+                    product(a + from, dp, 1, b, Mp, terms, group_products + l * BLOCK, stride, false);
                     if constexpr (tangent) {
                         T* to = tangent_products + l * BLOCK;
-                        product(tq + row * dp + start[l], dp, 1, b, Mp, width(l), to, stride, false);
-                        product(a, dp, 1, tkT + start[l] * Mp + column, Mp, width(l), to, stride, true);
+                        if (ta) product(ta + from, dp, 1, b, Mp, terms, to, stride, false);
+                        product(a + from, dp, 1, tbT + start[l] * Mp + column, Mp, terms, to, stride, ta != nullptr);
                     }
                 }
             },
             [&](long row, long column, long place) ESCAIP_LAMBDA {
-                Vec<T> a[groups], t[groups];
+                Vec<T> of_groups[groups], t[groups];
                 ESCAIP_UNROLL
                 for (long l = 0; l < groups; ++l) {
-                    a[l] = load(group_products + l * BLOCK + place);
+                    of_groups[l] = load(group_products + l * BLOCK + place);
                     if constexpr (tangent) t[l] = load(tangent_products + l * BLOCK + place);
                 }
-                each(row, column, a, t);
-            });
-    }
-
-    // each(row, column, E, tangent of E). Uses the places of l = 0, which has channels always: those of groups without
-    // channels stay zero.
-    template <bool tangent, class Each>
-    ESCAIP_INLINE void each_value_product(const Each& each) const {
-        each_block(
-            [&](BlockProduct<T> product, long row, long column, long stride) {
-                product(g + row * dp, dp, 1, vT + column, Mp, d, group_products, stride, false);
-                if constexpr (tangent) {
-                    product(g + row * dp, dp, 1, tvT + column, Mp, d, tangent_products, stride, false);
-                }
-            },
-            [&](long row, long column, long place) ESCAIP_LAMBDA {
-                each(row, column, load(group_products + place), load(tangent_products + place));
+                each(row, column, of_groups, t);
             });
     }
 };

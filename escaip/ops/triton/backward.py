@@ -3,7 +3,6 @@
 ``R_jk = p (E − D_j)`` is the gradient of a logit, ``E_jk = G_j·v_k``, ``D_j = G_j·out_j``, ``G = grad_out``.
 """
 
-# ruff: noqa: RUF005 -- Triton compiles sums of tuples, not stars
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, operator, assignment"
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ import triton
 import triton.language as tl
 
 from escaip.ops.triton.common import (
+    add_angular_rows,
     add_rows,
     add_weighted,
     autotuned,
     both_directed,
+    cosines,
     count,
     degree,
     dot,
     dot_pairs,
-    inner,
     legendre,
     legendre_first,
     load_rows,
@@ -31,41 +31,25 @@ from escaip.ops.triton.common import (
     store_rows,
     store_tokens,
     store_vectors,
-    weighted,
     zero_rows,
     zero_vectors,
 )
 
 
 @triton.jit
-def angular_logits_and_slopes(
-    x, y, c, a, LOGITS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr
-):
-    """``A^0 + a Σ_{l≥1} P_l A^l`` and its derivative by the cosine, ``a Σ_l P_l' A^l``, of each pair."""
+def group_products(x, y, c, CHUNKS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr):
+    """``A^0``, ``Σ_{l≥1} P_l A^l`` and its derivative by the cosine, ``Σ_l P_l' A^l``, of each pair."""
     radial = tl.zeros([OWN, OTHER], tl.float32)
     angular = tl.zeros([OWN, OTHER], tl.float32)
     slope = tl.zeros([OWN, OTHER], tl.float32)
-    for i in tl.static_range(count(LOGITS)):
-        if degree(LOGITS, i) == 0:
+    for i in tl.static_range(count(CHUNKS)):
+        if degree(CHUNKS, i) == 0:
             radial = dot(x[i], tl.trans(y[i]), radial, PRECISION)
         else:
             product = dot(x[i], tl.trans(y[i]), tl.zeros([OWN, OTHER], tl.float32), PRECISION)
-            angular += legendre(c, degree(LOGITS, i)) * product
-            slope += legendre_first(c, degree(LOGITS, i)) * product
-    return radial + a * angular, a * slope
-
-
-@triton.jit
-def add_angular_rows(totals, r, y, c, a, LOGITS: tl.constexpr, PRECISION: tl.constexpr):
-    """``total_j^l + Σ_k R a P_l y_k^l`` of all chunks."""
-    angular = a * r
-    sums = ()
-    for i in tl.static_range(count(LOGITS)):
-        if degree(LOGITS, i) == 0:
-            sums = sums + (weighted(totals[i], r, y[i], PRECISION),)
-        else:
-            sums = sums + (weighted(totals[i], angular * legendre(c, degree(LOGITS, i)), y[i], PRECISION),)
-    return sums
+            angular += legendre(c, degree(CHUNKS, i)) * product
+            slope += legendre_first(c, degree(CHUNKS, i)) * product
+    return radial, angular, slope
 
 
 @autotuned(1)
@@ -74,8 +58,8 @@ def backward_rows(
     grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, neighborhoods, out, lse, dq, dn, dots,
     scale, num_queries,
     H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
-    BIAS: tl.constexpr, WITH_DN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
-    OTHER: tl.constexpr, OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
+    TURNED: tl.constexpr, BIAS: tl.constexpr, WITH_DN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, OTHER: tl.constexpr, OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Writes ``dq``, the row part of ``dn`` as ``(H, Q, 3)``, and ``D_j`` as ``(H, Q)`` for the columns."""
     head = tl.program_id(1)
@@ -99,8 +83,10 @@ def backward_rows(
             y = load_rows(k, i, last_key, head, H, D, LOGITS, OTHER)
             if ANGLES:
                 m = load_vectors(direction, i, last_key, OTHER)
-                c, a = inner(n, m), both_directed(n, m)
-                logits, slope = angular_logits_and_slopes(x, y, c, a, LOGITS, OWN, OTHER, PRECISION)
+                a = both_directed(n, m)
+                c = cosines(n, m, a, TURNED)
+                radial, angular, slope = group_products(x, y, c, LOGITS, OWN, OTHER, PRECISION)
+                logits = radial + a * angular
             else:
                 logits = dot_pairs(x, y, tl.zeros([OWN, OTHER], tl.float32), LOGITS, PRECISION)
             logits *= scale
@@ -108,11 +94,19 @@ def backward_rows(
                 logits += load_tokens(log_envelope, i, last_key, OTHER)[None, :]
             p = tl.where((column < last_key - i)[None, :], tl.exp(logits - norm[:, None]), 0.0)
             w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
-            r = p * (dot_pairs(g, w, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION) - d[:, None])
+            if TURNED:
+                radial, angular, slope_v = group_products(g, w, c, VALUES, OWN, OTHER, PRECISION)
+                e = radial + angular
+            else:
+                e = dot_pairs(g, w, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
+            r = p * (e - d[:, None])
             if ANGLES:
-                sums = add_angular_rows(sums, r, y, c, a, LOGITS, PRECISION)
+                sums = add_angular_rows(sums, r, a * r, y, c, LOGITS, PRECISION)
                 if WITH_DN:
-                    turn = add_weighted(turn, r * slope, m)
+                    of_cosine = r * slope
+                    if TURNED:
+                        of_cosine += p * slope_v / scale
+                    turn = add_weighted(turn, a * of_cosine, m)
             else:
                 sums = add_rows(sums, r, y, LOGITS, PRECISION)
         store_rows(dq, sums, scale, j, last_query, head, H, D, LOGITS, OWN)
@@ -126,8 +120,8 @@ def backward_columns(
     grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, neighborhoods, lse, dots, dk, dv, db,
     dn, scale, num_queries, num_keys,
     H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
-    BIAS: tl.constexpr, WITH_DN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
-    OTHER: tl.constexpr, OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
+    TURNED: tl.constexpr, BIAS: tl.constexpr, WITH_DN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, OTHER: tl.constexpr, OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Writes ``dk``, ``dv``, each head's share of ``db``, ``(H, T)``, and the column part of ``dn``, ``(H, T, 3)``."""
     head = tl.program_id(1)
@@ -150,8 +144,10 @@ def backward_columns(
             x = load_rows(q, j, last_query, head, H, D, LOGITS, OTHER)
             if ANGLES:
                 n = load_vectors(direction, j, last_query, OTHER)
-                c, a = inner(m, n), both_directed(m, n)
-                logits, slope = angular_logits_and_slopes(y, x, c, a, LOGITS, OWN, OTHER, PRECISION)
+                a = both_directed(m, n)
+                c = cosines(m, n, a, TURNED)
+                radial, angular, slope = group_products(y, x, c, LOGITS, OWN, OTHER, PRECISION)
+                logits = radial + a * angular
             else:
                 logits = dot_pairs(y, x, tl.zeros([OWN, OTHER], tl.float32), LOGITS, PRECISION)
             logits *= scale
@@ -161,14 +157,23 @@ def backward_columns(
             p = tl.where((column < last_query - j)[None, :], tl.exp(logits - norm[None, :]), 0.0)
             g = load_rows(grad_out, j, last_query, head, H, D, VALUES, OTHER)
             d = load_tokens(dots + queries, j, last_query, OTHER)
-            r = p * (dot_pairs(w, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION) - d[None, :])
-            sums_v = add_rows(sums_v, p, g, VALUES, PRECISION)
+            if TURNED:
+                radial, angular, slope_v = group_products(w, g, c, VALUES, OWN, OTHER, PRECISION)
+                e = radial + angular
+                sums_v = add_angular_rows(sums_v, p, p, g, c, VALUES, PRECISION)
+            else:
+                e = dot_pairs(w, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
+                sums_v = add_rows(sums_v, p, g, VALUES, PRECISION)
+            r = p * (e - d[None, :])
             if BIAS:
                 sum_b += tl.sum(r, 1)
             if ANGLES:
-                sums = add_angular_rows(sums, r, x, c, a, LOGITS, PRECISION)
+                sums = add_angular_rows(sums, r, a * r, x, c, LOGITS, PRECISION)
                 if WITH_DN:
-                    turn = add_weighted(turn, r * slope, n)
+                    of_cosine = r * slope
+                    if TURNED:
+                        of_cosine += p * slope_v / scale
+                    turn = add_weighted(turn, a * of_cosine, n)
             else:
                 sums = add_rows(sums, r, x, LOGITS, PRECISION)
         store_rows(dk, sums, scale, i, last_key, head, H, D, LOGITS, OWN)

@@ -65,7 +65,9 @@ TILES = (
     (16, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2),
 )  # fmt: skip
 # Arguments on which the fastest tile depends, besides the types of the tensors.
-KEY = ("H", "D", "LOGITS", "VALUES", "ANGLES", "BIAS", "WITH_DN", "SPLIT", "PRECISION", "OWN_SIZE", "OTHER_SIZE")
+KEY = (
+    "H", "D", "LOGITS", "VALUES", "ANGLES", "TURNED", "BIAS", "WITH_DN", "SPLIT", "PRECISION", "OWN_SIZE", "OTHER_SIZE",
+)  # fmt: skip
 
 
 def autotuned(order: int) -> Callable[[Any], Any]:
@@ -291,6 +293,15 @@ def both_directed(n, m):
     return (own[:, None] & other[None, :]).to(tl.float32)
 
 
+@triton.jit
+def cosines(n, m, a, TURNED: tl.constexpr):
+    """``n_j·m_k``. With TURNED, 1 beside a self token: ``P_l`` is 1 there, and the logits have ``a``."""
+    c = inner(n, m)
+    if TURNED:
+        c += 1.0 - a
+    return c
+
+
 # Triton also compiles the code after a `return` inside a branch, so branches assign and each function returns once.
 
 
@@ -395,3 +406,15 @@ def row_dot(x, y, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     for i in tl.static_range(count(CHUNKS)):
         total += tl.sum(x[i].to(tl.float32) * y[i].to(tl.float32), 1)
     return total
+
+
+@triton.jit
+def add_angular_rows(totals, r, angular, y, c, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """``total_j^l + Σ_k r P_l y_k^l`` of all chunks, with ``angular`` in place of ``r`` for l ≥ 1."""
+    sums = ()
+    for i in tl.static_range(count(CHUNKS)):
+        if degree(CHUNKS, i) == 0:
+            sums = sums + (weighted(totals[i], r, y[i], PRECISION),)
+        else:
+            sums = sums + (weighted(totals[i], angular * legendre(c, degree(CHUNKS, i)), y[i], PRECISION),)
+    return sums

@@ -17,6 +17,7 @@ from escaip.ops.triton.common import (
     add_weighted,
     autotuned,
     both_directed,
+    cosines,
     count,
     degree,
     dot,
@@ -61,64 +62,80 @@ def load_bias(log_envelope, tb, first, last, BIAS: tl.constexpr, BLOCK: tl.const
     return bias, bias_t
 
 
+# OF is what pairs are made of: queries and keys ("logits"), or cotangents of the output and values, of which a program
+# owns the cotangents ("rows") or the values ("columns"). Cotangents have no tangent; beside a self token P_l is 1.
+
+
 @triton.jit
 def pair_tangents(
-    x, x_t, y_ptr, ty_ptr, first, last, head, n, n_t, m, m_t, H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr,
-    ANGLES: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    x, x_t, y_ptr, ty_ptr, first, last, head, n, n_t, m, m_t, H: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    ANGLES: tl.constexpr, TURNED: tl.constexpr, OF: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
+    OTHER: tl.constexpr,
 ):  # fmt: skip
     """``A^0 + a Σ P_l A^l``, its tangent, the slope ``a Σ P_l' A^l`` by the cosine and its tangent, of each pair."""
     radial, radial_t = tl.zeros([OWN, OTHER], tl.float32), tl.zeros([OWN, OTHER], tl.float32)
     angular, angular_t = tl.zeros([OWN, OTHER], tl.float32), tl.zeros([OWN, OTHER], tl.float32)
     slope, slope_t = tl.zeros([OWN, OTHER], tl.float32), tl.zeros([OWN, OTHER], tl.float32)
     if ANGLES:
-        c, c_t = inner(n, m), inner(n_t, m) + inner(n, m_t)
-    for i in tl.static_range(count(LOGITS)):
-        y = tl.trans(load_chunk(y_ptr, first, last, head, i, H, D, LOGITS, OTHER))
-        y_t = tl.trans(load_chunk(ty_ptr, first, last, head, i, H, D, LOGITS, OTHER))
-        if degree(LOGITS, i) == 0:
-            radial = dot(x[i], y, radial, PRECISION)
-            radial_t = dot(x_t[i], y, radial_t, PRECISION)
-            radial_t = dot(x[i], y_t, radial_t, PRECISION)
-        else:
-            product = dot(x[i], y, tl.zeros([OWN, OTHER], tl.float32), PRECISION)
-            product_t = dot(x_t[i], y, tl.zeros([OWN, OTHER], tl.float32), PRECISION)
+        a = both_directed(n, m)
+        c, c_t = cosines(n, m, a, TURNED), inner(n_t, m) + inner(n, m_t)
+    for i in tl.static_range(count(CHUNKS)):
+        product, product_t = radial, radial_t
+        if degree(CHUNKS, i) != 0:
+            product, product_t = tl.zeros([OWN, OTHER], tl.float32), tl.zeros([OWN, OTHER], tl.float32)
+        y = tl.trans(load_chunk(y_ptr, first, last, head, i, H, D, CHUNKS, OTHER))
+        product = dot(x[i], y, product, PRECISION)
+        if OF != "rows":
+            product_t = dot(x_t[i], y, product_t, PRECISION)
+        if OF != "columns":
+            y_t = tl.trans(load_chunk(ty_ptr, first, last, head, i, H, D, CHUNKS, OTHER))
             product_t = dot(x[i], y_t, product_t, PRECISION)
-            value, first_derivative = legendre(c, degree(LOGITS, i)), legendre_first(c, degree(LOGITS, i))
+        if degree(CHUNKS, i) == 0:
+            radial, radial_t = product, product_t
+        else:
+            value, first_derivative = legendre(c, degree(CHUNKS, i)), legendre_first(c, degree(CHUNKS, i))
             angular += value * product
             angular_t += value * product_t
             slope += first_derivative * product
-            slope_t += first_derivative * product_t + legendre_second(c, degree(LOGITS, i)) * c_t * product
+            slope_t += first_derivative * product_t + legendre_second(c, degree(CHUNKS, i)) * c_t * product
         settle(PRECISION)
     if ANGLES:
-        a = both_directed(n, m)
         # the tangent of P_l in the logit, P_l' ċ A^l summed over l, is ċ times the slope
-        radial += a * angular
-        radial_t += a * (angular_t + c_t * slope)
         slope, slope_t = a * slope, a * slope_t
+        if OF == "logits":
+            angular, angular_t = a * angular, a * angular_t
+        radial += angular
+        radial_t += angular_t + c_t * slope
     return radial, radial_t, slope, slope_t
 
 
 @triton.jit
 def add_tangent_rows(
     totals, r, r_t, y_ptr, ty_ptr, first, last, head, n, n_t, m, m_t, H: tl.constexpr, D: tl.constexpr,
-    LOGITS: tl.constexpr, ANGLES: tl.constexpr, PRECISION: tl.constexpr, OTHER: tl.constexpr,
+    CHUNKS: tl.constexpr, ANGLES: tl.constexpr, TURNED: tl.constexpr, OF: tl.constexpr, PRECISION: tl.constexpr,
+    OTHER: tl.constexpr,
 ):  # fmt: skip
     """``total_j^l + Σ_k a [(Ṙ P_l + R P_l' ċ) y_k^l + R P_l ẏ_k^l]`` of all chunks."""
     if ANGLES:
-        c, a = inner(n, m), both_directed(n, m)
+        a = both_directed(n, m)
+        c = cosines(n, m, a, TURNED)
         turned = a * r * (inner(n_t, m) + inner(n, m_t))
-        angular, angular_t = a * r, a * r_t
+        angular, angular_t = r, r_t
+        if OF == "logits":
+            angular, angular_t = a * r, a * r_t
     sums = ()
-    for i in tl.static_range(count(LOGITS)):
+    for i in tl.static_range(count(CHUNKS)):
         settle(PRECISION)
-        if degree(LOGITS, i) == 0:
+        if degree(CHUNKS, i) == 0:
             weight, weight_t = r, r_t
         else:
-            value = legendre(c, degree(LOGITS, i))
-            weight, weight_t = angular * value, angular_t * value + turned * legendre_first(c, degree(LOGITS, i))
-        total = weighted(totals[i], weight_t, load_chunk(y_ptr, first, last, head, i, H, D, LOGITS, OTHER), PRECISION)
-        y_t = load_chunk(ty_ptr, first, last, head, i, H, D, LOGITS, OTHER)
-        sums = sums + (weighted(total, weight, y_t, PRECISION),)
+            value = legendre(c, degree(CHUNKS, i))
+            weight, weight_t = angular * value, angular_t * value + turned * legendre_first(c, degree(CHUNKS, i))
+        total = weighted(totals[i], weight_t, load_chunk(y_ptr, first, last, head, i, H, D, CHUNKS, OTHER), PRECISION)
+        if OF != "columns":
+            y_t = load_chunk(ty_ptr, first, last, head, i, H, D, CHUNKS, OTHER)
+            total = weighted(total, weight, y_t, PRECISION)
+        sums = sums + (total,)
     return sums
 
 
@@ -126,7 +143,7 @@ def add_tangent_rows(
 def row_tangents(
     x, x_t, n, n_t, norm, k, tk, v, tv, log_envelope, tb, direction, tn, first_key, last_key, head, scale,
     H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    TURNED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """First walk: ``Σ_k p ((Ṡ − shift) v + v̇)``, ``μ − shift`` and ``shift``, any number near μ.
 
@@ -138,8 +155,9 @@ def row_tangents(
     for i in tl.range(first_key, last_key, OTHER, disable_licm=True):
         m, m_t = load_geometry(direction, tn, i, last_key, ANGLES, OTHER)
         logits, logits_t, _, _ = pair_tangents(
-            x, x_t, k, tk, i, last_key, head, n, n_t, m, m_t, H, D, LOGITS, ANGLES, PRECISION, OWN, OTHER
-        )
+            x, x_t, k, tk, i, last_key, head, n, n_t, m, m_t, H, D, LOGITS, ANGLES, TURNED,
+            "logits", PRECISION, OWN, OTHER,
+        )  # fmt: skip
         bias, bias_t = load_bias(log_envelope, tb, i, last_key, BIAS, OTHER)
         p = tl.exp(logits * scale + bias[None, :] - norm[:, None])
         p = tl.where((column < last_key - i)[None, :], p, 0.0)
@@ -148,10 +166,16 @@ def row_tangents(
         shift = tl.where(i == first_key, tile_mean, shift)
         p_t = p * (logits_t - shift[:, None])
         mean += tl.sum(p_t, 1)
-        w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
-        w_t = load_rows(tv, i, last_key, head, H, D, VALUES, OTHER)
-        sums = add_rows(sums, p_t, w, VALUES, PRECISION)
-        sums = add_rows(sums, rounded(p, v.dtype.element_ty), w_t, VALUES, PRECISION)
+        if TURNED:
+            sums = add_tangent_rows(
+                sums, p, p_t, v, tv, i, last_key, head, n, n_t, m, m_t, H, D, VALUES, ANGLES, TURNED, "rows", PRECISION,
+                OTHER,
+            )  # fmt: skip
+        else:
+            w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
+            w_t = load_rows(tv, i, last_key, head, H, D, VALUES, OTHER)
+            sums = add_rows(sums, p_t, w, VALUES, PRECISION)
+            sums = add_rows(sums, rounded(p, v.dtype.element_ty), w_t, VALUES, PRECISION)
     return sums, mean, shift
 
 
@@ -159,7 +183,7 @@ def row_tangents(
 def row_gradients(
     x, x_t, n, n_t, g, norm, d, mean, d_t, k, tk, v, tv, log_envelope, tb, direction, tn, first_key, last_key, head,
     scale, H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    TURNED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """Second walk: ``gq`` and the row part of ``gn``, both without the factor ``scale``."""
     column = tl.arange(0, OTHER)
@@ -167,24 +191,55 @@ def row_gradients(
     for i in tl.range(first_key, last_key, OTHER, disable_licm=True):
         m, m_t = load_geometry(direction, tn, i, last_key, ANGLES, OTHER)
         logits, logits_t, slope, slope_t = pair_tangents(
-            x, x_t, k, tk, i, last_key, head, n, n_t, m, m_t, H, D, LOGITS, ANGLES, PRECISION, OWN, OTHER
-        )
+            x, x_t, k, tk, i, last_key, head, n, n_t, m, m_t, H, D, LOGITS, ANGLES, TURNED,
+            "logits", PRECISION, OWN, OTHER,
+        )  # fmt: skip
         bias, bias_t = load_bias(log_envelope, tb, i, last_key, BIAS, OTHER)
         p = tl.exp(logits * scale + bias[None, :] - norm[:, None])
         p = tl.where((column < last_key - i)[None, :], p, 0.0)
         logits_t = logits_t * scale + bias_t[None, :]
         settle(PRECISION)
-        w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
-        w_t = load_rows(tv, i, last_key, head, H, D, VALUES, OTHER)
-        e = dot_pairs(g, w, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION) - d[:, None]
-        e_t = dot_pairs(g, w_t, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION) - d_t[:, None]
+        if TURNED:
+            e, e_t, slope_v, slope_v_t = pair_tangents(
+                g,
+                (),
+                v,
+                tv,
+                i,
+                last_key,
+                head,
+                n,
+                n_t,
+                m,
+                m_t,
+                H,
+                D,
+                VALUES,
+                ANGLES,
+                TURNED,
+                "rows",
+                PRECISION,
+                OWN,
+                OTHER,
+            )
+        else:
+            w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
+            w_t = load_rows(tv, i, last_key, head, H, D, VALUES, OTHER)
+            e = dot_pairs(g, w, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
+            e_t = dot_pairs(g, w_t, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
+        e, e_t = e - d[:, None], e_t - d_t[:, None]
         r, r_t = p * e, p * ((logits_t - mean[:, None]) * e + e_t)
         sums = add_tangent_rows(
-            sums, r, r_t, k, tk, i, last_key, head, n, n_t, m, m_t, H, D, LOGITS, ANGLES, PRECISION, OTHER
-        )
+            sums, r, r_t, k, tk, i, last_key, head, n, n_t, m, m_t, H, D, LOGITS, ANGLES, TURNED, "logits", PRECISION,
+            OTHER,
+        )  # fmt: skip
         if ANGLES:
-            turn = add_weighted(turn, r_t * slope + r * slope_t, m)
-            turn = add_weighted(turn, r * slope, m_t)
+            of_cosine, of_cosine_t = r * slope, r_t * slope + r * slope_t
+            if TURNED:
+                of_cosine += p * slope_v / scale
+                of_cosine_t += p * ((logits_t - mean[:, None]) * slope_v + slope_v_t) / scale
+            turn = add_weighted(turn, of_cosine_t, m)
+            turn = add_weighted(turn, of_cosine, m_t)
     return sums, turn
 
 
@@ -194,8 +249,8 @@ def double_backward_rows(
     tq, tk, tv, tb, tn, grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, neighborhoods, out, lse,
     grad_grad_out, gq, gn, dots, means, dots_t, scale, num_queries,
     H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
-    OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
+    TURNED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
+    OTHER: tl.constexpr, OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Writes Ȯ, ``gq``, the row part of ``gn`` as ``(H, Q, 3)``, and D, μ, Ḋ as ``(H, Q)`` for the columns."""
     head = tl.program_id(1)
@@ -211,7 +266,7 @@ def double_backward_rows(
         norm = tl.load(lse + (j + row) * H + head, mask=row < last_query - j, other=0.0)
         sums, mean, shift = row_tangents(
             x, x_t, n, n_t, norm, k, tk, v, tv, log_envelope, tb, direction, tn, first_key, last_key, head, scale,
-            H, D, LOGITS, VALUES, ANGLES, BIAS, PRECISION, OWN, OTHER,
+            H, D, LOGITS, VALUES, ANGLES, TURNED, BIAS, PRECISION, OWN, OTHER,
         )  # fmt: skip
         o = load_rows(out, j, last_query, head, H, D, VALUES, OWN)
         g = load_rows(grad_out, j, last_query, head, H, D, VALUES, OWN)
@@ -226,7 +281,7 @@ def double_backward_rows(
         store_tokens(dots_t + plane, d_t, j, last_query, OWN)
         sums, turn = row_gradients(
             x, x_t, n, n_t, g, norm, d, mean, d_t, k, tk, v, tv, log_envelope, tb, direction, tn, first_key, last_key,
-            head, scale, H, D, LOGITS, VALUES, ANGLES, BIAS, PRECISION, OWN, OTHER,
+            head, scale, H, D, LOGITS, VALUES, ANGLES, TURNED, BIAS, PRECISION, OWN, OTHER,
         )  # fmt: skip
         store_rows(gq, sums, scale, j, last_query, head, H, D, LOGITS, OWN)
         if ANGLES:
@@ -239,8 +294,8 @@ def double_backward_columns(
     tq, tk, tv, tb, tn, grad_out, q, k, v, log_envelope, direction, query_offsets, key_offsets, neighborhoods, lse,
     dots, means, dots_t, gk, gv, gb, gn, scale, num_queries, num_keys,
     H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
-    OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
+    TURNED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
+    OTHER: tl.constexpr, OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Writes ``gk``, ``gv``, each head's share of ``gb``, ``(H, T)``, and the column part of ``gn``, ``(H, T, 3)``."""
     head = tl.program_id(1)
@@ -261,27 +316,44 @@ def double_backward_columns(
         for j in tl.range(first_query, last_query, OTHER, disable_licm=True):
             n, n_t = load_geometry(direction, tn, j, last_query, ANGLES, OTHER)
             logits, logits_t, slope, slope_t = pair_tangents(
-                y, y_t, q, tq, j, last_query, head, m, m_t, n, n_t, H, D, LOGITS, ANGLES, PRECISION, OWN, OTHER
-            )
+                y, y_t, q, tq, j, last_query, head, m, m_t, n, n_t, H, D, LOGITS, ANGLES, TURNED,
+                "logits", PRECISION, OWN, OTHER,
+            )  # fmt: skip
             norm = tl.load(lse + (j + column) * H + head, mask=column < last_query - j, other=0.0)
             p = tl.exp(logits * scale + bias[:, None] - norm[None, :])
             p = tl.where((column < last_query - j)[None, :], p, 0.0)
             mean = load_tokens(means + queries, j, last_query, OTHER)
             p_t = p * (logits_t * scale + bias_t[:, None] - mean[None, :])
-            g = load_rows(grad_out, j, last_query, head, H, D, VALUES, OTHER)
-            sums_v = add_rows(sums_v, p_t, g, VALUES, PRECISION)
             d = load_tokens(dots + queries, j, last_query, OTHER)
             d_t = load_tokens(dots_t + queries, j, last_query, OTHER)
-            e = dot_pairs(w, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION) - d[None, :]
-            e_t = dot_pairs(w_t, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION) - d_t[None, :]
+            if TURNED:
+                sums_v = add_tangent_rows(
+                    sums_v, p, p_t, grad_out, grad_out, j, last_query, head, m, m_t, n, n_t, H, D, VALUES, ANGLES,
+                    TURNED, "columns", PRECISION, OTHER,
+                )  # fmt: skip
+                e, e_t, slope_v, slope_v_t = pair_tangents(
+                    w, w_t, grad_out, grad_out, j, last_query, head, m, m_t, n, n_t, H, D, VALUES, ANGLES, TURNED,
+                    "columns", PRECISION, OWN, OTHER,
+                )  # fmt: skip
+            else:
+                g = load_rows(grad_out, j, last_query, head, H, D, VALUES, OTHER)
+                sums_v = add_rows(sums_v, p_t, g, VALUES, PRECISION)
+                e = dot_pairs(w, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
+                e_t = dot_pairs(w_t, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
+            e, e_t = e - d[None, :], e_t - d_t[None, :]
             r, r_t = p * e, p_t * e + p * e_t
             sum_b += tl.sum(r_t, 1)
             sums = add_tangent_rows(
-                sums, r, r_t, q, tq, j, last_query, head, m, m_t, n, n_t, H, D, LOGITS, ANGLES, PRECISION, OTHER
-            )
+                sums, r, r_t, q, tq, j, last_query, head, m, m_t, n, n_t, H, D, LOGITS, ANGLES, TURNED,
+                "logits", PRECISION, OTHER,
+            )  # fmt: skip
             if ANGLES:
-                turn = add_weighted(turn, r_t * slope + r * slope_t, n)
-                turn = add_weighted(turn, r * slope, n_t)
+                of_cosine, of_cosine_t = r * slope, r_t * slope + r * slope_t
+                if TURNED:
+                    of_cosine += p * slope_v / scale
+                    of_cosine_t += (p_t * slope_v + p * slope_v_t) / scale
+                turn = add_weighted(turn, of_cosine_t, n)
+                turn = add_weighted(turn, of_cosine, n_t)
         store_rows(gk, sums, scale, i, last_key, head, H, D, LOGITS, OWN)
         store_rows(gv, sums_v, 1.0, i, last_key, head, H, D, VALUES, OWN)
         if BIAS:

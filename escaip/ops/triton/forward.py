@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 
 from escaip.ops.triton.common import (
+    add_angular_rows,
     add_rows,
     autotuned,
     both_directed,
+    cosines,
     count,
     degree,
     dot,
     dot_pairs,
-    inner,
     legendre,
     load_rows,
     load_tokens,
@@ -29,18 +30,17 @@ from escaip.ops.triton.common import (
 
 
 @triton.jit
-def angular_logits(x, y, n, m, LOGITS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr):
+def angular_logits(x, y, c, a, LOGITS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr):
     """``A^0 + a Σ_{l≥1} P_l A^l`` of each pair."""
     radial = tl.zeros([OWN, OTHER], tl.float32)
     angular = tl.zeros([OWN, OTHER], tl.float32)
-    c = inner(n, m)
     for i in tl.static_range(count(LOGITS)):
         if degree(LOGITS, i) == 0:
             radial = dot(x[i], tl.trans(y[i]), radial, PRECISION)
         else:
             product = dot(x[i], tl.trans(y[i]), tl.zeros([OWN, OTHER], tl.float32), PRECISION)
             angular += legendre(c, degree(LOGITS, i)) * product
-    return radial + both_directed(n, m) * angular
+    return radial + a * angular
 
 
 @autotuned(0)
@@ -48,8 +48,8 @@ def angular_logits(x, y, n, m, LOGITS: tl.constexpr, OWN: tl.constexpr, OTHER: t
 def forward_rows(
     q, k, v, log_envelope, direction, query_offsets, key_offsets, neighborhoods, out, lse, scale,
     H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
-    OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
+    TURNED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
+    OTHER: tl.constexpr, OWN_SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out (Q, H, D)`` and ``lse (Q, H)``."""
     head = tl.program_id(1)
@@ -68,7 +68,9 @@ def forward_rows(
             y = load_rows(k, i, last_key, head, H, D, LOGITS, OTHER)
             if ANGLES:
                 m = load_vectors(direction, i, last_key, OTHER)
-                logits = angular_logits(x, y, n, m, LOGITS, OWN, OTHER, PRECISION) * scale
+                a = both_directed(n, m)
+                c = cosines(n, m, a, TURNED)
+                logits = angular_logits(x, y, c, a, LOGITS, OWN, OTHER, PRECISION) * scale
             else:
                 logits = dot_pairs(x, y, tl.zeros([OWN, OTHER], tl.float32), LOGITS, PRECISION) * scale
             if BIAS:
@@ -83,7 +85,10 @@ def forward_rows(
             for g in tl.static_range(count(VALUES)):
                 scaled = scaled + (sums[g] * shrink[:, None],)
             w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
-            sums = add_rows(scaled, rounded(p, v.dtype.element_ty), w, VALUES, PRECISION)
+            if TURNED:
+                sums = add_angular_rows(scaled, p, p, w, c, VALUES, PRECISION)
+            else:
+                sums = add_rows(scaled, rounded(p, v.dtype.element_ty), w, VALUES, PRECISION)
             largest = grown
         store_rows(out, sums, (1.0 / total)[:, None], j, last_query, head, H, D, VALUES, OWN)
         rows = tl.arange(0, OWN)

@@ -30,6 +30,7 @@ class _Launcher:
     Attributes:
         tensors: arguments of every kernel by name.
         scale: factor on the products of queries and keys.
+        turned: whether values have angles.
         logits: chunks of q and k.
         values: chunks of v.
         precision: rounding of float32 matrix products, in Triton's words.
@@ -37,6 +38,7 @@ class _Launcher:
 
     tensors: dict[str, Tensor | None]
     scale: float
+    turned: bool
     logits: Chunks
     values: Chunks
     precision: str
@@ -46,8 +48,10 @@ class _Launcher:
         names = ("q", "k", "v", "log_envelope", "direction", "query_offsets", "key_offsets")
         given = {name: getattr(inputs, name) for name in names}
         contiguous = {name: None if x is None else x.contiguous() for name, x in given.items()}
-        chunks = cut(tuple(inputs.widths)), cut((inputs.q.shape[2],))
-        return cls(contiguous, inputs.scale, *chunks, matmul_precision(inputs.q))
+        turned = inputs.angular_values and inputs.direction is not None
+        logits = cut(tuple(inputs.widths))
+        chunks = logits, logits if turned else cut((inputs.q.shape[2],))
+        return cls(contiguous, inputs.scale, turned, *chunks, matmul_precision(inputs.q))
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[name]
@@ -69,8 +73,8 @@ class _Launcher:
             kernel[grid](
                 **self.tensors, **arguments, neighborhoods=neighborhoods, scale=self.scale, H=q.shape[1], D=q.shape[2],
                 LOGITS=self.logits, VALUES=self.values, ANGLES=self.tensors["direction"] is not None,
-                BIAS=bias is not None, SPLIT=split, PRECISION=self.precision, OWN_SIZE=size_class(own_mean),
-                OTHER_SIZE=size_class(other_mean),
+                TURNED=self.turned, BIAS=bias is not None, SPLIT=split, PRECISION=self.precision,
+                OWN_SIZE=size_class(own_mean), OTHER_SIZE=size_class(other_mean),
             )  # fmt: skip
 
     @property
