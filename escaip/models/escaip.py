@@ -132,8 +132,8 @@ def _block(c: EScAIPConfig, basis: GaussianBasis, layer: int) -> Block:
         _attributes(c, basis),
         Message(c.hidden_size, c.activation, c.norm, c.message_gate, c.dropout),
         NeighborhoodAttention(
-            c.hidden_size, c.num_heads, c.angular_channels, c.angular_values, c.scale, c.aggregation, c.attention_dropout,
-            c.attention_backend, needs_edges,
+            c.hidden_size, c.num_heads, c.angular_channels, c.angular_values, c.scale, c.aggregation,
+            c.attention_dropout, c.attention_backend, needs_edges,
         ),
         c.hidden_size, c.ffn_multiplier, c.activation, c.norm, c.node_dropout, c.edge_dropout,
         c.stochastic_depth, needs_edges,
