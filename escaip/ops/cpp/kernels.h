@@ -184,7 +184,7 @@ void backward_head(Worker<T>& w, long head) {
         w.g, nullptr, w.vT, nullptr, w.d, [&](long row, long column, const Vec<T>* b, const Vec<T>*) ESCAIP_LAMBDA {
             const long at = row * Mp + column;
             const Vec<T> probability = load(w.P + at);
-            Vec<T> e = b[0], of_cosine = zeros<T>();
+            Vec<T> e = b[0], of_cosine;
             if constexpr (turned) {
                 const Legendre<T> legendre(load(w.cosine + at));
                 e = legendre.values(b);
@@ -193,7 +193,11 @@ void backward_head(Worker<T>& w, long head) {
             const Vec<T> r = probability * (e - w.of_row[row]);
             store<T>(w.R + at, r);
             store<T>(w.db + column, load(w.db + column) + r);
-            if constexpr (angular) store<T>(w.C + at, load(w.C + at) + (r * load(w.X + at) + of_cosine));
+            if constexpr (angular) {
+                Vec<T> c = load(w.C + at) + r * load(w.X + at);
+                if constexpr (turned) c += of_cosine;
+                store<T>(w.C + at, c);
+            }
         });
     add_value_gradient<T, turned, false>(w, head);
     add_products<T, angular, false>(w, head);
@@ -278,7 +282,7 @@ void double_backward_head(Worker<T>& w, long head) {
         w.g, nullptr, w.vT, w.tvT, w.d, [&](long row, long column, const Vec<T>* b, const Vec<T>* t) ESCAIP_LAMBDA {
             const long at = row * Mp + column;
             const Vec<T> probability = load(w.P + at), tangent = load(w.dP + at);
-            Vec<T> e = b[0], de = t[0], of_cosine = zeros<T>(), tangent_of_cosine = zeros<T>();
+            Vec<T> e = b[0], de = t[0], of_cosine, tangent_of_cosine;
             if constexpr (turned) {
                 const Legendre<T> legendre(load(w.cosine + at));
                 const Vec<T> dcosine = load(w.dcosine + at), slopes = legendre.slopes(b);
@@ -296,8 +300,10 @@ void double_backward_head(Worker<T>& w, long head) {
             store<T>(w.db + column, load(w.db + column) + dr);
             if constexpr (angular) {
                 const Vec<T> slopes = load(w.X + at);
-                store<T>(w.C + at, load(w.C + at) + (r * slopes + of_cosine));
-                store<T>(w.dC + at, load(w.dC + at) + (dr * slopes + r * load(w.Y + at) + tangent_of_cosine));
+                Vec<T> c = load(w.C + at) + r * slopes, dc = load(w.dC + at) + dr * slopes + r * load(w.Y + at);
+                if constexpr (turned) c += of_cosine, dc += tangent_of_cosine;
+                store<T>(w.C + at, c);
+                store<T>(w.dC + at, dc);
             }
         });
     add_value_gradient<T, turned, true>(w, head);
