@@ -53,7 +53,7 @@ class KernelCase:
     """One problem of attention.
 
     Attributes:
-        use: ``tokens`` with angles, ``radial`` without, ``self`` queries alone, or ``nodes`` of a system.
+        use: ``tokens`` with angles, ``values`` with angular values too, ``radial`` without, ``self`` queries alone, or ``nodes`` of a system.
         shape: of SHAPES, or of SYSTEMS for nodes.
         precision: of TOLERANCES.
     """
@@ -82,7 +82,8 @@ class KernelCase:
             return lambda q, k, v, b, n, offsets: node_attention(q, k, v, offsets, scale, backend)
         channels = None if self.use == "radial" else bench.CHANNELS[self.head_size]
         options = {"angular_channels": channels, "scale": scale, "backend": backend}
-        return partial(neighborhood_attention, **options, self_queries_only=self.use == "self")
+        flags = {"self_queries_only": self.use == "self", "angular_values": self.use == "values"}
+        return partial(neighborhood_attention, **options, **flags)
 
 
 def kernel_cases(small: bool, device: str) -> list[KernelCase]:
@@ -93,7 +94,7 @@ def kernel_cases(small: bool, device: str) -> list[KernelCase]:
     order = sorted(HEAD_SIZES, key=lambda d: d not in (32, 64))
     cases = [KernelCase(use, "ragged", d, p) for p in precisions for d in order for use in ("tokens", "self")]
     cases += [KernelCase("nodes", shape, d, p) for p in precisions for d in (32, 64) for shape in SYSTEMS]
-    cases += [KernelCase("radial", "ragged", 64, p) for p in precisions]
+    cases += [KernelCase(use, "ragged", 64, p) for p in precisions for use in ("values", "radial")]
     cases += [KernelCase("tokens", shape, d, p) for p in precisions for d in (32, 64) for shape in SHAPES]
     return list(dict.fromkeys(cases))
 
