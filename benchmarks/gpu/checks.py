@@ -53,7 +53,8 @@ class KernelCase:
     """One problem of attention.
 
     Attributes:
-        use: ``tokens`` with angles, ``values`` with angular values too, ``radial`` without, ``self`` queries alone, or ``nodes`` of a system.
+        use: ``tokens`` with angles, ``values`` with angular values too, ``radial`` without, ``self`` queries alone, or
+            ``nodes`` of a system.
         shape: of SHAPES, or of SYSTEMS for nodes.
         precision: of TOLERANCES.
     """
