@@ -276,7 +276,7 @@ def config_path(name: str, kind: str = "") -> Path:
     if given.parent == Path(".") and packaged.is_file():
         return packaged
     known = ", ".join(list_configs(kind))
-    raise ConfigError(f"{kind or 'config'} {name!r} is neither a file nor a recipe: recipes are {known}")
+    raise ConfigError(f"{kind} config {name!r} is neither a file nor a recipe: recipes are {known}".lstrip())
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
