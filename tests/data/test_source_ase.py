@@ -262,7 +262,7 @@ def test_formats_are_found_by_content(tmp_path: Path, xyz_file: Path) -> None:
 
 
 def test_bulk_with_a_shared_cell_keeps_pbc(tmp_path: Path) -> None:
-    path = tmp_path / "slab.traj"
+    path = tmp_path / "slab@300K.traj"  # which ASE would read as frame 300K of slab
     ase.io.write(path, ase.build.fcc111("Cu", (1, 1, 3), vacuum=5.0))
     assert next(open_source(path)).pbc.tolist() == [[True, True, False]]
 

@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -178,7 +179,8 @@ def _iterate(path: Path, positions: range) -> Iterator[Atoms]:
     count = 0
     try:
         index = f"{positions.start}:{stop}:{positions.step}"
-        for atoms in _iterate_xyz(path, positions) if is_xyz else ase.io.iread(path, index):
+        read = partial(ase.io.iread, do_not_split_by_at_sign=True)  # an @ belongs to the name
+        for atoms in _iterate_xyz(path, positions) if is_xyz else read(path, index):
             yield atoms
             count += 1
     except UnknownFileTypeError as error:
