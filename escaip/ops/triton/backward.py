@@ -37,19 +37,53 @@ from escaip.ops.triton.common import (
 
 
 @triton.jit
-def group_products(x, y, c, CHUNKS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr):
-    """``A^0``, ``Σ_{l≥1} P_l A^l`` and its derivative by the cosine, ``Σ_l P_l' A^l``, of each pair."""
+def load_directions(direction, first, last, ANGLES: tl.constexpr, BLOCK: tl.constexpr):
+    """Directions of tokens; nothing without angles."""
+    vectors = ()
+    if ANGLES:
+        vectors = load_vectors(direction, first, last, BLOCK)
+    return vectors
+
+
+@triton.jit
+def pair_products(
+    x, y, n, m, CHUNKS: tl.constexpr, ANGLES: tl.constexpr, TURNED: tl.constexpr, OF_VALUES: tl.constexpr,
+    PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    """``A^0 + a Σ_{l≥1} P_l A^l``, of values without ``a``, and its slope by the cosine, ``a Σ_l P_l' A^l``."""
     radial = tl.zeros([OWN, OTHER], tl.float32)
     angular = tl.zeros([OWN, OTHER], tl.float32)
     slope = tl.zeros([OWN, OTHER], tl.float32)
-    for i in tl.static_range(count(CHUNKS)):
-        if degree(CHUNKS, i) == 0:
-            radial = dot(x[i], tl.trans(y[i]), radial, PRECISION)
-        else:
-            product = dot(x[i], tl.trans(y[i]), tl.zeros([OWN, OTHER], tl.float32), PRECISION)
-            angular += legendre(c, degree(CHUNKS, i)) * product
-            slope += legendre_first(c, degree(CHUNKS, i)) * product
-    return radial, angular, slope
+    if ANGLES:
+        a = both_directed(n, m)
+        c = cosines(n, m, a, TURNED)
+        for i in tl.static_range(count(CHUNKS)):
+            if degree(CHUNKS, i) == 0:
+                radial = dot(x[i], tl.trans(y[i]), radial, PRECISION)
+            else:
+                product = dot(x[i], tl.trans(y[i]), tl.zeros([OWN, OTHER], tl.float32), PRECISION)
+                angular += legendre(c, degree(CHUNKS, i)) * product
+                slope += legendre_first(c, degree(CHUNKS, i)) * product
+        radial += angular if OF_VALUES else a * angular
+        slope = a * slope
+    else:
+        radial = dot_pairs(x, y, radial, CHUNKS, PRECISION)
+    return radial, slope
+
+
+@triton.jit
+def add_products(
+    totals, r, y, n, m, CHUNKS: tl.constexpr, ANGLES: tl.constexpr, TURNED: tl.constexpr, OF_VALUES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``total_j^l + Σ_k r a P_l y_k^l`` of all chunks; of values without ``a``."""
+    if ANGLES:
+        a = both_directed(n, m)
+        angular = r if OF_VALUES else a * r
+        totals = add_angular_rows(totals, r, angular, y, cosines(n, m, a, TURNED), CHUNKS, PRECISION)
+    else:
+        totals = add_rows(totals, r, y, CHUNKS, PRECISION)
+    return totals
 
 
 @autotuned(1)
@@ -75,40 +109,25 @@ def backward_rows(
         d = row_dot(g, o, VALUES, OWN)
         store_tokens(dots + plane, d, j, last_query, OWN)
         norm = tl.load(lse + (j + row) * H + head, mask=row < last_query - j, other=0.0)
-        sums = zero_rows(LOGITS, OWN)
-        if ANGLES:
-            n = load_vectors(direction, j, last_query, OWN)
-            turn = zero_vectors(OWN)
+        sums, turn = zero_rows(LOGITS, OWN), zero_vectors(OWN)
+        n = load_directions(direction, j, last_query, ANGLES, OWN)
         for i in tl.range(first_key, last_key, OTHER, disable_licm=True):
             y = load_rows(k, i, last_key, head, H, D, LOGITS, OTHER)
-            if ANGLES:
-                m = load_vectors(direction, i, last_key, OTHER)
-                a = both_directed(n, m)
-                c = cosines(n, m, a, TURNED)
-                radial, angular, slope = group_products(x, y, c, LOGITS, OWN, OTHER, PRECISION)
-                logits = radial + a * angular
-            else:
-                logits = dot_pairs(x, y, tl.zeros([OWN, OTHER], tl.float32), LOGITS, PRECISION)
+            m = load_directions(direction, i, last_key, ANGLES, OTHER)
+            logits, slope = pair_products(x, y, n, m, LOGITS, ANGLES, TURNED, False, PRECISION, OWN, OTHER)
             logits *= scale
             if BIAS:
                 logits += load_tokens(log_envelope, i, last_key, OTHER)[None, :]
             p = tl.where((column < last_key - i)[None, :], tl.exp(logits - norm[:, None]), 0.0)
             w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
-            if TURNED:
-                radial, angular, slope_v = group_products(g, w, c, VALUES, OWN, OTHER, PRECISION)
-                e = radial + angular
-            else:
-                e = dot_pairs(g, w, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
+            e, slope_v = pair_products(g, w, n, m, VALUES, TURNED, TURNED, True, PRECISION, OWN, OTHER)
             r = p * (e - d[:, None])
-            if ANGLES:
-                sums = add_angular_rows(sums, r, a * r, y, c, LOGITS, PRECISION)
-                if WITH_DN:
-                    of_cosine = r * slope
-                    if TURNED:
-                        of_cosine += p * slope_v / scale
-                    turn = add_weighted(turn, a * of_cosine, m)
-            else:
-                sums = add_rows(sums, r, y, LOGITS, PRECISION)
+            sums = add_products(sums, r, y, n, m, LOGITS, ANGLES, TURNED, False, PRECISION)
+            if WITH_DN:
+                of_cosine = r * slope
+                if TURNED:
+                    of_cosine += p * slope_v / scale
+                turn = add_weighted(turn, of_cosine, m)
         store_rows(dq, sums, scale, j, last_query, head, H, D, LOGITS, OWN)
         if WITH_DN:
             store_vectors(dn + plane * 3, turn, scale, j, last_query, OWN)
@@ -133,23 +152,15 @@ def backward_columns(
     for i in tl.range(first_key, last_key, OWN, disable_licm=True):
         y = load_rows(k, i, last_key, head, H, D, LOGITS, OWN)
         w = load_rows(v, i, last_key, head, H, D, VALUES, OWN)
-        sums, sums_v = zero_rows(LOGITS, OWN), zero_rows(VALUES, OWN)
+        sums, sums_v, turn = zero_rows(LOGITS, OWN), zero_rows(VALUES, OWN), zero_vectors(OWN)
+        m = load_directions(direction, i, last_key, ANGLES, OWN)
         if BIAS:
             bias = load_tokens(log_envelope, i, last_key, OWN)
             sum_b = tl.zeros([OWN], tl.float32)
-        if ANGLES:
-            m = load_vectors(direction, i, last_key, OWN)
-            turn = zero_vectors(OWN)
         for j in tl.range(first_query, last_query, OTHER, disable_licm=True):
             x = load_rows(q, j, last_query, head, H, D, LOGITS, OTHER)
-            if ANGLES:
-                n = load_vectors(direction, j, last_query, OTHER)
-                a = both_directed(m, n)
-                c = cosines(m, n, a, TURNED)
-                radial, angular, slope = group_products(y, x, c, LOGITS, OWN, OTHER, PRECISION)
-                logits = radial + a * angular
-            else:
-                logits = dot_pairs(y, x, tl.zeros([OWN, OTHER], tl.float32), LOGITS, PRECISION)
+            n = load_directions(direction, j, last_query, ANGLES, OTHER)
+            logits, slope = pair_products(y, x, m, n, LOGITS, ANGLES, TURNED, False, PRECISION, OWN, OTHER)
             logits *= scale
             if BIAS:
                 logits += bias[:, None]
@@ -157,25 +168,17 @@ def backward_columns(
             p = tl.where((column < last_query - j)[None, :], tl.exp(logits - norm[None, :]), 0.0)
             g = load_rows(grad_out, j, last_query, head, H, D, VALUES, OTHER)
             d = load_tokens(dots + queries, j, last_query, OTHER)
-            if TURNED:
-                radial, angular, slope_v = group_products(w, g, c, VALUES, OWN, OTHER, PRECISION)
-                e = radial + angular
-                sums_v = add_angular_rows(sums_v, p, p, g, c, VALUES, PRECISION)
-            else:
-                e = dot_pairs(w, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
-                sums_v = add_rows(sums_v, p, g, VALUES, PRECISION)
+            e, slope_v = pair_products(w, g, m, n, VALUES, TURNED, TURNED, True, PRECISION, OWN, OTHER)
             r = p * (e - d[None, :])
+            sums_v = add_products(sums_v, p, g, m, n, VALUES, TURNED, TURNED, True, PRECISION)
             if BIAS:
                 sum_b += tl.sum(r, 1)
-            if ANGLES:
-                sums = add_angular_rows(sums, r, a * r, x, c, LOGITS, PRECISION)
-                if WITH_DN:
-                    of_cosine = r * slope
-                    if TURNED:
-                        of_cosine += p * slope_v / scale
-                    turn = add_weighted(turn, a * of_cosine, n)
-            else:
-                sums = add_rows(sums, r, x, LOGITS, PRECISION)
+            sums = add_products(sums, r, x, m, n, LOGITS, ANGLES, TURNED, False, PRECISION)
+            if WITH_DN:
+                of_cosine = r * slope
+                if TURNED:
+                    of_cosine += p * slope_v / scale
+                turn = add_weighted(turn, of_cosine, n)
         store_rows(dk, sums, scale, i, last_key, head, H, D, LOGITS, OWN)
         store_rows(dv, sums_v, 1.0, i, last_key, head, H, D, VALUES, OWN)
         if BIAS:

@@ -21,7 +21,6 @@ from escaip.ops.triton.common import (
     count,
     degree,
     dot,
-    dot_pairs,
     inner,
     legendre,
     legendre_first,
@@ -140,6 +139,13 @@ def add_tangent_rows(
 
 
 @triton.jit
+def add_turns(turn, r, r_t, slope, slope_t, m, m_t):
+    """``turn_j + Σ_k [(Ṙ C + R Ċ) n_k + R C ṅ_k]`` for slopes ``C`` by the cosine."""
+    turn = add_weighted(turn, r_t * slope + r * slope_t, m)
+    return add_weighted(turn, r * slope, m_t)
+
+
+@triton.jit
 def row_tangents(
     x, x_t, n, n_t, norm, k, tk, v, tv, log_envelope, tb, direction, tn, first_key, last_key, head, scale,
     H: tl.constexpr, D: tl.constexpr, LOGITS: tl.constexpr, VALUES: tl.constexpr, ANGLES: tl.constexpr,
@@ -199,47 +205,20 @@ def row_gradients(
         p = tl.where((column < last_key - i)[None, :], p, 0.0)
         logits_t = logits_t * scale + bias_t[None, :]
         settle(PRECISION)
-        if TURNED:
-            e, e_t, slope_v, slope_v_t = pair_tangents(
-                g,
-                (),
-                v,
-                tv,
-                i,
-                last_key,
-                head,
-                n,
-                n_t,
-                m,
-                m_t,
-                H,
-                D,
-                VALUES,
-                ANGLES,
-                TURNED,
-                "rows",
-                PRECISION,
-                OWN,
-                OTHER,
-            )
-        else:
-            w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
-            w_t = load_rows(tv, i, last_key, head, H, D, VALUES, OTHER)
-            e = dot_pairs(g, w, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
-            e_t = dot_pairs(g, w_t, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
+        e, e_t, slope_v, slope_v_t = pair_tangents(
+            g, (), v, tv, i, last_key, head, n, n_t, m, m_t, H, D, VALUES, TURNED, TURNED, "rows", PRECISION, OWN, OTHER
+        )
         e, e_t = e - d[:, None], e_t - d_t[:, None]
-        r, r_t = p * e, p * ((logits_t - mean[:, None]) * e + e_t)
+        p_t = p * (logits_t - mean[:, None])
+        r, r_t = p * e, p_t * e + p * e_t
         sums = add_tangent_rows(
             sums, r, r_t, k, tk, i, last_key, head, n, n_t, m, m_t, H, D, LOGITS, ANGLES, TURNED, "logits", PRECISION,
             OTHER,
         )  # fmt: skip
         if ANGLES:
-            of_cosine, of_cosine_t = r * slope, r_t * slope + r * slope_t
+            turn = add_turns(turn, r, r_t, slope, slope_t, m, m_t)
             if TURNED:
-                of_cosine += p * slope_v / scale
-                of_cosine_t += p * ((logits_t - mean[:, None]) * slope_v + slope_v_t) / scale
-            turn = add_weighted(turn, of_cosine_t, m)
-            turn = add_weighted(turn, of_cosine, m_t)
+                turn = add_turns(turn, p / scale, p_t / scale, slope_v, slope_v_t, m, m_t)
     return sums, turn
 
 
@@ -324,23 +303,16 @@ def double_backward_columns(
             p = tl.where((column < last_query - j)[None, :], p, 0.0)
             mean = load_tokens(means + queries, j, last_query, OTHER)
             p_t = p * (logits_t * scale + bias_t[:, None] - mean[None, :])
-            d = load_tokens(dots + queries, j, last_query, OTHER)
-            d_t = load_tokens(dots_t + queries, j, last_query, OTHER)
-            if TURNED:
-                sums_v = add_tangent_rows(
-                    sums_v, p, p_t, grad_out, grad_out, j, last_query, head, m, m_t, n, n_t, H, D, VALUES, ANGLES,
-                    TURNED, "columns", PRECISION, OTHER,
-                )  # fmt: skip
-                e, e_t, slope_v, slope_v_t = pair_tangents(
-                    w, w_t, grad_out, grad_out, j, last_query, head, m, m_t, n, n_t, H, D, VALUES, ANGLES, TURNED,
-                    "columns", PRECISION, OWN, OTHER,
-                )  # fmt: skip
-            else:
-                g = load_rows(grad_out, j, last_query, head, H, D, VALUES, OTHER)
-                sums_v = add_rows(sums_v, p_t, g, VALUES, PRECISION)
-                e = dot_pairs(w, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
-                e_t = dot_pairs(w_t, g, tl.zeros([OWN, OTHER], tl.float32), VALUES, PRECISION)
-            e, e_t = e - d[None, :], e_t - d_t[None, :]
+            sums_v = add_tangent_rows(
+                sums_v, p, p_t, grad_out, grad_out, j, last_query, head, m, m_t, n, n_t, H, D, VALUES, TURNED, TURNED,
+                "columns", PRECISION, OTHER,
+            )  # fmt: skip
+            e, e_t, slope_v, slope_v_t = pair_tangents(
+                w, w_t, grad_out, grad_out, j, last_query, head, m, m_t, n, n_t, H, D, VALUES, TURNED, TURNED,
+                "columns", PRECISION, OWN, OTHER,
+            )  # fmt: skip
+            e -= load_tokens(dots + queries, j, last_query, OTHER)[None, :]
+            e_t -= load_tokens(dots_t + queries, j, last_query, OTHER)[None, :]
             r, r_t = p * e, p_t * e + p * e_t
             sum_b += tl.sum(r_t, 1)
             sums = add_tangent_rows(
@@ -348,12 +320,9 @@ def double_backward_columns(
                 "logits", PRECISION, OTHER,
             )  # fmt: skip
             if ANGLES:
-                of_cosine, of_cosine_t = r * slope, r_t * slope + r * slope_t
+                turn = add_turns(turn, r, r_t, slope, slope_t, n, n_t)
                 if TURNED:
-                    of_cosine += p * slope_v / scale
-                    of_cosine_t += (p_t * slope_v + p * slope_v_t) / scale
-                turn = add_weighted(turn, of_cosine_t, n)
-                turn = add_weighted(turn, of_cosine, n_t)
+                    turn = add_turns(turn, p / scale, p_t / scale, slope_v, slope_v_t, n, n_t)
         store_rows(gk, sums, scale, i, last_key, head, H, D, LOGITS, OWN)
         store_rows(gv, sums_v, 1.0, i, last_key, head, H, D, VALUES, OWN)
         if BIAS:
