@@ -10,8 +10,7 @@ Writes ``sample.xyz``:
 
 from __future__ import annotations
 
-import argparse
-import hashlib
+import sys
 from pathlib import Path
 
 import ase.io
@@ -22,6 +21,10 @@ from escaip.data import open_source
 from escaip.files import resolve
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from samples import report  # noqa: E402
+
 SOURCE = "dataset:spice/sample.hdf5"
 STEP = 6
 
@@ -48,15 +51,11 @@ def structures() -> list[Atoms]:
 
 def main() -> None:
     """Makes and writes the sample; prints what the manifest and the card say of it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER / "sample.xyz", help="file to write")
-    path = parser.parse_args().out
-    found = structures()
+    path, found = FOLDER / "sample.xyz", structures()
     ase.io.write(path, found, format="extxyz")
-    written = path.read_bytes()
     print(len(found), "frames of", len({atoms.info["smiles"] for atoms in found}), "molecules")
     print(" ".join(sorted({symbol for atoms in found for symbol in atoms.get_chemical_symbols()})))
-    print(len(written), hashlib.sha256(written).hexdigest())
+    print(report(path))
 
 
 if __name__ == "__main__":

@@ -11,22 +11,23 @@ Writes ``sample.json``:
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
-import os
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.build import bulk
 from ase.calculators.emt import EMT
 from numpy.typing import NDArray
 from pymatgen.core import Lattice, Structure
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from samples import LATTICE, crystal, report  # noqa: E402
+
 FIRST_ID = 900000001
 """Beyond every id that the Materials Project has given."""
 
@@ -36,32 +37,17 @@ RATTLE = 0.10
 SHRINK = 0.55
 KBAR = 0.1 * units.GPa
 
-LATTICE = {"Al": 4.00, "Ni": 3.52, "Cu": 3.59, "Pd": 3.88, "Ag": 4.06, "Pt": 3.92, "Au": 4.05}
-"""Å at which the energy of the EMT crystal is lowest, to 0.01 Å."""
-
 ALLOYS = (
     "Cu3Au", "Au3Cu", "Ni3Al", "Al3Ni", "Ag3Pd", "Pd3Ag", "Pt3Cu", "Cu3Pt", "Ni3Pt", "Pd3Ni",
     "CuAu", "NiPt", "AgPd", "AlNi", "CuPd", "AgAu", "PtAl",
 )  # fmt: skip
 
 
-def crystal(name: str) -> Atoms:
-    """A cubic face-centred cell of a metal, or of an alloy in the L1₂ (``A3B``) or L1₀ (``AB``) order."""
-    if name in LATTICE:
-        return bulk(name, "fcc", a=LATTICE[name], cubic=True)
-    first, second = (name[:2], name[3:]) if "3" in name else (name[:2], name[2:])
-    count = 3 if "3" in name else 2
-    length = (count * LATTICE[first] + (4 - count) * LATTICE[second]) / 4
-    atoms = bulk(first, "fcc", a=length, cubic=True)
-    # Corner and face centres: the corner alone makes L1₂, the corner and one face centre make L1₀.
-    atoms.symbols[:] = [second] * (4 - count) + [first] * count
-    return atoms
-
-
 def frames(name: str) -> list[Atoms]:
     """The crystal on its way to the undisturbed structure, without labels."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     start = crystal(name)
+    start.numbers = start.numbers[::-1]
     strain = rng.uniform(-STRAIN, STRAIN, size=(3, 3))
     shift = rng.normal(scale=RATTLE, size=(len(start), 3))
     found = []
@@ -109,9 +95,6 @@ def record(atoms: Atoms, material: str) -> dict[str, Any]:
 
 def main() -> None:
     """Makes and writes the sample; prints what the manifest and the card say of it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER / "sample.json", help="file to write")
-    path = parser.parse_args().out
     content: dict[str, dict[str, Any]] = {}
     for number, name in enumerate([*LATTICE, *ALLOYS], start=FIRST_ID):
         material = f"mp-{number}"
@@ -120,11 +103,9 @@ def main() -> None:
         ends = [f"{frame['energy_per_atom']:.3f}" for frame in (held[0], held[-1])]
         pressure = [f"{np.trace(frame['stress']) / 3:.0f}" for frame in (held[0], held[-1])]
         print(f"| {material} | {name} | {' to '.join(ends)} | {' to '.join(pressure)} |")
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content))
-    os.replace(aside, path)
-    written = path.read_bytes()
-    print(sum(map(len, content.values())), "frames;", len(written), hashlib.sha256(written).hexdigest())
+    path = FOLDER / "sample.json"
+    path.write_text(json.dumps(content))
+    print(sum(map(len, content.values())), "frames;", report(path))
 
 
 if __name__ == "__main__":

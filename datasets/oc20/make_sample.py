@@ -12,12 +12,10 @@ Writes ``sample/0.extxyz.xz`` with ``sample/0.txt.xz``, ``sample_lmdb/data.0000.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import io
 import lzma
-import os
 import pickle
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,18 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import ase.io
-import lmdb
 import numpy as np
-import torch
 import torch_geometric.data.data as pyg
 from ase import Atoms
 from ase.build import add_adsorbate, fcc100, fcc111, molecule
-from ase.calculators.emt import EMT, parameters
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-from ase.optimize import BFGS
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from samples import labelled, record, relaxation, report, total_energy, write_lmdb  # noqa: E402
+
 FRAMES_PER_SYSTEM = 20
 RATTLE = 0.1
 SIZE = (3, 3, 3)
@@ -73,23 +70,14 @@ class Frame:
         return float(self.atoms.calc.results["energy"]) - self.reference
 
 
-def total_energy(atoms: Atoms) -> float:
-    """EMT counts from the elements' crystals; this counts from free atoms, as DFT does. eV."""
-    return float(atoms.get_potential_energy()) + sum(parameters[symbol][0] for symbol in atoms.symbols)
-
-
-def relaxed(atoms: Atoms) -> Atoms:
-    """The same structure at rest."""
-    atoms = atoms.copy()
-    atoms.calc = EMT()
-    if not BFGS(atoms, logfile=None).run(fmax=MAX_FORCE, steps=400):
-        raise RuntimeError(f"{atoms.symbols} did not relax")
-    return atoms
+def energy_at_rest(atoms: Atoms) -> float:
+    """Energy of the relaxed structure, eV."""
+    return total_energy(relaxation(atoms, MAX_FORCE)[0])
 
 
 def atom_references() -> dict[str, float]:
     """Energies of H, O, C and N in H2, H2O, CO and N2, as OC20 takes them, by EMT. eV."""
-    hydrogen, water, monoxide, nitrogen = (total_energy(relaxed(molecule(name))) for name in ("H2", "H2O", "CO", "N2"))
+    hydrogen, water, monoxide, nitrogen = (energy_at_rest(molecule(name)) for name in ("H2", "H2O", "CO", "N2"))
     oxygen = water - hydrogen
     return {"H": hydrogen / 2, "O": oxygen, "C": monoxide - oxygen, "N": nitrogen / 2}
 
@@ -103,18 +91,13 @@ def frames_of(sid: int, metal: str, facet: str, adsorbate: str, references: dict
     slab.set_tags((layer == 1).astype(int))
     slab.set_constraint(FixAtoms(mask=layer == SIZE[2]))
     atoms = upright(adsorbate)
-    reference = total_energy(relaxed(slab)) + sum(references[symbol] for symbol in atoms.symbols)
+    reference = energy_at_rest(slab) + sum(references[symbol] for symbol in atoms.symbols)
     add_adsorbate(slab, atoms, 1.6, "bridge" if facet == "111" else "hollow")
     slab.set_tags([*slab.get_tags()[: len(layer)], *[2] * len(atoms)])
     slab.rattle(RATTLE, seed=sid)
-    slab.calc = EMT()
-    steps: list[Atoms] = []
-    relaxation = BFGS(slab, logfile=None)
-    relaxation.attach(lambda: steps.append(slab.copy()))
-    if not relaxation.run(fmax=MAX_FORCE, steps=400):
-        raise RuntimeError(f"{metal}({facet}) with {adsorbate} did not relax")
+    _, steps = relaxation(slab, MAX_FORCE)
     chosen = np.unique(np.linspace(0, len(steps) - 1, FRAMES_PER_SYSTEM).round().astype(int))
-    return [Frame(labelled(steps[step]), sid, int(step), reference) for step in chosen]
+    return [Frame(labelled(as_written(steps[step])), sid, int(step), reference) for step in chosen]
 
 
 def upright(adsorbate: str) -> Atoms:
@@ -128,21 +111,16 @@ def upright(adsorbate: str) -> Atoms:
     return atoms
 
 
-def labelled(atoms: Atoms) -> Atoms:
-    """Labels at the coordinates as they are written, with eight decimals; forces of fixed atoms are kept."""
-    atoms = atoms.copy()
+def as_written(atoms: Atoms) -> Atoms:
+    """The structure with coordinates of eight decimals."""
     atoms.info.clear()
     atoms.positions = atoms.positions.round(8)
     atoms.cell = atoms.cell.array.round(8)
-    atoms.calc = EMT()
-    energy, forces = total_energy(atoms), atoms.get_forces(apply_constraint=False)
-    atoms.calc = SinglePointCalculator(atoms, energy=energy, free_energy=energy, forces=forces)
     return atoms
 
 
 def write_raw(folder: Path, frames: list[Frame]) -> None:
     """``0.extxyz.xz`` and ``0.txt.xz``."""
-    folder.mkdir(exist_ok=True)
     text = io.StringIO()
     columns = ["symbols", "positions", "move_mask", "tags", "forces"]
     ase.io.write(text, [frame.atoms for frame in frames], format="extxyz", columns=columns)
@@ -151,38 +129,14 @@ def write_raw(folder: Path, frames: list[Frame]) -> None:
         (folder / name).write_bytes(lzma.compress(content.encode(), preset=9))
 
 
-def record(frame: Frame) -> dict[str, Any]:
+def fields(frame: Frame) -> dict[str, Any]:
     """Attributes of a preprocessed record, with the adsorption energy."""
-    atoms = frame.atoms
-    return {
-        "y": frame.energy,
-        "pos": torch.tensor(atoms.positions, dtype=torch.float32),
-        "atomic_numbers": torch.tensor(atoms.numbers, dtype=torch.float32),
-        "cell": torch.tensor(atoms.cell.array, dtype=torch.float32).view(1, 3, 3),
-        "natoms": len(atoms),
-        "tags": torch.tensor(atoms.get_tags(), dtype=torch.int64),
-        "fixed": torch.tensor(np.isin(np.arange(len(atoms)), atoms.constraints[0].index), dtype=torch.float32),
-        "force": torch.tensor(atoms.calc.results["forces"], dtype=torch.float32),
-        "sid": frame.sid,
-        "fid": frame.fid,
-    }
-
-
-def write_lmdb(path: Path, values: list[bytes]) -> None:
-    """Keys ``0`` to ``n − 1`` and ``length``; the file is as large as what it holds."""
-    path.parent.mkdir(exist_ok=True)
-    path.unlink(missing_ok=True)
-    environment = lmdb.open(str(path), subdir=False, map_size=1 << 28, lock=False, meminit=True)
-    with environment.begin(write=True) as transaction:
-        for number, value in enumerate(values):
-            transaction.put(str(number).encode(), value)
-        transaction.put(b"length", pickle.dumps(len(values), protocol=-1))
-    environment.close()
+    return {**record(frame.atoms), "y": frame.energy, "sid": frame.sid, "fid": frame.fid}
 
 
 def pickled(frame: Frame) -> bytes:
     """The record as PyTorch Geometric 2.x pickles it."""
-    return pickle.dumps(pyg.Data(**record(frame)), protocol=-1)
+    return pickle.dumps(pyg.Data(**fields(frame)), protocol=-1)
 
 
 def pickled_as_1x(frame: Frame) -> bytes:
@@ -190,7 +144,7 @@ def pickled_as_1x(frame: Frame) -> bytes:
     with _class_of_1x() as data_class:
         data = data_class()
         data.__dict__.update(dict.fromkeys(("x", "edge_index", "edge_attr", "y", "pos", "normal", "face")))
-        data.__dict__.update(record(frame))
+        data.__dict__.update(fields(frame))
         return pickle.dumps(data, protocol=4)
 
 
@@ -208,9 +162,6 @@ def _class_of_1x() -> Iterator[type]:
 
 def main() -> None:
     """Makes and writes the sample; prints what the manifest says of it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write into")
-    folder = parser.parse_args().out
     # PyTorch's warning on pickling a storage, as the layout does.
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     references = atom_references()
@@ -220,18 +171,17 @@ def main() -> None:
         frames.extend(made)
         energies = f"{made[0].energy:.3f} to {made[-1].energy:.3f}"
         print(f"| random{sid} | {metal}({facet}) + {adsorbate} | {len(made[0].atoms)} | {len(made)} | {energies} |")
-    write_raw(folder / "sample", frames)
-    write_lmdb(folder / "sample_lmdb" / "data.0000.lmdb", [pickled(frame) for frame in frames[0::6]])
-    write_lmdb(folder / "sample_lmdb" / "data.0001.lmdb", [pickled_as_1x(frame) for frame in frames[3::6]])
+    write_raw(FOLDER / "sample", frames)
+    write_lmdb(FOLDER / "sample_lmdb" / "data.0000.lmdb", [pickled(frame) for frame in frames[0::6]])
+    write_lmdb(FOLDER / "sample_lmdb" / "data.0001.lmdb", [pickled_as_1x(frame) for frame in frames[3::6]])
     by_system = {frame.sid: frame.reference for frame in frames}
-    (folder / "sample_ref.pkl").write_bytes(pickle.dumps(by_system, protocol=4))
+    (FOLDER / "sample_ref.pkl").write_bytes(pickle.dumps(by_system, protocol=4))
     print(
         len(frames), "frames; references of atoms:", {symbol: round(value, 4) for symbol, value in references.items()}
     )
     for name in ("sample/0.extxyz.xz", "sample/0.txt.xz", "sample_lmdb/data.0000.lmdb", "sample_lmdb/data.0001.lmdb",
                  "sample_ref.pkl"):  # fmt: skip
-        content = (folder / name).read_bytes()
-        print(name, os.path.getsize(folder / name), hashlib.sha256(content).hexdigest())
+        print(name, report(FOLDER / name))
 
 
 if __name__ == "__main__":

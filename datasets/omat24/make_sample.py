@@ -10,41 +10,25 @@ Writes ``sample.aselmdb``:
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import sys
 from pathlib import Path
 
 import numpy as np
 from ase import Atoms
-from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from aselmdb import write_aselmdb  # noqa: E402
+from samples import crystal, report, write_aselmdb  # noqa: E402
 
 SPREADS = {"rattled-300": 0.06, "rattled-500": 0.10, "rattled-1000": 0.15}
 """Å, standard deviation of the displacements of each part."""
 
 STRAIN = 0.04
 FRAMES_PER_PART = 5
-LATTICE = {"Al": 4.00, "Ni": 3.52, "Cu": 3.59, "Pd": 3.88, "Ag": 4.06, "Pt": 3.92, "Au": 4.05}
-"""Å at which the energy of the EMT crystal is lowest, to 0.01 Å."""
-
 PARENTS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au", "CuAu", "NiPt", "AgPd", "AlNi", "CuPd")
-
-
-def parent(name: str) -> Atoms:
-    """A face-centred cubic cell of four atoms; of an alloy in layers (L1₀)."""
-    if name in LATTICE:
-        return bulk(name, "fcc", a=LATTICE[name], cubic=True)
-    first, second = name[:2], name[2:]
-    atoms = bulk(first, "fcc", a=(LATTICE[first] + LATTICE[second]) / 2, cubic=True)
-    atoms.symbols[:] = [first, first, second, second]
-    return atoms
 
 
 def children(number: int, name: str) -> list[Atoms]:
@@ -53,7 +37,7 @@ def children(number: int, name: str) -> list[Atoms]:
     found = []
     for part, spread in SPREADS.items():
         for index in range(FRAMES_PER_PART):
-            atoms = parent(name)
+            atoms = crystal(name)
             strain = rng.uniform(-STRAIN, STRAIN, size=(3, 3))
             atoms.set_cell(np.round(atoms.cell.array @ (np.eye(3) + 0.5 * (strain + strain.T)), 8), scale_atoms=True)
             atoms.positions = np.round(atoms.positions + rng.normal(scale=spread, size=(len(atoms), 3)), 8)
@@ -75,10 +59,7 @@ def children(number: int, name: str) -> list[Atoms]:
 
 def main() -> None:
     """Makes and writes the sample; prints what the manifest and the card say of it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER / "sample.aselmdb", help="file to write")
-    path = parser.parse_args().out
-    structures = []
+    path, structures = FOLDER / "sample.aselmdb", []
     for number, name in enumerate(PARENTS, start=1):
         held = children(number, name)
         structures.extend(held)
@@ -93,8 +74,7 @@ def main() -> None:
         "licence": "CC0-1.0",
     }
     write_aselmdb(path, structures, metadata)
-    written = path.read_bytes()
-    print(len(structures), "rows;", len(written), hashlib.sha256(written).hexdigest())
+    print(len(structures), "rows;", report(path))
 
 
 if __name__ == "__main__":

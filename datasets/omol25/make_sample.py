@@ -10,8 +10,6 @@ Writes ``sample.aselmdb``:
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import sys
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from escaip.data import open_source
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from aselmdb import write_aselmdb  # noqa: E402
+from samples import report, write_aselmdb  # noqa: E402
 
 MOLECULES = (
     "water", "methanol", "ethanol", "acetone", "acetic acid", "ammonia", "methylamine", "formamide", "urea",
@@ -54,19 +52,14 @@ def structures() -> list[Atoms]:
 
 def main() -> None:
     """Makes and writes the sample; prints what the manifest and the card say of it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER / "sample.aselmdb", help="file to write")
-    path = parser.parse_args().out
-    found = structures()
+    path, found = FOLDER / "sample.aselmdb", structures()
     metadata = {
         "level_of_theory": "GFN2-xTB (tblite), NOT OMol25's wB97M-V/def2-TZVPD",
         "origin": "datasets/omol25/make_sample.py of escaip; no structure or label is OMol25's",
         "licence": "CC0-1.0",
     }
     write_aselmdb(path, found, metadata)
-    written = path.read_bytes()
-    print(len(found), "rows of", len({atoms.info["source"] for atoms in found}), "molecules")
-    print(len(written), hashlib.sha256(written).hexdigest())
+    print(len(found), "rows of", len({atoms.info["source"] for atoms in found}), "molecules;", report(path))
 
 
 if __name__ == "__main__":
