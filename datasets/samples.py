@@ -27,9 +27,9 @@ _ORIGIN = {"ctime": 0.0, "mtime": 0.0, "user": "", "calculator": "unknown", "cal
 
 
 def report(path: Path) -> str:
-    """Size and SHA-256 of a file, as a manifest has them."""
+    """Size and checksum of a file, for its card and manifest."""
     content = path.read_bytes()
-    return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+    return f"{len(content)} bytes; SHA-256 `{hashlib.sha256(content).hexdigest()}`"
 
 
 def crystal(name: str) -> Atoms:

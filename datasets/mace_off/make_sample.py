@@ -20,11 +20,11 @@ from ase import Atoms
 from escaip.data import open_source
 from escaip.files import resolve
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from samples import report
+
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-
-from samples import report  # noqa: E402
-
 SOURCE = "dataset:spice/sample.hdf5"
 STEP = 6
 

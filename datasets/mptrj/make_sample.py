@@ -23,11 +23,11 @@ from ase.calculators.emt import EMT
 from numpy.typing import NDArray
 from pymatgen.core import Lattice, Structure
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from samples import LATTICE, crystal, report
+
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-
-from samples import LATTICE, crystal, report  # noqa: E402
-
 FIRST_ID = 900000001
 """Beyond every id that the Materials Project has given."""
 

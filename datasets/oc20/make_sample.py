@@ -30,11 +30,11 @@ from ase import Atoms
 from ase.build import add_adsorbate, fcc100, fcc111, molecule
 from ase.constraints import FixAtoms
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from samples import labelled, record, relaxation, report, total_energy, write_lmdb
+
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-
-from samples import labelled, record, relaxation, report, total_energy, write_lmdb  # noqa: E402
-
 FRAMES_PER_SYSTEM = 20
 RATTLE = 0.1
 SIZE = (3, 3, 3)

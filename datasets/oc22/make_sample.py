@@ -23,11 +23,11 @@ from ase.build import add_adsorbate, bulk, surface
 from ase.constraints import FixAtoms
 from torch_geometric.data import Data
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from samples import labelled, record, relaxation, report, write_lmdb
+
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-
-from samples import labelled, record, relaxation, report, write_lmdb  # noqa: E402
-
 RECORDS_PER_SYSTEM = 8
 LAYERS = 3
 VACUUM = 7.5

@@ -18,11 +18,11 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from samples import crystal, report, write_aselmdb
+
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-
-from samples import crystal, report, write_aselmdb  # noqa: E402
-
 SPREADS = {"rattled-300": 0.06, "rattled-500": 0.10, "rattled-1000": 0.15}
 """Å, standard deviation of the displacements of each part."""
 

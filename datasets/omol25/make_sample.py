@@ -19,11 +19,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from escaip.data import open_source
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from samples import report, write_aselmdb
+
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-
-from samples import report, write_aselmdb  # noqa: E402
-
 MOLECULES = (
     "water", "methanol", "ethanol", "acetone", "acetic acid", "ammonia", "methylamine", "formamide", "urea",
     "glycine", "benzene", "pyridine", "nitromethane", "chloromethane", "dimethyl sulfoxide", "phosphine",

@@ -16,9 +16,8 @@ Layout: https://github.com/openmm/spice-dataset. GFN2-xTB: Bannwarth, Ehlert, Gr
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
+import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -34,6 +33,10 @@ from ase.optimize import BFGS
 from numpy.typing import NDArray
 from tblite.ase import TBLite
 from tblite.interface import Calculator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from samples import report
 
 SAMPLE = Path(__file__).with_name("sample.hdf5")
 LEVEL_OF_THEORY = "GFN2-xTB"
@@ -304,10 +307,9 @@ def free_atoms() -> dict[str, float]:
     }
 
 
-def write(path: Path, molecules: list[Molecule], labelled: list[Labelled], atoms: dict[str, float]) -> None:
-    """Writes the file beside its place, then renames it."""
-    aside = path.with_name(path.name + ".partial")
-    with h5py.File(aside, "w") as file:
+def write(molecules: list[Molecule], labelled: list[Labelled], atoms: dict[str, float]) -> None:
+    """Writes the sample."""
+    with h5py.File(SAMPLE, "w") as file:
         file.attrs["level_of_theory"] = f"{LEVEL_OF_THEORY} (tblite), NOT SPICE's wB97M-D3(BJ)/def2-TZVPPD"
         file.attrs["origin"] = "datasets/spice/make_sample.py of escaip; no structure or label is SPICE's"
         file.attrs["names"] = f"dft_total_* are the names of SPICE's layout; the values are {LEVEL_OF_THEORY}"
@@ -318,7 +320,6 @@ def write(path: Path, molecules: list[Molecule], labelled: list[Labelled], atoms
         file.attrs["formation_energy_reference_hartree"] = json.dumps(atoms)
         for molecule, data in zip(molecules, labelled, strict=True):
             _write_group(file.create_group(molecule.name), molecule, data, atoms)
-    os.replace(aside, path)
 
 
 def _write_group(group: h5py.Group, molecule: Molecule, data: Labelled, atoms: dict[str, float]) -> None:
@@ -338,12 +339,12 @@ def _write_group(group: h5py.Group, molecule: Molecule, data: Labelled, atoms: d
         group.create_dataset(name, data=values, **packed).attrs["units"] = unit
 
 
-def table(path: Path) -> str:
+def table() -> str:
     """The card's table of molecules, in Markdown, and the file's totals."""
     unit = units.Hartree / units.Bohr
     rows = ["| molecule | SMILES | charge | atoms | conformations | force RMS, eV/Å |", "|---|---|---|---|---|---|"]
     squares, structures, atoms, elements = [], 0, 0, set()
-    with h5py.File(path, "r") as file:
+    with h5py.File(SAMPLE, "r") as file:
         for name, smiles in MOLECULES.items():
             gradient = file[name]["dft_total_gradient"][()].astype(np.float64) * unit
             count, size, _ = gradient.shape
@@ -355,13 +356,8 @@ def table(path: Path) -> str:
     names = " ".join(chemical_symbols[z] for z in sorted(elements))
     rms = np.sqrt(np.concatenate(squares).mean())
     rows.append(f"\n{len(MOLECULES)} molecules, {structures} conformations, {atoms} atoms in all; elements {names}.")
-    rows.append(f"Force RMS {rms:.3f} eV/Å; {path.stat().st_size} bytes; SHA-256 `{digest(path)}`.")
+    rows.append(f"Force RMS {rms:.3f} eV/Å; {report(SAMPLE)}.")
     return "\n".join(rows)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _seed(name: str) -> int:
@@ -371,11 +367,9 @@ def _seed(name: str) -> int:
 def main() -> None:
     """Makes, checks and writes the sample."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=SAMPLE, help="file to write")
-    parser.add_argument("--table", action="store_true", help="print the card's table of the file and stop")
-    options = parser.parse_args()
-    if options.table:
-        print(table(options.out))
+    parser.add_argument("--table", action="store_true", help="print the card's table of the sample and stop")
+    if parser.parse_args().table:
+        print(table())
         return
     began = time.perf_counter()
     molecules, labelled = [], []
@@ -386,12 +380,12 @@ def main() -> None:
         labelled.append(labels)
         seconds = time.perf_counter() - began
         print(f"{name:20s} {len(labels.energies):3d} conformations, {seconds:6.1f} s so far", flush=True)
-    write(options.out, molecules, labelled, free_atoms())
+    write(molecules, labelled, free_atoms())
     for name in ("water", "acetate", "dimethyl sulfoxide", "bromoethene"):
         index = list(MOLECULES).index(name)
         error = gradient_error(molecules[index].numbers, labelled[index].conformations[-1], molecules[index].charge)
         print(f"{name}: gradient against central differences of the energy: {error:.1e} hartree/bohr at most")
-    print(table(options.out))
+    print(table())
 
 
 if __name__ == "__main__":
