@@ -7,19 +7,15 @@ energies in eV, forces in eV/Å, stress in eV/Å³ (positive in tension, as in A
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
 
 MAX_CHARGE = 20
 """Largest total charge, of either sign, that a potential knows: far beyond any molecule in the data sets."""
-
-T_ = TypeVar("T_", bound="_Movable")
 
 
 @dataclass(frozen=True)
@@ -110,18 +106,6 @@ class StructureBatch(Protocol):
     structure_id: list[str]
 
 
-class _Movable:
-    """Frozen dataclass whose tensors move together."""
-
-    def to(self: T_, device: torch.device | str, non_blocking: bool = False) -> T_:
-        """Returns a copy with every tensor on ``device``; dtypes are kept."""
-        moved: dict[str, Any] = {}
-        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, entry.name)
-            moved[entry.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-        return type(self)(**moved)
-
-
 @dataclass(frozen=True)
 class GraphSettings:
     """What decides which neighbors an atom attends to (docs/concepts/graph.md).
@@ -149,7 +133,7 @@ class GraphSettings:
 
 
 @dataclass(frozen=True)
-class NeighborList(_Movable):
+class NeighborList:
     """All directed pairs closer than ``cutoff``: topology only, no gradient.
 
     Attributes:
@@ -167,7 +151,7 @@ class NeighborList(_Movable):
 
 
 @dataclass(frozen=True)
-class TokenLayout(_Movable):
+class TokenLayout:
     """Which rows of a batch belong to which atom: indices only, no gradient.
 
     Tokens of atom ``i`` are ``offsets[i] : offsets[i + 1]``; the first is its self token, the others its neighbors by
@@ -231,7 +215,7 @@ class Graph(TokenLayout):
 
 
 @dataclass(frozen=True)
-class Geometry(_Movable):
+class Geometry:
     """Differentiable geometry of the tokens: pure functions of positions, cell and strain.
 
     Attributes:
@@ -248,7 +232,7 @@ class Geometry(_Movable):
 
 
 @dataclass(frozen=True)
-class Tokens(_Movable):
+class Tokens:
     """The tokens of ``n`` consecutive atoms, layout and geometry: what a block reads at once.
 
     Attributes:
@@ -282,7 +266,7 @@ class Tokens(_Movable):
 
 
 @dataclass(frozen=True)
-class AtomInputs(_Movable):
+class AtomInputs:
     """What a model knows of each atom besides where it is.
 
     Attributes:

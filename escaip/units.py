@@ -30,8 +30,6 @@ GPA = 0.006241509125883258
 """eV/Å³."""
 KBAR = 0.0006241509125883258
 """eV/Å³."""
-BOLTZMANN = 8.617330337217213e-05
-"""eV/K."""
 
 LENGTH = {"angstrom": 1.0, "bohr": BOHR, "nm": NANOMETER}
 ENERGY = {

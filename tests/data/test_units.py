@@ -16,7 +16,6 @@ def test_factors_are_those_of_ase() -> None:
     assert ase.units.kJ / ase.units.mol == units.KJ_PER_MOL
     assert ase.units.GPa == units.GPA
     assert pytest.approx(1e8 * ase.units.Pascal, rel=1e-14) == units.KBAR
-    assert ase.units.kB == units.BOLTZMANN
 
 
 def test_forces_and_stress_follow_energy_and_length() -> None:
