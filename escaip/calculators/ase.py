@@ -18,7 +18,8 @@ from escaip.errors import ConfigError, DataError
 from escaip.graph import displacements, prune_graph
 from escaip.graph.skin import GraphCache, Snapshot, VerletList
 from escaip.potential import Potential
-from escaip.potential.precision import check_precision
+from escaip.potential.loading import load_potential
+from escaip.potential.precision import check_precision, resolve_device, resolve_dtype
 from escaip.types import TARGETS, StructureBatch
 
 DEFAULT_SKIN = 0.5
@@ -63,7 +64,7 @@ class PotentialCalculator(Calculator):
             PropertyNotImplementedError: stress or virials of a direct-force model, or stress of a structure without
                 periodic axes; the message gives the reason.
         """
-        if ("stress" in name or name == "virials") and not self.is_conservative:
+        if _is_stress(name) and not self.is_conservative:
             raise PropertyNotImplementedError(
                 "a direct-force model has no stress: use a model trained with forces: conservative"
             )
@@ -188,8 +189,7 @@ class EScAIPCalculator(PotentialCalculator):
         self.skin, self.graph_skin = float(skin), float(graph_skin)
         self.potential.config.check_graph_skin(self.graph_skin)
         if not self.is_conservative:
-            without = ("stress", "stresses", "virials")
-            self.implemented_properties = [name for name in self.implemented_properties if name not in without]
+            self.implemented_properties = [name for name in self.implemented_properties if not _is_stress(name)]
         self.implemented_properties = [*self.implemented_properties, *self.potential.config.heads]
         self._forget()
 
@@ -300,9 +300,6 @@ def _own_potential(
     model: str | os.PathLike[str] | Potential, device: str | torch.device, dtype: str | torch.dtype | None
 ) -> Potential:
     """Returns a copy that belongs to the calculator, with frozen weights."""
-    from escaip.potential.loading import load_potential
-    from escaip.potential.precision import resolve_device, resolve_dtype
-
     if not isinstance(model, Potential):
         return load_potential(model, device=device, dtype=dtype).requires_grad_(False)
     potential = copy.deepcopy(model)
@@ -311,6 +308,10 @@ def _own_potential(
     if device != "auto":  # a potential at hand stays where it is
         potential = potential.to(resolve_device(device))
     return potential.eval().requires_grad_(False)
+
+
+def _is_stress(name: str) -> bool:
+    return "stress" in name or name == "virials"
 
 
 def has_volume(atoms: Atoms) -> bool:

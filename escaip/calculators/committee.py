@@ -77,7 +77,7 @@ class CommitteeCalculator(PotentialCalculator):
             for model in models
         )
         self.skin, self.graph_skin = float(skin), float(graph_skin)
-        devices = {str(member.potential.device) for member in self.members}
+        devices = {str(potential.device) for potential in self.potentials}
         if len(devices) > 1:
             raise ConfigError(f"members are on different devices ({', '.join(sorted(devices))}): set device")
         if not self.is_conservative:
@@ -103,14 +103,11 @@ class CommitteeCalculator(PotentialCalculator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._neighbors = VerletList(
-            max(member.potential.search_cutoff for member in self.members) + self.graph_skin, self.skin
-        )
+        reaches = [potential.search_cutoff + self.graph_skin for potential in self.potentials]
+        self._neighbors = VerletList(max(reaches), self.skin)
         self._graphs: dict[GraphSettings, GraphCache] = {}
         self._checked: StructureBatch | None = None
-        for member in self.members:
-            potential = member.potential
-            reach = potential.search_cutoff + self.graph_skin
+        for potential, reach in zip(self.potentials, reaches, strict=True):
             graph = GraphCache(potential.graph_of, reach, self.graph_skin)
             self._graphs.setdefault(potential.config.graph, graph)
 
@@ -132,11 +129,11 @@ class CommitteeCalculator(PotentialCalculator):
                 for settings, graph in self._graphs.items()
             }
             predictions = [
-                member.potential(
-                    batch, graph=graphs[member.potential.config.graph], compute_stress=with_stress,
+                potential(
+                    batch, graph=graphs[potential.config.graph], compute_stress=with_stress,
                     compute_virials=with_stresses, create_graph=False,
                 )
-                for member in self.members
+                for potential in self.potentials
             ]  # fmt: skip
         results = _results(predictions, with_stress)
         for name in set.intersection(*(set(prediction.properties) for prediction in predictions)):

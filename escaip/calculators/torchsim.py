@@ -70,9 +70,6 @@ class EScAIPModel(_Base):
         self._compute_forces = compute_forces
         self._compute_stress = conservative if compute_stress is None else compute_stress
         self._charge, self._spin = charge, spin_multiplicity
-        self._memory_scales_with = (
-            "n_atoms_x_density" if self.potential.config.graph.num_neighbors is None else "n_atoms"
-        )
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +104,7 @@ class EScAIPModel(_Base):
     @property
     def memory_scales_with(self) -> str:
         """Measure of systems for torch-sim's batchers: atoms, where the number of neighbors is bounded."""
-        return self._memory_scales_with
+        return "n_atoms_x_density" if self.potential.config.graph.num_neighbors is None else "n_atoms"
 
     def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
         """Evaluates a state, which is not changed.
