@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,20 @@ _DEFAULTS: dict[str, Any] = {
     "ffn_hidden_layer_multiplier": 2, "use_message_gate": False, "use_frequency_embedding": True,
     "freequency_list": (20, 10, 4, 10, 20), "mlp_dropout": 0.0, "atten_dropout": 0.0, "stochastic_depth_prob": 0.0,
     "node_ffn_dropout": 0.0, "edge_ffn_dropout": 0.0, "scalar_output_dropout": 0.0, "vector_output_dropout": 0.0,
+}  # fmt: skip
+# Setting of EScAIPConfig -> option.
+_RENAMED = {
+    "hidden_size": "hidden_size", "num_layers": "num_layers", "num_heads": "atten_num_heads", "cutoff": "max_radius",
+    "num_neighbors": "knn_k", "rank_scale": "knn_sigmoid_scale", "envelope_scale": "knn_lse_scale",
+    "periodic": "use_pbc", "num_radial": "edge_distance_expansion_size",
+    "distance_size": "edge_distance_embedding_size", "element_size": "atom_embedding_size",
+    "boo_degrees": "node_direction_expansion_size", "boo_size": "node_direction_embedding_size",
+    "ffn_multiplier": "ffn_hidden_layer_multiplier",
+    "readout_multiplier": "readout_hidden_layer_multiplier", "output_multiplier": "output_hidden_layer_multiplier",
+    "message_gate": "use_message_gate", "activation": "activation", "norm": "normalization", "dropout": "mlp_dropout",
+    "attention_dropout": "atten_dropout", "node_dropout": "node_ffn_dropout", "edge_dropout": "edge_ffn_dropout",
+    "scalar_dropout": "scalar_output_dropout", "vector_dropout": "vector_output_dropout",
+    "stochastic_depth": "stochastic_depth_prob",
 }  # fmt: skip
 # Option -> the only value supported here, and why the others are not.
 _ONLY: dict[str, tuple[Any, str]] = {
@@ -103,42 +118,18 @@ def translate(options: Mapping[str, Any], *, energy_norm: bool, distance_table: 
         warnings.warn(f"unknown to fairchem-core 2.24 and ignored, as there: {', '.join(unknown)}", stacklevel=3)
     o = {**_DEFAULTS, **options}
     try:
+        kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(EScAIPConfig)}
         return EScAIPConfig(
-            hidden_size=int(o["hidden_size"]),
-            num_layers=int(o["num_layers"]),
-            num_heads=int(o["atten_num_heads"]),
+            **{ours: kinds[ours](o[theirs]) for ours, theirs in _RENAMED.items()},
             angular_channels=_angular_channels(o),
             attention_scale="expanded",
-            cutoff=float(o["max_radius"]),
-            num_neighbors=int(o["knn_k"]),
-            rank_scale=float(o["knn_sigmoid_scale"]),
-            envelope_scale=float(o["knn_lse_scale"]),
             rank_truncation=RANK_TRUNCATION,
-            periodic=bool(o["use_pbc"]),
             forces="direct" if is_direct(o) else "conservative",
-            num_radial=int(o["edge_distance_expansion_size"]),
-            distance_size=int(o["edge_distance_embedding_size"]),
             distance_table=distance_table,
-            element_size=int(o["atom_embedding_size"]),
-            boo_degrees=int(o["node_direction_expansion_size"]),
-            boo_size=int(o["node_direction_embedding_size"]),
             boo_weighting="uniform",
             boo_floor=PUBLISHED_FLOOR,
             force_weighting="uniform",
-            ffn_multiplier=int(o["ffn_hidden_layer_multiplier"]),
-            readout_multiplier=int(o["readout_hidden_layer_multiplier"]),
-            output_multiplier=int(o["output_hidden_layer_multiplier"]),
-            message_gate=bool(o["use_message_gate"]),
-            activation=str(o["activation"]),
-            norm=str(o["normalization"]),
             energy_norm=energy_norm,
-            dropout=float(o["mlp_dropout"]),
-            attention_dropout=float(o["atten_dropout"]),
-            node_dropout=float(o["node_ffn_dropout"]),
-            edge_dropout=float(o["edge_ffn_dropout"]),
-            scalar_dropout=float(o["scalar_output_dropout"]),
-            vector_dropout=float(o["vector_output_dropout"]),
-            stochastic_depth=float(o["stochastic_depth_prob"]),
         )
     except ConfigError as error:
         raise CheckpointError(f"the fairchem configuration has no counterpart here: {error}") from error
