@@ -19,6 +19,7 @@ from escaip.models import MAX_ATOMIC_NUMBER
 _REMEDY = "use fairchem-core for this model"
 # Largest relative difference of two scales that are the same number, rounded differently.
 _SAME = 1e-6
+_DTYPES = {"DoubleTensor": torch.float64, "FloatTensor": torch.float32, "tensor": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ def _normalization(
         if kind == "forces" and not conservative:
             factor = ratio
         elif abs(ratio - 1.0) > _SAME:
-            raise CheckpointError(
-                f"fairchem task {_name(other)} scales {kind} by {_scale(other):g} but energies by {scale:g}, so that "
-                f"they are no derivatives of the energy: {_REMEDY}"
+            raise _refused(
+                other,
+                f"scales {kind} by {_scale(other):g} but energies by {scale:g}, so that they are no derivatives of the "
+                f"energy: {_REMEDY}",
             )
     return Normalization(scale, factor, _references(task))
 
@@ -84,45 +86,37 @@ def _scale(task: Mapping[str, Any]) -> float:
     """Returns ``rmsd`` of the normalizer, whose mean must be zero."""
     normalizer = task.get("normalizer") or {}
     if not isinstance(normalizer, Mapping):
-        raise CheckpointError(f"fairchem task {_name(task)} has a normalizer that is no mapping: {_REMEDY}")
+        raise _refused(task, f"has a normalizer that is no mapping: {_REMEDY}")
     unread = sorted(set(normalizer) - {"_target_", "mean", "rmsd"})
     if unread:
-        raise CheckpointError(
-            f"fairchem task {_name(task)} has a normalizer given by {unread[0]}: pass tasks with its mean and rmsd"
-        )
+        raise _refused(task, f"has a normalizer given by {unread[0]}: pass tasks with its mean and rmsd")
     mean, rmsd = (_number(task, normalizer.get(key, default)) for key, default in (("mean", 0.0), ("rmsd", 1.0)))
     if mean != 0.0:
         what = "energy, whatever its size" if _property(task) == "energy" else "component"
-        raise CheckpointError(
-            f"fairchem task {_name(task)} adds its mean {mean:g} to each {what}, which no sum over atoms can: pass "
-            "tasks with mean 0 and add it yourself"
+        raise _refused(
+            task,
+            f"adds its mean {mean:g} to each {what}, which no sum over atoms can: pass tasks with mean 0 and add it "
+            "yourself",
         )
     if not rmsd > 0:
-        raise CheckpointError(f"fairchem task {_name(task)} has rmsd {rmsd:g}, expected a positive number: {_REMEDY}")
+        raise _refused(task, f"has rmsd {rmsd:g}, expected a positive number: {_REMEDY}")
     return rmsd
 
 
 def _references(task: Mapping[str, Any]) -> Tensor:
     """Returns the element references of a task, ``(119,)`` float64 eV."""
-    given = task.get("element_references")
-    if given is None:
+    values, dtype = task.get("element_references"), torch.float64
+    if values is None:
         return torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
-    values = given.get("element_references") if isinstance(given, Mapping) else given
-    dtype = torch.float64
     if isinstance(values, Mapping):
-        kind = str(values.get("_target_", "")).rpartition(".")[2]
-        if kind not in ("DoubleTensor", "FloatTensor", "tensor") or not values.get("_args_"):
-            raise CheckpointError(
-                f"fairchem task {_name(task)} has element references that are no numbers: pass tasks with the values"
-            )
-        dtype = torch.float64 if kind == "DoubleTensor" else torch.float32
-        values = values["_args_"][0]
+        values = values.get("element_references")
     try:
+        if isinstance(values, Mapping):  # a tensor to be made, as Hydra writes it
+            dtype = _DTYPES[str(values.get("_target_", "")).rpartition(".")[2]]
+            values = values["_args_"][0]
         read = torch.as_tensor(values, dtype=dtype).to(torch.float64).flatten()[: MAX_ATOMIC_NUMBER + 1]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"fairchem task {_name(task)} has element references that are no numbers: pass tasks with the values"
-        ) from error
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise _refused(task, "has element references that are no numbers: pass tasks with the values") from error
     references = torch.full((MAX_ATOMIC_NUMBER + 1,), torch.nan, dtype=torch.float64)
     references[: len(read)] = read
     return references
@@ -134,8 +128,8 @@ def _property(task: Mapping[str, Any]) -> str:
     return str(task.get("property", ""))
 
 
-def _name(task: Mapping[str, Any]) -> str:
-    return str(task.get("name", "without a name"))
+def _refused(task: Mapping[str, Any], reason: str) -> CheckpointError:
+    return CheckpointError(f"fairchem task {task.get('name', 'without a name')} {reason}")
 
 
 def _datasets(task: Mapping[str, Any]) -> list[str]:
@@ -146,6 +140,4 @@ def _number(task: Mapping[str, Any], value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"fairchem task {_name(task)} has a normalizer of {type(value).__name__}: pass tasks with numbers"
-        ) from error
+        raise _refused(task, f"has a normalizer of {type(value).__name__}: pass tasks with numbers") from error
