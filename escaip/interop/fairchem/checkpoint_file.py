@@ -63,14 +63,8 @@ class _Checkpoint(_Record):
     __slots__ = ()
 
 
-class _Container(_Record):
-    """Replaces a mapping or a list of omegaconf, with its items in ``_content``."""
-
-    __slots__ = ()
-
-
-class _Value(_Record):
-    """Replaces a value of omegaconf, which is in ``_val``."""
+class _Node(_Record):
+    """Replaces a value, a mapping or a list of omegaconf, with what it holds in ``_val`` or ``_content``."""
 
     __slots__ = ()
 
@@ -83,14 +77,14 @@ def _mapping(*_: Any) -> dict[Any, Any]:
 _STAND_INS: dict[str, Callable[..., Any]] = {
     "fairchem.core.units.mlip_unit.api.inference.MLIPInferenceCheckpoint": _Checkpoint,
     "fairchem.core.units.mlip_unit.mlip_unit.MLIPInferenceCheckpoint": _Checkpoint,
-    "omegaconf.dictconfig.DictConfig": _Container,
-    "omegaconf.listconfig.ListConfig": _Container,
+    "omegaconf.dictconfig.DictConfig": _Node,
+    "omegaconf.listconfig.ListConfig": _Node,
     "omegaconf.base.ContainerMetadata": _Record,
     "omegaconf.base.Metadata": _Record,
     "typing.Any": _Record,
     "collections.defaultdict": _mapping,
     **{
-        f"omegaconf.nodes.{name}": _Value
+        f"omegaconf.nodes.{name}": _Node
         for name in ("AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode")
     },
     **{
@@ -130,10 +124,8 @@ def plain(value: Any, depth: int = 0) -> Any:
     """
     if depth > _MAX_DEPTH:
         raise CheckpointError("its configuration is nested too deeply: the file is damaged, or no checkpoint")
-    if isinstance(value, _Value):
-        return plain(value.state.get("_val"), depth + 1)
-    if isinstance(value, _Container):
-        return plain(value.state.get("_content"), depth + 1)
+    if isinstance(value, _Node):
+        return plain(value.state.get("_val", value.state.get("_content")), depth + 1)
     if isinstance(value, Mapping):
         return {str(key): plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
