@@ -55,7 +55,7 @@ def in_fresh_interpreter(code: str) -> dict[str, object]:
 def test_importing_the_package_and_its_help_is_light() -> None:
     found = in_fresh_interpreter(
         "import sys, escaip, escaip.cli, escaip.data, escaip.files\n"
-        "escaip.cli.overview()\n"
+        "escaip.cli.main(['--help']); escaip.cli.main(['md', '--help'])\n"
         "heavy = ('torch', 'numpy', 'ase', 'lightning', 'matplotlib', 'h5py', 'pymatgen', 'torch_geometric')\n"
         "result['heavy'] = [name for name in heavy if name in sys.modules]"
     )
@@ -117,7 +117,11 @@ def test_version_is_one(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", ["", "data", "data inspect", "evaluate", "relax", "md", "export", "info"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
-    assert capsys.readouterr().out.startswith(f"usage: escaip {command}".rstrip())
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: escaip {command}".rstrip())
+    if not command:
+        for name in ("fit", "validate", "test", "predict", "data list", "evaluate", "relax", "md", "info"):
+            assert f"\n  {name} " in printed
 
 
 def unsafe_calls(tree: ast.Module) -> list[str]:

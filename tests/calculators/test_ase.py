@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.calculator import Calculator
 
 from escaip import EScAIPCalculator
 from escaip.calculators import CommitteeCalculator
@@ -106,19 +107,23 @@ def test_the_potential_given_is_not_changed(make_potential: Make) -> None:
     assert all(parameter.requires_grad for parameter in potential.parameters())
 
 
-def _energy(calculator: EScAIPCalculator, atoms: Atoms) -> float:
+def _energy(calculator: Calculator, atoms: Atoms) -> float:
     atoms.calc = calculator
     return float(atoms.get_potential_energy())
 
 
 def test_pickle_deepcopy_and_another_process(make_potential: Make) -> None:
-    calculator = EScAIPCalculator(make_potential())
-    atoms = copper(1)
-    expected = _energy(calculator, atoms.copy())
-    assert _energy(pickle.loads(pickle.dumps(calculator)), atoms.copy()) == expected
-    assert _energy(copy.deepcopy(calculator), atoms.copy()) == expected
+    potential, atoms = make_potential(), copper(1)
+    committee = CommitteeCalculator([potential, make_potential(1)], skin=0.3)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_energy, (calculator, atoms)) == pytest.approx(expected, rel=1e-12)
+        for calculator in (EScAIPCalculator(potential), committee):
+            expected = _energy(calculator, atoms.copy())
+            for made in (pickle.loads(pickle.dumps(calculator)), copy.deepcopy(calculator)):
+                other = atoms.copy()
+                assert _energy(made, other) == expected
+                other.positions[0] += 0.01
+                assert other.get_potential_energy() != expected
+            assert pool.apply(_energy, (calculator, atoms)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_model_file_and_both_precisions(make_potential: Make, tmp_path: Path) -> None:

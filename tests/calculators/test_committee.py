@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import sys
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from typing import Any
 import ase.build
 import numpy as np
 import pytest
-import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
@@ -24,33 +22,14 @@ from escaip.testing import check_potential
 Make = Callable[..., Potential]
 
 
-@pytest.fixture
-def make_members(make_potential: Make) -> Callable[..., list[Potential]]:
-    def make(count: int = 3, **options: Any) -> list[Potential]:
-        members = []
-        for seed in range(count):
-            member = make_potential(**options)
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for weight in member.parameters():
-                    weight.add_(0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
-            members.append(member)
-        return members
-
-    return make
-
-
-Members = Callable[..., list[Potential]]
-
-
 def crystal() -> Atoms:
     atoms = ase.build.bulk("NaCl", "rocksalt", a=5.2)
     atoms.rattle(0.1, seed=1)
     return atoms
 
 
-def test_means_and_spreads_are_those_of_the_members(make_members: Members) -> None:
-    members = make_members()
+def test_means_and_spreads_are_those_of_the_members(make_potential: Make) -> None:
+    members = [make_potential(seed) for seed in range(3)]
     atoms = crystal()
     atoms.calc = CommitteeCalculator(members)
     energies, forces, stresses, atomic = [], [], [], []
@@ -77,13 +56,13 @@ def test_means_and_spreads_are_those_of_the_members(make_members: Members) -> No
 
 @pytest.mark.parametrize("other", [{}, {"cutoff": 3.5, "num_neighbors": None}])
 def test_stress_of_atoms_is_the_mean_and_asked_for(
-    make_members: Members, other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    make_potential: Make, other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import escaip.potential.potential
 
     calls, original = [], escaip.potential.potential.virials_of
     monkeypatch.setattr(escaip.potential.potential, "virials_of", lambda *a: (calls.append(1), original(*a))[1])
-    members = [*make_members(2), *make_members(1, **other)]
+    members = [make_potential(), make_potential(1), make_potential(2, **other)]
     atoms = crystal()
     atoms.calc = CommitteeCalculator(members)
     stress, forces = atoms.get_stress(), atoms.get_forces()
@@ -104,10 +83,10 @@ def test_stress_of_atoms_is_the_mean_and_asked_for(
 @pytest.mark.parametrize("other", [{}, {"num_neighbors": 6}, {"cutoff": 3.5, "num_neighbors": None}])
 @pytest.mark.parametrize("graph_skin", [0.0, 0.3])
 def test_the_graph_is_shared_where_settings_agree(
-    make_members: Members, other: dict[str, Any], graph_skin: float
+    make_potential: Make, other: dict[str, Any], graph_skin: float
 ) -> None:
     """Neighbors are always searched for once; answers are those of members alone whatever is shared."""
-    members = [*make_members(2), *make_members(1, **other)]
+    members = [make_potential(), make_potential(1), make_potential(2, **other)]
     calculator = CommitteeCalculator(members, graph_skin=graph_skin)
     alone = [EScAIPCalculator(member, skin=0.0) for member in members]
     rng = np.random.default_rng(0)
@@ -122,19 +101,6 @@ def test_the_graph_is_shared_where_settings_agree(
     assert calculator.num_neighbor_builds == 1 if not graph_skin else calculator.num_neighbor_builds < 3
     graphs = 2 if other else 1
     assert calculator.num_graph_builds == 6 * graphs if not graph_skin else calculator.num_graph_builds < 6 * graphs
-
-
-def test_it_travels(make_members: Members) -> None:
-    calculator = CommitteeCalculator(make_members(2), skin=0.3)
-    atoms = crystal()
-    atoms.calc = calculator
-    before = atoms.get_potential_energy()
-    for made in (pickle.loads(pickle.dumps(calculator)), copy.deepcopy(calculator)):
-        other = crystal()
-        other.calc = made
-        assert other.get_potential_energy() == before
-        other.positions += 0.01
-        other.get_forces()
 
 
 @pytest.mark.bad_input

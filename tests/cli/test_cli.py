@@ -26,12 +26,6 @@ from escaip.simulate import read_log
 Capture = pytest.CaptureFixture[str]
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "escaip", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
 def fails(arguments: list[str], status: int, message: str, capsys: Capture) -> None:
     """One line on the error stream that names the thing, nothing on the other, the right status."""
     assert main(arguments) == status
@@ -40,26 +34,6 @@ def fails(arguments: list[str], status: int, message: str, capsys: Capture) -> N
     assert printed.err.count("\n") == 1, printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
-
-
-def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
-    started = time.perf_counter()
-    done = run("--help", cwd=tmp_path)
-    assert time.perf_counter() - started < 2.0  # 0.1 s on an idle machine
-    assert done.returncode == 0
-    for name in ("fit", "validate", "test", "predict", "data list", "evaluate", "relax", "md", "info"):
-        assert f"\n  {name} " in done.stdout
-    code = "import sys, escaip.cli; escaip.cli.main(['md', '--help']); print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
-    )
-    loaded = set(done.stdout.splitlines()[-1].split())
-    assert not loaded & {"torch", "ase", "numpy", "lightning", "matplotlib"}
-
-
-def test_version(capsys: Capture) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"escaip {__version__}\n"
 
 
 @pytest.mark.bad_input
