@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,53 @@ from escaip.potential import Potential
 Make = Callable[..., Potential]
 Start = Callable[..., LammpsDriver]
 
-
 ENERGY_UNITS = {"metal": 1.0, "real": units.kcal / units.mol}
+LAMMPS = """
+units {units}
+boundary {boundary}
+atom_style atomic
+read_data {data}
+pair_style zero 2.0
+pair_coeff * *
+neighbor 1.0 bin
+neigh_modify every 1 delay 0 check no   # atoms change places at every step
+fix potential all external pf/callback 1 1
+thermo_style custom step pe pxx pyy pzz pxy pxz pyz vol
+thermo 1
+"""
 
 
-def installed() -> str:
+def quiet() -> Any:
+    return open_lammps(["-log", "none", "-screen", "none"])
+
+
+@pytest.fixture(scope="session")
+def _lammps() -> None:
     try:
-        open_lammps(["-log", "none", "-screen", "none"]).close()
+        quiet().close()
     except ConfigError as error:
-        return str(error)
-    return ""
+        pytest.skip(str(error))
 
 
-MISSING = installed()
-needs_lammps = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.fixture
+def start(_lammps: None, make_potential: Make, tmp_path: Path) -> Iterator[Start]:
+    """LAMMPS with a structure and a potential, ended with the test."""
+    drivers = []
+
+    def begin(atoms: Atoms, potential: Potential | None = None, style: str = "metal", **options: Any) -> LammpsDriver:
+        elements = sorted(set(atoms.symbols))
+        data = tmp_path / "start.data"
+        written = {"specorder": elements, "masses": True, "units": style, "velocities": atoms.has("momenta")}
+        ase.io.write(data, atoms, format="lammps-data", **written)
+        driver = LammpsDriver(potential or make_potential(), elements, quiet(), **options)
+        boundary = " ".join("p" if periodic else "s" for periodic in atoms.pbc)
+        driver.commands(LAMMPS.format(units=style, boundary=boundary, data=data))
+        drivers.append(driver)
+        return driver
+
+    yield begin
+    for driver in drivers:
+        driver.lammps.close()
 
 
 def orthogonal() -> Atoms:
@@ -117,6 +150,18 @@ def stresses_of(potential: Potential, atoms: Atoms) -> np.ndarray:
     return (turned(atoms).T @ found @ turned(atoms))[:, ROWS, COLUMNS]
 
 
+def check_stresses(driver: LammpsDriver, potential: Potential, atoms: Atoms, style: str, rtol: float) -> None:
+    """Stresses of atoms beside ASE's of ``atoms``, and that with the kinetic part they sum to the pressure."""
+    # pressure times volume, which LAMMPS makes of energies with a factor of its own
+    stresses = of_atoms(driver, "v", 2) * ENERGY_UNITS[style] / driver.lammps.extract_global("nktv2p")
+    expected = stresses_of(potential, atoms)
+    assert np.ptp(expected, axis=0).min() > 1e-3
+    np.testing.assert_allclose(stresses, expected, rtol=rtol, atol=1e-3 * rtol)
+    pressures = np.array([driver.lammps.get_thermo(name) for name in PRESSURES])
+    total = driver.lammps.numpy.extract_compute("sum", 0, 1)
+    np.testing.assert_allclose(total, -pressures * driver.lammps.get_thermo("vol"), rtol=rtol, atol=1e-6)
+
+
 def check(driver: LammpsDriver, potential: Potential, atoms: Atoms, style: str = "metal") -> None:
     """Energy, forces and virial of the structure that LAMMPS has, beside ASE's of ``atoms``."""
     atoms = atoms.copy()
@@ -137,7 +182,6 @@ def check(driver: LammpsDriver, potential: Potential, atoms: Atoms, style: str =
     np.testing.assert_allclose(found, virial[ROWS, COLUMNS], atol=1e-10)
 
 
-@needs_lammps
 @pytest.mark.parametrize("style", ["metal", "real"])
 @pytest.mark.parametrize("make", [orthogonal, triclinic, slab, molecule], ids=lambda make: make.__name__)
 def test_the_numbers_of_ase(make: Callable[[], Atoms], style: str, start: Start, make_potential: Make) -> None:
@@ -146,20 +190,12 @@ def test_the_numbers_of_ase(make: Callable[[], Atoms], style: str, start: Start,
     driver.commands("run 0")
     check(driver, potential, atoms, style)
     driver.commands(COMPUTES.format(interval=1) + "thermo_style custom step press c_sum[*]\nrun 0")
-    unit = ENERGY_UNITS[style]
-    # pressure times volume, which LAMMPS makes of energies with a factor of its own
-    stresses = of_atoms(driver, "v", 2) * unit / driver.lammps.extract_global("nktv2p")
-    expected = stresses_of(potential, atoms)
-    assert np.ptp(expected, axis=0).min() > 1e-3
-    np.testing.assert_allclose(stresses, expected, rtol=1e-9, atol=1e-11)
-    pressures = np.array([driver.lammps.get_thermo(name) for name in PRESSURES])
-    total = driver.lammps.numpy.extract_compute("sum", 0, 1)
-    np.testing.assert_allclose(total, -pressures * driver.lammps.get_thermo("vol"), rtol=1e-9, atol=1e-6)
+    check_stresses(driver, potential, atoms, style, rtol=1e-9)
     atoms.calc = EScAIPCalculator(potential)
-    np.testing.assert_allclose(of_atoms(driver, "e", 1) * unit, atoms.get_potential_energies(), atol=1e-10)
+    energies = of_atoms(driver, "e", 1) * ENERGY_UNITS[style]
+    np.testing.assert_allclose(energies, atoms.get_potential_energies(), atol=1e-10)
 
 
-@needs_lammps
 @pytest.mark.parametrize("style", ["metal", "real"])
 def test_they_belong_to_their_atoms_after_a_run_and_sum_to_the_pressure(
     style: str, start: Start, make_potential: Make
@@ -174,18 +210,11 @@ def test_they_belong_to_their_atoms_after_a_run_and_sum_to_the_pressure(
     assert (np.diff(ids) < 0).any()
     found = driver.structure()
     assert 1e-3 < abs(found.get_volume() / atoms.get_volume() - 1.0) < 0.2
-    unit = ENERGY_UNITS[style] / driver.lammps.extract_global("nktv2p")
-    stresses, with_kinetic = of_atoms(driver, "v", 2) * unit, of_atoms(driver, "w", 2) * unit
-    expected = stresses_of(potential, found)
-    assert np.ptp(expected, axis=0).min() > 1e-2
-    np.testing.assert_allclose(stresses, expected, rtol=1e-6, atol=1e-9)
-    assert np.abs(with_kinetic - stresses).max() > 0.1 * np.abs(stresses).max()
-    pressures = np.array([driver.lammps.get_thermo(name) for name in PRESSURES])
-    total = driver.lammps.numpy.extract_compute("sum", 0, 1)
-    np.testing.assert_allclose(total, -pressures * driver.lammps.get_thermo("vol"), rtol=1e-6)
+    check_stresses(driver, potential, found, style, rtol=1e-6)
+    potential_part, whole = of_atoms(driver, "v", 2), of_atoms(driver, "w", 2)
+    assert np.abs(whole - potential_part).max() > 0.1 * np.abs(potential_part).max()
 
 
-@needs_lammps
 @pytest.mark.parametrize("tells", [True, False])
 def test_virials_are_evaluated_at_the_steps_that_ask_and_all_in_one(
     tells: bool, start: Start, make_potential: Make, monkeypatch: pytest.MonkeyPatch
@@ -218,7 +247,6 @@ def test_virials_are_evaluated_at_the_steps_that_ask_and_all_in_one(
     assert np.isfinite(of_atoms(driver, "v", 2)).all()
 
 
-@needs_lammps
 @pytest.mark.parametrize(
     ("make", "style"),
     [(orthogonal, "metal"), (triclinic, "real"), (molecule, "metal")],
@@ -253,7 +281,6 @@ def test_a_trajectory_across_the_boundary_is_that_of_ase(
     assert energy == pytest.approx(reference.get_potential_energy(), abs=1e-9)
 
 
-@needs_lammps
 def test_charge_and_spin_reach_the_potential(start: Start, make_potential: Make) -> None:
     potential, atoms = make_potential(charge=True, spin=True), molecule()
     driver = start(atoms, potential, charge=1, spin_multiplicity=2)
@@ -262,7 +289,6 @@ def test_charge_and_spin_reach_the_potential(start: Start, make_potential: Make)
     check(driver, potential, atoms)
 
 
-@needs_lammps
 def test_direct_forces_have_no_pressure(start: Start, make_potential: Make) -> None:
     driver = start(moving(orthogonal()), make_potential(forces="direct"))
     driver.commands(COMPUTES.format(interval=1) + "run 0")
@@ -273,7 +299,6 @@ def test_direct_forces_have_no_pressure(start: Start, make_potential: Make) -> N
         driver.commands("fix 1 all nph iso 0 0 1\nrun 2")
 
 
-@needs_lammps
 @pytest.mark.bad_input
 def test_an_error_in_the_potential_stops_the_run_and_is_what_is_raised(
     start: Start, make_potential: Make, tmp_path: Path
@@ -306,7 +331,6 @@ def test_an_error_in_the_potential_stops_the_run_and_is_what_is_raised(
     driver.commands("run 1")
 
 
-@needs_lammps
 @pytest.mark.bad_input
 def test_a_run_that_does_not_call_the_potential_is_an_error(start: Start) -> None:
     driver = start(orthogonal())
@@ -315,7 +339,6 @@ def test_a_run_that_does_not_call_the_potential_is_an_error(start: Start) -> Non
         driver.commands("run_style respa 2 2 bond 1 pair 2\nrun 4")
 
 
-@needs_lammps
 @pytest.mark.bad_input
 def test_what_the_driver_does_not_take(start: Start, make_potential: Make, tmp_path: Path) -> None:
     potential, atoms = make_potential(), orthogonal()
@@ -326,7 +349,7 @@ def test_what_the_driver_does_not_take(start: Start, make_potential: Make, tmp_p
     with pytest.raises(ConfigError, match="no ids: take out atom_modify id no"):
         _started_in(potential, "units metal\natom_modify id no")
     with pytest.raises(ConfigError, match="attach the potential after read_data"):
-        LammpsDriver(potential, ["Na"], open_lammps(["-log", "none", "-screen", "none"])).attach()
+        LammpsDriver(potential, ["Na"], quiet()).attach()
     with pytest.raises(ConfigError, match="write all for some"):
         start(atoms).commands("group some id 1\nfix 2 some external pf/callback 1 1")
     with pytest.raises(SimulationError, match="LAMMPS stopped: Unknown command: walk"):
@@ -336,14 +359,13 @@ def test_what_the_driver_does_not_take(start: Start, make_potential: Make, tmp_p
 
 
 def _started_in(potential: Potential, first: str, types: int = 1) -> None:
-    driver = LammpsDriver(potential, ["Na"], open_lammps(["-log", "none", "-screen", "none"]))
+    driver = LammpsDriver(potential, ["Na"], quiet())
     driver.commands(f"{first}\nregion all block 0 5 0 5 0 5\ncreate_box {types} all\nmass * 1.0")
     driver.commands("pair_style zero 2.0\npair_coeff * *")
     driver.attach()
     driver.commands("create_atoms 1 single 1 1 1\nrun 0")
 
 
-@needs_lammps
 def test_a_script_with_continued_lines_and_loops_in_python(start: Start, tmp_path: Path) -> None:
     driver = start(orthogonal())
     script = tmp_path / "in.test"
@@ -357,7 +379,7 @@ def test_a_script_with_continued_lines_and_loops_in_python(start: Start, tmp_pat
 DECK = Path(__file__).resolve().parents[2] / "md" / "lammps"
 
 
-@needs_lammps
+@pytest.mark.usefixtures("_lammps")
 @pytest.mark.parametrize(("structure", "ensemble"), [("ethanol.xyz", "nve"), ("InP.cif", "npt")])
 def test_the_deck_runs(
     structure: str, ensemble: str, make_potential: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
