@@ -15,10 +15,10 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
+from tiny import batch_of
 
 from escaip import EScAIPCalculator
 from escaip.calculators import CommitteeCalculator
-from escaip.data import AtomicData, collate
 from escaip.errors import CheckpointError, ConfigError, DataError, UnsupportedElementError
 from escaip.nn.heads import HEADS
 from escaip.potential import Potential
@@ -37,7 +37,7 @@ def copper(repeat: int = 2) -> Atoms:
 def test_answers_alone_equal_answers_in_a_batch(make_potential: Make) -> None:
     potential = make_potential()
     structures = [ase.build.molecule("CH3CH2OH"), copper(1), ase.build.bulk("Si")]
-    batch = collate([AtomicData.from_ase(atoms) for atoms in structures])
+    batch = batch_of(*structures)
     together = potential(batch, compute_stress=True, create_graph=False)
     forces = together.forces.split([len(atoms) for atoms in structures])
     for index, atoms in enumerate(structures):
@@ -62,7 +62,7 @@ def test_further_heads_are_properties(make_potential: Make, monkeypatch: pytest.
     )
     potential, plain = make_potential(heads=("dipole", "softness")), make_potential()
     atoms = ase.build.molecule("CH3OH")
-    expected = potential(collate([AtomicData.from_ase(atoms)])).properties
+    expected = potential(batch_of(atoms)).properties
     for calculator in (EScAIPCalculator(potential), CommitteeCalculator([potential, potential])):
         atoms.calc = calculator
         assert atoms.get_dipole_moment() == pytest.approx(expected["dipole"][0].detach().numpy(), rel=1e-12)

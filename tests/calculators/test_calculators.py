@@ -19,10 +19,10 @@ from ase.filters import FrechetCellFilter, UnitCellFilter
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
+from tiny import batch_of, crystal
 
 from escaip import EScAIPCalculator, Potential
 from escaip.calculators import CommitteeCalculator
-from escaip.data import AtomicData, collate
 from escaip.errors import ConfigError
 from escaip.simulate import MDSettings, read_log, relax, run_md
 from escaip.testing import check_potential, continuity_error, evaluator, stress_error_by_difference
@@ -189,20 +189,14 @@ def test_far_fragments_add_up(calculate: Maker) -> None:
 
 @pytest.mark.bad_input
 def test_stress_where_there_is_none(calculate: Maker) -> None:
-    molecule, crystal, calculator = ase.build.molecule("H2O"), salt(), calculate(forces="direct")
+    molecule, direct = ase.build.molecule("H2O"), calculate(forces="direct")
     for name in ("stress", "stresses"):
         with pytest.raises(PropertyNotImplementedError, match="needs a cell with volume"):
             calculate().get_property(name, molecule)
         with pytest.raises(PropertyNotImplementedError, match="direct-force model has no stress"):
-            calculator.get_property(name, crystal)
-    assert not {"stresses", "virials"} & set(calculator.implemented_properties)
-    assert np.isfinite(calculator.get_property("forces", crystal)).all()
-
-
-def crystal() -> Atoms:
-    atoms = ase.build.bulk("NaCl", "rocksalt", a=5.4, cubic=True)
-    atoms.rattle(0.1, seed=0)
-    return atoms
+            direct.get_property(name, salt())
+    assert not {"stresses", "virials"} & set(direct.implemented_properties)
+    assert np.isfinite(direct.get_property("forces", salt())).all()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -234,8 +228,7 @@ def test_each_atom_gets_half_of_its_pairs(make_potential: Make) -> None:
     from escaip.potential.derivatives import virials_of
 
     atoms = crystal()
-    batch = collate([AtomicData.from_ase(atoms)])
-    graph = make_potential().graph_of(batch)
+    graph = make_potential().graph_of(batch_of(atoms))
     generator = torch.Generator().manual_seed(0)
     vectors, gradient = torch.randn(2, len(graph.center), 3, generator=generator, dtype=torch.float64)
     expected = np.zeros((len(atoms), 3, 3))
@@ -294,19 +287,6 @@ def test_dynamics_and_relaxation_with_open_axes(make_potential: Make, name: str,
         relax(flat, cell=True)
 
 
-def small_copper() -> Atoms:
-    atoms = ase.build.bulk("Cu", cubic=True)
-    atoms.rattle(0.05, seed=0)
-    return atoms
-
-
-def count_evaluations(calculator: EScAIPCalculator) -> list[int]:
-    calls: list[int] = []
-    original = calculator.potential.forward
-    calculator.potential.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]  # type: ignore[method-assign]
-    return calls
-
-
 def forces_alone(make_potential: Make, atoms: Atoms) -> np.ndarray:
     copy = atoms.copy()
     copy.calc = EScAIPCalculator(make_potential())
@@ -315,9 +295,10 @@ def forces_alone(make_potential: Make, atoms: Atoms) -> np.ndarray:
 
 def test_structures_of_any_size_share_it_and_only_changes_are_evaluated(make_potential: Make) -> None:
     calculator = EScAIPCalculator(make_potential())
-    calls = count_evaluations(calculator)
+    calls, forward = [], calculator.potential.forward
+    calculator.potential.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
     structures = [ase.build.molecule(name) for name in ("H2O", "CH3OH", "NH3", "H2O")]
-    structures += [small_copper(), small_copper().repeat((2, 1, 1)), Atoms("Cu")]
+    structures += [copper((1, 1, 1)), copper((2, 1, 1)), Atoms("Cu")]
     expected = [forces_alone(make_potential, atoms) for atoms in structures]
     for atoms in structures:
         atoms.calc = calculator
@@ -338,7 +319,7 @@ def test_structures_of_any_size_share_it_and_only_changes_are_evaluated(make_pot
 
 
 def test_what_is_returned_can_be_changed(make_potential: Make) -> None:
-    atoms = small_copper()
+    atoms = copper((1, 1, 1))
     atoms.calc = EScAIPCalculator(make_potential())
     forces = atoms.get_forces()
     kept = forces.copy()

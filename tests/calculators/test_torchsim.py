@@ -60,7 +60,7 @@ def state_of(structures: list[Atoms], dtype: torch.dtype = torch.float64, **more
     )
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model without torch-sim: its base class is then a plain module."""
     if not installed:
@@ -93,7 +93,6 @@ def check(model: EScAIPModel, potential: Potential, structures: list[Atoms], sta
             assert found["stress"][index].isnan().all()
 
 
-@pytest.mark.usefixtures("_stand_in")
 @pytest.mark.parametrize("make", [crystals, molecules], ids=["crystals", "molecules"])
 def test_every_system_of_a_state_is_as_ase_has_it(make: Callable[[], list[Atoms]], make_potential: Make) -> None:
     potential, structures = make_potential(), make()
@@ -108,14 +107,12 @@ def test_every_system_of_a_state_is_as_ase_has_it(make: Callable[[], list[Atoms]
     check(model, potential, structures[:1], alone)
 
 
-@pytest.mark.usefixtures("_stand_in")
 def test_a_slab_is_periodic_along_some_axes(make_potential: Make) -> None:
     slab = ase.build.fcc111("Cu", (2, 2, 2), vacuum=4.0)
     slab.pbc = [True, True, False]
     check(EScAIPModel(make_potential(), "cpu"), make_potential(), [slab], state_of([slab], pbc=[True, True, False]))
 
 
-@pytest.mark.usefixtures("_stand_in")
 def test_precisions_of_state_and_potential_are_two(make_potential: Make) -> None:
     potential, structures = make_potential(), crystals()
     exact = EScAIPModel(potential, "cpu")(state_of(structures))
@@ -130,7 +127,6 @@ def test_precisions_of_state_and_potential_are_two(make_potential: Make) -> None
     assert potential.dtype == torch.float64
 
 
-@pytest.mark.usefixtures("_stand_in")
 def test_charges_and_spins_of_each_system(make_potential: Make) -> None:
     potential = make_potential(charge=True, spin=True)
     structures = [ase.build.molecule("CH3OH"), ase.build.molecule("CH3OH")]
@@ -144,7 +140,6 @@ def test_charges_and_spins_of_each_system(make_potential: Make) -> None:
     torch.testing.assert_close(ions, energy[[1, 1]])
 
 
-@pytest.mark.usefixtures("_stand_in")
 def test_what_is_not_asked_for_is_not_there(make_potential: Make) -> None:
     state = state_of(crystals())
     model = EScAIPModel(make_potential(), "cpu", compute_stress=False)
@@ -157,7 +152,6 @@ def test_what_is_not_asked_for_is_not_there(make_potential: Make) -> None:
         direct.compute_stress = True
 
 
-@pytest.mark.usefixtures("_stand_in")
 def test_memory_scales_with_what_bounds_the_neighbors(make_potential: Make) -> None:
     assert EScAIPModel(make_potential(), "cpu").memory_scales_with == "n_atoms"
     radius = EScAIPModel(make_potential(num_neighbors=None), "cpu")
@@ -165,7 +159,6 @@ def test_memory_scales_with_what_bounds_the_neighbors(make_potential: Make) -> N
 
 
 @pytest.mark.bad_input
-@pytest.mark.usefixtures("_stand_in")
 def test_what_the_model_does_not_take(make_potential: Make) -> None:
     structures = molecules()
     with pytest.raises(UnsupportedElementError, match="not trained on O"):

@@ -72,8 +72,8 @@ def test_precision_is_changed_on_request_and_references_stay_double(potential: P
     assert back.element_references[1] == -13.6
 
 
-def write_version_1(potential: Potential, path: Path) -> None:
-    """The layout of schema 1, written out: elements and level of theory at the top, no units of stress."""
+def test_version_1_is_migrated(potential: Potential, tmp_path: Path) -> None:
+    """Elements and level of theory at the top, no units of stress."""
     description = {
         "schema": 1,
         "architecture": "EScAIP",
@@ -83,11 +83,7 @@ def write_version_1(potential: Potential, path: Path) -> None:
         "units": {"length": "angstrom", "energy": "eV"},
         "cutoff": 4.0,
     }
-    save_file(potential.state_dict(), path, metadata={"escaip": json.dumps(description)})
-
-
-def test_version_1_is_migrated(potential: Potential, tmp_path: Path) -> None:
-    write_version_1(potential, tmp_path / "old.escaip")
+    save_file(potential.state_dict(), tmp_path / "old.escaip", metadata={"escaip": json.dumps(description)})
     loaded = load_potential(tmp_path / "old.escaip", device="cpu")
     assert loaded.metadata == PotentialMetadata((1, 8), "GFN2-xTB")
     assert loaded.config == potential.config
