@@ -64,9 +64,9 @@ def write_file(path: str | os.PathLike[str], content: str | bytes, error: type[E
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: str | os.PathLike[str], value: object, error: type[EscaipError] = DataError) -> None:
+def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Writes a value as indented JSON, whole or not at all; NaN is refused with a ``ValueError``."""
-    write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n", error)
+    write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_results(folder: str | os.PathLike[str], files: Mapping[str, Any]) -> None:

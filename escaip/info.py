@@ -23,7 +23,8 @@ def info(model: ModelFile | None = None, *, json: bool = False) -> None:
 
     Example: escaip info example:organic
     """
-    print(render(describe_model(model) if model else describe_installation(), as_json=json))
+    description = describe_model(model) if model else describe_installation()
+    print(jsonlib.dumps(description, indent=1, ensure_ascii=False) if json else "\n".join(_lines(description)))
 
 
 def examples() -> None:
@@ -122,9 +123,8 @@ def _onsets(onset: Any, elements: list[int]) -> str | list[float]:
 def _by_symbol(row: Any, elements: list[int]) -> dict[str, float]:
     from ase.data import chemical_symbols
 
-    values = dict(enumerate(row.tolist()))
-    kept = [z for z, value in values.items() if z and value == value and (z in elements if elements else value != 0.0)]
-    return {chemical_symbols[z]: values[z] for z in kept}
+    known = [(z, value) for z, value in enumerate(row.tolist()) if z and value == value]  # NaN: none
+    return {chemical_symbols[z]: value for z, value in known if (z in elements if elements else value != 0.0)}
 
 
 def describe_installation() -> dict[str, Any]:
@@ -153,29 +153,17 @@ def describe_installation() -> dict[str, Any]:
     }
 
 
-def render(description: dict[str, Any], as_json: bool = False) -> str:
-    """Returns text for a terminal, or JSON."""
-    if as_json:
-        return jsonlib.dumps(description, indent=1, ensure_ascii=False)
-    width = max(len(key) for key in description) + 2
-    return "\n".join(_lines(description, width, ""))
-
-
-def _lines(values: dict[str, Any], width: int, indent: str) -> list[str]:
-    lines = []
+def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
+    lines, width = [], max(map(len, values)) + 2
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            lines.append(f"{indent}{key}")
-            inner = max(len(str(name)) for name in value) + 2
-            lines.extend(_lines(value, inner, indent + "  "))
+            lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
         else:
             lines.append(f"{indent}{key:<{width}}{_text(value)}")
     return lines
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(str(item) for item in value) or "none"
-    if isinstance(value, dict):
-        return "none"
+    if isinstance(value, list | tuple | dict):
+        return " ".join(map(str, value)) or "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
