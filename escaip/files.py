@@ -58,9 +58,9 @@ def write_aside(path: str | os.PathLike[str], error: type[EscaipError] = DataErr
             aside.unlink(missing_ok=True)
 
 
-def write_file(path: str | os.PathLike[str], content: str | bytes, error: type[EscaipError] = DataError) -> None:
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a whole file or nothing; see ``write_aside``."""
-    with write_aside(path, error) as aside:
+    with write_aside(path) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -298,7 +298,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def list_datasets() -> list[DatasetCard]:
     """Returns the cards of all data sets, by name."""
-    return [_read_card(path.parent) for path in sorted(resource_dir("datasets").glob("*/manifest.toml"))]
+    return [dataset_card(name) for name in _card_names()]
 
 
 def dataset_card(name: str) -> DatasetCard:
@@ -308,11 +308,21 @@ def dataset_card(name: str) -> DatasetCard:
         ConfigError: no such card; the message lists those there are.
         DataError: its manifest cannot be read.
     """
-    folder = resource_dir("datasets")
-    names = sorted(path.parent.name for path in folder.glob("*/manifest.toml"))
+    names = _card_names()
     if name not in names:
         raise ConfigError(f"data set {name!r} has no card: there are {', '.join(names)}")
-    return _read_card(folder / name)
+    path = resource_dir("datasets") / name
+    try:
+        manifest = tomllib.loads((path / "manifest.toml").read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}/manifest.toml is no valid TOML ({error}): repair it or install escaip again"
+        ) from error
+    return DatasetCard(name, str(manifest.get("dataset", {}).get("title", name)), manifest, path)
+
+
+def _card_names() -> list[str]:
+    return sorted(path.parent.name for path in resource_dir("datasets").glob("*/manifest.toml"))
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -326,7 +336,10 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(path)
     if text.startswith(EXAMPLE_PREFIX):
-        return _example(text)
+        examples = {**list_examples("model"), **list_examples("structure")}
+        if text.removeprefix(EXAMPLE_PREFIX) not in examples:
+            raise DataError(f"{text} does not exist: examples are {', '.join(examples)}")
+        return examples[text.removeprefix(EXAMPLE_PREFIX)]
     if not text.startswith(DATASET_PREFIX):
         return Path(path)
     name, _, file = text.removeprefix(DATASET_PREFIX).partition("/")
@@ -345,20 +358,3 @@ def list_examples(kind: str) -> dict[str, Path]:
     """
     folder = resource_dir("md") / ("potentials" if kind == "model" else "structures")
     return {file.stem: file for file in sorted(folder.glob("[!.]*")) if file.suffix != ".md"}
-
-
-def _example(text: str) -> Path:
-    held = {**list_examples("model"), **list_examples("structure")}
-    name = text.removeprefix(EXAMPLE_PREFIX)
-    if name not in held:
-        raise DataError(f"{text} does not exist: examples are {', '.join(held)}")
-    return held[name]
-
-
-def _read_card(path: Path) -> DatasetCard:
-    manifest_path = path / "manifest.toml"
-    try:
-        manifest = tomllib.loads(manifest_path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{manifest_path} is no valid TOML ({error}): repair it or install escaip again") from error
-    return DatasetCard(path.name, str(manifest.get("dataset", {}).get("title", path.name)), manifest, path)
