@@ -23,10 +23,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def second(tmp_path: Path) -> Path:
     path = tmp_path / "second.escaip"
-    potential = make_potential()
-    for weight in potential.model.parameters():
-        weight.data.mul_(1.1)
-    potential.save(path)
+    make_potential(1).save(path)
     return path
 
 
