@@ -122,6 +122,9 @@ MOLECULES = {
     "formate": "[O-]C=O",
     "acetate": "CC(=O)[O-]",
 }
+Labels = dict[str, NDArray[np.floating]]
+"""By name in the file, in atomic units; a force is minus the gradient."""
+
 FLEXIBLE = ("ethylene glycol", "ethanol", "ethylamine", "ethanethiol", "glycine", "alanine", "methyl formate")
 
 
@@ -144,21 +147,6 @@ class Molecule:
     numbers: NDArray[np.int64]
     bonds: tuple[tuple[int, int], ...]
     starts: tuple[NDArray[np.float64], ...]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Conformations of one molecule, in atomic units.
-
-    Attributes:
-        conformations: ``(M, n, 3)`` float32, bohr.
-        energies: ``(M,)`` float64, hartree.
-        gradients: ``(M, n, 3)`` float32, hartree/bohr; force = −gradient.
-    """
-
-    conformations: NDArray[np.float32]
-    energies: NDArray[np.float64]
-    gradients: NDArray[np.float32]
 
 
 def describe(name: str, smiles: str) -> Molecule:
@@ -275,11 +263,12 @@ def single_point(
     return float(result.get("energy")), np.array(result.get("gradient"))
 
 
-def label(molecule: Molecule, conformations: NDArray[np.float32]) -> Labelled:
-    """Energies and gradients at the positions as stored."""
+def label(molecule: Molecule, conformations: NDArray[np.float32]) -> Labels:
+    """Conformations with energies and gradients at the positions as stored: names and arrays of the file."""
     results = [single_point(molecule.numbers, positions, molecule.charge) for positions in conformations]
     energies, gradients = (np.array(part) for part in zip(*results, strict=True))
-    return Labelled(conformations, energies, gradients.astype(np.float32))
+    gradients = gradients.astype(np.float32)
+    return {"conformations": conformations, "dft_total_energy": energies, "dft_total_gradient": gradients}
 
 
 def gradient_error(numbers: NDArray[np.int64], positions: NDArray[np.float32], charge: int) -> float:
@@ -307,7 +296,7 @@ def free_atoms() -> dict[str, float]:
     }
 
 
-def write(molecules: list[Molecule], labelled: list[Labelled], atoms: dict[str, float]) -> None:
+def write(molecules: list[Molecule], labelled: list[Labels], atoms: dict[str, float]) -> None:
     """Writes the sample."""
     with h5py.File(SAMPLE, "w") as file:
         file.attrs["level_of_theory"] = f"{LEVEL_OF_THEORY} (tblite), NOT SPICE's wB97M-D3(BJ)/def2-TZVPPD"
@@ -322,7 +311,7 @@ def write(molecules: list[Molecule], labelled: list[Labelled], atoms: dict[str, 
             _write_group(file.create_group(molecule.name), molecule, data, atoms)
 
 
-def _write_group(group: h5py.Group, molecule: Molecule, data: Labelled, atoms: dict[str, float]) -> None:
+def _write_group(group: h5py.Group, molecule: Molecule, data: Labels, atoms: dict[str, float]) -> None:
     reference = sum(atoms[chemical_symbols[z]] for z in molecule.numbers)
     packed = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
     text = h5py.string_dtype()
@@ -330,12 +319,9 @@ def _write_group(group: h5py.Group, molecule: Molecule, data: Labelled, atoms: d
     group.create_dataset("subset", data=[f"escaip GFN2-xTB sample, {kind}"], dtype=text)
     group.create_dataset("smiles", data=[molecule.smiles], dtype=text)
     group.create_dataset("atomic_numbers", data=molecule.numbers.astype(np.int16))
-    for name, values, unit in (
-        ("conformations", data.conformations, "bohr"),
-        ("formation_energy", data.energies - reference, "hartree"),
-        ("dft_total_energy", data.energies, "hartree"),
-        ("dft_total_gradient", data.gradients, "hartree/bohr"),
-    ):
+    energies = {"formation_energy": data["dft_total_energy"] - reference}
+    for name, values in (data | energies).items():
+        unit = "bohr" if name == "conformations" else "hartree/bohr" if name == "dft_total_gradient" else "hartree"
         group.create_dataset(name, data=values, **packed).attrs["units"] = unit
 
 
@@ -379,11 +365,11 @@ def main() -> None:
         molecules.append(molecule)
         labelled.append(labels)
         seconds = time.perf_counter() - began
-        print(f"{name:20s} {len(labels.energies):3d} conformations, {seconds:6.1f} s so far", flush=True)
+        print(f"{name:20s} {len(labels['conformations']):3d} conformations, {seconds:6.1f} s so far", flush=True)
     write(molecules, labelled, free_atoms())
     for name in ("water", "acetate", "dimethyl sulfoxide", "bromoethene"):
         index = list(MOLECULES).index(name)
-        error = gradient_error(molecules[index].numbers, labelled[index].conformations[-1], molecules[index].charge)
+        error = gradient_error(molecules[index].numbers, labelled[index]["conformations"][-1], molecules[index].charge)
         print(f"{name}: gradient against central differences of the energy: {error:.1e} hartree/bohr at most")
     print(table())
 
