@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
+from tiny import rattled
 
 from escaip import EScAIPCalculator
 from escaip.calculators import CommitteeCalculator, DispersionCalculator
@@ -123,10 +124,7 @@ def test_committees_that_cannot_be(make_potential: Make) -> None:
 def structures() -> list[Atoms]:
     crystal = ase.build.bulk("NaCl", "rocksalt", a=5.6)
     slab = ase.build.fcc111("Cu", (1, 1, 2), vacuum=5.0, periodic=False)
-    found = [ase.build.molecule("CH3OH"), crystal, slab]
-    for atoms in found:
-        atoms.rattle(0.05, seed=0)
-    return found
+    return rattled(ase.build.molecule("CH3OH"), crystal, slab)
 
 
 @pytest.fixture
