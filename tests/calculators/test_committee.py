@@ -179,10 +179,8 @@ def test_axes_without_a_cell_vector(make_potential: Make) -> None:
 def test_a_committee_below_a_change_of_charge_and_a_journey(make_potential: Make) -> None:
     atoms = structures()[0]
     members = [make_potential(charge=True), make_potential(1, charge=True)]
-    plain, atoms.calc = (
-        CommitteeCalculator(members),
-        DispersionCalculator(CommitteeCalculator(members), realspace_cutoff={"disp2": 10.0}),
-    )
+    plain = CommitteeCalculator(members)
+    atoms.calc = DispersionCalculator(CommitteeCalculator(members), realspace_cutoff={"disp2": 10.0})
     spread = atoms.calc.get_property("forces_spread", atoms)
     np.testing.assert_array_equal(spread, plain.get_property("forces_spread", atoms))
     assert spread.max() > 0

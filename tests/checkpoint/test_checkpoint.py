@@ -134,10 +134,8 @@ def water(*charges: int) -> list[Atoms]:
 
 
 def test_atoms_share_the_energy_of_the_charge() -> None:
-    potential, structures = (
-        make_potential(charge=True),
-        [*water(0, -1, 2, 3), Atoms(molecule("OH"), info={"charge": -1})],
-    )
+    potential = make_potential(charge=True)
+    structures = [*water(0, -1, 2, 3), Atoms(molecule("OH"), info={"charge": -1})]
     before = potential.predict(structures)
     potential.charge_energies[19], potential.charge_energies[22] = -6.0, 12.0
     expected = [0.0, -6.0, 12.0, 0.0, -6.0]  # nothing for a charge that training did not show
