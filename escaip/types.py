@@ -7,15 +7,19 @@ energies in eV, forces in eV/Å, stress in eV/Å³ (positive in tension, as in A
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from escaip.errors import ConfigError
 
 MAX_CHARGE = 20
 """Largest total charge, of either sign, that a potential knows: far beyond any molecule in the data sets."""
+
+T_ = TypeVar("T_", bound="_Movable")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,18 @@ class StructureBatch(Protocol):
     structure_id: list[str]
 
 
+class _Movable:
+    """Frozen dataclass whose tensors move together."""
+
+    def to(self: T_, device: torch.device | str, non_blocking: bool = False) -> T_:
+        """Returns a copy with every tensor on ``device``; dtypes are kept."""
+        moved: dict[str, Any] = {}
+        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            moved[entry.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+        return type(self)(**moved)
+
+
 @dataclass(frozen=True)
 class GraphSettings:
     """What decides which neighbors an atom attends to (docs/concepts/graph.md).
@@ -133,7 +149,7 @@ class GraphSettings:
 
 
 @dataclass(frozen=True)
-class NeighborList:
+class NeighborList(_Movable):
     """All directed pairs closer than ``cutoff``: topology only, no gradient.
 
     Attributes:
@@ -151,7 +167,7 @@ class NeighborList:
 
 
 @dataclass(frozen=True)
-class TokenLayout:
+class TokenLayout(_Movable):
     """Which rows of a batch belong to which atom: indices only, no gradient.
 
     Tokens of atom ``i`` are ``offsets[i] : offsets[i + 1]``; the first is its self token, the others its neighbors by
@@ -215,7 +231,7 @@ class Graph(TokenLayout):
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(_Movable):
     """Differentiable geometry of the tokens: pure functions of positions, cell and strain.
 
     Attributes:
@@ -232,7 +248,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(_Movable):
     """The tokens of ``n`` consecutive atoms, layout and geometry: what a block reads at once.
 
     Attributes:
@@ -266,7 +282,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class AtomInputs:
+class AtomInputs(_Movable):
     """What a model knows of each atom besides where it is.
 
     Attributes:
