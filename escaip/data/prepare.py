@@ -16,19 +16,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from escaip.data.readers import READERS, DataFile, PathLike, checked, list_files, read_file
-from escaip.data.readers.policy import Part, ReadPolicy, ReadReport
+from escaip.data.readers import READERS, DataFile, PathLike, Reading, ReadReport, list_files
+from escaip.data.readers.policy import Part
 from escaip.data.splits import PARTS, SplitSettings, divide
 from escaip.data.statistics import TrainingSums
 from escaip.data.store import SCHEMA_VERSION, Arrays, Store, group_names
@@ -41,46 +41,15 @@ from escaip.data.store_writer import (
     publish,
     read_part,
 )
-from escaip.data.structure import LabelKeys
 from escaip.errors import ConfigError, DataError
 from escaip.files import DATASET_PREFIX, list_datasets, resolve, try_lock, write_json
 from escaip.types import TARGETS, Target, register_target
-from escaip.units import Units
-
-if TYPE_CHECKING:
-    from escaip.data.structure import AtomicData
 
 PART_SIZE = 5_000
 """Structures of a part, where a file can be divided: a kill costs each worker at most these."""
 SKIPPED = "skipped.txt"
 _KEPT = "whole parts were kept for the next run"
 _MAKING = "making-"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Arguments of ``escaip.data.open_source``, as plain values."""
-
-    keys: Mapping[str, str | None] | None = None
-    units: Mapping[str, str] | None = None
-    on_error: str = "raise"
-    required_labels: tuple[str, ...] = ()
-    check_units: bool = True
-    max_force: float | None = None
-    limit: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def policy(self, report: ReadReport) -> ReadPolicy:
-        """Returns the policy by which structures are admitted."""
-        units = Units.parse(self.units) if self.units is not None else None
-        return ReadPolicy(units, self.on_error, report, tuple(self.required_labels), self.max_force)
-
-    def stream(self, item: WorkItem, report: ReadReport) -> Iterator[AtomicData]:
-        """Yields the structures of one part."""
-        policy, keys = self.policy(report), LabelKeys.parse(self.keys)
-        files = [read_file(file, policy, part=item.part, keys=keys, **self.options) for file in item.files]
-        stream: Iterator[AtomicData] = islice(chain.from_iterable(files), self.limit)
-        return checked(stream) if self.check_units else stream
 
 
 @dataclass(frozen=True)
@@ -108,7 +77,7 @@ class WorkItem:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             writer = PartWriter(aside, dtype=dtype, shard_atoms=shard_atoms)
-            for data in reading.stream(self, report):
+            for data in reading.stream(self.files, report, self.part):
                 writer.write(data)
             writer.close(skipped=report.skipped, filtered=report.filtered, messages=messages)
             try:
@@ -224,7 +193,9 @@ def prepare(
         raise ConfigError(f"workers: {workers} is not a positive number")
     if settings is not None and isinstance(source, Mapping):
         raise ConfigError("split: the sources are named by split already; name them or divide them, not both")
-    _check_recipe(target, reading, dtype, shard_atoms)
+    # Wrong settings are refused before any file is opened.
+    PartWriter(target, dtype=dtype, shard_atoms=shard_atoms)
+    reading.stream([], ReadReport())
     check_target(target, overwrite)
     work = target.parent / f".{target.name}.work"
     sources = dict(source) if isinstance(source, Mapping) else {"all": source}
@@ -252,13 +223,6 @@ def _assemble(
     manifest = assemble([item.folder for item in items], store, **how, **{"read": counts, **facts})
     found = {"written": manifest["num_structures"], "splits": manifest["splits"], "messages": tuple(messages[:20])}
     return {**found, **counts, "duplicates": _finish(store, messages)}
-
-
-def _check_recipe(target: Path, reading: Reading, dtype: str, shard_atoms: int) -> None:
-    """Refuses a wrong dtype, key or policy before any file is opened."""
-    PartWriter(target, dtype=dtype, shard_atoms=shard_atoms)
-    LabelKeys.parse(reading.keys)
-    reading.policy(ReadReport())
 
 
 def _named_splits(

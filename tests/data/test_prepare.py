@@ -19,7 +19,8 @@ import torch
 from ase import Atoms
 
 from escaip.data import AtomicData, Store, fit_statistics, open_source, store_writer
-from escaip.data.prepare import Reading, prepare, prepare_named
+from escaip.data.prepare import prepare, prepare_named
+from escaip.data.readers import Reading
 from escaip.data.splits import SplitSettings, divide
 from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import ConfigError, DataError
@@ -292,7 +293,9 @@ def test_bad_settings(files: Path, tmp_path: Path) -> None:
 
 @pytest.mark.bad_input
 def test_a_source_that_cannot_be_read_is_named(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(self: Any, item: Any, report: Any) -> Any:
+    def refused(self: Any, files: Any, report: Any, part: Any = None) -> Any:
+        if not files:
+            return iter(())  # settings are checked
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/0.extxyz")
 
     monkeypatch.setattr(Reading, "stream", refused)

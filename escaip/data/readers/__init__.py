@@ -6,8 +6,8 @@ import glob
 import inspect
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "DataFile",
     "ReadPolicy",
     "ReadReport",
+    "Reading",
     "check_magnitudes",
     "checked",
     "detect_format",
@@ -78,12 +79,31 @@ def open_source(
         DataError: an unreadable file, a bad structure, implausible magnitudes.
         ConfigError: an unknown format, key, unit or option.
     """
-    files = list_files(path, format)
-    stated = Units.parse(units) if units is not None else None
-    policy = ReadPolicy(stated, on_error, report or ReadReport(), tuple(required_labels), max_force)
-    streams = [read_file(file, policy, keys=LabelKeys.parse(keys), **options) for file in files]
-    stream = itertools.islice(itertools.chain.from_iterable(streams), limit)
-    return checked(stream) if check_units else stream
+    reading = Reading(keys, units, on_error, tuple(required_labels), check_units, max_force, limit, options)
+    return reading.stream(list_files(path, format), report or ReadReport())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read; arguments of ``open_source``, with those of the layout as ``options``."""
+
+    keys: Mapping[str, str | None] | LabelKeys | None = None
+    units: Mapping[str, str] | Units | None = None
+    on_error: str = "raise"
+    required_labels: tuple[str, ...] = ()
+    check_units: bool = True
+    max_force: float | None = None
+    limit: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def stream(self, files: Iterable[DataFile], report: ReadReport, part: Part | None = None) -> Iterator[AtomicData]:
+        """Returns the structures of files, or of a part of one; settings are checked at once."""
+        units = Units.parse(self.units) if self.units is not None else None
+        policy = ReadPolicy(units, self.on_error, report, tuple(self.required_labels), self.max_force)
+        keys = LabelKeys.parse(self.keys)
+        streams = [read_file(file, policy, keys=keys, part=part, **self.options) for file in files]
+        stream = itertools.islice(itertools.chain.from_iterable(streams), self.limit)
+        return checked(stream) if self.check_units else stream
 
 
 @dataclass(frozen=True)
@@ -146,9 +166,8 @@ def read_file(
             raise ConfigError(f"{file.path}: the {file.reader} reader has no option {key!r}; it has {own}")
     if keys is not None and "keys" not in known:
         raise ConfigError(f"{file.path}: keys: the {file.reader} layout fixes its names; drop keys (options: {own})")
-    given = {"keys": keys, "part": part}
-    options.update({key: value for key, value in given.items() if value is not None})
-    return read(file.path, file.name, policy, **options)
+    given = {key: value for key, value in {"keys": keys, "part": part}.items() if value is not None}
+    return read(file.path, file.name, policy, **given, **options)
 
 
 def detect_format(path: PathLike) -> str:
