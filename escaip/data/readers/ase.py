@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING
 
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges
 from escaip.data.structure import AtomicData, LabelKeys, labels_found
@@ -28,14 +28,6 @@ XYZ = (".xyz", ".extxyz")
 COMPRESSED = (".gz", ".bz2", ".xz")
 SMALL_FILE = 1 << 24
 """Bytes below which dividing an (ext)xyz file is not worth reading it twice."""
-
-
-class Lines(Protocol):
-    """A text file, line by line."""
-
-    def readline(self) -> str: ...
-
-    def __iter__(self) -> Iterator[str]: ...
 
 
 def read_ase(
@@ -116,7 +108,7 @@ def divide(path: Path, size: int) -> list[Part]:
         return ranges(sum(1 for _ in xyz_frames(file)), size)
 
 
-def xyz_frames(file: Lines) -> Iterator[str]:
+def xyz_frames(file: io.TextIOBase | IO[str]) -> Iterator[str]:
     """Yields the text of each frame: number of atoms, comment, atoms, and cell vectors where they follow."""
     line = file.readline()
     while line.strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import zipfile
 from collections.abc import Iterator
@@ -104,22 +105,19 @@ def _texts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Itera
         raise _damaged(path, info, count, error) from error
 
 
-class _BoundedLines:
+class _BoundedLines(io.TextIOBase):
     """Lines of a stream as text; ``used`` counts the bytes of a frame."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
         self.used = 0
 
-    def readline(self) -> str:
+    def readline(self, size: int = -1) -> str:  # type: ignore[override]
         line = self.stream.readline(MAX_LINE)
         self.used += max(len(line), MIN_LINE)
         if len(line) == MAX_LINE or self.used > MAX_FRAME:
             raise ValueError("a line or a frame larger than any structure needs")
         return line.decode()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readline, "")
 
 
 def _damaged(path: Path, info: zipfile.ZipInfo, count: int, error: Exception) -> DataError:
