@@ -137,7 +137,6 @@ class AtomicDataModule(LightningDataModule):
             parse_isolated_energies(isolated_energies)
         self._rotate, self._seed, self._cache_dir = rotate, seed, cache_dir
         self._statistics: Statistics | dict[str, Statistics] | None = None
-        self._divided = False
         self.datasets: dict[str, StructureSet] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -224,47 +223,38 @@ class AtomicDataModule(LightningDataModule):
         """Opens one part, by its name or out of the training data."""
         if part in self.datasets:
             return
-        named, train = self._sets[part], self._sets["train"]
-        if named:
-            if self._mixed and set(named) - set(train):
-                raise ConfigError(
-                    f"data.{part}: names {', '.join(named) or 'no set'}; the training sets are {', '.join(train)}: "
-                    f"write {{{next(iter(train))}: {{path: ...}}}}"
-                )
-            if part == "train" and self._makes_parts():
-                self._divide()
-            else:
-                self._keep(part, {name: self._open_set(part, name, spec) for name, spec in named.items()})
-        elif part in ("val", "test") and train:
-            if all(self._opener.has_split(spec, part) for spec in train.values()):
-                self._keep(part, {name: self._open_set(part, name, spec) for name, spec in train.items()})
-            elif self._makes_parts():
-                self._divide()
+        named, train, sizes = self._sets[part], self._sets["train"], self._sizes()
+        if self._mixed and set(named) - set(train):
+            raise ConfigError(
+                f"data.{part}: names {', '.join(named) or 'no set'}; the training sets are {', '.join(train)}: "
+                f"write {{{next(iter(train))}: {{path: ...}}}}"
+            )
+        if not named and self._in_stores(part):
+            named = train
+        if named and not (part == "train" and any(sizes.values())):
+            rotate = self._rotate and part == "train"
+            self._keep(part, {name: self._open_set(part, name, spec, rotate) for name, spec in named.items()})
+        elif train and any(sizes.values()) and "train" not in self.datasets:
+            self._divide(SplitSettings(self._split.by, **sizes))
 
-    def _open_set(self, part: str, name: str, spec: SetSpec) -> StructureSet:
-        rotate = self._rotate and part == "train"
-        return self._opener.open(_place(part, name), spec, part, code=self._code(name), rotate=rotate)
+    def _open_set(self, part: str, name: str, spec: SetSpec, rotate: bool = False) -> StructureSet:
+        code = list(self._sets["train"]).index(name) if self._mixed else -1
+        return self._opener.open(_place(part, name), spec, part, code=code, rotate=rotate)
 
-    def _code(self, name: str) -> int:
-        return list(self._sets["train"]).index(name) if self._mixed else -1
+    def _in_stores(self, part: str) -> bool:
+        """Whether the training data are stores that are divided into this part too."""
+        return all(self._opener.has_split(spec, part) for spec in self._sets["train"].values())
 
-    def _makes_parts(self) -> bool:
-        """Whether validation or test sets have to come out of the training data."""
-        return any(self._part_size(part) for part in ("val", "test"))
+    def _sizes(self) -> dict[str, float]:
+        """Sizes of the validation and the test set, as far as they have to come out of the training data."""
+        given = {part: bool(self._sets[part]) or self._in_stores(part) for part in ("val", "test")}
+        return {part: 0 if there else getattr(self._split, part) for part, there in given.items()}
 
-    def _part_size(self, part: str) -> float:
-        named = self._sets[part] or all(self._opener.has_split(spec, part) for spec in self._sets["train"].values())
-        return 0 if named else getattr(self._split, part)
-
-    def _divide(self) -> None:
+    def _divide(self, settings: SplitSettings) -> None:
         """Makes the sets that were not named from the training data, within each set of a mixture."""
-        if self._divided:
-            return
-        self._divided = True
-        settings = SplitSettings(by=self._split.by, val=self._part_size("val"), test=self._part_size("test"))
-        made: dict[str, dict[str, StructureSet]] = {"train": {}, "val": {}, "test": {}}
+        made: dict[str, dict[str, StructureSet]] = {part: {} for part in PARTS}
         for name, spec in self._sets["train"].items():
-            whole = self._opener.open(_place("train", name), spec, "train", code=self._code(name))
+            whole = self._open_set("train", name, spec)
             codes = divide(*whole.group_codes, settings, seed=self._seed)
             for part, sets in made.items():
                 indices = np.flatnonzero(codes == PARTS.index(part))
