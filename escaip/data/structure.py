@@ -96,11 +96,6 @@ class LabelKeys:
         targets = {key: given.pop(key) for key in TARGETS if key in given}
         return cls(targets, **given)
 
-    @property
-    def names_labels(self) -> bool:
-        """Whether energy, forces, stress or virial is named, so that the others of these are not read."""
-        return self.virial is not None or any(name in self.targets for name in LABELS)
-
 
 class AtomicData(Data):
     """One structure: Å, eV, eV/Å, eV/Å³. Every field is always there; a missing label is NaN.
@@ -232,14 +227,10 @@ class AtomicData(Data):
         held = {target: next((one[target] for one in places if target in one), None) for target in TARGETS}
         held |= {label: results.get(label) for label in LABELS}  # these in a calculator alone
         labels = named_labels(keys, held, find, np.asarray(atoms.cell), units, name)
-        charge = (
-            atoms.info.get("charge", 0) if keys.charge is None else _find(atoms, results, keys.charge, "charge", name)
-        )
-        spin: Any = 1
-        if keys.spin is None:
-            spin = atoms.info.get("spin_multiplicity", atoms.info.get("spin", 1))
-        elif keys.spin != IGNORE:
-            spin = _find(atoms, results, keys.spin, "spin", name)
+        charge = atoms.info.get("charge", 0) if keys.charge is None else find(keys.charge, "charge")
+        spin: Any = atoms.info.get("spin_multiplicity", atoms.info.get("spin", 1))
+        if keys.spin is not None:
+            spin = 1 if keys.spin == IGNORE else find(keys.spin, "spin")
         if group is None:
             group = _text(atoms, keys.group, "group") if keys.group else _formula(atoms)
         return cls.from_arrays(
@@ -408,14 +399,7 @@ def stress_matrix(stress: ArrayLike | None, name: str) -> NDArray[np.float64] | 
 
 
 def stress_from_virial(virial: ArrayLike, cell: ArrayLike | None, units: Units, name: str) -> NDArray[np.float64]:
-    """Returns ``−virial / V`` in the source's unit of stress, from a virial in its unit of energy.
-
-    Args:
-        virial: any shape.
-        cell: ``(3, 3)`` in the source's unit of length, or None.
-        units: of the source.
-        name: what messages call the structure.
-    """
+    """Returns ``−virial / V``, of the virial's shape; virial, ``cell (3, 3)`` and stress in the source's units."""
     volume = 0.0 if cell is None else abs(float(np.linalg.det(np.asarray(cell))))
     if volume == 0.0:
         raise DataError(f"{name}: has a virial but no cell volume; drop the virial key or give a cell")
@@ -429,20 +413,12 @@ def named_labels(
 ) -> dict[str, Any]:  # fmt: skip
     """Returns labels by target in the source's units, None where they are not there.
 
-    Args:
-        keys: names of labels.
-        held: what the file holds under the names of targets.
-        find: returns what stands under a key, given the key and the label that it is for.
-        cell: ``(3, 3)`` in the source's unit of length, or None.
-        units: of the source.
-        name: what messages call the structure.
+    ``held`` is what the source holds under the names of targets, ``find(key, label)`` returns what stands under a key.
     """
-    labels: dict[str, Any] = {}
-    for target in TARGETS:
-        if target in keys.targets:
-            labels[target] = find(keys.targets[target], target)
-        else:
-            labels[target] = None if target in LABELS and keys.names_labels else held.get(target)
+    # Where energy, forces, stress or virial is named, the others of these are not read.
+    unread = LABELS if keys.virial is not None or any(name in keys.targets for name in LABELS) else ()
+    labels = {target: None if target in unread else held.get(target) for target in TARGETS}
+    labels |= {target: find(keys.targets[target], target) for target in TARGETS if target in keys.targets}
     if keys.virial is not None:
         labels["stress"] = stress_from_virial(find(keys.virial, "virial"), cell, units, name)
     return labels

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class OcpFile:
             held.update(attributes(unpickle(value, where) if isinstance(value, bytes) else value, where))
             return self.structure(held, key)
 
-        return Record(build, partial(_listed_keys, held))
+        return Record(build, lambda: f"record keys {listed(held)}")
 
     def structure(self, record: Mapping[str, Any], key: str) -> AtomicData:
         """Builds the structure of the record ``key`` of the file.
@@ -238,10 +238,6 @@ def _load_reference(path: Path, changed: int, size: int) -> Mapping[Any, Any]:
     if type(content) is not dict or not content:
         raise DataError(f"{path}: holds a {type(content).__name__}, expected a dict of reference energies by sid")
     return content
-
-
-def _listed_keys(record: Mapping[str, Any]) -> str:
-    return f"record keys {listed(record)}"
 
 
 def _label(value: Any, what: str, place: str) -> int | str | None:
