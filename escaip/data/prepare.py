@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -206,31 +205,22 @@ def prepare(
         kept = sum(read_part(item.folder) is not None for item in items)
         _make_parts(work, items, (reading, dtype, shard_atoms), workers, progress=progress)
         reports = [read_part(item.folder) or {} for item in items]
-        named = partial(_named_splits, list(sources), items, reports)
-        split_by = named if settings is None else partial(_divide, settings=settings, seed=seed)
-        how = {"dtype": dtype, "source": _described(source), "split": split_by}
-        made = _assemble(work / "store", items, reports, facts or {}, **how)
+        messages = [message for report in reports for message in report["messages"]]
+        counts = {key: sum(report[key] for report in reports) for key in ("skipped", "filtered")}
+        sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
+        named = np.repeat(np.array([item.split for item in items], dtype="u1"), sizes)
+
+        def split_by(index: Arrays) -> tuple[list[str], NDArray[np.uint8]]:
+            return (list(sources), named) if settings is None else _divide(index, settings, seed)
+
+        about = {"read": counts, **(facts or {}), "dtype": dtype, "source": _described(source), "split": split_by}
+        manifest = assemble([item.folder for item in items], work / "store", **about)
+        duplicates = _finish(work / "store", messages)
         publish(work / "store", target)
-    return PrepareReport(path=target, kept_parts=kept, **made, seconds=time.perf_counter() - began)
-
-
-def _assemble(
-    store: Path, items: Sequence[WorkItem], reports: Sequence[dict[str, Any]], facts: Mapping[str, Any], **how: Any
-) -> dict[str, Any]:
-    """Makes the store of whole parts, with its statistics; returns entries of ``PrepareReport``."""
-    messages = [message for report in reports for message in report["messages"]]
-    counts = {key: sum(report[key] for report in reports) for key in ("skipped", "filtered")}
-    manifest = assemble([item.folder for item in items], store, **how, **{"read": counts, **facts})
-    found = {"written": manifest["num_structures"], "splits": manifest["splits"], "messages": tuple(messages[:20])}
-    return {**found, **counts, "duplicates": _finish(store, messages)}
-
-
-def _named_splits(
-    names: list[str], items: Sequence[WorkItem], reports: Sequence[dict[str, Any]], index: Arrays
-) -> tuple[list[str], NDArray[np.uint8]]:
-    """Returns the splits that the sources are named by, and that of each structure."""
-    sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
-    return names, np.repeat(np.array([item.split for item in items], dtype="u1"), sizes)
+    return PrepareReport(
+        target, manifest["num_structures"], **counts, kept_parts=kept, splits=manifest["splits"], duplicates=duplicates,
+        messages=tuple(messages[:20]), seconds=time.perf_counter() - began,
+    )  # fmt: skip
 
 
 def prepare_named(
