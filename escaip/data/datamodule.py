@@ -395,14 +395,10 @@ class SetOpener:
     _opened: dict[Path, Store] = field(default_factory=dict)
 
     def open(self, place: str, spec: SetSpec, part: str, *, code: int = -1, rotate: bool = False) -> StructureSet:
-        """Returns the structures of one set.
+        """Returns the structures of one set; of a divided store, those of the split that is named like ``part``.
 
-        Args:
-            place: its place in the configuration, for messages: ``data.train.oc20``.
-            spec: ``{path, split, format, keys, ...}``.
-            part: ``train``, ``val`` or ``test``; of a divided store, the split of that name.
-            code: number of the set in a mixture.
-            rotate: see ``AtomicDataset``.
+        ``place`` is that in the configuration, for messages: ``data.train.oc20``. ``code`` and ``rotate`` are those of
+        ``AtomicDataset``.
         """
         stores = self._stores(place, spec)
         how: dict[str, Any] = {"fixed_atoms": self.fixed_atoms, "rotate": rotate, "seed": self.seed, "code": code}

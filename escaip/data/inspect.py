@@ -252,14 +252,9 @@ def inspect(
 def inspect_structures(
     structures: Iterable[AtomicData], report: ReadReport | None = None
 ) -> tuple[Inspection, dict[str, NDArray[np.float64]]]:
-    """Looks at every structure once.
+    """Returns findings, and per structure ``natoms``, ``energy``, ``residual``, ``force`` and ``stress``.
 
-    Args:
-        structures: a source, with magnitudes unchecked.
-        report: of the source, about structures that could not be read; looked at when the source is exhausted.
-
-    Returns:
-        The findings, and per structure ``natoms``, ``energy``, ``residual``, ``force`` and ``stress``.
+    Magnitudes of ``structures`` are unchecked; their ``report`` is looked at when they are exhausted.
 
     Raises:
         DataError: no structures.

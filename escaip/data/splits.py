@@ -122,9 +122,7 @@ def _size(value: float, count: int) -> int:
 def parse_train_size(value: Any, *, mixed: bool = False) -> TrainSize | None:
     """Returns a fraction below 1 as a float, a number of structures as an int, None for everything (``1.0`` as well).
 
-    Args:
-        value: as configured.
-        mixed: whether it is for several sets by name.
+    Of several sets by name (``mixed``) only a fraction can be taken.
     """
     if value is None:
         return None
@@ -204,10 +202,7 @@ def group_order(names: Sequence[str], counts: NDArray[Any], *, seed: int = 0) ->
     no room, more than half of the size asked for is taken, unless every group left is larger than all taken together.
     Taking later groups that still have room would fill better, but not be nested.
 
-    Args:
-        names: of the groups, each once.
-        counts: ``(num_groups,)`` structures in each.
-        seed: of the hash.
+    Groups have distinct ``names`` and ``counts (num_groups,)`` structures.
     """
     ranked = sorted(np.flatnonzero(counts).tolist(), key=lambda code: _digest(seed, names[code]))
     sizes = [int(counts[code]) for code in ranked]

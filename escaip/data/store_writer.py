@@ -46,13 +46,7 @@ _QUANTUM = 1e4  # coordinates are hashed in units of 1e-4 Å, so that single pre
 
 @dataclass(frozen=True)
 class Stream:
-    """A column that is written block by block, because it is too long to hold.
-
-    Attributes:
-        dtype: of its numbers.
-        length: how many.
-        blocks: returns an iterator over ``(k,)`` arrays with ``length`` numbers in all.
-    """
+    """A column of ``length`` numbers, written in the blocks that it yields because it is too long to hold."""
 
     dtype: np.dtype[Any]
     length: int

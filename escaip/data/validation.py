@@ -26,14 +26,7 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
 def check_structure(
     numbers: NDArray[np.int64], positions: FloatArray, cell: FloatArray, pbc: NDArray[np.bool_], name: str
 ) -> None:
-    """Refuses an invalid structure.
-
-    Args:
-        numbers: ``(n,)`` atomic numbers.
-        positions: ``(n, 3)`` Å.
-        cell: ``(3, 3)`` Å, rows are lattice vectors.
-        pbc: ``(3,)``.
-        name: what the message calls the structure.
+    """Refuses an invalid structure: ``numbers (n,)``, ``positions (n, 3)`` and ``cell (3, 3)`` in Å, ``pbc (3,)``.
 
     Raises:
         DataError: no atoms, wrong shapes, an atomic number outside 1..118, NaN or Inf coordinates, periodic lattice

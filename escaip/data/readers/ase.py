@@ -42,12 +42,7 @@ def read_ase(
 ) -> Iterator[AtomicData]:
     """Yields the structures of one file; ids are ``name:position in the file``, or row ids of a database.
 
-    Args:
-        path: the file.
-        name: what ids begin with.
-        policy: which structures are taken.
-        keys: label names.
-        part: frames of an (ext)xyz file, or row ids of a database.
+    Options:
         index: ASE index or slice (``"-1"``, ``"::10"``), or for a database also a query (``"natoms<20"``).
         group_by: where no ``keys.group`` is named: ``formula``, ``file`` or ``structure`` (each on its own).
 

@@ -57,12 +57,7 @@ def read_aselmdb(
     pairs (OMol25). Atoms under ``FixAtoms`` are fixed. The default group is the formula, so that all structures of a
     material that was strained or rattled stay in one part of a split.
 
-    Args:
-        path: LMDB file.
-        name: what ids begin with.
-        policy: which structures are taken.
-        keys: label names.
-        part: row ids to read.
+    Options:
         group_by: where no ``keys.group`` is named: ``formula``, ``file`` or ``structure`` (each on its own).
 
     Raises:

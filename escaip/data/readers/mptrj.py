@@ -50,11 +50,7 @@ def read_mptrj(
     Stress is turned from kbar in VASP's sign (positive in compression) into eV/Å³, positive in tension. Further targets
     (``magmom``) are read where they are registered under the name that a frame gives them.
 
-    Args:
-        path: JSON file.
-        name: what ids begin with.
-        policy: which structures are taken; units default to those of the publication.
-        part: bytes of whole materials, from ``divide``.
+    Options:
         energy: ``uncorrected``, as VASP computed it (MACE-MP), or ``corrected`` by the MP2020 scheme (CHGNet).
 
     Raises:

@@ -10,7 +10,6 @@ import io
 import lzma
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import IO
@@ -40,15 +39,6 @@ _LINE = re.compile(r"([^,\s][^,]*),frame(\d{1,15}),([-+.\deE]+)")
 _FLAGS = {b"T": True, b"F": False}
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A frame in the sidecar; the reference energy in the unit of the file."""
-
-    system: str
-    frame: int
-    reference: float
-
-
 def read_oc20(path: Path, name: str, policy: ReadPolicy, *, energy: str | None = None) -> Iterator[AtomicData]:
     """Yields the frames of ``N.extxyz.xz`` or ``N.extxyz``, with the sidecar ``N.txt.xz`` or ``N.txt`` beside it.
 
@@ -56,10 +46,7 @@ def read_oc20(path: Path, name: str, policy: ReadPolicy, *, energy: str | None =
     of ``free_energy``; atoms that ``move_mask`` holds are fixed, and their forces are kept. Trajectories of
     relaxations, one file for each system and without sidecar, are read by the ``ase`` reader with ``group_by: file``.
 
-    Args:
-        path: file of frames.
-        name: what ids begin with.
-        policy: which structures are taken.
+    Options:
         energy: ``total``, as in the file, or ``adsorption``, the total less the reference of the sidecar.
 
     Raises:
@@ -113,12 +100,12 @@ def _records(path: Path, name: str, units: Units, check: EnergyCheck) -> Iterato
     for comment, atoms in _frames(path):
         if count == len(lines):
             raise DataError(f"{path}: has more frames than the {len(lines)} lines of its .txt file; unpack both again")
-        line = lines[count]
-        structure_id = f"{name}:{line.system}:{line.frame}"
-        if (line.system, line.frame) in seen:
+        system, frame, reference = lines[count]
+        structure_id = f"{name}:{system}:{frame}"
+        if (system, frame) in seen:
             structure_id += f":{count}"
-        seen.add((line.system, line.frame))
-        build = partial(_structure_of, comment, atoms, line, structure_id, units, check)
+        seen.add((system, frame))
+        build = partial(_structure_of, comment, atoms, system, reference, structure_id, units, check)
         yield Record(build, partial(str, comment.decode("utf-8", "replace").strip()))
         count += 1
     if count != len(lines):
@@ -126,9 +113,15 @@ def _records(path: Path, name: str, units: Units, check: EnergyCheck) -> Iterato
 
 
 def _structure_of(
-    comment: bytes, atoms: list[bytes], line: _Line, structure_id: str, units: Units, check: EnergyCheck
+    comment: bytes,
+    atoms: list[bytes],
+    system: str,
+    reference: float,
+    structure_id: str,
+    units: Units,
+    check: EnergyCheck,
 ) -> AtomicData:
-    """A frame by its columns, several times as fast as ASE."""
+    """A frame by its columns, several times as fast as ASE; ``reference`` is in the unit of the file."""
     pairs = {key: quoted or bare for key, quoted, bare in _PAIR.findall(comment)}
     tokens = b"".join(atoms).split()
     if not pairs.keys() <= _KEYS:
@@ -166,12 +159,12 @@ def _structure_of(
         fixed=~np.array(moves),
         tags=tags,
         structure_id=structure_id,
-        group=line.system,
+        group=system,
         units=units,
     )
     if energy is not None:
         if check.kind == "adsorption":
-            data.energy -= line.reference * units.energy
+            data.energy -= reference * units.energy
         check.seen.append((float(data.energy), data.num_nodes))
     return data
 
@@ -205,7 +198,8 @@ def _frame(file: IO[bytes], line: bytes, place: str) -> tuple[bytes, list[bytes]
     return comment, atoms
 
 
-def _read_sidecar(path: Path) -> list[_Line]:
+def _read_sidecar(path: Path) -> list[tuple[str, int, float]]:
+    """System, frame and reference energy of each frame."""
     sidecar = _sidecar(path)
     if sidecar is None:
         raise DataError(
@@ -223,7 +217,7 @@ def _read_sidecar(path: Path) -> list[_Line]:
     for number, line in enumerate(text.splitlines(), start=1):
         match = _LINE.fullmatch(line.strip())
         try:
-            lines.append(_Line(match[1], int(match[2]), float(match[3])))  # type: ignore[index]
+            lines.append((match[1], int(match[2]), float(match[3])))  # type: ignore[index]
         except (TypeError, ValueError):
             raise DataError(
                 f"{sidecar}: line {number} is {_text(line)}, expected SYSTEM,frameNUMBER,REFERENCE_ENERGY"

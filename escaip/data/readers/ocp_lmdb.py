@@ -50,11 +50,7 @@ def read_ocp_lmdb(
     Ids are ``name:system:frame``, groups are systems (``sid``). Slabs are periodic along all axes. Files of the test
     splits have no labels.
 
-    Args:
-        path: LMDB file.
-        name: what ids begin with.
-        policy: which structures are taken.
-        part: numbers of the records to read.
+    Options:
         energy: kind of the energies **of the file**, ``adsorption`` or ``total``. The files of OC20 do not say it, so
             it has to be stated, and is checked against the magnitudes. OC22 and bulk records are total.
         is2re: for files of whole relaxations: ``initial`` pairs the initial structure with the energy of the relaxed

@@ -48,8 +48,8 @@ class Reader:
         what: in words, for ``--help``.
         read: ``read(path, name, policy, **options)`` yields the structures of one file in order, with ids that begin
             with ``name``; structures go through ``ReadPolicy.admit``. Its further parameters are the options of the
-            layout. It has ``keys`` (``LabelKeys``) where labels may have any name, and ``part`` where
-            ``parts`` divides files: then only these records are read, under the same ids.
+            layout. It has ``keys`` (``LabelKeys``) where labels may have any name, and ``part`` where ``parts`` divides
+            files: then only these records are read, under the same ids.
         matches: ``matches(path, head)`` says from the name and the first 4096 bytes (none of a directory) whether a
             file, or a directory, has this layout. Nothing is decoded.
         parts: ``parts(path, size)`` divides a file into ranges of about ``size`` structures, in order, without decoding

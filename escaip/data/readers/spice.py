@@ -54,13 +54,9 @@ def read_spice(
 
     Ids are ``name:molecule:index`` and groups are molecule names. Malformed conformations (NaN or a wrong shape) are
     skipped and counted whatever ``on_error`` says, since releases hold a few. Multipoles, charges and bond orders are
-    not read.
+    not read. Units are those the datasets declare, else bohr and hartree, unless the policy states others.
 
-    Args:
-        path: HDF5 file.
-        name: what ids begin with.
-        policy: which structures are taken; units default to those the datasets declare, else bohr and hartree.
-        part: molecules to read, by their place in the file.
+    Options:
         subset: keep the molecules of these subsets only.
         energy: ``dft_total_energy`` or ``formation_energy``.
 
