@@ -12,9 +12,8 @@ import pickle
 import pickletools
 import struct
 import subprocess
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from torch_geometric.data import Batch, Data
 
 from escaip.data.readers.pickled import HEADER, PickledObject, attributes, plain, read_torch_file, unpickle
 from escaip.errors import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 
 TENSORS = {
     "float": torch.arange(12, dtype=torch.float32).reshape(4, 3),
@@ -44,13 +45,6 @@ TENSORS = {
     "part": torch.arange(10.0)[3:7:2],
     "expanded": torch.tensor([1.0]).expand(4, 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def _storage_warning() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-        yield
 
 
 def record() -> dict[str, Any]:

@@ -232,6 +232,13 @@ def test_bad_options(xyz_file: Path, options: dict, message: str) -> None:
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize("layout", ["mptrj", "oc20", "ocp_lmdb", "pyg", "spice", "store"])
+def test_layouts_that_fix_their_names_take_no_keys(xyz_file: Path, layout: str) -> None:
+    with pytest.raises(ConfigError, match=f"keys: the {layout} layout fixes its names; drop keys"):
+        open_source(xyz_file, format=layout, keys={"energy": "e"})
+
+
+@pytest.mark.bad_input
 def test_nothing_there_and_missing_labels(tmp_path: Path, write_xyz: Callable[[str, str], Path]) -> None:
     for path, message in (
         ("/nowhere/at.all", "no such file"),

@@ -10,7 +10,7 @@ import lmdb
 import numpy as np
 import pytest
 from ase.io.jsonio import decode
-from toys import assert_bad, write_lmdb
+from toys import assert_bad, assert_parts, write_lmdb
 
 from escaip.data import AtomicData
 from escaip.data.readers import aselmdb
@@ -168,14 +168,8 @@ def test_further_targets_in_data_and_in_the_row(tmp_path: Path, monkeypatch: pyt
 def test_parts_are_the_whole_and_deleted_rows_are_not_there(tmp_path: Path) -> None:
     rows = {row_id: water(energy=float(-row_id)) for row_id in range(1, 31) if row_id not in (1, 7, 8, 30)}
     path = raw_database(tmp_path / "a.aselmdb", rows, nextid=31, deleted_ids=[30, 7, 8, 1])
-    whole = read(path)
-    assert [float(data.energy) for data in whole] == [float(-row_id) for row_id in sorted(rows)]
-    for size in (1, 5, 26, 100):
-        parts = divide(path, size)
-        assert [stop for _, stop in parts[:-1]] == [start for start, _ in parts[1:]]
-        pieces = [read(path, part=part) for part in parts]
-        assert max(map(len, pieces)) <= size
-        assert [d.structure_id for piece in pieces for d in piece] == [d.structure_id for d in whole]
+    assert [float(data.energy) for data in read(path)] == [float(-row_id) for row_id in sorted(rows)]
+    assert_parts(path, divide, read, 1, 5, 26, 100)
 
 
 def test_a_hole_is_named_or_counted(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pymatgen.core import Structure
-from toys import assert_bad, refusal
+from toys import assert_bad, assert_parts, refusal
 
-from escaip.data import AtomicData, open_source
+from escaip.data import AtomicData
 from escaip.data.readers import mptrj
 from escaip.data.readers.mptrj import divide, matches, read_mptrj
 from escaip.data.readers.policy import ReadPolicy
@@ -100,13 +100,8 @@ def test_energies_units_and_missing_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("style", [{}, {"indent": 2}, {"separators": (",", ":")}])
 def test_parts_are_the_whole(tmp_path: Path, style: dict[str, Any]) -> None:
     path = written(tmp_path / "m.json", json.loads(sample().read_text()), **style)
-    whole = [data.structure_id for data in read(path)]
-    assert len(whole) == 120
-    for size in (1, 12, 20, 1000):
-        parts = divide(path, size)
-        pieces = [[data.structure_id for data in read(path, part=part)] for part in parts]
-        assert [name for piece in pieces for name in piece] == whole
-        assert max(map(len, pieces)) <= 1.5 * size + 5
+    assert len(read(path)) == 120
+    assert_parts(path, divide, read, 1, 12, 20, 1000, most=lambda size: 1.5 * size + 5)
 
 
 def test_borders_between_parts_are_never_in_a_string(tmp_path: Path) -> None:
@@ -260,8 +255,6 @@ def test_the_energy_must_be_chosen() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             read(sample(), energy=choice)
-    with pytest.raises(ConfigError, match="layout fixes its names"):
-        open_source(sample(), keys={"energy": "e"})
 
 
 def test_registered_targets_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

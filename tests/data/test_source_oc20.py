@@ -14,7 +14,7 @@ import torch
 from ase import Atoms
 from toys import assert_bad, refusal
 
-from escaip.data import AtomicData, open_source
+from escaip.data import AtomicData
 from escaip.data.inspect import ForceWork
 from escaip.data.readers import check_magnitudes
 from escaip.data.readers.oc20 import READER, list_files, matches, read_oc20
@@ -146,8 +146,6 @@ def test_energy_must_be_stated_and_plausible(write: Callable[..., Path]) -> None
         read(path, "adsorption")
     with pytest.raises(DataError, match=r"stated as total are -0\.025 eV per atom"):
         read(write(FRAME.replace("energy=-7.5", "energy=-0.075")))
-    with pytest.raises(ConfigError, match="the oc20 layout fixes its names"):
-        open_source(path, energy="total", keys={"energy": "energy"})
 
 
 @pytest.mark.bad_input

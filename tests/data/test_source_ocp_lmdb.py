@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch_geometric.data import Batch, Data
-from toys import assert_bad, write_lmdb
+from toys import assert_bad, assert_parts, write_lmdb
 
 from escaip.data import AtomicData, open_source
 from escaip.data.readers import check_magnitudes, ocp_lmdb
@@ -26,17 +26,12 @@ from escaip.errors import ConfigError, DataError
 from escaip.files import dataset_card
 from escaip.units import Units
 
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+
 OC20 = dataset_card("oc20").path
 OC22 = dataset_card("oc22").path / "sample" / "data.0000.lmdb"
 SAMPLES = [OC20 / "sample_lmdb" / name for name in ("data.0000.lmdb", "data.0001.lmdb")]
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def _storage_warning() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-        yield
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -105,12 +100,8 @@ def test_sample_is_the_published_form_of_the_same_frames(path: Path) -> None:
 
 
 def test_parts_are_the_whole() -> None:
-    parts = divide(SAMPLES[0], 12)
-    assert parts == [(0, 12), (12, 24), (24, 36), (36, 40)]
-    pieces = [data for part in parts for data in read(SAMPLES[0], energy="adsorption", part=part)]
-    whole = read(SAMPLES[0], energy="adsorption")
-    assert [data.structure_id for data in pieces] == [data.structure_id for data in whole]
-    assert all(torch.equal(a.forces, b.forces) for a, b in zip(pieces, whole, strict=True))
+    assert divide(SAMPLES[0], 12) == [(0, 12), (12, 24), (24, 36), (36, 40)]
+    assert_parts(SAMPLES[0], divide, partial(read, energy="adsorption"), 12)
 
 
 def test_numbers_count_not_the_order_of_keys(write: Callable[..., Path]) -> None:
@@ -326,12 +317,6 @@ def test_truncated_file_does_not_kill_the_process(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"cut\.lmdb: (is truncated|not a readable LMDB file)"):
             read(path, energy="adsorption")
     assert not ocp_lmdb._OPEN
-
-
-@pytest.mark.bad_input
-def test_keys_are_fixed() -> None:
-    with pytest.raises(ConfigError, match="the ocp_lmdb layout fixes its names"):
-        open_source(SAMPLES[0], keys={"energy": "y"})
 
 
 def test_readers_of_one_file_share_it() -> None:

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ase.data
 import ase.units
 import h5py
 import numpy as np
 import pytest
-from toys import assert_bad, refusal
+from toys import assert_bad, assert_parts, refusal
 
+from escaip.data import AtomicData
 from escaip.data.readers import ReadReport, open_source
 from escaip.data.readers.policy import ReadPolicy
 from escaip.data.readers.spice import READER, divide, read_spice, smiles_charge
@@ -39,6 +41,10 @@ def write_spice(path: Path, counts: dict[str, int] | None = None, **changes: obj
                 if value is not None:
                     group.create_dataset(key, data=value)
     return path
+
+
+def read_all(path: Path, **options: Any) -> list[AtomicData]:
+    return list(read_spice(path, path.name, ReadPolicy(), **options))
 
 
 def test_numbers_and_units(tmp_path: Path) -> None:
@@ -172,7 +178,6 @@ def test_missing_gradient_is_a_missing_label(tmp_path: Path) -> None:
         ({"subset": "None such"}, DataError, "no molecule of subset .*found .'Subset water'"),
         ({"subset": ["Subset water", "Typo"]}, DataError, r"no molecule of subset .'Typo'.; found .'Subset water'"),
         ({"energy": "mp2_energy"}, ConfigError, "energy: 'mp2_energy' is not one of"),
-        ({"keys": {"energy": "e"}}, ConfigError, "layout fixes its names"),
     ],
 )
 def test_bad_choices(tmp_path: Path, options: dict, error: type[Exception], message: str) -> None:
@@ -182,22 +187,13 @@ def test_bad_choices(tmp_path: Path, options: dict, error: type[Exception], mess
 
 def test_parts_are_the_whole(tmp_path: Path) -> None:
     path = write_spice(tmp_path / "s.hdf5", {f"m{k}": count for k, count in enumerate([3, 1, 7, 2, 2, 5, 1])})
-    whole = [data.structure_id for data in read_spice(path, path.name, ReadPolicy())]
-    assert len(whole) == 21
-    for size in (1, 4, 8, 100):
-        parts = divide(path, size)
-        pieces = [
-            [data.structure_id for data in read_spice(path, path.name, ReadPolicy(), part=part)] for part in parts
-        ]
-        assert [name for piece in pieces for name in piece] == whole
-        assert max(map(len, pieces)) <= max(size, 7)
+    assert len(read_all(path)) == 21
+    assert_parts(path, divide, read_all, 1, 4, 8, 100, most=lambda size: max(size, 7))
     assert READER.parts is divide
-    late = [
-        len(list(read_spice(path, path.name, ReadPolicy(), part=part, subset="Subset m6"))) for part in divide(path, 4)
-    ]
+    late = [len(read_all(path, part=part, subset="Subset m6")) for part in divide(path, 4)]
     assert sum(late) == late[-1] == 1
     with pytest.raises(DataError, match="no molecule of subset"):
-        list(read_spice(path, path.name, ReadPolicy(), part=(0, 2), subset="None such"))
+        read_all(path, part=(0, 2), subset="None such")
 
 
 def test_reading_is_linear_in_the_molecules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +208,7 @@ def test_reading_is_linear_in_the_molecules(tmp_path: Path, monkeypatch: pytest.
             h5py.Group, "__getitem__", lambda self, key, c=calls: (c.update(get=c["get"] + 1), look(self, key))[1]
         )
         monkeypatch.setattr(h5py.Group, "__iter__", lambda self, c=calls: (c.update(iter=c["iter"] + 1), walk(self))[1])
-        assert len(list(read_spice(path, path.name, ReadPolicy()))) == number
+        assert len(read_all(path)) == number
         monkeypatch.undo()
         counts[number] = calls
     assert counts[40]["get"] == 2 * counts[20]["get"] == 40 * 6

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
-from toys import refusal
+from toys import assert_parts, refusal
 
+from escaip.data import AtomicData
 from escaip.data.readers import xyz_zip
 from escaip.data.readers.policy import ReadPolicy
 from escaip.data.readers.xyz_zip import divide, matches, read_xyz_zip
@@ -31,6 +33,10 @@ def xyz(*frames: Atoms) -> str:
     return buffer.getvalue()
 
 
+def read(path: Path, **options: Any) -> list[AtomicData]:
+    return list(read_xyz_zip(path, path.name, ReadPolicy(), **options))
+
+
 @pytest.fixture
 def archive(tmp_path: Path, frames: list[Atoms]) -> Path:
     for k, atoms in enumerate(frames[50:]):
@@ -41,13 +47,10 @@ def archive(tmp_path: Path, frames: list[Atoms]) -> Path:
 
 
 def test_zip_equals_ase(archive: Path, frames: list[Atoms]) -> None:
-    found = list(read_xyz_zip(archive, archive.name, ReadPolicy()))
+    found = read(archive)
     expected = frames[:4] + [atoms for k in range(3) for atoms in frames[50 + k :: 3]]
-    assert [data.structure_id for data in found][3:6] == [
-        "m.zip:a.xyz:3",
-        "m.zip:b/mp-0.extxyz:0",
-        "m.zip:b/mp-0.extxyz:1",
-    ]
+    ids = ["m.zip:a.xyz:3", "m.zip:b/mp-0.extxyz:0", "m.zip:b/mp-0.extxyz:1"]
+    assert [data.structure_id for data in found][3:6] == ids
     assert len(found) == len(expected) == 14
     for data, atoms in zip(found, expected, strict=True):
         assert float(data.energy) == pytest.approx(atoms.get_potential_energy(), abs=1e-12)
@@ -56,18 +59,9 @@ def test_zip_equals_ase(archive: Path, frames: list[Atoms]) -> None:
             assert np.allclose(data.stress[0].numpy(), atoms.get_stress(voigt=False), atol=1e-12)
         assert data.group == atoms.info.get("material_id", "a.xyz")
     keys = LabelKeys.parse({"energy": "corrected", "forces": "forces"})
-    for size in (1, 3, 100):
-        parts = divide(archive, size)
-        pieces = [data for part in parts for data in read_xyz_zip(archive, archive.name, ReadPolicy(), part=part)]
-        assert [data.structure_id for data in pieces] == [data.structure_id for data in found]
+    assert_parts(archive, divide, read, 1, 3, 100, most=lambda size: max(size, 4))
     assert [len(divide(archive, size)) for size in (1, 8, 100)] == [4, 2, 1]
-    part = (1, 2)
-    assert [float(d.energy) for d in read_xyz_zip(archive, archive.name, ReadPolicy(), part=part, keys=keys)] == [
-        -0.0,
-        -3.0,
-        -6.0,
-        -9.0,
-    ]
+    assert [float(data.energy) for data in read(archive, part=(1, 2), keys=keys)] == [-0.0, -3.0, -6.0, -9.0]
     assert matches(archive, archive.read_bytes()[:4096])
     assert not matches(Path("m.json"), b"PK\x03\x04")
 
@@ -94,4 +88,4 @@ def test_bad_zips(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
         path = tmp_path / f"{case}.zip"
         path.write_bytes(text)
         with refusal(message):
-            list(read_xyz_zip(path, path.name, ReadPolicy()))
+            read(path)

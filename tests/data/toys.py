@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import lmdb
 import pytest
+import torch
 
 from escaip.data import AtomicData, Store, StoreWriter
-from escaip.data.readers.policy import ReadPolicy, ReadReport
+from escaip.data.readers.policy import Part, ReadPolicy, ReadReport
 from escaip.errors import DataError
 
 
@@ -31,6 +33,20 @@ def assert_bad(read: Callable[[ReadPolicy], list[AtomicData]], message: str, *, 
     assert len(read(ReadPolicy(on_error="skip", report=report))) == report.read == kept
     assert report.skipped == skipped
     return str(caught.value)
+
+
+def assert_parts(
+    path: Path, divide: Callable[[Path, int], list[Part]], read: Callable[..., list[AtomicData]], *sizes: int,
+    most: Callable[[int], float] = float,
+) -> None:  # fmt: skip
+    """Parts for each size, read one after the other, are the whole; none has more structures than ``most(size)``."""
+    whole = read(path)
+    for size in sizes:
+        pieces = [read(path, part=part) for part in divide(path, size)]
+        assert max(map(len, pieces)) <= most(size)
+        for data, same in zip(itertools.chain(*pieces), whole, strict=True):
+            assert data.structure_id == same.structure_id
+            assert torch.equal(data.forces.nan_to_num(-9.0), same.forces.nan_to_num(-9.0))
 
 
 def write_store(path: Path, structures: Iterable[AtomicData], **options: Any) -> Store:
