@@ -62,13 +62,7 @@ class FileServer:
         self.pages: dict[str, Page] = {}
         self.asked: list[Asked] = []
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.address = ""
 
     def got(self, path: str) -> list[Asked]:
         """Requests for a path."""
@@ -79,24 +73,21 @@ class FileServer:
         """Bytes of a path that were sent, all requests together."""
         return sum(item.sent for item in self.got(path))
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
 
 @contextmanager
 def file_server() -> Iterator[FileServer]:
     """A running server."""
-    server = FileServer()
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
+    owner = FileServer()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(owner)) as server:
+        server.daemon_threads = True
+        owner.address = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield owner
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def _handler(owner: FileServer) -> type[BaseHTTPRequestHandler]:
