@@ -7,7 +7,6 @@ import ase.build
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from toys import write_store
 
@@ -141,18 +140,25 @@ def test_a_potential_of_several_sets_wants_to_know_which(stores: dict, tmp_path:
 
 
 @pytest.mark.bad_input
-def test_levels_of_theory_are_not_pooled(frames: list[Atoms], xyz_file: Path, tmp_path: Path) -> None:
+def test_levels_of_theory_come_from_the_stores_and_are_not_pooled(xyz_file: Path, tmp_path: Path) -> None:
     for name, level in (("a", "PBE"), ("b", "PBE"), ("c", "r2SCAN")):
         prepare(xyz_file, tmp_path / name, facts={"level_of_theory": level})
-    same = AtomicDataModule([str(tmp_path / "a"), str(tmp_path / "b")], max_atoms=60, split={"val": 0})
-    same.setup("fit")
+
+    def opened(data: Any) -> AtomicDataModule:
+        made = AtomicDataModule(data, max_atoms=60, split={"val": 0})
+        made.setup("fit")
+        return made
+
+    same = opened([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert same.level_of_theory == "PBE"
+    assert opened({name: {"path": str(tmp_path / name)} for name in "ac"}).level_of_theory == "a: PBE; c: r2SCAN"
+    assert opened(str(xyz_file)).level_of_theory == ""
     assert len(same.datasets["train"]) == 120
     whole = fit_statistics([*Store(tmp_path / "a"), *Store(tmp_path / "b")])
     assert same.statistics.element_references == pytest.approx(whole.element_references)
     assert sum(batch.num_graphs for batch in same.train_dataloader()) == 120
-    other = AtomicDataModule([str(tmp_path / "a"), str(tmp_path / "c")], max_atoms=60, split={"val": 0})
     with pytest.raises(DataError, match=r"a \(PBE\), .*c \(r2SCAN\): energies of different levels of theory need"):
-        other.setup("fit")
+        opened([str(tmp_path / "a"), str(tmp_path / "c")])
 
 
 def test_a_divided_store_needs_no_split(xyz_file: Path, tmp_path: Path) -> None:
@@ -197,18 +203,3 @@ def test_bad_mixtures(stores: dict, sets: str | None, options: dict, message: st
     given = stores if sets is None else stores[sets]
     with pytest.raises(ConfigError, match=message):
         module(options.pop("train", given), **options)
-
-
-def test_the_level_of_theory_comes_from_the_stores(xyz_file: Path, tmp_path: Path) -> None:
-    for name, level in (("a", "PBE"), ("b", "r2SCAN")):
-        prepare(xyz_file, tmp_path / name, facts={"level_of_theory": level})
-    options: dict[str, Any] = {"max_atoms": 60, "split": {"val": 0}}
-    single = AtomicDataModule(str(tmp_path / "a"), **options)
-    mixed = AtomicDataModule({name: {"path": str(tmp_path / name)} for name in ("a", "b")}, **options)
-    for made in (single, mixed):
-        made.setup("fit")
-    assert single.level_of_theory == "PBE"
-    assert mixed.level_of_theory == "a: PBE; b: r2SCAN"
-    plain = AtomicDataModule(str(xyz_file), **options)
-    plain.setup("fit")
-    assert plain.level_of_theory == ""
