@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -28,14 +27,6 @@ if TYPE_CHECKING:
 
 Indices = NDArray[np.int64]
 FIXED_ATOMS = ("free_only", "all")
-
-
-@dataclass(frozen=True)
-class EpochIndex:
-    """Position of a structure together with the epoch, on which its augmentation depends."""
-
-    index: int
-    epoch: int
 
 
 class AtomicDataset(Dataset[AtomicData]):
@@ -80,8 +71,11 @@ class AtomicDataset(Dataset[AtomicData]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item: int | EpochIndex) -> AtomicData:
-        index, epoch = (item.index, item.epoch) if isinstance(item, EpochIndex) else (item, 0)
+    def __getitem__(self, index: int) -> AtomicData:
+        return self.structure(index)
+
+    def structure(self, index: int, epoch: int = 0) -> AtomicData:
+        """Returns one structure, turned as in that epoch."""
         position = int(self.indices[index])
         data = self._structures[position]
         if self._fixed_atoms == "all" and bool(data.fixed.any()):
@@ -97,7 +91,7 @@ class AtomicDataset(Dataset[AtomicData]):
     def batch(self, members: Sequence[int] | Indices, epoch: int = 0) -> Batch:
         """Returns ``collate`` of structures of one epoch; from a store they are joined without being made."""
         if not isinstance(self._structures, Store):
-            return collate([self[EpochIndex(int(index), epoch)] for index in members])
+            return collate([self.structure(int(index), epoch) for index in members])
         positions = self.indices[np.asarray(members, dtype=np.int64)]
         batch = self._structures.batch(positions)
         if self._fixed_atoms == "all":
@@ -199,10 +193,9 @@ class MixedDataset(Dataset[AtomicData]):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, item: int | EpochIndex) -> AtomicData:
-        index, epoch = (item.index, item.epoch) if isinstance(item, EpochIndex) else (item, 0)
+    def __getitem__(self, index: int) -> AtomicData:
         member, local = self._locate(index)
-        return member[EpochIndex(local, epoch)]
+        return member[local]
 
     def __iter__(self) -> Iterator[AtomicData]:
         return (data for member in self.members.values() for data in member)

@@ -14,7 +14,7 @@ from ase.geometry import get_distances
 from toys import write_store
 
 from escaip.data import AtomicData, AtomicDataModule, AtomicDataset, collate, fit_statistics
-from escaip.data.dataset import EpochIndex, random_rotation, rotate_structure
+from escaip.data.dataset import random_rotation, rotate_structure
 from escaip.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -46,12 +46,12 @@ def test_rotation_turns_structure_and_labels(structures: list[AtomicData]) -> No
 
 def test_rotations_depend_on_seed_epoch_and_structure(structures: list[AtomicData]) -> None:
     dataset = AtomicDataset(structures, rotate=True, seed=1)
-    first = dataset[EpochIndex(3, 2)].positions
-    assert torch.equal(first, dataset[EpochIndex(3, 2)].positions)
-    for other in (dataset[EpochIndex(3, 1)], AtomicDataset(structures, rotate=True, seed=2)[EpochIndex(3, 2)]):
+    first = dataset.structure(3, 2).positions
+    assert torch.equal(first, dataset.structure(3, 2).positions)
+    for other in (dataset.structure(3, 1), AtomicDataset(structures, rotate=True, seed=2).structure(3, 2)):
         assert not torch.allclose(first, other.positions)
     part = AtomicDataset(structures, [3, 9], rotate=True, seed=1)
-    assert torch.equal(first, part[EpochIndex(0, 2)].positions)
+    assert torch.equal(first, part.structure(0, 2).positions)
     mean = torch.stack([random_rotation(0, k, 0) for k in range(4000)]).mean(0)
     assert float(mean.abs().max()) < 0.05
 
@@ -134,7 +134,7 @@ def test_workers_deliver_the_same_batches(xyz_file: Path, workers: int) -> None:
         planned = loader.batch_sampler.batches(epoch)
         data = module.datasets["train"]
         for batch, plan in zip(loader, planned, strict=True):
-            expected = collate([data[EpochIndex(k, epoch)] for k in plan])
+            expected = collate([data.structure(k, epoch) for k in plan])
             assert torch.equal(batch.positions, expected.positions)
             assert torch.equal(batch.forces, expected.forces)
     assert torch.equal(torch.get_rng_state(), state)
