@@ -228,13 +228,8 @@ def prepare_named(
 ) -> PrepareReport:
     """Runs ``prepare`` on files of a data set with a card, or of a layout.
 
-    Args:
-        name: of a card (``escaip data list``), whose layouts, labels and options are the defaults, or of a layout in
-            ``escaip.data.readers.READERS``.
-        sources: paths, each bare or as ``SPLIT=PATH``.
-        out: folder to create.
-        options: arguments of ``escaip.data.open_source``, those of the layout among them.
-        **settings: of ``prepare``.
+    ``name`` is that of a card, whose layout, labels and options are the defaults, or of a layout in ``READERS``;
+    ``sources`` are paths, each bare or as ``SPLIT=PATH``; ``options`` are those of ``escaip.data.open_source``.
 
     Raises:
         ConfigError: neither a card nor a layout, or paths with and without a split.

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 
 Indices = NDArray[np.int64]
@@ -47,8 +48,7 @@ class SplitSettings:
             settings = cls(**dict(spec or {}))
         except TypeError as error:
             raise ConfigError(f"split: {error}; use by, val and test") from error
-        if settings.by not in ("group", "structure"):
-            raise ConfigError(f"split: by: {settings.by!r} is not group or structure")
+        check_choice("split: by", settings.by, ("group", "structure"))
         for key in ("val", "test"):
             value = getattr(settings, key)
             if not isinstance(value, int | float) or value < 0 or (value >= 1 and value != int(value)):
@@ -63,13 +63,8 @@ def divide(
 
     It is the same for the same names, settings and seed. Groups are taken in the order of a hash of seed and name; one
     goes to the test set, else to the validation set, when it still fits in whole, else to the training set. A set that
-    stayed empty gets the smallest group left.
-
-    Args:
-        names: of groups, each once.
-        codes: ``(num_structures,)`` the position of each structure's group among them.
-        settings: sizes.
-        seed: of the hash.
+    stayed empty gets the smallest group left. ``codes (num_structures,)`` are positions among the groups' distinct
+    ``names``.
 
     Raises:
         DataError: no structures, or too few groups for the sets asked for.
@@ -162,12 +157,8 @@ def nested_subset(
     groups (``group_order``); it is independent of the hash that divides off validation and test sets, so that
     larger ones of those only take out their own structures.
 
-    Args:
-        data: the training set.
-        size: fraction below 1 of its structures, rounded down, or a number of them; more than there are is all.
-        by: ``"group"`` takes groups whole, ``"structure"`` ignores them.
-        seed: of the hash.
-        place: where the set stands in the configuration, for messages.
+    ``size`` is a fraction below 1 of the structures, rounded down, or a number of them; more than there are is all.
+    Groups stay whole unless ``by`` is ``"structure"``. Messages call the set ``place``.
 
     Raises:
         DataError: less than one structure, or less than the smallest group.

@@ -34,6 +34,7 @@ from escaip.data.store import (
     map_arrays,
 )
 from escaip.data.structure import LABELS, AtomicData
+from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS
 
@@ -216,8 +217,7 @@ class PartWriter:
         Raises:
             ConfigError: an unknown dtype, or more targets than the index has bits for.
         """
-        if dtype not in PRECISIONS:
-            raise ConfigError(f"dtype: {dtype!r} is not {' or '.join(PRECISIONS)}")
+        check_choice("dtype", dtype, PRECISIONS)
         if len(TARGETS) > 8:
             raise ConfigError(f"a store holds up to 8 targets, {len(TARGETS)} are registered: register fewer")
         self._folder, self._dtype, self._shard_atoms = folder, dtype, shard_atoms
@@ -267,15 +267,9 @@ def assemble(
 ) -> dict[str, Any]:
     """Links the shards of parts into one folder, writes the index and, last of all, the manifest, which it returns.
 
-    The parts stay as they are, so that it can be interrupted at any point and run again.
-
-    Args:
-        parts: folders of whole parts, in order.
-        target: folder of the store, made where it does not exist.
-        dtype: of forces and stress.
-        source: description of the structures.
-        split: returns names of splits and the code of each structure, from an index; by default there is one, ``all``.
-        **facts: further entries of the manifest, plain JSON values.
+    The parts, folders that are whole, stay as they are, so that it can be interrupted at any point and run again.
+    ``split`` returns names of splits and the code of each structure, from an index; by default there is one, ``all``.
+    Further ``facts`` of the manifest are plain JSON values.
     """
     target.mkdir(exist_ok=True)
     contents = [(folder, (read_part(folder) or {"shards": []})["shards"]) for folder in parts]
