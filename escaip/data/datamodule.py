@@ -223,7 +223,7 @@ class AtomicDataModule(LightningDataModule):
         """Opens one part, by its name or out of the training data."""
         if part in self.datasets:
             return
-        named, train, sizes = self._sets[part], self._sets["train"], self._sizes()
+        named, train = self._sets[part], self._sets["train"]
         if self._mixed and set(named) - set(train):
             raise ConfigError(
                 f"data.{part}: names {', '.join(named) or 'no set'}; the training sets are {', '.join(train)}: "
@@ -231,6 +231,9 @@ class AtomicDataModule(LightningDataModule):
             )
         if not named and self._in_stores(part):
             named = train
+        # Sets that have to come out of the training data.
+        made = [key for key in ("val", "test") if not self._sets[key] and not self._in_stores(key)]
+        sizes = {key: getattr(self._split, key) if key in made else 0 for key in ("val", "test")}
         if named and not (part == "train" and any(sizes.values())):
             rotate = self._rotate and part == "train"
             self._keep(part, {name: self._open_set(part, name, spec, rotate) for name, spec in named.items()})
@@ -244,11 +247,6 @@ class AtomicDataModule(LightningDataModule):
     def _in_stores(self, part: str) -> bool:
         """Whether the training data are stores that are divided into this part too."""
         return all(self._opener.has_split(spec, part) for spec in self._sets["train"].values())
-
-    def _sizes(self) -> dict[str, float]:
-        """Sizes of the validation and the test set, as far as they have to come out of the training data."""
-        given = {part: bool(self._sets[part]) or self._in_stores(part) for part in ("val", "test")}
-        return {part: 0 if there else getattr(self._split, part) for part, there in given.items()}
 
     def _divide(self, settings: SplitSettings) -> None:
         """Makes the sets that were not named from the training data, within each set of a mixture."""

@@ -211,7 +211,11 @@ def prepare(
         named = np.repeat(np.array([item.split for item in items], dtype="u1"), sizes)
 
         def split_by(index: Arrays) -> tuple[list[str], NDArray[np.uint8]]:
-            return (list(sources), named) if settings is None else _divide(index, settings, seed)
+            if settings is None:
+                return list(sources), named
+            codes = divide(group_names(index), index["group_codes"], settings, seed=seed)
+            present = np.unique(codes)  # a part that was not asked for has no name
+            return [PARTS[code] for code in present.tolist()], np.searchsorted(present, codes).astype(np.uint8)
 
         about = {"read": counts, **(facts or {}), "dtype": dtype, "source": _described(source), "split": split_by}
         manifest = assemble([item.folder for item in items], work / "store", **about)
@@ -364,13 +368,6 @@ def _start_worker(parent: int, targets: Sequence[Target]) -> None:
     for target in targets:
         register_target(target)
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _divide(index: Arrays, settings: SplitSettings, seed: int) -> tuple[list[str], NDArray[np.uint8]]:
-    """Returns names of splits and the code of each structure, by group or by structure."""
-    codes = divide(group_names(index), index["group_codes"], settings, seed=seed)
-    kept = np.unique(codes)  # a part that was not asked for has no name
-    return [PARTS[code] for code in kept.tolist()], np.searchsorted(kept, codes).astype(np.uint8)
 
 
 def _finish(path: Path, messages: Sequence[str]) -> int:

@@ -213,7 +213,10 @@ class TrainingSums:
                 "statistics: no structure has an energy, so element references cannot be fitted; check keys"
             )
         else:
-            references, unique = _solve(factor, statistics.elements)
+            columns = factor[:, list(statistics.elements)]
+            solution, _, rank, _ = np.linalg.lstsq(columns, factor[:, -1], rcond=_RANK_TOLERANCE)
+            references = {z: float(e) for z, e in zip(statistics.elements, solution, strict=True)}
+            unique = bool(rank == len(references))
         return replace(
             statistics,
             element_references=references,
@@ -255,12 +258,6 @@ class TrainingSums:
         between = float(((factor[:, :-1] @ vector - factor[:, -1]) ** 2).sum())
         within = sum(entry[2] for entry in self._energies.values())
         return float(np.sqrt((between + within) / count))
-
-
-def _solve(factor: NDArray[np.float64], elements: tuple[int, ...]) -> tuple[dict[int, float], bool]:
-    columns = factor[:, list(elements)]
-    solution, _, rank, _ = np.linalg.lstsq(columns, factor[:, -1], rcond=_RANK_TOLERANCE)
-    return {z: float(e) for z, e in zip(elements, solution, strict=True)}, bool(rank == len(elements))
 
 
 def _given_references(energies: Mapping[int, float], elements: tuple[int, ...]) -> dict[int, float]:

@@ -185,7 +185,13 @@ class ReadPolicy:
     def _built(self, record: Record) -> AtomicData | None:
         try:
             data = record.build()
-            self._check_labels(data, record)
+            for name in self.required:
+                if not data.has_label(name):
+                    found = f"; found {record.found()}" if record.found is not None else ""
+                    raise DataError(
+                        f"{data.structure_id}: has no {name}, which required_labels asks for{found}; "
+                        f"name it (keys: {{{name}: KEY}}) or drop it from required_labels"
+                    )
         except DataError as error:
             if self.on_error == "raise" and not isinstance(error, MalformedError):
                 raise
@@ -196,15 +202,6 @@ class ReadPolicy:
             self.report.filter(f"{data.structure_id}: force of {force:.4g} eV/Å, above max_force {self.max_force}")
             return None
         return data
-
-    def _check_labels(self, data: AtomicData, record: Record) -> None:
-        for name in self.required:
-            if not data.has_label(name):
-                found = f"; found {record.found()}" if record.found is not None else ""
-                raise DataError(
-                    f"{data.structure_id}: has no {name}, which required_labels asks for{found}; "
-                    f"name it (keys: {{{name}: KEY}}) or drop it from required_labels"
-                )
 
 
 def largest_force(data: AtomicData) -> float:
