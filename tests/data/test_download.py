@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from http_server import FileServer, Page, file_server
-from toys import refusal
+from toys import names, refusal
 
 from escaip.data import download as module
 from escaip.data.download import BLOCK, download
@@ -88,10 +88,6 @@ def get(card: Card, entry: Entry, tmp_path: Path) -> Get:
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     return tmp_path / "data" / "made" / "f.bin"
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
 
 
 def assert_only(target: Path, content: bytes = CONTENT) -> None:

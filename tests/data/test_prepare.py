@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from toys import names
 
 from escaip.data import AtomicData, Store, fit_statistics, open_source, store_writer
 from escaip.data.prepare import prepare, prepare_named
@@ -60,7 +61,7 @@ def test_the_same_structures_in_the_same_order(
     report = prepare([str(files / "*.extxyz")], tmp_path / "s", workers=workers, shard_atoms=40)
     assert_holds(tmp_path / "s", list(open_source(str(files / "*.extxyz"))))
     assert (report.written, report.skipped, report.filtered, report.kept_parts) == (60, 0, 0, 0)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["native", "s"]
+    assert names(tmp_path) == ["native", "s"]
     if workers == 2:
         assert Store(tmp_path / "s").batch(range(60)).dipole[:, 0].tolist() == list(range(60))
 
@@ -288,7 +289,7 @@ def test_bad_settings(files: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=message):
             prepare(**{"source": files / "0.extxyz", "out": tmp_path / "s", **options})
-    assert [entry.name for entry in tmp_path.iterdir() if entry.name != "native"] == []
+    assert names(tmp_path) == ["native"]
 
 
 @pytest.mark.bad_input

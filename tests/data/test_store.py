@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
-from toys import write_store
+from toys import names, write_store
 
 from escaip.data import AtomicData, AtomicDataset, Store, StoreWriter, collate, open_source
 from escaip.data import store_writer as writer_module
@@ -108,8 +108,8 @@ def test_workers_of_every_kind(structures: list[AtomicData], tmp_path: Path, met
         num_workers=1,
         multiprocessing_context=multiprocessing.get_context(method),
     )
-    names = [name for batch in loader for name in batch.structure_id]
-    assert names == [data.structure_id for data in structures]
+    found = [name for batch in loader for name in batch.structure_id]
+    assert found == [data.structure_id for data in structures]
 
 
 def test_pickled_stores_hold_no_data(structures: list[AtomicData], tmp_path: Path) -> None:
@@ -120,10 +120,6 @@ def test_pickled_stores_hold_no_data(structures: list[AtomicData], tmp_path: Pat
     assert_same(pickle.loads(dump)[9], structures[9])
 
 
-def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 @pytest.mark.bad_input
 def test_a_failure_leaves_nothing(structures: list[AtomicData], tmp_path: Path) -> None:
     def source() -> Iterator[AtomicData]:
@@ -132,7 +128,7 @@ def test_a_failure_leaves_nothing(structures: list[AtomicData], tmp_path: Path) 
 
     with pytest.raises(RuntimeError, match="interrupted"):
         write_store(tmp_path / "s", source(), shard_atoms=10)
-    assert leftovers(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 @pytest.mark.bad_input
@@ -153,7 +149,7 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(writer_module.os, "fsync", full)
     with pytest.raises(DataError, match=r"/s: the disk is full, nothing was kept; free space"):
         write_store(tmp_path / "s", structures, shard_atoms=80)
-    assert leftovers(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_overwriting_is_asked_for(structures: list[AtomicData], tmp_path: Path) -> None:
@@ -161,7 +157,7 @@ def test_overwriting_is_asked_for(structures: list[AtomicData], tmp_path: Path) 
     with pytest.raises(DataError, match="exists already"):
         StoreWriter(tmp_path / "s")
     assert len(write_store(tmp_path / "s", structures[:5], overwrite=True)) == 5
-    assert leftovers(tmp_path) == ["s"]
+    assert names(tmp_path) == ["s"]
 
 
 @pytest.mark.bad_input

@@ -17,6 +17,11 @@ from escaip.data.readers.policy import Part, ReadPolicy, ReadReport
 from escaip.errors import DataError
 
 
+def names(folder: Path) -> list[str]:
+    """What is in a folder; nothing where there is none."""
+    return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+
+
 @contextmanager
 def refusal(message: str) -> Iterator[pytest.ExceptionInfo[DataError]]:
     """A DataError of one line."""
