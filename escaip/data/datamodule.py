@@ -21,7 +21,7 @@ from escaip.data.readers import ReadReport, expand_paths, open_source
 from escaip.data.sampler import OVERSIZED, BudgetBatchSampler, Quota, Sampling, estimate_edges
 from escaip.data.splits import PARTS, SplitSettings, divide, nested_subset, parse_train_size
 from escaip.data.statistics import Statistics, TrainingSums
-from escaip.data.store import MANIFEST, Store, label_counts
+from escaip.data.store import Store, is_store, label_counts
 from escaip.data.structure import AtomicData
 from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
@@ -421,7 +421,7 @@ class SetOpener:
         """Whether a set is a divided store that has a split of this name."""
         if set(spec) - {"path", "format"}:
             return False
-        return all(_is_store(file) and part in self._store(file).splits for file in expand_paths(spec["path"]))
+        return all(is_store(file) and part in self._store(file).splits for file in expand_paths(spec["path"]))
 
     def _store(self, path: Path) -> Store:
         """Returns a store, opened once: training, validation and test sets share its maps."""
@@ -432,7 +432,7 @@ class SetOpener:
     def _stores(self, place: str, spec: SetSpec) -> list[Store]:
         """Returns the prepared stores that the paths are; none when they are files to read."""
         files = expand_paths(spec["path"])
-        prepared = [_is_store(file) for file in files]
+        prepared = [is_store(file) for file in files]
         others = set(spec) - {"path", "format", "split"}
         if not any(prepared) or others or spec.get("format") not in (None, "store"):
             if "split" in spec:
@@ -457,10 +457,6 @@ class SetOpener:
             )
         _log.info("%s: %s", place, report.summary())
         return structures
-
-
-def _is_store(path: Path) -> bool:
-    return path.is_dir() and (path / MANIFEST).is_file()
 
 
 def _split_indices(place: str, store: Store, split: str | None, part: str) -> NDArray[np.int64] | None:

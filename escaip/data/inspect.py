@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from escaip.data.readers import PathLike, ReadReport, check_magnitudes, expand_paths, open_source
 from escaip.data.readers.policy import WINDOW
 from escaip.data.statistics import fit_statistics
-from escaip.data.store import MANIFEST, Store
+from escaip.data.store import Store, is_store
 from escaip.errors import DataError
 from escaip.files import write_aside, write_json
 
@@ -229,7 +229,7 @@ def inspect(
     """
     report = ReadReport()
     for file in expand_paths(path):
-        if file.is_dir() and (file / MANIFEST).is_file():
+        if is_store(file):
             Store(file).verify()
     options = {"on_error": "skip", **options, "check_units": False}
     try:

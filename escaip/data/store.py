@@ -71,6 +71,11 @@ FIELDS = {
 DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U64": "<u8", "U8": "u1", "BOOL": "?"}
 
 
+def is_store(path: Path) -> bool:
+    """Whether a path is the folder of a prepared store."""
+    return (path / MANIFEST).is_file()
+
+
 def map_arrays(path: Path) -> Arrays:
     """Returns the arrays of a safetensors file as read-only views of one memory map.
 

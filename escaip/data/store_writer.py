@@ -30,6 +30,7 @@ from escaip.data.store import (
     composition_key,
     compositions,
     group_names,
+    is_store,
     label_counts,
     map_arrays,
 )
@@ -339,7 +340,7 @@ def check_target(path: Path, overwrite: bool) -> None:
     """Refuses a path where something is that must stay."""
     if path.exists() and not overwrite:
         raise DataError(f"{path}: exists already; choose another name or allow overwriting")
-    if path.exists() and not (path / MANIFEST).is_file():
+    if path.exists() and not is_store(path):
         raise DataError(f"{path}: exists and is no prepared store, it is not overwritten")
 
 

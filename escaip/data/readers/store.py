@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges
-from escaip.data.store import Store
+from escaip.data.store import Store, is_store
 from escaip.data.structure import AtomicData
 from escaip.errors import ConfigError
 
@@ -33,9 +33,4 @@ def divide(path: Path, size: int) -> list[Part]:
     return ranges(len(Store(path)), size)
 
 
-def matches(path: Path, head: bytes) -> bool:
-    """A directory with a manifest."""
-    return (path / "manifest.json").is_file()
-
-
-READER = Reader("store", "a prepared store", read_store, matches, divide, lambda path: [path])
+READER = Reader("store", "a prepared store", read_store, lambda path, head: is_store(path), divide, lambda path: [path])
