@@ -155,7 +155,6 @@ def prepare(
     workers: int = 1,
     dtype: str = "float64",
     shard_atoms: int = DEFAULT_SHARD_ATOMS,
-    part_size: int = PART_SIZE,
     overwrite: bool = False,
     restart: bool = False,
     progress: bool = False,
@@ -174,7 +173,6 @@ def prepare(
         workers: processes.
         dtype: of forces and stress in the store.
         shard_atoms: atoms of a shard.
-        part_size: structures of a part, where a file can be divided.
         overwrite: replace a store that is there.
         restart: throw away what an interrupted run with other settings left.
         progress: show a bar.
@@ -198,9 +196,9 @@ def prepare(
     check_target(target, overwrite)
     work = target.parent / f".{target.name}.work"
     sources = dict(source) if isinstance(source, Mapping) else {"all": source}
-    items = _plan(work, sources, format, reading, part_size)
+    items = _plan(work, sources, format, reading)
     with disk_errors(target, _KEPT), _locked(work, target):
-        recipe = [asdict(reading), dtype, shard_atoms, part_size, SCHEMA_VERSION, list(TARGETS)]
+        recipe = [asdict(reading), dtype, shard_atoms, PART_SIZE, SCHEMA_VERSION, list(TARGETS)]
         _check_plan(work, items, recipe, restart)
         kept = sum(read_part(item.folder) is not None for item in items)
         _make_parts(work, items, (reading, dtype, shard_atoms), workers, progress=progress)
@@ -285,9 +283,7 @@ def _described(source: Any) -> str:
     return ", ".join(os.fspath(item) for item in ([source] if isinstance(source, str | os.PathLike) else source))
 
 
-def _plan(
-    work: Path, sources: Mapping[str, Any], format: str | None, reading: Reading, part_size: int
-) -> list[WorkItem]:
+def _plan(work: Path, sources: Mapping[str, Any], format: str | None, reading: Reading) -> list[WorkItem]:
     """Returns the parts, in order. A limit is counted through all files, so that it makes one part of each split."""
     found: list[tuple[tuple[DataFile, ...], Part | None, int]] = []
     for code, source in enumerate(sources.values()):
@@ -296,7 +292,7 @@ def _plan(
             found.append((tuple(files), None, code))
             continue
         for file in files:
-            divided = file.parts(part_size) if "index" not in reading.options else []
+            divided = file.parts(PART_SIZE) if "index" not in reading.options else []
             found += [((file,), part, code) for part in divided or [None]]
     return [WorkItem(work / f"part-{number:06d}", *facts) for number, facts in enumerate(found)]
 

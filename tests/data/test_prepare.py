@@ -25,6 +25,7 @@ from escaip.data.readers import Reading
 from escaip.data.splits import SplitSettings, divide
 from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import ConfigError, DataError
+from escaip.files import dataset_card
 from escaip.types import TARGETS, Target
 
 
@@ -64,6 +65,14 @@ def test_the_same_structures_in_the_same_order(
     assert names(tmp_path) == ["native", "s"]
     if workers == 2:
         assert Store(tmp_path / "s").batch(range(60)).dipole[:, 0].tolist() == list(range(60))
+
+
+def test_parts_of_one_file_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("escaip.data.prepare.PART_SIZE", 50)
+    sample = dataset_card("omat24").path / "sample.aselmdb"
+    prepare(sample, tmp_path / "s")
+    assert_holds(tmp_path / "s", list(open_source(sample)))
+    assert [shard["num_structures"] for shard in Store(tmp_path / "s").manifest["shards"]] == [50, 50, 50, 30]
 
 
 def test_the_index_agrees_with_the_structures(files: Path, tmp_path: Path) -> None:
