@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
-from toys import names, write_store
+from toys import assert_same, names, write_store
 
 from escaip.data import AtomicData, AtomicDataset, Store, StoreWriter, collate, open_source
 from escaip.data import store_writer as writer_module
@@ -20,13 +20,6 @@ from escaip.data.statistics import TrainingSums
 from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS, Target
-
-
-def assert_same(a: AtomicData, b: AtomicData) -> None:
-    for key in TENSOR_FIELDS:
-        assert a[key].dtype == b[key].dtype
-        assert torch.equal(a[key].nan_to_num(-9.0), b[key].nan_to_num(-9.0)), key
-    assert (a.structure_id, a.group, a.num_nodes) == (b.structure_id, b.group, b.num_nodes)
 
 
 def test_everything_comes_back(structures: list[AtomicData], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from escaip.data import AtomicData, Store, StoreWriter
 from escaip.data.readers.policy import Part, ReadPolicy, ReadReport
+from escaip.data.structure import TENSOR_FIELDS
 from escaip.errors import DataError
 
 
@@ -52,6 +53,13 @@ def assert_parts(
         for data, same in zip(itertools.chain(*pieces), whole, strict=True):
             assert data.structure_id == same.structure_id
             assert torch.equal(data.forces.nan_to_num(-9.0), same.forces.nan_to_num(-9.0))
+
+
+def assert_same(a: AtomicData, b: AtomicData) -> None:
+    for key in TENSOR_FIELDS:
+        assert a[key].dtype == b[key].dtype
+        assert torch.equal(a[key].nan_to_num(-9.0), b[key].nan_to_num(-9.0)), key
+    assert (a.structure_id, a.group, a.num_nodes) == (b.structure_id, b.group, b.num_nodes)
 
 
 def write_store(path: Path, structures: Iterable[AtomicData], **options: Any) -> Store:
