@@ -169,9 +169,9 @@ def scale_weights(potential: Potential, in_place: bool) -> None:
 
 OPTIONS = [
     {},
-    {"forces": "direct", "num_layers": 1},
+    {"forces": "direct", "angular_values": True, "num_layers": 1},
     {"distance_table": "inference", "charge": True, "num_layers": 1},
-    {"aggregation": "graph_attention", "boo_weighting": "uniform", "num_layers": 1},
+    {"aggregation": "graph_attention", "boo_weighting": "uniform", "angular_values": True, "num_layers": 1},
     {"num_neighbors": None, "message_gate": True, "density_radial": 4, "num_layers": 1},
 ]
 
