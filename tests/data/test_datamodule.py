@@ -264,6 +264,10 @@ def test_bad_data(xyz_file: Path, structures: list[AtomicData], tmp_path: Path) 
     AtomicDataModule(str(tmp_path / "store"), batch_size=2, required_labels=("energy",)).setup("fit")
     with pytest.raises(DataError, match=r"data.train: 0 structures in .* check index"):
         AtomicDataModule({"path": str(xyz_file), "index": "100:"}, batch_size=2).setup("fit")
+    one = AtomicDataModule({"path": str(xyz_file), "index": ":1"}, batch_size=2)
+    for _ in range(2):  # a failure leaves nothing behind
+        with pytest.raises(DataError, match="structure"):
+            one.setup("fit")
     module = AtomicDataModule(str(xyz_file), max_atoms=8, split={"val": 0})
     with pytest.raises(ConfigError, match="only known after"):
         _ = module.statistics
