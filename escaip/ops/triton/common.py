@@ -418,3 +418,38 @@ def add_angular_rows(totals, r, angular, y, c, CHUNKS: tl.constexpr, PRECISION: 
         else:
             sums = sums + (weighted(totals[i], angular * legendre(c, degree(CHUNKS, i)), y[i], PRECISION),)
     return sums
+
+
+@triton.jit
+def load_directions(direction, first, last, ANGLES: tl.constexpr, BLOCK: tl.constexpr):
+    """Directions of tokens; nothing without angles."""
+    vectors = ()
+    if ANGLES:
+        vectors = load_vectors(direction, first, last, BLOCK)
+    return vectors
+
+
+@triton.jit
+def pair_products(
+    x, y, n, m, CHUNKS: tl.constexpr, ANGLES: tl.constexpr, TURNED: tl.constexpr, OF_VALUES: tl.constexpr,
+    PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    """``A^0 + a Σ_{l≥1} P_l A^l``, of values without ``a``, and its slope by the cosine, ``a Σ_l P_l' A^l``."""
+    radial = tl.zeros([OWN, OTHER], tl.float32)
+    angular = tl.zeros([OWN, OTHER], tl.float32)
+    slope = tl.zeros([OWN, OTHER], tl.float32)
+    if ANGLES:
+        a = both_directed(n, m)
+        c = cosines(n, m, a, TURNED)
+        for i in tl.static_range(count(CHUNKS)):
+            if degree(CHUNKS, i) == 0:
+                radial = dot(x[i], tl.trans(y[i]), radial, PRECISION)
+            else:
+                product = dot(x[i], tl.trans(y[i]), tl.zeros([OWN, OTHER], tl.float32), PRECISION)
+                angular += legendre(c, degree(CHUNKS, i)) * product
+                slope += legendre_first(c, degree(CHUNKS, i)) * product
+        radial += angular if OF_VALUES else a * angular
+        slope = a * slope
+    else:
+        radial = dot_pairs(x, y, radial, CHUNKS, PRECISION)
+    return radial, slope

@@ -15,32 +15,15 @@ from escaip.ops.triton.common import (
     both_directed,
     cosines,
     count,
-    degree,
-    dot,
-    dot_pairs,
-    legendre,
+    load_directions,
     load_rows,
     load_tokens,
-    load_vectors,
     owned_tokens,
+    pair_products,
     rounded,
     store_rows,
     zero_rows,
 )
-
-
-@triton.jit
-def angular_logits(x, y, c, a, LOGITS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr):
-    """``A^0 + a Σ_{l≥1} P_l A^l`` of each pair."""
-    radial = tl.zeros([OWN, OTHER], tl.float32)
-    angular = tl.zeros([OWN, OTHER], tl.float32)
-    for i in tl.static_range(count(LOGITS)):
-        if degree(LOGITS, i) == 0:
-            radial = dot(x[i], tl.trans(y[i]), radial, PRECISION)
-        else:
-            product = dot(x[i], tl.trans(y[i]), tl.zeros([OWN, OTHER], tl.float32), PRECISION)
-            angular += legendre(c, degree(LOGITS, i)) * product
-    return radial + a * angular
 
 
 @autotuned(0)
@@ -59,20 +42,15 @@ def forward_rows(
     column = tl.arange(0, OTHER)
     for j in range(first_query, last_query, OWN):
         x = load_rows(q, j, last_query, head, H, D, LOGITS, OWN)
-        if ANGLES:
-            n = load_vectors(direction, j, last_query, OWN)
+        n = load_directions(direction, j, last_query, ANGLES, OWN)
         largest = tl.full([OWN], float("-inf"), tl.float32)
         total = tl.zeros([OWN], tl.float32)
         sums = zero_rows(VALUES, OWN)
         for i in range(first_key, last_key, OTHER):
             y = load_rows(k, i, last_key, head, H, D, LOGITS, OTHER)
-            if ANGLES:
-                m = load_vectors(direction, i, last_key, OTHER)
-                a = both_directed(n, m)
-                c = cosines(n, m, a, TURNED)
-                logits = angular_logits(x, y, c, a, LOGITS, OWN, OTHER, PRECISION) * scale
-            else:
-                logits = dot_pairs(x, y, tl.zeros([OWN, OTHER], tl.float32), LOGITS, PRECISION) * scale
+            m = load_directions(direction, i, last_key, ANGLES, OTHER)
+            logits, _ = pair_products(x, y, n, m, LOGITS, ANGLES, TURNED, False, PRECISION, OWN, OTHER)
+            logits *= scale
             if BIAS:
                 logits += load_tokens(log_envelope, i, last_key, OTHER)[None, :]
             logits = tl.where((column < last_key - i)[None, :], logits, float("-inf"))
@@ -86,6 +64,7 @@ def forward_rows(
                 scaled = scaled + (sums[g] * shrink[:, None],)
             w = load_rows(v, i, last_key, head, H, D, VALUES, OTHER)
             if TURNED:
+                c = cosines(n, m, both_directed(n, m), TURNED)
                 sums = add_angular_rows(scaled, p, p, w, c, VALUES, PRECISION)
             else:
                 sums = add_rows(scaled, rounded(p, v.dtype.element_ty), w, VALUES, PRECISION)
