@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from escaip.errors import EscaipError
 from escaip.ops import available_backends, neighborhood_attention
 from escaip.ops.dense import Padding
-from escaip.ops.steinhardt import spherical_harmonics
+from escaip.ops.harmonics import spherical_harmonics
 
 CHANNELS = {
     16: (5, 3, 1, 3, 4), 32: (10, 5, 2, 5, 10), 64: (20, 10, 4, 10, 20), 80: (25, 12, 5, 13, 25),

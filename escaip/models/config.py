@@ -11,7 +11,7 @@ from escaip.models.protocol import ModelConfig, check_fading_ranks
 from escaip.nn.heads import check_heads
 from escaip.nn.layers import NORMS, SMOOTH_ACTIVATIONS, make_activation
 from escaip.ops.backends import check_backend
-from escaip.ops.steinhardt import MAX_DEGREE
+from escaip.ops.harmonics import MAX_DEGREE
 from escaip.types import GraphSettings
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from escaip.nn.embedding import GaussianBasis
 from escaip.nn.layers import PreciseTables
 from escaip.ops import sum_rows
-from escaip.ops.steinhardt import harmonic_recursion, spherical_harmonics
+from escaip.ops.harmonics import harmonic_recursion, power_spectrum
 from escaip.types import AtomInputs, Tokens
 
 _CLIP = 4.0  # standard deviations beyond which a feature saturates
@@ -52,10 +52,11 @@ class DensityInvariants(PreciseTables):
         super().__init__()
         self.basis = GaussianBasis(num_radial, cutoff, 1.0)
         self.degree = degree
-        first, second = torch.triu_indices(channels, channels)
+        pairs = torch.triu_indices(channels, channels).unsqueeze(-1) * num_radial + torch.arange(num_radial)
+        first, second = pairs.flatten(1)  # the same Gaussian of both elements
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("second", second, persistent=False)
-        self.num_features = num_radial * (channels + len(first) * (degree + 1))
+        self.num_features = num_radial * channels + len(first) * (degree + 1)
         self.register_buffer("channel", torch.ones(num_elements, channels).double())
         self.register_buffer("mean", torch.zeros(num_elements, self.num_features).double())
         self.register_buffer("spread", torch.ones_like(self.mean))
@@ -67,15 +68,13 @@ class DensityInvariants(PreciseTables):
         weight = tokens.log_envelope.exp().index_fill(0, tokens.self_token, 0.0)
         radial = self.basis(tokens.distance) * weight.unsqueeze(-1)  # (t, R)
         channel = self.channel.to(radial.dtype)[atoms.atomic_numbers[tokens.neighbor]]  # (t, C)
-        harmonics = spherical_harmonics(tokens.direction, self.degree, self.recursion)  # (t, M)
         density = (channel.unsqueeze(-1) * radial.unsqueeze(1)).flatten(1)  # (t, C R)
-        terms = (density.unsqueeze(-1) * harmonics.unsqueeze(1)).flatten(1)
-        sums = sum_rows(terms, tokens.center - tokens.first, tokens.num_atoms)
-        sums = sums.view(tokens.num_atoms, channel.shape[1], radial.shape[1], -1)  # (n, C, R, M)
-        products = sums[:, self.first] * sums[:, self.second]
-        parts = products.split([2 * degree + 1 for degree in range(self.degree + 1)], -1)
-        power = torch.stack([part.sum(-1) for part in parts], -1)  # (n, C (C + 1) / 2, R, degree + 1)
-        return torch.cat([sums[..., 0].flatten(1), power.flatten(1)], 1)
+        center = tokens.center - tokens.first
+        power = power_spectrum(
+            tokens.direction, density, center, tokens.num_atoms, self.degree, (self.first, self.second),
+            offsets=tokens.offsets, recursion=self.recursion,
+        )  # fmt: skip
+        return torch.cat([sum_rows(density, center, tokens.num_atoms), power.flatten(1)], 1)
 
     def standardized(self, features: Tensor, atomic_numbers: Tensor) -> Tensor:
         """Returns features of atoms less their mean, in units of their spread, bounded smoothly; ``(N, F)``."""

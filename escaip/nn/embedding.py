@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from escaip.errors import DataError
 from escaip.nn.layers import PreciseTables, make_activation, make_norm
 from escaip.ops import bond_orientational_order, spline, take_rows
-from escaip.ops.steinhardt import harmonic_recursion
+from escaip.ops.harmonics import harmonic_recursion
 from escaip.types import MAX_CHARGE, AtomInputs, Tokens
 
 # A function of encoded distances, (R,) or (R, num_radial), with values (R, H).

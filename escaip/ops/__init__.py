@@ -4,8 +4,8 @@ splines, bond-orientational order.
 
 from escaip.ops.attention import neighborhood_attention, node_attention
 from escaip.ops.backends import BackendInfo, available_backends
+from escaip.ops.harmonics import bond_orientational_order
 from escaip.ops.rows import sum_rows, take_rows
-from escaip.ops.steinhardt import bond_orientational_order
 
 __all__ = [
     "BackendInfo",

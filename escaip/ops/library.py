@@ -29,8 +29,8 @@ from torch import Tensor
 from escaip.errors import ConfigError
 from escaip.files import first_line
 from escaip.ops.dense import Padding
+from escaip.ops.harmonics import spherical_harmonics
 from escaip.ops.inputs import HALF_TYPES
-from escaip.ops.steinhardt import spherical_harmonics
 
 # CUDA kernels read rows in units of 16 bytes.
 CHANNEL_MULTIPLE = 8

@@ -364,7 +364,7 @@ def compile_ahead(model: Model, differentiate: bool, path: Path) -> tuple[dict[s
     names = {id(tensor): name for name, tensor in constants_of(model).items()}
     found = {node.target: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    native = any("_native" in str(node.target) or "escaip.steinhardt" in str(node.target) for node in calls)
+    native = any("_native" in str(node.target) or "escaip.power_spectrum" in str(node.target) for node in calls)
     return {name: names[id(tensor)] for name, tensor in found.items()}, native
 
 

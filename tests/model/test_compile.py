@@ -321,7 +321,7 @@ def test_positions_that_require_gradients_are_evaluated_without_compiling() -> N
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
 def test_a_traced_graph_can_be_recorded_in_a_cuda_graph(forces: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds weights alone, since any other constant is a copy from the host, and waits for nothing."""
-    monkeypatch.setattr("escaip.ops.steinhardt.has_kernels", lambda: False)  # as on CUDA
+    monkeypatch.setattr("escaip.ops.harmonics.has_kernels", lambda: False)  # as on CUDA
     potential = make_potential(forces=forces, num_layers=1, distance_table="never").eval().requires_grad_(False)
     model = potential.model
 

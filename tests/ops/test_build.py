@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from escaip.ops import cpp, steinhardt
+from escaip.ops import cpp, harmonics
 
 pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
 
@@ -124,12 +124,12 @@ def test_without_a_compiler_plain_operations_and_one_line(workshop: Workshop, mo
     bonds = (torch.eye(3), torch.ones(3), torch.zeros(3, dtype=torch.int64), 1, 2)
     try:
         with pytest.warns(UserWarning, match=r"plain PyTorch replaces the C\+\+ kernels"):
-            order = steinhardt.bond_orientational_order(*bonds, offsets=torch.tensor([0, 3]))
+            order = harmonics.bond_orientational_order(*bonds, offsets=torch.tensor([0, 3]))
         assert not cpp.has_kernels()  # and no second warning, which would be an error here
     finally:
         cpp._has_kernels.cache_clear()
         cpp._unavailable.cache_clear()
-    torch.testing.assert_close(order, steinhardt.bond_orientational_order(*bonds))
+    torch.testing.assert_close(order, harmonics.bond_orientational_order(*bonds))
 
 
 def test_without_a_place_to_keep_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from escaip.errors import CheckpointError, ConfigError
 from escaip.models import EScAIPConfig
+from escaip.ops.harmonics import PUBLISHED_FLOOR
 from escaip.ops.reference import MAX_L
-from escaip.ops.steinhardt import PUBLISHED_FLOOR
 
 GRADIENT_HEAD = "EScAIPGradientEnergyForceStressHead"
 ENERGY_HEAD = "EScAIPEnergyHead"

@@ -41,7 +41,7 @@ _UNITS = (
     ("binding", ("-O1",)),
     ("graph", ("-O3", "-ffp-contract=off")),
     ("spline", _OPTIMISED),
-    ("steinhardt", _OPTIMISED),
+    ("harmonics", _OPTIMISED),
 )
 _lock = threading.Lock()
 

@@ -1,5 +1,5 @@
 // Kernels of PyTorch's dispatcher for the CPU. Python defines the operators, their shapes and their derivatives
-// (../autograd.py, ../rows.py, ../spline.py, ../steinhardt.py), except that of the graph, which has none.
+// (../autograd.py, ../rows.py, ../spline.py, ../harmonics.py), except that of the graph, which has none.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -55,7 +55,7 @@ T* data(const Tensor& x) {
     return x.defined() && x.numel() ? x.mutable_data_ptr<T>() : nullptr;
 }
 
-// ---- rows, splines, bond-orientational order --------------------------------------------------------------------
+// ---- rows, splines, densities of neighbors --------------------------------------------------------------------
 
 Tensor sum_rows_kernel(const Tensor& x, const Tensor& index, int64_t num_rows) {
     std::vector<int64_t> sizes = x.sizes().vec();
@@ -106,37 +106,47 @@ Tensor spline_transpose_kernel(const Tensor& cotangent, const Tensor& point, int
     return out.to(cotangent.scalar_type());
 }
 
-Tensor steinhardt_kernel(const Tensor& direction, const Tensor& weight, const Tensor& offsets, int64_t l_max) {
-    Tensor out = at::empty({offsets.size(0) - 1, l_max + 1}, direction.options().dtype(computed_in(direction)));
+DensityShape shape_of(Inputs& in, const Tensor& weight, const Tensor& offsets, const Optional& first,
+                      const Optional& second, int64_t l_max) {
+    const int64_t channels = weight.size(1), pairs = first ? first->size(0) : channels;
+    return {in.get<int64_t>(offsets), in.get<int64_t>(first), in.get<int64_t>(second), offsets.size(0) - 1, channels, pairs,
+            l_max, at::get_num_threads()};
+}
+
+Tensor power_spectrum_kernel(const Tensor& direction, const Tensor& weight, const Tensor& offsets, const Optional& first,
+                             const Optional& second, int64_t l_max) {
+    Inputs in;
+    const DensityShape shape = shape_of(in, weight, offsets, first, second, l_max);
+    Tensor out = at::empty({shape.atoms, shape.pairs, l_max + 1}, direction.options().dtype(computed_in(direction)));
     with_scalar(direction, [&](auto scalar) {
         using T = decltype(scalar);
-        Inputs in;
-        const BondShape shape{in.get<int64_t>(offsets), out.size(0), out.size(1), at::get_num_threads()};
-        steinhardt(shape, in.get<T>(direction), in.get<T>(weight), data<T>(out));
+        power_spectrum(shape, in.get<T>(direction), in.get<T>(weight), data<T>(out));
     });
     return out.to(direction.scalar_type());
 }
 
-Pair steinhardt_backward_kernel(const Tensor& grad, const Tensor& direction, const Tensor& weight, const Tensor& offsets) {
+Pair power_spectrum_backward_kernel(const Tensor& grad, const Tensor& direction, const Tensor& weight, const Tensor& offsets,
+                                    const Optional& first, const Optional& second) {
     Tensor to_n = new_like(direction).zero_(), to_w = new_like(weight).zero_();
     with_scalar(direction, [&](auto scalar) {
         using T = decltype(scalar);
         Inputs in;
-        const BondShape shape{in.get<int64_t>(offsets), grad.size(0), grad.size(1), at::get_num_threads()};
-        steinhardt_backward(shape, in.get<T>(grad), in.get<T>(direction), in.get<T>(weight), data<T>(to_n), data<T>(to_w));
+        power_spectrum_backward(shape_of(in, weight, offsets, first, second, grad.size(2) - 1), in.get<T>(grad),
+                                in.get<T>(direction), in.get<T>(weight), data<T>(to_n), data<T>(to_w));
     });
     return {to_n.to(direction.scalar_type()), to_w.to(weight.scalar_type())};
 }
 
-Triple steinhardt_double_backward_kernel(const Tensor& tn, const Tensor& ta, const Tensor& grad, const Tensor& direction,
-                                         const Tensor& weight, const Tensor& offsets) {
+Triple power_spectrum_double_backward_kernel(const Tensor& tn, const Tensor& tw, const Tensor& grad, const Tensor& direction,
+                                             const Tensor& weight, const Tensor& offsets, const Optional& first,
+                                             const Optional& second) {
     Tensor to_grad = new_like(grad), to_n = new_like(direction).zero_(), to_w = new_like(weight).zero_();
     with_scalar(direction, [&](auto scalar) {
         using T = decltype(scalar);
         Inputs in;
-        const BondShape shape{in.get<int64_t>(offsets), grad.size(0), grad.size(1), at::get_num_threads()};
-        steinhardt_double_backward(shape, in.get<T>(tn), in.get<T>(ta), in.get<T>(grad), in.get<T>(direction),
-                                   in.get<T>(weight), data<T>(to_grad), data<T>(to_n), data<T>(to_w));
+        power_spectrum_double_backward(shape_of(in, weight, offsets, first, second, grad.size(2) - 1), in.get<T>(tn),
+                                       in.get<T>(tw), in.get<T>(grad), in.get<T>(direction), in.get<T>(weight),
+                                       data<T>(to_grad), data<T>(to_n), data<T>(to_w));
     });
     return {to_grad.to(grad.scalar_type()), to_n.to(direction.scalar_type()), to_w.to(weight.scalar_type())};
 }
@@ -304,9 +314,9 @@ TORCH_LIBRARY_IMPL(escaip, CPU, m) {
     m.impl("spline_values", spline_values_kernel);
     m.impl("spline_products", spline_products_kernel);
     m.impl("spline_transpose", spline_transpose_kernel);
-    m.impl("steinhardt", steinhardt_kernel);
-    m.impl("steinhardt_backward", steinhardt_backward_kernel);
-    m.impl("steinhardt_double_backward", steinhardt_double_backward_kernel);
+    m.impl("power_spectrum", power_spectrum_kernel);
+    m.impl("power_spectrum_backward", power_spectrum_backward_kernel);
+    m.impl("power_spectrum_double_backward", power_spectrum_double_backward_kernel);
     m.impl("attention_native", attention);
     m.impl("attention_native_backward", attention_backward);
     m.impl("attention_native_double_backward", attention_double_backward);

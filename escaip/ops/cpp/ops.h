@@ -1,4 +1,4 @@
-// The other kernels that the binding calls: rows, splines and bond-orientational order. Arrays are contiguous.
+// The other kernels that the binding calls: rows, splines and densities of neighbors. Arrays are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -23,19 +23,20 @@ void spline_products(const SplineShape& s, const T* cotangent, const T* table, c
 template <class T>
 void spline_transpose(const SplineShape& s, const T* cotangent, const T* point, T* out);
 
-// Sums over pairs of bonds (../steinhardt.py): n (tokens, 3), w (tokens), grad (atoms, size), offsets (atoms + 1).
-struct BondShape {
-    const int64_t* offsets;
-    int64_t atoms, size, threads;
+// Products of two densities of neighbors (../harmonics.py): n (tokens, 3), w (tokens, channels), grad
+// (atoms, pairs, degree + 1), offsets (atoms + 1), first and second (pairs) or null for each channel with itself.
+struct DensityShape {
+    const int64_t *offsets, *first, *second;
+    int64_t atoms, channels, pairs, degree, threads;
 };
 template <class T>
-void steinhardt(const BondShape& s, const T* n, const T* w, T* out);
+void power_spectrum(const DensityShape& s, const T* n, const T* w, T* out);
 // to_n and to_w: zero on entry for tokens of no atom
 template <class T>
-void steinhardt_backward(const BondShape& s, const T* grad, const T* n, const T* w, T* to_n, T* to_w);
-// for cotangents tn and ta of to_n and to_w
+void power_spectrum_backward(const DensityShape& s, const T* grad, const T* n, const T* w, T* to_n, T* to_w);
+// for cotangents tn and tw of to_n and to_w
 template <class T>
-void steinhardt_double_backward(const BondShape& s, const T* tn, const T* ta, const T* grad, const T* n, const T* w,
-                                T* to_grad, T* to_n, T* to_w);
+void power_spectrum_double_backward(const DensityShape& s, const T* tn, const T* tw, const T* grad, const T* n, const T* w,
+                                    T* to_grad, T* to_n, T* to_w);
 
 }  // namespace escaip

@@ -1,23 +1,22 @@
-"""Bond-orientational order of atoms (Steinhardt et al. 1983): in plain operations, and on the CPU by pairs of bonds in
-C++.
+"""Densities of neighbors in spherical harmonics and what rotations leave alone of them: power spectra, and the
+bond-orientational order of Steinhardt et al. (1983). In plain operations, and on the CPU by one kernel in C++.
 
-By the addition theorem the norm over ``m`` of ``Σ_j w_j Ŷ_lm(n_j)`` needs no harmonics:
+With channels ``c`` of weights and solid harmonics ``Y_lm`` of unit norm, ``Σ_m Y_lm(u) Y_lm(v) = P_l(u · v)``,
 
-    N_l = Σ_jk w_j w_k P_l(n_j · n_k)
+    A_clm = Σ_j w_jc Y_lm(n_j)        p_cc'l = Σ_m A_clm A_c'lm = Σ_jk w_jc w_kc' P_l(n_j · n_k)
 
-with the Legendre polynomials ``P_l``; a token without a direction counts in ``l = 0`` only. With cotangents ``g_l`` and
-``f(c) = Σ_l g_l P_l(c)`` the first derivative is
+With cotangents ``g_cc'l`` and ``B = ∂(Σ g p)/∂A``, linear in ``A``, the first derivative is
 
-    ∂/∂w_j = 2 Σ_k w_k f(c_jk)        ∂/∂n_j = 2 w_j Σ_k w_k f'(c_jk) n_k
+    ∂/∂w_jc = Σ_lm B_clm Y_lm(n_j)        ∂/∂n_j = Σ_clm w_jc B_clm ∇Y_lm(n_j)
 
-and for cotangents ``a_j`` and ``b_j`` of these two, with ``s_jk = b_j · n_k + b_k · n_j``, the second is
+and for cotangents ``a_jc`` and ``b_j`` of these two, with ``Y'_lm(n_j) = b_j · ∇Y_lm(n_j)``,
+``A'_clm = Σ_j [a_jc Y_lm(n_j) + w_jc Y'_lm(n_j)]`` and ``B'`` made of ``A'`` as ``B`` is of ``A``, the second is
 
-    ∂/∂g_l = 2 Σ_jk [a_j w_k P_l(c_jk) + w_j w_k P_l'(c_jk) b_j · n_k]
-    ∂/∂w_j = 2 Σ_k [a_k f(c_jk) + w_k f'(c_jk) s_jk]
-    ∂/∂n_j = 2 Σ_k {[(a_j w_k + a_k w_j) f'(c_jk) + w_j w_k f''(c_jk) s_jk] n_k + w_j w_k f'(c_jk) b_k}
+    ∂/∂g_cc'l = Σ_m (A_clm A'_c'lm + A'_clm A_c'lm)
+    ∂/∂w_jc = Σ_lm [B'_clm Y_lm(n_j) + B_clm Y'_lm(n_j)]
+    ∂/∂n_j = Σ_clm [(B'_clm w_jc + B_clm a_jc) ∇Y_lm(n_j) + B_clm w_jc ∇Y'_lm(n_j)]
 
-Off the unit sphere the Legendre polynomials differ from the solid harmonics of the plain operations. Positions do not
-see that: a direction is a displacement over its length, whose derivative has no part along it.
+Gradients of solid harmonics are sums of those of one degree less (Hobson 1931), and so are those of ``Y'`` of ``Y'``.
 """
 
 from __future__ import annotations
@@ -65,9 +64,8 @@ def bond_orientational_order(
         l_max: highest degree.
         floor: ``"smooth"`` or ``"clamp"``.
         epsilon: ``ε``.
-        offsets: ``(N + 1,)`` int64 where the tokens of an atom are consecutive: on the CPU the sums are then made by
-            one kernel, with two derivatives. None for plain operations, with any number of them.
-        recursion: result of ``harmonic_recursion`` for this degree; see ``spherical_harmonics``.
+        offsets: see ``power_spectrum``.
+        recursion: see ``power_spectrum``.
 
     Returns:
         ``(N, l_max + 1)``, without unit, differentiable twice in ``direction`` and ``weight``.
@@ -80,17 +78,50 @@ def bond_orientational_order(
     if not 0 <= l_max <= MAX_DEGREE:
         raise ConfigError(f"l_max is {l_max}: it must be in 0 .. {MAX_DEGREE}")
     total = sum_rows(weight, center, num_atoms)
-    if offsets is not None and direction.device.type == "cpu" and has_kernels():
-        power = power_spectrum(direction, weight, offsets, l_max) / total.square()[:, None]
-    else:
-        harmonics = spherical_harmonics(direction, l_max, recursion)  # (T, (l_max + 1)²)
-        sums = sum_rows(harmonics * weight[:, None], center, num_atoms)
-        squares = (sums / total[:, None]).square()
-        sizes = [2 * degree + 1 for degree in range(l_max + 1)]
-        power = torch.stack([part.sum(dim=1) for part in squares.split(sizes, dim=1)], dim=1)
+    power = power_spectrum(direction, weight[:, None], center, num_atoms, l_max, offsets=offsets, recursion=recursion)
+    power = power.squeeze(1) / total.square()[:, None]
     if floor == "clamp":
         return power.clamp(min=epsilon).sqrt()
     return ((power + epsilon) / (1.0 + epsilon)).sqrt()
+
+
+def power_spectrum(
+    direction: Tensor,
+    weight: Tensor,
+    center: Tensor,
+    num_atoms: int,
+    l_max: int,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    *,
+    offsets: Tensor | None = None,
+    recursion: Tensor | None = None,
+) -> Tensor:
+    """Computes ``p_cc'l(i) = Σ_m A_clm A_c'lm`` of the densities ``A_clm = Σ_j w_jc Y_lm(n_j)`` of every atom.
+
+    Args:
+        direction: ``(T, 3)`` unit vectors, zero for self tokens (which then count in ``l = 0`` only).
+        weight: ``(T, C)``.
+        center: ``(T,)`` int64, atom each token belongs to.
+        num_atoms: ``N``.
+        l_max: highest degree, at most 16.
+        pairs: two of ``(P,)`` int64, the channels ``c`` and ``c'`` of each product; None for each channel with itself.
+        offsets: ``(N + 1,)`` int64 where the tokens of an atom are consecutive: on the CPU one kernel then does it all,
+            with two derivatives. None for plain operations, with any number of them.
+        recursion: result of ``harmonic_recursion`` for this degree; see ``spherical_harmonics``.
+
+    Returns:
+        ``(N, P, l_max + 1)``, differentiable twice in ``direction`` and ``weight``.
+    """
+    first, second = (None, None) if pairs is None else pairs
+    if offsets is not None and direction.device.type == "cpu" and has_kernels():
+        found: Tensor = torch.ops.escaip.power_spectrum(direction, weight, offsets, first, second, l_max)
+        return found
+    harmonics = spherical_harmonics(direction, l_max, recursion)  # (T, (l_max + 1)²)
+    sums = sum_rows((weight.unsqueeze(-1) * harmonics.unsqueeze(1)).flatten(1), center, num_atoms)
+    sums = sums.view(num_atoms, weight.shape[1], -1)
+    products = sums.square() if first is None or second is None else sums[:, first] * sums[:, second]
+    parts = products.split([2 * degree + 1 for degree in range(l_max + 1)], -1)
+    return torch.stack([part.sum(-1) for part in parts], -1)
 
 
 def spherical_harmonics(vector: Tensor, l_max: int, recursion: Tensor | None = None) -> Tensor:
@@ -164,66 +195,55 @@ def _recursion(l_max: int) -> tuple[list[list[float]], list[list[float]], list[l
 _TABLES = _recursion(MAX_DEGREE)
 
 
-def power_spectrum(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -> Tensor:
-    """Computes ``N_l`` of every atom by the C++ kernels.
-
-    Args:
-        direction: ``(T, 3)`` unit vectors, or zero, on the CPU.
-        weight: ``(T,)``.
-        offsets: ``(N + 1,)`` int64; tokens of an atom are consecutive.
-        l_max: highest degree, at most 16.
-
-    Returns:
-        ``(N, l_max + 1)``, differentiable twice in ``direction`` and ``weight``.
-    """
-    return torch.ops.escaip.steinhardt(direction, weight, offsets, l_max)
-
-
-def _define(suffix: str, schema: str, fake: Any, backward: Any, keep: Any) -> None:
+def _define(suffix: str, schema: str, fake: Any, backward: Any) -> None:
     """Defines an operator of ``cpp/binding.cpp``."""
-    name = f"escaip::steinhardt{suffix}"
+    name = f"escaip::power_spectrum{suffix}"
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(name, fake)
-    torch.library.register_autograd(name, backward, setup_context=keep)
+    torch.library.register_autograd(name, backward, setup_context=_keep)
 
 
-def _fake_value(direction: Tensor, weight: Tensor, offsets: Tensor, l_max: int) -> Tensor:
-    return direction.new_empty(offsets.shape[0] - 1, l_max + 1)
+def _fake_value(
+    direction: Tensor, weight: Tensor, offsets: Tensor, first: Tensor | None, second: Tensor | None, l_max: int
+) -> Tensor:
+    pairs = weight.shape[1] if first is None else first.shape[0]
+    return direction.new_empty(offsets.shape[0] - 1, pairs, l_max + 1)
 
 
-def _fake_gradients(grad: Tensor, direction: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_gradients(grad: Tensor, direction: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(direction), torch.empty_like(weight)
 
 
 def _fake_second(
-    to_direction: Tensor, to_weight: Tensor, grad: Tensor, direction: Tensor, weight: Tensor, offsets: Tensor
+    to_direction: Tensor, to_weight: Tensor, grad: Tensor, direction: Tensor, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(grad), torch.empty_like(direction), torch.empty_like(weight)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor) or x is None))
 
 
 def _differentiate_value(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (*torch.ops.escaip.steinhardt_backward(grad, *ctx.saved_tensors), None, None)
+    return (*torch.ops.escaip.power_spectrum_backward(grad, *ctx.saved_tensors), None, None, None, None)
 
 
 def _differentiate_gradients(ctx: Any, to_direction: Tensor, to_weight: Tensor) -> tuple[Any, ...]:
-    return (*torch.ops.escaip.steinhardt_double_backward(to_direction, to_weight, *ctx.saved_tensors), None)
+    second = torch.ops.escaip.power_spectrum_double_backward(to_direction, to_weight, *ctx.saved_tensors)
+    return (*second, None, None, None)
 
 
 def _refuse(ctx: Any, *_: Any) -> NoReturn:
     raise ConfigError(
-        "the bond-orientational order has two derivatives on the CPU, and a third was asked for: compute it in plain "
-        "operations, with bond_orientational_order(..., offsets=None)"
+        "power spectra and the bond-orientational order have two derivatives on the CPU, and a third was asked for: "
+        "compute them in plain operations, with offsets=None"
     )
 
 
-_INPUTS = "Tensor direction, Tensor weight, Tensor offsets"
-_define("", f"({_INPUTS}, int l_max) -> Tensor", _fake_value, _differentiate_value, _keep)
-_define("_backward", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)", _fake_gradients, _differentiate_gradients, _keep)
+_INPUTS = "Tensor direction, Tensor weight, Tensor offsets, Tensor? first, Tensor? second"
+_define("", f"({_INPUTS}, int l_max) -> Tensor", _fake_value, _differentiate_value)
+_define("_backward", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)", _fake_gradients, _differentiate_gradients)
 _define(
     "_double_backward", f"(Tensor to_direction, Tensor to_weight, Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-    _fake_second, _refuse, _keep,
+    _fake_second, _refuse,
 )  # fmt: skip

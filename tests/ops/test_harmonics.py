@@ -1,6 +1,9 @@
-"""Bond-orientational order: the plain operations against the double sum, the kernels against the plain operations."""
+"""Power spectra and bond-orientational order: plain operations against the double sum, the kernel against those."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from torch.nn.functional import normalize
 
 from escaip.errors import ConfigError
 from escaip.ops import bond_orientational_order, cpp
-from escaip.ops.steinhardt import power_spectrum, spherical_harmonics
+from escaip.ops.harmonics import power_spectrum, spherical_harmonics
 
 with_kernels = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
 
@@ -143,59 +146,94 @@ def unit(vector: Tensor) -> Tensor:
     return torch.where(squared == 0, 0.0, vector * torch.where(squared == 0, 1.0, squared).rsqrt())
 
 
-def derivatives(l_max: int, with_kernel: bool, dtype: torch.dtype) -> list[Tensor]:
-    """The order, its gradient and the gradient of a product with the gradient."""
-    vector, weight, offsets, center = bonds(dtype)
+PAIRS = (torch.tensor([0, 0, 2, 1]), torch.tensor([0, 2, 2, 0]))
+
+
+def order(direction: Tensor, weight: Tensor, l_max: int, **options: Any) -> Tensor:
+    return bond_orientational_order(direction, weight[:, 0], bonds()[3], 5, l_max, **options)
+
+
+def spectrum(direction: Tensor, weight: Tensor, l_max: int, **options: Any) -> Tensor:
+    return power_spectrum(direction, weight, bonds()[3], 5, l_max, **options)
+
+
+def products(direction: Tensor, weight: Tensor, l_max: int, **options: Any) -> Tensor:
+    return power_spectrum(direction, weight, bonds()[3], 5, l_max, PAIRS, **options)
+
+
+def derivatives(function: Callable[..., Tensor], l_max: int, with_kernel: bool, dtype: torch.dtype) -> list[Tensor]:
+    """A function of bonds, its gradient and the gradient of a product with the gradient."""
+    vector, weight, offsets, _ = bonds(dtype)
+    weight = torch.stack([weight, weight.flip(0) - 0.3, weight.square()], 1)
     vector.requires_grad_()
     weight.requires_grad_()
     generator = torch.Generator().manual_seed(1)
-    order = bond_orientational_order(unit(vector), weight, center, 5, l_max, offsets=offsets if with_kernel else None)
-    cotangent = torch.randn(order.shape, dtype=dtype, generator=generator)
-    first = torch.autograd.grad((order * cotangent).sum(), [vector, weight], create_graph=True)
+    found = function(unit(vector), weight, l_max, offsets=offsets if with_kernel else None)
+    cotangent = torch.randn(found.shape, dtype=dtype, generator=generator)
+    first = torch.autograd.grad((found * cotangent).sum(), [vector, weight], create_graph=True)
     product = sum((x * torch.randn(x.shape, dtype=dtype, generator=generator)).sum() for x in first)
     assert isinstance(product, Tensor)
-    return [order, *first, *torch.autograd.grad(product, [vector, weight])]
+    return [found, *first, *torch.autograd.grad(product, [vector, weight])]
 
 
 @with_kernels
+@pytest.mark.parametrize("function", [order, spectrum, products])
 @pytest.mark.parametrize("l_max", [1, 2, 3, 9, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pairs_equal_harmonics_in_value_and_two_derivatives(l_max: int, dtype: torch.dtype) -> None:
+def test_the_kernel_equals_plain_operations_in_value_and_two_derivatives(
+    function: Callable[..., Tensor], l_max: int, dtype: torch.dtype
+) -> None:
     tolerance = 1e-11 if dtype == torch.float64 else 2e-4
-    for found, expected in zip(derivatives(l_max, True, dtype), derivatives(l_max, False, dtype), strict=True):
+    plain = derivatives(function, l_max, False, dtype)
+    for found, expected in zip(derivatives(function, l_max, True, dtype), plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance * float(expected.detach().abs().max()))
+
+
+def test_products_are_sums_over_pairs_of_bonds() -> None:
+    vector, weight, _, center = bonds()
+    direction, weight = unit(vector), torch.stack([weight, weight.flip(0) - 0.3, weight.square()], 1)
+    found = products(direction, weight, 4)
+    for atom in range(5):
+        own = center == atom
+        for pair, (one, other) in enumerate(zip(*PAIRS, strict=True)):
+            for degree in range(5):
+                legendre = np.polynomial.legendre.legval(direction[own] @ direction[own].T, [0.0] * degree + [1.0])
+                has = direction[own].square().sum(1) > 0.5
+                legendre = np.where(has[:, None] & has[None], legendre, float(degree == 0))
+                expected = weight[own, one] @ torch.tensor(legendre) @ weight[own, other]
+                torch.testing.assert_close(found[atom, pair, degree], expected, rtol=0, atol=1e-12)
 
 
 @with_kernels
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
     vector, weight, offsets, _ = bonds(torch.float32)
     many = torch.cat([offsets[:1], *(offsets[1:] + i * len(vector) for i in range(40))])
-    direction, weight = unit(vector).repeat(40, 1), weight.repeat(40)
-    grad = torch.ones(200, 7)
+    direction, weight = unit(vector).repeat(40, 1), weight.repeat(40)[:, None].repeat(1, 3)
+    grad = torch.ones(200, 4, 7)
     same_bits_on_threads(
         lambda: [
-            torch.ops.escaip.steinhardt(direction, weight, many, 6),
-            *torch.ops.escaip.steinhardt_backward(grad, direction, weight, many),
+            torch.ops.escaip.power_spectrum(direction, weight, many, *PAIRS, 6),
+            *torch.ops.escaip.power_spectrum_backward(grad, direction, weight, many, *PAIRS),
         ]
     )
 
 
 @with_kernels
-def test_operators_keep_the_contract_of_the_dispatcher() -> None:
+@pytest.mark.parametrize("pairs", [(None, None), (torch.zeros(2).long(), torch.zeros(2).long())])
+def test_operators_keep_the_contract_of_the_dispatcher(pairs: tuple[Any, Any]) -> None:
     vector, weight, offsets, _ = bonds(torch.float32)
-    direction = unit(vector).requires_grad_()
-    torch.library.opcheck(torch.ops.escaip.steinhardt.default, (direction, weight.requires_grad_(), offsets, 3))
-    torch.library.opcheck(
-        torch.ops.escaip.steinhardt_backward.default, (torch.ones(5, 4, requires_grad=True), direction, weight, offsets)
-    )
+    direction, weight = unit(vector).requires_grad_(), weight[:, None].requires_grad_()
+    torch.library.opcheck(torch.ops.escaip.power_spectrum.default, (direction, weight, offsets, *pairs, 3))
+    grad = torch.ones(5, 1 if pairs[0] is None else 2, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.escaip.power_spectrum_backward.default, (grad, direction, weight, offsets, *pairs))
 
 
 @with_kernels
 @pytest.mark.bad_input
 def test_a_third_derivative_is_refused_with_the_remedy() -> None:
-    vector, weight, offsets, _ = bonds()
+    vector, weight, offsets, center = bonds()
     direction = unit(vector).requires_grad_()
-    x = power_spectrum(direction, weight, offsets, 3).sum()
+    x = power_spectrum(direction, weight[:, None], center, 5, 3, offsets=offsets).sum()
     for _ in range(2):
         (x,) = torch.autograd.grad(x.square().sum(), direction, create_graph=True)
     with pytest.raises(ConfigError, match="a third was asked for"):
