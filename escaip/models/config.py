@@ -49,6 +49,9 @@ class EScAIPConfig(ModelConfig):
             features of atoms, and an energy linear in them that is solved for before training and in its course.
         density_degree: their highest ``l``.
         density_channels: their channels, one for each element in training.
+        node_density: channels of the densities of neighbors (``escaip.nn.density.DensityUpdate``) that update atoms at
+            the input and in every block; 0 for none.
+        node_density_degree: its highest ``l``.
         force_weighting: ``"envelope"`` or ``"uniform"`` sum over edges in the direct-force head.
         ffn_multiplier, readout_multiplier, output_multiplier: hidden width of the feed-forward
             networks in blocks, readouts and heads, in units of ``hidden_size``.
@@ -95,6 +98,8 @@ class EScAIPConfig(ModelConfig):
     density_radial: int = 0
     density_degree: int = 4
     density_channels: int = 2
+    node_density: int = 0
+    node_density_degree: int = 3
     force_weighting: str = "envelope"
     ffn_multiplier: int = 2
     readout_multiplier: int = 2
@@ -195,6 +200,12 @@ class EScAIPConfig(ModelConfig):
             )
         if not 0 <= self.density_degree <= MAX_DEGREE:
             raise ConfigError(f"model setting density_degree is {self.density_degree}: it must be in 0 .. {MAX_DEGREE}")
+        if self.node_density < 0:
+            raise ConfigError(f"model setting node_density is {self.node_density}: it must be 0 for none, or above")
+        if not 1 <= self.node_density_degree <= MAX_DEGREE:
+            raise ConfigError(
+                f"model setting node_density_degree is {self.node_density_degree}: it must be in 1 .. {MAX_DEGREE}"
+            )
         if self.boo_degrees > 10:
             raise ConfigError(f"model setting boo_degrees is {self.boo_degrees}: it must be at most 10")
         if self.num_neighbors is not None and self.num_neighbors < 1:

@@ -12,7 +12,7 @@ from escaip.graph import TokenChunks
 from escaip.models.config import EScAIPConfig
 from escaip.models.protocol import MAX_ATOMIC_NUMBER, Model, register_model
 from escaip.nn.block import Block, Message, NeighborhoodAttention
-from escaip.nn.density import DensityInvariants
+from escaip.nn.density import DensityInvariants, DensityUpdate
 from escaip.nn.embedding import EdgeAttributes, GaussianBasis, OrientationalOrder, SystemEmbedding
 from escaip.nn.heads import DirectForceHead, EnergyHead, Readout, ReadoutProjection, make_heads
 from escaip.nn.init import initialize
@@ -21,6 +21,8 @@ from escaip.ops import take_rows
 from escaip.types import AtomInputs, ModelOutput, Tokens
 
 __all__ = ["EScAIP", "EScAIPConfig"]
+
+_USUAL_NEIGHBORS = 32  # within a cutoff, where a model has no number of them
 
 
 @register_model("EScAIP", EScAIPConfig)
@@ -44,6 +46,7 @@ class EScAIP(Model):
         self.input_ffn = FeedForward(c.hidden_size, 1, c.activation, c.dropout)
         self.norm_node = make_norm(c.norm, c.hidden_size)
         self.norm_edge = make_norm(c.norm, c.hidden_size)
+        self.input_density = _density_update(c)
         self.blocks = nn.ModuleList(_block(c, basis, layer) for layer in range(c.num_layers))
 
         readout = (c.hidden_size, c.readout_multiplier, c.activation, c.norm, c.dropout)
@@ -98,7 +101,8 @@ class EScAIP(Model):
             token = self.attributes(embed_distance(distance), ends, chunk)
             token = self.system_embedding(token, atoms, chunk.center)
             token = token + self.input_ffn(token)
-            return self.norm_node(take_rows(token, chunk.self_token)), self.norm_edge(token)
+            node, edge = self.norm_node(take_rows(token, chunk.self_token)), self.norm_edge(token)
+            return node if self.input_density is None else node + self.input_density(edge, chunk), edge
 
         nodes, edges = zip(*tokens.map(embed, distance), strict=True)
         return torch.cat(nodes), edges
@@ -136,9 +140,15 @@ def _block(c: EScAIPConfig, basis: GaussianBasis, layer: int) -> Block:
             c.attention_dropout, c.attention_backend, needs_edges,
         ),
         c.hidden_size, c.ffn_multiplier, c.activation, c.norm, c.node_dropout, c.edge_dropout,
-        c.stochastic_depth, needs_edges,
+        c.stochastic_depth, needs_edges, _density_update(c),
     )  # fmt: skip
 
 
 def _density(c: EScAIPConfig) -> DensityInvariants:
     return DensityInvariants(c.density_radial, c.density_degree, c.density_channels, c.cutoff, MAX_ATOMIC_NUMBER + 1)
+
+
+def _density_update(c: EScAIPConfig) -> DensityUpdate | None:
+    if not c.node_density:
+        return None
+    return DensityUpdate(c.hidden_size, c.node_density, c.node_density_degree, c.num_neighbors or _USUAL_NEIGHBORS)

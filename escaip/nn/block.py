@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from escaip.graph import TokenChunks
+from escaip.nn.density import DensityUpdate
 from escaip.nn.embedding import EdgeAttributes
 from escaip.nn.layers import FeedForward, StochasticDepth, full_precision, make_activation, make_norm
 from escaip.ops import neighborhood_attention, sum_rows, take_rows
@@ -142,11 +143,13 @@ class Block(nn.Module):
         edge_dropout: float,
         stochastic_depth: float,
         needs_edges: bool,
+        density: DensityUpdate | None = None,
     ) -> None:
         super().__init__()
         self.attributes = attributes
         self.message = message
         self.attention = attention
+        self.density = density
         self.norm_node = make_norm(norm, hidden_size)
         self.norm_edge = make_norm(norm, hidden_size)
         self.norm_node_ffn = make_norm(norm, hidden_size)
@@ -189,6 +192,8 @@ class Block(nn.Module):
             attributes = self.attributes(embed_distance(distance), attribute_ends, chunk)  # (t, H)
             message = self.message(self.norm_edge(edge), attributes, message_ends, chunk)
             node_update, edge_update = self.attention(message, chunk)
+            if self.density is not None:
+                node_update = node_update + self.density(message, chunk)
             moved = chunk.of_atoms(node) + self.drop_path(node_update, system, here)
             with full_precision(moved):
                 moved = moved + self.drop_path(self.node_ffn(self.norm_node_ffn(moved)), system, here)

@@ -9,7 +9,7 @@ while the network learns (``escaip.train.linear_fit``).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from escaip.nn.embedding import GaussianBasis
 from escaip.nn.layers import PreciseTables
@@ -18,6 +18,42 @@ from escaip.ops.harmonics import harmonic_recursion, power_spectrum
 from escaip.types import AtomInputs, Tokens
 
 _CLIP = 4.0  # standard deviations beyond which a feature saturates
+
+
+class DensityUpdate(PreciseTables):
+    """What the density of neighbors around an atom adds to its features, learned channels and all.
+
+    ``A_clm = s Σ_j w_j (W x_j)_c Y_lm(n_j)`` over the neighbors, with features ``x_j`` of their tokens and the envelope
+    ``w_j``, is not divided by the number of neighbors. The update is linear in ``A_c00`` and in ``√(1 + p_cl) − 1``,
+    which is smooth where the power ``p_cl = Σ_m A_clm²`` vanishes and grows as ``A`` does.
+
+    Args:
+        hidden_size: ``H``.
+        channels: ``C``.
+        degree: highest ``l``, at least 1.
+        num_neighbors: at which the sum of independent terms is of the size of one; ``s`` is one over its root.
+    """
+
+    recursion: Tensor
+
+    def __init__(self, hidden_size: int, channels: int, degree: int, num_neighbors: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(hidden_size, channels, bias=False)
+        self.project = nn.Linear(channels * (degree + 1), hidden_size)
+        self.degree, self.scale = degree, num_neighbors**-0.5
+        self.register_buffer("recursion", harmonic_recursion(degree), persistent=False)
+
+    def forward(self, features: Tensor, tokens: Tokens) -> Tensor:
+        """``(t, H)`` to ``(n, H)``."""
+        envelope = tokens.log_envelope.exp().index_fill(0, tokens.self_token, 0.0)
+        weight = self.weight(features) * (self.scale * envelope).unsqueeze(-1)
+        center = tokens.center - tokens.first
+        power = power_spectrum(
+            tokens.direction, weight, center, tokens.num_atoms, self.degree, offsets=tokens.offsets,
+            recursion=self.recursion,
+        )  # fmt: skip
+        rooted = torch.sqrt(1.0 + power[..., 1:]) - 1.0
+        return self.project(torch.cat([sum_rows(weight, center, tokens.num_atoms), rooted.flatten(1)], 1))
 
 
 class DensityInvariants(PreciseTables):

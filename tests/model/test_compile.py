@@ -170,6 +170,7 @@ def scale_weights(potential: Potential, in_place: bool) -> None:
 OPTIONS = [
     {},
     {"forces": "direct", "angular_values": True, "num_layers": 1},
+    {"node_density": 3, "num_layers": 1},
     {"distance_table": "inference", "charge": True, "num_layers": 1},
     {"aggregation": "graph_attention", "boo_weighting": "uniform", "angular_values": True, "num_layers": 1},
     {"num_neighbors": None, "message_gate": True, "density_radial": 4, "num_layers": 1},
