@@ -24,7 +24,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 
 from escaip.ops.inputs import AttentionInputs, Gradients
-from escaip.ops.triton import launch
+from escaip.ops.triton import launch, outer
 
 MODES = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USES = ("angles", "values", "envelope", "node")  # angles in the logits; in the values, too; none
@@ -96,6 +96,26 @@ def compile_all(
         outputs = launch.forward(inputs)
         launch.backward(inputs, outputs, q, angles)
         launch.double_backward(inputs, outputs, q, Gradients(q, q, q, bias, direction))
+    return records
+
+
+def compile_outer(arch: int, precision: str, channels: int, others: int) -> list[Record]:
+    """Compiles the two kernels of sums of outer products (``escaip.ops.outer``)."""
+    x, y, offsets = torch.zeros(24, channels), torch.zeros(24, others), torch.tensor([0, 24])
+    sums = torch.zeros(1, channels, others)
+    options = {**outer.sizes(channels, others), "PRECISION": precision, "grid": (1,)}
+    before, records = driver._active, []
+    driver.set_active(NamedDriver(GPUTarget("cuda", arch, 32)))
+    try:
+        for kernel, arguments in (
+            (outer.sum_outer_kernel, (x, y, offsets, sums)),
+            (outer.apply_kernel, (sums, y, offsets, x, *sums.stride())),
+        ):
+            compiled = kernel.warmup(*arguments, **options)
+            tile = f"{channels} x {others}"
+            records.append(Record(kernel.__name__, tile, *_resources(compiled.asm["cubin"]), compiled.metadata.shared))
+    finally:
+        driver._active = before
     return records
 
 

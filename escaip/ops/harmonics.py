@@ -1,5 +1,5 @@
 """Densities of neighbors in spherical harmonics and what rotations leave alone of them: power spectra, and the
-bond-orientational order of Steinhardt et al. (1983). In plain operations, and on the CPU by one kernel in C++.
+bond-orientational order of Steinhardt et al. (1983). In plain operations; on the CPU by one kernel in C++.
 
 With channels ``c`` of weights and solid harmonics ``Y_lm`` of unit norm, ``Σ_m Y_lm(u) Y_lm(v) = P_l(u · v)``,
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from escaip.errors import ConfigError
 from escaip.ops.cpp import has_kernels
+from escaip.ops.outer import sum_outer
 from escaip.ops.rows import sum_rows
 
 PUBLISHED_FLOOR = 1e-6
@@ -106,7 +107,7 @@ def power_spectrum(
         l_max: highest degree, at most 16.
         pairs: two of ``(P,)`` int64, the channels ``c`` and ``c'`` of each product; None for each channel with itself.
         offsets: ``(N + 1,)`` int64 where the tokens of an atom are consecutive: on the CPU one kernel then does it all,
-            with two derivatives. None for plain operations, with any number of them.
+            with two derivatives, and on a GPU one sums. None for plain operations, with any number of derivatives.
         recursion: result of ``harmonic_recursion`` for this degree; see ``spherical_harmonics``.
 
     Returns:
@@ -117,8 +118,7 @@ def power_spectrum(
         found: Tensor = torch.ops.escaip.power_spectrum(direction, weight, offsets, first, second, l_max)
         return found
     harmonics = spherical_harmonics(direction, l_max, recursion)  # (T, (l_max + 1)²)
-    sums = sum_rows((weight.unsqueeze(-1) * harmonics.unsqueeze(1)).flatten(1), center, num_atoms)
-    sums = sums.view(num_atoms, weight.shape[1], -1)
+    sums = sum_outer(weight, harmonics, center, num_atoms, offsets)  # (N, C, (l_max + 1)²)
     products = sums.square() if first is None or second is None else sums[:, first] * sums[:, second]
     parts = products.split([2 * degree + 1 for degree in range(l_max + 1)], -1)
     return torch.stack([part.sum(-1) for part in parts], -1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import ase.build
 import pytest
 import torch
+from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
@@ -19,6 +21,7 @@ from test_families import DEVICE, PUBLISHED, check, run  # noqa: E402
 from tiny import batch_of, make_potential  # noqa: E402
 
 from escaip.ops import triton as triton_family  # noqa: E402
+from escaip.ops.outer import _sum_outer, sum_outer  # noqa: E402
 from escaip.ops.triton import launch  # noqa: E402
 from escaip.ops.triton.common import cut  # noqa: E402
 
@@ -68,6 +71,9 @@ for case in [(90, "tf32x3", 64, "angles"), (90, "bfloat16", 64, "values"), (80, 
     for record in records:
         assert record.spilled <= 256, record
         assert record.shared <= 99 * 1024, record  # of a consumer GPU
+for record in tool.compile_outer(90, "tf32x3", 16, 25):
+    assert record.spilled == 0, record
+    assert record.shared <= 99 * 1024, record
 """
 CHOOSE = """
 from unittest import mock
@@ -112,6 +118,29 @@ def test_for_gpus_without_one(script: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, cwd=benchmarks, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("channels", "others"), [(1, 25), (16, 16), (18, 9), (3, 100)])
+def test_sums_of_outer_products_and_their_two_derivatives(channels: int, others: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([5, 1, 0, 70, 32])
+    center, offsets = torch.repeat_interleave(sizes).to(DEVICE), torch.tensor([0, *sizes]).cumsum(0).to(DEVICE)
+    x, y, *cotangents = (
+        torch.randn(shape, generator=generator).to(DEVICE)
+        for shape in ((108, channels), (108, others), (5, channels, others), (108, channels), (108, others))
+    )
+
+    def derivatives(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        a, b, grad, to_a, to_b = (one.to(dtype).requires_grad_() for one in (x, y, *cotangents))
+        found = function(a, b)
+        first = torch.autograd.grad(found, [a, b], grad, create_graph=True)
+        return [found, *first, *torch.autograd.grad(first, [a, b, grad], [to_a, to_b])]
+
+    plain = derivatives(lambda a, b: sum_outer(a, b, center, 5), torch.float64)
+    for found, expected in zip(derivatives(lambda a, b: _sum_outer(a, b, offsets), torch.float32), plain, strict=True):
+        torch.testing.assert_close(
+            found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max())
+        )
 
 
 def test_chunks_cover_the_channels() -> None:
