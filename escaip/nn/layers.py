@@ -9,13 +9,22 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from escaip.errors import ConfigError
-from escaip.ops.inputs import accumulation_dtype
+from escaip.ops.layers import gelu, rms_norm
 
 # Machine epsilon of float32, the floor of the published norms, in every precision.
 NORM_EPS = 1.1920928955078125e-07
 
+
+class GELU(nn.Module):
+    """``x Φ(x)``; in evaluation mode, where one derivative is taken, PyTorch's own, which has one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return gelu(x) if self.training else nn.functional.gelu(x)
+
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "gelu": nn.GELU,
+    "gelu": GELU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
     "softplus": nn.Softplus,
@@ -45,7 +54,7 @@ def make_activation(name: str) -> nn.Module:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight (arXiv 1910.07467), in plain operations so that it differentiates twice."""
+    """Root-mean-square norm with a weight (``escaip.ops.layers.rms_norm``)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -53,8 +62,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., H)`` to ``(..., H)`` in the dtype of the input, computed in float32 or more."""
-        wide = x.to(accumulation_dtype(x))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS) * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, NORM_EPS)
 
 
 def full_precision(like: Tensor) -> torch.autocast:

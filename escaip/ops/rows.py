@@ -34,6 +34,11 @@ def traced_rows(differentiable: bool) -> Iterator[None]:
         _traced.reset(token)
 
 
+def is_traced() -> bool:
+    """Whether a graph is traced for a compiler, which joins plain operations better than kernels do."""
+    return torch.compiler.is_compiling() or bool(_traced.get())
+
+
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]``, differentiable any number of times.
 
@@ -63,8 +68,7 @@ def sum_rows(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
     Returns:
         ``(N, ...)``, zero where no row belongs.
     """
-    opaque = torch.compiler.is_compiling() or _traced.get()
-    return _sum_rows(x, index, num_rows) if opaque else _index_add(x, index, num_rows)
+    return _sum_rows(x, index, num_rows) if is_traced() else _index_add(x, index, num_rows)
 
 
 def _index_add(x: Tensor, index: Tensor, num_rows: int) -> Tensor:

@@ -40,8 +40,9 @@ _UNITS = (
     ("attention", (*_OPTIMISED, "-DESCAIP_SCALAR=double")),
     ("binding", ("-O1",)),
     ("graph", ("-O3", "-ffp-contract=off")),
-    ("spline", _OPTIMISED),
     ("harmonics", _OPTIMISED),
+    ("layers", _OPTIMISED),
+    ("spline", _OPTIMISED),
 )
 _lock = threading.Lock()
 

@@ -1,5 +1,5 @@
 // Kernels of PyTorch's dispatcher for the CPU. Python defines the operators, their shapes and their derivatives
-// (../autograd.py, ../rows.py, ../spline.py, ../harmonics.py), except that of the graph, which has none.
+// (../autograd.py, ../rows.py, ../spline.py, ../harmonics.py, ../layers.py), except that of the graph, which has none.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -149,6 +149,76 @@ Triple power_spectrum_double_backward_kernel(const Tensor& tn, const Tensor& tw,
                                        data<T>(to_grad), data<T>(to_n), data<T>(to_w));
     });
     return {to_grad.to(grad.scalar_type()), to_n.to(direction.scalar_type()), to_w.to(weight.scalar_type())};
+}
+
+// ---- layers -----------------------------------------------------------------------------------------------------
+
+Tensor gelu_kernel(const Tensor& x) {
+    Tensor out = new_like(x);
+    with_scalar(x, [&](auto scalar) {
+        using T = decltype(scalar);
+        Inputs in;
+        gelu(in.get<T>(x), x.numel(), at::get_num_threads(), data<T>(out));
+    });
+    return out.to(x.scalar_type());
+}
+
+Tensor gelu_backward_kernel(const Tensor& grad, const Tensor& x) {
+    Tensor out = new_like(x);
+    with_scalar(x, [&](auto scalar) {
+        using T = decltype(scalar);
+        Inputs in;
+        gelu_backward(in.get<T>(grad), in.get<T>(x), x.numel(), at::get_num_threads(), data<T>(out));
+    });
+    return out.to(x.scalar_type());
+}
+
+Pair gelu_double_backward_kernel(const Tensor& tangent, const Tensor& grad, const Tensor& x) {
+    Tensor to_grad = new_like(x), to_x = new_like(x);
+    with_scalar(x, [&](auto scalar) {
+        using T = decltype(scalar);
+        Inputs in;
+        gelu_double_backward(in.get<T>(tangent), in.get<T>(grad), in.get<T>(x), x.numel(), at::get_num_threads(),
+                             data<T>(to_grad), data<T>(to_x));
+    });
+    return {to_grad.to(x.scalar_type()), to_x.to(x.scalar_type())};
+}
+
+NormShape shape_of(const Tensor& x, double floor) {
+    const int64_t size = x.size(-1);
+    return {size ? x.numel() / size : 0, size, at::get_num_threads(), floor};
+}
+
+Tensor rms_norm_kernel(const Tensor& x, const Tensor& weight, double floor) {
+    Tensor out = new_like(x);
+    with_scalar(x, [&](auto scalar) {
+        using T = decltype(scalar);
+        Inputs in;
+        rms_norm(shape_of(x, floor), in.get<T>(x), in.get<T>(weight), data<T>(out));
+    });
+    return out.to(x.scalar_type());
+}
+
+Pair rms_norm_backward_kernel(const Tensor& grad, const Tensor& x, const Tensor& weight, double floor) {
+    Tensor to_x = new_like(x), to_w = new_like(weight);
+    with_scalar(x, [&](auto scalar) {
+        using T = decltype(scalar);
+        Inputs in;
+        rms_norm_backward(shape_of(x, floor), in.get<T>(grad), in.get<T>(x), in.get<T>(weight), data<T>(to_x), data<T>(to_w));
+    });
+    return {to_x.to(x.scalar_type()), to_w.to(weight.scalar_type())};
+}
+
+Triple rms_norm_double_backward_kernel(const Tensor& tx, const Tensor& tw, const Tensor& grad, const Tensor& x,
+                                       const Tensor& weight, double floor) {
+    Tensor to_grad = new_like(grad), to_x = new_like(x), to_w = new_like(weight);
+    with_scalar(x, [&](auto scalar) {
+        using T = decltype(scalar);
+        Inputs in;
+        rms_norm_double_backward(shape_of(x, floor), in.get<T>(tx), in.get<T>(tw), in.get<T>(grad), in.get<T>(x),
+                                 in.get<T>(weight), data<T>(to_grad), data<T>(to_x), data<T>(to_w));
+    });
+    return {to_grad.to(grad.scalar_type()), to_x.to(x.scalar_type()), to_w.to(weight.scalar_type())};
 }
 
 // ---- attention --------------------------------------------------------------------------------------------------
@@ -317,6 +387,12 @@ TORCH_LIBRARY_IMPL(escaip, CPU, m) {
     m.impl("power_spectrum", power_spectrum_kernel);
     m.impl("power_spectrum_backward", power_spectrum_backward_kernel);
     m.impl("power_spectrum_double_backward", power_spectrum_double_backward_kernel);
+    m.impl("gelu", gelu_kernel);
+    m.impl("gelu_backward", gelu_backward_kernel);
+    m.impl("gelu_double_backward", gelu_double_backward_kernel);
+    m.impl("rms_norm", rms_norm_kernel);
+    m.impl("rms_norm_backward", rms_norm_backward_kernel);
+    m.impl("rms_norm_double_backward", rms_norm_double_backward_kernel);
     m.impl("attention_native", attention);
     m.impl("attention_native_backward", attention_backward);
     m.impl("attention_native_double_backward", attention_double_backward);

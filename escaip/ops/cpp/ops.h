@@ -1,4 +1,4 @@
-// The other kernels that the binding calls: rows, splines and densities of neighbors. Arrays are contiguous.
+// The other kernels that the binding calls: rows, splines, densities of neighbors, layers. Arrays are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,27 @@ void spline_products(const SplineShape& s, const T* cotangent, const T* table, c
 // out (rows, columns), zero on entry, plus the weights of each point times its row of cotangent
 template <class T>
 void spline_transpose(const SplineShape& s, const T* cotangent, const T* point, T* out);
+
+// Activation (../layers.py): arrays of `size`.
+template <class T>
+void gelu(const T* x, int64_t size, int64_t threads, T* out);
+template <class T>
+void gelu_backward(const T* grad, const T* x, int64_t size, int64_t threads, T* out);
+template <class T>
+void gelu_double_backward(const T* tangent, const T* grad, const T* x, int64_t size, int64_t threads, T* to_grad, T* to_x);
+
+// Norm of rows (../layers.py): x, grad, tx (rows, size), w, tw (size).
+struct NormShape {
+    int64_t rows, size, threads;
+    double floor;
+};
+template <class T>
+void rms_norm(const NormShape& s, const T* x, const T* w, T* out);
+template <class T>
+void rms_norm_backward(const NormShape& s, const T* grad, const T* x, const T* w, T* to_x, T* to_w);
+template <class T>
+void rms_norm_double_backward(const NormShape& s, const T* tx, const T* tw, const T* grad, const T* x, const T* w, T* to_grad,
+                              T* to_x, T* to_w);
 
 // Products of two densities of neighbors (../harmonics.py): n (tokens, 3), w (tokens, channels), grad
 // (atoms, pairs, degree + 1), offsets (atoms + 1), first and second (pairs) or null for each channel with itself.
