@@ -28,6 +28,7 @@ from torch import Tensor
 
 from escaip import EScAIPConfig, Potential
 from escaip.ops import neighborhood_attention, node_attention
+from escaip.ops.harmonics import power_spectrum
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -53,8 +54,8 @@ class KernelCase:
     """One problem of attention.
 
     Attributes:
-        use: ``tokens`` with angles, ``values`` with angular values too, ``radial`` without, ``self`` queries alone, or
-            ``nodes`` of a system.
+        use: ``tokens`` with angles, ``values`` with angular values too, ``radial`` without, ``self`` queries alone,
+            ``nodes`` of a system; or ``density``, power spectra of as many channels as heads have.
         shape: of SHAPES, or of SYSTEMS for nodes.
         precision: of TOLERANCES.
     """
@@ -79,12 +80,22 @@ class KernelCase:
     def function(self, backend: str) -> Callable[..., Tensor]:
         """Of the five leaves and ``offsets``."""
         scale = self.head_size**-0.5
+        if self.use == "density":
+            return partial(spectrum, channels=self.head_size, fused=backend != "reference")
         if self.use == "nodes":
             return lambda q, k, v, b, n, offsets: node_attention(q, k, v, offsets, scale, backend)
         channels = None if self.use == "radial" else bench.CHANNELS[self.head_size]
         options = {"angular_channels": channels, "scale": scale, "backend": backend}
         flags = {"self_queries_only": self.use == "self", "angular_values": self.use == "values"}
         return partial(neighborhood_attention, **options, **flags)
+
+
+def spectrum(*leaves: Tensor, channels: int, fused: bool) -> Tensor:
+    """Power spectra of densities weighted by some of the values and the envelope."""
+    _, _, values, log_envelope, direction, offsets = leaves
+    center = torch.repeat_interleave(offsets.diff())
+    weight = values.flatten(1)[:, :channels] * log_envelope.exp().unsqueeze(1)
+    return power_spectrum(direction, weight, center, len(offsets) - 1, 4, offsets=offsets if fused else None)
 
 
 def kernel_cases(small: bool, device: str) -> list[KernelCase]:
@@ -95,6 +106,7 @@ def kernel_cases(small: bool, device: str) -> list[KernelCase]:
     order = sorted(HEAD_SIZES, key=lambda d: d not in (32, 64))
     cases = [KernelCase(use, "ragged", d, p) for p in precisions for d in order for use in ("tokens", "self")]
     cases += [KernelCase("nodes", shape, d, p) for p in precisions for d in (32, 64) for shape in SYSTEMS]
+    cases += [KernelCase("density", shape, 16, "float32") for shape in SHAPES]
     cases += [KernelCase(use, "ragged", 64, p) for p in precisions for use in ("values", "radial")]
     cases += [KernelCase("tokens", shape, d, p) for p in precisions for d in (32, 64) for shape in SHAPES]
     return list(dict.fromkeys(cases))
@@ -123,7 +135,12 @@ def worst(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
 
 def check_kernel(case: KernelCase, backend: str, device: str) -> Row:
     """Errors of a case, and whether a second run gives the same bits."""
-    row: Row = {"what": f"attention, {case.use}", "backend": backend, "shape": case.shape, "d": case.head_size}
+    row: Row = {
+        "what": case.use if case.use == "density" else f"attention, {case.use}",
+        "backend": backend,
+        "shape": case.shape,
+        "d": case.head_size,
+    }
     row |= {"precision": case.precision, "value": None, "first": None, "second": None, "same_bits": None, "ok": False}
     row["failed"] = None
     try:

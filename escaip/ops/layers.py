@@ -1,7 +1,7 @@
 """Activation and norm: in plain operations and, on the CPU where nothing is compiled, by kernels in C++ with two
 derivatives, of which the second in plain operations is a dozen passes over memory.
 
-With the normal distribution ``Φ`` and its density ``φ``, ``gelu = x Φ``, ``gelu' = Φ + x φ`` and ``gelu'' = (2 − x²) φ``.
+With the normal distribution ``Φ`` and its density ``φ``, ``gelu = x Φ``, ``gelu' = Φ + x φ``, ``gelu'' = (2 − x²) φ``.
 The norm of a row of ``H`` is ``y = r w x`` with ``r = (Σ x²/H + ε)^{-1/2}``; with ``s = Σ w g x`` its derivatives are
 ``r w g − (r³/H) s x`` by ``x`` and ``Σ r g x`` over rows by ``w``. For cotangents ``a`` and ``b`` of these, with
 ``t = Σ a x`` and ``u = Σ g (a w + b x) − 3 r² s t/H``, the second derivative is
