@@ -99,7 +99,7 @@ class EScAIPConfig(ModelConfig):
     density_degree: int = 4
     density_channels: int = 2
     node_density: int = 0
-    node_density_degree: int = 3
+    node_density_degree: int = 4
     force_weighting: str = "envelope"
     ffn_multiplier: int = 2
     readout_multiplier: int = 2
@@ -157,6 +157,8 @@ class EScAIPConfig(ModelConfig):
     def used_per_token(self, differentiate: bool) -> int:
         """Returns, from above, how many numbers a token takes at once (benchmarks/kept.py)."""
         density = self.density_channels * self.density_radial * (self.density_degree + 1) ** 2
+        if self.node_density:
+            density += (self.num_layers + 1) * (self.node_density + (self.node_density_degree + 1) ** 2)
         return (
             self.kept_per_token + 16 * self.hidden_size + 4 * density
             if differentiate

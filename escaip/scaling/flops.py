@@ -2,9 +2,9 @@
 
 Matrix products and the products within attention are counted, a multiply-add as two operations, as
 ``torch.utils.flop_counter.FlopCounterMode`` does. Everything else is **not counted**: activations, norms, softmax,
-Legendre polynomials, gathers and sums over rows, Gaussians and splines, bond-orientational order, density invariants
-and their linear energy, graph and geometry, atomic energies, loss and optimizer. All of it is linear in tokens or
-pairs, and takes a larger share of the time.
+Legendre polynomials, gathers and sums over rows, Gaussians and splines, bond-orientational order, power spectra of
+densities and the linear energy, graph and geometry, atomic energies, loss and optimizer. All of it is linear in tokens
+or pairs, and takes a larger share of the time.
 
 A product of ``rows × in`` by ``in × out`` costs ``2 · rows · in · out``; ``_products`` lists them. Rows are the ``N``
 atoms, the ``T`` tokens (kept directed edges and ``N`` self tokens) or the knots of a table of distances. Attention
@@ -173,6 +173,7 @@ def _products(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
     c, hidden = config, config.hidden_size
     yield from _edge_attributes(c, mode)
     yield from _network("input network", "token", hidden, 1)
+    yield from _density(c)
     for layer in range(c.num_layers):
         is_last = layer == c.num_layers - 1
         yield from _edge_attributes(c, mode)
@@ -185,6 +186,7 @@ def _products(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
         asking = "atom" if is_last and _last_reads_self(c) else "token"
         yield from 2 * [_Product("projections", "token", hidden, hidden)]
         yield from 2 * [_Product("projections", asking, hidden, hidden)]
+        yield from _density(c)
         yield from _network("node network", "atom", hidden, c.ffn_multiplier)
         if not (is_last and c.is_conservative):
             yield from _network("edge network", "token", hidden, c.ffn_multiplier)
@@ -208,6 +210,13 @@ def _edge_attributes(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
     for _ in ("neighbor", "center"):
         yield _Product("atom features", "atom", c.order_features, c.boo_size, learned=False)
         yield _Product("atom features", "atom", c.boo_size + c.element_size, c.hidden_size)
+
+
+def _density(config: EScAIPConfig) -> Iterator[_Product]:
+    if config.node_density:
+        channels = config.node_density
+        yield _Product("densities", "token", config.hidden_size, channels)
+        yield _Product("densities", "atom", channels * (config.node_density_degree + 1), config.hidden_size)
 
 
 def _network(layer: str, rows: str, hidden: int, multiplier: int) -> Iterator[_Product]:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 import escaip
 from escaip.ops.autograd import OPERATORS
+from escaip.ops.outer import sum_outer
 
 CUDA = torch.device("cuda", 0)
 _PACKAGE = str(Path(escaip.__file__).parent)
@@ -116,6 +117,13 @@ def _own_operator(func: Any, args: Any) -> Any:
     if "_triton" in name:
         blocked = getattr(torch.ops.escaip, name.removeprefix("escaip::").replace("triton", "blocked"))
         return _mapped(_shadow, blocked(*_mapped(_held, args)))
+    if name in ("escaip::sum_outer", "escaip::apply_rows"):
+        x, y, offsets = _mapped(_held, args)
+        center = torch.repeat_interleave(offsets.diff())
+        summed = name == "escaip::sum_outer"
+        return _shadow(
+            sum_outer(x, y, center, len(offsets) - 1) if summed else torch.einsum("tcm,tm->tc", x[center], y)
+        )
     suffix = name.removeprefix("escaip::attention_blocked")
     function = getattr(OPERATORS["blocked"], f"run{suffix}") if suffix != name else OPDEFS[name]._init_fn
     with _ShadowMode():

@@ -148,17 +148,21 @@ def test_float64_is_left_alone() -> None:
 
 @pytest.mark.slow
 def test_compiled_evaluations_are_kept_by_precision() -> None:
-    """The casts are in the graph, and torch's autocast is off wherever the compiler looks."""
+    """The casts are in the graph, and torch's autocast is off wherever the compiler looks.
+
+    Rounding to bfloat16 moves forces by a hundredth. Kernels and compiled norms differ in the last bit of float32,
+    which a few of these roundings see.
+    """
     eager, batch = make_potential(num_layers=1).requires_grad_(False), make_batch()
     compiled = copy.deepcopy(eager)
     compiled.evaluator = CompiledEvaluator(backend="eager")
-    for kind in ("highest", "bfloat16"):
+    for kind, tolerance in (("highest", 1e-6), ("bfloat16", 5e-4)):
         eager.precision = compiled.precision = kind
         expected = eager(batch).forces
-        assert relative(compiled(batch).forces, expected) < 1e-6
+        assert relative(compiled(batch).forces, expected) < tolerance
     compiled.precision = "highest"
     with torch.autocast("cpu", torch.bfloat16):
-        assert relative(compiled(batch).forces, expected) < 1e-6
+        assert relative(compiled(batch).forces, expected) < tolerance
     assert len(compiled.evaluator.codes) == 2
 
 
