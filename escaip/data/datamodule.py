@@ -331,7 +331,7 @@ class AtomicDataModule(LightningDataModule):
                 return replace(Statistics.load(cache), references_fitted=isolated is None)
         sums = TrainingSums()
         data.accumulate(sums)
-        statistics = sums.statistics(isolated)
+        statistics = sums.statistics(isolated, require_energy=False)
         if cache is not None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             statistics.save(cache)

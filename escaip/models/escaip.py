@@ -121,6 +121,17 @@ class EScAIP(Model):
         """Raises DataError for a charge or multiplicity ``(B,)`` out of range, where the model is conditioned on it."""
         self.system_embedding.check(charge, spin_multiplicity)
 
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Returns ``embedding``, ``blocks.0`` and so on, ``readouts`` and ``heads``."""
+        named = dict(self.named_children())
+        parts = {f"blocks.{depth}": [block] for depth, block in enumerate(self.blocks)}
+        readouts = ("node_readouts", "node_projection", "edge_readouts", "edge_projection")
+        heads = ("energy_head", "force_head", "heads")
+        for part, names in (("readouts", readouts), ("heads", heads)):
+            parts[part] = [named.pop(name) for name in names if name in named]
+        named.pop("blocks")
+        return {"embedding": list(named.values()), **parts}
+
 
 def _attributes(c: EScAIPConfig, basis: GaussianBasis) -> EdgeAttributes:
     return EdgeAttributes(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from escaip.errors import ConfigError
@@ -126,6 +127,20 @@ class Model(nn.Module):
 
     def check_systems(self, charge: Tensor, spin_multiplicity: Tensor) -> None:
         """Raises DataError for ``(B,)`` total charges or spin multiplicities that the model cannot take."""
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Returns the modules of each part that can be kept from learning, by name; together the whole model."""
+        return {name: [child] for name, child in self.named_children()}
+
+    @torch.no_grad()
+    def add_elements(self, new: Sequence[int], known: Sequence[int]) -> None:
+        """Starts the features of new atomic numbers from the mean of those of known ones, in place.
+
+        Takes every ``nn.Embedding`` of 119 rows for one of elements; override it for others.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == MAX_ATOMIC_NUMBER + 1:
+                module.weight[list(new)] = module.weight[list(known)].mean(0)
 
 
 class ModelKind(NamedTuple):

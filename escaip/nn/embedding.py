@@ -186,20 +186,26 @@ class DistanceEmbedding(nn.Module):
         return {**self.__dict__, "_kept": None}
 
 
-def kept_tables(model: nn.Module) -> list[Tensor]:
-    """Returns the tables of a model's distance embeddings, in the order of its modules; none where none is in use."""
-    return [embedding.kept_table() for embedding in _tabulated(model)]
+def kept_tables(model: nn.Module, learning: bool = False) -> list[Tensor]:
+    """Returns the tables of a model's distance embeddings, in the order of its modules; none where none is in use.
+
+    Args:
+        model: any module.
+        learning: only those of frozen weights; the others are made of weights that learn, with gradients.
+    """
+    return [embedding.kept_table() for embedding in _tabulated(model, learning)]
 
 
 @contextlib.contextmanager
-def given_tables(model: nn.Module, tables: Sequence[Tensor]) -> Iterator[None]:
+def given_tables(model: nn.Module, tables: Sequence[Tensor], learning: bool = False) -> Iterator[None]:
     """Lets the model's distance embeddings read these tables within: compiled code receives them as inputs.
 
     Args:
         model: any module.
-        tables: in the order of ``kept_tables``; an empty sequence changes nothing.
+        tables: of ``kept_tables``; an empty sequence changes nothing.
+        learning: see ``kept_tables``.
     """
-    embeddings = _tabulated(model) if tables else []
+    embeddings = _tabulated(model, learning) if tables else []
     for embedding, table in zip(embeddings, tables, strict=True):
         embedding._given = table
     try:
@@ -209,8 +215,9 @@ def given_tables(model: nn.Module, tables: Sequence[Tensor]) -> Iterator[None]:
             embedding._given = None
 
 
-def _tabulated(model: nn.Module) -> list[DistanceEmbedding]:
-    return [module for module in model.modules() if isinstance(module, DistanceEmbedding) and module.is_tabulated]
+def _tabulated(model: nn.Module, learning: bool) -> list[DistanceEmbedding]:
+    found = [module for module in model.modules() if isinstance(module, DistanceEmbedding) and module.is_tabulated]
+    return [one for one in found if not (learning and any(weight.requires_grad for weight in one.weights))]
 
 
 class EdgeAttributes(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ def references_of(
 
     Raises:
         ConfigError: the force RMS of a set is not a positive number, or an unknown ``scale``.
+        DataError: a set without energies.
     """
+    if not all(statistics.element_references for statistics in sets.values()):
+        raise DataError("no structure has an energy, so element references cannot be fitted; check keys")
     if scale not in ("shared", "per_set"):
         raise ConfigError(f"scale: {scale!r} is not shared or per_set")
     references = torch.full((len(sets), MAX_ATOMIC_NUMBER + 1), torch.nan, dtype=torch.float64)
@@ -55,6 +59,61 @@ def _force_scale(statistics: Statistics) -> float:
     if not statistics.force_rms > 0:
         raise ConfigError(f"the training set's force RMS is {statistics.force_rms}: all its forces are zero")
     return float(statistics.force_rms)
+
+
+class Composition(NamedTuple):
+    """A labelled structure as the fits below see it.
+
+    Attributes:
+        numbers: ``(119,)`` float64, atoms of each element.
+        charge: total charge.
+        energy: eV.
+    """
+
+    numbers: Tensor
+    charge: int
+    energy: float
+
+    @classmethod
+    def of(cls, data: AtomicData, charge: bool = True) -> Composition:
+        """Reads a structure, without ``charge`` as a neutral one.
+
+        Raises:
+            DataError: a charge beyond ±20; names the structure.
+        """
+        if charge:
+            check_charges(data.charge, [data.structure_id])
+        numbers = torch.bincount(data.atomic_numbers, minlength=MAX_ATOMIC_NUMBER + 1).double()
+        return cls(numbers, int(data.charge) if charge else 0, float(data.energy))
+
+
+def fit_compositions(
+    rows: Sequence[Composition], references: Tensor, energies: Tensor, elements: Sequence[int], charges: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Least squares for the errors per atom that element references and energies of charges leave.
+
+    Args:
+        rows: labelled structures.
+        references: ``(119,)`` eV; NaN for elements that no row has.
+        energies: ``(41,)`` eV by total charge from −20 on.
+        elements: whose references change.
+        charges: whose energies change.
+
+    Returns:
+        The changes of both, zero elsewhere; where the rows do not determine them, those of least norm.
+    """
+    changes = torch.zeros_like(references), torch.zeros_like(energies)
+    if not rows:
+        return changes
+    numbers, charge = torch.stack([row.numbers for row in rows]), torch.tensor([row.charge for row in rows])
+    labels = torch.tensor([row.energy for row in rows], dtype=torch.float64)
+    left = labels - numbers @ references.nan_to_num(0.0) - energies[charge + MAX_CHARGE]
+    x = torch.cat([numbers[:, list(elements)], (charge[:, None] == torch.tensor(charges)).double()], 1)
+    x, y = (values / numbers.sum(1, keepdim=True) for values in (x, left[:, None]))
+    solution = torch.linalg.lstsq(x, y, driver="gelsd", rcond=_LEAST_SCALE).solution[:, 0]
+    changes[0][list(elements)] = solution[: len(elements)]
+    changes[1][[charge + MAX_CHARGE for charge in charges]] = solution[len(elements) :]
+    return changes
 
 
 def fit_charges(
@@ -81,27 +140,20 @@ def fit_charges(
     """
     references = references.clone()
     energies = references.new_zeros(*references.shape[:-1], 2 * MAX_CHARGE + 1)
-    rows: dict[int, list[tuple[Tensor, int, float]]] = {}
+    rows: dict[int, list[Composition]] = {}
     for data in evenly(structures, max_structures):
-        check_charges(data.charge, [data.structure_id])
+        row = Composition.of(data)
         if data.has_label("energy"):
-            numbers = torch.bincount(data.atomic_numbers, minlength=MAX_ATOMIC_NUMBER + 1).double()
-            code = int(data.dataset) if len(fitted) > 1 else 0
-            rows.setdefault(code, []).append((numbers, int(data.charge), float(data.energy)))
+            rows.setdefault(int(data.dataset) if len(fitted) > 1 else 0, []).append(row)
     for code, found in rows.items():
-        numbers, charge = torch.stack([row[0] for row in found]), torch.tensor([[row[1]] for row in found])
-        labels = torch.tensor([[row[2]] for row in found], dtype=torch.float64)
-        charges = charge[charge != 0].unique()
-        if not len(charges):
-            continue
         own, table = (values.view(-1, values.shape[-1])[code] for values in (references, energies))
-        elements, sizes = numbers.any(0).nonzero()[:, 0], numbers.sum(1, keepdim=True)
-        x = torch.cat([numbers[:, elements], (charge == charges).double()], 1) / sizes
-        y = (labels - numbers[:, elements] @ own[elements, None]) / sizes
-        solution = torch.linalg.lstsq(x, y, driver="gelsd", rcond=_LEAST_SCALE).solution[:, 0]
-        table[charges + MAX_CHARGE] = solution[len(elements) :]
-        if fitted[code]:
-            own[elements] += solution[: len(elements)]
+        elements = torch.stack([row.numbers for row in found]).any(0).nonzero()[:, 0].tolist()
+        charges = sorted({row.charge for row in found} - {0})
+        if charges:
+            change, added = fit_compositions(found, own, table, elements, charges)
+            table += added
+            if fitted[code]:
+                own += change
     return references, energies
 
 

@@ -193,7 +193,7 @@ class JitCode:
         return self._sizes
 
     def _tables(self, model: Model) -> list[Tensor]:
-        return [] if self._learning else kept_tables(model)
+        return kept_tables(model, self._learning)
 
     def _run(self, tables: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
         if self._cuda_graphs:
@@ -474,7 +474,7 @@ def flat_evaluation(
 
     Args:
         model: the weights may be closed over.
-        tables: of ``escaip.nn.embedding.kept_tables``; empty for tables that the model makes of its weights.
+        tables: of ``escaip.nn.embedding.kept_tables``.
         tensors: of ``EvaluationInputs.flat``.
         differentiate: whether the gradient is computed.
         learning: whether results will be differentiated with respect to the weights.
@@ -482,7 +482,7 @@ def flat_evaluation(
     Returns:
         Energy, direct forces, properties in the order of the config's heads, and gradient, as far as they exist.
     """
-    with torch.enable_grad() if differentiate or learning else torch.no_grad(), given_tables(model, tables):
+    with torch.enable_grad() if differentiate or learning else torch.no_grad(), given_tables(model, tables, learning):
         inputs = EvaluationInputs.from_flat(tensors)
         output, gradient = energy_and_gradient(model, inputs, differentiate, learning)
     properties = [output.properties[name] for name in model.config.heads]

@@ -296,8 +296,10 @@ class RunReport(Callback):
         if summary is not None:
             print(summary())
         count = sum(parameter.numel() for parameter in pl_module.parameters())
+        learning = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        share = "" if learning == count else f", of which {learning:,} learn,"
         where = f"{trainer.world_size} x {pl_module.device}, precision {trainer.precision}"
-        print(f"model: {count:,} parameters on {where}")
+        print(f"model: {count:,} parameters{share} on {where}")
         print(f"run: {os.path.relpath(run_folder(trainer))}", flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from escaip.data import AtomicDataModule
 from escaip.errors import CheckpointError, ConfigError, TrainingError
-from escaip.models import build_config, settings_of
+from escaip.models import ModelConfig, build_config, settings_of
+from escaip.potential.loading import read_potential
 from escaip.potential.model_file import migrate
 from escaip.train.arguments import find_checkpoint, prepare
 from escaip.train.callbacks import (
@@ -28,16 +31,14 @@ from escaip.train.callbacks import (
     run_folder,
 )
 from escaip.train.ema import WeightEMA
-from escaip.train.module import PotentialModule
+from escaip.train.init_from import FREE_SETTINGS, SWITCHES, kept_architecture
+from escaip.train.module import DEFAULT_ARCHITECTURE, PotentialModule
 
 LATEST = "latest"
 _OF_ONE_COMMAND = ("ckpt_path", "config", "lr_find", "verbose", "weights_only")
 _LONGEST_MESSAGE = 400
-# Settings that may differ between a checkpoint and the run that resumes it: they do not change the function.
-_FREE_ON_RESUME = (
-    "attention_backend", "dropout", "attention_dropout", "node_dropout", "edge_dropout", "scalar_dropout",
-    "vector_dropout", "stochastic_depth",
-)  # fmt: skip
+# Settings of a model that a run keeps when it is resumed, with those of checkpoints from before there was a choice.
+_KEPT: dict[str, Any] = {"optimizer": "adamw", "init_from": None, "init_energies": "refit", "freeze": []}
 
 
 def run(argv: list[str]) -> int:
@@ -66,7 +67,7 @@ def run(argv: list[str]) -> int:
 
 def build(argv: list[str]) -> TrainingCLI:
     """Parses the same arguments and builds model, data module and trainer, without running anything."""
-    arguments, name, _ = prepare(argv)
+    arguments, name, settings = prepare(argv)
     return TrainingCLI(
         PotentialModule,
         AtomicDataModule,
@@ -87,6 +88,7 @@ def build(argv: list[str]) -> TrainingCLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         default_name=name,
+        options={key: value for key, value in settings.items() if key.startswith("model.architecture")},
     )
 
 
@@ -133,8 +135,8 @@ class RunFolder(SaveConfigCallback):
 class TrainingCLI(LightningCLI):
     """LightningCLI with run folders, averaged weights, checkpoints, one progress bar and a table of errors."""
 
-    def __init__(self, *args: Any, default_name: str, **kwargs: Any) -> None:
-        self._default_name = default_name
+    def __init__(self, *args: Any, default_name: str, options: Mapping[str, Any], **kwargs: Any) -> None:
+        self._default_name, self._options = default_name, options
         command = kwargs["args"][0]
         # Of the parsers of three commands, which take a while to build, only the one in use is built.
         self.subcommands = lambda: {command: LightningCLI.subcommands()[command]}  # type: ignore[method-assign]
@@ -168,12 +170,15 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def _parse_ckpt_path(self) -> None:
-        """Resolves ``last`` and ``best``, and makes sure that the model is the one in the checkpoint."""
+        """Resolves ``last`` and ``best``, and makes sure that the model is the one in the checkpoint, or the base."""
         command = self.config.subcommand
         config = self.config[command]
+        start = config.model.init_from
         if config.get("ckpt_path") is None:
             if command != "fit":
                 raise ConfigError(f"escaip {command} needs a model: pass --ckpt_path FILE, or best, or last")
+            if start is not None:
+                self._keep_architecture(read_potential(start).config, start, SWITCHES)
             return
         path = find_checkpoint(config.ckpt_path, Path(config.out) / config.name)
         checkpoint = read_checkpoint(path)
@@ -185,15 +190,38 @@ class TrainingCLI(LightningCLI):
         if command != "fit":
             config.model.architecture = stored
             return
+        used = {**_KEPT, **checkpoint.get("hyper_parameters", {})}
+        for name in _KEPT:
+            if config.model[name] != used[name]:
+                value = json.dumps(used[name]).strip('"')
+                raise ConfigError(
+                    f"{path} was trained with --model.{name} {value}: resume with the same, or leave --ckpt_path out "
+                    "for a new run"
+                )
+        if start is not None:
+            self._keep_architecture(build_config(stored), str(path), ())
         _check_same_model(config.model.architecture, stored, path)
-        # Checkpoints from before there was a choice name none.
-        used = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
-        if config.model.optimizer != used:
-            raise ConfigError(f"{path} was trained by {used}: resume with --model.optimizer {used}")
         limit = config.trainer.max_epochs
         if limit is not None and -1 < limit < checkpoint["epoch"]:
             epoch = checkpoint["epoch"]
             raise ConfigError(f"{path} is at epoch {epoch}, trainer.max_epochs is {limit}: raise it to go on")
+
+    def _keep_architecture(self, config: ModelConfig, place: str, switches: Sequence[str]) -> None:
+        """Takes the architecture of the weights that a training starts from."""
+        model, options = self.config[self.config.subcommand].model, dict[str, Any]()
+        for key, value in self._options.items():
+            options.update(value if key == "model.architecture" else {key.removeprefix("model.architecture."): value})
+        given = {name: value for name, value in model.architecture.items() if name not in options}
+        recipe = {} if given == DEFAULT_ARCHITECTURE else given
+        model.architecture, other = kept_architecture(config, place, options, recipe, switches)
+        if other:
+            rank_zero_only(print)(
+                f"model.architecture of the configuration does not apply: {place} has another {', '.join(other)}"
+            )
+
+    def after_instantiate_classes(self) -> None:
+        """Tells the model whether a checkpoint is resumed."""
+        self.model.resumes = self.config[self.config.subcommand].get("ckpt_path") is not None
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         folder = Path(self._get(self.config, "out")) / self._get(self.config, "name")
@@ -267,7 +295,7 @@ def _check_same_model(given: Mapping[str, Any], stored: Mapping[str, Any], path:
     wanted, have = settings_of(build_config(dict(given))), settings_of(build_config(dict(stored)))
     for key in {**wanted, **have}:
         was, value = have.get(key), wanted.get(key)
-        if value != was and key not in _FREE_ON_RESUME:
+        if value != was and key not in FREE_SETTINGS:
             raise ConfigError(f"{path} has model.architecture.{key} {was!r}, this run {value!r}: resume with the same")
 
 

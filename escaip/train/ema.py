@@ -41,10 +41,13 @@ class WeightEMA(WeightAveraging):
         torch._foreach_lerp_(averaged, current, 1.0 - decay)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves the average to the device of the module and takes its buffers, both set after the copy was made."""
+        """Moves the average to the device of the module and takes what was set after the copy was made."""
         assert self._average_model is not None
         self._average_model.module.to(pl_module.device)
         self._take_buffers(pl_module)
+        if not int(self._average_model.n_averaged):
+            for average, given in zip(self._average_model.module.parameters(), pl_module.parameters(), strict=True):
+                average.data.copy_(given.data)
 
     def _take_buffers(self, pl_module: LightningModule) -> None:
         """Copies the buffers of the module; their shapes depend on the number of data sets."""

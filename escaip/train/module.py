@@ -9,17 +9,21 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from escaip.data import Statistics
 from escaip.data.dataset import MixedDataset
 from escaip.errors import ConfigError, TrainingError
-from escaip.models import ModelConfig, build_config
+from escaip.models import ModelConfig, build_config, settings_of
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.atomic_energies import fit_charges
+from escaip.potential.loading import read_potential
 from escaip.potential.potential import ENERGY_BUFFERS, missing_energies
 from escaip.potential.zbl import check_fraction, fit_onsets
 from escaip.train.atomic_energy_refit import ReferenceFit
+from escaip.train.init_from import freeze as freeze_parts
+from escaip.train.init_from import start_from
 from escaip.train.linear_fit import LinearRefit, fit_linear_energy
 from escaip.train.losses import LossSettings, LossSums, loss_sums
 from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums, figure_name
@@ -29,6 +33,7 @@ from escaip.types import TARGETS, Prediction, StructureBatch
 
 DEFAULT_ARCHITECTURE: dict[str, Any] = {"preset": "1m"}
 DEFAULT_LOSSES = LossSettings()
+DEFAULT_PAIR_TERMS = {"repulsion": 0.9, "core_guard": 0.98, "bond_guard": 0.9}
 _NAMES_SHOWN = 8
 
 
@@ -48,6 +53,7 @@ class PotentialModule(LightningModule):
     Attributes:
         potential: the potential in training.
         learning_rate: peak learning rate; the learning-rate finder writes it.
+        resumes: set it before a fit from a checkpoint, which then does not read the file of ``init_from``.
         last_errors: errors of the last validation, ``{"model": ..., "baseline": ...}``, and for a mixture each set by
             name.
     """
@@ -70,6 +76,9 @@ class PotentialModule(LightningModule):
         repulsion: float | None = 0.9,
         core_guard: float | None = 0.98,
         bond_guard: float | None = 0.9,
+        init_from: str | None = None,
+        init_energies: Literal["refit", "keep"] = "refit",
+        freeze: Sequence[str] = (),
     ) -> None:
         """Builds the potential.
 
@@ -101,10 +110,18 @@ class PotentialModule(LightningModule):
                 null for none.
             bond_guard: stiffens bonds longer than any in the training set up to this fraction of the distance of the
                 next atoms of their elements, where the set shows no atoms in between; null for none.
+            init_from: model file or ``example:NAME`` whose architecture, weights, scale, repulsion and guards the
+                training starts from (docs/howto/finetune.md).
+            init_energies: ``refit`` fits atomic energies to the labels before the first step; ``keep`` keeps those of
+                the file.
+            freeze: parts of the model that do not learn: embedding, blocks.0, ..., readouts, heads.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
+            CheckpointError: ``init_from`` cannot be read.
         """
+        if init_from is not None and dict(architecture) == DEFAULT_ARCHITECTURE:
+            architecture = settings_of(read_potential(init_from).config)
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if compile and recompute:
@@ -113,6 +130,13 @@ class PotentialModule(LightningModule):
         self.pair_terms = {"repulsion": repulsion, "core_guard": core_guard, "bond_guard": bond_guard}
         for name, fraction in self.pair_terms.items():
             check_fraction(fraction, name)
+        if init_from is None and freeze:
+            raise ConfigError("model.freeze would keep random weights: name the potential in model.init_from")
+        if init_from is not None and self.pair_terms != DEFAULT_PAIR_TERMS:
+            raise ConfigError(
+                "model.init_from keeps the repulsion and guards of its file: leave model.repulsion, core_guard and "
+                "bond_guard out"
+            )
         config = build_config(dict(architecture))
         _check_losses(losses, config)
         self.save_hyperparameters(_plain(settings), logger=False)
@@ -125,6 +149,8 @@ class PotentialModule(LightningModule):
         if base_width is not None:
             self._ratios = {f"potential.model.{k}": v for k, v in fan_in_ratios(config, base_width).items()}
             scale_outputs(self.potential.model, config, base_width)
+        freeze_parts(self.potential.model, freeze)
+        self.init_from, self.init_energies, self.resumes = init_from, init_energies, False
         self.potential.recompute = True if recompute else None
         if compile:
             self.potential.compile()
@@ -153,7 +179,7 @@ class PotentialModule(LightningModule):
         statistics = getattr(data, "statistics", None)
         if statistics is not None:
             self._use_statistics(statistics, data)
-        elif not self.potential.metadata.elements:
+        elif self.init_from is not None or not self.potential.metadata.elements:
             raise ConfigError(
                 "no statistics of the training set: pass a data module, or call module.potential.set_statistics first"
             )
@@ -167,14 +193,36 @@ class PotentialModule(LightningModule):
                     f"losses.{_place(name)}.weight is {weight:g}, but no training structure has {name}: "
                     "set it to 0, or name the label's key in data.train"
                 )
-        if several:
+        structures = getattr(data, "datasets", {}).get("train")
+        if self.init_from is not None:
+            self._start(statistics, data, structures, sets)
+        elif several:
             self.potential.set_statistics(statistics, shares=data.shares, scale=data.scale)
         else:
             self.potential.set_statistics(statistics)
         level = getattr(data, "level_of_theory", "")
         if self.potential.metadata.level_of_theory == "unknown" and level:
             self.potential.set_metadata(dataclasses.replace(self.potential.metadata, level_of_theory=level))
-        self._fit_energies(getattr(data, "datasets", {}).get("train"), sets)
+        if self.init_from is None:
+            self._fit_energies(structures, sets)
+
+    def _start(self, statistics: Any, data: Any, structures: Any, sets: Sequence[Statistics]) -> None:
+        """Starts from the file of ``init_from``, unless a checkpoint is resumed."""
+        if getattr(data, "scale", "shared") != "shared":
+            raise ConfigError("model.init_from keeps the force scale of its file: leave data.scale out")
+        keep = self.init_energies == "keep"
+        if self.refit_references:
+            fitted = [item.references_fitted and not keep for item in sets]
+            elements = sorted({z for item in sets for z in item.elements})
+            self._energy_fit = ReferenceFit(elements, fitted, self.losses.energy)
+        if self.resumes:
+            return
+        if structures is None:
+            raise ConfigError(
+                "model.init_from looks at the training structures: give the data module datasets['train']"
+            )
+        device = self.trainer.strategy.root_device
+        rank_zero_only(print)(start_from(self.potential, str(self.init_from), statistics, structures, keep, device))
 
     def _fit_energies(self, structures: Any, sets: Sequence[Statistics]) -> None:
         """Fits onsets of the pair terms, energies of charges and the linear energy, before training begins."""

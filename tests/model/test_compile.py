@@ -32,6 +32,7 @@ from escaip.potential import compile
 from escaip.potential.compile import CompiledEvaluator, JitCode, compile_example, flat_evaluation, trace
 from escaip.potential.derivatives import EvaluationInputs
 from escaip.potential.padding import Sizes, pad, unpad
+from escaip.train.init_from import freeze
 from escaip.types import AtomInputs
 
 
@@ -147,7 +148,8 @@ def answers(potential: Potential, batch: Batch) -> list[Tensor]:
         found.append(prediction.stress.nan_to_num(0.0))
     if potential.training:
         loss = sum(x.square().sum() for x in found)
-        gradients = torch.autograd.grad(loss, list(potential.parameters()), allow_unused=True)
+        learning = [weight for weight in potential.parameters() if weight.requires_grad]
+        gradients = torch.autograd.grad(loss, learning, allow_unused=True)
         found += [torch.zeros(()) if g is None else g for g in gradients]
     return [x.detach() for x in found]
 
@@ -182,6 +184,19 @@ def test_traced_graphs_give_eager_answers_for_every_size(options: dict[str, obje
     eager, compiled = (make_potential(backend, **options).train(training) for backend in ("", "eager"))
     for batch in batches():
         assert_equal(answers(compiled, batch), answers(eager, batch))
+    assert num_graphs() == 1
+
+
+def test_traced_graphs_train_beside_frozen_parts() -> None:
+    """Tables of frozen weights are inputs, and follow them."""
+    eager, compiled = (make_potential(backend).train() for backend in ("", "eager"))
+    for potential in (eager, compiled):
+        freeze(potential.model, ["embedding", "blocks.1"])
+    for _ in range(2):
+        for batch in batches()[4:6]:
+            assert_equal(answers(compiled, batch), answers(eager, batch))
+        for potential in (eager, compiled):
+            scale_weights(potential, in_place=True)
     assert num_graphs() == 1
 
 

@@ -1,0 +1,321 @@
+"""A training that starts from a potential: the same function before its first step, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import pytest
+import torch
+from ase.calculators.singlepoint import SinglePointCalculator
+from lightning.pytorch import Callback
+from tiny import make_potential
+from training_stand_ins import TINY, labelled_molecules, make_data, make_trainer, write_recipe
+
+from escaip import Potential, load_potential
+from escaip.cli import main
+from escaip.data import AtomicData, AtomicDataModule, collate, fit_statistics
+from escaip.data.dataset import AtomicDataset, MixedDataset
+from escaip.errors import ConfigError, DataError
+from escaip.models import settings_of
+from escaip.potential import PotentialMetadata
+from escaip.potential.potential import ENERGY_BUFFERS
+from escaip.train import BestAndLast, LossSettings, LossTerm, PotentialModule, WeightEMA
+from escaip.train.init_from import start_from
+from escaip.types import MAX_CHARGE
+
+ELEMENTS = (1, 6, 7, 8)
+CPU = torch.device("cpu")
+MODELS: dict[str, dict[str, Any]] = {
+    "conservative": {},
+    "direct": {"forces": "direct"},
+    "charge": {"charge": True},
+    "linear": {"density_radial": 3, "density_degree": 1, "density_channels": 4},
+    "table": {"distance_table": "always", "num_radial": 12, "distance_knots": 96},
+}
+
+
+def _file(folder: Path, elements: tuple[int, ...] = ELEMENTS, **settings: Any) -> Path:
+    """Writes a potential with random weights and a repulsion that acts on every bond."""
+    potential = make_potential(dtype=torch.float32, elements=elements, **settings)
+    potential.repulsion.onset = torch.full((119, 119), 1.3)
+    potential.element_shifts += 0.25
+    potential.save(folder / "base.escaip")
+    return folder / "base.escaip"
+
+
+def _batch(count: int = 6) -> Any:
+    return collate([AtomicData.from_ase(atoms) for atoms in labelled_molecules(count, seed=5)])
+
+
+def _labelled(path: Path, off: torch.Tensor, names: Sequence[str], per_charge: float = 0.0) -> list[AtomicData]:
+    """Molecules whose energies are those of a file plus an energy of each element and of each unit of charge."""
+    structures = [AtomicData.from_ase(atoms) for atoms in labelled_molecules(12, names=tuple(names))]
+    for index, data in enumerate(structures):
+        data.charge[:] = index % 3 if per_charge else 0
+    base = load_potential(path, "cpu")
+    base.set_metadata(PotentialMetadata())
+    for data, predicted in zip(structures, base.predict(structures, compute_forces=False), strict=True):
+        data.energy[:] = predicted.energy + float(off[data.atomic_numbers].sum()) + per_charge * int(data.charge)
+    return structures
+
+
+class First(Callback):
+    """Copies the potential as it is before the first step."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 0:
+            self.potential = copy.deepcopy(module.potential).eval()
+
+
+@pytest.mark.parametrize("switches", [{}, {"charge": True, "spin": True}], ids=["as it is", "charge and spin on"])
+@pytest.mark.parametrize("model", MODELS)
+def test_before_the_first_step_it_is_the_file(tmp_path: Path, model: str, switches: dict[str, bool]) -> None:
+    path = _file(tmp_path, **MODELS[model])
+    base = load_potential(path, "cpu")
+    module = PotentialModule({**settings_of(base.config), **switches}, init_from=str(path))
+    first = First()
+    make_trainer(tmp_path, [WeightEMA(0.9), first], max_epochs=1).fit(module, make_data(tmp_path))
+    start, batch = first.potential, _batch()
+    batch.charge[:2] = torch.tensor([1, -2])
+    found, expected = start(batch), base(batch)
+    assert torch.equal(found.forces, expected.forces)
+    offsets = [one.atomic_references(batch) + one.atomic_shifts(batch) for one in (start, base)]
+    assert float((offsets[0] - offsets[1]).abs().min()) > 0.1  # refitted
+    interaction = [one.atomic_energies - offset for one, offset in zip((found, expected), offsets, strict=True)]
+    torch.testing.assert_close(*interaction, rtol=0.0, atol=1e-12)
+    trained = module.potential.eval()(batch)
+    assert not torch.equal(trained.forces, expected.forces)
+
+
+@pytest.mark.parametrize("charge", [False, True])
+def test_energies_of_elements_and_charges_are_found(tmp_path: Path, charge: bool) -> None:
+    path = _file(tmp_path, charge=charge)
+    off = torch.linspace(-400.0, 300.0, 119, dtype=torch.float64)
+    structures = _labelled(path, off, ("H2O", "NH3", "CH4", "CH3OH", "C2H6"), 5.0 * charge)
+    potential = Potential(load_potential(path, "cpu").config)
+    line = start_from(potential, str(path), fit_statistics(structures), structures, False, CPU)
+    assert "refitted to 12 structures" in line
+    energies = [one.energy for one in potential.eval().predict(structures, compute_forces=False)]
+    assert energies == pytest.approx([float(data.energy) for data in structures], abs=1e-5)
+    assert potential.charge_energies[[MAX_CHARGE + 1, MAX_CHARGE + 2]].tolist() == pytest.approx(
+        [5.0 * charge, 10.0 * charge], abs=1e-4
+    )
+    origin = potential.metadata.provenance["init_from"]
+    assert (origin["file"], origin["elements"]) == (str(path), list(ELEMENTS))
+
+
+def test_given_energies_stay(tmp_path: Path) -> None:
+    path, given = _file(tmp_path), dict.fromkeys(ELEMENTS, -3.0)
+    structures = [AtomicData.from_ase(atoms) for atoms in labelled_molecules(6)]
+    potential = Potential(load_potential(path, "cpu").config)
+    line = start_from(potential, str(path), fit_statistics(structures, given), structures, False, CPU)
+    assert "as given" in line
+    assert potential.element_references[list(ELEMENTS)].tolist() == [-3.0] * 4
+    assert not potential.element_shifts.any()
+
+
+def test_new_elements_start_as_the_mean_of_the_others(tmp_path: Path) -> None:
+    """Kept energies stay to the last bit, and that of the new element is fitted to what they leave."""
+    path = _file(tmp_path, elements=(1, 6, 7))
+    base, off = load_potential(path, "cpu"), torch.zeros(119, dtype=torch.float64)
+    start = copy.deepcopy(base)
+    start.model.add_elements([8], [1, 6, 7])
+    for name, weight in base.model.named_parameters():
+        if name.endswith("element.weight"):
+            changed = start.model.get_parameter(name)
+            torch.testing.assert_close(changed[8], weight[[1, 6, 7]].mean(0))
+            assert torch.equal(changed[:8], weight[:8])
+    start.save(tmp_path / "start.escaip")
+    off[8] = 7.0
+    structures = _labelled(tmp_path / "start.escaip", off, ("H2O", "NH3", "CH4"))
+    potential = Potential(base.config)
+    line = start_from(potential, str(path), fit_statistics(structures), structures, True, CPU)
+    assert "kept" in line
+    assert "new elements O" in line
+    assert potential.metadata.elements == ELEMENTS
+    for name in ("element_references", "element_shifts"):
+        assert torch.equal(getattr(potential, name)[:8], getattr(base, name)[:8])
+    energies = [one.energy for one in potential.eval().predict(structures, compute_forces=False)]
+    assert energies == pytest.approx([float(data.energy) for data in structures], abs=1e-5)
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path) -> Path:
+    """A potential of the sets a and b, with energies of their own and one scale."""
+    base = make_potential(dtype=torch.float32, metadata=PotentialMetadata(ELEMENTS, datasets=("a", "b")))
+    references = torch.full((2, 119), torch.nan, dtype=torch.float64)
+    references[:, list(ELEMENTS)] = torch.arange(8, dtype=torch.float64).view(2, 4)
+    base.set_references(references, torch.tensor([2.0, 2.0], dtype=torch.float64))
+    base.save(tmp_path / "base.escaip")
+    return tmp_path / "base.escaip"
+
+
+def _start_sets(path: Path, names: dict[str, tuple[str, ...]], keep: bool) -> Potential:
+    found = {name: [AtomicData.from_ase(a) for a in labelled_molecules(6, names=of)] for name, of in names.items()}
+    sets = MixedDataset({name: AtomicDataset(structures) for name, structures in found.items()})
+    statistics = {name: fit_statistics(structures) for name, structures in found.items()}
+    potential = Potential(load_potential(path, "cpu").config)
+    start_from(potential, str(path), statistics, sets, keep, CPU)
+    return potential
+
+
+def test_sets_keep_the_energies_of_their_name(two_sets: Path) -> None:
+    base, potential = load_potential(two_sets, "cpu"), _start_sets(two_sets, {"b": ("H2O",), "a": ("CH4",)}, keep=True)
+    assert potential.datasets == ("b", "a")
+    for name in ENERGY_BUFFERS:
+        assert torch.equal(getattr(potential, name).nan_to_num(), getattr(base, name).flip(0).nan_to_num())
+
+
+def test_sets_are_refitted_one_by_one(two_sets: Path) -> None:
+    potential = _start_sets(two_sets, {"x": ("H2O", "NH3"), "y": ("CH4", "C2H6")}, keep=False)
+    assert potential.scale.tolist() == [2.0, 2.0]
+    known = [(~row.isnan()).nonzero()[:, 0].tolist() for row in potential.element_references]
+    assert known == [[1, 7, 8], [1, 6]]
+    with pytest.raises(ConfigError, match=r"energies for each of a, b: name the sets of data\.train likewise"):
+        _start_sets(two_sets, {"x": ("H2O",)}, keep=True)
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["known elements", "a new one"])
+def test_without_energies_those_of_the_file_stay(tmp_path: Path, new: bool) -> None:
+    frames = labelled_molecules(8)
+    for atoms in frames:
+        atoms.calc = SinglePointCalculator(atoms, forces=atoms.get_forces())
+    ase.io.write(tmp_path / "forces.extxyz", frames)
+    train, labels = str(tmp_path / "forces.extxyz"), ["forces"]
+    data = AtomicDataModule(train=train, batch_size=4, split={"val": 0}, required_labels=labels)
+    path = _file(tmp_path, elements=(1, 6, 7) if new else ELEMENTS)
+    losses = LossSettings(LossTerm(0.0))
+
+    def fit(**options: Any) -> PotentialModule:
+        module = PotentialModule(losses=losses, **options)
+        make_trainer(tmp_path, [], max_epochs=1, limit_val_batches=0).fit(module, data)
+        return module
+
+    with pytest.raises(DataError, match="no structure has an energy"):
+        fit(architecture=TINY)
+    if new:
+        with pytest.raises(ConfigError, match="no training structure has an energy, and that of O is not known"):
+            fit(init_from=str(path))
+        return
+    base, potential = load_potential(path, "cpu"), fit(init_from=str(path)).potential
+    for name in ENERGY_BUFFERS:
+        assert torch.equal(getattr(potential, name), getattr(base, name))
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+def test_parts_are_the_whole_model(forces: str) -> None:
+    model = make_potential(forces=forces, charge=True, num_layers=2).model
+    assert list(model.parts()) == ["embedding", "blocks.0", "blocks.1", "readouts", "heads"]
+    found = [p for part in model.parts().values() for module in part for p in module.parameters()]
+    assert {id(p) for p in found} == {id(p) for p in model.parameters()}
+    assert len(found) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["soap", "adamw"])
+def test_frozen_parts_stay(tmp_path: Path, optimizer: Any) -> None:
+    path = _file(tmp_path, num_layers=2)
+    module = PotentialModule(
+        optimizer=optimizer, weight_decay=0.5, init_from=str(path), freeze=["embedding", "blocks.1", "readouts"]
+    )
+    callbacks = [WeightEMA(0.5), BestAndLast(dirpath=str(tmp_path))]
+    make_trainer(tmp_path, callbacks, max_epochs=2).fit(module, make_data(tmp_path))
+    base, trained = (load_potential(tmp_path / name, "cpu") for name in ("base.escaip", "last.ckpt"))
+    for part, modules in base.model.parts().items():
+        pairs = zip(modules, trained.model.parts()[part], strict=True)
+        pairs = [pair for mine, other in pairs for pair in zip(mine.parameters(), other.parameters(), strict=True)]
+        same = [torch.equal(*pair) for pair in pairs]
+        assert all(same) if part in ("embedding", "blocks.1", "readouts") else not any(same), part
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a recipe, ``tiny.yaml``, and a potential of another architecture."""
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+    _file(tmp_path)
+    return tmp_path
+
+
+START = ["fit", "--config", "tiny.yaml", "--model.init_from", "base.escaip"]
+
+
+def test_fine_tuning_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.freeze", "[embedding]", "--model.architecture.charge", "true"]
+    assert main([*START, *options, "--model.architecture.dropout", "0.1", "--checkpoint.keep_every_n_steps", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "model.architecture of the configuration does not apply: base.escaip has another" in shown
+    assert "start: base.escaip; atomic energies refitted to 12 structures" in shown
+    assert " learn, on 1 x cpu" in shown
+    run = folder / "runs/tiny/version_0"
+    whole = load_potential(run / "last.ckpt", "cpu")
+    base = load_potential("base.escaip", "cpu")
+    assert settings_of(whole.config) == {**settings_of(base.config), "charge": True, "dropout": 0.1}
+
+    shutil.move("base.escaip", "elsewhere.escaip")  # a run that goes on needs it no more, nor does a validation
+    assert main([*START, *options, "--model.architecture.dropout", "0.1", "--ckpt_path", str(run / "step-2.ckpt")]) == 0
+    resumed = load_potential("runs/tiny/version_1/last.ckpt", "cpu")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert resumed.metadata == whole.metadata
+    assert main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "best.ckpt")]) == 0
+
+    shutil.move("elsewhere.escaip", "base.escaip")  # what was saved configures it again
+    capsys.readouterr()
+    assert main(["fit", "--config", str(run / "config.yaml")]) == 0
+    assert "does not apply" not in capsys.readouterr().out
+    again = load_potential("runs/tiny/latest/last.ckpt", "cpu")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "status", "text"),
+    [
+        (["--model.architecture.num_heads", "1"], 2, "num_heads is 1, base.escaip has 2: leave it out"),
+        (["--model.architecture.preset", "5m"], 2, "model.architecture.hidden_size is 192, base.escaip has 16"),
+        (["--model.architecture.hiden_size", "8"], 2, "did you mean 'hidden_size'"),
+        (["--model.freeze", "[blocks.1]"], 2, "no part 'blocks.1': choose among embedding, blocks.0, readouts, heads"),
+        (["--model.freeze", "[embedding, blocks, readouts, heads]"], 2, "leave out what should learn"),
+        (["--model.init_from", "nowhere.escaip"], 1, "model file nowhere.escaip does not exist"),
+        (["--model.repulsion", "0.8"], 2, "leave model.repulsion, core_guard and bond_guard out"),
+        (["--model.init_energies", "keep", "--data.isolated_energies", "{H: 0, C: 0, N: 0, O: 0}"], 2, "contradicts"),
+        (["--model.init_from", "null", "--model.freeze", "[heads]"], 2, "name the potential in model.init_from"),
+    ],
+)
+def test_what_users_get_wrong(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, text: str
+) -> None:
+    assert main([*START, *options]) == status
+    assert text in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.bad_input
+def test_runs_that_cannot_be_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = folder / "runs/tiny/version_0/last.ckpt"
+
+    def refused(*options: str) -> str:
+        assert main([*options, "--trainer.max_epochs", "2", "--ckpt_path", str(last)]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert main([*START, "--model.freeze", "[embedding]", "--trainer.max_epochs", "1"]) == 0
+    assert "trained with --model.init_from base.escaip" in refused("fit", "--config", "tiny.yaml")
+    assert 'trained with --model.freeze ["embedding"]' in refused(*START)
+    switched = [*START, "--model.freeze", "[embedding]", "--model.architecture.charge", "true"]
+    assert f"model.architecture.charge is True, {last} has False" in refused(*switched)
+
+
+@pytest.mark.bad_input
+def test_a_linear_energy_takes_no_new_elements(tmp_path: Path) -> None:
+    path = _file(tmp_path, elements=(1, 6, 7), **MODELS["linear"])
+    with pytest.raises(ConfigError, match=r"linear energy .* takes no new elements, and the training set has O"):
+        make_trainer(tmp_path, []).fit(PotentialModule(init_from=str(path)), make_data(tmp_path))
+
+
+@pytest.mark.bad_input
+def test_an_architecture_that_is_not_that_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.architecture\.\w+ is .*: leave it out"):
+        make_trainer(tmp_path, []).fit(PotentialModule(TINY, init_from=str(_file(tmp_path))), make_data(tmp_path))
