@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from escaip.errors import ConfigError, DataError, EscaipError
+from escaip.errors import CheckpointError, ConfigError, DataError, EscaipError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -348,6 +348,19 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if file.rstrip("/") not in held:
         raise DataError(f"{text} does not exist: the card of {name} holds {', '.join(held)}")
     return folder / file
+
+
+def model_file(path: str | os.PathLike[str]) -> Path:
+    """Returns the file that a model is read from.
+
+    Raises:
+        CheckpointError: it does not exist.
+        DataError: as ``resolve``.
+    """
+    file = Path(resolve(path))
+    if not file.is_file():
+        raise CheckpointError(f"model file {file} does not exist: pass a .ckpt or .escaip file")
+    return file
 
 
 def list_examples(kind: str) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from escaip.errors import CheckpointError
-from escaip.files import config_path, first_line, list_configs, list_examples, resolve, sha256
+from escaip.files import config_path, first_line, list_configs, list_examples, model_file, sha256
 from escaip.options import ModelFile
 from escaip.potential.model_file import is_archive, migrate, read_model_file
 
@@ -60,9 +60,7 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     import numpy as np
     from ase.data import chemical_symbols
 
-    file = Path(resolve(path))
-    if not file.is_file():
-        raise CheckpointError(f"model file {file} does not exist: pass a .ckpt or .escaip file")
+    file = model_file(path)
     description, weights, package = _read(file)
     description = migrate(description, file)
     try:

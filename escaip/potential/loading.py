@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
-from escaip.errors import CheckpointError
-from escaip.files import resolve
+from escaip.files import model_file
 from escaip.potential.export import is_package, load_package, read_package
 from escaip.potential.model_file import read_model_file
 from escaip.potential.potential import Potential, build_potential
@@ -39,7 +37,7 @@ def load_potential(
         CheckpointError: missing, damaged, unsafe, or of another schema; the message says which.
         ConfigError: no such set, device or dtype, or a precision that they do not have.
     """
-    path = _existing(path)
+    path = model_file(path)
     if is_package(path):
         return load_package(path, device, dtype, dataset, precision)
     potential = read_potential(path)
@@ -59,13 +57,6 @@ def read_potential(path: str | os.PathLike[str]) -> Potential:
     Raises:
         CheckpointError: as ``load_potential``.
     """
-    path = _existing(path)
+    path = model_file(path)
     description, weights = read_package(path) if is_package(path) else read_model_file(path)
     return build_potential(description, weights, path).eval()
-
-
-def _existing(path: str | os.PathLike[str]) -> Path:
-    path = Path(resolve(path))
-    if not path.is_file():
-        raise CheckpointError(f"model file {path} does not exist: pass a .ckpt or .escaip file")
-    return path

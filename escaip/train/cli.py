@@ -192,8 +192,9 @@ class TrainingCLI(LightningCLI):
             return
         used = {**_KEPT, **checkpoint.get("hyper_parameters", {})}
         for name in _KEPT:
-            if config.model[name] != used[name]:
-                value = json.dumps(used[name]).strip('"')
+            given, value = json.dumps(config.model[name]), json.dumps(used[name])
+            if given != value:
+                value = value.strip('"')
                 raise ConfigError(
                     f"{path} was trained with --model.{name} {value}: resume with the same, or leave --ckpt_path out "
                     "for a new run"

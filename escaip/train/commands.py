@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from escaip.errors import DataError
-from escaip.files import resolve
+from escaip.files import model_file, resolve
 from escaip.train.arguments import find_checkpoint, paths_of, prepare
 
 _READ = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -46,6 +46,9 @@ def _run(command: str, arguments: list[str]) -> None:
                 raise DataError(f"data.{part}: {text}: no such file or directory")
     if settings.get("ckpt_path") not in (None, "last", "best"):
         find_checkpoint(str(settings["ckpt_path"]), Path())
+    start = settings.get("model.init_from", (settings.get("model") or {}).get("init_from"))
+    if command == "fit" and start is not None and settings.get("ckpt_path") is None:
+        model_file(start)
     from escaip.train.cli import run
 
     run([command, *arguments])

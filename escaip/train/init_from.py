@@ -221,12 +221,14 @@ def _fit_set(
         return 0
     base.set_references(torch.zeros_like(references), scale)
     predicted = base.predict(labelled, compute_forces=False)
-    rows = [one._replace(energy=one.energy - p.energy) for one, p in zip(compositions, predicted, strict=True)]
-    change, added = fit_compositions(rows, references + shifts, charges, wanted, free)
-    charges += added
-    if item.references_fitted:
-        references += change
-    return len(rows)
+    left = [one._replace(energy=one.energy - p.energy) for one, p in zip(compositions, predicted, strict=True)]
+    # References are those without interaction, the baseline of validations; shifts take what interaction changes.
+    for rows, table in ((compositions, references), (left, shifts)):
+        change, added = fit_compositions(rows, references + shifts, charges, wanted, free)
+        charges += added
+        if item.references_fitted:
+            table += change
+    return len(left)
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:

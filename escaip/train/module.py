@@ -130,13 +130,7 @@ class PotentialModule(LightningModule):
         self.pair_terms = {"repulsion": repulsion, "core_guard": core_guard, "bond_guard": bond_guard}
         for name, fraction in self.pair_terms.items():
             check_fraction(fraction, name)
-        if init_from is None and freeze:
-            raise ConfigError("model.freeze would keep random weights: name the potential in model.init_from")
-        if init_from is not None and self.pair_terms != DEFAULT_PAIR_TERMS:
-            raise ConfigError(
-                "model.init_from keeps the repulsion and guards of its file: leave model.repulsion, core_guard and "
-                "bond_guard out"
-            )
+        _check_start(init_from, freeze, self.pair_terms)
         config = build_config(dict(architecture))
         _check_losses(losses, config)
         self.save_hyperparameters(_plain(settings), logger=False)
@@ -458,6 +452,16 @@ def _check_schedule(learning_rate: float, weight_decay: float, warmup: float, fi
     for name, value in (("warmup_fraction", warmup), ("final_fraction", final)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{name} is {value}: it must be in [0, 1]")
+
+
+def _check_start(init_from: str | None, freeze: Sequence[str], pair_terms: Mapping[str, float | None]) -> None:
+    if init_from is None and freeze:
+        raise ConfigError("model.freeze would keep random weights: name the potential in model.init_from")
+    if init_from is not None and pair_terms != DEFAULT_PAIR_TERMS:
+        raise ConfigError(
+            "model.init_from keeps the repulsion and guards of its file: leave model.repulsion, core_guard and "
+            "bond_guard out"
+        )
 
 
 def _training_error(trainer: Trainer, problem: str, names: Sequence[str]) -> TrainingError:

@@ -65,11 +65,17 @@ def _labelled(path: Path, off: torch.Tensor, names: Sequence[str], per_charge: f
 
 
 class First(Callback):
-    """Copies the potential as it is before the first step."""
+    """Copies the potential as it is validated, and trained, before the first step."""
+
+    def __init__(self) -> None:
+        self.validated: Any = None
+        self.potential: Any = None
+
+    def on_validation_epoch_start(self, trainer: Any, module: Any) -> None:
+        self.validated = self.validated or copy.deepcopy(module.potential)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 0:
-            self.potential = copy.deepcopy(module.potential).eval()
+        self.potential = self.potential or copy.deepcopy(module.potential).eval()
 
 
 @pytest.mark.parametrize("switches", [{}, {"charge": True, "spin": True}], ids=["as it is", "charge and spin on"])
@@ -79,11 +85,13 @@ def test_before_the_first_step_it_is_the_file(tmp_path: Path, model: str, switch
     base = load_potential(path, "cpu")
     module = PotentialModule({**settings_of(base.config), **switches}, init_from=str(path))
     first = First()
-    make_trainer(tmp_path, [WeightEMA(0.9), first], max_epochs=1).fit(module, make_data(tmp_path))
+    trainer = make_trainer(tmp_path, [WeightEMA(0.9), first], max_epochs=1, num_sanity_val_steps=1)
+    trainer.fit(module, make_data(tmp_path))
     start, batch = first.potential, _batch()
     batch.charge[:2] = torch.tensor([1, -2])
     found, expected = start(batch), base(batch)
     assert torch.equal(found.forces, expected.forces)
+    assert torch.equal(first.validated(batch).forces, expected.forces)
     offsets = [one.atomic_references(batch) + one.atomic_shifts(batch) for one in (start, base)]
     assert float((offsets[0] - offsets[1]).abs().min()) > 0.1  # refitted
     interaction = [one.atomic_energies - offset for one, offset in zip((found, expected), offsets, strict=True)]
@@ -98,8 +106,11 @@ def test_energies_of_elements_and_charges_are_found(tmp_path: Path, charge: bool
     off = torch.linspace(-400.0, 300.0, 119, dtype=torch.float64)
     structures = _labelled(path, off, ("H2O", "NH3", "CH4", "CH3OH", "C2H6"), 5.0 * charge)
     potential = Potential(load_potential(path, "cpu").config)
-    line = start_from(potential, str(path), fit_statistics(structures), structures, False, CPU)
+    statistics = fit_statistics(structures)
+    line = start_from(potential, str(path), statistics, structures, False, CPU)
     assert "refitted to 12 structures" in line
+    if not charge:  # the baseline of validations, without interaction
+        assert potential.element_references[1] == statistics.element_references[1]
     energies = [one.energy for one in potential.eval().predict(structures, compute_forces=False)]
     assert energies == pytest.approx([float(data.energy) for data in structures], abs=1e-5)
     assert potential.charge_energies[[MAX_CHARGE + 1, MAX_CHARGE + 2]].tolist() == pytest.approx(

@@ -306,6 +306,7 @@ def test_errors_come_before_heavy_imports(folder: Path) -> None:
         "--modle": ["fit", "--config", "tiny.yaml", "--modle.learning_rate", "1"],
         "nowhere.extxyz": ["fit", "--config=tiny.yaml", "--data.train=nowhere.extxyz"],
         "nothing.hdf5": ["fit", "--config", "tiny.yaml", "--data.val", "dataset:spice/nothing.hdf5"],
+        "nowhere.escaip": ["fit", "--config", "tiny.yaml", "--model.init_from", "nowhere.escaip"],
         "nowhere.ckpt": ["validate", "--config", "tiny.yaml", "--ckpt_path", "nowhere.ckpt"],
         "evil.Callback": ["fit", "--config", "class.yaml"],
         "evil.Logger": ["fit", "--config", "short.yaml"],
