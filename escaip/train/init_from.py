@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def start_from(
 
     kept = [keep or (item.references_fitted and not item.label_counts.get("energy", 0)) for item in sets.values()]
     tables = _energies_of(base, path, list(sets), any(kept))
-    origin = {"file": path, "sha256": sha256(resolve(path)), **base.metadata.to_dict()}
+    origin = {"file": Path(path).name, "sha256": sha256(resolve(path)), **base.metadata.to_dict()}
     base.set_metadata(PotentialMetadata())  # accepts elements that were added
     base, elements, said = base.to(device), set[int](), dict[str, list[str]]()
     for (name, item), is_kept, *own in zip(sets.items(), kept, *tables, strict=True):
@@ -144,13 +145,13 @@ def start_from(
         count = _fit_set(base, own, item, had, is_kept, members, potential.config.charge)
         what = "kept" if is_kept else f"refitted to {count} structures" if item.references_fitted else "as given"
         said.setdefault(what, []).append(name)
-    one = isinstance(statistics, Statistics)
+    single = isinstance(statistics, Statistics)
     for name, table in zip(ENERGY_BUFFERS, tables, strict=True):
-        setattr(potential, name, (table[0].nan_to_num(0.0) if one else table).to(potential.device))
-    names = potential.metadata.datasets if one else tuple(sets)
+        setattr(potential, name, (table[0].nan_to_num(0.0) if single else table).to(potential.device))
+    names = potential.metadata.datasets if single else tuple(sets)
     metadata = replace(potential.metadata, elements=tuple(sorted(elements)), datasets=names)
     potential.set_metadata(replace(metadata, provenance={"init_from": origin}))
-    line = "; ".join(f"atomic energies {what}{'' if one else ' for ' + ', '.join(of)}" for what, of in said.items())
+    line = "; ".join(f"atomic energies {what}{'' if single else ' for ' + ', '.join(of)}" for what, of in said.items())
     return f"start: {path}; {line}" + (f"; new elements {_symbols(new)}, as the mean of the others" if new else "")
 
 

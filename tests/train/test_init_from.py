@@ -25,7 +25,7 @@ from escaip.models import settings_of
 from escaip.potential import PotentialMetadata
 from escaip.potential.potential import ENERGY_BUFFERS
 from escaip.train import BestAndLast, LossSettings, LossTerm, PotentialModule, WeightEMA
-from escaip.train.init_from import start_from
+from escaip.train.init_from import freeze, start_from
 from escaip.types import MAX_CHARGE
 
 ELEMENTS = (1, 6, 7, 8)
@@ -117,17 +117,18 @@ def test_energies_of_elements_and_charges_are_found(tmp_path: Path, charge: bool
         [5.0 * charge, 10.0 * charge], abs=1e-4
     )
     origin = potential.metadata.provenance["init_from"]
-    assert (origin["file"], origin["elements"]) == (str(path), list(ELEMENTS))
+    assert (origin["file"], origin["elements"]) == (path.name, list(ELEMENTS))
 
 
 def test_given_energies_stay(tmp_path: Path) -> None:
-    path, given = _file(tmp_path), dict.fromkeys(ELEMENTS, -3.0)
-    structures = [AtomicData.from_ase(atoms) for atoms in labelled_molecules(6)]
+    path, given = _file(tmp_path, charge=True), dict.fromkeys(ELEMENTS, -3.0)
+    structures = _labelled(path, torch.zeros(119), ("H2O", "NH3", "CH4"), 5.0)
     potential = Potential(load_potential(path, "cpu").config)
     line = start_from(potential, str(path), fit_statistics(structures, given), structures, False, CPU)
     assert "as given" in line
     assert potential.element_references[list(ELEMENTS)].tolist() == [-3.0] * 4
     assert not potential.element_shifts.any()
+    assert potential.charge_energies.any()
 
 
 def test_new_elements_start_as_the_mean_of_the_others(tmp_path: Path) -> None:
@@ -225,6 +226,9 @@ def test_parts_are_the_whole_model(forces: str) -> None:
     found = [p for part in model.parts().values() for module in part for p in module.parameters()]
     assert {id(p) for p in found} == {id(p) for p in model.parameters()}
     assert len(found) == len(list(model.parameters()))
+    freeze(model, ["heads"])
+    frozen = {name.partition(".")[0] for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert frozen == ({"energy_head"} if forces == "conservative" else {"energy_head", "force_head"})
 
 
 @pytest.mark.parametrize("optimizer", ["soap", "adamw"])
