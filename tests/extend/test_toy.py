@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from training_stand_ins import TINY, labelled_molecules
+from training_stand_ins import TINY, labelled_molecules, make_data, make_trainer
 
 from escaip import EScAIPCalculator, Potential, load_potential
 from escaip.cli import main
@@ -27,6 +27,7 @@ from escaip.graph import TokenChunks
 from escaip.models import MODELS, Model, ModelConfig, build_config, register_model, settings_of
 from escaip.nn.heads import HEADS, make_heads, register_head
 from escaip.ops import sum_rows
+from escaip.potential import PotentialMetadata
 from escaip.testing import check_potential
 from escaip.train.module import PotentialModule
 from escaip.types import TARGETS, AtomInputs, GraphSettings, ModelOutput, Target, Tokens, register_target
@@ -126,6 +127,19 @@ def test_it_trains_saves_loads_and_runs_in_ase(tmp_path: Path) -> None:
     atoms = structures()[1]
     atoms.calc = EScAIPCalculator(tmp_path / "toy.escaip", graph_skin=0.3)
     np.testing.assert_allclose(atoms.get_forces(), potential(batch_of([atoms])).forces.detach(), atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec", "ignore:The .* does not have many workers")
+def test_it_is_fine_tuned(tmp_path: Path) -> None:
+    """Its children are the parts that can be frozen; a new element starts from the mean of the others."""
+    base = Potential(build_config({"name": "Toy"}), metadata=PotentialMetadata(elements=(1, 6, 7)))
+    base.save(tmp_path / "toy.escaip")
+    module = PotentialModule(init_from=str(tmp_path / "toy.escaip"), freeze=["element", "heads"])
+    make_trainer(tmp_path, [], max_epochs=1).fit(module, make_data(tmp_path))
+    before, after = base.model.state_dict(), module.potential.model.state_dict()
+    assert torch.equal(after["element.weight"][:8], before["element.weight"][:8])
+    torch.testing.assert_close(after["element.weight"][8], before["element.weight"][[1, 6, 7]].mean(0))
+    assert not torch.equal(after["energy.weight"], before["energy.weight"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

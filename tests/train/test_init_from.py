@@ -110,7 +110,7 @@ def test_energies_of_elements_and_charges_are_found(tmp_path: Path, charge: bool
     line = start_from(potential, str(path), statistics, structures, False, CPU)
     assert "refitted to 12 structures" in line
     if not charge:  # the baseline of validations, without interaction
-        assert potential.element_references[1] == statistics.element_references[1]
+        assert float(potential.element_references[1]) == pytest.approx(statistics.element_references[1])
     energies = [one.energy for one in potential.eval().predict(structures, compute_forces=False)]
     assert energies == pytest.approx([float(data.energy) for data in structures], abs=1e-5)
     assert potential.charge_energies[[MAX_CHARGE + 1, MAX_CHARGE + 2]].tolist() == pytest.approx(
@@ -179,6 +179,7 @@ def _start_sets(path: Path, names: dict[str, tuple[str, ...]], keep: bool) -> Po
 def test_sets_keep_the_energies_of_their_name(two_sets: Path) -> None:
     base, potential = load_potential(two_sets, "cpu"), _start_sets(two_sets, {"b": ("H2O",), "a": ("CH4",)}, keep=True)
     assert potential.datasets == ("b", "a")
+    assert not any((potential.repulsion, potential.core_guard, potential.bond_guard))  # the file has none
     for name in ENERGY_BUFFERS:
         assert torch.equal(getattr(potential, name).nan_to_num(), getattr(base, name).flip(0).nan_to_num())
 
