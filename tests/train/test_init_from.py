@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "direct": {"forces": "direct"},
     "charge": {"charge": True},
     "linear": {"density_radial": 3, "density_degree": 1, "density_channels": 4},
+    "density": {"node_density": 4},
     "table": {"distance_table": "always", "num_radial": 12, "distance_knots": 96},
 }
 
@@ -222,7 +223,7 @@ def test_without_energies_those_of_the_file_stay(tmp_path: Path, new: bool) -> N
 
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
 def test_parts_are_the_whole_model(forces: str) -> None:
-    model = make_potential(forces=forces, charge=True, num_layers=2).model
+    model = make_potential(forces=forces, charge=True, num_layers=2, node_density=4).model
     assert list(model.parts()) == ["embedding", "blocks.0", "blocks.1", "readouts", "heads"]
     found = [p for part in model.parts().values() for module in part for p in module.parameters()]
     assert {id(p) for p in found} == {id(p) for p in model.parameters()}
