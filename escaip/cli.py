@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0 on success, 2 for a usage error, 130 after Ctrl-C, 1 otherwise.
+        0 on success, 2 for a usage error, 130 after Ctrl-C, 143 after SIGTERM, 1 otherwise.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments

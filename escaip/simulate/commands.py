@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,7 +71,7 @@ def md(
     structure: StructureFile,
     *,
     ensemble: Literal["nve", "nvt", "npt"] = "nvt",
-    steps: int = 2000,
+    steps: int | None = None,
     temperature: float = 300.0,
     timestep: float | None = None,
     pressure: float | None = None,
@@ -81,6 +84,7 @@ def md(
     interval: int = 10,
     trajectory_interval: int | None = None,
     restart_interval: int = 1000,
+    max_time: str | None = None,
     frame: int = -1,
     out: str = "md.extxyz",
     resume: bool = False,
@@ -98,7 +102,7 @@ def md(
         model: a model file
         structure: anything ASE reads
         ensemble: constant energy, temperature, or temperature and pressure
-        steps: steps of the whole run, resumed parts included
+        steps: steps of the whole run, resumed parts included (default: 2000, or those of the run that is resumed)
         temperature: temperature in K, of the thermostat and of velocities that are drawn
         timestep: time step in fs (default: 0.5 with atoms lighter than 6 u, 1 with atoms lighter than 24 u, else 2)
         pressure: pressure in GPa, npt only (default: 0)
@@ -111,10 +115,11 @@ def md(
         interval: steps between lines of the log
         trajectory_interval: steps between frames (default: as --interval)
         restart_interval: steps between restart files
+        max_time: wall time after which the run writes its restart file and ends, as HH:MM:SS or D-HH:MM:SS
         frame: which structure of the file (default: the last)
         out: trajectory, .extxyz or .traj; the log and the restart file go beside it
         resume: continue the run in --out from its restart file
-        overwrite: replace an unfinished run in --out
+        overwrite: replace the files of --out
         quiet: print no progress line
         graph_skin: keep the graph while distances change by less than this many Å; 0.3 for small systems on a GPU
         cuda_graphs: with --compile, on CUDA, launch each evaluation as one graph
@@ -123,15 +128,25 @@ def md(
 
     Example: escaip md example:organic example:ethanol
     """
+    import time
     from pathlib import Path
+    from signal import SIGINT, SIGTERM
 
+    from escaip.errors import UsageError
+    from escaip.signals import StopSignals
     from escaip.simulate.ensembles import MDSettings, default_timestep
-    from escaip.simulate.md import ProgressLine, run_md
+    from escaip.simulate.md import ProgressLine, RunFiles, run_md
     from escaip.simulate.output import check_trajectory_name, read_structure
+    from escaip.simulate.restart import RestartState
 
     # Mistyped numbers and names are reported before the model is loaded.
+    end = time.monotonic() + (math.inf if max_time is None else parse_max_time(max_time))
     check_trajectory_name(Path(out))
+    if resume and overwrite:
+        raise UsageError("--resume continues the run in --out, --overwrite replaces it: choose one of them")
     atoms = read_structure(structure, frame)
+    if steps is None:
+        steps = RestartState.load(RunFiles.beside(Path(out)).restart).target if resume else 2000
     settings = MDSettings(
         ensemble=ensemble, steps=steps, timestep=default_timestep(atoms) if timestep is None else timestep,
         temperature=temperature, pressure=pressure, thermostat=thermostat, thermostat_time=thermostat_time,
@@ -141,7 +156,31 @@ def md(
     )  # fmt: skip
     atoms.calc = make_calculator(model, graph_skin=graph_skin, cuda_graphs=cuda_graphs, **options)
     report = None if quiet else ProgressLine()
-    print(run_md(atoms, settings, out=out, resume=resume, overwrite=overwrite, report=report).summary())
+    with StopSignals(SIGINT, SIGTERM) as signals:
+        result = run_md(
+            atoms, settings, out=out, resume=resume, overwrite=overwrite, report=report,
+            stop=lambda: signals.received is not None or time.monotonic() >= end,
+        )  # fmt: skip
+    print(result.summary())
+    if result.steps < settings.steps:
+        why = f"time limit of {max_time}" if signals.received is None else signals.received.name
+        command = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+        print(f"{why}: stopped at step {result.steps} of {settings.steps}; continue with")
+        print(shlex.join(["escaip", *command, "--resume"]))
+    if signals.received is not None:
+        raise SystemExit(128 + signals.received)
+
+
+def parse_max_time(text: str) -> int:
+    """Returns the seconds that ``HH:MM:SS`` or ``D-HH:MM:SS`` means; raises UsageError for anything else."""
+    from escaip.errors import UsageError
+
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise UsageError(f"--max-time is {text!r}: write it as HH:MM:SS or D-HH:MM:SS, such as 01:30:00")
+    return total
 
 
 def check(

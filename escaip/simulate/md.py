@@ -153,6 +153,7 @@ def run_md(
     resume: bool = False,
     overwrite: bool = False,
     report: Callable[[MDStatus], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> MDResult:
     """Runs molecular dynamics on a copy of ``atoms`` with its calculator.
 
@@ -165,12 +166,14 @@ def run_md(
         settings: ensemble, steps, temperature, and so on.
         out: trajectory, ``.extxyz`` or ``.traj``.
         resume: continue from the restart file until ``settings.steps``.
-        overwrite: replace an unfinished run of the same name.
+        overwrite: replace files of the same name.
         report: called after each logged step.
+        stop: asked before each step; True writes the restart file and ends the run early.
 
     Raises:
         ConfigError: settings that do not fit the structure, or no calculator.
-        UsageError: ``out`` holds an unfinished run and neither ``resume`` nor ``overwrite`` is given.
+        UsageError: ``out`` exists and neither ``resume`` nor ``overwrite`` is given, or the run to resume has more
+            steps than are asked for.
         SimulationError: a guard stopped the run (the last good frame is saved), a file cannot be written, or the
             restart file does not belong to the run.
     """
@@ -187,10 +190,15 @@ def run_md(
             own.get_stress()
         except NotImplementedError as error:  # ASE's PropertyNotImplementedError is one
             raise ConfigError(f"npt needs stress: {error or 'this calculator has none'}: use nvt") from error
-    if not resume:
+    state = RestartState.load(files.restart) if resume else None
+    if state is None:
         _refuse_to_lose(files, overwrite)
         files.trajectory.parent.mkdir(parents=True, exist_ok=True)
-    return _Run(own, settings, files, RestartState.load(files.restart) if resume else None, report).advance()
+    elif settings.steps < state.step:
+        raise UsageError(
+            f"{files.trajectory} has {state.step} steps already, {settings.steps} are asked for: ask for more"
+        )
+    return _Run(own, settings, files, state, report).advance(stop)
 
 
 class _Run:
@@ -235,7 +243,7 @@ class _Run:
     def step(self) -> int:
         return int(self.ensemble.dynamics.nsteps)
 
-    def advance(self) -> MDResult:
+    def advance(self, stop: Callable[[], bool]) -> MDResult:
         remaining = max(self.settings.steps - self.first_step, 0)
         try:
             # An overflow becomes NaN, which a guard reports.
@@ -243,6 +251,9 @@ class _Run:
                 if self.is_new:
                     self._after_step()
                 for _ in range(remaining):
+                    if stop():
+                        self._save()
+                        break
                     self._take_step()
                     self._after_step()
         except OSError as error:
@@ -250,7 +261,7 @@ class _Run:
                 f"step {self.step}: cannot write {self.files.trajectory}: {error.strerror or error}: make room, then "
                 "continue with --resume"
             ) from error
-        return self._result(remaining)
+        return self._result(self.step - self.first_step)
 
     def _take_step(self) -> None:
         dynamics: Any = self.ensemble.dynamics
@@ -335,17 +346,21 @@ class _Run:
 
 
 def _refuse_to_lose(files: RunFiles, overwrite: bool) -> None:
-    """Refuses to replace an unfinished run by accident."""
-    if overwrite or not files.restart.exists():
+    """Refuses to replace files by accident."""
+    found = [file for file in (files.trajectory, files.log, files.restart) if file.exists()]
+    if overwrite or not found:
         return
-    try:
-        state = RestartState.load(files.restart)
-        if state.step >= state.target:
-            return
-        where = f"an unfinished run (step {state.step} of {state.target})"
-    except EscaipError:
-        where = "a run whose restart file is damaged"
-    raise UsageError(f"{files.trajectory} holds {where}: continue it with --resume, or replace it with --overwrite")
+    where, instead = f"{found[0]} exists", "choose another --out"
+    if files.restart in found:
+        try:
+            state = RestartState.load(files.restart)
+            where, instead = f"{found[0]} is of a finished run ({state.step} steps)", "extend it with --resume"
+            if state.step < state.target:
+                where = f"{found[0]} is of an unfinished run (step {state.step} of {state.target})"
+                instead = "continue it with --resume"
+        except EscaipError:
+            where = f"{found[0]} is of a run whose restart file is damaged"
+    raise UsageError(f"{where}: {instead}, or replace it with --overwrite")
 
 
 def _pressure(atoms: Atoms) -> float:

@@ -83,7 +83,7 @@ def test_outputs_that_cannot_be_written(
     fails([*arguments, "--out", str(file / "a.traj")], 1, str(file), capsys)
     full = tmp_path / "full.extxyz"
     full.symlink_to("/dev/full")
-    fails([*arguments, "--out", str(full)], 1, "No space left on device: make room", capsys)
+    fails([*arguments, "--overwrite", "--out", str(full)], 1, "No space left on device: make room", capsys)
 
 
 @pytest.mark.bad_input

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
+import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ from ase import Atoms
 from tiny import make_potential
 
 from escaip.cli import main
+from escaip.signals import StopSignals
 from escaip.simulate import MDSettings, read_log, run_md
 
 Capture = pytest.CaptureFixture[str]
@@ -108,6 +115,73 @@ def test_md_runs_without_options(
     assert read_log("md.csv")["step"][-1] == 0
 
 
+STOPPED = "stopped at step {} of {}; continue with"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_md_which_the_printed_line_continues(
+    model: Path, molecule: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["md", str(model), str(molecule), "--steps", "20000", "--interval", "1", "--seed", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-m", "escaip", *command], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 60.0
+        while not Path("md.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, name))
+        printed, errors = process.communicate()
+    assert process.returncode == 128 + getattr(signal, name)
+    assert f"{name}: ending after this step" in errors
+    *_, stopped, line = printed.splitlines()
+    done = int(read_log("md.csv")["step"][-1])
+    assert stopped == f"{name}: {STOPPED.format(done, 20000)}"
+    assert line == shlex.join(["escaip", *command, "--resume"])
+    assert main([*shlex.split(line)[1:], "--steps", str(done + 5)]) == 0
+    assert main([*command, "--steps", str(done + 5), "--out", "whole.extxyz"]) == 0
+    assert Path("md.extxyz").read_bytes() == Path("whole.extxyz").read_bytes()
+
+
+def test_md_ends_at_its_time_limit_and_goes_on_to_the_steps_asked_for(
+    model: Path, molecule: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["md", str(model), str(molecule), "--steps", "12", "--interval", "1", "--max-time", "0-00:02:00"]
+    monkeypatch.setattr(sys, "argv", ["escaip", *command, "--overwrite"])
+    with monkeypatch.context() as patch:
+        start, calls = time.monotonic(), itertools.count()
+        patch.setattr(time, "monotonic", lambda: start + 30.0 * next(calls))
+        assert main([*command, "--overwrite"]) == 0
+    *_, stopped, line = capsys.readouterr().out.splitlines()
+    done = int(read_log("md.csv")["step"][-1])
+    assert 0 < done < 12
+    assert stopped == f"time limit of 0-00:02:00: {STOPPED.format(done, 12)}"
+    assert line == shlex.join(["escaip", *command, "--resume"])
+    assert main(["md", str(model), str(molecule), "--interval", "1", "--resume"]) == 0
+    assert read_log("md.csv")["step"].tolist() == list(range(13))
+
+
+def test_a_second_interruption_ends_at_once_and_handlers_come_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with StopSignals(signal.SIGINT, signal.SIGTERM) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals(signal.SIGINT) as signals:
+            signal.raise_signal(signal.SIGINT)
+        assert signals.received is None
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+
+
 @pytest.mark.bad_input
 def test_what_is_missing(
     model: Path, molecule: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -119,6 +193,11 @@ def test_what_is_missing(
     assert "run.h5 has no known format: choose a name that ends in .extxyz or .traj" in capsys.readouterr().err
     assert main([*run, "--max-spread", "1"]) == 2
     assert "need a committee: give further models with --committee" in capsys.readouterr().err
+    for wrong in ("90", "1:30", "00:00:00", "1 day"):
+        assert main([*run, "--max-time", wrong]) == 2
+        assert f"--max-time is '{wrong}': write it as HH:MM:SS or D-HH:MM:SS" in capsys.readouterr().err
+    assert main([*run, "--resume", "--overwrite"]) == 2
+    assert "choose one of them" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "dftd3.ase", None)
     assert main([*run, "--d3", "pbe"]) == 2
     assert "pip install dftd3" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_energy_fluctuation_falls_as_the_timestep_squared(argon: Make, tmp_path:
     fluctuations = []
     for timestep in (6.0, 3.0):
         asked = settings(timestep=timestep, steps=int(360 / timestep))
-        result = run_md(argon(periodic), asked, out=tmp_path / "a.traj")
+        result = run_md(argon(periodic), asked, out=tmp_path / "a.traj", overwrite=True)
         assert result.drift is not None
         fluctuations.append(result.drift.fluctuation)
     assert 3.3 < fluctuations[0] / fluctuations[1] < 4.7
@@ -165,6 +165,32 @@ def test_an_unfinished_run_is_not_lost(argon: Make, unfinished: Path) -> None:
         run_md(argon(), settings(), out=unfinished)
     assert unfinished.read_bytes() == before
     run_md(argon(), settings(), out=unfinished, overwrite=True)
+    before = unfinished.read_bytes()
+    with pytest.raises(UsageError, match=r"finished run \(40 steps\).*--resume.*--overwrite"):
+        run_md(argon(), settings(), out=unfinished)
+    with pytest.raises(UsageError, match=r"a.extxyz has 40 steps already, 39 are asked for"):
+        run_md(argon(), settings(steps=39), out=unfinished, resume=True)
+    unfinished.with_suffix(".restart.npz").unlink()
+    for name in ("a.extxyz", "a.traj"):  # the log is another run's as well
+        with pytest.raises(UsageError, match=r"exists: choose another --out.*--overwrite"):
+            run_md(argon(), settings(), out=unfinished.with_name(name))
+    assert unfinished.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".extxyz", ".traj"])
+def test_a_run_that_is_asked_to_stop_can_go_on(argon: Make, tmp_path: Path, suffix: str) -> None:
+    asked = settings(**ENSEMBLES["langevin"], trajectory_interval=2)
+    whole = run_md(argon(), asked, out=tmp_path / f"whole{suffix}")
+    out, steps = tmp_path / f"parts{suffix}", []
+    for count in (0, 7, 1):
+        answers = iter([False] * count + [True])
+        part = run_md(argon(), asked, out=out, resume=bool(steps), stop=lambda answers=answers: next(answers))
+        steps.append(part.steps)
+    assert steps == [0, 7, 8]
+    parts = run_md(argon(), asked, out=out, resume=True)
+    assert (parts.atoms.positions == whole.atoms.positions).all()
+    assert without_speed(parts.log) == without_speed(whole.log)
+    assert [f.info["step"] for f in ase.io.read(out, ":")] == list(range(0, 41, 2))
 
 
 @pytest.mark.bad_input
