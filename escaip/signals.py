@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -11,7 +12,8 @@ from typing import Any
 class StopSignals:
     """Notes signals while it is entered, instead of ending the process; a second Ctrl-C ends it at once.
 
-    Only the main thread can enter it. Signals that the process ignores, such as Ctrl-C under ``nohup``, stay ignored.
+    Signals that the process ignores, such as Ctrl-C under ``nohup``, stay ignored. Threads other than the main one note
+    nothing.
 
     Attributes:
         received: the first signal noted; None before.
@@ -25,7 +27,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in self._signals:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            main = threading.current_thread() is threading.main_thread()
+            if main and signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

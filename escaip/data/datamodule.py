@@ -109,6 +109,7 @@ class AtomicDataModule(LightningDataModule):
             ConfigError: an argument that cannot be used.
         """
         super().__init__()
+        self.save_hyperparameters(logger=False)
         specs = {"train": train, "val": val, "test": test}
         self._sets = {part: named_sets(f"data.{part}", spec) for part, spec in specs.items()}
         self._split, self._sampling = SplitSettings.parse(split), Sampling.parse(sampling)
@@ -189,6 +190,14 @@ class AtomicDataModule(LightningDataModule):
     def test_dataloader(self) -> BatchLoader:
         """Returns a loader in order."""
         return self._loader("test", shuffle=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run compares: structures of the sets it reads, and the level of theory."""
+        contents = {
+            part: f"{len(data)} structures ({data.fingerprint[:12]})"
+            for part, data in self.datasets.items() if part != "test"
+        }  # fmt: skip
+        return {**contents, "level_of_theory": self.level_of_theory}
 
     def summary(self) -> str:
         """Returns a few lines: structures and labels of each set, and structures left out."""

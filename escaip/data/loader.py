@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ class BatchLoader:
             num_workers=num_workers,
             multiprocessing_context=context,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_ignore_interrupts,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),  # its own: loading leaves the global generator alone
         )
@@ -145,6 +147,11 @@ class BatchLoader:
             )
         self._epoch, self._consumed = int(state_dict["epoch"]), int(state_dict["consumed"])
         self._resume = (self._epoch, self._consumed)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Lets the training finish its step after Ctrl-C, which a terminal sends to every process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _shown(train_size: int | float | None) -> str:

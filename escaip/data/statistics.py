@@ -187,6 +187,11 @@ class TrainingSums:
             spread = max(float(squares[code] - counts[code] * offset**2), 0.0)
             self._merge(keys[code], count, float(shift[code] + offset), spread)
 
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Atomic numbers present, sorted."""
+        return tuple(int(z) for z in np.flatnonzero(self._present))
+
     def statistics(
         self, isolated_energies: Mapping[int, float] | None = None, *, require_energy: bool = True
     ) -> Statistics:
@@ -198,7 +203,7 @@ class TrainingSums:
             element_references={},
             force_rms=rms,
             energy_residual_rms_per_atom=float("nan"),
-            elements=tuple(int(z) for z in np.flatnonzero(self._present)),
+            elements=self.elements,
             num_structures=self.num_structures,
             num_atoms=self.num_atoms,
             label_counts={label: count for label, count in self.labels.items() if count or label in LABELS},

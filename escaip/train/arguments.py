@@ -41,7 +41,7 @@ def prepare(argv: list[str]) -> tuple[list[str], str, dict[str, Any]]:
     """
     arguments, name, settings = [argv[0]], "run", dict[str, Any]()
     nested: dict[str, dict[str, str]] = {}
-    for option, value in _pairs(argv[1:]):
+    for option, value in pairs(argv[1:]):
         key = option.removeprefix("--").removesuffix("+")
         if option.startswith("--") and key.partition(".")[0] not in _GROUPS:
             raise ConfigError(f"unrecognized option {option}: see escaip {argv[0]} --help")
@@ -81,7 +81,7 @@ def find_checkpoint(given: str | os.PathLike[str], folder: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
-def _pairs(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
+def pairs(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
     """Yields each option with its value, None for one without."""
     rest = list(arguments)
     while rest:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from escaip.errors import CheckpointError, ConfigError
 from escaip.files import first_line, write_aside
+from escaip.signals import StopSignals
 from escaip.train.arguments import BEST, LAST
 from escaip.train.metrics import figure_name, format_table
 from escaip.types import TARGETS
@@ -91,11 +94,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
+class Stopped(SystemExit):
+    """A run ended at a signal after saving its state; the exit status is 128 and the number of the signal."""
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(128 + received)
+        self.received = received
+
+
 class BestAndLast(Checkpoint):
     """Keeps ``best.ckpt`` by a monitored figure and ``last.ckpt``, in the folder of the run.
 
     ``last.ckpt`` is written at the end of every epoch, every ``every_n_steps`` optimizer steps and at the last step,
-    but never while gradients accumulate, since they are not stored.
+    but never while gradients accumulate, since they are not stored. Ctrl-C, SIGTERM and SIGUSR1 write it after the step
+    or validation in progress and end the run with ``Stopped``; a second Ctrl-C ends it at once. A resumed run begins
+    with a copy of the best checkpoint beside the one that it resumes.
 
     Args:
         monitor: figure that ``best`` minimises.
@@ -123,24 +136,50 @@ class BestAndLast(Checkpoint):
         self.best_model_score: float | None = None
         self.best_step: int | None = None
         self._saved_step = -1
+        self._signals = StopSignals(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fixes the folder, the same on every process."""
         folder = self.dirpath or trainer.log_dir or trainer.default_root_dir
         self.dirpath = str(trainer.strategy.broadcast(str(folder)))
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the best checkpoint so far, also where nothing is left to train."""
+        self._take_over_best(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to note signals."""
+        self._signals.__enter__()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves signals to others."""
+        self._signals.__exit__()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves signals to others."""
+        self._signals.__exit__()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves within an epoch; the end of an epoch has a hook of its own."""
+        """Saves within an epoch; the end of an epoch has a hook of its own.
+
+        Raises:
+            Stopped: after a signal.
+        """
         step = trainer.global_step
         loop = trainer.fit_loop.epoch_loop
-        if not self._may_save(trainer) or step == self._saved_step or loop._should_accumulate():
+        if not self._may_save(trainer) or loop._should_accumulate():
             return
-        if _is_due(step, self.keep_every_n_steps):
-            self._save(trainer, f"step-{step}.ckpt")
-        if not loop.batch_progress.is_last_batch and (_is_due(step, self.every_n_steps) or step == trainer.max_steps):
-            self._save_last(trainer)
+        within = not loop.batch_progress.is_last_batch
+        stops = within and self._must_stop(trainer)
+        if step != self._saved_step:
+            if _is_due(step, self.keep_every_n_steps):
+                self._save(trainer, f"step-{step}.ckpt")
+            if within and (stops or _is_due(step, self.every_n_steps) or step == trainer.max_steps):
+                self._save_last(trainer)
+        if stops:
+            raise Stopped(self._signals.received or signal.SIGTERM)  # the signal of another process
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the best so far.
@@ -160,9 +199,17 @@ class BestAndLast(Checkpoint):
             self._save(trainer, BEST)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves after an epoch and its validation."""
-        if self._may_save(trainer) and trainer.global_step != self._saved_step:
+        """Saves after an epoch and its validation.
+
+        Raises:
+            Stopped: after a signal.
+        """
+        if not self._may_save(trainer):
+            return
+        if trainer.global_step != self._saved_step:
             self._save_last(trainer)
+        if self._must_stop(trainer):
+            raise Stopped(self._signals.received or signal.SIGTERM)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns path, score and step of the best checkpoint."""
@@ -172,6 +219,28 @@ class BestAndLast(Checkpoint):
         """Restores ``state_dict``."""
         for name in self.state_dict():
             setattr(self, name, state_dict[name])
+
+    def _must_stop(self, trainer: Trainer) -> bool:
+        """Whether any process has received a signal; all processes ask."""
+        received = self._signals.received is not None or trainer.received_sigterm
+        return bool(trainer.strategy.reduce_boolean_decision(received, all=False))
+
+    def _take_over_best(self, trainer: Trainer) -> None:
+        """Copies the best checkpoint of the run that is resumed; the best of another state is not taken."""
+        if not self.best_model_path or trainer.ckpt_path is None:
+            return
+        found, own = Path(trainer.ckpt_path).with_name(BEST), Path(str(self.dirpath)) / BEST
+        taken = False
+        if trainer.is_global_zero and found.is_file():
+            taken = read_checkpoint(found)["global_step"] == self.best_step
+            if taken and found.resolve() != own.resolve():
+                own.parent.mkdir(parents=True, exist_ok=True)
+                with write_aside(own, CheckpointError) as aside:
+                    shutil.copyfile(found, aside)
+        if trainer.strategy.broadcast(taken):
+            self.best_model_path = str(own)
+        else:
+            self.best_model_path, self.best_model_score, self.best_step = "", None, None
 
     def _save_last(self, trainer: Trainer) -> None:
         self.last_model_path = self._save(trainer, LAST)

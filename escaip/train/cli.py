@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -16,16 +19,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from escaip.data import AtomicDataModule
-from escaip.errors import CheckpointError, ConfigError, TrainingError
+from escaip.errors import CheckpointError, ConfigError
 from escaip.models import ModelConfig, build_config, settings_of
 from escaip.potential.loading import read_potential
 from escaip.potential.model_file import migrate
-from escaip.train.arguments import find_checkpoint, prepare
+from escaip.train.arguments import find_checkpoint, pairs, prepare
 from escaip.train.callbacks import (
     BestAndLast,
     FinalEvaluation,
     PlainCheckpointIO,
     RunReport,
+    Stopped,
     TrainingProgress,
     read_checkpoint,
     run_folder,
@@ -33,6 +37,7 @@ from escaip.train.callbacks import (
 from escaip.train.ema import WeightEMA
 from escaip.train.init_from import FREE_SETTINGS, SWITCHES, kept_architecture
 from escaip.train.module import DEFAULT_ARCHITECTURE, PotentialModule
+from escaip.train.resuming import TRAINER, DataCheck, check_settings, other_settings, trainer_settings
 
 LATEST = "latest"
 _OF_ONE_COMMAND = ("ckpt_path", "config", "lr_find", "verbose", "weights_only")
@@ -51,18 +56,45 @@ def run(argv: list[str]) -> int:
     Raises:
         ConfigError: a setting that does not exist or cannot be used.
         EscaipError: data, checkpoint or training failed; the message names the thing and the remedy.
+        SystemExit: with 128 and the number of the signal that ended the run.
     """
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
+    cli: TrainingCLI | None = None
     try:
-        build(argv).execute()
+        cli = build(argv)
+        cli.execute()
     except MisconfigurationException as error:
         raise ConfigError(_one_line(error)) from error
-    except SIGTERMException as stop:  # a SystemExit without a status, which would look like success
-        raise TrainingError(
-            "stopped by a termination signal: resume from the last checkpoint with --ckpt_path last"
-        ) from stop
+    except SystemExit as stop:
+        received = _received(stop)
+        if received is None or cli is None:
+            raise
+        if cli.trainer.is_global_zero:
+            print(f"{received.name}: {_how_to_go_on(argv, cli)}", flush=True)
+        raise SystemExit(128 + received) from stop
     return 0
+
+
+def _received(stop: SystemExit) -> signal.Signals | None:
+    """Returns the signal that a ``SystemExit`` stands for; Lightning turns Ctrl-C and SIGTERM into such."""
+    if isinstance(stop, Stopped):
+        return stop.received
+    if isinstance(stop, SIGTERMException):
+        return signal.SIGTERM
+    return signal.SIGINT if isinstance(stop.__context__, KeyboardInterrupt) else None
+
+
+def _how_to_go_on(argv: list[str], cli: TrainingCLI) -> str:
+    saved = getattr(cli.trainer.checkpoint_callback, "last_model_path", "")
+    if not saved:
+        return "stopped before a checkpoint was written" if argv[0] == "fit" else "stopped"
+    found = dict(pairs(argv[1:])).get("--lr_find", "false")
+    rate = [] if found == "false" else ["--model.learning_rate", repr(cli.model.learning_rate)]
+    kept = [(option, value) for option, value in pairs(argv[1:]) if option not in ("--ckpt_path", "--lr_find")]
+    words = [word for pair in kept for word in pair if word is not None]
+    command = shlex.join(["escaip", "fit", *words, *rate, "--ckpt_path", "last"])
+    return f"stopped at step {cli.trainer.global_step}, saved in {os.path.relpath(saved)}; continue with\n{command}"
 
 
 def build(argv: list[str]) -> TrainingCLI:
@@ -120,10 +152,11 @@ class RunFolder(SaveConfigCallback):
             config.pop(key, None)
         super().__init__(parser, config, **kwargs)
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Moves the link."""
-        folder = run_folder(trainer)  # called on the first process alone
-        if stage != "fit" or not folder.name.startswith("version_"):
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves the link, unless a check before has refused the run."""
+        folder = run_folder(trainer)
+        if not folder.name.startswith("version_"):
             return
         link = folder.parent / LATEST
         aside = folder.parent / f".{LATEST}.{os.getpid()}"
@@ -192,16 +225,15 @@ class TrainingCLI(LightningCLI):
             return
         used = {**_KEPT, **checkpoint.get("hyper_parameters", {})}
         for name in _KEPT:
-            given, value = json.dumps(config.model[name]), json.dumps(used[name])
-            if given != value:
-                value = value.strip('"')
-                raise ConfigError(
-                    f"{path} was trained with --model.{name} {value}: resume with the same, or leave --ckpt_path out "
-                    "for a new run"
-                )
+            given = json.loads(json.dumps(config.model[name]))
+            if given != used[name]:
+                raise other_settings(path, f"model.{name}", used[name], given)
         if start is not None:
             self._keep_architecture(build_config(stored), str(path), ())
         _check_same_model(config.model.architecture, stored, path)
+        self._resumed = {
+            key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")
+        }
         limit = config.trainer.max_epochs
         if limit is not None and -1 < limit < checkpoint["epoch"]:
             epoch = checkpoint["epoch"]
@@ -227,7 +259,7 @@ class TrainingCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         folder = Path(self._get(self.config, "out")) / self._get(self.config, "name")
         callbacks = [c for c in callbacks if not (isinstance(c, WeightEMA) and c.decay == 0.0)]
-        callbacks.append(RunReport())
+        callbacks += [DataCheck(), RunReport()]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(TrainingProgress())
         if config.get("enable_checkpointing") is False:
@@ -236,16 +268,23 @@ class TrainingCLI(LightningCLI):
         config["default_root_dir"] = config.get("default_root_dir") or str(folder)
         plugins = config.get("plugins") or []
         config["plugins"] = [PlainCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in config["plugins"]):
+            # Lightning would save in the middle of a step, and every later run of that name would start from there.
+            config["plugins"].append(SLURMEnvironment(auto_requeue=False))
         return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
         """Searches a learning rate with ``--lr_find true``.
 
         Raises:
-            ConfigError: together with a checkpoint, which has one already, or with a base width.
+            ConfigError: together with a checkpoint, which has one already, or with a base width; a run that is resumed
+                with other settings.
         """
         config = self.config[self.subcommand]
         if not config.lr_find:
+            if config.ckpt_path is not None:
+                given = {"hyper_parameters": self.model.hparams, "datamodule_hyper_parameters": self.datamodule.hparams}
+                check_settings(config.ckpt_path, self._resumed, {**given, TRAINER: trainer_settings(self.trainer)})
             return
         if config.ckpt_path is not None:
             raise ConfigError("--lr_find starts a run, --ckpt_path continues one: choose one of them")

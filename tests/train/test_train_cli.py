@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +20,11 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from training_stand_ins import write_molecules, write_recipe
+from training_stand_ins import labelled_molecules, write_molecules, write_recipe
 
 from escaip import load_potential
 from escaip.cli import main
+from escaip.data import AtomicDataModule
 from escaip.train import PotentialModule
 from escaip.train.cli import build
 
@@ -134,15 +137,65 @@ def test_killed_and_resumed(folder: Path) -> None:
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_a_termination_signal_is_no_success(
+def _signal_at(monkeypatch: pytest.MonkeyPatch, step: int, *signals: signal.Signals) -> None:
+    """Lets the process receive signals in the middle of a step."""
+    train = PotentialModule.training_step
+
+    def interrupted(module: PotentialModule, *batch: Any) -> Any:
+        if module.trainer.global_step == step:
+            for number in signals:
+                signal.raise_signal(number)
+        return train(module, *batch)
+
+    monkeypatch.setattr(PotentialModule, "training_step", interrupted)
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+@pytest.mark.parametrize(("name", "step"), [("SIGINT", 4), ("SIGTERM", 5), ("SIGUSR1", 3)])  # epochs of three steps
+def test_a_signal_saves_and_the_printed_line_continues(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    step: int,
+    cluster: bool,
+) -> None:
+    for key, value in {"JOB_ID": "7", "NTASKS": "1", "JOB_NAME": "job", "PROCID": "0", "LOCALID": "0"}.items():
+        if cluster:
+            monkeypatch.setenv(f"SLURM_{key}", value)
+    command = ["fit", "--config", "tiny.yaml", "--trainer.max_epochs=3", "--data.num_workers", "0"]
+    assert main([*command, "--name", "whole"]) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        _signal_at(patch, step, getattr(signal, name))
+        assert main(command) == 128 + getattr(signal, name)
+    *_, stopped, line = capsys.readouterr().out.splitlines()
+    assert stopped == f"{name}: stopped at step {step + 1}, saved in runs/tiny/version_0/last.ckpt; continue with"
+    assert line == "escaip fit --config tiny.yaml --trainer.max_epochs 3 --data.num_workers 0 --ckpt_path last"
+    assert main(shlex.split(line)[1:]) == 0
+    whole, parts = (torch.load(folder / f"runs/{run}/latest/last.ckpt", weights_only=True) for run in ("whole", "tiny"))
+    assert parts["global_step"] == whole["global_step"] == 9
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][key]), key
+    assert not list(folder.rglob("hpc_ckpt*"))
+
+
+def test_ends_without_a_checkpoint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(*_: object) -> None:
-        raise SIGTERMException
-
-    monkeypatch.setattr(PotentialModule, "training_step", stopped)
-    assert main(["fit", "--config", "tiny.yaml"]) == 1
-    assert "--ckpt_path last" in capsys.readouterr().err
+    """A second Ctrl-C, Ctrl-C before training, and what Lightning makes of SIGTERM."""
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        _signal_at(patch, 1, signal.SIGINT, signal.SIGINT)
+        assert main(["fit", "--config", "tiny.yaml"]) == 130
+    assert "SIGINT: stopped before a checkpoint was written" in capsys.readouterr().out
+    assert not list(folder.rglob("*.ckpt"))
+    assert signal.getsignal(signal.SIGINT) is before
+    for error, status in ((KeyboardInterrupt, 130), (SIGTERMException, 143)):
+        with monkeypatch.context() as patch:
+            patch.setattr(AtomicDataModule, "setup", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            assert main(["fit", "--config", "tiny.yaml"]) == status
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
 
 
 @pytest.mark.bad_input
@@ -206,6 +259,125 @@ def test_checkpoints_that_cannot_be_resumed(folder: Path, capsys: pytest.Capture
     assert "another program" in refused(foreign)
     load_potential(last, "cpu").save(folder / "model.escaip")
     assert "model.escaip" in refused(folder / "model.escaip")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and a run of two epochs that kept the second of its six steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_recipe(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", "tiny.yaml", "--checkpoint.keep_every_n_steps", "2"]) == 0
+    return folder
+
+
+@pytest.fixture
+def resumed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of ``trained`` as the working directory."""
+    shutil.copytree(trained, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    write_recipe(Path())
+    return tmp_path / "here"
+
+
+RESUME = ["fit", "--config", "tiny.yaml", "--ckpt_path", "last"]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("setting", "was", "value"),
+    [
+        ("model.learning_rate", "0.01", "0.02"),
+        ("model.warmup_fraction", "0.05", "0.5"),
+        ("model.losses.energy.weight", "1.0", "3.0"),
+        ("model.level_of_theory", "unknown", "PBE"),
+        ("model.repulsion", "0.9", "null"),
+        ("data.batch_size", "4", "5"),
+        ("data.seed", "0", "1"),
+        ("trainer.max_epochs", "2", "1"),
+        ("trainer.accumulate_grad_batches", "1", "2"),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_settings(
+    resumed: Path, capsys: pytest.CaptureFixture[str], setting: str, was: str, value: str
+) -> None:
+    assert main([*RESUME, f"--{setting}", value]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    last = "runs/tiny/version_0/last.ckpt"
+    assert f"{last} was trained with {setting} {was}, this run has {value}: " in line
+    assert line.endswith(f"--model.init_from {last}")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_run_is_resumed_with_its_own_structures(resumed: Path, capsys: pytest.CaptureFixture[str], part: str) -> None:
+    write_molecules(resumed / "other.extxyz", 16, seed=7)
+    command = [*RESUME, "--trainer.max_epochs", "3"]
+    assert main([*command, f"--data.{part}", "other.extxyz"]) == 2
+    assert "data.train 12 structures (" in (line := capsys.readouterr().err)
+    assert os.readlink("runs/tiny/latest") == "version_0"
+    assert f", this run has {12 if part == 'train' else 16} structures (" in line
+    assert "--model.init_from" in line
+    os.rename("molecules.extxyz", "moved.extxyz")
+    assert main([*command, "--data.train", "moved.extxyz", "--data.num_workers", "1", "--name", "tiny"]) == 0
+
+
+def test_a_longer_run_follows_the_schedule_of_its_length(resumed: Path) -> None:
+    """Raising the limit is allowed: the rate goes on where a run of that length has it."""
+    assert main([*RESUME, "--trainer.max_epochs", "4"]) == 0
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "4", "--name", "long"]) == 0
+    longer, whole = (_figures(resumed / f"runs/{name}/latest", "lr") for name in ("tiny", "long"))
+    assert sorted(longer) == [6, 7, 8, 9, 10, 11]
+    assert {step: longer[step] for step in range(7, 12)} == {step: whole[step] for step in range(7, 12)}
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("last.ckpt", 3), ("last.ckpt", 2), ("best.ckpt", 3), ("step-2.ckpt", 3)])
+def test_a_resumed_run_has_its_own_best_and_leaves_the_old_folder_alone(resumed: Path, name: str, epochs: int) -> None:
+    old, new = resumed / "runs/tiny/version_0", resumed / "runs/tiny/version_1"
+    before = _content(old)
+    # Nothing is better than this, so the best so far stays the best.
+    options = ["--ckpt_path", str(old / name), f"--trainer.max_epochs={epochs}", "--evaluation.max_structures", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PotentialModule, "_log_errors", _worse(PotentialModule._log_errors))
+        assert main(["fit", "--config", "tiny.yaml", *options]) == 0
+    assert _content(old) == before
+    assert {"best.ckpt", "evaluation/report.json"} <= set(_content(new))
+    assert (new / "last.ckpt").exists() == (epochs == 3)
+    best = torch.load(new / "best.ckpt", weights_only=True)["global_step"]
+    kept = torch.load(old / "best.ckpt", weights_only=True)["global_step"]
+    assert (best == kept) == (name != "step-2.ckpt")
+    report = json.loads((new / "evaluation/report.json").read_text(encoding="utf-8"))
+    assert "version_1" in report["model"]
+
+
+def _worse(log: Any) -> Any:
+    def logged(module: PotentialModule, stage: str) -> None:
+        log(module, stage)
+        module.log("val/loss", 1e9 + module.trainer.global_step, batch_size=1)
+
+    return logged
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("mixed", [False, True])
+def test_elements_of_the_validation_set_alone_are_refused_before_the_first_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mixed: bool
+) -> None:
+    monkeypatch.setattr(PotentialModule, "training_step", lambda *_: pytest.fail("a step was made"))
+    ase.io.write("ammonia.extxyz", labelled_molecules(8, names=("NH3",)))
+    ase.io.write("water.extxyz", labelled_molecules(8, names=("H2O",)))
+    train: Any = {"a": {"path": "water.extxyz"}, "b": {"path": "ammonia.extxyz"}} if mixed else "water.extxyz"
+    val: Any = {"a": {"path": "ammonia.extxyz"}} if mixed else "ammonia.extxyz"
+    shown = [json.dumps(value) if mixed else value for value in (train, val)]
+    sets = [f"--data.train={shown[0]}", f"--data.val={shown[1]}"]
+    assert main(["fit", "--config", "tiny.yaml", *sets]) == 1
+    name = ".a" if mixed else ""
+    assert f"data.val{name} holds N, which data.train{name} does not" in capsys.readouterr().err
 
 
 @pytest.mark.bad_input
