@@ -144,7 +144,17 @@ class BestAndLast(Checkpoint):
         self.dirpath = str(trainer.strategy.broadcast(str(folder)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the best checkpoint so far, also where nothing is left to train."""
+        """Takes over the best checkpoint so far, also where nothing is left to train.
+
+        Raises:
+            ConfigError: the folder holds checkpoints of another run.
+        """
+        folder = Path(str(self.dirpath))
+        is_own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == folder.resolve()
+        if not is_own and not self.last_model_path and any((folder / name).exists() for name in (BEST, LAST)):
+            raise ConfigError(
+                f"{folder} holds the checkpoints of another run: choose another --name or checkpoint.dirpath"
+            )
         self._take_over_best(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -159,7 +159,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, options: dict[st
     steps = 3 if "accumulate_grad_batches" in options else 5
     names = ("step-1.ckpt", f"step-{steps + steps // 2}.ckpt", "last-1.ckpt", "best-2.ckpt")
     for name in names[2 * bool(options) :]:
-        resumed, module = _run(tmp_path / "resumed", tmp_path / "whole" / name, **options)
+        resumed, module = _run(tmp_path / f"from-{name}", tmp_path / "whole" / name, **options)
         assert resumed.steps
         assert resumed.steps == {place: whole.steps[place] for place in whole.steps if place >= min(resumed.steps)}
         assert len(whole.steps) - len(resumed.steps) <= 10
@@ -462,7 +462,7 @@ def test_training_moves_them_to_what_the_model_leaves(tmp_path: Path) -> None:
 def test_they_stay_where_asked_and_where_given(tmp_path: Path) -> None:
     assert not _train(tmp_path, 2, refit_references=False).element_shifts.any()
     isolated = {"H": -13.0, "C": -5.0, "N": -5.5, "O": -6.0}
-    trained = _train(tmp_path, 2, isolated)
+    trained = _train(tmp_path / "isolated", 2, isolated)
     assert trained.element_references[list(ELEMENTS)].tolist() == [-13.0, -5.0, -5.5, -6.0]
     assert not trained.element_shifts.any()
 

@@ -172,12 +172,15 @@ def test_a_signal_saves_and_the_printed_line_continues(
     *_, stopped, line = capsys.readouterr().out.splitlines()
     assert stopped == f"{name}: stopped at step {step + 1}, saved in runs/tiny/version_0/last.ckpt; continue with"
     assert line == "escaip fit --config tiny.yaml --trainer.max_epochs 3 --data.num_workers 0 --ckpt_path last"
+    assert torch.load(folder / "runs/tiny/version_0/last.ckpt", weights_only=True)["global_step"] == step + 1
     assert main(shlex.split(line)[1:]) == 0
     whole, parts = (torch.load(folder / f"runs/{run}/latest/last.ckpt", weights_only=True) for run in ("whole", "tiny"))
     assert parts["global_step"] == whole["global_step"] == 9
     for key, value in whole["state_dict"].items():
         assert torch.equal(value, parts["state_dict"][key]), key
-    assert not list(folder.rglob("hpc_ckpt*"))
+    # Lightning would requeue by itself at a signal outside of training.
+    environment = build(command).trainer._accelerator_connector.cluster_environment
+    assert not getattr(environment, "auto_requeue", False)
 
 
 def test_ends_without_a_checkpoint(
@@ -336,7 +339,7 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("last.ckpt", 3), ("last.ckpt", 2), ("best.ckpt", 3), ("step-2.ckpt", 3)])
+@pytest.mark.parametrize(("name", "epochs"), [("last.ckpt", 3), ("last.ckpt", 2), ("best.ckpt", 3), ("step-4.ckpt", 3)])
 def test_a_resumed_run_has_its_own_best_and_leaves_the_old_folder_alone(resumed: Path, name: str, epochs: int) -> None:
     old, new = resumed / "runs/tiny/version_0", resumed / "runs/tiny/version_1"
     before = _content(old)
@@ -348,11 +351,24 @@ def test_a_resumed_run_has_its_own_best_and_leaves_the_old_folder_alone(resumed:
     assert _content(old) == before
     assert {"best.ckpt", "evaluation/report.json"} <= set(_content(new))
     assert (new / "last.ckpt").exists() == (epochs == 3)
-    best = torch.load(new / "best.ckpt", weights_only=True)["global_step"]
-    kept = torch.load(old / "best.ckpt", weights_only=True)["global_step"]
-    assert (best == kept) == (name != "step-2.ckpt")
+    # After step 4 the best was that of step 3, and the file has gone on since.
+    assert torch.load(old / "best.ckpt", weights_only=True)["global_step"] == 6
+    assert (_content(new)["best.ckpt"] == before["best.ckpt"]) == (name != "step-4.ckpt")
     report = json.loads((new / "evaluation/report.json").read_text(encoding="utf-8"))
     assert "version_1" in report["model"]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("options", [["--checkpoint.dirpath", "runs/tiny/version_0"], ["--trainer.logger", "false"]])
+def test_a_run_does_not_overwrite_the_checkpoints_of_another(
+    resumed: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    for file in (resumed / "runs/tiny/version_0").glob("*.ckpt"):  # where a run without a logger keeps them
+        shutil.copy(file, resumed / "runs/tiny")
+    before = _content(resumed / "runs/tiny/version_0")
+    assert main(["fit", "--config", "tiny.yaml", *options]) == 2
+    assert "holds the checkpoints of another run: choose another --name" in capsys.readouterr().err
+    assert _content(resumed / "runs/tiny/version_0") == before
 
 
 def _worse(log: Any) -> Any:
