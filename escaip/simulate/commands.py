@@ -13,7 +13,10 @@ from typing_extensions import Unpack
 from escaip.options import CalculatorOptions, ModelFile, ModelOptions, StructureFile
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from ase.calculators.calculator import BaseCalculator
+
+    from escaip.simulate.ensembles import MDSettings
 
 
 def relax(
@@ -130,17 +133,15 @@ def md(
     """
     import time
     from pathlib import Path
-    from signal import SIGINT, SIGTERM
 
     from escaip.errors import UsageError
-    from escaip.signals import StopSignals
     from escaip.simulate.ensembles import MDSettings, default_timestep
-    from escaip.simulate.md import ProgressLine, RunFiles, run_md
+    from escaip.simulate.md import ProgressLine, RunFiles
     from escaip.simulate.output import check_trajectory_name, read_structure
     from escaip.simulate.restart import RestartState
 
     # Mistyped numbers and names are reported before the model is loaded.
-    end = time.monotonic() + (math.inf if max_time is None else parse_max_time(max_time))
+    end = time.monotonic() + parse_max_time(max_time)
     check_trajectory_name(Path(out))
     if resume and overwrite:
         raise UsageError("--resume continues the run in --out, --overwrite replaces it: choose one of them")
@@ -156,14 +157,27 @@ def md(
     )  # fmt: skip
     atoms.calc = make_calculator(model, graph_skin=graph_skin, cuda_graphs=cuda_graphs, **options)
     report = None if quiet else ProgressLine()
-    with StopSignals(SIGINT, SIGTERM) as signals:
-        result = run_md(
-            atoms, settings, out=out, resume=resume, overwrite=overwrite, report=report,
-            stop=lambda: signals.received is not None or time.monotonic() >= end,
-        )  # fmt: skip
+    _run_until(end, atoms, settings, out=out, resume=resume, overwrite=overwrite, report=report)
+
+
+def _run_until(end: float, atoms: Atoms, settings: MDSettings, **options: Any) -> None:
+    """Runs to the last step, to a signal or to the time ``end`` and prints results and the command that continues."""
+    import time
+    from signal import SIGINT, SIGTERM
+
+    from escaip.signals import StopSignals
+    from escaip.simulate.md import run_md
+
+    signals = StopSignals(SIGINT, SIGTERM)
+
+    def stop() -> bool:
+        return signals.received is not None or time.monotonic() >= end
+
+    with signals:
+        result = run_md(atoms, settings, stop=stop, **options)
     print(result.summary())
     if result.steps < settings.steps:
-        why = f"time limit of {max_time}" if signals.received is None else signals.received.name
+        why = "time limit" if signals.received is None else signals.received.name
         command = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
         print(f"{why}: stopped at step {result.steps} of {settings.steps}; continue with")
         print(shlex.join(["escaip", *command, "--resume"]))
@@ -171,10 +185,12 @@ def md(
         raise SystemExit(128 + signals.received)
 
 
-def parse_max_time(text: str) -> int:
+def parse_max_time(text: str | None) -> float:
     """Returns the seconds that ``HH:MM:SS`` or ``D-HH:MM:SS`` means; raises UsageError for anything else."""
     from escaip.errors import UsageError
 
+    if text is None:
+        return math.inf
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
