@@ -319,8 +319,8 @@ def test_runs_that_cannot_be_resumed(folder: Path, capsys: pytest.CaptureFixture
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     assert main([*START, "--model.freeze", "[embedding]", "--trainer.max_epochs", "1"]) == 0
-    assert "trained with --model.init_from base.escaip" in refused("fit", "--config", "tiny.yaml")
-    assert 'trained with --model.freeze ["embedding"]' in refused(*START)
+    assert "trained with model.init_from base.escaip, this run has null" in refused("fit", "--config", "tiny.yaml")
+    assert 'trained with model.freeze ["embedding"], this run has []' in refused(*START)
     switched = [*START, "--model.freeze", "[embedding]", "--model.architecture.charge", "true"]
     assert f"model.architecture.charge is True, {last} has False" in refused(*switched)
 

@@ -248,7 +248,7 @@ def test_checkpoints_that_cannot_be_resumed(folder: Path, capsys: pytest.Capture
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     assert "raise it to go on" in refused(last, "--trainer.max_epochs", "1")
-    assert "trained with --model.optimizer soap: resume with the same" in refused(last, "--model.optimizer", "adamw")
+    assert "trained with model.optimizer soap, this run has adamw: " in refused(last, "--model.optimizer", "adamw")
     assert "num_neighbors 6, this run 5" in refused(last, "--model.architecture.num_neighbors", "5")
     assert "choose one of them" in refused(last, "--trainer.max_epochs", "4", "--lr_find", "true")
     truncated = folder / "truncated.ckpt"
