@@ -46,7 +46,7 @@ class BenchSet:
         also: tests beyond the test part, by name: files below the folder of the set.
         changes: of the recipe, by option.
         measures: further ones, by the name of a function of ``measures``.
-        energy_loss_before: of the recipe before the bench; None where it is the same now.
+        before: options whose value an arm gives as ``before``: what the recipe had before the bench.
     """
 
     real: RealSet
@@ -55,13 +55,12 @@ class BenchSet:
     also: tuple[str, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
     measures: tuple[str, ...] = ()
-    energy_loss_before: str | None = None
+    before: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """The changes of the set and those of an arm."""
         found = {**self.changes, **changes}
-        if found.get("model.losses.energy") == "before":
-            found["model.losses.energy"] = self.energy_loss_before
+        found = {name: self.before.get(name) if value == "before" else value for name, value in found.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def stores(self, data: Path, out: Path) -> dict[str, Path]:
@@ -133,8 +132,14 @@ def size(data: AtomicData) -> str:
     return "up to 20 atoms" if data.num_nodes <= 20 else "up to 40 atoms" if data.num_nodes <= 40 else "larger"
 
 
-_MOLECULES_LOSS = "{weight: 1.0, kind: mae, final_weight: null}"
-_INP_LOSS = "{weight: 10.0, kind: huber, delta: 0.1, final_weight: 50.0}"
+_MOLECULES = {
+    "model.losses.energy": "{weight: 1.0, kind: mae, final_weight: null}",
+    "model.learning_rate": 2.0e-3,
+}
+_CRYSTALS = {
+    "model.losses.energy": "{weight: 10.0, kind: huber, delta: 0.1, final_weight: 50.0}",
+    "model.learning_rate": 2.0e-3,
+}
 
 
 def _taught(name: str) -> BenchSet:
@@ -142,7 +147,7 @@ def _taught(name: str) -> BenchSet:
     architecture = {"cutoff": TAUGHT[name].cutoff, "num_neighbors": "null"}
     changes = {f"model.architecture.{key}": value for key, value in architecture.items()}
     real = RealSet(name, "", "structure", f"taught {name}", recipe="inp")
-    return BenchSet(real, 1500, changes=changes, measures=("crystal",), energy_loss_before=_INP_LOSS)
+    return BenchSet(real, 1500, changes=changes, measures=("crystal",), before=_CRYSTALS)
 
 
 _INP = dataclasses.replace(REAL["inp"], options={"keys": {"group": "group"}})
@@ -155,22 +160,22 @@ SETS = {
     one.real.name: one
     for one in (
         BenchSet(
-            REAL["threebpa"], 2000, measures=("survival", "dimers", "drift"), energy_loss_before=_MOLECULES_LOSS
+            REAL["threebpa"], 2000, measures=("survival", "dimers", "drift"), before=_MOLECULES
         ),
         BenchSet(
             RealSet("threebpa_xtb", "train.extxyz", "structure", "3BPA, GFN2-xTB labels", recipe="threebpa"),
-            2000, also=("hot", "stretched"), measures=("dimers",), energy_loss_before=_MOLECULES_LOSS,
+            2000, also=("hot", "stretched"), measures=("dimers",), before=_MOLECULES,
         ),
         BenchSet(
             RealSet("acac", "molecular/acac_train_300K.xyz", "structure", "acetylacetone at 300 K", recipe="threebpa"),
-            1500, measures=("dimers",), energy_loss_before=_MOLECULES_LOSS,
+            1500, measures=("dimers",), before=_MOLECULES,
         ),
         BenchSet(
             RealSet(
                 "ethanol", "molecular/ethanol_methanol_train.xyz", "structure", "ethanol and methanol",
                 options={"keys": {"group": "config_type"}}, recipe="threebpa",
             ),
-            1500, kind=group, energy_loss_before=_MOLECULES_LOSS,
+            1500, kind=group, before=_MOLECULES,
         ),
         BenchSet(
             RealSet(
@@ -179,23 +184,23 @@ SETS = {
                 "group", "molecules and complexes of amino acids, GFN2-xTB labels, molecules held out",
                 options={"format": "spice"}, recipe="spice_small",
             ),
-            2000, kind=charge, measures=("dimers",), energy_loss_before=_MOLECULES_LOSS,
+            2000, kind=charge, measures=("dimers",), before=_MOLECULES,
         ),
-        BenchSet(REAL["solvents"], 1000, kind=size, energy_loss_before=_MOLECULES_LOSS),
-        BenchSet(_INP, 1000, kind=group, measures=("defects",), energy_loss_before=_INP_LOSS),
+        BenchSet(REAL["solvents"], 1000, kind=size, before=_MOLECULES),
+        BenchSet(_INP, 1000, kind=group, measures=("defects",), before=_CRYSTALS),
         BenchSet(
             RealSet(
                 "silicon", "materials/mvl_Si_train.extxyz.gz", "structure", "silicon with vacancies and surfaces",
                 options={"keys": {"group": "group"}}, recipe="inp",
             ),
-            600, kind=group, energy_loss_before=_INP_LOSS,
+            600, kind=group, before=_CRYSTALS,
         ),
         BenchSet(
             RealSet(
                 "monbtaw", "materials/mvl_MoNbTaW_train.extxyz.gz", "structure", "alloys of Mo, Nb, Ta and W",
                 options={"keys": {"group": "tag"}}, recipe="inp",
             ),
-            1500, kind=group, changes={"model.architecture.density_channels": 4}, energy_loss_before=_INP_LOSS,
+            1500, kind=group, changes={"model.architecture.density_channels": 4}, before=_CRYSTALS,
         ),
         BenchSet(REAL["mptrj"], 1000),
         BenchSet(_OC20, 600),
