@@ -115,7 +115,7 @@ def test_presets_have_the_size_they_are_named_after(name: str) -> None:
 
 
 def test_round_trip_through_json() -> None:
-    config = EScAIPConfig.preset("5m", cutoff=5.0, num_neighbors=None, angular_channels=None)
+    config = EScAIPConfig.preset("5m", cutoff=5.0, num_neighbors=None, angular_channels=None, angular_values=False)
     assert EScAIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

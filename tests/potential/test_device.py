@@ -112,7 +112,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "conditioned": {"charge": True, "spin": True, "message_gate": True, "distance_table": "never"},
     "radius": {"num_neighbors": None, "aggregation": "graph_attention", "norm": "layernorm"},
     "published": {"boo_weighting": "uniform", "rank_truncation": 4, "angular_channels": None},
-    "direct": {"forces": "direct"},
+    "direct": {"forces": "direct"}, "densities": {"angular_values": True, "node_density": 3},
 }  # fmt: skip
 
 
