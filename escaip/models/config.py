@@ -228,7 +228,9 @@ class EScAIPConfig(ModelConfig):
                 f"hidden_size / num_heads = {head}"
             )
         if self.angular_values and self.angular_channels is None:
-            raise ConfigError("model setting angular_values needs angular_channels: give the channels of each degree, or set it to false")
+            raise ConfigError(
+                "model setting angular_values needs angular_channels: give the channels of each degree, or set it to false"
+            )
         for name in ("dropout", "attention_dropout", "node_dropout", "edge_dropout", "scalar_dropout",
                      "vector_dropout", "stochastic_depth"):  # fmt: skip
             if not 0.0 <= getattr(self, name) < 1.0:

@@ -85,7 +85,9 @@ def test_shares_of_an_epoch(stores: dict, sampling: dict, expected: tuple[int, i
 
 def potential(stores: dict, **options: Any) -> Potential:
     made = module(stores)
-    config = EScAIPConfig.preset("1m", hidden_size=32, num_heads=2, num_layers=1, angular_channels=(8, 4, 2, 1, 1), cutoff=4.0)
+    config = EScAIPConfig.preset(
+        "1m", hidden_size=32, num_heads=2, num_layers=1, angular_channels=(8, 4, 2, 1, 1), cutoff=4.0
+    )
     result = Potential(config).double().eval()
     result.set_statistics(made.statistics, shares=made.shares, **options)
     return result
