@@ -229,7 +229,7 @@ class EScAIPConfig(ModelConfig):
             )
         if self.angular_values and self.angular_channels is None:
             raise ConfigError(
-                "model setting angular_values needs angular_channels: give the channels of each degree, or set it to false"
+                "model setting angular_values needs angular_channels: give channels of each degree, or set it to false"
             )
         for name in ("dropout", "attention_dropout", "node_dropout", "edge_dropout", "scalar_dropout",
                      "vector_dropout", "stochastic_depth"):  # fmt: skip
@@ -264,7 +264,7 @@ class EScAIPConfig(ModelConfig):
 
 # Sizes by number of parameters of the conservative model. The larger ones have the published angular groups.
 _PUBLISHED_CHANNELS = (20, 10, 4, 10, 20)
-# Few wide Gaussians and low degrees: what training did not show stays close to what it did. Angles reach the values, and
+# Few wide Gaussians and low degrees: what training did not show stays close to what it did. Angles reach the values,
 # densities of neighbors the nodes.
 _SMOOTH: dict[str, Any] = {
     "num_radial": 10, "radial_width": 1.0, "boo_degrees": 5, "distance_table": "always", "distance_knots": 256,
