@@ -48,8 +48,15 @@ class Message(nn.Module):
             gate = torch.sigmoid(self.gate(joined))
             message = gate * torch.tanh(self.candidate(joined)) + (1.0 - gate) * edge_hidden
         else:
-            message = self.activation(self.mix(torch.cat([attributes, edge_hidden, node_hidden], -1)))
+            message = self.activation(self._mixed(attributes, edge_hidden, node_hidden))
         return self.norm(message)
+
+    def _mixed(self, *parts: Tensor) -> Tensor:
+        """``mix`` of parts ``(t, H)`` side by side, which are never joined in memory."""
+        mixed = self.mix.bias
+        for part, weight in zip(parts, self.mix.weight.chunk(len(parts), 1), strict=True):
+            mixed = torch.addmm(mixed, part, weight.T)
+        return mixed
 
 
 class NeighborhoodAttention(nn.Module):
