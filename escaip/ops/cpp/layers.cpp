@@ -41,37 +41,36 @@ void over_elements(int64_t size, int64_t threads, const F& f) {
     });
 }
 
-// (1 + 2z) e^{z²} erfc(z) as a polynomial in (z − 3)/(z + 3) (Shepherd and Laframboise, Math. Comp. 36, 249, 1981), fitted
-// at Chebyshev points for z ≥ 0: to 3e-7 in single precision and 2e-15 in double.
+// (5/2 + z) e^{z²} erfc(z) for z ≥ 0 as a polynomial in (z − 5/2)/(z + 5/2), as Shepherd and Laframboise do (Math. Comp. 36,
+// 249, 1981) with another factor: here one division serves both. Fitted at Chebyshev points, to 2e-7 in single precision
+// and 2e-16 in double.
 template <class T>
 struct Erfcx;
 template <>
 struct Erfcx<float> {
-    static constexpr float c[] = {
-        1.2530080563677557f, -0.13562023891915559f, -0.0475621569275195f, 0.12962750472172202f, -0.11927527528225443f,
-        0.068409581656347057f, -0.023763576439440728f, 0.0022865137034311354f, 0.0018750791236965137f,
-        -0.00051385051286558978f, -9.254516683443505e-05f};
+    static constexpr float c[] = {1.05403182f,   -0.804652927f, 0.453916894f,    -0.171236453f,  0.0283240492f,
+                                  0.00833682038f, -0.00467913853f, -0.000352742876f, 0.000501430519f};
 };
 template <>
 struct Erfcx<double> {
     static constexpr double c[] = {
-        1.2530080582697301, -0.13562110612457381, -0.047562294353396761, 0.12964515870214594, -0.11927366341755924,
-        0.068308027359218579, -0.023770514880143558, 0.0025293916400249417, 0.0018886900108737524, -0.00077983113459241125,
-        -0.00010515791590322789, 0.00012509484024036255, 4.942972495706626e-06, -2.0089034905234804e-05,
-        -7.1661546706584669e-07, 3.4530442137016897e-06, 3.3404105741565856e-07, -5.9539910523477157e-07,
-        -1.1851159041085926e-07, 8.7210816013824524e-08, 2.6963785810600058e-08, -7.5557262647948842e-09,
-        -3.016125013118805e-09};
+        1.054031820305718, -0.80465184943914836, 0.45391411664809, -0.17125114524609714, 0.028361550132568324,
+        0.0083930443040444707, -0.0048187855384293644, -0.00043920829036041801, 0.00070269390710797142,
+        5.8307989837124798e-05, -0.0001126060486982668, -1.9533054407664833e-05, 1.8249271699850533e-05,
+        6.7566563525676926e-06, -2.3448820552529012e-06, -1.9669673068444594e-06, 1.5147296842824178e-08,
+        4.5307067296082899e-07, 1.1499844722819421e-07, -7.3462728224834447e-08, -3.6893389536003647e-08,
+        6.2130196189227562e-09, 4.7255226045803468e-09};
 };
 
 // The normal distribution below x, and its density.
 template <class T>
 ESCAIP_INLINE void normal(Vec<T> x, Vec<T>& below, Vec<T>& density) {
     const Vec<T> z = (x < T(0) ? -x : x) * T(0.70710678118654752440);
-    const Vec<T> e = exponential<T>(-(z * z)), t = (z - T(3)) / (z + T(3));
+    const Vec<T> e = exponential<T>(-(z * z)), inverse = T(1) / (z + T(2.5)), t = T(1) - T(5) * inverse;
     Vec<T> series = zeros<T>();
     ESCAIP_UNROLL
     for (int i = int(std::size(Erfcx<T>::c)) - 1; i >= 0; --i) series = series * t + Erfcx<T>::c[i];
-    const Vec<T> tail = T(0.5) * e * series / (T(1) + T(2) * z);
+    const Vec<T> tail = T(0.5) * e * series * inverse;
     below = x < T(0) ? tail : T(1) - tail;
     density = e * T(0.39894228040143267794);
 }
