@@ -151,7 +151,7 @@ def _block(c: EScAIPConfig, basis: GaussianBasis, layer: int) -> Block:
             c.attention_dropout, c.attention_backend, needs_edges,
         ),
         c.hidden_size, c.ffn_multiplier, c.activation, c.norm, c.node_dropout, c.edge_dropout,
-        c.stochastic_depth, needs_edges, _density_update(c),
+        c.stochastic_depth, needs_edges, c.edge_ffn, _density_update(c),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from escaip.graph import TokenChunks
 from escaip.nn.density import DensityUpdate
 from escaip.nn.embedding import EdgeAttributes
-from escaip.nn.layers import FeedForward, StochasticDepth, full_precision, make_activation, make_norm
+from escaip.nn.layers import FeedForward, LinearOfParts, StochasticDepth, full_precision, make_activation, make_norm
 from escaip.ops import neighborhood_attention, sum_rows, take_rows
 from escaip.types import AtomInputs, Tokens
 
@@ -28,7 +28,7 @@ class Message(nn.Module):
             self.gate = nn.Linear(2 * hidden_size, hidden_size)
             self.candidate = nn.Linear(2 * hidden_size, hidden_size)
         else:
-            self.mix = nn.Linear(3 * hidden_size, hidden_size)
+            self.mix = LinearOfParts(3 * hidden_size, hidden_size)
         self.is_gated = gate
         self.activation = make_activation(activation)
         self.dropout = nn.Dropout(dropout)
@@ -48,15 +48,8 @@ class Message(nn.Module):
             gate = torch.sigmoid(self.gate(joined))
             message = gate * torch.tanh(self.candidate(joined)) + (1.0 - gate) * edge_hidden
         else:
-            message = self.activation(self._mixed(attributes, edge_hidden, node_hidden))
+            message = self.activation(self.mix(attributes, edge_hidden, node_hidden))
         return self.norm(message)
-
-    def _mixed(self, *parts: Tensor) -> Tensor:
-        """``mix`` of parts ``(t, H)`` side by side, which are never joined in memory."""
-        mixed = self.mix.bias
-        for part, weight in zip(parts, self.mix.weight.chunk(len(parts), 1), strict=True):
-            mixed = torch.addmm(mixed, part, weight.T)
-        return mixed
 
 
 class NeighborhoodAttention(nn.Module):
@@ -150,6 +143,7 @@ class Block(nn.Module):
         edge_dropout: float,
         stochastic_depth: float,
         needs_edges: bool,
+        edge_ffn: bool = True,
         density: DensityUpdate | None = None,
     ) -> None:
         super().__init__()
@@ -162,7 +156,8 @@ class Block(nn.Module):
         self.norm_node_ffn = make_norm(norm, hidden_size)
         self.node_ffn = FeedForward(hidden_size, multiplier, activation, node_dropout)
         self.needs_edges = needs_edges
-        if needs_edges:
+        self.has_edge_ffn = needs_edges and edge_ffn
+        if self.has_edge_ffn:
             self.norm_edge_ffn = make_norm(norm, hidden_size)
             self.edge_ffn = FeedForward(hidden_size, multiplier, activation, edge_dropout)
         self.drop_path = StochasticDepth(stochastic_depth)
@@ -206,7 +201,8 @@ class Block(nn.Module):
                 moved = moved + self.drop_path(self.node_ffn(self.norm_node_ffn(moved)), system, here)
             if self.needs_edges and edge_update is not None:
                 edge = edge + self.drop_path(edge_update, system, center)
-                edge = edge + self.drop_path(self.edge_ffn(self.norm_edge_ffn(edge)), system, center)
+                if self.has_edge_ffn:
+                    edge = edge + self.drop_path(self.edge_ffn(self.norm_edge_ffn(edge)), system, center)
             return moved, edge
 
         nodes, edges = zip(*tokens.map(update, edge, distance), strict=True)

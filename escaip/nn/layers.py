@@ -81,6 +81,17 @@ def make_norm(name: str, hidden_size: int) -> nn.Module:
     raise ConfigError(f"norm {name!r} does not exist: choose {', '.join(NORMS)}")
 
 
+class LinearOfParts(nn.Linear):
+    """A linear layer of equal parts side by side, which are never joined in memory."""
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Each ``(t, H)``, together the inputs, to ``(t, out_features)``."""
+        output: Tensor = self.bias
+        for part, weight in zip(parts, self.weight.chunk(len(parts), 1), strict=True):
+            output = torch.addmm(output, part, weight.T)
+        return output
+
+
 class FeedForward(nn.Module):
     """``H → multiplier·H → H`` with one activation."""
 

@@ -188,7 +188,7 @@ def _products(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
         yield from 2 * [_Product("projections", asking, hidden, hidden)]
         yield from _density(c)
         yield from _network("node network", "atom", hidden, c.ffn_multiplier)
-        if not (is_last and c.is_conservative):
+        if c.edge_ffn and not (is_last and c.is_conservative):
             yield from _network("edge network", "token", hidden, c.ffn_multiplier)
     yield from _readouts("node readouts", "atom", c)
     yield from _network("energy head", "atom", hidden, c.output_multiplier)

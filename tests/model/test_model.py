@@ -239,6 +239,7 @@ OPTIONS = [
     {"angular_channels": None},
     {"angular_values": True},
     {"node_density": 3},
+    {"edge_ffn": False},
     {"attention_scale": "expanded"},
     {"boo_weighting": "uniform"},
     {"charge": True, "spin": True},

@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "table for inference": {"distance_table": "inference"},
     "gate and mean": {"message_gate": True, "aggregation": "graph_attention"},
     "densities": {"node_density": 5, "angular_values": True},
+    "network on edges": {"edge_ffn": True},
     "no angles": {"angular_channels": None, "angular_values": False},
     "one layer": {"num_layers": 1, "charge": True, "spin": True, "energy_norm": False, "norm": "skip"},
     "dropout": {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth": 0.5, "boo_weighting": "uniform"},
