@@ -30,6 +30,7 @@ PROGRAMS = sorted(
 SMALL = {
     "attention": "--atoms 20 --neighbors 4 --head-sizes 32 --repeats 1 --names reference dense",
     "flops": "--presets 300k --atoms 32",
+    "step_time": "--presets 300k --structures aspirin",
     "scaling_recovery": "--repeats 1 --bootstrap 50 --only power",
 }
 
