@@ -2,10 +2,10 @@
 
 python benchmarks/step_time.py [--presets 300k 1m] [--structures aspirin] [--out FILE]
 
-Seconds are of the process, on one thread, medians without a profiler. Shares are of PyTorch's profiler: the time of each
-operator less that of the operators it calls; what no operator takes is Python and the bookkeeping of automatic
-differentiation. ``of the product`` is the operations that ``escaip.scaling.flops`` counts, divided by the seconds and by
-what a product of 1024 × 1024 matrices reaches beside them.
+Seconds are of the process, on one thread, medians without a profiler. Shares are of PyTorch's profiler: the time of
+each operator less that of the operators it calls; what no operator takes is Python and the bookkeeping of automatic
+differentiation. ``of the product`` is the operations that ``escaip.scaling.flops`` counts, divided by the seconds and
+by what a product of 1024 × 1024 matrices reaches beside them.
 """
 
 from __future__ import annotations
