@@ -17,7 +17,7 @@ from escaip.files import config_path, read_yaml
 BEST, LAST = "best.ckpt", "last.ckpt"
 _GROUPS = (
     "config", "print_config", "help", "seed_everything", "trainer", "model", "data", "name", "out", "ema", "checkpoint",
-    "evaluation", "ckpt_path", "weights_only", "lr_find", "verbose",
+    "evaluation", "ckpt_path", "weights_only", "verbose",
 )  # fmt: skip
 # Settings whose values are mappings: their nested options are merged here, since the parser keeps only the last.
 _MAPPINGS = tuple(f"data.{name}" for name in ("train", "val", "test", "split", "sampling", "isolated_energies"))

@@ -289,7 +289,7 @@ class TrainingProgress(ProgressBar):
         self._started = (0.0, 0)
 
     def disable(self) -> None:
-        """Hides the bar: on other processes, and for the learning-rate finder."""
+        """Hides the bar on other processes."""
         self._enabled = False
 
     def enable(self) -> None:

@@ -40,7 +40,7 @@ from escaip.train.module import DEFAULT_ARCHITECTURE, PotentialModule
 from escaip.train.resuming import TRAINER, DataCheck, check_settings, other_settings, trainer_settings
 
 LATEST = "latest"
-_OF_ONE_COMMAND = ("ckpt_path", "config", "lr_find", "verbose", "weights_only")
+_OF_ONE_COMMAND = ("ckpt_path", "config", "verbose", "weights_only")
 _LONGEST_MESSAGE = 400
 # Settings of a model that a run keeps when it is resumed, with those of checkpoints from before there was a choice.
 _KEPT: dict[str, Any] = {"optimizer": "adamw", "init_from": None, "init_energies": "refit", "freeze": []}
@@ -89,11 +89,9 @@ def _how_to_go_on(argv: list[str], cli: TrainingCLI) -> str:
     saved = getattr(cli.trainer.checkpoint_callback, "last_model_path", "")
     if not saved:
         return "stopped before a checkpoint was written" if argv[0] == "fit" else "stopped"
-    found = dict(pairs(argv[1:])).get("--lr_find", "false")
-    rate = [] if found == "false" else ["--model.learning_rate", repr(cli.model.learning_rate)]
-    kept = [(option, value) for option, value in pairs(argv[1:]) if option not in ("--ckpt_path", "--lr_find")]
+    kept = [pair for pair in pairs(argv[1:]) if pair[0] != "--ckpt_path"]
     words = [word for pair in kept for word in pair if word is not None]
-    command = shlex.join(["escaip", "fit", *words, *rate, "--ckpt_path", "last"])
+    command = shlex.join(["escaip", "fit", *words, "--ckpt_path", "last"])
     return f"stopped at step {cli.trainer.global_step}, saved in {os.path.relpath(saved)}; continue with\n{command}"
 
 
@@ -192,9 +190,7 @@ class TrainingCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument("--lr_find", type=bool, default=False, help="search model.learning_rate first")
-        else:
+        if subcommand != "fit":
             parser.set_defaults({"verbose": False})
         return parser
 
@@ -274,26 +270,11 @@ class TrainingCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
-        """Searches a learning rate with ``--lr_find true``.
-
-        Raises:
-            ConfigError: together with a checkpoint, which has one already, or with a base width; a run that is resumed
-                with other settings.
-        """
-        config = self.config[self.subcommand]
-        if not config.lr_find:
-            if config.ckpt_path is not None:
-                given = {"hyper_parameters": self.model.hparams, "datamodule_hyper_parameters": self.datamodule.hparams}
-                check_settings(config.ckpt_path, self._resumed, {**given, TRAINER: trainer_settings(self.trainer)})
-            return
-        if config.ckpt_path is not None:
-            raise ConfigError("--lr_find starts a run, --ckpt_path continues one: choose one of them")
-        if self.model.base_width is not None:
-            raise ConfigError(
-                "--lr_find tries one learning rate for all weights, model.base_width divides it for some: search at "
-                "the base width without it"
-            )
-        find_learning_rate(self.trainer, self.model, self.datamodule)
+        """Raises ConfigError for a run that is resumed with other settings."""
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None:
+            given = {"hyper_parameters": self.model.hparams, "datamodule_hyper_parameters": self.datamodule.hparams}
+            check_settings(path, self._resumed, {**given, TRAINER: trainer_settings(self.trainer)})
 
     def after_fit(self) -> None:
         """Validates the final weights where the run ended between two validations."""
@@ -304,23 +285,6 @@ class TrainingCLI(LightningCLI):
             return
         if "val" in self.datamodule.datasets:
             trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-
-
-def find_learning_rate(trainer: Trainer, model: PotentialModule, datamodule: AtomicDataModule) -> float:
-    """Sets and returns the learning rate at the steepest descent of the loss over 100 steps of a rising rate.
-
-    Raises:
-        ConfigError: the loss gives no suggestion.
-    """
-    from lightning.pytorch.tuner import Tuner
-
-    Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
-    finder = Tuner(trainer).lr_find(model, datamodule=datamodule, min_lr=1e-6, max_lr=1e-1, update_attr=True)
-    suggestion = finder.suggestion() if finder is not None else None
-    if suggestion is None:
-        raise ConfigError("the learning-rate finder has no suggestion for this data: set model.learning_rate")
-    print(f"learning rate found: {suggestion:.3g}")
-    return float(suggestion)
 
 
 def _loggers(given: Any, folder: Path) -> list[Any] | bool:

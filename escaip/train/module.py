@@ -52,7 +52,7 @@ class PotentialModule(LightningModule):
 
     Attributes:
         potential: the potential in training.
-        learning_rate: peak learning rate; the learning-rate finder writes it.
+        learning_rate: peak learning rate.
         resumes: set it before a fit from a checkpoint, which then does not read the file of ``init_from``.
         last_errors: errors of the last validation, ``{"model": ..., "baseline": ...}``, and for a mixture each set by
             name.

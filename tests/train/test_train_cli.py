@@ -84,14 +84,6 @@ def test_a_run_that_ends_within_an_epoch(folder: Path, capsys: pytest.CaptureFix
     assert sorted(_figures(folder / "runs/tiny/latest")) == [2, 3, 4]
 
 
-def test_learning_rate_finder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--lr_find", "true", "--trainer.max_epochs", "40", "--trainer.limit_val_batches", "0"]
-    assert main(["fit", "--config", "tiny.yaml", *options, "--trainer.max_steps", "3"]) == 0
-    found = float(capsys.readouterr().out.split("learning rate found: ")[1].split()[0])
-    rates = [float(value) for value in _figures(folder / "runs/tiny/latest", "lr").values()]
-    assert max(rates) == pytest.approx(found, rel=1e-2)
-
-
 def test_early_stopping_and_a_second_logger(folder: Path) -> None:
     stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
     stop += ["--trainer.callbacks.patience=1"]
@@ -250,7 +242,6 @@ def test_checkpoints_that_cannot_be_resumed(folder: Path, capsys: pytest.Capture
     assert "raise it to go on" in refused(last, "--trainer.max_epochs", "1")
     assert "trained with model.optimizer soap, this run has adamw: " in refused(last, "--model.optimizer", "adamw")
     assert "num_neighbors 6, this run 5" in refused(last, "--model.architecture.num_neighbors", "5")
-    assert "choose one of them" in refused(last, "--trainer.max_epochs", "4", "--lr_find", "true")
     truncated = folder / "truncated.ckpt"
     truncated.write_bytes(last.read_bytes()[:5000])
     assert "truncated.ckpt is damaged" in refused(truncated)
