@@ -79,6 +79,7 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
             "parameters": sum(array.size for array in model),
             "dtype": str(model[0].dtype),
             "forces": config.get("forces", "conservative"),
+            "energy_heads": config.get("num_energy_heads", 1),
             "elements": [chemical_symbols[z] for z in metadata["elements"]] or "any (untrained)",
             "level_of_theory": metadata["level_of_theory"],
             "datasets": metadata["datasets"],

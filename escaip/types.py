@@ -290,19 +290,23 @@ class AtomInputs(_Movable):
         charge: ``(N,)`` int64, total charge of the atom's system.
         spin_multiplicity: ``(N,)`` int64, of the atom's system.
         first_of_system: ``(N,)`` int64, index of the first atom of the atom's system.
+        dataset: ``(N,)`` int64, index of the data set of the atom's system, for models with an energy head for each; 0
+            for others.
     """
 
     atomic_numbers: Tensor
     charge: Tensor
     spin_multiplicity: Tensor
     first_of_system: Tensor
+    dataset: Tensor
 
     @classmethod
-    def of_batch(cls, batch: StructureBatch) -> AtomInputs:
-        """Reads a batch of structures."""
+    def of_batch(cls, batch: StructureBatch, dataset: Tensor | None = None) -> AtomInputs:
+        """Reads a batch of structures, of the data sets ``(B,)``."""
         first = batch.ptr[:-1][batch.batch]
         charge, spin = batch.charge[batch.batch], batch.spin_multiplicity[batch.batch]
-        return cls(batch.atomic_numbers, charge, spin, first)
+        head = torch.zeros_like(first) if dataset is None else dataset[batch.batch]
+        return cls(batch.atomic_numbers, charge, spin, first, head)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def make_potential(
 ) -> Any:
     """Returns a potential with random weights, atomic energies of −2 to 2 eV and a scale of 3 eV, in evaluation mode.
 
+    Where it has several energy heads, the last is chosen.
+
     Args:
         seed: of the weights.
         dtype: of the weights, which are drawn in float32.
@@ -45,6 +47,8 @@ def make_potential(
     potential = kind(config, metadata=metadata or PotentialMetadata(elements=elements)).to(dtype).eval()
     potential.element_references.copy_(torch.linspace(-2.0, 2.0, 119, dtype=torch.float64))
     potential.scale.fill_(3.0)
+    if potential.datasets:
+        potential.choose_dataset(potential.datasets[-1])
     if potential.model.density is not None:
         density = potential.model.density
         for table in (density.channel, density.coefficients, density.mean):

@@ -61,6 +61,8 @@ class EScAIPConfig(ModelConfig):
             attention-weighted mean of its tokens.
         activation, norm: by name, see ``escaip.nn.layers``.
         energy_norm: norm before the energy head.
+        num_energy_heads: heads of energy and direct forces on one trunk: 1 for all data sets, or one for each set of a
+            mixture, in the order of ``PotentialMetadata.datasets``.
         charge, spin: condition on total charge and on spin multiplicity.
         dropout, attention_dropout, node_dropout, edge_dropout, scalar_dropout, vector_dropout,
         stochastic_depth: probabilities, in training only.
@@ -111,6 +113,7 @@ class EScAIPConfig(ModelConfig):
     activation: str = "gelu"
     norm: str = "rmsnorm"
     energy_norm: bool = True
+    num_energy_heads: int = 1
     charge: bool = False
     spin: bool = False
     dropout: float = 0.0
@@ -191,7 +194,8 @@ class EScAIPConfig(ModelConfig):
 
     def _check_sizes(self) -> None:
         sizes = ("hidden_size", "num_layers", "num_heads", "distance_size", "element_size", "boo_degrees", "boo_size",
-                 "density_channels", "ffn_multiplier", "readout_multiplier", "output_multiplier")  # fmt: skip
+                 "density_channels", "ffn_multiplier", "readout_multiplier", "output_multiplier",
+                 "num_energy_heads")  # fmt: skip
         for name, least in {**dict.fromkeys(sizes, 1), "num_radial": 2, "distance_knots": 8}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"model setting {name} is {getattr(self, name)}: it must be at least {least}")

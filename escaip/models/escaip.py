@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,7 +16,16 @@ from escaip.models.protocol import MAX_ATOMIC_NUMBER, Model, register_model
 from escaip.nn.block import Block, Message, NeighborhoodAttention
 from escaip.nn.density import DensityInvariants, DensityUpdate
 from escaip.nn.embedding import EdgeAttributes, GaussianBasis, OrientationalOrder, SystemEmbedding
-from escaip.nn.heads import DirectForceHead, EnergyHead, Readout, ReadoutProjection, make_heads
+from escaip.nn.heads import (
+    DirectForceHead,
+    EnergyHead,
+    HeadPerSet,
+    Readout,
+    ReadoutProjection,
+    make_heads,
+    per_set,
+    read_head,
+)
 from escaip.nn.init import initialize
 from escaip.nn.layers import FeedForward, make_norm
 from escaip.ops import take_rows
@@ -54,11 +65,13 @@ class EScAIP(Model):
         self.node_readouts = nn.ModuleList(Readout(*readout) for _ in range(c.num_layers + 1))
         self.node_projection = ReadoutProjection(*projection)
         head = (c.hidden_size, c.output_multiplier, c.activation, c.norm)
-        self.energy_head = EnergyHead(*head, c.scalar_dropout, c.energy_norm)
+        sets = range(c.num_energy_heads)
+        self.energy_head = per_set([EnergyHead(*head, c.scalar_dropout, c.energy_norm) for _ in sets])
         if not c.is_conservative:
             self.edge_readouts = nn.ModuleList(Readout(*readout) for _ in range(c.num_layers + 1))
             self.edge_projection = ReadoutProjection(*projection)
-            self.force_head = DirectForceHead(*head, c.vector_dropout, c.scalar_dropout, c.force_weighting == "uniform")
+            of_edges = (*head, c.vector_dropout, c.scalar_dropout, c.force_weighting == "uniform")
+            self.force_head = per_set([DirectForceHead(*of_edges) for _ in sets])
         initialize(self, c.radial_width)
         self.heads = make_heads(c.heads, c.hidden_size)
 
@@ -66,7 +79,7 @@ class EScAIP(Model):
         """Computes per-atom energies, direct forces where the model has them, and the outputs of further heads.
 
         Args:
-            atoms: elements and systems of the ``N`` atoms.
+            atoms: elements, systems and data sets of the ``N`` atoms.
             tokens: of all atoms. Per-token features are held chunk by chunk, ``(t, H)`` each.
         """
         order = torch.cat(tokens.map(self.orientational_order))  # (N, boo_degrees)
@@ -85,9 +98,9 @@ class EScAIP(Model):
                 edges.append(edge)
 
         node = self.node_projection([read(x) for read, x in zip(self.node_readouts, nodes, strict=True)])  # (N, H)
-        energy = self.energy_head(node)  # (N,)
+        energy = read_head(self.energy_head, atoms.dataset, node)  # (N,)
         energy = energy if linear is None else energy + linear
-        forces = None if self.config.is_conservative else self._forces(node, edges, tokens)  # (N, 3)
+        forces = None if self.config.is_conservative else self._forces(atoms, node, edges, tokens)  # (N, 3)
         return ModelOutput(energy, forces, {name: head(node) for name, head in self.heads.items()})
 
     def _embed(
@@ -107,13 +120,16 @@ class EScAIP(Model):
         nodes, edges = zip(*tokens.map(embed, distance), strict=True)
         return torch.cat(nodes), edges
 
-    def _forces(self, node: Tensor, edges: Sequence[Sequence[Tensor]], tokens: TokenChunks) -> Tensor:
+    def _forces(
+        self, atoms: AtomInputs, node: Tensor, edges: Sequence[Sequence[Tensor]], tokens: TokenChunks
+    ) -> Tensor:
         """Returns direct forces ``(N, 3)`` from the features of all depths."""
 
         def read_forces(chunk: Tokens, *depths: Tensor) -> Tensor:
             edge = self.edge_projection([read(x) for read, x in zip(self.edge_readouts, depths, strict=True)])  # (t, H)
-            center = chunk.center - chunk.first
-            return self.force_head(chunk.of_atoms(node), edge, chunk.direction, chunk.log_envelope, center)
+            geometry = (chunk.direction, chunk.log_envelope, chunk.center - chunk.first)
+            dataset = chunk.of_atoms(atoms.dataset)
+            return read_head(self.force_head, dataset, chunk.of_atoms(node), edge, *geometry)
 
         return torch.cat(tokens.map(read_forces, *edges))
 
@@ -131,6 +147,15 @@ class EScAIP(Model):
             parts[part] = [named.pop(name) for name in names if name in named]
         named.pop("blocks")
         return {"embedding": list(named.values()), **parts}
+
+    def take_heads(self, chosen: Sequence[int]) -> None:
+        """Replaces the heads of energy and direct forces by copies of some; see ``Model``."""
+        for name in ("energy_head", "force_head"):
+            head = getattr(self, name, None)
+            if head is not None:
+                heads = list(head) if isinstance(head, HeadPerSet) else [head]
+                setattr(self, name, per_set([copy.deepcopy(heads[number]) for number in chosen]))
+        self.config = dataclasses.replace(self.config, num_energy_heads=len(chosen))
 
 
 def _attributes(c: EScAIPConfig, basis: GaussianBasis) -> EdgeAttributes:

@@ -29,11 +29,13 @@ class ModelConfig:
     Attributes:
         PRESETS: named sizes, each a dictionary of fields.
         heads: names of further heads, see ``escaip.nn.heads.HEADS``.
+        num_energy_heads: heads of energy and direct forces: 1 for all data sets, or one for each.
         charge, spin: whether the model is conditioned on total charge and on spin multiplicity.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     heads: tuple[str, ...] = ()
+    num_energy_heads: int = 1
     charge: bool = False
     spin: bool = False
 
@@ -131,6 +133,17 @@ class Model(nn.Module):
     def parts(self) -> dict[str, list[nn.Module]]:
         """Returns the modules of each part that can be kept from learning, by name; together the whole model."""
         return {name: [child] for name, child in self.named_children()}
+
+    def take_heads(self, chosen: Sequence[int]) -> None:
+        """Replaces the heads of energy and direct forces by copies of some, one for each data set, in place.
+
+        Args:
+            chosen: positions among the present heads; with one, there is one head for all sets.
+
+        Raises:
+            ConfigError: the model does not say how.
+        """
+        raise ConfigError(f"{type(self).__name__} has one energy head for all data sets: leave num_energy_heads out")
 
     @torch.no_grad()
     def add_elements(self, new: Sequence[int], known: Sequence[int]) -> None:

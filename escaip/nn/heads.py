@@ -94,6 +94,32 @@ class OutputMLP(nn.Module):
         return self.output(self.ffn(x))
 
 
+class HeadPerSet(nn.ModuleList):
+    """Heads of one kind, one for each data set; an atom takes the output of that of its set.
+
+    All heads are evaluated: one is less than a hundredth of a conservative model, and weights gathered for each atom
+    would be larger than its features. The outputs of the others have gradients of zero, so each is as if it were alone.
+    """
+
+    def forward(self, dataset: Tensor, *features: Tensor) -> Tensor:
+        """Set of each atom ``(N,)``, and the arguments of a head, to the output of a head, ``(N, ...)``."""
+        output, *others = [head(*features) for head in self]
+        for number, other in enumerate(others, 1):
+            output = torch.where((dataset == number).view(-1, *[1] * (other.dim() - 1)), other, output)
+        return output
+
+
+def per_set(heads: Sequence[nn.Module]) -> nn.Module:
+    """Joins heads of one kind, one for each data set; a single one is for all and stays as it is."""
+    return heads[0] if len(heads) == 1 else HeadPerSet(heads)
+
+
+def read_head(head: nn.Module, dataset: Tensor, *features: Tensor) -> Tensor:
+    """Evaluates what ``per_set`` returned; see ``HeadPerSet``."""
+    output: Tensor = head(dataset, *features) if isinstance(head, HeadPerSet) else head(*features)
+    return output
+
+
 class EnergyHead(nn.Module):
     """Per-atom energy from node features."""
 

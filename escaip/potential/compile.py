@@ -530,7 +530,7 @@ def compile_example(settings: GraphSettings, dtype: torch.dtype, device: torch.d
     graph = build_graph(batch, settings)
     vectors = displacements(positions, batch.cell, system, graph)
     ones = torch.ones_like(system)
-    atoms = AtomInputs(6 * ones, 0 * ones, ones, 8 * system)
+    atoms = AtomInputs(6 * ones, 0 * ones, ones, 8 * system, system)
     inputs = EvaluationInputs(vectors, torch.ones(13, dtype=dtype), atoms, graph)
     inputs = EvaluationInputs.from_flat([x.to(device) for x in inputs.flat()])
     inputs = pad(inputs, Sizes.of(inputs).at_least_two())

@@ -30,7 +30,7 @@ from escaip.types import ModelOutput
 FORMATS = ("escaip", "aoti")
 SUFFIX = ".pt2"
 WEIGHTS = "weights.safetensors"
-VERSION = 3
+VERSION = 4
 _LOAD_INSTEAD = "load the .escaip file (escaip export PACKAGE --format escaip writes it)"
 _WARNING = (
     "a package is machine code for this kind of processor and this torch version: exchange .escaip files instead, and "

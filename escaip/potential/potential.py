@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,11 @@ class Potential(PreciseTables):
     ``E = Σ_i (reference[Z_i] + shift[Z_i] + scale · ε_i) + charge_energies[Q]`` with ``ε_i`` the model's per-atom
     energies, summed in float64, plus a repulsion at short distances. Atoms share the energy of the total charge ``Q``
     equally; models that are not conditioned on charge have no such term. Potentials trained on several data sets have
-    references, shifts, energies of charges and a scale for each, chosen by ``batch.dataset`` or, where that is −1, by
-    ``choose_dataset``. Forces are ``−∂E/∂r`` or, for direct-force models, ``scale ·`` the force head; stress is
-    ``(1/V) ∂E/∂ε`` for a symmetric strain ``ε``, positive in tension. Positions and cells are read in float64,
-    displacements formed in float64 and cast to the model's dtype (float32 or float64).
+    references, shifts, energies of charges and a scale for each, and some models a head for each
+    (``num_energy_heads``), chosen by ``batch.dataset`` or, where that is −1, by ``choose_dataset``. Forces are
+    ``−∂E/∂r`` or, for direct-force models, ``scale ·`` the force head; stress is ``(1/V) ∂E/∂ε`` for a symmetric strain
+    ``ε``, positive in tension. Positions and cells are read in float64, displacements formed in float64 and cast to the
+    model's dtype (float32 or float64).
 
     Args:
         config: the model.
@@ -103,8 +104,19 @@ class Potential(PreciseTables):
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """Names of the sets with references of their own; empty when there is one set of references for all."""
-        return self.metadata.datasets if self.element_references.dim() == 2 else ()
+        """Names of the sets with references or heads of their own, numbers as long as heads have no names; or none."""
+        count = self.config.num_energy_heads
+        names = self.metadata.datasets if count > 1 or self.element_references.dim() == 2 else ()
+        return names or (tuple(map(str, range(count))) if count > 1 else ())
+
+    def check_sets(self, names: Sequence[str]) -> None:
+        """Raises ConfigError where the model has an energy head for each set, and there are other than these sets."""
+        count, named = self.config.num_energy_heads, [name for name in names if name]
+        if count > 1 and len(named) != count:
+            raise ConfigError(
+                f"num_energy_heads is {count}, one for each data set, but training has {len(named)} sets by name "
+                f"({', '.join(named) or 'none'}): set model.architecture.num_energy_heads to {max(len(named), 1)}"
+            )
 
     def choose_dataset(self, name: str | None) -> None:
         """Chooses the references and scale of structures that state no data set.
@@ -168,9 +180,11 @@ class Potential(PreciseTables):
                 are equal outputs of the model) or ``"per_set"``.
 
         Raises:
-            ConfigError: the force RMS of a set with forces is not a positive number, or an unknown ``scale``.
+            ConfigError: the force RMS of a set with forces is not a positive number, an unknown ``scale``, or another
+                number of sets than the model has energy heads, where it has several.
         """
         found = statistics if isinstance(statistics, Mapping) else {"": statistics}
+        self.check_sets(list(found))
         references, scales = references_of(found, shares, scale)
         if not isinstance(statistics, Mapping):
             references, scales = references[0].nan_to_num(0.0), scales[0]
@@ -240,7 +254,7 @@ class Potential(PreciseTables):
             neighbors: pairs complete up to ``search_cutoff`` or beyond; by default those attached to the batch, or a
                 fresh list.
             graph: of ``graph_of``, valid at these positions; the batch is then not checked, and the host waits for
-                the device only where it looks up several sets of atomic energies.
+                the device only where it looks up several sets of atomic energies or heads.
             compute_forces: whether forces are computed.
             compute_stress: whether stress is computed; conservative models only.
             compute_virials: whether atomic virials are computed; conservative models only.
@@ -258,6 +272,7 @@ class Potential(PreciseTables):
         graph = self.graph_of(batch, neighbors) if graph is None else graph
         positions, cell = batch.positions.to(torch.float64), batch.cell.to(torch.float64)
         scale = self.atomic_scale(batch)
+        dataset = self._dataset_codes(batch) if self.config.num_energy_heads > 1 else None
         weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
         learning = torch.is_grad_enabled() and (create_graph or not differentiate)
         check_precision(self.precision, self.dtype, self.device)
@@ -265,7 +280,7 @@ class Potential(PreciseTables):
 
         with torch.enable_grad() if differentiate else torch.set_grad_enabled(torch.is_grad_enabled()):
             vectors = displacements(positions, cell, batch.batch, graph)  # (T + X, 3)
-            inputs = EvaluationInputs(vectors, weight, AtomInputs.of_batch(batch), graph)
+            inputs = EvaluationInputs(vectors, weight, AtomInputs.of_batch(batch, dataset), graph)
             output, gradient = self.evaluator(self.model, inputs, request)
             offsets = self.atomic_references(batch) + self.atomic_shifts(batch)
             atomic_energies = offsets + scale * output.energy.double()

@@ -191,11 +191,12 @@ def _products(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
         if c.edge_ffn and not (is_last and c.is_conservative):
             yield from _network("edge network", "token", hidden, c.ffn_multiplier)
     yield from _readouts("node readouts", "atom", c)
-    yield from _network("energy head", "atom", hidden, c.output_multiplier)
-    yield _Product("energy head", "atom", hidden, 1, last=True)
+    for _ in range(c.num_energy_heads):  # all are evaluated
+        yield from _network("energy head", "atom", hidden, c.output_multiplier)
+        yield _Product("energy head", "atom", hidden, 1, last=True)
     if not c.is_conservative:
         yield from _readouts("edge readouts", "token", c)
-        for rows, outputs in (("token", 3), ("atom", 1)):
+        for rows, outputs in c.num_energy_heads * (("token", 3), ("atom", 1)):
             yield from _network("force head", rows, hidden, c.output_multiplier)
             yield _Product("force head", rows, hidden, outputs)
 
@@ -299,6 +300,8 @@ def profile_flops(model: EScAIPConfig | Potential, batch: StructureBatch, mode: 
     with torch.random.fork_rng(devices=[]):
         potential = Potential(config).to(batch.positions.device).train(training)
     potential.recompute = False  # computing something again is no useful work
+    if potential.datasets:
+        potential.choose_dataset(potential.datasets[0])  # each costs the same
     graph = potential.graph_of(batch)
     if not training:
         kept_tables(potential.model)  # kept between predictions, so made before the counting

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from escaip.data import AtomicDataModule
+from escaip.data.datamodule import named_sets
 from escaip.errors import CheckpointError, ConfigError
 from escaip.models import ModelConfig, build_config, settings_of
 from escaip.potential.loading import read_potential
@@ -35,7 +36,7 @@ from escaip.train.callbacks import (
     run_folder,
 )
 from escaip.train.ema import WeightEMA
-from escaip.train.init_from import FREE_SETTINGS, SWITCHES, kept_architecture
+from escaip.train.init_from import FREE_SETTINGS, HEADS, SWITCHES, kept_architecture
 from escaip.train.module import DEFAULT_ARCHITECTURE, PotentialModule
 from escaip.train.resuming import TRAINER, DataCheck, check_settings, other_settings, trainer_settings
 
@@ -43,7 +44,9 @@ LATEST = "latest"
 _OF_ONE_COMMAND = ("ckpt_path", "config", "verbose", "weights_only")
 _LONGEST_MESSAGE = 400
 # Settings of a model that a run keeps when it is resumed, with those of checkpoints from before there was a choice.
-_KEPT: dict[str, Any] = {"optimizer": "adamw", "init_from": None, "init_energies": "refit", "freeze": []}
+_KEPT: dict[str, Any] = {
+    "optimizer": "adamw", "init_from": None, "init_energies": "refit", "init_dataset": None, "freeze": [],
+}  # fmt: skip
 
 
 def run(argv: list[str]) -> int:
@@ -237,12 +240,15 @@ class TrainingCLI(LightningCLI):
 
     def _keep_architecture(self, config: ModelConfig, place: str, switches: Sequence[str]) -> None:
         """Takes the architecture of the weights that a training starts from."""
-        model, options = self.config[self.config.subcommand].model, dict[str, Any]()
+        run, options = self.config[self.config.subcommand], dict[str, Any]()
+        model = run.model
         for key, value in self._options.items():
             options.update(value if key == "model.architecture" else {key.removeprefix("model.architecture."): value})
         given = {name: value for name, value in model.architecture.items() if name not in options}
         recipe = {} if given == DEFAULT_ARCHITECTURE else given
         model.architecture, other = kept_architecture(config, place, options, recipe, switches)
+        if HEADS in switches and HEADS not in options and model.architecture.get(HEADS, 1) > 1:
+            model.architecture[HEADS] = max(1, len(named_sets("data.train", run.data.train)))
         if other:
             rank_zero_only(print)(
                 f"model.architecture of the configuration does not apply: {place} has another {', '.join(other)}"

@@ -26,8 +26,9 @@ FREE_SETTINGS = (
     "vector_dropout", "stochastic_depth",
 )  # fmt: skip
 """Settings that may differ between weights and the run that trains them: they do not change the function."""
-SWITCHES = ("charge", "spin")
-"""Settings that may be switched on: their embeddings start at zero."""
+HEADS = "num_energy_heads"
+SWITCHES = ("charge", "spin", HEADS)
+"""Settings that may be switched on, since their embeddings start at zero, and the number of heads, which are copied."""
 
 _MAX_STRUCTURES = 10_000  # of each set, for the refit
 
@@ -37,7 +38,7 @@ def contradictions(config: ModelConfig, given: Mapping[str, Any], switches: Sequ
     have = _settings(config)
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     changed = [name for name, value in plain.items() if value != have.get(name) and name not in FREE_SETTINGS]
-    return [name for name in changed if not (name in switches and plain[name] is True)]
+    return [name for name in changed if not (name in switches and (plain[name] is True or name == HEADS))]
 
 
 def kept_architecture(
@@ -54,7 +55,7 @@ def kept_architecture(
         place: their file, for messages.
         options: settings given on the command line.
         recipe: settings of the configuration file; they apply if the weights allow all of them.
-        switches: settings that may be switched on.
+        switches: settings that may be switched on, or change.
 
     Returns:
         All settings, and the names of those of the recipe that the weights do not allow.
@@ -100,28 +101,31 @@ def start_from(
     structures: Any,
     keep: bool,
     device: torch.device,
+    init_dataset: str | None = None,
 ) -> str:
     """Gives a potential the weights, scale and pair terms of a file, and atomic energies for a training set.
 
     Its forces are then those of the file to the last bit, and its energies differ by atomic energies and energies of
     charges alone. These are fitted (``fit_compositions``) to the labels less the energy of interaction that the file
-    predicts. Elements that the file lacks start from the mean of those that it has.
+    predicts. Elements that the file lacks start from the mean of those that it has. Each set takes energies, scale and
+    head of the set of the same name in the file, or of ``init_dataset``.
 
     Args:
-        potential: with the architecture of the file, charge and spin switched on or not.
+        potential: with the architecture of the file, charge and spin switched on or not, and any number of heads.
         path: a model file or ``example:NAME``.
         statistics: of the training set, or of each set of a mixture by name.
         structures: the training set; of a larger one 10 000, evenly spread.
         keep: keep atomic energies of the file, and fit those that it lacks. Sets without energies keep them too.
         device: where the file predicts.
+        init_dataset: the set of the file for sets whose name the file does not know.
 
     Returns:
         A line that says what was done.
 
     Raises:
         CheckpointError: the file cannot be read.
-        ConfigError: another architecture, several sets of energies in the file and no choice among them, elements that
-            cannot be added, or energies of isolated atoms beside ``keep``.
+        ConfigError: another architecture, several sets of energies or heads in the file and no choice among them,
+            elements that cannot be added, or energies of isolated atoms beside ``keep``.
     """
     base, given = read_potential(path), settings_of(potential.config)
     for name in contradictions(base.config, given):
@@ -129,12 +133,17 @@ def start_from(
     sets = {"": statistics} if isinstance(statistics, Statistics) else dict(statistics)
     if keep and not all(item.references_fitted for item in sets.values()):
         raise ConfigError("data.isolated_energies contradicts model.init_energies keep: leave one of them out")
+    potential.check_sets(list(sets))
     known = base.metadata.elements or tuple(range(1, MAX_ATOMIC_NUMBER + 1))
     new = sorted({z for item in sets.values() for z in item.elements}.difference(known))
+    kept = [keep or (item.references_fitted and not item.label_counts.get("energy", 0)) for item in sets.values()]
+    rows = _rows_of(base, path, list(sets), init_dataset, any(kept))
+    tables = [getattr(base, name) for name in ENERGY_BUFFERS]
+    has_rows = base.element_references.dim() == 2
+    tables = [table[rows] if has_rows else table.expand(len(rows), *table.shape).clone() for table in tables]
+    heads = _take_heads(base, potential, path, dict(zip(sets, rows, strict=True)))
     _copy_weights(base, potential, new, known, path)
 
-    kept = [keep or (item.references_fitted and not item.label_counts.get("energy", 0)) for item in sets.values()]
-    tables = _energies_of(base, path, list(sets), any(kept))
     origin = {"file": Path(path).name, "sha256": sha256(resolve(path)), **base.metadata.to_dict()}
     base.set_metadata(PotentialMetadata())  # accepts elements that were added
     base, elements, said = base.to(device), set[int](), dict[str, list[str]]()
@@ -152,7 +161,9 @@ def start_from(
     metadata = replace(potential.metadata, elements=tuple(sorted(elements)), datasets=names)
     potential.set_metadata(replace(metadata, provenance={"init_from": origin}))
     line = "; ".join(f"atomic energies {what}{'' if single else ' for ' + ', '.join(of)}" for what, of in said.items())
-    return f"start: {path}; {line}" + (f"; new elements {_symbols(new)}, as the mean of the others" if new else "")
+    return f"start: {path}; {heads}{line}" + (
+        f"; new elements {_symbols(new)}, as the mean of the others" if new else ""
+    )
 
 
 def _copy_weights(base: Potential, potential: Potential, new: Sequence[int], known: Sequence[int], path: str) -> None:
@@ -169,21 +180,43 @@ def _copy_weights(base: Potential, potential: Potential, new: Sequence[int], kno
         potential.get_parameter(name).zero_()
 
 
-def _energies_of(base: Potential, path: str, names: Sequence[str], needs_one: bool) -> list[Tensor]:
-    """Returns a copy of each of ``ENERGY_BUFFERS`` with a row for each named set: that of the same name in the file.
+def _rows_of(base: Potential, path: str, names: Sequence[str], init_dataset: str | None, needs_one: bool) -> list[int]:
+    """Returns for each named set the position of that of the same name in the file, or else of ``init_dataset``.
 
-    A set whose name the file lacks takes any row, if only the scale counts and all rows have the same.
+    A set that has neither takes the first, if only the scale counts and all have the same.
     """
-    tables = [getattr(base, name) for name in ENERGY_BUFFERS]
-    if not base.datasets:
-        return [table.expand(len(names), *table.shape).clone() for table in tables]
-    rows = [base.datasets.index(name) if name in base.datasets else -1 for name in names]
-    if -1 in rows and (needs_one or len(base.scale.unique()) > 1):
+    base.choose_dataset(init_dataset)  # refuses other names
+    base.choose_dataset(None)
+    known = base.datasets
+    if len(known) < 2:
+        return [0] * len(names)
+    chosen = [name if name in known else init_dataset for name in names]
+    differ = needs_one or len(base.scale.unique()) > 1 or base.config.num_energy_heads > 1
+    if None in chosen and differ:
+        what = "a head" if base.config.num_energy_heads > 1 else "energies"
         raise ConfigError(
-            f"{path} has energies for each of {', '.join(base.datasets)}: name the sets of data.train likewise "
-            f"({{{base.datasets[0]}: {{path: ...}}}})"
+            f"{path} has {what} for each of {', '.join(known)}: name the one to start from in model.init_dataset, or "
+            f"name the sets of data.train likewise ({{{known[0]}: {{path: ...}}}})"
         )
-    return [table[rows] for table in tables]
+    return [0 if name is None else known.index(name) for name in chosen]
+
+
+def _take_heads(base: Potential, potential: Potential, path: str, rows: Mapping[str, int]) -> str:
+    """Gives the potential of the file the heads that the training wants, and returns what was done in words."""
+    had, wanted = base.config.num_energy_heads, potential.config.num_energy_heads
+    if had == wanted == 1:
+        return ""
+    names = base.datasets if had > 1 else ("the file",)
+    chosen = [row if had > 1 else 0 for row in rows.values()]
+    if wanted == 1 and len(set(chosen)) > 1:
+        raise ConfigError(
+            f"{path} has another head for each of {', '.join(rows)}, and model.architecture.{HEADS} is 1: set it to "
+            f"{len(rows)}"
+        )
+    base.model.take_heads(chosen if wanted > 1 else chosen[:1])
+    base.config = base.model.config
+    said = [f"{name} from {names[row]}".lstrip() for name, row in zip(rows, chosen, strict=True)]
+    return f"energy heads {', '.join(said)}; "
 
 
 def _fit_set(

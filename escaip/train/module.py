@@ -78,6 +78,7 @@ class PotentialModule(LightningModule):
         bond_guard: float | None = 0.9,
         init_from: str | None = None,
         init_energies: Literal["refit", "keep"] = "refit",
+        init_dataset: str | None = None,
         freeze: Sequence[str] = (),
     ) -> None:
         """Builds the potential.
@@ -114,6 +115,8 @@ class PotentialModule(LightningModule):
                 training starts from (docs/howto/finetune.md).
             init_energies: ``refit`` fits atomic energies to the labels before the first step; ``keep`` keeps those of
                 the file.
+            init_dataset: of a file with several data sets, the one whose energies, scale and head those sets of
+                ``data.train`` take whose name the file does not have.
             freeze: parts of the model that do not learn: embedding, blocks.0, ..., readouts, heads.
 
         Raises:
@@ -130,7 +133,7 @@ class PotentialModule(LightningModule):
         self.pair_terms = {"repulsion": repulsion, "core_guard": core_guard, "bond_guard": bond_guard}
         for name, fraction in self.pair_terms.items():
             check_fraction(fraction, name)
-        _check_start(init_from, freeze, self.pair_terms)
+        _check_start(init_from, init_dataset, freeze, self.pair_terms)
         config = build_config(dict(architecture))
         _check_losses(losses, config)
         self.save_hyperparameters(_plain(settings), logger=False)
@@ -145,6 +148,7 @@ class PotentialModule(LightningModule):
             scale_outputs(self.potential.model, config, base_width)
         freeze_parts(self.potential.model, freeze)
         self.init_from, self.init_energies, self.resumes = init_from, init_energies, False
+        self.init_dataset = init_dataset
         self.potential.recompute = True if recompute else None
         if compile:
             self.potential.compile()
@@ -216,7 +220,8 @@ class PotentialModule(LightningModule):
                 "model.init_from looks at the training structures: give the data module datasets['train']"
             )
         device = self.trainer.strategy.root_device
-        rank_zero_only(print)(start_from(self.potential, str(self.init_from), statistics, structures, keep, device))
+        place, of = str(self.init_from), self.init_dataset
+        rank_zero_only(print)(start_from(self.potential, place, statistics, structures, keep, device, of))
 
     def _fit_energies(self, structures: Any, sets: Sequence[Statistics]) -> None:
         """Fits onsets of the pair terms, energies of charges and the linear energy, before training begins."""
@@ -454,9 +459,13 @@ def _check_schedule(learning_rate: float, weight_decay: float, warmup: float, fi
             raise ConfigError(f"{name} is {value}: it must be in [0, 1]")
 
 
-def _check_start(init_from: str | None, freeze: Sequence[str], pair_terms: Mapping[str, float | None]) -> None:
+def _check_start(
+    init_from: str | None, init_dataset: str | None, freeze: Sequence[str], pair_terms: Mapping[str, float | None]
+) -> None:
     if init_from is None and freeze:
         raise ConfigError("model.freeze would keep random weights: name the potential in model.init_from")
+    if init_from is None and init_dataset is not None:
+        raise ConfigError("model.init_dataset names a set of no file: name the potential in model.init_from")
     if init_from is not None and pair_terms != DEFAULT_PAIR_TERMS:
         raise ConfigError(
             "model.init_from keeps the repulsion and guards of its file: leave model.repulsion, core_guard and "

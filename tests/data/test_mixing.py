@@ -15,6 +15,7 @@ from escaip.calculators import EScAIPCalculator
 from escaip.data import AtomicData, AtomicDataModule, Store, collate, fit_statistics
 from escaip.data.prepare import prepare
 from escaip.errors import ConfigError, DataError, UnsupportedElementError
+from escaip.info import describe_model
 
 OFFSETS = {"low": {1: -1.0, 6: -7.0}, "high": {1: -13.0, 6: -1000.0, 8: -2000.0}}
 
@@ -83,11 +84,10 @@ def test_shares_of_an_epoch(stores: dict, sampling: dict, expected: tuple[int, i
     assert f"an epoch takes {expected[0]} of low, {expected[1]} of high" in made.summary()
 
 
-def potential(stores: dict, **options: Any) -> Potential:
+def potential(stores: dict, num_energy_heads: int = 1, **options: Any) -> Potential:
     made = module(stores)
-    config = EScAIPConfig.preset(
-        "1m", hidden_size=32, num_heads=2, num_layers=1, angular_channels=(8, 4, 2, 1, 1), cutoff=4.0
-    )
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_heads": 2, "num_layers": 1, "angular_channels": (8, 4, 2, 1, 1)}
+    config = EScAIPConfig.preset("1m", **sizes, cutoff=4.0, num_energy_heads=num_energy_heads)
     result = Potential(config).double().eval()
     result.set_statistics(made.statistics, shares=made.shares, **options)
     return result
@@ -113,6 +113,23 @@ def test_energies_follow_the_set_and_forces_do_not(stores: dict, tmp_path: Path)
         assert atoms.get_potential_energy() == pytest.approx(float(out.energy[code]), rel=1e-12)
 
 
+def test_heads_are_chosen_by_the_name_of_their_set(stores: dict, tmp_path: Path) -> None:
+    model = potential(stores, num_energy_heads=2)
+    data = [molecules("low", 1, 3)[0] for _ in range(2)]
+    for code, item in enumerate(data):
+        item.dataset = torch.tensor([code])
+    forces = model(collate(data)).forces.detach().split(5)
+    assert float((forces[0] - forces[1]).abs().max()) > 1e-3
+    model.save(tmp_path / "heads.escaip")
+    assert describe_model(tmp_path / "heads.escaip")["energy_heads"] == 2
+    for name, expected in zip(("low", "high"), forces, strict=True):
+        atoms = molecules("low", 1, 3)[0].to_ase()
+        (predicted,) = load_potential(tmp_path / "heads.escaip", dataset=name).predict([atoms])
+        atoms.calc = EScAIPCalculator(tmp_path / "heads.escaip", dataset=name)
+        for found in (predicted.forces, torch.tensor(atoms.get_forces())):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_scale_shared_or_per_set(stores: dict) -> None:
     made = module(stores)
     rms = [statistics.force_rms for statistics in made.statistics.values()]
@@ -124,8 +141,9 @@ def test_scale_shared_or_per_set(stores: dict) -> None:
 
 
 @pytest.mark.bad_input
-def test_a_potential_of_several_sets_wants_to_know_which(stores: dict, tmp_path: Path) -> None:
-    model = potential(stores)
+@pytest.mark.parametrize("num_energy_heads", [1, 2])
+def test_a_potential_of_several_sets_wants_to_know_which(stores: dict, tmp_path: Path, num_energy_heads: int) -> None:
+    model = potential(stores, num_energy_heads)
     with pytest.raises(ConfigError, match=r"references for each of low, high: say whose energies are meant"):
         model(collate(molecules("low", 1, 3)))
     with pytest.raises(ConfigError, match="dataset 'hihg' has no references in this potential, which has low, high"):
@@ -139,6 +157,15 @@ def test_a_potential_of_several_sets_wants_to_know_which(stores: dict, tmp_path:
     model.save(tmp_path / "m.escaip")
     with pytest.raises(ConfigError, match="dataset 'x' has no references"):
         load_potential(tmp_path / "m.escaip", dataset="x")
+
+
+@pytest.mark.bad_input
+def test_there_is_a_head_for_each_set(stores: dict) -> None:
+    with pytest.raises(ConfigError, match=r"num_energy_heads is 3, .* has 2 sets by name \(low, high\): set .* to 2"):
+        potential(stores, num_energy_heads=3)
+    single = Potential(EScAIPConfig.preset("1m", num_energy_heads=2))
+    with pytest.raises(ConfigError, match=r"has 0 sets by name \(none\): set model.architecture.num_energy_heads to 1"):
+        single.set_statistics(module(stores["low"]).statistics)
 
 
 @pytest.mark.bad_input

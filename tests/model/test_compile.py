@@ -65,8 +65,8 @@ def run_flat(potential: Potential, tensors: list[Tensor]) -> list[Tensor]:
     return flat_evaluation(model, kept_tables(model), tensors, potential.config.is_conservative, False)
 
 
-@pytest.mark.parametrize("options", [{}, {"forces": "direct"}, {"num_neighbors": None}, {"charge": True}],
-                         ids=["default", "direct", "radius", "charge"])  # fmt: skip
+@pytest.mark.parametrize("options", [{"num_energy_heads": 2}, {"forces": "direct"}, {"num_neighbors": None},
+                                     {"charge": True}], ids=["heads", "direct", "radius", "charge"])  # fmt: skip
 @pytest.mark.parametrize("more", [(1, 1, 0, 0), (3, 17, 5, 40), (2, 2, 1, 0), (0, 0, 4, 9), (5, 100, 0, 1)])
 def test_added_rows_change_nothing(options: dict[str, object], more: tuple[int, int, int, int]) -> None:
     potential = make_frozen(**options)
@@ -116,7 +116,10 @@ def batches() -> list[Batch]:
         crystal = ase.build.bulk("Cu", cubic=True).repeat((1 + seed % 3, 1, 1))
         waters = [ase.build.molecule("H2O") for _ in range(1 + seed)]
         made.append(rattled(crystal, ase.build.molecule("CH3CH2OH"), *waters))
-    return [batch_of(*structures) for structures in made]
+    found = [batch_of(*structures) for structures in made]
+    for batch in found:
+        batch.dataset = torch.arange(batch.num_graphs) % 2  # for models with a head for each
+    return found
 
 
 def make_potential(backend: str = "", **overrides: object) -> Potential:
@@ -171,7 +174,8 @@ def scale_weights(potential: Potential, in_place: bool) -> None:
 
 OPTIONS = [
     {},
-    {"forces": "direct", "angular_values": True, "num_layers": 1},
+    {"forces": "direct", "angular_values": True, "num_layers": 1, "num_energy_heads": 2},
+    {"num_energy_heads": 2, "num_layers": 1},
     {"node_density": 3, "num_layers": 1},
     {"distance_table": "inference", "charge": True, "num_layers": 1},
     {"aggregation": "graph_attention", "boo_weighting": "uniform", "angular_values": True, "num_layers": 1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -68,7 +69,10 @@ def test_system_embedding_distinguishes_charges_and_spins() -> None:
     torch.manual_seed(0)
     embed = SystemEmbedding(4, charge=True, spin=True)
     token, zeros = torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)
-    atoms, center = AtomInputs(zeros, torch.tensor([-1, 2]), torch.tensor([1, 2]), zeros), torch.tensor([0, 1, 1])
+    atoms, center = (
+        AtomInputs(zeros, torch.tensor([-1, 2]), torch.tensor([1, 2]), zeros, zeros),
+        torch.tensor([0, 1, 1]),
+    )
     out = embed(token, atoms, center)
     assert not torch.equal(out[0], out[1])
     assert torch.equal(out[1], out[2])
@@ -244,6 +248,7 @@ OPTIONS = [
     {"boo_weighting": "uniform"},
     {"charge": True, "spin": True},
     {"energy_norm": False},
+    {"num_energy_heads": 2},
     {"attention_backend": "reference"},
 ]
 
@@ -316,6 +321,27 @@ def test_charge_and_spin_matter_only_when_asked_for() -> None:
     aware = make_potential(charge=True, spin=True).eval()(batch).energy
     assert plain[0] == pytest.approx(plain[1].item(), rel=1e-6)
     assert (aware[0] - aware[1]).abs() > 1e-5
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+def test_a_head_among_several_is_as_if_it_were_alone(forces: str) -> None:
+    """To the last bit, beside structures of other sets."""
+    structures = [ase.build.molecule(name) for name in ("CH3OH", "CH4", "H2O")]
+    potential, batch, sets = make_potential(forces=forces, num_energy_heads=3), batch_of(*structures), (2, 0, 1)
+    batch.dataset = torch.tensor(sets)
+    found, energies = potential(batch), []
+    for place, number in enumerate(sets):
+        alone = copy.deepcopy(potential)
+        alone.model.take_heads([number])
+        alone.config = alone.model.config
+        assert alone.datasets == ()
+        plain = make_potential(forces=forces)
+        plain.load_state_dict(alone.state_dict())  # names and shapes of a model with one head
+        expected, own = plain(batch), batch.batch == place
+        assert torch.equal(found.energy[place], expected.energy[place])
+        assert torch.equal(found.forces[own], expected.forces[own])
+        energies.append(round(expected.energy[0].item(), 4))
+    assert len(set(energies)) == 3
 
 
 def test_forward_does_not_change_its_batch() -> None:

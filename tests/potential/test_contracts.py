@@ -48,6 +48,7 @@ def structures() -> list[Atoms]:
         {"rank_step": "bump", "attention_scale": "expanded", "charge": True, "spin": True},
         {"density_radial": 5, "density_degree": 3},
         {"angular_values": True, "node_density": 3, "node_density_degree": 2, "edge_ffn": False, "num_layers": 2},
+        {"num_energy_heads": 3},
     ],
 )
 def test_contracts_hold_in_float64(overrides: dict[str, object]) -> None:

@@ -32,7 +32,9 @@ def make_batch() -> Batch:
     structures = [crystal, ase.build.molecule("C6H6"), ase.Atoms("He")]
     for atoms in structures:
         atoms.rattle(0.05, seed=0)
-    return batch_of(*structures)
+    batch = batch_of(*structures)
+    batch.dataset = torch.tensor([0, 1, 0])  # for models with a head for each
+    return batch
 
 
 def answers(potential: Potential, batch: Batch) -> list[Tensor]:
@@ -55,8 +57,17 @@ def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float =
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("options", [{}, {"forces": "direct"}, {"aggregation": "graph_attention", "charge": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"forces": "direct"},
+        {"aggregation": "graph_attention", "charge": True},
+        {"forces": "direct", "num_energy_heads": 2},
+    ],
+)
 @pytest.mark.parametrize("max_tokens", [1, 40])
+@torch.no_grad()  # with gradients for the weights of direct forces there are no parts
 def test_parts_do_not_change_predictions(
     options: dict[str, object], max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +80,7 @@ def test_parts_do_not_change_predictions(
         assert_equal(answers(potential, batch), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"forces": "direct"}])
+@pytest.mark.parametrize("options", [{}, {"forces": "direct"}, {"num_energy_heads": 2}])
 def test_recomputation_does_not_change_training(options: dict[str, object]) -> None:
     potential, batch = make_potential(**options).train(), make_batch()
     expected = answers(potential, batch)

@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "densities": {"node_density": 5, "angular_values": True},
     "network on edges": {"edge_ffn": True},
     "no angles": {"angular_channels": None, "angular_values": False},
+    "heads": {"num_energy_heads": 3},
     "one layer": {"num_layers": 1, "charge": True, "spin": True, "energy_norm": False, "norm": "skip"},
     "dropout": {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth": 0.5, "boo_weighting": "uniform"},
     "multipliers": {"ffn_multiplier": 3, "readout_multiplier": 1, "output_multiplier": 4, "num_neighbors": None},

@@ -21,7 +21,7 @@ from escaip.cli import main
 from escaip.data import AtomicData, AtomicDataModule, collate, fit_statistics
 from escaip.data.dataset import AtomicDataset, MixedDataset
 from escaip.errors import ConfigError, DataError
-from escaip.models import settings_of
+from escaip.models import build_config, settings_of
 from escaip.potential import PotentialMetadata
 from escaip.potential.potential import ENERGY_BUFFERS
 from escaip.train import BestAndLast, LossSettings, LossTerm, PotentialModule, WeightEMA
@@ -190,8 +190,86 @@ def test_sets_are_refitted_one_by_one(two_sets: Path) -> None:
     assert potential.scale.tolist() == [2.0, 2.0]
     known = [(~row.isnan()).nonzero()[:, 0].tolist() for row in potential.element_references]
     assert known == [[1, 7, 8], [1, 6]]
-    with pytest.raises(ConfigError, match=r"energies for each of a, b: name the sets of data\.train likewise"):
+    with pytest.raises(
+        ConfigError, match=r"energies for each of a, b: name the one .* in model\.init_dataset, or name"
+    ):
         _start_sets(two_sets, {"x": ("H2O",)}, keep=True)
+
+
+HEADS = {  # number in the file, sets in training, init_dataset, and the set of the file that each starts from
+    "switched on": (1, ("x", "y"), None, (None, None)),
+    "by name": (2, ("b", "a"), None, ("b", "a")),
+    "one is new": (2, ("b", "x"), "a", ("b", "a")),
+    "three": (2, ("x", "b", "y"), "b", ("b", "b", "b")),
+    "one for all": (2, ("x",), "b", ("b",)),
+}
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+@pytest.mark.parametrize("case", HEADS)
+def test_each_set_starts_from_a_head_of_the_file(tmp_path: Path, case: str, forces: str) -> None:
+    """Forces are those of that head to the last bit, and energies are refitted to labels less its predictions."""
+    count, names, chosen, origins = HEADS[case]
+    datasets = ("a", "b") if count > 1 else ()
+    base = make_potential(
+        dtype=torch.float32,
+        metadata=PotentialMetadata(ELEMENTS, datasets=datasets),
+        num_energy_heads=count,
+        forces=forces,
+    )
+    base.save(tmp_path / "base.escaip")
+    base = load_potential(tmp_path / "base.escaip", "cpu")
+    found, off = {}, torch.linspace(-9.0, 9.0, 119, dtype=torch.float64)
+    for code, (name, origin) in enumerate(zip(names, origins, strict=True)):
+        base.choose_dataset(origin)
+        found[name] = [AtomicData.from_ase(atoms) for atoms in labelled_molecules(12)]
+        for data, predicted in zip(found[name], base.predict(found[name]), strict=True):
+            data.energy[:], data.dataset[:] = predicted.energy + float(off[data.atomic_numbers].sum()), code
+    sets: Any = MixedDataset({name: AtomicDataset(structures) for name, structures in found.items()})
+    statistics = {name: fit_statistics(structures) for name, structures in found.items()}
+    settings = {**settings_of(base.config), "num_energy_heads": len(names)}
+    potential = Potential(build_config(settings)).eval()
+    line = start_from(potential, str(tmp_path / "base.escaip"), statistics, sets, False, CPU, chosen)
+    assert f"energy heads {names[0]} from {origins[0] or 'the file'}" in line
+    assert potential.datasets == names
+    batch = _batch()
+    for name, origin in zip(names, origins, strict=True):
+        base.choose_dataset(origin)
+        potential.choose_dataset(name)
+        assert torch.equal(potential(batch).forces, base(batch).forces)
+        energies = [one.energy for one in potential.predict([data.to_ase() for data in found[name]])]
+        assert energies == pytest.approx([float(data.energy) for data in found[name]], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "status", "text"),
+    [
+        ("mine: {0}, b: {0}", ["--model.init_dataset", "a"], 0, "heads mine from a, b from b;"),
+        ("mine: {0}", ["--model.init_dataset", "a"], 0, "energy heads mine from a;"),
+        ("path: {0}", ["--model.init_dataset", "a"], 0, "energy heads from a;"),
+        ("path: {0}", [], 2, "has a head for each of a, b: name the one to start from in model.init_dataset"),
+        ("path: {0}", ["--model.init_dataset", "c"], 2, "dataset 'c' has no references in this potential"),
+        ("a: {0}, b: {0}", ["--model.architecture.num_energy_heads", "1"], 2,
+         "another head for each of a, b, and model.architecture.num_energy_heads is 1: set it to 2"),
+        ("a: {0}", ["--model.architecture.num_energy_heads", "3"], 2,
+         "num_energy_heads is 3, one for each data set, but training has 1 sets by name (a): set"),
+    ],
+)  # fmt: skip
+def test_heads_on_the_command_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], data: str, options: list[str], status: int, text: str
+) -> None:
+    """Without their number there is one for each set in training."""
+    metadata = PotentialMetadata(ELEMENTS, datasets=("a", "b"))
+    make_potential(dtype=torch.float32, metadata=metadata, num_energy_heads=2).save("base.escaip")
+    sets = f"{{{data.format('molecules.extxyz')}}}"
+    command = [*START, "--data.train", sets, *options, "--trainer.max_epochs", "1"]
+    assert main(command) == status
+    shown = capsys.readouterr()
+    assert text in shown.out + shown.err
+    if status == 0:
+        count = load_potential("runs/tiny/version_0/last.ckpt", "cpu").config.num_energy_heads
+        assert count == len(data.split(","))
+        assert main([*command[:-1], "2", "--ckpt_path", "last"]) == 0
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["known elements", "a new one"])

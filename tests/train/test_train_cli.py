@@ -394,7 +394,10 @@ def test_a_model_is_needed(folder: Path, capsys: pytest.CaptureFixture[str], com
     assert "pass --ckpt_path FILE" in capsys.readouterr().err
 
 
-def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("heads", ["1", "2"])
+def test_a_mixture_trains_resumes_and_is_evaluated_by_set(
+    folder: Path, capsys: pytest.CaptureFixture[str], heads: str
+) -> None:
     write_molecules(folder / "a.extxyz", 20, seed=1)
     write_molecules(folder / "b.extxyz", 8, seed=2)
     shifted = ase.io.read(folder / "b.extxyz", ":")
@@ -406,6 +409,7 @@ def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: 
     sampling = json.dumps({"weights": {"a": 1, "b": 1}, "epoch_size": 24})
     split = json.dumps({"by": "structure", "val": 2})
     command = ["fit", "--config", "tiny.yaml", "--data.train", sets, "--data.sampling", sampling, "--data.split", split]
+    command += ["--model.architecture.num_energy_heads", heads]
     assert main([*command, "--trainer.max_epochs", "2"]) == 0
     shown = capsys.readouterr().out
     assert "an epoch takes 12 of a, 12 of b" in shown
@@ -425,6 +429,13 @@ def test_a_mixture_trains_resumes_and_is_evaluated_by_set(folder: Path, capsys: 
     assert main(["evaluate", str(best), "b.extxyz", "--no-plots", "--dataset", "b"]) == 0
     report = json.loads((folder / "evaluation" / "report.json").read_text(encoding="utf-8"))
     assert report["num_structures"] == 8
+    for words in (
+        ["predict", str(best), "b.extxyz", "--out", "p.extxyz"],
+        ["md", str(best), "b.extxyz", "--steps", "2"],
+    ):
+        assert main([*words, "--dataset", "b"]) == 0
+    (expected,) = load_potential(best, "cpu", dataset="b").predict(shifted[:1])
+    assert ase.io.read("p.extxyz", 0).get_forces() == pytest.approx(expected.forces.numpy(), abs=1e-5)
     name = "val/force_mae_meV_per_A"
     a, b, both = (
         float(*_figures(folder / "runs" / "tiny" / "latest", key).values()) for key in (f"{name}/a", f"{name}/b", name)

@@ -131,9 +131,8 @@ def _normalize(
                 "model cannot: pass the tasks of one data set"
             )
         if not potential.config.is_conservative:
-            assert isinstance(potential.model, EScAIP)
             with torch.no_grad():
-                potential.model.force_head.magnitude.output.weight.mul_(factors[0])
+                potential.model.get_parameter("force_head.magnitude.output.weight").mul_(factors[0])
         if len(sets) == 1:
             references, scale = references[0].nan_to_num(0.0), scale[0]
         potential.set_references(references, scale)
