@@ -29,6 +29,10 @@ from escaip.errors import ConfigError, DataError
 SetSpec = dict[str, Any]
 DataSpec = str | list[str] | SetSpec
 WHOLE = "all"
+BASE = "base"
+"""Name of a set that is replayed and has none."""
+_LABELS = ("file", "self")
+_MAX_HELD_OUT = 0.1  # of a replayed set
 _MAX_VERIFIED = 4 << 30
 """Bytes up to which a store's checksums are compared when it is opened for training."""
 
@@ -73,6 +77,9 @@ class AtomicDataModule(LightningDataModule):
         cache_dir: str | None = None,
         sampling: dict[str, Any] | None = None,
         scale: str = "shared",
+        replay: DataSpec | None = None,
+        replay_labels: str = "file",
+        replay_share: float | None = None,
         verify: bool | None = None,
     ) -> None:
         """Describes the data; nothing is read before ``setup``.
@@ -103,6 +110,11 @@ class AtomicDataModule(LightningDataModule):
             sampling: for a mixture, ``{weights: {SET: share}}`` or ``{temperature: T}``, and ``epoch_size``; see
                 ``escaip.data.sampler.Sampling``.
             scale: for a mixture, ``shared`` or ``per_set`` force scale; see ``escaip.Potential.set_statistics``.
+            replay: data of the potential that a training starts from, in the form of ``train``, mixed into each epoch
+                under their own name, or ``base``. They keep the atomic energies of the potential.
+            replay_labels: ``file``, or ``self`` for the potential's own predictions: of ``replay``, or without it of
+                the training structures.
+            replay_share: of the structures of an epoch, default 0.3; of validation at most a tenth of the replayed set.
             verify: compare the checksums of stores; default for those up to 4 GiB.
 
         Raises:
@@ -118,6 +130,10 @@ class AtomicDataModule(LightningDataModule):
         if sampling is not None and not self._mixed:
             raise ConfigError("sampling: needs several sets by name (data.train: {A: {path: ...}, B: {path: ...}})")
         self._sampling.check(list(self._sets["train"]))
+        check_choice("replay_labels", replay_labels, _LABELS)
+        self._replay, self._relabel = replayed_sets(replay, replay_labels), replay_labels == "self"
+        self._ratio = self._replay_ratio(replay_share)
+        self._names = [*self._sets["train"], *self._replay]
         self._train_size = parse_train_size(train_size, mixed=self._mixed)
         self._taken: list[str] = []
         if batch_size is None and max_atoms is None and max_edges is None:
@@ -138,6 +154,7 @@ class AtomicDataModule(LightningDataModule):
             parse_isolated_energies(isolated_energies)
         self._rotate, self._seed, self._cache_dir = rotate, seed, cache_dir
         self._statistics: Statistics | dict[str, Statistics] | None = None
+        self._with_replay: set[str] = set()
         self.datasets: dict[str, StructureSet] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -149,10 +166,15 @@ class AtomicDataModule(LightningDataModule):
         """
         if stage in ("fit", None) and not self._sets["train"]:
             raise ConfigError("data.train: name the training data (--data.train PATH)")
+        module = getattr(self.trainer, "lightning_module", None)
+        if self._replay and module is not None and getattr(module, "init_from", None) is None:
+            raise ConfigError("data.replay keeps what a potential has learned: name the potential in model.init_from")
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         wanted = needed[stage] if stage is not None else PARTS
         for part in wanted:
             self._open(part)
+        if self._replay and stage != "test":
+            self._add_replay(wanted)
         for part in wanted:
             if part not in self.datasets and stage not in ("fit", None):
                 raise ConfigError(f"data.{part}: name the data (--data.{part} PATH) or let data.split make it")
@@ -177,7 +199,12 @@ class AtomicDataModule(LightningDataModule):
         if not self._mixed or not isinstance(data, MixedDataset):
             return None
         sizes = {name: len(member) for name, member in data.members.items()}
-        return {name: float(count) for name, count in (self._sampling.draws(sizes) or sizes).items()}
+        return {name: float(count) for name, count in (self._draws(sizes) or sizes).items()}
+
+    @property
+    def replayed(self) -> list[str]:
+        """Names of the sets that are replayed."""
+        return list(self._replay)
 
     def train_dataloader(self) -> BatchLoader:
         """Returns a loader that shuffles, repacks every epoch and can be resumed."""
@@ -219,7 +246,8 @@ class AtomicDataModule(LightningDataModule):
     @property
     def level_of_theory(self) -> str:
         """Level of theory that the training stores state; empty where none does."""
-        stated = {name: self._opener.levels.get(_place("train", name), "") for name in self._sets["train"]}
+        places = {name: _place("replay" if name in self._replay else "train", name) for name in self._names}
+        stated = {name: self._opener.levels.get(place, "") for name, place in places.items()}
         if not self._mixed:
             return next(iter(stated.values()), "")
         return "; ".join(f"{name}: {level}" for name, level in stated.items() if level)
@@ -250,7 +278,7 @@ class AtomicDataModule(LightningDataModule):
             self._divide(SplitSettings(self._split.by, **sizes))
 
     def _open_set(self, part: str, name: str, spec: SetSpec, rotate: bool = False) -> StructureSet:
-        code = list(self._sets["train"]).index(name) if self._mixed else -1
+        code = self._names.index(name) if self._mixed else -1
         return self._opener.open(_place(part, name), spec, part, code=code, rotate=rotate)
 
     def _in_stores(self, part: str) -> bool:
@@ -275,6 +303,83 @@ class AtomicDataModule(LightningDataModule):
         if part == "train" and self._train_size is not None:
             sets = {name: self._take(_place(part, name), data) for name, data in sets.items()}
         self.datasets[part] = MixedDataset(sets) if self._mixed else sets[""]
+
+    def _replay_ratio(self, share: float | None) -> float:
+        """Returns how many structures are replayed for each new one."""
+        train = self._sets["train"]
+        if share is not None and not self._replay:
+            raise ConfigError("data.replay_share: nothing is replayed: give data.replay, or data.replay_labels self")
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(f"data.replay_share: {share} is not between 0 and 1")
+        if self._replay and "" in train:
+            raise ConfigError("data.replay needs a name for the new set: write data.train: {NAME: {path: ...}}")
+        if both := [name for name in self._replay if name in train]:
+            raise ConfigError(f"data.replay: {both[0]} is a set of data.train: give the replayed set another name")
+        share = 0.3 if share is None else share
+        return share / (1.0 - share)
+
+    def _add_replay(self, wanted: Sequence[str]) -> None:
+        """Adds the replayed sets to training and validation, where their share is that of an epoch if it can be."""
+        if self._with_replay.issuperset(wanted):
+            return
+        new = {
+            part: MixedDataset({name: member for name, member in data.members.items() if name not in self._replay})
+            for part, data in self.datasets.items() if part != "test" and isinstance(data, MixedDataset)
+        }  # fmt: skip
+        num_val = max(1, round(self._ratio * len(new["val"]))) if "val" in new else 0
+        found: dict[str, dict[str, StructureSet]] = {part: {} for part in PARTS}
+        if self._replay == {BASE: {}}:
+            for part, data in new.items():
+                count = min(num_val, len(data)) if part == "val" else len(data)
+                found[part][BASE] = data.subset(np.linspace(0, len(data) - 1, count).round().astype(np.int64))
+        else:
+            self._open_replay(found, num_val)
+        for part, data in new.items():
+            if part not in wanted:
+                continue
+            sets = found[part]
+            if self._relabel:
+                rotate = self._rotate and part == "train"
+                sets = {name: self._labelled_by_base(name, member, rotate) for name, member in sets.items()}
+            self.datasets[part] = MixedDataset({**data.members, **sets})
+        self._with_replay.update(wanted)
+
+    def _open_replay(self, found: dict[str, dict[str, StructureSet]], num_val: int) -> None:
+        """Reads the replayed sets and divides them among parts, with at most ``num_val`` structures for validation."""
+        opener = replace(self._opener, required=()) if self._relabel else self._opener
+        wholes = {
+            name: opener.open(_place("replay", name), spec, "train", code=self._names.index(name))
+            for name, spec in self._replay.items()
+        }
+        counts = Sampling(epoch_size=max(1, num_val)).draws({name: len(whole) for name, whole in wholes.items()}) or {}
+        for name, whole in wholes.items():
+            count = max(1, min(counts[name], round(_MAX_HELD_OUT * len(whole)))) if num_val else 0
+            codes = divide(*whole.group_codes, SplitSettings(self._split.by, val=count), seed=self._seed)
+            for part, sets in found.items():
+                chosen = np.flatnonzero(codes == PARTS.index(part))
+                if len(chosen):
+                    sets[name] = whole.subset(chosen, rotate=self._rotate and part == "train")
+
+    def _labelled_by_base(self, name: str, data: StructureSet, rotate: bool) -> AtomicDataset:
+        """Returns structures with labels that the potential predicts that the training starts from."""
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        if not hasattr(module, "relabel"):
+            raise ConfigError("data.replay_labels self: only a PotentialModule in a trainer knows the potential")
+        structures, origin = module.relabel(data, name)
+        how: dict[str, Any] = {"fixed_atoms": self._opener.fixed_atoms, "rotate": rotate, "seed": self._seed}
+        labelled = AtomicDataset(structures, code=self._names.index(name), **how)
+        labelled.fingerprint = f"{data.fingerprint} labelled by {origin}"  # predictions differ in their last bits
+        return labelled
+
+    def _draws(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
+        """Returns the structures of each set in an epoch; None when an epoch is simply every structure once."""
+        new = {name: size for name, size in sizes.items() if name not in self._replay}
+        draws = self._sampling.draws(new)
+        if not self._replay:
+            return draws
+        draws = draws or new
+        count = max(1, round(self._ratio * sum(draws.values())))
+        return {**draws, **(Sampling(epoch_size=count).draws({name: sizes[name] for name in self._replay}) or {})}
 
     def _take(self, place: str, data: StructureSet) -> StructureSet:
         """Returns the part of a training set that ``train_size`` asks for."""
@@ -308,7 +413,7 @@ class AtomicDataModule(LightningDataModule):
 
     def _quotas(self, data: MixedDataset) -> list[Quota] | None:
         """Returns the structures that an epoch draws of each set; None when it is every structure once."""
-        draws = self._sampling.draws({name: len(member) for name, member in data.members.items()})
+        draws = self._draws({name: len(member) for name, member in data.members.items()})
         if draws is None:
             return None
         return [Quota(*span, draws[name]) for name, span in zip(data.members, pairwise(data.starts), strict=True)]
@@ -318,7 +423,7 @@ class AtomicDataModule(LightningDataModule):
         if not self._mixed or not isinstance(data, MixedDataset):
             return self._fit_set(data, parse_isolated_energies(self._isolated))
         isolated = self._isolated or {}
-        unknown = set(isolated) - set(data.members)
+        unknown = set(isolated) - set(self._sets["train"])
         if unknown:
             raise ConfigError(
                 f"isolated_energies: {', '.join(map(str, unknown))}: for a mixture write them by set, "
@@ -489,6 +594,13 @@ def _require(place: str, store: Store, chosen: NDArray[np.int64] | None, require
                 f"{place}: {lacking} of {len(labels)} structures in {store.path} have no {label}, which "
                 "required_labels asks for; drop it from required_labels to train on the others"
             )
+
+
+def replayed_sets(replay: DataSpec | None, labels: str) -> dict[str, SetSpec]:
+    """Returns sets that are replayed by name; empty options stand for the structures of the training set."""
+    if replay is None:
+        return {BASE: {}} if labels == "self" else {}
+    return {name or BASE: spec for name, spec in named_sets("data.replay", replay).items()}
 
 
 def named_sets(place: str, spec: DataSpec | None) -> dict[str, SetSpec]:

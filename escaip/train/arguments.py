@@ -20,7 +20,9 @@ _GROUPS = (
     "evaluation", "ckpt_path", "weights_only", "verbose",
 )  # fmt: skip
 # Settings whose values are mappings: their nested options are merged here, since the parser keeps only the last.
-_MAPPINGS = tuple(f"data.{name}" for name in ("train", "val", "test", "split", "sampling", "isolated_energies"))
+_MAPPINGS = tuple(
+    f"data.{name}" for name in ("train", "val", "test", "replay", "split", "sampling", "isolated_energies")
+)
 # Classes that a configuration may name: importing a package runs its code.
 _PACKAGES = ("escaip", "lightning", "pytorch_lightning", "torch")
 _CLASS_SETTINGS = ("accelerator", "callbacks", "logger", "plugins", "profiler", "strategy")

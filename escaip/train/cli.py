@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from escaip.data import AtomicDataModule
-from escaip.data.datamodule import named_sets
+from escaip.data.datamodule import named_sets, replayed_sets
 from escaip.errors import CheckpointError, ConfigError
 from escaip.models import ModelConfig, build_config, settings_of
 from escaip.potential.loading import read_potential
@@ -248,7 +248,8 @@ class TrainingCLI(LightningCLI):
         recipe = {} if given == DEFAULT_ARCHITECTURE else given
         model.architecture, other = kept_architecture(config, place, options, recipe, switches)
         if HEADS in switches and HEADS not in options and model.architecture.get(HEADS, 1) > 1:
-            model.architecture[HEADS] = max(1, len(named_sets("data.train", run.data.train)))
+            replayed = replayed_sets(run.data.replay, run.data.replay_labels)
+            model.architecture[HEADS] = max(1, len(named_sets("data.train", run.data.train)) + len(replayed))
         if other:
             rank_zero_only(print)(
                 f"model.architecture of the configuration does not apply: {place} has another {', '.join(other)}"

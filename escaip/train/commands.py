@@ -10,7 +10,7 @@ from escaip.errors import DataError
 from escaip.files import model_file, resolve
 from escaip.train.arguments import find_checkpoint, paths_of, prepare
 
-_READ = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+_READ = {"fit": ("train", "val", "replay"), "validate": ("val", "replay"), "test": ("test",)}
 
 
 def fit(arguments: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escaip.data import Statistics
+from escaip.data import AtomicData, Statistics
 from escaip.data.dataset import MixedDataset, evenly
+from escaip.data.structure import missing_label
 from escaip.errors import ConfigError
 from escaip.files import resolve, sha256
 from escaip.models import MAX_ATOMIC_NUMBER, Model, ModelConfig, build_config, kind_of, settings_of
@@ -19,7 +21,7 @@ from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.atomic_energies import Composition, fit_compositions
 from escaip.potential.loading import read_potential
 from escaip.potential.potential import ENERGY_BUFFERS
-from escaip.types import MAX_CHARGE
+from escaip.types import MAX_CHARGE, TARGETS
 
 FREE_SETTINGS = (
     "attention_backend", "dropout", "attention_dropout", "node_dropout", "edge_dropout", "scalar_dropout",
@@ -102,6 +104,7 @@ def start_from(
     keep: bool,
     device: torch.device,
     init_dataset: str | None = None,
+    replayed: Sequence[str] = (),
 ) -> str:
     """Gives a potential the weights, scale and pair terms of a file, and atomic energies for a training set.
 
@@ -118,6 +121,7 @@ def start_from(
         keep: keep atomic energies of the file, and fit those that it lacks. Sets without energies keep them too.
         device: where the file predicts.
         init_dataset: the set of the file for sets whose name the file does not know.
+        replayed: sets of a mixture that keep atomic energies of the file in any case.
 
     Returns:
         A line that says what was done.
@@ -136,7 +140,10 @@ def start_from(
     potential.check_sets(list(sets))
     known = base.metadata.elements or tuple(range(1, MAX_ATOMIC_NUMBER + 1))
     new = sorted({z for item in sets.values() for z in item.elements}.difference(known))
-    kept = [keep or (item.references_fitted and not item.label_counts.get("energy", 0)) for item in sets.values()]
+    kept = [
+        keep or name in replayed or (item.references_fitted and not item.label_counts.get("energy", 0))
+        for name, item in sets.items()
+    ]
     rows = _rows_of(base, path, list(sets), init_dataset, any(kept))
     tables = [getattr(base, name) for name in ENERGY_BUFFERS]
     has_rows = base.element_references.dim() == 2
@@ -164,6 +171,43 @@ def start_from(
     return f"start: {path}; {heads}{line}" + (
         f"; new elements {_symbols(new)}, as the mean of the others" if new else ""
     )
+
+
+def relabel(
+    path: str,
+    structures: Iterable[AtomicData],
+    name: str,
+    init_dataset: str | None,
+    stress: bool,
+    device: torch.device,
+) -> tuple[list[AtomicData], str]:
+    """Returns copies of structures whose labels are what a file predicts, and the hash of the file.
+
+    Args:
+        path: a model file or ``example:NAME``.
+        structures: of any set.
+        name: of the set in the file whose energies they get; see ``start_from`` for names that the file lacks.
+        init_dataset: as in ``start_from``.
+        stress: whether conservative potentials predict stress.
+        device: where the file predicts.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        ConfigError: several sets in the file and no choice among them.
+        UnsupportedElementError: the potential was not trained on an element.
+    """
+    base = read_potential(path).to(device)
+    (row,) = _rows_of(base, path, [name], init_dataset, True)
+    base.choose_dataset(base.datasets[row] if base.datasets else None)
+    copies = [data.clone() for data in structures]
+    for data in copies:
+        data.dataset.fill_(-1)
+    stress, progress = stress and base.config.is_conservative, sys.stderr.isatty()
+    for data, found in zip(copies, base.predict(copies, compute_stress=stress, progress=progress), strict=True):
+        for key, target in TARGETS.items():
+            label, value = missing_label(target, len(data[key])), found.of_target(key)
+            data[key] = label if value is None else torch.as_tensor(value, dtype=torch.float64).view_as(label)
+    return copies, sha256(resolve(path))
 
 
 def _copy_weights(base: Potential, potential: Potential, new: Sequence[int], known: Sequence[int], path: str) -> None:
@@ -196,7 +240,7 @@ def _rows_of(base: Potential, path: str, names: Sequence[str], init_dataset: str
         what = "a head" if base.config.num_energy_heads > 1 else "energies"
         raise ConfigError(
             f"{path} has {what} for each of {', '.join(known)}: name the one to start from in model.init_dataset, or "
-            f"name the sets of data.train likewise ({{{known[0]}: {{path: ...}}}})"
+            f"name the sets of data.train and data.replay likewise ({{{known[0]}: {{path: ...}}}})"
         )
     return [0 if name is None else known.index(name) for name in chosen]
 

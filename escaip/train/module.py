@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from escaip.data import Statistics
+from escaip.data import AtomicData, Statistics
 from escaip.data.dataset import MixedDataset
 from escaip.errors import ConfigError, TrainingError
 from escaip.models import ModelConfig, build_config, settings_of
@@ -23,7 +23,7 @@ from escaip.potential.potential import ENERGY_BUFFERS, missing_energies
 from escaip.potential.zbl import check_fraction, fit_onsets
 from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.init_from import freeze as freeze_parts
-from escaip.train.init_from import start_from
+from escaip.train.init_from import relabel, start_from
 from escaip.train.linear_fit import LinearRefit, fit_linear_energy
 from escaip.train.losses import LossSettings, LossSums, loss_sums
 from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums, figure_name
@@ -208,9 +208,11 @@ class PotentialModule(LightningModule):
         """Starts from the file of ``init_from``, unless a checkpoint is resumed."""
         if getattr(data, "scale", "shared") != "shared":
             raise ConfigError("model.init_from keeps the force scale of its file: leave data.scale out")
-        keep = self.init_energies == "keep"
+        keep, replayed = self.init_energies == "keep", getattr(data, "replayed", [])
         if self.refit_references:
-            fitted = [item.references_fitted and not keep for item in sets]
+            names = list(statistics) if isinstance(statistics, Mapping) else [""]
+            kept = {name for name in names if keep or name in replayed}
+            fitted = [item.references_fitted and name not in kept for name, item in zip(names, sets, strict=True)]
             elements = sorted({z for item in sets for z in item.elements})
             self._energy_fit = ReferenceFit(elements, fitted, self.losses.energy)
         if self.resumes:
@@ -221,7 +223,15 @@ class PotentialModule(LightningModule):
             )
         device = self.trainer.strategy.root_device
         place, of = str(self.init_from), self.init_dataset
-        rank_zero_only(print)(start_from(self.potential, place, statistics, structures, keep, device, of))
+        rank_zero_only(print)(start_from(self.potential, place, statistics, structures, keep, device, of, replayed))
+
+    def relabel(self, structures: Iterable[AtomicData], name: str) -> tuple[list[AtomicData], str]:
+        """Returns copies of structures of a set with labels from the file of ``init_from``, and the file's hash.
+
+        See ``escaip.train.init_from.relabel``.
+        """
+        stress, device = self.losses.weights["stress"] > 0, self.trainer.strategy.root_device
+        return relabel(str(self.init_from), structures, name, self.init_dataset, stress, device)
 
     def _fit_energies(self, structures: Any, sets: Sequence[Statistics]) -> None:
         """Fits onsets of the pair terms, energies of charges and the linear energy, before training begins."""

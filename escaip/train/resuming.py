@@ -22,7 +22,7 @@ TRAINER = "trainer_settings"
 _KEYS = {"hyper_parameters": "model", "datamodule_hyper_parameters": "data", TRAINER: "trainer"}
 # The architecture and the structures have checks of their own; the others do not change what is computed.
 _FREE = (
-    "model.architecture", "model.compile", "model.recompute", "data.train", "data.val", "data.test",
+    "model.architecture", "model.compile", "model.recompute", "data.train", "data.val", "data.test", "data.replay",
     "data.neighbor_cutoff", "data.num_workers", "data.start_method", "data.cache_dir", "data.verify",
 )  # fmt: skip
 _LIMITS = ("trainer.max_epochs", "trainer.max_steps")

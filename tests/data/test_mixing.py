@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ase.build
@@ -82,6 +83,80 @@ def test_shares_of_an_epoch(stores: dict, sampling: dict, expected: tuple[int, i
         codes = torch.cat([batch.dataset for batch in loader])
         assert (int((codes == 0).sum()), int((codes == 1).sum())) == expected
     assert f"an epoch takes {expected[0]} of low, {expected[1]} of high" in made.summary()
+
+
+def test_a_replayed_set_has_its_share_of_an_epoch_and_of_validation(stores: dict) -> None:
+    """An epoch is one pass over the new data; what is held out is never trained on."""
+    made = module({"low": stores["low"]}, replay={"high": stores["high"]}, replay_share=0.25)
+    assert made.shares == {"low": 48, "high": 16}
+    assert "an epoch takes 48 of low, 16 of high" in made.summary()
+    assert list(made.statistics) == ["low", "high"]
+    loader, seen = made.train_dataloader(), set[str]()
+    for epoch in range(2):
+        loader.batch_sampler.set_epoch(epoch)
+        names = [name for batch in loader for name in batch.structure_id]
+        new = [name for name in names if name.startswith("low")]
+        assert len(new) == len(set(new)) == 48
+        assert len(names) == 64
+        seen.update(names)
+    codes = {
+        name: code for batch in loader for name, code in zip(batch.structure_id, batch.dataset.tolist(), strict=True)
+    }
+    assert all(code == name.startswith("high") for name, code in codes.items())
+    held_out = [name for batch in made.val_dataloader() for name in batch.structure_id]
+    assert [sum(name.startswith(level) for name in held_out) for level in ("low", "high")] == [12, 2]  # a tenth of 20
+    assert len(seen) == 48 + 18
+    assert not seen & set(held_out)
+
+
+def test_what_is_held_out_does_not_depend_on_what_is_read_first(stores: dict) -> None:
+    options: dict[str, Any] = {"replay": stores["high"], "replay_share": 0.0242, "split": {"by": "structure"}}
+    made = [AtomicDataModule({"low": stores["low"]}, {"low": stores["low"]}, max_atoms=60, **options) for _ in range(2)]
+    for stage in ("validate", "fit"):
+        made[0].setup(stage)
+    made[1].setup("fit")
+    assert made[0].state_dict() == made[1].state_dict()
+    assert len(made[0].datasets["val"].members["base"]) == 1  # as many as 1.49 for the 60 new ones
+
+
+@pytest.mark.parametrize("source", ["high", None])
+def test_a_replayed_set_gets_labels_of_the_potential(stores: dict, source: str | None) -> None:
+    """Their last bits may change from machine to machine, and a run can be resumed all the same."""
+    found, hashes = [], set()
+    for energy in (-5.0, -5.0 + 1e-9):
+
+        def relabel(structures: Any, name: str, energy: float = energy) -> Any:
+            assert name == "base"
+            copies = [data.clone() for data in structures]
+            for data in copies:
+                data.energy.fill_(energy)
+            return copies, "abc"
+
+        made = AtomicDataModule(
+            {"low": stores["low"]},
+            max_atoms=60,
+            replay=stores.get(source),
+            replay_labels="self",
+            split={"by": "structure"},
+        )
+        made.trainer = SimpleNamespace(lightning_module=SimpleNamespace(init_from="x", relabel=relabel))
+        made.setup("fit")
+        for part in ("train", "val"):
+            found += made.datasets[part].members["base"]
+        hashes.add(made.state_dict()["train"])
+        assert made.shares == {"low": 54, "base": 23}
+    assert all(int(data.dataset) == 1 and abs(float(data.energy) + 5.0) < 1e-8 for data in found)
+    assert len(hashes) == 1
+    assert len(found) == 2 * (20 if source else 54 + 3)
+
+
+def test_several_replayed_sets_share_by_size(stores: dict) -> None:
+    sets = {"a": {"path": stores["low"]["path"]}, "b": {"path": stores["high"]["path"]}}
+    made = module({"new": stores["high"]}, replay=sets, replay_share=0.5)
+    assert made.shares == {"new": 16, "a": 12, "b": 4}
+    assert {name: len(member) for name, member in made.datasets["val"].members.items()} == {"new": 4, "a": 3, "b": 1}
+    with pytest.raises(ConfigError, match="isolated_energies: a: for a mixture"):  # these stay as they are
+        module({"new": stores["high"]}, replay=sets, isolated_energies={"a": {"H": -1.0}})
 
 
 def potential(stores: dict, num_energy_heads: int = 1, **options: Any) -> Potential:
@@ -226,6 +301,12 @@ def test_a_flipped_bit_is_found_before_training(stores: dict) -> None:
         (None, {"val": {"other": "x"}}, r"data.val: names other; the training sets are low, high"),
         (None, {"isolated_energies": {"H": -1.0}}, "isolated_energies: H: for a mixture write them by set"),
         (None, {"scale": "own"}, "scale: 'own'"),
+        (None, {"replay_share": 0.3}, r"data\.replay_share: nothing is replayed: give data\.replay"),
+        (None, {"replay": "x", "replay_share": 1.0}, r"data\.replay_share: 1\.0 is not between 0 and 1"),
+        (None, {"replay": {"high": "x"}}, r"data\.replay: high is a set of data\.train: give"),
+        ("low", {"replay": "x"}, r"data\.replay needs a name for the new set: write data\.train: \{NAME"),
+        (None, {"replay_labels": "own"}, "replay_labels: 'own'"),
+        (None, {"replay_labels": "self"}, "only a PotentialModule in a trainer knows the potential"),
     ],
 )
 def test_bad_mixtures(stores: dict, sets: str | None, options: dict, message: str) -> None:

@@ -13,19 +13,20 @@ import pytest
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from lightning.pytorch import Callback
-from tiny import make_potential
-from training_stand_ins import TINY, labelled_molecules, make_data, make_trainer, write_recipe
+from tiny import crystal, make_potential
+from training_stand_ins import TINY, labelled_molecules, make_data, make_trainer, write_molecules, write_recipe
 
 from escaip import Potential, load_potential
 from escaip.cli import main
 from escaip.data import AtomicData, AtomicDataModule, collate, fit_statistics
 from escaip.data.dataset import AtomicDataset, MixedDataset
 from escaip.errors import ConfigError, DataError
+from escaip.files import sha256
 from escaip.models import build_config, settings_of
 from escaip.potential import PotentialMetadata
 from escaip.potential.potential import ENERGY_BUFFERS
 from escaip.train import BestAndLast, LossSettings, LossTerm, PotentialModule, WeightEMA
-from escaip.train.init_from import freeze, start_from
+from escaip.train.init_from import freeze, relabel, start_from
 from escaip.types import MAX_CHARGE
 
 ELEMENTS = (1, 6, 7, 8)
@@ -40,9 +41,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def _file(folder: Path, elements: tuple[int, ...] = ELEMENTS, **settings: Any) -> Path:
+def _file(folder: Path, elements: tuple[int, ...] = ELEMENTS, datasets: tuple[str, ...] = (), **settings: Any) -> Path:
     """Writes a potential with random weights and a repulsion that acts on every bond."""
-    potential = make_potential(dtype=torch.float32, elements=elements, **settings)
+    potential = make_potential(dtype=torch.float32, metadata=PotentialMetadata(elements, datasets=datasets), **settings)
     potential.repulsion.onset = torch.full((119, 119), 1.3)
     potential.element_shifts += 0.25
     potential.save(folder / "base.escaip")
@@ -272,6 +273,61 @@ def test_heads_on_the_command_line(
         assert main([*command[:-1], "2", "--ckpt_path", "last"]) == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"replay_labels": "self"}, {"replay_labels": "self", "replay": None}],
+    ids=["labels of the file", "own labels", "own labels of the new structures"],
+)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_replayed_data_keep_what_the_file_says_of_them(tmp_path: Path, heads: int, options: dict[str, Any]) -> None:
+    """Before the first step forces are those of the file for both sets; energies of the replayed one always stay."""
+    path = _file(tmp_path, datasets=("base", "x") if heads > 1 else (), num_energy_heads=heads)
+    base, first = load_potential(path, "cpu"), First()
+    old = write_molecules(tmp_path / "old.extxyz", 30, seed=3)
+    new = write_molecules(tmp_path / "new.extxyz", 20)
+    data = AtomicDataModule(
+        {"mine": str(new)}, batch_size=4, split={"by": "structure", "val": 4}, **{"replay": str(old), **options}
+    )
+    module = PotentialModule(init_from=str(path), init_dataset="x" if heads > 1 else None)
+    make_trainer(tmp_path, [WeightEMA(0.9), first], max_epochs=2).fit(module, data)
+    assert data.shares == {"mine": 16, "base": 7}
+    assert [len(member) for member in data.datasets["val"].members.values()] == [4, 2]
+    start, batch = first.potential, _batch()
+    assert start.datasets == module.potential.datasets == ("mine", "base")
+    for name, origin in (("mine", "x"), ("base", "base")):
+        start.choose_dataset(name)
+        base.choose_dataset(origin if heads > 1 else None)
+        assert torch.equal(start(batch).forces, base(batch).forces)
+    for potential in (start, module.potential):
+        for name in ENERGY_BUFFERS:
+            assert torch.equal(getattr(potential, name)[1], getattr(base, name))
+    assert module.potential.element_shifts[0].any()
+    assert all(module.last_errors[name] for name in start.datasets)
+    if options:
+        for part in ("train", "val"):
+            replayed = list(data.datasets[part].members["base"])
+            for one, predicted in zip(replayed, base.predict([one.to_ase() for one in replayed]), strict=True):
+                assert float(one.energy) == pytest.approx(predicted.energy, abs=1e-5)
+                torch.testing.assert_close(one.forces, predicted.forces.double(), rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("forces", "stress"), [("conservative", True), ("conservative", False), ("direct", True)])
+def test_labels_of_a_file(tmp_path: Path, forces: str, stress: bool) -> None:
+    """Stress where the file has it and it is wanted; other labels are gone, and the structures stay as they are."""
+    path = _file(tmp_path, (11, 17), forces=forces)
+    given = AtomicData.from_ase(crystal())
+    given.stress.fill_(1.0)
+    ((found,), origin) = relabel(str(path), [given], "base", None, stress, CPU)
+    assert origin == sha256(path)
+    has_stress = stress and forces == "conservative"
+    expected = load_potential(path, "cpu").predict([given], compute_stress=has_stress)[0]
+    assert float(found.energy) == expected.energy
+    assert torch.equal(found.forces, expected.forces.double())
+    assert torch.equal(found.stress[0], expected.stress.double()) if has_stress else bool(found.stress.isnan().all())
+    assert bool(given.energy.isnan().all())
+    assert bool((given.stress == 1.0).all())
+
+
 @pytest.mark.parametrize("new", [False, True], ids=["known elements", "a new one"])
 def test_without_energies_those_of_the_file_stay(tmp_path: Path, new: bool) -> None:
     frames = labelled_molecules(8)
@@ -366,6 +422,33 @@ def test_fine_tuning_from_the_command_line(folder: Path, capsys: pytest.CaptureF
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+def test_replay_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run with labels of its own resumes bit for bit; both errors are logged; a head is there for each set."""
+    write_molecules(folder / "old.extxyz", 30, seed=3)
+    metadata = PotentialMetadata(ELEMENTS, datasets=("a", "b"))
+    make_potential(dtype=torch.float32, metadata=metadata, num_energy_heads=2).save("base.escaip")
+    command = [*START, "--model.init_dataset", "a", "--data.train", "{mine: {path: molecules.extxyz}}"]
+    command += ["--data.replay.b.path", "old.extxyz", "--data.replay_share", "0.5", "--data.replay_labels", "self"]
+    assert main([*command, "--checkpoint.keep_every_n_steps", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "an epoch takes 12 of mine, 12 of b" in shown
+    assert "energy heads mine from a, b from b; atomic energies refitted to 12 structures for mine; atomic" in shown
+    run = folder / "runs/tiny/version_0"
+    header = (run / "metrics.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
+    assert {f"val/energy_mae_meV_per_atom/{name}" for name in ("mine", "b")} <= set(header)
+    assert main([*command, "--checkpoint.keep_every_n_steps", "2", "--ckpt_path", str(run / "step-2.ckpt")]) == 0
+    whole, again = (load_potential(f"runs/tiny/version_{k}/last.ckpt", "cpu").state_dict() for k in (0, 1))
+    assert all(torch.equal(value.nan_to_num(), again[name].nan_to_num()) for name, value in whole.items())
+    assert main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "best.ckpt")]) == 0
+    other = [*command, "--data.replay_share", "0.4", "--ckpt_path", "last"]
+    capsys.readouterr()
+    assert main(other) == 2
+    assert "was trained with data.replay_share 0.5, this run has 0.4" in capsys.readouterr().err
+
+
+REPLAY = ["--data.train", "{mine: {path: molecules.extxyz}}", "--data.replay"]
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "status", "text"),
@@ -379,11 +462,18 @@ def test_fine_tuning_from_the_command_line(folder: Path, capsys: pytest.CaptureF
         (["--model.repulsion", "0.8"], 2, "leave model.repulsion, core_guard and bond_guard out"),
         (["--model.init_energies", "keep", "--data.isolated_energies", "{H: 0, C: 0, N: 0, O: 0}"], 2, "contradicts"),
         (["--model.init_from", "null", "--model.freeze", "[heads]"], 2, "name the potential in model.init_from"),
+        (["--model.init_from", "null", "--model.init_dataset", "a"], 2, "name the potential in model.init_from"),
+        ([*REPLAY, "molecules.extxyz", "--model.init_from", "null"], 2, "name the potential in model.init_from"),
+        ([*REPLAY, "nowhere.extxyz"], 1, "data.replay: nowhere.extxyz: no such file"),
+        ([*REPLAY, "bare.extxyz"], 1, "bare.extxyz"),
+        ([*REPLAY, "null", "--data.replay_labels", "self", "--model.init_from", "other.escaip"], 1, "not trained on O"),
     ],
 )
 def test_what_users_get_wrong(
     folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, text: str
 ) -> None:
+    ase.io.write("bare.extxyz", labelled_molecules(3)[0].copy())
+    _file(folder / "..", elements=(1, 6, 7)).rename("other.escaip")
     assert main([*START, *options]) == status
     assert text in capsys.readouterr().err.strip().splitlines()[-1]
 
