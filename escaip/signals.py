@@ -1,10 +1,14 @@
-"""Signals that end a long run after the step in progress, so that its state can be saved."""
+"""Signals that end a long run so that it can go on later, and the command that continues it."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -19,10 +23,10 @@ class StopSignals:
         received: the first signal noted; None before.
     """
 
-    def __init__(self, *signals: signal.Signals) -> None:
-        """Chooses signals."""
+    def __init__(self, *signals: signal.Signals, at_once: bool = False) -> None:
+        """Chooses signals; with ``at_once`` each raises KeyboardInterrupt, for runs that lose nothing by it."""
         self.received: signal.Signals | None = None
-        self._signals = signals
+        self._signals, self._at_once = signals, at_once
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -37,6 +41,9 @@ class StopSignals:
             signal.signal(*self._before.popitem())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._at_once:
+            self.received = self.received or signal.Signals(number)
+            raise KeyboardInterrupt
         if self.received is not None:
             return
         self.received = signal.Signals(number)
@@ -44,3 +51,16 @@ class StopSignals:
             signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
         # A print could interrupt another one half-way.
         os.write(2, f"\n{self.received.name}: ending after this step; Ctrl-C ends at once\n".encode())
+
+
+@contextmanager
+def continued_by_same_command() -> Iterator[None]:
+    """At Ctrl-C and SIGTERM prints the command of this process, which continues its work, and ends with 130 or 143."""
+    with StopSignals(signal.SIGINT, signal.SIGTERM, at_once=True) as signals:
+        try:
+            yield
+        except KeyboardInterrupt:
+            received = signals.received or signal.SIGINT
+            print(f"{received.name}: stopped; continue with")
+            print(shlex.join(["escaip", *sys.argv[1:]]))
+            raise SystemExit(128 + received) from None

@@ -9,7 +9,6 @@ from typing import Any
 from typing_extensions import Unpack
 
 from escaip.data.commands import reading
-from escaip.errors import UsageError
 from escaip.options import DataPath, ModelFile, ModelOptions, ReadOptions
 
 
@@ -41,7 +40,7 @@ def evaluate(
     """
     from escaip.evaluate.run import evaluate_into
 
-    potential, structures = _open(model, data, options)
+    (potential,), structures = _open([model], data, options)
     report = evaluate_into(
         Path(out), potential, structures, {"model": model, "data": data}, free_atoms_only=free_atoms,
         max_atoms=max_atoms, plots=plots, progress=sys.stderr.isatty(),
@@ -55,40 +54,52 @@ def predict(
     data: DataPath,
     *,
     out: str,
+    committee: list[ModelFile] | None = None,
     max_atoms: int | None = None,
     overwrite: bool = False,
     **options: Unpack[_Options],
 ) -> None:
-    """Predicts energies, forces and stress of any number of structures.
+    """Predicts energies, forces and stress of any number of structures; the same command continues after a kill.
 
     Args:
         model: a model file
         data: structures; labels are not needed
         out: the extxyz file to write
+        committee: further members beside MODEL; their mean and their spread are written
         max_atoms: atoms evaluated at once (default: what is fastest and fits into memory)
         overwrite: replace what is there
 
     Example: escaip predict example:organic structures.xyz --out predictions.extxyz
     """
-    from escaip.evaluate.run import predict_into
+    from escaip.data.readers import data_sha256
+    from escaip.evaluate.frames import check_out
+    from escaip.evaluate.predictions import predict_into
+    from escaip.files import model_file, sha256
+    from escaip.signals import continued_by_same_command
 
-    path = Path(out)
-    if path.suffix not in (".extxyz", ".xyz"):
-        raise UsageError(f"{out} is no extxyz file: give --out a name that ends in .extxyz")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{out} exists: choose another --out, or replace it with --overwrite")
-    potential, structures = _open(model, data, options)
-    count = predict_into(path, potential, structures, max_atoms=max_atoms, progress=sys.stderr.isatty())
+    check_out(Path(out), overwrite)
+    models = [model, *(committee or [])]
+    potentials, structures = _open(models, data, options)
+    run = {
+        "command": "predict", "model": [sha256(model_file(name)) for name in models],
+        "data": data_sha256(data, options.get("format")), **options,
+    }  # fmt: skip
+    run.pop("device", None)
+    with continued_by_same_command():
+        count = predict_into(
+            Path(out), potentials, structures, run, overwrite=overwrite, max_atoms=max_atoms,
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
     print(f"wrote {out}: {count} structures")
 
 
-def _open(model: str, data: str, options: _Options) -> tuple[Any, Any]:
-    """Loads the potential and opens the structures, each with its share of the options."""
+def _open(models: list[str], data: str, options: _Options) -> tuple[list[Any], Any]:
+    """Loads the potentials and opens the structures, each with its share of the options."""
     from escaip.data import open_source
-    from escaip.files import resolve
     from escaip.potential.loading import load_potential
 
     names = ModelOptions.__annotations__
     where = {name: value for name, value in options.items() if name in names}
     read = {name: value for name, value in options.items() if name not in names}
-    return load_potential(model, **where), open_source(resolve(data), **reading(**read))  # type: ignore[arg-type]
+    potentials = [load_potential(model, **where) for model in models]  # type: ignore[arg-type]
+    return potentials, open_source(data, **reading(**read))

@@ -1,4 +1,4 @@
-"""Compares the predictions of a potential with labels; writes report and plots, or the predictions themselves."""
+"""Compares the predictions of a potential with labels; writes report and plots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from escaip.data import AtomicData
 from escaip.data.dataset import random_rotation, rotate_structure
 from escaip.errors import DataError
 from escaip.evaluate.report import EvaluationReport, Records, compute_report
-from escaip.files import write_aside, write_results
+from escaip.files import write_results
 from escaip.potential import Potential
 from escaip.potential.predict import StructurePrediction, join_structures, predict_pairs
 from escaip.types import TARGETS
@@ -112,22 +111,6 @@ def evaluate(
     return report, records
 
 
-def predict_into(path: Path, potential: Potential, structures: Iterable[AtomicData], **options: Any) -> int:
-    """Writes structures with every predicted target instead of their labels; eV, eV/Å, eV/Å³.
-
-    Further options are ``max_atoms`` and ``progress`` of ``escaip.potential.predict.predict_pairs``, which also names
-    the errors. Returns the number of structures written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pairs = predict_pairs(potential, structures, compute_stress=potential.config.is_conservative, **options)
-    count = 0
-    with write_aside(path) as aside, aside.open("w", encoding="utf-8") as stream:
-        for structure, predicted in pairs:
-            ase.io.write(stream, _with_predictions(structure, predicted).to_ase(), format="extxyz")
-            count += 1
-    return count
-
-
 def rotation_error(potential: Potential, structures: Sequence[AtomicData]) -> float:
     """Returns the RMS of ``F(R x) − R F(x)`` over force components, eV/Å, for random rotations of each structure."""
     turned = []
@@ -164,13 +147,3 @@ def _columns(
         found["label", name] = batch[name].numpy() if name in batch else missing
         found["prediction", name] = np.concatenate(arrays) if len(arrays) == len(members) else missing
     return found
-
-
-def _with_predictions(structure: AtomicData, predicted: StructurePrediction) -> AtomicData:
-    """Returns the structure with predictions instead of its labels."""
-    fields = dict(structure._store)
-    for name, target in TARGETS.items():
-        shape = (structure.num_nodes if target.per_atom else 1, *target.shape)
-        value = predicted.of_target(name)
-        fields[name] = torch.full(shape, torch.nan) if value is None else torch.as_tensor(value).reshape(shape)
-    return AtomicData.from_fields(fields)

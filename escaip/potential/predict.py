@@ -125,6 +125,7 @@ def predict_pairs(
     compute_stress: bool = False,
     max_atoms: int | None = None,
     progress: bool = False,
+    first: int = 0,
 ) -> Iterator[tuple[AtomicData, StructurePrediction]]:
     """Yields each structure with its prediction, in the order given.
 
@@ -140,6 +141,7 @@ def predict_pairs(
         compute_stress: whether to compute stress; conservative models only.
         max_atoms: atoms in a pack, instead of the budget; a larger structure is a pack of its own.
         progress: whether to show a progress bar.
+        first: index of the first structure, for messages and the bar.
 
     Raises:
         UsageError: a single structure, a path, or an object that is no structure; a potential in training mode.
@@ -157,7 +159,7 @@ def predict_pairs(
     else:
         budget = _Budget(token_budget(potential, compute_forces or compute_stress), "tokens")
     wanted = {"compute_forces": compute_forces, "compute_stress": compute_stress}
-    return _stream(potential, structures, budget, wanted, progress)
+    return _stream(potential, structures, budget, wanted, progress, first)
 
 
 def token_budget(potential: PotentialLike, derivatives: bool = True) -> int:
@@ -269,12 +271,13 @@ def _stream(
     budget: _Budget,
     wanted: dict[str, bool],
     progress: bool,
+    first: int,
 ) -> Iterator[tuple[AtomicData, StructurePrediction]]:
     from tqdm import tqdm
 
-    total = len(structures) if isinstance(structures, Sized) else None
-    with tqdm(total=total, unit="structure", dynamic_ncols=True, disable=not progress) as bar:
-        for window in _windows(_items(potential.config.graph, structures, budget), budget):
+    total = first + len(structures) if isinstance(structures, Sized) else None
+    with tqdm(total=total, initial=first, unit="structure", dynamic_ncols=True, disable=not progress) as bar:
+        for window in _windows(_items(potential.config.graph, structures, budget, first), budget):
             found: dict[int, StructurePrediction] = {}
             # Some attention backends pad to the longest neighborhood of a pack.
             queue = sorted(window, key=lambda item: (-item.tokens / item.data.num_nodes, -item.cost))
@@ -296,8 +299,8 @@ def _stream(
                 yield item.data, found.pop(item.index)
 
 
-def _items(settings: GraphSettings, structures: Iterable[Any], budget: _Budget) -> Iterator[_Item]:
-    for index, structure in enumerate(structures):
+def _items(settings: GraphSettings, structures: Iterable[Any], budget: _Budget, first: int) -> Iterator[_Item]:
+    for index, structure in enumerate(structures, first):
         data = as_data(structure, index)
         tokens = estimate_tokens(data, settings)
         yield _Item(index, data, tokens, tokens if budget.unit == "tokens" else int(data.num_nodes))

@@ -33,6 +33,14 @@ def direct_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def second(tmp_path: Path) -> Path:
+    """A further member of a committee, which supports all elements."""
+    path = tmp_path / "second.escaip"
+    make_potential(1).save(path)
+    return path
+
+
+@pytest.fixture
 def molecule(tmp_path: Path) -> Path:
     path = tmp_path / "methanol.xyz"
     ase.io.write(path, ase.build.molecule("CH3OH"))

@@ -27,13 +27,6 @@ from escaip.simulate import MDSettings, read_log, run_md
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture
-def second(tmp_path: Path) -> Path:
-    path = tmp_path / "second.escaip"
-    make_potential(1).save(path)
-    return path
-
-
 def test_check(model: Path, molecule: Path, tmp_path: Path, capsys: Capture) -> None:
     ase.io.write(molecule, ase.build.molecule("H2O"))
     assert main(["check", str(model), "--structure", str(molecule)]) == 0

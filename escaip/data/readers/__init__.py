@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import inspect
 import itertools
 import os
@@ -13,10 +14,11 @@ from typing import Any
 
 from escaip.data.readers import ase, aselmdb, mptrj, oc20, ocp_lmdb, pymatgen, spice, store, xyz_zip
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, ReadReport, check_magnitudes, checked
+from escaip.data.store import Store
 from escaip.data.structure import AtomicData, LabelKeys
 from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
-from escaip.files import resolve
+from escaip.files import resolve, sha256
 from escaip.units import Units
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Reading",
     "check_magnitudes",
     "checked",
+    "data_sha256",
     "detect_format",
     "expand_paths",
     "list_files",
@@ -147,6 +150,13 @@ def list_files(path: PathLike | Sequence[PathLike], format: str | None = None) -
             found.extend((file, kind) for file in expand(given))
     names = distinct_names([file for file, _ in found])
     return [DataFile(file, kind, name) for (file, kind), name in zip(found, names, strict=True)]
+
+
+def data_sha256(path: PathLike | Sequence[PathLike], format: str | None = None) -> str:
+    """Returns a digest of the content of all files behind a path; of a prepared store, of its manifest's checksums."""
+    files = [file.path for file in list_files(path, format)]
+    each = [Store(file).fingerprint if file.is_dir() else sha256(file) for file in files]
+    return hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def read_file(

@@ -1,0 +1,83 @@
+"""Structures with predictions instead of their labels, as a file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+
+from escaip.data import AtomicData
+from escaip.evaluate.frames import write_frames
+from escaip.potential import Potential
+from escaip.potential.predict import StructurePrediction, predict_pairs
+from escaip.types import TARGETS
+
+
+def predict_into(
+    path: Path, potentials: Sequence[Potential], structures: Iterable[AtomicData], run: Mapping[str, Any], *,
+    overwrite: bool = False, **options: Any,
+) -> int:  # fmt: skip
+    """Writes the frames of ``predict_frames`` to a file, which is continued after a kill.
+
+    Args:
+        path: of an extxyz file.
+        potentials: one, or the members of a committee.
+        structures: all of them, those of which predictions are in the file already as well.
+        run: as in ``escaip.evaluate.frames.write_frames``, which also names the errors.
+        overwrite: as there.
+        options: ``max_atoms`` and ``progress`` of ``escaip.potential.predict.predict_pairs``.
+
+    Returns:
+        The number of structures in the file.
+    """
+
+    def remaining(count: int) -> Iterator[Atoms]:
+        rest = itertools.islice(structures, count, None)
+        return predict_frames(potentials, rest, first=count, **options)
+
+    return write_frames(path, run, remaining, overwrite=overwrite)
+
+
+def predict_frames(
+    potentials: Sequence[Potential], structures: Iterable[AtomicData], **options: Any
+) -> Iterator[Atoms]:
+    """Yields each structure with every predicted target in the place of its labels, in order and in bounded memory.
+
+    Of a committee these are means over the members, beside ``info["energy_spread"]``, eV, and
+    ``arrays["forces_spread"]``, ``(n,)`` eV/Å, as ``CommitteeCalculator`` defines them.
+
+    Args:
+        potentials: one, or the members of a committee.
+        structures: their labels are not read.
+        options: of ``escaip.potential.predict.predict_pairs``, which also names the errors.
+    """
+    compute_stress = all(potential.config.is_conservative for potential in potentials)
+    progress = options.pop("progress", False)
+    streams = [
+        predict_pairs(potential, copy, compute_stress=compute_stress, progress=progress and not member, **options)
+        for member, (potential, copy) in enumerate(
+            zip(potentials, itertools.tee(structures, len(potentials)), strict=True)
+        )
+    ]
+    for pairs in zip(*streams, strict=True):
+        yield _frame(pairs[0][0], [found for _, found in pairs])
+
+
+def _frame(structure: AtomicData, found: Sequence[StructurePrediction]) -> Atoms:
+    fields = dict(structure._store)
+    for name, target in TARGETS.items():
+        shape = (structure.num_nodes if target.per_atom else 1, *target.shape)
+        values = [one.of_target(name) for one in found]
+        known = [torch.as_tensor(value, dtype=torch.float64).reshape(shape) for value in values if value is not None]
+        fields[name] = torch.stack(known).mean(0) if len(known) == len(found) else torch.full(shape, torch.nan)
+    atoms = AtomicData.from_fields(fields).to_ase()
+    if len(found) > 1:
+        forces = torch.stack([torch.as_tensor(one.forces, dtype=torch.float64) for one in found])
+        energies = torch.tensor([one.energy for one in found], dtype=torch.float64)
+        atoms.info["energy_spread"] = float(energies.std(correction=0))
+        atoms.arrays["forces_spread"] = forces.var(0, correction=0).sum(1).sqrt().numpy()
+    return atoms
