@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from escaip.simulate.ensembles import MDSettings, default_timestep
     from escaip.simulate.md import MDResult, MDStatus, ProgressLine, run_md
     from escaip.simulate.output import read_log, read_structure, read_trajectory, write_structure
-    from escaip.simulate.relaxation import RelaxResult, relax
+    from escaip.simulate.relaxation import RelaxResult, relax, relax_all
     from escaip.simulate.report import AnalysisSettings, analyze
     from escaip.simulate.select import select_file, select_frames
 
 __all__ = [
     "AnalysisSettings", "CheckReport", "EnergyDrift", "MDResult", "MDSettings", "MDStatus", "ProgressLine",
     "RelaxResult", "analyze", "check_calculator", "default_timestep", "energy_drift", "radial_distribution", "read_log",
-    "read_structure", "read_trajectory", "relax", "run_md", "select_file", "select_frames", "write_structure",
+    "read_structure", "read_trajectory", "relax", "relax_all", "run_md", "select_file", "select_frames",
+    "write_structure",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(__name__, {
@@ -28,7 +29,7 @@ __getattr__, __dir__ = lazy_names(__name__, {
     "ensembles": ("MDSettings", "default_timestep"),
     "md": ("MDResult", "MDStatus", "ProgressLine", "run_md"),
     "output": ("read_log", "read_structure", "read_trajectory", "write_structure"),
-    "relaxation": ("RelaxResult", "relax"),
+    "relaxation": ("RelaxResult", "relax", "relax_all"),
     "report": ("AnalysisSettings", "analyze"),
     "select": ("select_file", "select_frames"),
 })  # fmt: skip

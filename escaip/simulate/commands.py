@@ -13,6 +13,9 @@ from typing_extensions import Unpack
 from escaip.options import CalculatorOptions, ModelFile, ModelOptions, StructureFile
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from ase import Atoms
     from ase.calculators.calculator import BaseCalculator
 
@@ -28,11 +31,13 @@ def relax(
     optimizer: Literal["bfgs", "fire"] = "bfgs",
     cell: bool = False,
     pressure: float = 0.0,
-    frame: int = -1,
+    frame: int | None = None,
+    all: bool = False,
     out: str | None = None,
+    overwrite: bool = False,
     **options: Unpack[CalculatorOptions],
 ) -> None:
-    """Relaxes a structure to a minimum of the energy.
+    """Relaxes a structure, or all of a file, to minima of the energy.
 
     Args:
         model: a model file
@@ -43,21 +48,31 @@ def relax(
         cell: relax the cell as well
         pressure: external pressure in GPa, with --cell
         frame: which structure of the file (default: the last)
+        all: relax all structures of the file, many at once; the same command continues after a kill
         out: file to write (default: the name of STRUCTURE with .relaxed.extxyz)
+        overwrite: with --all, replace what is there
 
     Example: escaip relax example:organic example:ethanol --fmax 0.01
     """
     from pathlib import Path
 
-    from escaip.errors import SimulationError
+    from escaip.errors import SimulationError, UsageError
     from escaip.files import resolve
     from escaip.simulate.output import freeze, read_structure, write_structure
     from escaip.simulate.relaxation import relax as relax_atoms
 
-    atoms = read_structure(structure, frame)
-    atoms.calc = make_calculator(model, **options)
     path = Path(out or f"{resolve(structure).stem}.relaxed.extxyz")
-    result = relax_atoms(atoms, fmax=fmax, steps=steps, optimizer=optimizer, cell=cell, pressure=pressure)
+    settings: dict[str, Any] = {
+        "fmax": fmax, "steps": steps, "optimizer": optimizer, "cell": cell, "pressure": pressure,
+    }  # fmt: skip
+    if all:
+        if frame is not None:
+            raise UsageError("--all relaxes every frame, --frame one of them: choose one of the two")
+        _relax_all(model, structure, path, settings, overwrite, options)
+        return
+    atoms = read_structure(structure, -1 if frame is None else frame)
+    atoms.calc = make_calculator(model, **options)
+    result = relax_atoms(atoms, **settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_structure(path, freeze(result.atoms))
     if not result.converged:
@@ -66,6 +81,55 @@ def relax(
             f"reached is in {path}: raise --steps, or try --optimizer fire"
         )
     print(result.summary())
+    print(f"wrote {path}")
+
+
+def _relax_all(
+    model: str, structure: str, path: Path, settings: dict[str, Any], overwrite: bool, options: CalculatorOptions
+) -> None:
+    """Relaxes all structures of a file, or what an earlier run has left of them."""
+    from itertools import islice
+
+    from tqdm import tqdm
+
+    from escaip.data.readers import data_sha256
+    from escaip.errors import SimulationError, UsageError
+    from escaip.evaluate.frames import check_out, write_frames
+    from escaip.files import model_file, sha256
+    from escaip.signals import continued_by_same_command
+    from escaip.simulate.output import freeze, read_structures, read_trajectory
+    from escaip.simulate.relaxation import relax_all
+
+    check_out(path, overwrite)
+    if "d3" in options:
+        raise UsageError("--d3 is evaluated for one structure at a time: leave --all or --d3 out")
+    calculator: Any = make_calculator(model, **options)
+    models = [model, *options.get("committee", ())]
+    run: dict[str, Any] = {
+        "command": "relax", **settings, **options, "model": [sha256(model_file(name)) for name in models],
+        "data": data_sha256(structure),
+    }  # fmt: skip
+    for name in ("device", "committee", "compile"):
+        run.pop(name, None)
+
+    def remaining(count: int) -> Iterator[Atoms]:
+        rest = islice(read_structures(structure), count, None)
+        results = relax_all(calculator.potentials, rest, first=count, **settings)
+        for result in tqdm(results, initial=count, unit="structure", disable=not sys.stderr.isatty()):
+            frame = freeze(result.atoms)
+            frame.info["converged"] = result.converged
+            yield frame
+
+    with continued_by_same_command():
+        count = write_frames(path, run, remaining, overwrite=overwrite)
+    missing = [str(index) for index, frame in enumerate(read_trajectory(path)) if not frame.info["converged"]]
+    if missing:
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise SimulationError(
+            f"{len(missing)} of {count} structures did not converge in {settings['steps']} steps (frames {shown}): "
+            f"those reached are in {path}, with converged=F: raise --steps, or try --optimizer fire"
+        )
+    print(f"converged: {count} structures")
     print(f"wrote {path}")
 
 

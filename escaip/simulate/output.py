@@ -256,6 +256,22 @@ def read_structure(path: str | os.PathLike[str], frame: int = -1) -> Atoms:
     return atoms
 
 
+def read_structures(path: str | os.PathLike[str]) -> Iterator[Atoms]:
+    """Yields all structures of a file or store one by one, as ``read_structure`` reads one; errors are those of it."""
+    from escaip.data import AtomicData, Store
+
+    path = resolve(path)
+    if path.is_dir():
+        store = Store(path)
+        frames: Iterator[Atoms] = (store[index].to_ase() for index in range(len(store)))
+    else:
+        frames = read_trajectory(path)
+    for index, atoms in enumerate(frames):
+        atoms.calc = None
+        AtomicData.from_ase(atoms, structure_id=f"{path.name}:{index}")  # checks the structure
+        yield atoms
+
+
 def write_structure(path: str | os.PathLike[str], atoms: Atoms) -> None:
     """Writes a structure, whole or not at all, in the format of the file's suffix.
 

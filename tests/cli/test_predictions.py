@@ -1,4 +1,4 @@
-"""``predict``: the calculators' answers in order, in bounded memory; what a kill leaves is continued."""
+"""``predict`` and ``relax --all``: the answers in order, in bounded memory; what a kill leaves is continued."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import ase.build
 import ase.io
 import numpy as np
 import pytest
+from ase import Atoms
 from tiny import make_potential
 
 from escaip.calculators import CommitteeCalculator, EScAIPCalculator
 from escaip.cli import main
 from escaip.data import AtomicData
-from escaip.evaluate import predictions
+from escaip.evaluate import frames, predictions
 from escaip.evaluate.predictions import predict_frames
 from escaip.files import try_lock
 from escaip.potential import Potential
@@ -36,9 +37,9 @@ def test_predictions_are_those_of_the_calculators(
     command = ["predict", str(model), str(labelled), "--out", str(out), "--max-atoms", "10"]
     assert main([*command, *(["--committee", str(second)] if members == 2 else [])]) == 0
     calculator = CommitteeCalculator([model, second]) if members == 2 else EScAIPCalculator(model)
-    frames, given = ase.io.read(out, ":"), ase.io.read(labelled, ":")
-    assert [list(frame.numbers) for frame in frames] == [list(atoms.numbers) for atoms in given]
-    for found, atoms in zip(frames, given, strict=True):
+    written, given = ase.io.read(out, ":"), ase.io.read(labelled, ":")
+    assert [list(frame.numbers) for frame in written] == [list(atoms.numbers) for atoms in given]
+    for found, atoms in zip(written, given, strict=True):
         atoms.set_constraint()
         atoms.calc = calculator
         assert found.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
@@ -61,8 +62,8 @@ def test_a_committee_reads_a_stream_as_results_are_taken() -> None:
             next(taken)
             yield AtomicData.from_ase(ase.build.molecule("H2O"))
 
-    frames = predict_frames([make_potential(), make_potential(1, num_neighbors=3)], endless(), max_atoms=6)
-    for _ in itertools.islice(frames, 70):
+    stream = predict_frames([make_potential(), make_potential(1, num_neighbors=3)], endless(), max_atoms=6)
+    for _ in itertools.islice(stream, 70):
         pass
     assert next(taken) == 3 * 16 * 2  # windows of 16 packs of two, read once for both
 
@@ -180,3 +181,61 @@ def test_a_bad_structure_is_named_by_its_place_and_those_before_it_are_kept(
     ase.io.write("in.extxyz", ase.build.bulk("Fe"))
     assert main([*command, "--overwrite"]) == 1
     assert not list(tmp_path.glob("out*"))
+
+
+def test_relaxing_all_structures_of_a_file_goes_on_after_a_kill(
+    model: Path, second: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["relax", str(model), str(labelled), "--all", "--fmax", "0.1", "--out", "out.extxyz"]
+    assert main([*command[:-1], "whole.extxyz"]) == 0
+    assert "converged: 5 structures" in capsys.readouterr().out
+    write, written = frames.ase.io.write, itertools.count()
+
+    def stopping(*arguments: Any, **options: Any) -> None:
+        if next(written) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(sys, "argv", ["escaip", *command])
+    with monkeypatch.context() as patch:
+        patch.setattr(frames.ase.io, "write", stopping)
+        assert main(command) == 143
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == shlex.join(["escaip", *command])
+    for changed, name in (("--fmax=0.2", "fmax"), ("--cell", "cell"), (f"--committee={second}", "model")):
+        assert main([*command, changed]) == 2
+        assert f"holds 3 structures of a run with another {name}" in capsys.readouterr().err
+    assert main([*command, "--device", "cpu"]) == 0
+    for found, expected in zip(ase.io.read("out.extxyz", ":"), ase.io.read("whole.extxyz", ":"), strict=True):
+        assert found.info["converged"]
+        assert found.get_potential_energy() == pytest.approx(expected.get_potential_energy(), abs=1e-5)
+        assert np.linalg.norm(found.get_forces(), axis=1).max() <= 0.1
+
+
+@pytest.mark.bad_input
+def test_structures_that_do_not_converge_are_named_by_frame(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    atom, water = Atoms("O"), ase.build.molecule("H2O")
+    ase.io.write("in.extxyz", [atom, *[water] * 11, atom])
+    command = ["relax", str(model), "in.extxyz", "--all", "--fmax", "1e-9", "--steps", "2"]
+    assert main(command) == 1
+    assert (
+        "11 of 13 structures did not converge in 2 steps (frames 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 1 more): those"
+        in (capsys.readouterr().err)
+    )
+    found = ase.io.read("in.relaxed.extxyz", ":")
+    assert [frame.info["converged"] for frame in found] == [True, *[False] * 11, True]
+    for extra, message in (
+        ([], "in.relaxed.extxyz exists"),
+        (["--overwrite", "--frame", "-1"], "choose one of the two"),
+        (["--overwrite", "--d3", "pbe"], "leave --all or --d3 out"),
+        (["--out", "out.cif"], "out.cif is no extxyz file"),
+    ):
+        assert main([*command, *extra]) == 2
+        assert message in capsys.readouterr().err
+    ase.io.write("in.extxyz", [atom, Atoms("Fe")])
+    assert main([*command, "--overwrite"]) == 1
+    assert "structure 1 (Fe): the potential was not trained on Fe" in capsys.readouterr().err

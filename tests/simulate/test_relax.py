@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ase.build
 import ase.io
 import numpy as np
 import pytest
+import tiny
+import torch
 from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
+from tiny import rattled
 
-from escaip.errors import ConfigError, DataError, SimulationError
-from escaip.simulate import energy_drift, read_structure, relax, write_structure
+from escaip import EScAIPCalculator
+from escaip.calculators import CommitteeCalculator
+from escaip.errors import ConfigError, DataError, SimulationError, UnsupportedElementError
+from escaip.potential import Potential
+from escaip.simulate import energy_drift, read_structure, relax, relax_all, relaxation, write_structure
 
 Make = Callable[..., Atoms]
 
@@ -54,6 +63,103 @@ def test_constraints_hold_and_what_is_not_converged_says_so(argon: Make) -> None
     assert np.array_equal(result.atoms.positions[:2], atoms.positions[:2])
     assert (result.converged, result.steps) == (False, 2)
     assert "NOT converged after 2 steps" in result.summary()
+
+
+def molecules() -> list[Atoms]:
+    found = rattled(*(ase.build.molecule(name) for name in ("CH3OH", "H2O", "CH4", "NH3", "H2O")), Atoms("O"))
+    found[2].set_constraint(FixAtoms([0, 1]))
+    return found
+
+
+def crystals() -> list[Atoms]:
+    return rattled(*(ase.build.bulk("Cu", cubic=True) for _ in range(2)), ase.build.bulk("Cu"))
+
+
+@pytest.mark.parametrize(
+    ("structures", "members", "options"),
+    [
+        (molecules, 1, {"fmax": 0.2}),
+        (molecules, 2, {"optimizer": "fire", "fmax": 0.2}),
+        (crystals, 1, {"cell": True, "pressure": 1.0, "fmax": 0.2}),
+    ],
+)
+def test_many_at_once_take_the_steps_that_each_takes_alone(
+    structures: Callable[[], list[Atoms]], members: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relaxation, "_ATOMS_AT_ONCE", 9)  # some enter when others are done
+    monkeypatch.setattr(relaxation, "_MOST_DONE", 2)
+    potentials = [tiny.make_potential(seed) for seed in range(members)]
+    calculator: Any = CommitteeCalculator(potentials) if members > 1 else EScAIPCalculator(potentials[0])
+    given = structures()
+    for found, atoms in zip(relax_all(potentials, iter(given), **options), structures(), strict=True):
+        atoms.calc = calculator
+        alone = relax(atoms, **options)
+        assert found.converged
+        assert alone.converged
+        assert found.steps == alone.steps
+        for name in ("energy", "initial_energy", "largest_force", "volume", "pressure"):
+            assert getattr(found, name) == pytest.approx(getattr(alone, name), abs=1e-6, nan_ok=True), name
+        np.testing.assert_allclose(found.atoms.positions, alone.atoms.positions, atol=1e-5)
+        np.testing.assert_allclose(found.atoms.cell, alone.atoms.cell, atol=1e-5)
+        np.testing.assert_allclose(found.atoms.get_forces(), alone.atoms.get_forces(), atol=1e-5)
+        assert ("stress" in found.atoms.calc.results) == bool(atoms.pbc.any())
+    assert given == structures()
+
+
+class Breaking(Potential):
+    """Energies of water become NaN where it is evaluated for the third time."""
+
+    def forward(self, batch: Any, **options: Any) -> Any:
+        """As any potential's."""
+        found = super().forward(batch, **options)
+        water = batch.ptr.diff() == 3
+        self.__dict__["seen"] = self.__dict__.get("seen", 0) + int(water.any())
+        if self.__dict__["seen"] < 3:
+            return found
+        return replace(found, energy=torch.where(water, torch.nan, found.energy))
+
+
+def test_a_structure_that_breaks_ends_where_it_last_was_sound() -> None:
+    water, methane = given = rattled(ase.build.molecule("H2O"), ase.build.molecule("CH4"))
+    broken, sound = relax_all([tiny.make_potential(kind=Breaking)], given, fmax=0.02)
+    assert (broken.converged, broken.steps, sound.converged) == (False, 2, True)
+    assert broken.largest_force > 0.02
+    water.calc = methane.calc = EScAIPCalculator(tiny.make_potential())
+    once = relax(water, fmax=0.02, steps=1)
+    np.testing.assert_allclose(broken.atoms.positions, once.atoms.positions, atol=1e-8)
+    assert broken.energy == pytest.approx(once.energy, abs=1e-8)
+    assert sound.energy == pytest.approx(relax(methane, fmax=0.02).energy, abs=1e-6)
+
+
+def test_structures_are_read_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relaxation, "_ATOMS_AT_ONCE", 9)
+    monkeypatch.setattr(relaxation, "_MOST_DONE", 20)
+    taken = itertools.count()
+
+    def many() -> Iterator[Atoms]:
+        for atoms in [*rattled(ase.build.molecule("CH3OH")), *[Atoms("O")] * 200]:
+            next(taken)
+            yield atoms
+
+    results = relax_all([tiny.make_potential()], many(), fmax=0.02)
+    assert next(results).steps > 10
+    assert next(taken) in range(20, 30)  # none beside those that wait and those in work
+    assert len([*results]) == 200
+
+
+@pytest.mark.bad_input
+def test_one_of_many_that_cannot_be_relaxed_is_named() -> None:
+    potential, waters = tiny.make_potential(elements=(1, 8)), [ase.build.molecule("H2O")] * 3
+    with pytest.raises(UnsupportedElementError, match=r"^structure 7 .*not trained on C"):
+        list(relax_all([potential], [*waters, ase.build.molecule("CH4")], first=4))
+    with pytest.raises(ConfigError, match=r"^structure 0: relaxing the cell needs three periodic axes"):
+        list(relax_all([potential], waters, cell=True))
+    with pytest.raises(ConfigError, match="a direct-force model has none"):
+        list(relax_all([tiny.make_potential(forces="direct")], crystals(), cell=True))
+    broken = tiny.make_potential(kind=Breaking)
+    broken.__dict__["seen"] = 3
+    with pytest.raises(SimulationError, match="structure 5: forces are NaN: check the starting structure"):
+        list(relax_all([broken], [ase.build.molecule("CH4"), *waters], first=4))
 
 
 @pytest.mark.bad_input
