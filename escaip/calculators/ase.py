@@ -19,6 +19,7 @@ from escaip.graph import displacements, prune_graph
 from escaip.graph.skin import GraphCache, Snapshot, VerletList
 from escaip.potential import Potential
 from escaip.potential.loading import load_potential
+from escaip.potential.potential import origin_of
 from escaip.potential.precision import check_precision, resolve_device, resolve_dtype
 from escaip.types import TARGETS, StructureBatch
 
@@ -49,6 +50,18 @@ class PotentialCalculator(Calculator):
     def is_conservative(self) -> bool:
         """Whether all forces are derivatives of energies."""
         return all(potential.config.is_conservative for potential in self.potentials)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Files, digests and level of theory of the potentials, as far as they are known."""
+        return origin_of(self.potentials)
+
+    def todict(self, skip_default: bool = True) -> dict[str, Any]:
+        """Returns the origin and how it is evaluated, which ASE writes to databases and trajectories."""
+        return {
+            **self.origin, "dtype": ", ".join(dict.fromkeys(str(one.dtype) for one in self.potentials)),
+            "precision": ", ".join(dict.fromkeys(one.precision for one in self.potentials)),
+        }  # fmt: skip
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Names what changed since the last evaluation; charge and spin count where a potential uses them."""

@@ -57,6 +57,12 @@ class DispersionCalculator(PotentialCalculator):
         found: Sequence[Potential] = getattr(self.calculator, "potentials", ())
         return found
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """Origin of the calculator below, where it states one, and the dispersion."""
+        text = f"{self.options['damping']} of {self.options['method']}"
+        return {**getattr(self.calculator, "origin", {}), "dispersion": text}
+
     def _forget(self) -> None:
         super()._forget()
         try:

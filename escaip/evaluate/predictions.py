@@ -13,6 +13,7 @@ from ase import Atoms
 from escaip.data import AtomicData
 from escaip.evaluate.frames import write_frames
 from escaip.potential import Potential
+from escaip.potential.potential import origin_of
 from escaip.potential.predict import StructurePrediction, predict_pairs
 from escaip.types import TARGETS
 
@@ -48,7 +49,8 @@ def predict_frames(
     """Yields each structure with every predicted target in the place of its labels, in order and in bounded memory.
 
     Of a committee these are means over the members, beside ``info["energy_spread"]``, eV, and
-    ``arrays["forces_spread"]``, ``(n,)`` eV/Å, as ``CommitteeCalculator`` defines them.
+    ``arrays["forces_spread"]``, ``(n,)`` eV/Å, as ``CommitteeCalculator`` defines them. ``info`` names the origin
+    (``escaip.potential.potential.origin_of``).
 
     Args:
         potentials: one, or the members of a committee.
@@ -63,8 +65,11 @@ def predict_frames(
             zip(potentials, itertools.tee(structures, len(potentials)), strict=True)
         )
     ]
+    origin = origin_of(potentials)
     for pairs in zip(*streams, strict=True):
-        yield _frame(pairs[0][0], [found for _, found in pairs])
+        atoms = _frame(pairs[0][0], [found for _, found in pairs])
+        atoms.info.update(origin)
+        yield atoms
 
 
 def _frame(structure: AtomicData, found: Sequence[StructurePrediction]) -> Atoms:

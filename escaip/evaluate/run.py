@@ -19,6 +19,7 @@ from escaip.errors import DataError
 from escaip.evaluate.report import EvaluationReport, Records, compute_report
 from escaip.files import write_results
 from escaip.potential import Potential
+from escaip.potential.potential import origin_of
 from escaip.potential.predict import StructurePrediction, join_structures, predict_pairs
 from escaip.types import TARGETS
 
@@ -39,8 +40,8 @@ def evaluate_into(
         DataError: no labels, or the folder cannot be written.
     """
     report, records = evaluate(potential, structures, free_atoms_only=free_atoms_only, **options)
-    values = {**origin, "dtype": str(potential.dtype), "precision": potential.precision, **report.to_dict()}
-    files: dict[str, Any] = {"report.json": values}
+    about = {**origin_of([potential]), **origin, "dtype": str(potential.dtype), "precision": potential.precision}
+    files: dict[str, Any] = {"report.json": {**about, **report.to_dict()}}
     if plots:
         from escaip.evaluate.plots import draw_errors, draw_parity
 

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from escaip.files import model_file
+from escaip.files import model_file, sha256
 from escaip.potential.export import is_package, load_package, read_package
 from escaip.potential.model_file import read_model_file
 from escaip.potential.potential import Potential, build_potential
@@ -39,8 +39,11 @@ def load_potential(
     """
     path = model_file(path)
     if is_package(path):
-        return load_package(path, device, dtype, dataset, precision)
+        potential = load_package(path, device, dtype, dataset, precision)
+        potential.source = path.name, sha256(path)
+        return potential
     potential = read_potential(path)
+    potential.source = path.name, sha256(path)
     if dataset is not None:
         potential.choose_dataset(dataset)
     if dtype is not None:

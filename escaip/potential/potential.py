@@ -44,6 +44,9 @@ from escaip.types import MAX_CHARGE, TARGETS, AtomInputs, Graph, NeighborList, P
 
 __all__ = ["Potential", "PotentialMetadata"]
 
+ORIGIN = ("model", "model_sha256", "level_of_theory", "dataset")
+"""Names under which results state what they come from: files, their digests, level of theory, and set of references."""
+
 ENERGY_BUFFERS = ("element_references", "element_shifts", "charge_energies", "scale")
 """Buffers of a potential with a leading dimension ``S`` where it was trained on ``S`` data sets."""
 
@@ -78,6 +81,7 @@ class Potential(PreciseTables):
         precision: ``"highest"``, the model's own; ``"tf32"`` for products of float32 matrices on CUDA; ``"float16"`` or
             ``"bfloat16"`` for products and attention of tokens, the rest in float32 (docs/howto/speed.md).
         evaluator: runs the model and the gradient of its energy: uncompiled, compiled, or exported.
+        source: name and SHA-256 of the file that ``load_potential`` read it from; None for any other.
     """
 
     element_references: Tensor
@@ -101,6 +105,7 @@ class Potential(PreciseTables):
         self.recompute: bool | None = None
         self.precision = "highest"
         self.evaluator: Evaluator = EagerEvaluator()
+        self.source: tuple[str, str] | None = None
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -388,6 +393,18 @@ class Potential(PreciseTables):
             CheckpointError: the file cannot be written.
         """
         write_model_file(path, self.describe(), self.state_dict())
+
+
+def origin_of(potentials: Sequence[Potential]) -> dict[str, str]:
+    """Returns the values of ``ORIGIN`` that are known; those of several potentials are joined by semicolons."""
+    found: dict[str, list[str]] = {name: [] for name in ORIGIN}
+    for potential in potentials:
+        level = potential.metadata.level_of_theory
+        values = (*(potential.source or ("", "")), "" if level == "unknown" else level, potential.dataset or "")
+        for name, value in zip(ORIGIN, values, strict=True):
+            found[name].append(value)
+    joined = {name: "; ".join(filter(None, dict.fromkeys(values))) for name, values in found.items()}
+    return {name: text for name, text in joined.items() if text}
 
 
 def missing_energies(references: Tensor) -> dict[str, Tensor]:

@@ -199,7 +199,7 @@ def _run(
     if function == "crystal_phonons":
         check_phonopy()  # before the model is loaded
     atoms = [read_structure(path, frame) for path in structures]
-    atoms[0].calc = EScAIPCalculator(model, **given)
+    atoms[0].calc = calculator = EScAIPCalculator(model, **given)
     result = getattr(properties, function)(*atoms, **settings)
-    result.write(out)
+    result.write(out, getattr(calculator, "origin", None))
     print(f"{result.summary()}\nwrote {out}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,8 +97,11 @@ class ElasticConstants:
             f"{self.deviation:.2g} GPa; stress before strain up to {np.abs(self.stress).max():.2g} GPa",
         ])  # fmt: skip
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``elastic.json`` and ``elastic.png``: the stiffness, and Young's modulus by direction."""
+    def write(self, folder: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
+        """Writes ``elastic.json`` and ``elastic.png``: the stiffness, and Young's modulus by direction.
+
+        ``about``, such as the origin of the model, stands first in the JSON.
+        """
         figure = new_figure(2)
         left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2, projection="polar")
         largest = float(np.abs(self.stiffness).max())
@@ -116,6 +120,7 @@ class ElasticConstants:
             right.legend(loc="lower left", fontsize=7)
         right.set_title("Young's modulus (GPa)")
         values = {
+            **(about or {}),
             "formula": self.atoms.get_chemical_formula(),
             "convention": "sigma_i = C_ij eps_j; xx, yy, zz, yz, xz, xy; engineering shear; axes of the cell as given",
             "stiffness_GPa": self.stiffness, "measured_GPa": self.measured, "averages_GPa": self.averages,

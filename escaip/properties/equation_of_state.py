@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ase.eos
@@ -65,8 +66,11 @@ class EquationOfState:
             ["fit", f"{self.residual:.2g} meV/atom", f"{len(self.volumes)} volumes"],
         ])  # fmt: skip
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``eos.json``, ``eos.png`` and the structures, ``eos.extxyz``."""
+    def write(self, folder: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
+        """Writes ``eos.json``, ``eos.png`` and the structures, ``eos.extxyz``.
+
+        ``about``, such as the origin of the model, stands first in the JSON.
+        """
         figure = new_figure()
         axis = figure.subplots()
         count = len(self.frames[0])
@@ -76,6 +80,7 @@ class EquationOfState:
         axis.set(xlabel="volume (Å³/atom)", ylabel="energy above the minimum (meV/atom)")
         axis.set_title(f"V0 {self.volume / count:.3f} Å³/atom, B0 {self.bulk_modulus:.1f} GPa")
         values = {
+            **(about or {}),
             "formula": self.frames[0].get_chemical_formula(), "form": "Birch-Murnaghan, third order",
             "V0_A3": self.volume, "E0_eV": self.energy, "B0_GPa": self.bulk_modulus, "B_prime": self.derivative,
             "residual_meV/atom": self.residual, "volumes_A3": self.volumes, "energies_eV": self.energies,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +84,11 @@ class MinimumEnergyPath:
             f"{self.largest_force:.4f} eV/Å"
         )
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``neb.json``, ``neb.png`` and the images, ``neb.extxyz``."""
+    def write(self, folder: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
+        """Writes ``neb.json``, ``neb.png`` and the images, ``neb.extxyz``.
+
+        ``about``, such as the origin of the model, stands first in the JSON.
+        """
         figure = new_figure()
         axis = figure.subplots()
         curve = fit_images(self.images)
@@ -94,6 +97,7 @@ class MinimumEnergyPath:
         axis.set(xlabel="path (Å)", ylabel="energy (eV)")
         axis.set_title(f"barrier {self.forward:.3f} eV forward, {self.backward:.3f} eV backward")
         values = {
+            **(about or {}),
             "formula": self.images[0].get_chemical_formula(), "barrier_forward_eV": self.forward,
             "barrier_backward_eV": self.backward, "reaction_energy_eV": self.reaction_energy,
             "climbing_image": self.climbed, "saddle_image": self.saddle, "distances_A": self.distances,

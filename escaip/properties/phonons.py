@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,9 +123,13 @@ class Phonons:
         lines.append(f"largest force in the perfect supercell {self.residual_force:.2g} eV/Å")
         return "\n".join(lines)
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``phonopy.yaml`` (with force constants), ``phonons.json``, ``bands.png`` and ``thermal.png``."""
+    def write(self, folder: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
+        """Writes ``phonopy.yaml`` (with force constants), ``phonons.json``, ``bands.png`` and ``thermal.png``.
+
+        ``about``, such as the origin of the model, stands first in the JSON.
+        """
         values = {
+            **(about or {}),
             "formula": self.atoms.get_chemical_formula(),
             "supercell": np.asarray(self.phonopy.supercell_matrix),
             "primitive": self.primitive,

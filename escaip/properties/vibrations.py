@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,8 +101,11 @@ class Vibrations:
             lines.append(f"second derivatives were asymmetric by {100 * self.asymmetry:.2g} % of the largest")
         return "\n".join(lines)
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``vibrations.json``, ``vibrations.png`` and ``modes.extxyz``, one period of each mode in turn."""
+    def write(self, folder: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
+        """Writes ``vibrations.json``, ``vibrations.png`` and ``modes.extxyz``, one period of each mode in turn.
+
+        ``about``, such as the origin of the model, stands first in the JSON.
+        """
         frames = [frame for mode in range(len(self.modes)) for frame in self._period(mode)]
         figure = new_figure()
         axis = figure.subplots()
@@ -110,6 +114,7 @@ class Vibrations:
         axis.set_xlim(min(0.0, 1.05 * self.frequencies.min(initial=0.0)))
         axis.set_title(f"{self.atoms.get_chemical_formula()}: {len(self.modes)} harmonic modes")
         values = {
+            **(about or {}),
             "formula": self.atoms.get_chemical_formula(), "frequencies_cm-1": self.frequencies,
             "energies_meV": self.energies, "zero_point_energy_eV": self.zero_point_energy,
             "num_imaginary": self.num_imaginary, "num_rigid": self.num_rigid, "rigid_energy_meV": self.rigid_energy,

@@ -117,7 +117,7 @@ def _relax_all(
         results = relax_all(calculator.potentials, rest, first=count, **settings)
         for result in tqdm(results, initial=count, unit="structure", disable=not sys.stderr.isatty()):
             frame = freeze(result.atoms)
-            frame.info["converged"] = result.converged
+            frame.info.update(calculator.origin, converged=result.converged)
             yield frame
 
     with continued_by_same_command():

@@ -20,6 +20,7 @@ from ase.io.trajectory import Trajectory
 
 from escaip.errors import ConfigError, DataError, SimulationError, UsageError
 from escaip.files import first_line, resolve, write_aside
+from escaip.potential.potential import ORIGIN
 
 LOG_COLUMNS = (
     "step", "time_fs", "temperature_K", "potential_energy_eV", "kinetic_energy_eV", "total_energy_eV",
@@ -147,10 +148,12 @@ def make_frame(atoms: Atoms, step: int, time: float) -> Atoms:
 
 
 def freeze(atoms: Atoms) -> Atoms:
-    """Returns a copy that holds energy, forces and, where the calculator has evaluated it, stress."""
+    """Returns a copy that holds energy, forces and, where the calculator has evaluated it, stress; and their origin."""
     frame = atoms.copy()
-    # Other programs leave objects in info that files cannot hold.
-    frame.info = {k: v for k, v in frame.info.items() if isinstance(v, (str, bool, int, float, np.ndarray))}
+    # Other programs leave objects in info that files cannot hold; the origin of earlier results is not that of these.
+    kept = (str, bool, int, float, np.ndarray)
+    frame.info = {k: v for k, v in frame.info.items() if isinstance(v, kept) and k not in (*ORIGIN, "dispersion")}
+    frame.info.update(getattr(atoms.calc, "origin", {}))
     results: dict[str, Any] = {"energy": atoms.get_potential_energy()}
     results["forces"] = atoms.get_forces(apply_constraint=False)
     with contextlib.suppress(NotImplementedError):  # ASE's PropertyNotImplementedError
