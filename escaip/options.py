@@ -39,12 +39,16 @@ class CalculatorOptions(ModelOptions, total=False):
         committee: further members beside MODEL; their mean is used, their spread is known
         d3: add D3 dispersion with the parameters of this functional, such as pbe; not to a model trained with it
         d3_damping: damping of the dispersion (default: bj)
+        charge: total charge of structures that state none in the file
+        spin: spin multiplicity of structures that state none in the file
     """
 
     compile: bool
     committee: list[ModelFile]
     d3: str
     d3_damping: Literal["bj", "zero", "bjm", "zerom", "op"]
+    charge: int
+    spin: int
 
 
 class ReadOptions(TypedDict, total=False):

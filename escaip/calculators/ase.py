@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ class PotentialCalculator(Calculator):
     # Neither enters a potential; total charge and spin do, and check_state compares them.
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
     _rebuilt: tuple[str, ...] = ("_lock",)
+    _given: Mapping[str, int] = {}  # charge and spin multiplicity of structures that state none
+    _has_warned = False
 
     @property
     def potentials(self) -> Sequence[Potential]:
@@ -52,9 +55,53 @@ class PotentialCalculator(Calculator):
         return all(potential.config.is_conservative for potential in self.potentials)
 
     @property
-    def origin(self) -> dict[str, str]:
-        """Files, digests and level of theory of the potentials, as far as they are known."""
-        return origin_of(self.potentials)
+    def origin(self) -> dict[str, Any]:
+        """Files, digests and level of theory of the potentials, as far as they are known; charge and spin if given."""
+        return {**origin_of(self.potentials), **self._given}
+
+    def stated(self, atoms: Atoms) -> dict[str, int]:
+        """Returns total charge and spin multiplicity: those in ``atoms.info``, else those given to the calculator.
+
+        Raises:
+            DataError: both state different ones, or there is a charge and a potential is not conditioned on it.
+        """
+        info = atoms.info
+        own = {"charge": info.get("charge"), "spin_multiplicity": info.get("spin_multiplicity", info.get("spin"))}
+        found: dict[str, Any] = {"charge": 0, "spin_multiplicity": 1, **self._given}
+        for name, value in own.items():
+            if value not in (None, self._given.get(name, value)):
+                raise DataError(
+                    f"{atoms.symbols}: its info states {name} {value}, the calculator {found[name]}: leave out one"
+                )
+            found[name] = found[name] if value is None else value
+        if found["charge"] and not all(potential.config.charge for potential in self.potentials):
+            raise DataError(
+                f"{atoms.symbols}: total charge is {found['charge']}, which this model does not know: use one trained "
+                "with charge: true, or remove info['charge'] to treat it as neutral"
+            )
+        return found
+
+    def with_state(self, atoms: Atoms) -> Atoms:
+        """Returns a copy without calculator whose info holds what ``stated`` returns."""
+        self._compare_charges(atoms)
+        bare = atoms.copy()
+        bare.calc = None  # its results would be read as labels
+        bare.info.update(self.stated(atoms))
+        return bare
+
+    def _compare_charges(self, atoms: Atoms) -> None:
+        """Warns once where the charges of atoms, which are not read, sum to another total; errors as ``stated``."""
+        total = self.stated(atoms)["charge"]
+        if self._has_warned or not any(potential.config.charge for potential in self.potentials):
+            return
+        charges = atoms.get_initial_charges()
+        if charges.any() and abs(charges.sum() - total) > 0.01:
+            self._has_warned = True
+            warnings.warn(
+                f"{atoms.symbols}: initial_charges sum to {charges.sum():.3g}, but the total charge is {total}: state "
+                "it as atoms.info['charge'], or give the calculator charge",
+                stacklevel=1,
+            )
 
     def todict(self, skip_default: bool = True) -> dict[str, Any]:
         """Returns the origin and how it is evaluated, which ASE writes to databases and trajectories."""
@@ -65,6 +112,7 @@ class PotentialCalculator(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Names what changed since the last evaluation; charge and spin count where a potential uses them."""
+        self._compare_charges(atoms)
         changes = list(super().check_state(atoms, tol))
         if self.atoms is not None and self._charge_and_spin(atoms) != self._charge_and_spin(self.atoms):
             changes.append("charge_and_spin")
@@ -134,8 +182,9 @@ class EScAIPCalculator(PotentialCalculator):
     ``graph_skin`` the graph is kept as well, which saves waits for a GPU.
 
     Charge and spin multiplicity are read from ``atoms.info`` (``"charge"``, ``"spin_multiplicity"`` or ``"spin"``)
-    by potentials that use them. Every evaluation gives forces and, for structures with a periodic cell, stress, so that
-    constant-pressure runs evaluate once per step. Two properties are evaluated only on request: ``stresses``
+    by potentials that use them; ``charge`` and ``spin`` are for structures that state none. Every evaluation gives
+    forces and, for structures with a periodic cell, stress, so that constant-pressure runs evaluate once per step. Two
+    properties are evaluated only on request: ``stresses``
     ``(N, 6)`` eV/Å³, each atom's share of the stress (``escaip.potential.derivatives.virials_of``), and
     ``virials`` ``(N, 3, 3)`` eV, which is ``−V`` times that and is defined for molecules too. Further heads of the
     model are properties by the name of their target (``escaip.types.TARGETS``), such as ``"dipole"``.
@@ -154,14 +203,16 @@ class EScAIPCalculator(PotentialCalculator):
             evaluation. For CUDA, where building a graph takes longer than evaluating a small system. Answers depend on
             it by rounding.
         cuda_graphs: with ``compile``, on CUDA: one launch for each evaluation (``compile``).
+        charge: total charge in e; by default that of the structure, or 0.
+        spin: multiplicity ``2S + 1``; by default that of the structure, or 1.
 
     Attributes:
         potential: the potential, with its weights frozen.
 
     Raises:
         CheckpointError: the file is missing, damaged or unsafe.
-        ConfigError: no such device or dtype, a precision that they do not have, a negative skin, or a graph skin for
-            a model whose neighbors enter with a jump.
+        ConfigError: no such device or dtype, a precision that they do not have, a negative skin, a graph skin for
+            a model whose neighbors enter with a jump, or a charge or spin for a model that is not conditioned on it.
     """
 
     implemented_properties = [  # noqa: RUF012 - ASE's name
@@ -181,6 +232,8 @@ class EScAIPCalculator(PotentialCalculator):
         precision: str | None = None,
         graph_skin: float = 0.0,
         cuda_graphs: bool = False,
+        charge: int | None = None,
+        spin: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("skin", skin), ("graph_skin", graph_skin)):
@@ -199,6 +252,7 @@ class EScAIPCalculator(PotentialCalculator):
         if self.potential.datasets and self.potential.dataset is None:
             names = ", ".join(self.potential.datasets)
             raise ConfigError(f"the potential has references for each of {names}: choose one with dataset=NAME")
+        self._given = _given(self.potential, charge, spin)
         self.skin, self.graph_skin = float(skin), float(graph_skin)
         self.potential.config.check_graph_skin(self.graph_skin)
         if not self.is_conservative:
@@ -282,16 +336,14 @@ class EScAIPCalculator(PotentialCalculator):
         subject = atoms if atoms is not None else self.atoms
         if subject is None:
             raise ConfigError("no structure so far: call get_hessian(atoms)")
-        return self.potential.hessian(subject, **options).numpy()
+        return self.potential.hessian(self.with_state(subject), **options).numpy()
 
     def update_batch(self, atoms: Atoms, changes: Sequence[str]) -> tuple[StructureBatch, Snapshot]:
         """Returns the structure as a batch on the device, updating only what changed, and its positions on the host."""
         from escaip.data import AtomicData, collate
 
         if self._batch is None or not set(changes) <= {"positions", "cell"}:
-            bare = atoms.copy()
-            bare.calc = None  # its results would be read as labels
-            batch = collate([AtomicData.from_ase(bare)])
+            batch = collate([AtomicData.from_ase(self.with_state(atoms))])
             self._snapshot = Snapshot.of(batch)
             self._batch = batch.to(self.potential.device)
             self._neighbors.reset()
@@ -321,6 +373,15 @@ def _own_potential(
     if device != "auto":  # a potential at hand stays where it is
         potential = potential.to(resolve_device(device))
     return potential.eval().requires_grad_(False)
+
+
+def _given(potential: Potential, charge: int | None, spin: int | None) -> dict[str, int]:
+    """Returns charge and spin multiplicity as far as they are given."""
+    for name, value, neutral in (("charge", charge, 0), ("spin", spin, 1)):
+        if value not in (None, neutral) and not getattr(potential.config, name):
+            raise ConfigError(f"{name} is {value}, which this model does not know: use one trained with {name}: true")
+    values = {"charge": charge, "spin_multiplicity": spin}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _is_stress(name: str) -> bool:

@@ -42,7 +42,7 @@ class CommitteeCalculator(PotentialCalculator):
     Args:
         models: two or more, each as in ``EScAIPCalculator``.
         device, dtype, compile, skin, graph_skin: of every member, as there.
-        options: ``dataset, precision, cuda_graphs`` of every member, as there.
+        options: ``dataset, precision, cuda_graphs, charge, spin`` of every member, as there.
 
     Attributes:
         members: one calculator each, which can be used alone.
@@ -76,6 +76,7 @@ class CommitteeCalculator(PotentialCalculator):
             EScAIPCalculator(model, device, dtype, compile, skin=skin, graph_skin=graph_skin, **options)
             for model in models
         )
+        self._given = self.members[0]._given
         self.skin, self.graph_skin = float(skin), float(graph_skin)
         devices = {str(potential.device) for potential in self.potentials}
         if len(devices) > 1:
@@ -114,6 +115,7 @@ class CommitteeCalculator(PotentialCalculator):
     def _evaluate(self, atoms: Atoms, properties: Sequence[str], changes: Sequence[str]) -> dict[str, Any]:
         with_stress = self.is_conservative and has_volume(atoms)
         with_stresses = with_stress and "stresses" in properties
+        self.members[0]._has_warned |= self._has_warned
         batch, place = self.members[0].update_batch(atoms, changes)
         if batch is not self._checked:  # another structure
             self._neighbors.reset()

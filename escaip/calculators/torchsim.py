@@ -36,7 +36,7 @@ class EScAIPModel(_Base):
         compute_forces: whether forces are returned.
         compute_stress: whether stress is returned; by default for conservative forces.
         charge: total charge in e, for states without charges.
-        spin_multiplicity: ``2S + 1``, for states without spins.
+        spin: multiplicity ``2S + 1``, for states without spins.
         options: of ``EScAIPCalculator`` that concern the potential: ``dtype, compile, dataset,
             precision, cuda_graphs``.
 
@@ -54,7 +54,7 @@ class EScAIPModel(_Base):
         compute_forces: bool = True,
         compute_stress: bool | None = None,
         charge: int = 0,
-        spin_multiplicity: int = 1,
+        spin: int = 1,
         **options: Any,
     ) -> None:
         if ModelInterface is None:
@@ -62,14 +62,14 @@ class EScAIPModel(_Base):
                 "torch-sim is not installed: pip install torch-sim-atomistic (0.4 and newer need Python 3.12)"
             )
         super().__init__()
-        self.potential = EScAIPCalculator(model, device, **options).potential
+        self.potential = EScAIPCalculator(model, device, charge=charge, spin=spin, **options).potential
         conservative = self.potential.config.is_conservative
         if compute_stress and not conservative:
             raise ConfigError("compute_stress: a direct-force model has no stress: train with forces: conservative")
         self._dtype = state_dtype
         self._compute_forces = compute_forces
         self._compute_stress = conservative if compute_stress is None else compute_stress
-        self._charge, self._spin = charge, spin_multiplicity
+        self._charge, self._spin = charge, spin
 
     @property
     def device(self) -> torch.device:

@@ -23,6 +23,8 @@ class _Options(TypedDict, total=False):
         device: auto, cpu, cuda or cuda:N (default: auto)
         dtype: precision of the model (default: float64, since small differences matter)
         dataset: data set whose atomic energies are used, for a model trained on several
+        charge: total charge of structures that state none in the file
+        spin: spin multiplicity of structures that state none in the file
     """
 
     fmax: float
@@ -32,6 +34,8 @@ class _Options(TypedDict, total=False):
     device: str
     dtype: Literal["float32", "float64"]
     dataset: str
+    charge: int
+    spin: int
 
 
 def vibrations(

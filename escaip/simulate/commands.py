@@ -113,7 +113,7 @@ def _relax_all(
         run.pop(name, None)
 
     def remaining(count: int) -> Iterator[Atoms]:
-        rest = islice(read_structures(structure), count, None)
+        rest = map(calculator.with_state, islice(read_structures(structure), count, None))
         results = relax_all(calculator.potentials, rest, first=count, **settings)
         for result in tqdm(results, initial=count, unit="structure", disable=not sys.stderr.isatty()):
             frame = freeze(result.atoms)

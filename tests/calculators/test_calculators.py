@@ -23,8 +23,9 @@ from tiny import batch_of, crystal
 
 from escaip import EScAIPCalculator, Potential
 from escaip.calculators import CommitteeCalculator
-from escaip.errors import ConfigError
+from escaip.errors import ConfigError, DataError
 from escaip.simulate import MDSettings, read_log, relax, run_md
+from escaip.simulate.output import freeze
 from escaip.testing import check_potential, continuity_error, evaluator, stress_error_by_difference
 
 Make = Callable[..., Potential]
@@ -341,9 +342,68 @@ def test_copies_that_differ_in_charge_or_spin_alone(make_potential: Make) -> Non
     assert [atoms.get_potential_energy() for atoms in reversed(structures)] == first[::-1]
     structures[1].info["charge"] = 0
     assert structures[1].get_potential_energy() == first[0]
-    for atoms in structures:  # a model that knows neither ignores both
-        atoms.calc = EScAIPCalculator(make_potential())
-    assert len({atoms.get_potential_energy() for atoms in structures}) == 1
+
+
+def with_info(**info: Any) -> Atoms:
+    atoms = ase.build.molecule("CH3OH")
+    atoms.info.update(info)
+    return atoms
+
+
+@pytest.mark.parametrize("committee", [False, True])
+def test_charge_and_spin_of_structures_that_state_none(make_potential: Make, committee: bool) -> None:
+    known = [make_potential(seed, charge=True, spin=True) for seed in range(1 + committee)]
+    make: Any = CommitteeCalculator if committee else lambda models, **options: EScAIPCalculator(*models, **options)
+    ion, plain = make(known, charge=-1, spin=2), make(known)
+    given, stated = with_info(), with_info(charge=-1, spin=2)
+    for atoms in (given, stated):
+        expected = plain.get_potential_energy(stated)
+        assert ion.get_potential_energy(atoms) == expected
+    assert plain.get_potential_energy(given) != expected
+    assert given.info == {}
+    given.calc = ion
+    frame = freeze(given)
+    assert (frame.info["charge"], frame.info["spin_multiplicity"]) == (-1, 2)
+    assert ion.todict()["charge"] == -1
+    if not committee:
+        np.testing.assert_allclose(ion.get_hessian(given), plain.get_hessian(stated), atol=1e-9)
+
+
+@pytest.mark.bad_input
+def test_charges_that_are_contradicted_or_not_known_are_refused(make_potential: Make) -> None:
+    knows, blind = make_potential(charge=True, spin=True), make_potential()
+    with pytest.raises(DataError, match="its info states charge 0, the calculator 1"):
+        EScAIPCalculator(knows, charge=1).get_potential_energy(with_info(charge=0))
+    with pytest.raises(DataError, match="its info states spin_multiplicity 1, the calculator 3"):
+        EScAIPCalculator(knows, spin=3).get_potential_energy(with_info(spin=1))
+    for calculator in (EScAIPCalculator(blind), CommitteeCalculator([knows, blind])):
+        with pytest.raises(DataError, match="total charge is -1, which this model does not know"):
+            calculator.get_potential_energy(with_info(charge=-1))
+    neutral = EScAIPCalculator(blind, charge=0)
+    assert neutral.get_potential_energy(with_info(charge=0, spin=3)) == neutral.get_potential_energy(with_info())
+    for options in ({"charge": 1}, {"spin": 2}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))} is ., which this model does not know"):
+            EScAIPCalculator(blind, **options)
+
+
+@pytest.mark.parametrize("committee", [False, True])
+def test_charges_of_atoms_that_sum_to_another_charge_are_a_warning(make_potential: Make, committee: bool) -> None:
+    members = [make_potential(seed, charge=True) for seed in range(2)]
+    calculator = CommitteeCalculator(members) if committee else EScAIPCalculator(members[0])
+    atoms = with_info()
+    for charges in ([0.0] * 6, [-0.6, 0.1, 0.1, 0.1, 0.1, 0.2]):
+        atoms.set_initial_charges(charges)
+        calculator.get_potential_energy(atoms)
+    atoms.set_initial_charges([1.0, 0, 0, 0, 0, 0])
+    with pytest.warns(UserWarning, match="COH4: initial_charges sum to 1, but the total charge is 0"):
+        calculator.get_potential_energy(atoms.copy())
+    calculator.get_potential_energy(ase.build.molecule("H2O"))
+    calculator.get_potential_energy(atoms)  # warned once
+    other = EScAIPCalculator(members[0])
+    atoms.info["charge"] = 1
+    other.get_potential_energy(atoms)
+    del atoms.info["charge"]
+    EScAIPCalculator(make_potential()).get_potential_energy(atoms)
 
 
 @pytest.mark.parametrize("committee", [False, True])

@@ -283,7 +283,7 @@ def test_a_trajectory_across_the_boundary_is_that_of_ase(
 
 def test_charge_and_spin_reach_the_potential(start: Start, make_potential: Make) -> None:
     potential, atoms = make_potential(charge=True, spin=True), molecule()
-    driver = start(atoms, potential, charge=1, spin_multiplicity=2)
+    driver = start(atoms, potential, charge=1, spin=2)
     driver.commands("run 0")
     atoms.info.update(charge=1, spin_multiplicity=2)
     check(driver, potential, atoms)

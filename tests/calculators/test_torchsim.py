@@ -136,7 +136,7 @@ def test_charges_and_spins_of_each_system(make_potential: Make) -> None:
     check(model, potential, structures, state)
     energy = model(state)["energy"]
     assert energy[0] != energy[1]
-    ions = EScAIPModel(potential, "cpu", charge=1, spin_multiplicity=2)(state_of(structures))["energy"]
+    ions = EScAIPModel(potential, "cpu", charge=1, spin=2)(state_of(structures))["energy"]
     torch.testing.assert_close(ions, energy[[1, 1]])
 
 

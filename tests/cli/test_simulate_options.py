@@ -20,6 +20,7 @@ import pytest
 from ase import Atoms
 from tiny import make_potential
 
+from escaip import EScAIPCalculator
 from escaip.cli import main
 from escaip.signals import StopSignals
 from escaip.simulate import MDSettings, read_log, run_md
@@ -84,6 +85,28 @@ def test_a_committee_runs_and_frames_are_selected(
     assert "2 of 7 frames chosen" in capsys.readouterr().out
     assert len(ase.io.read(chosen, ":")) == 2
     assert len(json.loads(chosen.with_suffix(".json").read_text())["frames"]["frame"]) == 7
+
+
+def test_charge_and_spin_are_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_potential(charge=True, spin=True).save("ions.escaip")
+    water = ase.build.molecule("H2O")
+    ase.io.write("in.extxyz", water)
+    water.info.update(charge=-1, spin=2)
+    water.calc = EScAIPCalculator("ions.escaip")
+    ion = ["--charge", "-1", "--spin", "2"]
+    for command in ("md --steps 1 --quiet", "relax --fmax 100", "relax --fmax 100 --all"):
+        name, *options = command.split()
+        assert main([name, "ions.escaip", "in.extxyz", *options, *ion, "--out", "out.extxyz", "--overwrite"]) == 0
+        frame = ase.io.read("out.extxyz", 0)
+        assert frame.get_potential_energy() == pytest.approx(water.get_potential_energy(), abs=1e-6)
+        assert (frame.info["charge"], frame.info["spin_multiplicity"]) == (-1, 2)
+    water.info["charge"] = 1
+    ase.io.write("in.extxyz", water)
+    for command in ("md", "relax", "relax --all", "vibrations"):
+        name, *options = command.split()
+        assert main([name, "ions.escaip", "in.extxyz", *options, *ion, "--out", f"{name}{options}.extxyz"]) == 1
+        assert "its info states charge 1, the calculator -1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "timestep"), [("CH3OH", 0.5), ("CO2", 1.0), ("Si", 2.0)])
