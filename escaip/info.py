@@ -83,6 +83,7 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
             "elements": [chemical_symbols[z] for z in metadata["elements"]] or "any (untrained)",
             "level_of_theory": metadata["level_of_theory"],
             "datasets": metadata["datasets"],
+            "provenance": metadata["provenance"],
             "units": description["units"],
             "cutoff": description["cutoff"],
             "repulsion_below": _onsets(arrays.get("repulsion.onset"), metadata["elements"]),
@@ -91,7 +92,6 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
             "force_scale": scales[0] if sets == [""] else dict(zip(sets, scales, strict=True)),
             "element_references": rows[""] if sets == [""] else rows,
             "config": config,
-            "provenance": metadata["provenance"],
             **({"package": package} if package else {}),
         }
     except (KeyError, IndexError, ValueError) as error:
@@ -164,5 +164,6 @@ def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple | dict):
-        return " ".join(map(str, value)) or "none"
+        texts = [str(one) for one in value]
+        return ("; " if any(" " in text for text in texts) else " ").join(texts) or "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)

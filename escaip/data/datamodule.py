@@ -253,6 +253,15 @@ class AtomicDataModule(LightningDataModule):
         return "; ".join(f"{name}: {level}" for name, level in stated.items() if level)
 
     @property
+    def card(self) -> dict[str, Any]:
+        """What a model trained on these data states of them: structures by part, licences and citations of stores."""
+        manifests = [store.manifest for store in self._opener._opened.values()]
+        licences = {str(manifest["licence"]): None for manifest in manifests if "licence" in manifest}
+        citations = {str(text): None for manifest in manifests for text in manifest.get("citation", ())}
+        found = {"data": {part: f"{len(data)} structures" for part, data in self.datasets.items()}}
+        return {**found, **{name: [*one] for name, one in (("licence", licences), ("citation", citations)) if one}}
+
+    @property
     def _mixed(self) -> bool:
         return "" not in self._sets["train"] and bool(self._sets["train"])
 

@@ -245,6 +245,7 @@ def prepare_named(
         is_sample = any(DATASET_PREFIX in source for source in sources)
         described = cards[name].manifest.get("sample", {}) if is_sample else about
         facts["level_of_theory"] = described.get("level_of_theory", "")
+        facts |= {key: described[key] for key in ("licence", "citation") if key in described}
         # Labels and options of a card are meant for the layout that it names.
         listed = [*chain.from_iterable(given.values())] if isinstance(given, dict) else given
         if {file.reader for file in list_files(listed, merged.get("format"))} == {about.get("format")}:

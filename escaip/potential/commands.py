@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Literal
 
 from escaip.options import ModelFile
@@ -15,6 +16,8 @@ def export(
     out: str,
     device: Literal["cpu", "cuda"] | None = None,
     dtype: Literal["float32", "float64"] | None = None,
+    licence: str | None = None,
+    citation: list[str] | None = None,
 ) -> None:
     """Writes a model in another format, or compiled ahead of time.
 
@@ -24,6 +27,8 @@ def export(
         out: the file to write; for aoti its name ends in .pt2
         device: device of the machine code, aoti only (default: cpu)
         dtype: precision (default: as stored)
+        licence: stated in the file (default: as stored)
+        citation: works to cite, stated in the file (default: as stored)
 
     Example: escaip export runs/quickstart/latest/best.ckpt --format escaip --out model.escaip
     """
@@ -33,4 +38,8 @@ def export(
     check_request(out, format, device)
     if format == "aoti":
         print("compiling takes a minute or two", file=sys.stderr)
-    print("\n".join(export_model(read_potential(model), out, format, device=device, dtype=dtype)))
+    potential = read_potential(model)
+    given = {"licence": licence, "citation": citation}
+    card = {name: value for name, value in given.items() if value is not None}
+    potential.set_metadata(replace(potential.metadata, provenance={**potential.metadata.provenance, **card}))
+    print("\n".join(export_model(potential, out, format, device=device, dtype=dtype)))

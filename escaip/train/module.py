@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -154,6 +155,7 @@ class PotentialModule(LightningModule):
             self.potential.compile()
         self.validation_errors = ErrorMetrics(losses)
         self.last_errors: dict[str, dict[str, float]] = {}
+        self._card_errors: dict[str, float] = {}
         self.refit_references = refit_references
         self._energy_fit: ReferenceFit | LinearRefit | None = None
         self._dropout_seed, self._total_steps = 0, 1
@@ -375,12 +377,19 @@ class PotentialModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the entries that ``escaip.load_potential`` reads, the seed of dropout and the place in the data."""
         checkpoint["escaip"] = self.potential.describe()
+        checkpoint["escaip"]["metadata"]["provenance"] |= self._card()
         checkpoint["dropout_seed"] = self._dropout_seed
         if self._energy_fit is not None:
             checkpoint["reference_fit"] = self._energy_fit.sums
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "state_dict"):
             checkpoint["train_loader"] = loader.state_dict()
+
+    def _card(self) -> dict[str, Any]:
+        """Returns what the file states of the training: data, licences, citations, errors of the last validation."""
+        data = getattr(getattr(self.trainer, "datamodule", None), "card", {})
+        errors = {name: value for name, value in self._card_errors.items() if math.isfinite(value)}
+        return {**data, "validation_errors": errors} if errors else data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes elements, level of theory and the seed from a checkpoint; Lightning restores the weights."""
@@ -411,6 +420,8 @@ class PotentialModule(LightningModule):
 
     def _log_errors(self, stage: str) -> None:
         self.last_errors = self.validation_errors.compute()
+        if stage == "val" and not self.trainer.sanity_checking:
+            self._card_errors = {name: float(value) for name, value in self.last_errors["model"].items()}
         self.validation_errors.reset()
         model = {f"{stage}/{name}": value for name, value in self.last_errors["model"].items()}
         baseline = {f"{stage}_baseline/{name}": value for name, value in self.last_errors["baseline"].items()}

@@ -156,6 +156,19 @@ def test_info_of_a_model(model: Path, capsys: Capture) -> None:
     assert "num_neighbors" in text
 
 
+def test_a_file_states_licence_and_works_to_cite(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    card = {"licence": "CC-BY-4.0", "citation": ["A, B 1 (2020)", "C, D 2 (2021)"]}
+    out, again = (str(tmp_path / f"{name}.escaip") for name in "ab")
+    command = ["export", str(model), "--format", "escaip", "--out", out, "--licence", card["licence"], "--citation"]
+    assert main([*command, *card["citation"]]) == 0
+    assert main(["export", out, "--format", "escaip", "--out", again]) == 0
+    capsys.readouterr()
+    assert main(["info", again, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["provenance"] == card
+    assert main(["info", again]) == 0
+    assert "A, B 1 (2020); C, D 2 (2021)" in capsys.readouterr().out
+
+
 def test_relax_writes_where_it_says(
     model: Path, molecule: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

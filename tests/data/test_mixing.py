@@ -257,6 +257,11 @@ def test_levels_of_theory_come_from_the_stores_and_are_not_pooled(xyz_file: Path
     assert same.level_of_theory == "PBE"
     assert opened({name: {"path": str(tmp_path / name)} for name in "ac"}).level_of_theory == "a: PBE; c: r2SCAN"
     assert opened(str(xyz_file)).level_of_theory == ""
+    stated = {"licence": "MIT", "citation": ["A, B 1 (2020)"]}
+    prepare(xyz_file, tmp_path / "e", facts=stated)
+    card = opened({name: {"path": str(tmp_path / name)} for name in "ae"}).card
+    assert {name: card[name] for name in stated} == {"licence": ["MIT"], "citation": ["A, B 1 (2020)"]}
+    assert card["data"]["train"].endswith(" structures")
     assert len(same.datasets["train"]) == 120
     whole = fit_statistics([*Store(tmp_path / "a"), *Store(tmp_path / "b")])
     assert same.statistics.element_references == pytest.approx(whole.element_references)

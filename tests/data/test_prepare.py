@@ -146,6 +146,7 @@ def test_by_the_name_of_a_data_set(tmp_path: Path) -> None:
     manifest = Store(tmp_path / "s").manifest
     assert manifest["dataset"] == "spice"
     assert "GFN2" in manifest["level_of_theory"]  # of the sample, which is not SPICE
+    assert manifest["licence"] == "CC0-1.0"
     with pytest.raises(ConfigError, match=r"'spise' is neither a data set \(.*spice.*\) nor a layout \(.*ase"):
         prepare_named("spise", ["x"], tmp_path / "t", options={})
     with pytest.raises(ConfigError, match="has no split while others do"):

@@ -55,7 +55,11 @@ def test_fit_then_every_other_command(folder: Path, capsys: pytest.CaptureFixtur
     report = json.loads((run / "evaluation" / "report.json").read_text(encoding="utf-8"))
     assert report["num_structures"] == 3
     assert len(_figures(run)) == 6
-    assert load_potential(run / "best.ckpt", device="cpu").metadata.elements == (1, 6, 7, 8)
+    metadata = load_potential(run / "best.ckpt", device="cpu").metadata
+    assert metadata.elements == (1, 6, 7, 8)
+    assert metadata.provenance["data"]["train"].endswith(" structures")
+    error = metadata.provenance["validation_errors"]["force_mae_meV_per_A"]
+    assert any(error == pytest.approx(float(value)) for value in _figures(run, "val/force_mae_meV_per_A").values())
     checkpoint = torch.load(run / "last.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["learning_rate"] == 0.01
 
