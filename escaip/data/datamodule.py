@@ -233,7 +233,7 @@ class AtomicDataModule(LightningDataModule):
         ]
         lines += self._taken
         reports = self._opener.reports.items()
-        lines += [f"{place}: {report.summary()}" for place, report in reports if report.skipped or report.filtered]
+        lines += [f"{place}: {report.summary()}" for place, report in reports if report != ReadReport(report.read)]
         if self._statistics is not None:
             single = {"train": self._statistics} if isinstance(self._statistics, Statistics) else self._statistics
             for name, statistics in single.items():

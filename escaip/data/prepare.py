@@ -78,7 +78,10 @@ class WorkItem:
             writer = PartWriter(aside, dtype=dtype, shard_atoms=shard_atoms)
             for data in reading.stream(self.files, report, self.part):
                 writer.write(data)
-            writer.close(skipped=report.skipped, filtered=report.filtered, messages=messages)
+            writer.close(
+                skipped=report.skipped, filtered=report.filtered, messages=messages, absent=report.absent,
+                first_absent=report.first_absent,
+            )  # fmt: skip
             try:
                 os.replace(aside, self.folder)
             except OSError:
@@ -110,6 +113,7 @@ class PrepareReport:
         kept_parts: parts that an earlier, interrupted run had finished.
         splits: structures of each split.
         duplicates: structures that occur again in another split.
+        absent: structures without a label whose key was named, by target.
         messages: the first reasons for leaving out.
         seconds: duration.
     """
@@ -121,6 +125,7 @@ class PrepareReport:
     kept_parts: int
     splits: dict[str, int]
     duplicates: int
+    absent: dict[str, int]
     messages: tuple[str, ...]
     seconds: float
 
@@ -132,6 +137,8 @@ class PrepareReport:
         ]
         if list(self.splits) != ["all"]:
             lines.append("splits: " + ", ".join(f"{name} {count}" for name, count in self.splits.items()))
+        if self.absent:
+            lines.append("structures " + ", ".join(f"without {target} {n}" for target, n in self.absent.items()))
         if self.kept_parts:
             lines.append(f"{self.kept_parts} parts were there from an earlier run")
         if self.duplicates:
@@ -206,6 +213,12 @@ def prepare(
         messages = [message for report in reports for message in report["messages"]]
         counts = {key: sum(report[key] for report in reports) for key in ("skipped", "filtered")}
         sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
+        total = ReadReport(read=sum(sizes), filtered=counts["filtered"])
+        for report in reports:
+            for label, count in report.get("absent", {}).items():
+                total.absent[label] = total.absent.get(label, 0) + count
+                total.first_absent.setdefault(label, report["first_absent"][label])
+        total.check_absent()
         named = np.repeat(np.array([item.split for item in items], dtype="u1"), sizes)
 
         def split_by(index: Arrays) -> tuple[list[str], NDArray[np.uint8]]:
@@ -215,13 +228,19 @@ def prepare(
             present = np.unique(codes)  # a part that was not asked for has no name
             return [PARTS[code] for code in present.tolist()], np.searchsorted(present, codes).astype(np.uint8)
 
-        about = {"read": counts, **(facts or {}), "dtype": dtype, "source": _described(source), "split": split_by}
+        about = {
+            "read": {**counts, "absent": total.absent},
+            **(facts or {}),
+            "dtype": dtype,
+            "source": _described(source),
+            "split": split_by,
+        }
         manifest = assemble([item.folder for item in items], work / "store", **about)
         duplicates = _finish(work / "store", messages)
         publish(work / "store", target)
     return PrepareReport(
         target, manifest["num_structures"], **counts, kept_parts=kept, splits=manifest["splits"], duplicates=duplicates,
-        messages=tuple(messages[:20]), seconds=time.perf_counter() - began,
+        absent=total.absent, messages=tuple(messages[:20]), seconds=time.perf_counter() - began,
     )  # fmt: skip
 
 

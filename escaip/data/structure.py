@@ -57,8 +57,9 @@ def missing_label(target: Target, rows: int) -> Tensor:
 class LabelKeys:
     """Names under which a file keeps its labels, in ``atoms.info``, ``atoms.arrays`` or the attached calculator.
 
-    A key that is named must be there. Unless energy, forces, stress or virial is named, all three labels are those that
-    the attached calculator holds. Further targets are looked for under their own name where no key is given.
+    A key that is named must be there, but see ``missing``. Unless energy, forces, stress or virial is named, all three
+    labels are those that the attached calculator holds. Further targets are looked for under their own name where no
+    key is given.
 
     Attributes:
         targets: key by name of a target of ``escaip.types.TARGETS``; a stress is ``(3, 3)``, ``(9,)`` or Voigt
@@ -68,6 +69,8 @@ class LabelKeys:
         spin: spin multiplicity; default ``spin_multiplicity`` or ``spin`` where present; ``ignore`` leaves it 1.
         group: molecule or material, the unit of splits; default the chemical formula.
         structure_id: unique name; default file name and index.
+        missing: called with the name of a target, and a message, where a structure has nothing under its key and the
+            label is left out; by default an error. Readers of files count such structures.
     """
 
     targets: Mapping[str, str] = field(default_factory=dict)
@@ -76,6 +79,7 @@ class LabelKeys:
     spin: str | None = None
     group: str | None = None
     structure_id: str | None = None
+    missing: Callable[[str, str], object] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def parse(cls, spec: Mapping[str, str | None] | LabelKeys | None) -> LabelKeys | None:
@@ -86,7 +90,7 @@ class LabelKeys:
         """
         if spec is None or isinstance(spec, LabelKeys):
             return spec
-        own = [field.name for field in fields(cls) if field.name != "targets"]
+        own = [field.name for field in fields(cls) if field.name not in ("targets", "missing")]
         for key in spec:
             if key not in own and key not in TARGETS:
                 raise ConfigError(f"keys: unknown label {key!r}; use one of {', '.join([*TARGETS, *own])}")
@@ -94,7 +98,7 @@ class LabelKeys:
         if "stress" in given and "virial" in given:
             raise ConfigError("keys: name stress or virial, not both")
         targets = {key: given.pop(key) for key in TARGETS if key in given}
-        return cls(targets, **given)
+        return cls(targets, **given)  # type: ignore[arg-type]
 
 
 class AtomicData(Data):
@@ -418,9 +422,19 @@ def named_labels(
     # Where energy, forces, stress or virial is named, the others of these are not read.
     unread = LABELS if keys.virial is not None or any(name in keys.targets for name in LABELS) else ()
     labels = {target: None if target in unread else held.get(target) for target in TARGETS}
-    labels |= {target: find(keys.targets[target], target) for target in TARGETS if target in keys.targets}
-    if keys.virial is not None:
-        labels["stress"] = stress_from_virial(find(keys.virial, "virial"), cell, units, name)
+    named = {target: keys.targets[target] for target in TARGETS if target in keys.targets}
+    for target, key in {**named, **({"virial": keys.virial} if keys.virial is not None else {})}.items():
+        try:
+            value = find(key, target)
+        except DataError as error:
+            if keys.missing is None:
+                raise
+            keys.missing(target, str(error))
+            value = None
+        if target != "virial":
+            labels[target] = value
+        elif value is not None:
+            labels["stress"] = stress_from_virial(value, cell, units, name)
     return labels
 
 

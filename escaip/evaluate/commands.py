@@ -38,14 +38,18 @@ def evaluate(
 
     Example: escaip evaluate model.escaip test.extxyz --out evaluation
     """
+    from escaip.data.readers import ReadReport
     from escaip.evaluate.run import evaluate_into
 
-    (potential,), structures = _open([model], data, options)
+    read = ReadReport()
+    (potential,), structures = _open([model], data, options, read)
     report = evaluate_into(
         Path(out), potential, structures, {"model": model, "data": data}, free_atoms_only=free_atoms,
         max_atoms=max_atoms, plots=plots, progress=sys.stderr.isatty(),
     )  # fmt: skip
     print(report.table())
+    if read.absent:
+        print(read.summary())
     print(f"wrote {out}")
 
 
@@ -93,7 +97,7 @@ def predict(
     print(f"wrote {out}: {count} structures")
 
 
-def _open(models: list[str], data: str, options: _Options) -> tuple[list[Any], Any]:
+def _open(models: list[str], data: str, options: _Options, report: Any = None) -> tuple[list[Any], Any]:
     """Loads the potentials and opens the structures, each with its share of the options."""
     from escaip.data import open_source
     from escaip.potential.loading import load_potential
@@ -102,4 +106,4 @@ def _open(models: list[str], data: str, options: _Options) -> tuple[list[Any], A
     where = {name: value for name, value in options.items() if name in names}
     read = {name: value for name, value in options.items() if name not in names}
     potentials = [load_potential(model, **where) for model in models]  # type: ignore[arg-type]
-    return potentials, open_source(data, **reading(**read))
+    return potentials, open_source(data, report=report, **reading(**read))

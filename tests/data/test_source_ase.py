@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.constraints import FixAtoms
+from tiny import make_potential
 from toys import refusal
 
-from escaip.data.readers import ReadReport, detect_format, list_files, open_source, read_file
+from escaip.cli import main
+from escaip.data import AtomicData, AtomicDataModule, Store
+from escaip.data.prepare import prepare
+from escaip.data.readers import Reading, ReadReport, detect_format, list_files, open_source, read_file
 from escaip.data.readers.policy import ReadPolicy
 from escaip.errors import ConfigError, DataError
 
@@ -323,3 +327,65 @@ def test_a_blank_line_between_frames_loses_nothing_silently(
     ):
         list(open_source(path))
     assert len(list(open_source(write_xyz("end.xyz", text + "\n\n")))) == 60
+
+
+@pytest.fixture
+def partly_labelled(tmp_path: Path) -> list[Path]:
+    """Two files of five frames; all frames of the first and one of the second lack forces, two of each a virial."""
+    paths = []
+    for number in range(2):
+        frames = []
+        for index in range(5):
+            atoms = ase.build.bulk("Cu", cubic=True)
+            atoms.rattle(0.05, seed=5 * number + index)
+            atoms.info["E"] = -14.0
+            if number and index != 3:
+                atoms.arrays["F"] = np.ones((4, 3))
+            if index > 1:
+                atoms.info["W"] = np.eye(3)
+            frames.append(atoms)
+        paths.append(tmp_path / f"{number}.extxyz")
+        ase.io.write(paths[-1], frames)
+    return paths
+
+
+NAMED = {"energy": "E", "forces": "F", "virial": "W"}
+
+
+def test_a_named_label_may_be_absent_in_some_structures_which_are_counted(
+    partly_labelled: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = ReadReport()
+    found = list(open_source(partly_labelled, keys=NAMED, report=report))
+    assert report.absent == {"forces": 6, "virial": 4}
+    assert [data.has_label("forces") for data in found] == [False] * 5 + [True, True, True, False, True]
+    assert [data.has_label("stress") for data in found] == [False, False, True, True, True] * 2
+    assert report.summary() == "10 structures read, 0 skipped, 6 without forces, 4 without virial"
+    prepared = prepare(partly_labelled, tmp_path / "store", reading=Reading(keys=NAMED), workers=1)
+    assert "structures without forces 6, without virial 4" in prepared.summary()
+    assert Store(tmp_path / "store").manifest["read"]["absent"] == {"forces": 6, "virial": 4}
+    data = {"path": [*map(str, partly_labelled)], "keys": NAMED}
+    module = AtomicDataModule(data, max_atoms=60, required_labels=("energy",), split={"val": 0})
+    module.setup("fit")
+    assert "10 structures read, 0 skipped, 6 without forces, 4 without virial" in module.summary()
+    make_potential().save(tmp_path / "m.escaip")
+    command = ["evaluate", str(tmp_path / "m.escaip"), str(partly_labelled[1]), "--no-plots", "--out", str(tmp_path)]
+    assert main([*command, *(f"--keys.{name}={key}" for name, key in NAMED.items())]) == 0
+    assert "5 structures read, 0 skipped, 2 without virial, 1 without forces" in capsys.readouterr().out
+
+
+@pytest.mark.bad_input
+def test_a_named_label_that_no_structure_has_is_refused(partly_labelled: list[Path], tmp_path: Path) -> None:
+    for keys, label in (({**NAMED, "energy": "e"}, "energy"), ({"virial": "w"}, "virial")):
+        message = rf"no {label} under the key '.'; found info: E.*; arrays: none; calculator: .*; name one of these"
+        with pytest.raises(DataError, match=message):
+            next(open_source(partly_labelled, keys=keys))
+        with pytest.raises(DataError, match=message):
+            prepare(partly_labelled, tmp_path / "store", reading=Reading(keys=keys), workers=1, restart=True)
+        assert not (tmp_path / "store").exists()
+    with pytest.raises(DataError, match="no forces under the key 'F'"):
+        list(open_source(partly_labelled[0], keys=NAMED))
+    with pytest.raises(DataError, match="no charge under the key 'q'"):  # an input is no label
+        list(open_source(partly_labelled[1], keys={**NAMED, "charge": "q"}))
+    with pytest.raises(DataError, match="no forces under the key 'F'"):
+        AtomicData.from_ase(ase.io.read(partly_labelled[0]), keys=NAMED)

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def open_source(
         path: a file, a prepared store, ``dataset:NAME/FILE`` (shipped with a card), a pattern (``"*.traj"``) or a
             list of them.
         format: a name in ``READERS``; default found from content and suffix.
-        keys: names of the labels; see ``LabelKeys``.
+        keys: names of the labels; see ``LabelKeys``. Structures without a label that is named are counted, but it must
+            be somewhere.
         units: units of the file where they are not Å and eV; see ``escaip.units.Units.parse``.
         on_error: ``"raise"``, or ``"skip"`` to leave out bad structures and count them in ``report``.
         required_labels: labels without which a structure is refused.
@@ -83,7 +84,7 @@ def open_source(
         ConfigError: an unknown format, key, unit or option.
     """
     reading = Reading(keys, units, on_error, tuple(required_labels), check_units, max_force, limit, options)
-    return reading.stream(list_files(path, format), report or ReadReport())
+    return reading.stream(list_files(path, format), report or ReadReport(), check_absent=True)
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,26 @@ class Reading:
     limit: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def stream(self, files: Iterable[DataFile], report: ReadReport, part: Part | None = None) -> Iterator[AtomicData]:
-        """Returns the structures of files, or of a part of one; settings are checked at once."""
+    def stream(
+        self, files: Iterable[DataFile], report: ReadReport, part: Part | None = None, *, check_absent: bool = False
+    ) -> Iterator[AtomicData]:
+        """Returns the structures of files, or of a part of one; settings are checked at once.
+
+        With ``check_absent`` the end of the stream is an error where no structure had a label whose key was named.
+        """
         units = Units.parse(self.units) if self.units is not None else None
         policy = ReadPolicy(units, self.on_error, report, tuple(self.required_labels), self.max_force)
         keys = LabelKeys.parse(self.keys)
+        keys = keys and replace(keys, missing=report.miss)
         streams = [read_file(file, policy, keys=keys, part=part, **self.options) for file in files]
-        stream = itertools.islice(itertools.chain.from_iterable(streams), self.limit)
+        stream: Iterator[AtomicData] = itertools.islice(itertools.chain.from_iterable(streams), self.limit)
+        stream = _checking_absent(stream, report) if check_absent else stream
         return checked(stream) if self.check_units else stream
+
+
+def _checking_absent(stream: Iterator[AtomicData], report: ReadReport) -> Iterator[AtomicData]:
+    yield from stream
+    report.check_absent()
 
 
 @dataclass(frozen=True)

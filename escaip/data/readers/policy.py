@@ -109,6 +109,8 @@ class ReadReport:
         filtered: structures left out by a filter that was asked for (``max_force``).
         messages: why, for the first of them.
         log: called with every message, where all of them are wanted.
+        absent: structures that are taken without a label whose key was named, by target.
+        first_absent: message about the first of them, by target.
     """
 
     read: int = 0
@@ -116,6 +118,19 @@ class ReadReport:
     filtered: int = 0
     messages: list[str] = field(default_factory=list)
     log: Callable[[str], object] | None = None
+    absent: dict[str, int] = field(default_factory=dict)
+    first_absent: dict[str, str] = field(default_factory=dict)
+
+    def miss(self, target: str, message: str) -> None:
+        """Counts one structure without a label whose key was named."""
+        self.absent[target] = self.absent.get(target, 0) + 1
+        self.first_absent.setdefault(target, message)
+
+    def check_absent(self) -> None:
+        """Raises DataError for a label whose key was named and that no structure has."""
+        for target, count in self.absent.items():
+            if count >= self.read + self.filtered:
+                raise DataError(self.first_absent[target])
 
     def skip(self, message: str) -> None:
         """Counts one structure that is left out because it is bad."""
@@ -132,6 +147,7 @@ class ReadReport:
         text = f"{self.read} structures read, {self.skipped} skipped"
         if self.filtered:
             text += f", {self.filtered} filtered out"
+        text += "".join(f", {count} without {target}" for target, count in self.absent.items())
         return f"{text} (first: {self.messages[0]})" if self.messages else text
 
     def _note(self, message: str) -> None:
