@@ -233,7 +233,11 @@ class AtomicDataModule(LightningDataModule):
         ]
         lines += self._taken
         reports = self._opener.reports.items()
-        lines += [f"{place}: {report.summary()}" for place, report in reports if report != ReadReport(report.read)]
+        lines += [
+            f"{place}: {report.summary()}"
+            for place, report in reports
+            if report.skipped or report.filtered or report.absent
+        ]
         if self._statistics is not None:
             single = {"train": self._statistics} if isinstance(self._statistics, Statistics) else self._statistics
             for name, statistics in single.items():
@@ -245,7 +249,7 @@ class AtomicDataModule(LightningDataModule):
 
     @property
     def level_of_theory(self) -> str:
-        """Level of theory that the training stores state; empty where none does."""
+        """Level of theory that the training data state; empty where none do."""
         places = {name: _place("replay" if name in self._replay else "train", name) for name in self._names}
         stated = {name: self._opener.levels.get(place, "") for name, place in places.items()}
         if not self._mixed:
@@ -503,7 +507,7 @@ class SetOpener:
         required: labels that every structure must carry.
         verify: compare the checksums of stores; None for those up to 4 GiB.
         reports: counts of structures read and skipped, by place in the configuration, for sets read from files.
-        levels: level of theory that a store states, by place.
+        levels: level of theory that a store, or the structures of files, state, by place.
     """
 
     fixed_atoms: str = "free_only"
@@ -579,6 +583,7 @@ class SetOpener:
                 f"{place}: 0 structures in {spec['path']} ({report.summary()}); check index, subset and on_error"
             )
         _log.info("%s: %s", place, report.summary())
+        self.levels[place] = report.level_of_theory(place)
         return structures
 
 

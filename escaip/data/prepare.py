@@ -80,7 +80,7 @@ class WorkItem:
                 writer.write(data)
             writer.close(
                 skipped=report.skipped, filtered=report.filtered, messages=messages, absent=report.absent,
-                first_absent=report.first_absent,
+                first_absent=report.first_absent, levels=sorted(report.levels),
             )  # fmt: skip
             try:
                 os.replace(aside, self.folder)
@@ -215,10 +215,14 @@ def prepare(
         sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
         total = ReadReport(read=sum(sizes), filtered=counts["filtered"])
         for report in reports:
+            total.levels.update(report.get("levels", ()))
             for label, count in report.get("absent", {}).items():
                 total.absent[label] = total.absent.get(label, 0) + count
                 total.first_absent.setdefault(label, report["first_absent"][label])
         total.check_absent()
+        facts = dict(facts or {})
+        if level := total.level_of_theory(_described(source), facts.get("level_of_theory", "")):
+            facts["level_of_theory"] = level
         named = np.repeat(np.array([item.split for item in items], dtype="u1"), sizes)
 
         def split_by(index: Arrays) -> tuple[list[str], NDArray[np.uint8]]:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import ase.build
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -241,6 +243,33 @@ def test_there_is_a_head_for_each_set(stores: dict) -> None:
     single = Potential(EScAIPConfig.preset("1m", num_energy_heads=2))
     with pytest.raises(ConfigError, match=r"has 0 sets by name \(none\): set model.architecture.num_energy_heads to 1"):
         single.set_statistics(module(stores["low"]).statistics)
+
+
+@pytest.mark.bad_input
+def test_levels_of_theory_come_from_structures_that_state_them(tmp_path: Path) -> None:
+    for name, levels in (("a", ["PBE"] * 4), ("b", ["PBE", "PBE", "HF", "HF"]), ("c", [])):
+        frames = [ase.build.molecule(one) for one in ("H2O", "NH3", "CH4", "CH3OH")]
+        for atoms, level in itertools.zip_longest(frames, levels):
+            atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.ones((len(atoms), 3)))
+            atoms.info.update({"level_of_theory": level} if level else {})
+        ase.io.write(tmp_path / f"{name}.extxyz", frames)
+    for name, level in (("a", "PBE"), ("c", "")):
+        module = AtomicDataModule(str(tmp_path / f"{name}.extxyz"), max_atoms=60, split={"val": 0})
+        module.setup("fit")
+        assert module.level_of_theory == level
+        prepare(tmp_path / f"{name}.extxyz", tmp_path / name)
+        assert Store(tmp_path / name).manifest.get("level_of_theory", "") == level
+        prepare(tmp_path / f"{name}.extxyz", tmp_path / f"{name}2", facts={"level_of_theory": "PBE"})
+        assert Store(tmp_path / f"{name}2").manifest["level_of_theory"] == "PBE"
+    message = "its structures state levels of theory HF and PBE"
+    with pytest.raises(DataError, match=message):
+        AtomicDataModule(str(tmp_path / "b.extxyz"), max_atoms=60, split={"val": 0}).setup("fit")
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path / "b.extxyz", tmp_path / "b")
+    with pytest.raises(DataError, match="its structures state the level of theory PBE, its card r2SCAN: name"):
+        prepare(tmp_path / "a.extxyz", tmp_path / "d", facts={"level_of_theory": "r2SCAN"})
+    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.bad_input

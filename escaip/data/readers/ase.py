@@ -79,10 +79,14 @@ def record_of(
     """Returns the record of an ``ase.Atoms``; ``keys`` go before ``structure_id`` and ``group_by``."""
     group = {"file": file, "structure": structure_id}.get(group_by) if keys.group is None else None
     own = None if keys.structure_id else structure_id
-    return Record(
-        lambda: AtomicData.from_ase(make(), keys=keys, structure_id=own, group=group, units=policy.units or Units()),
-        lambda: labels_found(make()),
-    )
+
+    def build() -> AtomicData:
+        atoms = make()
+        if level := atoms.info.get("level_of_theory"):
+            policy.report.levels.add(str(level))
+        return AtomicData.from_ase(atoms, keys=keys, structure_id=own, group=group, units=policy.units or Units())
+
+    return Record(build, lambda: labels_found(make()))
 
 
 def matches(path: Path, head: bytes) -> bool:

@@ -111,6 +111,7 @@ class ReadReport:
         log: called with every message, where all of them are wanted.
         absent: structures that are taken without a label whose key was named, by target.
         first_absent: message about the first of them, by target.
+        levels: levels of theory that structures state (``info["level_of_theory"]``).
     """
 
     read: int = 0
@@ -120,6 +121,22 @@ class ReadReport:
     log: Callable[[str], object] | None = None
     absent: dict[str, int] = field(default_factory=dict)
     first_absent: dict[str, str] = field(default_factory=dict)
+    levels: set[str] = field(default_factory=set)
+
+    def level_of_theory(self, where: str, card: str = "") -> str:
+        """Returns the level that structures state, else that of the ``card``; raises DataError where they differ."""
+        if len(self.levels) > 1:
+            raise DataError(
+                f"{where}: its structures state levels of theory {' and '.join(sorted(self.levels))}: read them as "
+                "sets of their own"
+            )
+        stated = next(iter(self.levels), card)
+        if card and stated != card:
+            raise DataError(
+                f"{where}: its structures state the level of theory {stated}, its card {card}: name their layout "
+                "instead of the data set, or correct info['level_of_theory']"
+            )
+        return stated
 
     def miss(self, target: str, message: str) -> None:
         """Counts one structure without a label whose key was named."""
