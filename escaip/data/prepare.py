@@ -211,34 +211,18 @@ def prepare(
         _make_parts(work, items, (reading, dtype, shard_atoms), workers, progress=progress)
         reports = [read_part(item.folder) or {} for item in items]
         messages = [message for report in reports for message in report["messages"]]
-        counts = {key: sum(report[key] for report in reports) for key in ("skipped", "filtered")}
         sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
-        total = ReadReport(read=sum(sizes), filtered=counts["filtered"])
-        for report in reports:
-            total.levels.update(report.get("levels", ()))
-            for label, count in report.get("absent", {}).items():
-                total.absent[label] = total.absent.get(label, 0) + count
-                total.first_absent.setdefault(label, report["first_absent"][label])
+        total = _joined(reports, sum(sizes))
         total.check_absent()
+        counts = {"skipped": total.skipped, "filtered": total.filtered}
         facts = dict(facts or {})
         if level := total.level_of_theory(_described(source), facts.get("level_of_theory", "")):
             facts["level_of_theory"] = level
         named = np.repeat(np.array([item.split for item in items], dtype="u1"), sizes)
-
-        def split_by(index: Arrays) -> tuple[list[str], NDArray[np.uint8]]:
-            if settings is None:
-                return list(sources), named
-            codes = divide(group_names(index), index["group_codes"], settings, seed=seed)
-            present = np.unique(codes)  # a part that was not asked for has no name
-            return [PARTS[code] for code in present.tolist()], np.searchsorted(present, codes).astype(np.uint8)
-
         about = {
-            "read": {**counts, "absent": total.absent},
-            **(facts or {}),
-            "dtype": dtype,
-            "source": _described(source),
-            "split": split_by,
-        }
+            "read": {**counts, "absent": total.absent}, **facts, "dtype": dtype, "source": _described(source),
+            "split": lambda index: (list(sources), named) if settings is None else _divided(index, settings, seed),
+        }  # fmt: skip
         manifest = assemble([item.folder for item in items], work / "store", **about)
         duplicates = _finish(work / "store", messages)
         publish(work / "store", target)
@@ -246,6 +230,25 @@ def prepare(
         target, manifest["num_structures"], **counts, kept_parts=kept, splits=manifest["splits"], duplicates=duplicates,
         absent=total.absent, messages=tuple(messages[:20]), seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _joined(reports: Sequence[Mapping[str, Any]], read: int) -> ReadReport:
+    """Returns what was read of all parts together."""
+    counts = {key: sum(report[key] for report in reports) for key in ("skipped", "filtered")}
+    total = ReadReport(read=read, **counts)
+    for report in reports:
+        total.levels.update(report.get("levels", ()))
+        for label, count in report.get("absent", {}).items():
+            total.absent[label] = total.absent.get(label, 0) + count
+            total.first_absent.setdefault(label, report["first_absent"][label])
+    return total
+
+
+def _divided(index: Arrays, settings: SplitSettings, seed: int) -> tuple[list[str], NDArray[np.uint8]]:
+    """Returns names of splits, and that of each structure."""
+    codes = divide(group_names(index), index["group_codes"], settings, seed=seed)
+    present = np.unique(codes)  # a part that was not asked for has no name
+    return [PARTS[code] for code in present.tolist()], np.searchsorted(present, codes).astype(np.uint8)
 
 
 def prepare_named(

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from escaip.data import AtomicDataModule
-from escaip.data.datamodule import named_sets, replayed_sets
+from escaip.data.sets import named_sets, replayed_sets
 from escaip.errors import CheckpointError, ConfigError
 from escaip.models import ModelConfig, build_config, settings_of
 from escaip.potential.loading import read_potential

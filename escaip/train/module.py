@@ -148,8 +148,7 @@ class PotentialModule(LightningModule):
             self._ratios = {f"potential.model.{k}": v for k, v in fan_in_ratios(config, base_width).items()}
             scale_outputs(self.potential.model, config, base_width)
         freeze_parts(self.potential.model, freeze)
-        self.init_from, self.init_energies, self.resumes = init_from, init_energies, False
-        self.init_dataset = init_dataset
+        self.init_from, self.init_energies, self.init_dataset = init_from, init_energies, init_dataset
         self.potential.recompute = True if recompute else None
         if compile:
             self.potential.compile()
@@ -158,7 +157,7 @@ class PotentialModule(LightningModule):
         self._card_errors: dict[str, float] = {}
         self.refit_references = refit_references
         self._energy_fit: ReferenceFit | LinearRefit | None = None
-        self._dropout_seed, self._total_steps = 0, 1
+        self.resumes, self._dropout_seed, self._total_steps = False, 0, 1
         self._loader_state: dict[str, Any] | None = None
         self._recent: list[str] = []
 
