@@ -398,7 +398,11 @@ class RunReport(Callback):
             _print_table(_columns(errors, "model"), "test")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the table and the paths of the checkpoints."""
+        """Prints why the run ended early, the table and the paths of the checkpoints."""
+        for callback in trainer.early_stopping_callbacks if trainer.should_stop and trainer.is_global_zero else ():
+            reason = (callback.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.")
+            if reason:
+                print(f"stopped early at step {trainer.global_step}: {reason}")
         if not self._history:
             return
         last, best = max(self._history), getattr(trainer.checkpoint_callback, "best_step", None)

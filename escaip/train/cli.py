@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -39,8 +40,9 @@ from escaip.train.ema import WeightEMA
 from escaip.train.init_from import FREE_SETTINGS, HEADS, SWITCHES, kept_architecture
 from escaip.train.module import DEFAULT_ARCHITECTURE, PotentialModule
 from escaip.train.resuming import TRAINER, DataCheck, check_settings, other_settings, trainer_settings
+from escaip.train.run_log import RunLog
 
-LATEST = "latest"
+LATEST, LOG = "latest", "run.log"
 _OF_ONE_COMMAND = ("ckpt_path", "config", "verbose", "weights_only")
 _LONGEST_MESSAGE = 400
 # Settings of a model that a run keeps when it is resumed, with those of checkpoints from before there was a choice.
@@ -64,18 +66,19 @@ def run(argv: list[str]) -> int:
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     cli: TrainingCLI | None = None
-    try:
-        cli = build(argv)
-        cli.execute()
-    except MisconfigurationException as error:
-        raise ConfigError(_one_line(error)) from error
-    except SystemExit as stop:
-        received = _received(stop)
-        if received is None or cli is None:
-            raise
-        if cli.trainer.is_global_zero:
-            print(f"{received.name}: {_how_to_go_on(argv, cli)}", flush=True)
-        raise SystemExit(128 + received) from stop
+    with RunLog() as log:
+        try:
+            cli = build(argv, log)
+            cli.execute()
+        except MisconfigurationException as error:
+            raise ConfigError(_one_line(error)) from error
+        except SystemExit as stop:
+            received = _received(stop)
+            if received is None or cli is None:
+                raise
+            if cli.trainer.is_global_zero:
+                print(f"{received.name}: {_how_to_go_on(argv, cli)}", flush=True)
+            raise SystemExit(128 + received) from stop
     return 0
 
 
@@ -98,14 +101,17 @@ def _how_to_go_on(argv: list[str], cli: TrainingCLI) -> str:
     return f"stopped at step {cli.trainer.global_step}, saved in {os.path.relpath(saved)}; continue with\n{command}"
 
 
-def build(argv: list[str]) -> TrainingCLI:
-    """Parses the same arguments and builds model, data module and trainer, without running anything."""
+def build(argv: list[str], log: RunLog | None = None) -> TrainingCLI:
+    """Parses the same arguments and builds model, data module and trainer, without running anything.
+
+    What ``log`` has noted is kept in the folder of the run.
+    """
     arguments, name, settings = prepare(argv)
     return TrainingCLI(
         PotentialModule,
         AtomicDataModule,
         save_config_callback=RunFolder,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"overwrite": True, "log": log},
         trainer_defaults={
             "gradient_clip_val": 100.0,
             "use_distributed_sampler": False,
@@ -142,21 +148,48 @@ class OneLineParser(LightningArgumentParser):
 
 
 class RunFolder(SaveConfigCallback):
-    """Saves ``config.yaml`` in the folder of the run and points the link ``latest`` beside it at that folder.
+    """Saves ``config.yaml`` and ``run.log`` in the folder of the run, and points the link ``latest`` beside it there.
 
-    Options of one command only are left out, so that the file configures any of them and a rerun starts afresh.
+    The logger takes a free ``version_N`` before data and settings are checked; a run that is refused gives it back.
+    Options of one command only are left out of the configuration, so that the file configures any of them and a rerun
+    starts afresh.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, *, log: RunLog | None, **kwargs: Any
+    ) -> None:
         config = config.clone()
         for key in _OF_ONE_COMMAND:
             config.pop(key, None)
         super().__init__(parser, config, **kwargs)
+        self._log = log
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes nothing: the checks of the run are still to come."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the files and moves the link, once."""
+        if self.already_saved:
+            return
+        super().setup(trainer, pl_module, str(trainer.state.fn))
+        if trainer.is_global_zero:
+            if self._log is not None:
+                self._log.open(run_folder(trainer) / LOG)
+            if trainer.state.fn == "fit":
+                self._link(run_folder(trainer))
+
+    # The first of these to come: a finished run that is resumed trains no more.
+    on_fit_end = on_validation_start = on_test_start = on_train_start
 
     @rank_zero_only
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves the link, unless a check before has refused the run."""
-        folder = run_folder(trainer)
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Removes the folder of a run that was refused, which is empty."""
+        if not self.already_saved and trainer.loggers:
+            with contextlib.suppress(OSError):
+                run_folder(trainer).rmdir()
+
+    @staticmethod
+    def _link(folder: Path) -> None:
         if not folder.name.startswith("version_"):
             return
         link = folder.parent / LATEST
@@ -260,6 +293,7 @@ class TrainingCLI(LightningCLI):
         self.model.resumes = self.config[self.config.subcommand].get("ckpt_path") is not None
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        _check_strategy(config.get("strategy"))
         folder = Path(self._get(self.config, "out")) / self._get(self.config, "name")
         callbacks = [c for c in callbacks if not (isinstance(c, WeightEMA) and c.decay == 0.0)]
         callbacks += [DataCheck(), RunReport()]
@@ -300,6 +334,16 @@ def _loggers(given: Any, folder: Path) -> list[Any] | bool:
         return False
     others = [] if given in (None, True) else given if isinstance(given, list) else [given]
     return [CSVLogger(save_dir=str(folder.parent), name=folder.name, flush_logs_every_n_steps=20), *others]
+
+
+def _check_strategy(given: Any) -> None:
+    """Raises ConfigError for strategies that divide the weights."""
+    name = given if isinstance(given, str) else type(given).__name__
+    if any(part in name.lower() for part in ("fsdp", "deepspeed", "modelparallel")):
+        raise ConfigError(
+            f"trainer.strategy {name} divides the weights between processes, but optimizer, averages and checkpoints "
+            "take them whole: use ddp"
+        )
 
 
 def _check_same_model(given: Mapping[str, Any], stored: Mapping[str, Any], path: Path) -> None:

@@ -25,6 +25,7 @@ from training_stand_ins import labelled_molecules, write_molecules, write_recipe
 from escaip import load_potential
 from escaip.cli import main
 from escaip.data import AtomicDataModule
+from escaip.errors import TrainingError
 from escaip.train import PotentialModule
 from escaip.train.cli import build
 
@@ -49,8 +50,10 @@ def test_fit_then_every_other_command(folder: Path, capsys: pytest.CaptureFixtur
     assert "references, zero forces" in shown.out
     assert "validation: loss" in shown.err
     run = folder / "runs" / "tiny" / "latest"
-    kept = {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "evaluation"}
+    kept = {"config.yaml", "metrics.csv", "run.log", "best.ckpt", "last.ckpt", "evaluation"}
     assert {path.name for path in run.iterdir()} == kept
+    logged = (run / "run.log").read_text(encoding="utf-8").splitlines()
+    assert sorted(logged) == sorted(f"{shown.out}{shown.err}".splitlines())
     assert {path.name for path in (run / "evaluation").iterdir()} == {"report.json", "parity.png", "errors.png"}
     report = json.loads((run / "evaluation" / "report.json").read_text(encoding="utf-8"))
     assert report["num_structures"] == 3
@@ -88,14 +91,45 @@ def test_a_run_that_ends_within_an_epoch(folder: Path, capsys: pytest.CaptureFix
     assert sorted(_figures(folder / "runs/tiny/latest")) == [2, 3, 4]
 
 
-def test_early_stopping_and_a_second_logger(folder: Path) -> None:
+@pytest.mark.parametrize(("patience", "stopped"), [(1, True), (9, False)])
+def test_early_stopping_says_so(folder: Path, capsys: pytest.CaptureFixture[str], patience: int, stopped: bool) -> None:
     stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
-    stop += ["--trainer.callbacks.patience=1"]
-    stop += ["--trainer.callbacks.min_delta=1e9", "--trainer.max_epochs", "9"]
-    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "elsewhere"]
-    assert main(["fit", "--config", "tiny.yaml", *stop, *logger]) == 0
-    assert len(_figures(folder / "runs/tiny/latest")) == 6
-    assert list(folder.glob("elsewhere/lightning_logs/version_0/metrics.csv"))
+    stop += [f"--trainer.callbacks.patience={patience}", "--trainer.callbacks.min_delta=1e9"]
+    assert main(["fit", "--config", "tiny.yaml", *stop, "--trainer.max_epochs", "3"]) == 0
+    assert len(_figures(folder / "runs/tiny/latest")) == (6 if stopped else 9)
+    shown = capsys.readouterr().out
+    assert ("stopped early at step 6: Monitored metric val/loss did not improve" in shown) == stopped
+    assert ("stopped early" in shown) == stopped
+
+
+@pytest.mark.parametrize(
+    ("package", "logger", "written"),
+    [
+        ("lightning", "CSVLogger --trainer.logger.save_dir logs", "logs/lightning_logs/version_0/metrics.csv"),
+        ("tensorboard", "TensorBoardLogger --trainer.logger.save_dir logs", "logs/**/events.out.tfevents.*"),
+        ("wandb", "WandbLogger --trainer.logger.offline true", "wandb/offline-run-*/*.wandb"),
+        ("mlflow", "MLFlowLogger --trainer.logger.tracking_uri sqlite:///mlflow.db", "mlflow.db"),
+    ],
+)
+def test_loggers_beside_the_csv_file(folder: Path, package: str, logger: str, written: str) -> None:
+    pytest.importorskip(package)
+    command = ["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "1", "--trainer.logger", *logger.split()]
+    assert main(command) == 0
+    assert len(_figures(folder / "runs/tiny/latest")) == 3
+    assert list(folder.glob(written))
+
+
+def test_the_log_of_a_run_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        sys.stderr.write("\r 10%|#         |")  # a bar
+        raise TrainingError("loss is nan")
+
+    monkeypatch.setattr(PotentialModule, "training_step", failing)
+    before = sys.stdout, sys.stderr
+    assert main(["fit", "--config", "tiny.yaml"]) == 1
+    assert (sys.stdout, sys.stderr) == before
+    *_, last = (folder / "runs/tiny/version_0/run.log").read_text(encoding="utf-8").splitlines()
+    assert last == "TrainingError: loss is nan"
 
 
 def test_killed_and_resumed(folder: Path) -> None:
@@ -222,6 +256,8 @@ def test_ends_without_a_checkpoint(
         (["--checkpoint.every_n_steps", "0"], 2, "checkpoint.every_n_steps is 0"),
         (["--ema.decay", "1.0"], 2, "ema.decay is 1.0"),
         (["--ema.decay", "-0.1"], 2, "ema.decay is -0.1"),
+        (["--trainer.strategy", "fsdp"], 2, "fsdp divides the weights between processes"),
+        (["--trainer.strategy", '{"class_path": "FSDPStrategy"}'], 2, "FSDPStrategy divides the weights"),
     ],
 )
 def test_what_users_get_wrong(
@@ -232,6 +268,7 @@ def test_what_users_get_wrong(
     assert lines[-1].startswith("escaip: error: ")
     assert text in lines[-1]
     assert "Traceback" not in "\n".join(lines)
+    assert not list(folder.glob("runs/tiny/*"))
 
 
 @pytest.mark.bad_input
@@ -314,6 +351,7 @@ def test_a_run_is_resumed_with_its_own_structures(resumed: Path, capsys: pytest.
     command = [*RESUME, "--trainer.max_epochs", "3"]
     assert main([*command, f"--data.{part}", "other.extxyz"]) == 2
     assert "data.train 12 structures (" in (line := capsys.readouterr().err)
+    assert sorted(os.listdir("runs/tiny")) == ["latest", "version_0"]
     assert os.readlink("runs/tiny/latest") == "version_0"
     assert f", this run has {12 if part == 'train' else 16} structures (" in line
     assert "--model.init_from" in line
@@ -360,10 +398,12 @@ def test_a_run_does_not_overwrite_the_checkpoints_of_another(
 ) -> None:
     for file in (resumed / "runs/tiny/version_0").glob("*.ckpt"):  # where a run without a logger keeps them
         shutil.copy(file, resumed / "runs/tiny")
-    before = _content(resumed / "runs/tiny/version_0")
+    before = _content(resumed / "runs")
     assert main(["fit", "--config", "tiny.yaml", *options]) == 2
     assert "holds the checkpoints of another run: choose another --name" in capsys.readouterr().err
-    assert _content(resumed / "runs/tiny/version_0") == before
+    assert _content(resumed / "runs") == before
+    assert os.readlink("runs/tiny/latest") == "version_0"
+    assert not Path("runs/tiny/version_1").exists()
 
 
 def _worse(log: Any) -> Any:
@@ -389,6 +429,7 @@ def test_elements_of_the_validation_set_alone_are_refused_before_the_first_step(
     assert main(["fit", "--config", "tiny.yaml", *sets]) == 1
     name = ".a" if mixed else ""
     assert f"data.val{name} holds N, which data.train{name} does not" in capsys.readouterr().err
+    assert not os.listdir("runs/tiny")
 
 
 @pytest.mark.bad_input
