@@ -13,9 +13,10 @@ import pwd
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import IO, Any
 
@@ -123,6 +124,21 @@ def aligned(rows: Sequence[Sequence[str]], numbers: bool = False) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     pad = str.rjust if numbers else str.ljust
     return ["  ".join([row[0].ljust(widths[0]), *map(pad, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def html_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """Returns a table for notebooks, the first column as headings; a row of one text spans all columns."""
+    lines = [header, *rows] if header else list(rows)
+    width = max(map(len, lines))
+    html = []
+    for row in lines:
+        cells = [escape(text) for text in row]
+        if len(cells) == 1:
+            html.append(f'<td colspan="{width}">{cells[0]}</td>')
+        else:
+            tag = "th" if row is header else "td"
+            html.append(f"<th>{cells[0]}</th>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells[1:]))
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in html) + "</table>"
 
 
 def try_lock(path: str | os.PathLike[str]) -> IO[bytes] | None:

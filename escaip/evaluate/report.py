@@ -10,7 +10,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
-from escaip.files import plain
+from escaip.files import html_table, plain
 from escaip.types import TARGETS, Target
 from escaip.units import GPA
 
@@ -21,6 +21,7 @@ ENERGY_THRESHOLD = 0.02
 FORCE_THRESHOLD = 0.03
 """eV/Å; of the largest force component error, for EFwT."""
 _NUM_WORST = 10
+_HEADER = ("", "MAE", "RMSE", "largest")
 
 
 def shown_unit(target: Target) -> tuple[str, float]:
@@ -133,26 +134,35 @@ class EvaluationReport:
 
     def table(self) -> str:
         """Returns a table for a terminal."""
+        title, rows, notes = self._parts()
+        lines = [f"{name:<22}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in (_HEADER, *rows)]
+        return "\n".join([title, "", *lines, "", *notes]).rstrip()
+
+    def _repr_html_(self) -> str:
+        title, rows, notes = self._parts()
+        return html_table([*rows, *([note] for note in [*notes, title])], _HEADER)
+
+    def _parts(self) -> tuple[str, list[list[str]], list[str]]:
+        """Returns what was evaluated, the rows of the table, and the figures below it."""
         atoms = ", free atoms only" if self.free_atoms_only else ""
-        lines = [f"{self.num_structures} structures, {self.num_atoms} atoms{atoms} ({self.seconds:.1f} s)", ""]
-        lines.append(f"{'':<22}{'MAE':>12}{'RMSE':>12}{'largest':>12}")
+        title = f"{self.num_structures} structures, {self.num_atoms} atoms{atoms} ({self.seconds:.1f} s)"
+        rows, notes = list[list[str]](), list[str]()
         found = {"energy": self.energy_per_atom, "forces": self.forces, "stress": self.stress, **self.properties}
         for name, quantity in found.items():
             unit, factor = shown_unit(TARGETS[name])
             if quantity is None:
-                lines.append(f"{name:<22}{'no labels':>12}")
+                rows.append([name, "no labels"])
                 continue
-            lines.append(_row(f"{name} ({unit})", quantity.errors, factor))
-            lines.extend(_row(f"  predicting {key}", errors, factor) for key, errors in quantity.baselines.items())
-        lines.extend(_row(f"forces of {symbol} (meV/Å)", e, 1e3) for symbol, e in self.forces_by_element.items())
-        lines.append("")
+            rows.append(_row(f"{name} ({unit})", quantity.errors, factor))
+            rows.extend(_row(f"  predicting {key}", errors, factor) for key, errors in quantity.baselines.items())
+        rows.extend(_row(f"forces of {symbol} (meV/Å)", e, 1e3) for symbol, e in self.forces_by_element.items())
         if self.force_cosine is not None:
-            lines.append(f"force cosine {self.force_cosine:.4f}")
+            notes.append(f"force cosine {self.force_cosine:.4f}")
         if self.energy_forces_within_threshold is not None:
-            lines.append(f"energy and forces within threshold (EFwT) {100 * self.energy_forces_within_threshold:.2f} %")
+            notes.append(f"energy and forces within threshold (EFwT) {100 * self.energy_forces_within_threshold:.2f} %")
         if self.rotation_error is not None:
-            lines.append(f"rotation error of the direct forces {1e3 * self.rotation_error:.2f} meV/Å RMS")
-        return "\n".join(lines).rstrip()
+            notes.append(f"rotation error of the direct forces {1e3 * self.rotation_error:.2f} meV/Å RMS")
+        return title, rows, notes
 
 
 def compute_report(
@@ -244,6 +254,5 @@ def _worst(records: Records, energy: FloatArray, largest: FloatArray) -> tuple[t
     return tuple((records.structure_id[i], float(largest[i]), float(per_atom[i])) for i in order[:_NUM_WORST])
 
 
-def _row(name: str, errors: Errors, factor: float) -> str:
-    numbers = "".join(f"{factor * value:>12.4g}" for value in (errors.mae, errors.rmse, errors.largest))
-    return f"{name:<22}{numbers}"
+def _row(name: str, errors: Errors, factor: float) -> list[str]:
+    return [name, *(f"{factor * value:.4g}" for value in (errors.mae, errors.rmse, errors.largest))]

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 from torch import Tensor
 
 from escaip.data import Statistics
 from escaip.errors import CheckpointError, ConfigError, EscaipError
-from escaip.files import first_line
+from escaip.files import first_line, html_table
 from escaip.graph import attached_neighbors, build_graph, displacements, search_cutoff
 from escaip.models import MAX_ATOMIC_NUMBER, ModelConfig, kind_named, kind_of
 from escaip.nn.layers import PreciseTables
@@ -385,6 +386,20 @@ class Potential(PreciseTables):
     def describe(self) -> dict[str, Any]:
         """Returns everything but the weights as plain JSON values (docs/howto/files.md)."""
         return describe(kind_of(self.config).name, self.config, self.metadata)
+
+    def _repr_html_(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        forces = "conservative" if self.config.is_conservative else "direct"
+        elements = " ".join(chemical_symbols[z] for z in self.metadata.elements)
+        rows = {
+            "model": f"{kind_of(self.config).name}, {count:,} parameters, {forces} forces",
+            "elements": elements or "any (untrained)",
+            "level of theory": self.metadata.level_of_theory,
+            "data sets": " ".join(self.metadata.datasets) or "unknown",
+            "cutoff": f"{self.cutoff:g} Å",
+            "device": f"{self.device}, {str(self.dtype).removeprefix('torch.')}",
+        }
+        return html_table(list(rows.items()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, config, units, references and provenance to one file (docs/howto/files.md).

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import ase.io
 import numpy as np
@@ -22,7 +23,7 @@ from escaip.evaluate import EvaluationReport, evaluate, evaluate_into
 from escaip.evaluate.plots import draw_errors, draw_parity
 from escaip.evaluate.report import Records, compute_report
 from escaip.evaluate.run import rotation_error
-from escaip.potential import Potential
+from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.loading import load_potential
 
 
@@ -209,6 +210,19 @@ def test_direct_forces_have_a_rotation_error(direct_model: Path, labelled: Path,
     assert rotation_error(make_potential(), list(open_source(labelled))) < 1e-10  # of derivatives of an energy
     assert "rotation error" in report.table()
     assert report.stress is None
+
+
+def test_tables_for_notebooks(direct_model: Path, labelled: Path, tmp_path: Path) -> None:
+    report = evaluate_files(direct_model, labelled, tmp_path)
+    words = " ".join(ElementTree.fromstring(report._repr_html_()).itertext()).split()
+    assert sorted(words) == sorted(report.table().split())
+    potential = make_potential(metadata=PotentialMetadata((1, 8), "PBE & <D3>", ("water",)))
+    rows = {row[0].text: row[1].text for row in ElementTree.fromstring(potential._repr_html_())}
+    count = sum(weight.numel() for weight in potential.parameters())
+    assert rows == {
+        "model": f"EScAIP, {count:,} parameters, conservative forces", "elements": "H O",
+        "level of theory": "PBE & <D3>", "data sets": "water", "cutoff": "4 Å", "device": "cpu, float64",
+    }  # fmt: skip
 
 
 @pytest.mark.bad_input
