@@ -23,7 +23,7 @@ from escaip.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "escaip"
-FOLDERS = ("escaip", "tests", "configs", "datasets", "md", "benchmarks", "docs", ".ci")
+FOLDERS = ("escaip", "tests", "configs", "datasets", "md", "benchmarks", "docs", ".ci", ".github", "recipe")
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ".csv", ".xyz", ".extxyz", ".cif", ".sh", ""}
 MAX_FILE, MAX_FUNCTION = 600, 60
 
