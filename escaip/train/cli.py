@@ -183,10 +183,12 @@ class RunFolder(SaveConfigCallback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes the folder of a run that was refused, which is empty."""
+        """Removes the folder of a run that was refused, and the folder above it, where they are empty."""
         if not self.already_saved and trainer.loggers:
+            folder = run_folder(trainer)
             with contextlib.suppress(OSError):
-                run_folder(trainer).rmdir()
+                folder.rmdir()
+                folder.parent.rmdir()
 
     @staticmethod
     def _link(folder: Path) -> None:
