@@ -20,6 +20,9 @@ class RunLog:
         self._file: TextIO | None = None
         self._streams = contextlib.ExitStack()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunLog, ()  # another process prints for itself
+
     def open(self, path: Path) -> None:
         """Opens the file, to append to, and writes what waited."""
         self._file = path.open("a", encoding="utf-8", buffering=1)
