@@ -100,7 +100,9 @@ def test_only_outputs_start_smaller(forces: str) -> None:
     scaled = Potential(config).model
     scale_outputs(scaled, config, 16)
     changed = {n for n, p in scaled.named_parameters() if not torch.equal(p, fresh.get_parameter(n))}
-    outputs = {"energy_head.mlp.output.weight"} | ({"force_head.vector.output.weight"} if forces == "direct" else set())
+    densities = {"input_density", *(f"blocks.{depth}.density" for depth in range(config.num_layers))}
+    outputs = {"energy_head.mlp.output.weight", *(f"{name}.weight.weight" for name in densities)}
+    outputs |= {"force_head.vector.output.weight"} if forces == "direct" else set()
     assert changed == outputs
     for name in outputs:
         assert torch.allclose(2.0 * scaled.get_parameter(name), fresh.get_parameter(name))
