@@ -271,7 +271,7 @@ class EScAIPConfig(ModelConfig):
 # Sizes by number of parameters of the conservative model. The larger ones have the published angular groups.
 _PUBLISHED_CHANNELS = (20, 10, 4, 10, 20)
 # Few wide Gaussians and low degrees: what training did not show stays close to what it did. Angles reach the values,
-# densities of neighbors the nodes. A network on edges costs a sixth of a step and gains nothing.
+# densities of neighbors the nodes. A network on edges costs a tenth of a step and gains nothing.
 _SMOOTH: dict[str, Any] = {
     "num_radial": 10, "radial_width": 1.0, "boo_degrees": 5, "distance_table": "always", "distance_knots": 256,
     "angular_values": True, "node_density": 16, "edge_ffn": False,
