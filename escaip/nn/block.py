@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from escaip.graph import TokenChunks
 from escaip.nn.density import DensityUpdate
 from escaip.nn.embedding import EdgeAttributes
-from escaip.nn.layers import FeedForward, LinearOfParts, StochasticDepth, full_precision, make_activation, make_norm
+from escaip.nn.layers import (
+    FeedForward,
+    LinearOfParts,
+    StochasticDepth,
+    activate_ends,
+    full_precision,
+    make_activation,
+    make_norm,
+)
 from escaip.ops import neighborhood_attention, sum_rows, take_rows
 from escaip.types import AtomInputs, Tokens
 
@@ -40,8 +48,7 @@ class Message(nn.Module):
 
     def forward(self, edge: Tensor, attributes: Tensor, ends: tuple[Tensor, Tensor], tokens: Tokens) -> Tensor:
         """``(t, H)``, ``(t, H)`` and ``ends`` of all atoms to ``(t, H)``."""
-        node_hidden = self.activation(take_rows(ends[0], tokens.neighbor) + take_rows(ends[1], tokens.center))
-        node_hidden = self.dropout(node_hidden)
+        node_hidden = self.dropout(activate_ends(self.activation, None, ends, tokens))
         edge_hidden = self.dropout(self.activation(self.edge_hidden(edge)))
         if self.is_gated:
             joined = torch.cat([attributes, node_hidden], -1)

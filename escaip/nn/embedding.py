@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from escaip.errors import DataError
-from escaip.nn.layers import PreciseTables, make_activation, make_norm
+from escaip.nn.layers import PreciseTables, activate_ends, make_activation, make_norm
 from escaip.ops import bond_orientational_order, spline, take_rows
 from escaip.ops.harmonics import harmonic_recursion
 from escaip.types import MAX_CHARGE, AtomInputs, Tokens
@@ -277,8 +277,7 @@ class EdgeAttributes(nn.Module):
         Returns:
             ``(t, H)``.
         """
-        mixed = distance + take_rows(ends[0], tokens.neighbor) + take_rows(ends[1], tokens.center)
-        return self.norm(self.dropout(self.activation(mixed)))
+        return self.norm(self.dropout(activate_ends(self.activation, distance, ends, tokens)))
 
 
 class SystemEmbedding(nn.Module):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from escaip.errors import ConfigError
-from escaip.ops.layers import gelu, rms_norm
+from escaip.ops.layers import add_rows, gelu, gelu_of_rows, rms_norm
+from escaip.types import Tokens
 
 # Machine epsilon of float32, the floor of the published norms, in every precision.
 NORM_EPS = 1.1920928955078125e-07
@@ -51,6 +52,12 @@ def make_activation(name: str) -> nn.Module:
     if name not in _ACTIVATIONS:
         raise ConfigError(f"activation {name!r} does not exist: choose {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]()
+
+
+def activate_ends(activation: nn.Module, base: Tensor | None, ends: tuple[Tensor, Tensor], tokens: Tokens) -> Tensor:
+    """Activates the sum of both ends of each token, ``(N, H)`` of all atoms, and of ``base``, ``(t, H)`` or None."""
+    rows = (ends[0], tokens.neighbor, ends[1], tokens.center)
+    return gelu_of_rows(base, *rows) if isinstance(activation, GELU) else activation(add_rows(base, *rows))
 
 
 class RMSNorm(nn.Module):

@@ -1,5 +1,6 @@
 """Activation and norm: in plain operations and, on the CPU where nothing is compiled, by kernels in C++ with two
-derivatives, of which the second in plain operations is a dozen passes over memory.
+derivatives (``cpp/layer_binding.cpp``), of which the second in plain operations is a dozen passes over memory. Higher
+ones are of plain operations.
 
 With the normal distribution ``Φ`` and its density ``φ``, ``gelu = x Φ``, ``gelu' = Φ + x φ``, ``gelu'' = (2 − x²) φ``.
 The norm of a row of ``H`` is ``y = r w x`` with ``r = (Σ x²/H + ε)^{-1/2}``; with ``s = Σ w g x`` its derivatives are
@@ -13,22 +14,45 @@ The norm of a row of ``H`` is ``y = r w x`` with ``r = (Σ x²/H + ε)^{-1/2}``;
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from escaip.ops.cpp import has_kernels
 from escaip.ops.inputs import accumulation_dtype
-from escaip.ops.rows import is_traced
+from escaip.ops.rows import is_traced, take_rows
 
 
 def gelu(x: Tensor) -> Tensor:
     """``x Φ(x)``, exactly (arXiv 1606.08415), in the shape of ``x``; differentiable any number of times."""
     if _has_kernel(x):
-        found: Tensor = torch.ops.escaip.gelu(x)
+        found: Tensor = torch.ops.escaip.gelu(x, None, None, None, None)
         return found
     return torch.nn.functional.gelu(x)
+
+
+def gelu_of_rows(base: Tensor | None, first: Tensor, i: Tensor, second: Tensor, j: Tensor) -> Tensor:
+    """``gelu(base + first[i] + second[j])``, whose sum is never kept; differentiable any number of times.
+
+    Args:
+        base: ``(T, H)``, or None for zero.
+        first: ``(N, H)``.
+        i: ``(T,)`` int64 in ``[0, N)``.
+        second: ``(N, H)``.
+        j: ``(T,)`` int64 in ``[0, N)``.
+
+    Returns:
+        ``(T, H)``.
+    """
+    if _has_kernel(first) and all(x is None or x.dtype == first.dtype for x in (base, second)):
+        found: Tensor = torch.ops.escaip.gelu(base, first, second, i, j)
+        return found
+    return torch.nn.functional.gelu(add_rows(base, first, i, second, j))
+
+
+def add_rows(base: Tensor | None, first: Tensor, i: Tensor, second: Tensor, j: Tensor) -> Tensor:
+    """``base + first[i] + second[j]``; see ``gelu_of_rows``."""
+    rows = take_rows(first, i)
+    return (rows if base is None else base + rows) + take_rows(second, j)
 
 
 def rms_norm(x: Tensor, weight: Tensor, floor: float) -> Tensor:
@@ -49,77 +73,11 @@ def rms_norm(x: Tensor, weight: Tensor, floor: float) -> Tensor:
 
 
 def _has_kernel(x: Tensor) -> bool:
+    if type(x) not in (Tensor, torch.nn.Parameter):  # a tensor without numbers, for instance
+        return False
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not is_traced() and has_kernels()
 
 
 def _plain_norm(x: Tensor, weight: Tensor, floor: float) -> Tensor:
     wide = x.to(accumulation_dtype(x))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + floor) * weight).to(x.dtype)
-
-
-def _define(name: str, schema: str, fake: Any, backward: Any) -> None:
-    """Defines an operator of ``cpp/binding.cpp``."""
-    torch.library.define(f"escaip::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"escaip::{name}", fake)
-    torch.library.register_autograd(f"escaip::{name}", backward, setup_context=_keep)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-    ctx.constants = tuple(x for x in inputs if not isinstance(x, Tensor))
-
-
-def _like(*places: int) -> Any:
-    """A fake whose results have the shapes of these arguments."""
-
-    def fake(*inputs: Any) -> Any:
-        found = tuple(torch.empty_like(inputs[place], memory_format=torch.contiguous_format) for place in places)
-        return found[0] if len(found) == 1 else found
-
-    return fake
-
-
-def _differentiate(name: str) -> Any:
-    """By the operator of the next derivative, which takes cotangents first."""
-
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        found = getattr(torch.ops.escaip, name)(*cotangents, *ctx.saved_tensors, *ctx.constants)
-        return (*(found if isinstance(found, tuple) else (found,)), *(None for _ in ctx.constants))
-
-    return backward
-
-
-def _third(function: Any, number: int) -> Any:
-    """Derivatives of a second derivative, in plain operations."""
-
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors
-        with torch.enable_grad():
-            here = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
-            tangents, (grad, *leaves) = here[:number], here[number:]
-            first = torch.autograd.grad(function(*leaves, *ctx.constants), leaves, grad, create_graph=True)
-            second = torch.autograd.grad(first, [grad, *leaves], tangents, create_graph=True, materialize_grads=True)
-            found = torch.autograd.grad(
-                second, here, cotangents, create_graph=torch.is_grad_enabled(), materialize_grads=True
-            )
-        return (*found, *(None for _ in ctx.constants))
-
-    return backward
-
-
-_define("gelu", "(Tensor x) -> Tensor", _like(0), _differentiate("gelu_backward"))
-_define("gelu_backward", "(Tensor grad, Tensor x) -> Tensor", _like(1), _differentiate("gelu_double_backward"))
-_define(
-    "gelu_double_backward", "(Tensor tangent, Tensor grad, Tensor x) -> (Tensor, Tensor)", _like(1, 2),
-    _third(torch.nn.functional.gelu, 1),
-)  # fmt: skip
-_NORM = "Tensor x, Tensor weight, float floor"
-_define("rms_norm", f"({_NORM}) -> Tensor", _like(0), _differentiate("rms_norm_backward"))
-_define(
-    "rms_norm_backward", f"(Tensor grad, {_NORM}) -> (Tensor, Tensor)", _like(1, 2),
-    _differentiate("rms_norm_double_backward"),
-)  # fmt: skip
-_define(
-    "rms_norm_double_backward", f"(Tensor to_x, Tensor to_weight, Tensor grad, {_NORM}) -> (Tensor, Tensor, Tensor)",
-    _like(2, 3, 4), _third(_plain_norm, 2),
-)  # fmt: skip

@@ -42,6 +42,7 @@ _UNITS = (
     ("graph", ("-O3", "-ffp-contract=off")),
     ("harmonics", _OPTIMISED),
     ("layers", _OPTIMISED),
+    ("layer_binding", ("-O1",)),
     ("spline", _OPTIMISED),
 )
 _lock = threading.Lock()

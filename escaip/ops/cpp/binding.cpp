@@ -1,5 +1,5 @@
 // Kernels of PyTorch's dispatcher for the CPU. Python defines the operators, their shapes and their derivatives
-// (../autograd.py, ../rows.py, ../spline.py, ../harmonics.py, ../layers.py), except that of the graph, which has none.
+// (../autograd.py, ../rows.py, ../spline.py, ../harmonics.py), except that of the graph, which has none.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,49 +11,15 @@
 #include "attention.h"
 #include "graph.h"
 #include "ops.h"
+#include "tensors.h"
 
 namespace escaip {
 namespace {
 
-using at::Tensor;
-using Optional = std::optional<Tensor>;
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// Doubles are computed in double precision, all other types in single precision.
-at::ScalarType computed_in(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-// Calls f with a value of the type that tensors like x are computed in.
-template <class F>
-auto with_scalar(const Tensor& x, const F& f) {
-    return computed_in(x) == at::kDouble ? f(double()) : f(float());
-}
-
-Tensor new_like(const Tensor& x) { return at::empty(x.sizes(), x.options().dtype(computed_in(x))); }
-
-// The inputs of a call, contiguous and in the type that is computed in, for as long as it lasts.
-class Inputs {
-  public:
-    template <class T>
-    const T* get(const Tensor& x) {
-        held_.push_back(x.to(c10::CppTypeToScalarType<T>::value).contiguous());
-        return held_.back().const_data_ptr<T>();
-    }
-    template <class T>
-    const T* get(const Optional& x) {
-        return x ? get<T>(*x) : nullptr;
-    }
-
-  private:
-    std::vector<Tensor> held_;
-};
-
-template <class T>
-T* data(const Tensor& x) {
-    return x.defined() && x.numel() ? x.mutable_data_ptr<T>() : nullptr;
-}
 
 // ---- rows, splines, densities of neighbors --------------------------------------------------------------------
 
@@ -149,76 +115,6 @@ Triple power_spectrum_double_backward_kernel(const Tensor& tn, const Tensor& tw,
                                        data<T>(to_grad), data<T>(to_n), data<T>(to_w));
     });
     return {to_grad.to(grad.scalar_type()), to_n.to(direction.scalar_type()), to_w.to(weight.scalar_type())};
-}
-
-// ---- layers -----------------------------------------------------------------------------------------------------
-
-Tensor gelu_kernel(const Tensor& x) {
-    Tensor out = new_like(x);
-    with_scalar(x, [&](auto scalar) {
-        using T = decltype(scalar);
-        Inputs in;
-        gelu(in.get<T>(x), x.numel(), at::get_num_threads(), data<T>(out));
-    });
-    return out.to(x.scalar_type());
-}
-
-Tensor gelu_backward_kernel(const Tensor& grad, const Tensor& x) {
-    Tensor out = new_like(x);
-    with_scalar(x, [&](auto scalar) {
-        using T = decltype(scalar);
-        Inputs in;
-        gelu_backward(in.get<T>(grad), in.get<T>(x), x.numel(), at::get_num_threads(), data<T>(out));
-    });
-    return out.to(x.scalar_type());
-}
-
-Pair gelu_double_backward_kernel(const Tensor& tangent, const Tensor& grad, const Tensor& x) {
-    Tensor to_grad = new_like(x), to_x = new_like(x);
-    with_scalar(x, [&](auto scalar) {
-        using T = decltype(scalar);
-        Inputs in;
-        gelu_double_backward(in.get<T>(tangent), in.get<T>(grad), in.get<T>(x), x.numel(), at::get_num_threads(),
-                             data<T>(to_grad), data<T>(to_x));
-    });
-    return {to_grad.to(x.scalar_type()), to_x.to(x.scalar_type())};
-}
-
-NormShape shape_of(const Tensor& x, double floor) {
-    const int64_t size = x.size(-1);
-    return {size ? x.numel() / size : 0, size, at::get_num_threads(), floor};
-}
-
-Tensor rms_norm_kernel(const Tensor& x, const Tensor& weight, double floor) {
-    Tensor out = new_like(x);
-    with_scalar(x, [&](auto scalar) {
-        using T = decltype(scalar);
-        Inputs in;
-        rms_norm(shape_of(x, floor), in.get<T>(x), in.get<T>(weight), data<T>(out));
-    });
-    return out.to(x.scalar_type());
-}
-
-Pair rms_norm_backward_kernel(const Tensor& grad, const Tensor& x, const Tensor& weight, double floor) {
-    Tensor to_x = new_like(x), to_w = new_like(weight);
-    with_scalar(x, [&](auto scalar) {
-        using T = decltype(scalar);
-        Inputs in;
-        rms_norm_backward(shape_of(x, floor), in.get<T>(grad), in.get<T>(x), in.get<T>(weight), data<T>(to_x), data<T>(to_w));
-    });
-    return {to_x.to(x.scalar_type()), to_w.to(weight.scalar_type())};
-}
-
-Triple rms_norm_double_backward_kernel(const Tensor& tx, const Tensor& tw, const Tensor& grad, const Tensor& x,
-                                       const Tensor& weight, double floor) {
-    Tensor to_grad = new_like(grad), to_x = new_like(x), to_w = new_like(weight);
-    with_scalar(x, [&](auto scalar) {
-        using T = decltype(scalar);
-        Inputs in;
-        rms_norm_double_backward(shape_of(x, floor), in.get<T>(tx), in.get<T>(tw), in.get<T>(grad), in.get<T>(x),
-                                 in.get<T>(weight), data<T>(to_grad), data<T>(to_x), data<T>(to_w));
-    });
-    return {to_grad.to(grad.scalar_type()), to_x.to(x.scalar_type()), to_w.to(weight.scalar_type())};
 }
 
 // ---- attention --------------------------------------------------------------------------------------------------
@@ -387,12 +283,6 @@ TORCH_LIBRARY_IMPL(escaip, CPU, m) {
     m.impl("power_spectrum", power_spectrum_kernel);
     m.impl("power_spectrum_backward", power_spectrum_backward_kernel);
     m.impl("power_spectrum_double_backward", power_spectrum_double_backward_kernel);
-    m.impl("gelu", gelu_kernel);
-    m.impl("gelu_backward", gelu_backward_kernel);
-    m.impl("gelu_double_backward", gelu_double_backward_kernel);
-    m.impl("rms_norm", rms_norm_kernel);
-    m.impl("rms_norm_backward", rms_norm_backward_kernel);
-    m.impl("rms_norm_double_backward", rms_norm_double_backward_kernel);
     m.impl("attention_native", attention);
     m.impl("attention_native_backward", attention_backward);
     m.impl("attention_native_double_backward", attention_double_backward);

@@ -34,12 +34,31 @@ ESCAIP_INLINE void over_vectors(int64_t begin, int64_t end, const F& f) {
     for (; i + lanes<T> <= end; i += lanes<T>) f(i, int64_t(lanes<T>));
     if (i < end) f(i, end - i);
 }
-template <class T, class F>
-void over_elements(int64_t size, int64_t threads, const F& f) {
-    in_parallel((size + ELEMENTS - 1) / ELEMENTS, threads, [&](int64_t task) {
-        over_vectors<T>(task * ELEMENTS, std::min(size, (task + 1) * ELEMENTS), f);
+// Calls f(row, begin, size) for all rows: begin is where the row starts, size how long it is.
+template <class F>
+void over_sums(const SumShape& s, const F& f) {
+    const int64_t rows = std::max<int64_t>(1, ELEMENTS / std::max<int64_t>(1, s.size));  // of a task
+    in_parallel((s.rows + rows - 1) / rows, s.threads, [&](int64_t task) {
+        for (int64_t row = task * rows; row < std::min(s.rows, (task + 1) * rows); ++row)
+            f(row, row * s.size, std::min(s.size, s.elements - row * s.size));
     });
 }
+
+// One row of a sum.
+template <class T>
+struct SumRow {
+    const T *base, *first, *second;
+    SumRow(const Sum<T>& x, const SumShape& s, int64_t row)
+        : base(x.base ? x.base + row * s.size : nullptr),
+          first(x.first ? x.first + s.i[row] * s.size : nullptr),
+          second(x.second ? x.second + s.j[row] * s.size : nullptr) {}
+    ESCAIP_INLINE Vec<T> operator()(int64_t at, int64_t count) const {
+        Vec<T> v = base ? load_some(base + at, count) : zeros<T>();
+        if (first) v += load_some(first + at, count);
+        if (second) v += load_some(second + at, count);
+        return v;
+    }
+};
 
 // (5/2 + z) e^{z²} erfc(z) for z ≥ 0 as a polynomial in (z − 5/2)/(z + 5/2), as Shepherd and Laframboise do (Math. Comp. 36,
 // 249, 1981) with another factor: here one division serves both. Fitted at Chebyshev points, to 2e-7 in single precision
@@ -112,33 +131,30 @@ void over_rows(const NormShape& s, T* out, const F& f) {
 }  // namespace
 
 template <class T>
-void gelu(const T* x, int64_t size, int64_t threads, T* out) {
-    over_elements<T>(size, threads, [&](int64_t i, int64_t n) {
-        Vec<T> below, density;
-        const Vec<T> v = load_some(x + i, n);
-        normal<T>(v, below, density);
-        store_some(out + i, v * below, n);
+void gelu(const SumShape& s, const Sum<T>& x, T* out, T* slope) {
+    over_sums(s, [&](int64_t row, int64_t begin, int64_t size) {
+        const SumRow<T> of_x(x, s, row);
+        over_vectors<T>(0, size, [&](int64_t i, int64_t n) {
+            Vec<T> below, density;
+            const Vec<T> v = of_x(i, n);
+            normal<T>(v, below, density);
+            store_some(out + begin + i, v * below, n);
+            if (slope) store_some(slope + begin + i, below + v * density, n);
+        });
     });
 }
 
 template <class T>
-void gelu_backward(const T* grad, const T* x, int64_t size, int64_t threads, T* out) {
-    over_elements<T>(size, threads, [&](int64_t i, int64_t n) {
-        Vec<T> below, density;
-        const Vec<T> v = load_some(x + i, n);
-        normal<T>(v, below, density);
-        store_some(out + i, load_some(grad + i, n) * (below + v * density), n);
-    });
-}
-
-template <class T>
-void gelu_double_backward(const T* tangent, const T* grad, const T* x, int64_t size, int64_t threads, T* to_grad, T* to_x) {
-    over_elements<T>(size, threads, [&](int64_t i, int64_t n) {
-        Vec<T> below, density;
-        const Vec<T> v = load_some(x + i, n), t = load_some(tangent + i, n);
-        normal<T>(v, below, density);
-        store_some(to_grad + i, t * (below + v * density), n);
-        store_some(to_x + i, t * load_some(grad + i, n) * density * (T(2) - v * v), n);
+void gelu_double_backward(const SumShape& s, const Sum<T>& tangent, const T* grad, const Sum<T>& x, const T* slope,
+                          T* to_grad, T* to_x) {
+    over_sums(s, [&](int64_t row, int64_t begin, int64_t size) {
+        const SumRow<T> of_x(x, s, row), of_t(tangent, s, row);
+        over_vectors<T>(0, size, [&](int64_t i, int64_t n) {
+            const Vec<T> v = of_x(i, n), t = of_t(i, n);
+            const Vec<T> density = exponential<T>(T(-0.5) * v * v) * T(0.39894228040143267794);
+            store_some(to_grad + begin + i, t * load_some(slope + begin + i, n), n);
+            store_some(to_x + begin + i, t * load_some(grad + begin + i, n) * density * (T(2) - v * v), n);
+        });
     });
 }
 
@@ -193,9 +209,8 @@ void rms_norm_double_backward(const NormShape& s, const T* tx, const T* tw, cons
 }
 
 #define ESCAIP_INSTANTIATE(T)                                                                            \
-    template void gelu(const T*, int64_t, int64_t, T*);                                                  \
-    template void gelu_backward(const T*, const T*, int64_t, int64_t, T*);                               \
-    template void gelu_double_backward(const T*, const T*, const T*, int64_t, int64_t, T*, T*);          \
+    template void gelu(const SumShape&, const Sum<T>&, T*, T*);                                          \
+    template void gelu_double_backward(const SumShape&, const Sum<T>&, const T*, const Sum<T>&, const T*, T*, T*); \
     template void rms_norm(const NormShape&, const T*, const T*, T*);                                    \
     template void rms_norm_backward(const NormShape&, const T*, const T*, const T*, T*, T*);             \
     template void rms_norm_double_backward(const NormShape&, const T*, const T*, const T*, const T*, const T*, T*, T*, T*);

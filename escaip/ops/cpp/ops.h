@@ -23,13 +23,22 @@ void spline_products(const SplineShape& s, const T* cotangent, const T* table, c
 template <class T>
 void spline_transpose(const SplineShape& s, const T* cotangent, const T* point, T* out);
 
-// Activation (../layers.py): arrays of `size`.
+// Sums base + first[i] + second[j] of rows, without what is null: base (rows, size), i and j (rows). Rows of `elements`
+// numbers in all, of which the last may be shorter.
+struct SumShape {
+    const int64_t *i, *j;
+    int64_t rows, size, elements, threads;
+};
 template <class T>
-void gelu(const T* x, int64_t size, int64_t threads, T* out);
+struct Sum {
+    const T *base, *first, *second;
+};
+// The activation of a sum and its slope (or null), as long as the rows (../layers.py).
 template <class T>
-void gelu_backward(const T* grad, const T* x, int64_t size, int64_t threads, T* out);
+void gelu(const SumShape& s, const Sum<T>& x, T* out, T* slope);
 template <class T>
-void gelu_double_backward(const T* tangent, const T* grad, const T* x, int64_t size, int64_t threads, T* to_grad, T* to_x);
+void gelu_double_backward(const SumShape& s, const Sum<T>& tangent, const T* grad, const Sum<T>& x, const T* slope,
+                          T* to_grad, T* to_x);
 
 // Norm of rows (../layers.py): x, grad, tx (rows, size), w, tw (size).
 struct NormShape {
