@@ -57,7 +57,10 @@ def make_activation(name: str) -> nn.Module:
 def activate_ends(activation: nn.Module, base: Tensor | None, ends: tuple[Tensor, Tensor], tokens: Tokens) -> Tensor:
     """Activates the sum of both ends of each token, ``(N, H)`` of all atoms, and of ``base``, ``(t, H)`` or None."""
     rows = (ends[0], tokens.neighbor, ends[1], tokens.center)
-    return gelu_of_rows(base, *rows) if isinstance(activation, GELU) else activation(add_rows(base, *rows))
+    if isinstance(activation, GELU) and activation.training:
+        return gelu_of_rows(base, *rows)
+    found: Tensor = activation(add_rows(base, *rows))
+    return found
 
 
 class RMSNorm(nn.Module):
