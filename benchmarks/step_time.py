@@ -31,7 +31,7 @@ from escaip.scaling.flops import GraphShape, count_flops
 KINDS = {  # the first one whose word is in the name of an operator
     "attention": ("attention",),
     "densities": ("power_spectrum", "sum_outer", "apply_rows"),
-    "activation, norm": ("gelu", "rms_norm"),
+    "activation, norm": ("gelu", "rms_norm", "::Gelu", "::Norm"),
     "radial functions": ("spline",),
     "graph": ("escaip::graph", "escaip::neighbor", "sort", "searchsorted", "unique", "cumsum"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +138,7 @@ class EScAIPConfig(ModelConfig):
         self._check_sizes()
         self._check_choices()
 
-    @property
+    @functools.cached_property
     def graph(self) -> GraphSettings:
         """The settings that decide which neighbors an atom attends to."""
         names = [field.name for field in dataclasses.fields(GraphSettings)]

@@ -86,15 +86,16 @@ def pad(inputs: EvaluationInputs, sizes: Sizes) -> EvaluationInputs:
     rank = place[torch.arange(sizes.pairs - own.pairs, device=device) % tokens] + own.tokens if tokens else None
 
     def extended(x: Tensor, added: Tensor | int, count: int) -> Tensor:
+        if count == 0:
+            return x
         tail = x.new_full((count, *x.shape[1:]), added) if isinstance(added, int) else added.to(x.dtype)
         return torch.cat([x, tail])
 
     def between(x: Tensor, added: Tensor | int) -> Tensor:
         """Adds rows after the tokens, and after the extra rows."""
-        return extended(
-            torch.cat([extended(x[: own.tokens], added, tokens), x[own.tokens :]]), extra if x.dim() == 1 else 0,
-            sizes.extra - own.extra,
-        )  # fmt: skip
+        if tokens:
+            x = torch.cat([extended(x[: own.tokens], added, tokens), x[own.tokens :]])
+        return extended(x, extra if x.dim() == 1 else 0, sizes.extra - own.extra)
 
     layout = {name: getattr(inputs.layout, name) for name in LAYOUT}
     other, pairs = layout["rank_other"], sizes.pairs - own.pairs
@@ -107,7 +108,9 @@ def pad(inputs: EvaluationInputs, sizes: Sizes) -> EvaluationInputs:
         "rank_base": extended(layout["rank_base"], 0, tokens),
         "rank_token": extended(layout["rank_token"], 0 if rank is None else rank, pairs),
         "rank_other": extended(
-            torch.where(other < own.tokens, other, other + tokens), 0 if rank is None else rank, pairs
+            torch.where(other < own.tokens, other, other + tokens) if tokens else other,
+            0 if rank is None else rank,
+            pairs,
         ),
     }
     first = own.atoms + torch.arange(atoms, device=device)

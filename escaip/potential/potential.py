@@ -272,6 +272,7 @@ class Potential(PreciseTables):
         """
         if (compute_stress or compute_virials) and not self.config.is_conservative:
             raise ConfigError("a direct-force model has no stress: train with forces: conservative")
+        dtype = self.dtype
         create_graph = self.training if create_graph is None else create_graph
         differentiate = self.config.is_conservative and (compute_forces or compute_stress or compute_virials)
         num_systems = batch.ptr.numel() - 1
@@ -279,9 +280,9 @@ class Potential(PreciseTables):
         positions, cell = batch.positions.to(torch.float64), batch.cell.to(torch.float64)
         scale = self.atomic_scale(batch)
         dataset = self._dataset_codes(batch) if self.config.num_energy_heads > 1 else None
-        weight = scale.to(self.dtype).expand(graph.num_atoms).contiguous()
+        weight = scale.to(dtype).expand(graph.num_atoms).contiguous()
         learning = torch.is_grad_enabled() and (create_graph or not differentiate)
-        check_precision(self.precision, self.dtype, self.device)
+        check_precision(self.precision, dtype, self.device)
         request = EvaluationRequest(differentiate, create_graph, learning, self.precision, self.recompute)
 
         with torch.enable_grad() if differentiate else torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -298,14 +299,14 @@ class Potential(PreciseTables):
             energy = sum_rows(atomic_energies, batch.batch, num_systems)
             forces, stress = None, None
             if gradient is not None and compute_forces:
-                forces = forces_of(gradient, graph).to(self.dtype)
+                forces = forces_of(gradient, graph).to(dtype)
             if gradient is not None and compute_stress:
                 virial = sum_rows(vectors.unsqueeze(2) * gradient.unsqueeze(1), batch.batch[graph.center], num_systems)
-                stress = stress_of(virial, cell, batch.pbc).to(self.dtype)
+                stress = stress_of(virial, cell, batch.pbc).to(dtype)
             virials = virials_of(vectors, gradient, graph) if gradient is not None and compute_virials else None
             if output.forces is not None and compute_forces:
                 direct = scale.unsqueeze(-1) * output.forces.double()
-                forces = (direct if core is None else direct + forces_of(core[1], graph)).to(self.dtype)
+                forces = (direct if core is None else direct + forces_of(core[1], graph)).to(dtype)
         properties = {name: self._of_target(name, x, batch) for name, x in output.properties.items()}
         if differentiate and not create_graph:
             energy, atomic_energies = energy.detach(), atomic_energies.detach()
