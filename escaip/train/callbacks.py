@@ -135,7 +135,7 @@ class BestAndLast(Checkpoint):
         self.best_model_path, self.last_model_path = "", ""
         self.best_model_score: float | None = None
         self.best_step: int | None = None
-        self._saved_step = -1
+        self._saved_step, self._stops = -1, False
         self._signals = StopSignals(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -169,30 +169,30 @@ class BestAndLast(Checkpoint):
         """Leaves signals to others."""
         self._signals.__exit__()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves within an epoch; the end of an epoch has a hook of its own.
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ends a run that a signal has let save, once loggers have the figures of its last step.
 
         Raises:
             Stopped: after a signal.
         """
-        step = trainer.global_step
-        loop = trainer.fit_loop.epoch_loop
-        if not self._may_save(trainer) or loop._should_accumulate():
+        if self._stops:
+            raise self._stopped()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves within an epoch; the end of an epoch, and a validation within it, have hooks of their own."""
+        loop = trainer.fit_loop
+        if not self._may_save(trainer) or loop.epoch_loop._should_accumulate():
             return
-        within = not loop.batch_progress.is_last_batch
-        stops = within and self._must_stop(trainer)
-        if step != self._saved_step:
-            if _is_due(step, self.keep_every_n_steps):
-                self._save(trainer, f"step-{step}.ckpt")
-            if within and (stops or _is_due(step, self.every_n_steps) or step == trainer.max_steps):
-                self._save_last(trainer)
-        if stops:
-            raise Stopped(self._signals.received or signal.SIGTERM)  # the signal of another process
+        if trainer.global_step != self._saved_step and _is_due(trainer.global_step, self.keep_every_n_steps):
+            self._save(trainer, f"step-{trainer.global_step}.ckpt")
+        assert loop._data_fetcher is not None
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._save_within_epoch(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the best so far.
+        """Saves the best so far, and the last where an epoch goes on.
 
         Raises:
             ConfigError: the monitored figure is not logged.
@@ -207,6 +207,8 @@ class BestAndLast(Checkpoint):
             self.best_model_score, self.best_step = score, trainer.global_step
             self.best_model_path = os.path.join(str(self.dirpath), BEST)
             self._save(trainer, BEST)
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._save_within_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves after an epoch and its validation.
@@ -219,7 +221,7 @@ class BestAndLast(Checkpoint):
         if trainer.global_step != self._saved_step:
             self._save_last(trainer)
         if self._must_stop(trainer):
-            raise Stopped(self._signals.received or signal.SIGTERM)
+            raise self._stopped()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns path, score and step of the best checkpoint."""
@@ -229,6 +231,19 @@ class BestAndLast(Checkpoint):
         """Restores ``state_dict``."""
         for name in self.state_dict():
             setattr(self, name, state_dict[name])
+
+    def _save_within_epoch(self, trainer: Trainer) -> None:
+        """Writes ``last.ckpt`` where it is due or the run is to end; the end of an epoch writes it anyway."""
+        step = trainer.global_step
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        self._stops = self._must_stop(trainer)
+        due = self._stops or _is_due(step, self.every_n_steps) or step == trainer.max_steps
+        if due and step != self._saved_step:
+            self._save_last(trainer)
+
+    def _stopped(self) -> Stopped:
+        return Stopped(self._signals.received or signal.SIGTERM)  # the signal of another process
 
     def _must_stop(self, trainer: Trainer) -> bool:
         """Whether any process has received a signal; all processes ask."""

@@ -208,9 +208,28 @@ def test_a_signal_saves_and_the_printed_line_continues(
     assert parts["global_step"] == whole["global_step"] == 9
     for key, value in whole["state_dict"].items():
         assert torch.equal(value, parts["state_dict"][key]), key
+    figures = _figures(folder / "runs/tiny/version_0") | _figures(folder / "runs/tiny/latest")
+    assert figures == _figures(folder / "runs/whole/latest")
     # Lightning would requeue by itself at a signal outside of training.
     environment = build(command).trainer._accelerator_connector.cluster_environment
     assert not getattr(environment, "auto_requeue", False)
+
+
+def test_a_signal_before_a_validation_within_an_epoch_loses_neither_it_nor_the_best(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", "--config", "tiny.yaml", "--trainer.max_epochs=2", "--trainer.val_check_interval=2"]
+    assert main([*command, "--name", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        _signal_at(patch, 1, signal.SIGTERM)
+        assert main(command) == 128 + signal.SIGTERM
+    assert "stopped at step 2, " in capsys.readouterr().out
+    assert main([*command, "--ckpt_path", "last"]) == 0
+    first, second, whole = (folder / "runs" / name for name in ("tiny/version_0", "tiny/latest", "whole/latest"))
+    for column in ("train/loss", "val/loss"):
+        assert _figures(first, column) | _figures(second, column) == _figures(whole, column)
+    best = [torch.load(run / "best.ckpt", weights_only=True)["global_step"] for run in (second, whole)]
+    assert best[0] == best[1]
 
 
 def test_ends_without_a_checkpoint(
