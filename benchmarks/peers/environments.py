@@ -47,13 +47,14 @@ def default_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "escaip" / "peers"
 
 
-def interpreter(peer: str, folder: Path, index: str | None = None) -> Path:
+def interpreter(peer: str, folder: Path, index: str | None = None, requirement: Requirement | None = None) -> Path:
     """Returns the Python of a peer's environment, which is made first where it is absent or of other versions.
 
     Args:
-        peer: one of PEERS.
+        peer: one of PEERS, or any name where a requirement is given.
         folder: of the environments.
         index: of a package index with builds of PyTorch for the CPU, beside pip's own.
+        requirement: by default that of the peer.
 
     Raises:
         EnvironmentFailure: it cannot be made, or something else stands in its place.
@@ -62,7 +63,8 @@ def interpreter(peer: str, folder: Path, index: str | None = None) -> Path:
         return Path(sys.executable)
     path = (folder / peer).absolute()
     python = path / "bin" / "python"
-    wanted = {"torch": REQUIREMENTS[peer].pinned_torch, "packages": list(REQUIREMENTS[peer].packages)}
+    requirement = requirement or REQUIREMENTS[peer]
+    wanted = {"torch": requirement.pinned_torch, "packages": list(requirement.packages)}
     found = _read_stamp(path)
     if found == {**wanted, "complete": True} and python.exists():
         return python
@@ -72,7 +74,7 @@ def interpreter(peer: str, folder: Path, index: str | None = None) -> Path:
         shutil.rmtree(path)
     path.mkdir(parents=True)
     _write_stamp(path, {**wanted, "complete": False})
-    _make(path, REQUIREMENTS[peer], index)
+    _make(path, requirement, index)
     _write_stamp(path, {**wanted, "complete": True})
     return python
 
