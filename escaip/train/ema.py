@@ -40,6 +40,11 @@ class WeightEMA(WeightAveraging):
         decay = min(self.decay, (1 + count) / (10 + count))
         torch._foreach_lerp_(averaged, current, 1.0 - decay)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copies the module, in the precision that it trains in."""
+        trainer.precision_plugin.convert_module(pl_module)
+        super().setup(trainer, pl_module, stage)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the average to the device of the module and takes what was set after the copy was made."""
         assert self._average_model is not None

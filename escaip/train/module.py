@@ -171,6 +171,7 @@ class PotentialModule(LightningModule):
                 look up distances in.
             DataError: a charge out of range, for a model that is conditioned on it.
         """
+        self.trainer.precision_plugin.convert_module(self)  # before weights are read, which it would round
         if stage != "fit":
             return
         self._dropout_seed = torch.initial_seed() % 2**31

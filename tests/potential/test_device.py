@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import ase.build
@@ -20,6 +21,7 @@ import pytest
 import tiny
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
+from lightning.pytorch.plugins import Precision
 from shadow import CUDA, counted_waits, shadow_device
 from tiny import SMALL, batch_of, crystal
 from torch import Tensor
@@ -221,7 +223,7 @@ def test_a_committee() -> None:
 def test_averaged_weights_go_where_the_module_goes() -> None:
     """Lightning makes them before it moves the module, and would copy every weight to the host at every step."""
     module, average = PotentialModule(SMALL), WeightEMA(0.9)
-    trainer: Any = None
+    trainer: Any = SimpleNamespace(precision_plugin=Precision())
     average.setup(trainer, module, "fit")
     module.to(CUDA)
     average.on_fit_start(trainer, module)
