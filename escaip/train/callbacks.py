@@ -390,7 +390,8 @@ class RunReport(Callback):
         if summary is not None:
             print(summary())
         count = sum(parameter.numel() for parameter in pl_module.parameters())
-        learning = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        learning = sum(parameter.numel() for group in groups for parameter in group["params"])
         share = "" if learning == count else f", of which {learning:,} learn,"
         where = f"{trainer.world_size} x {pl_module.device}, precision {trainer.precision}"
         print(f"model: {count:,} parameters{share} on {where}")

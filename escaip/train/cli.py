@@ -48,6 +48,7 @@ _LONGEST_MESSAGE = 400
 # Settings of a model that a run keeps when it is resumed, with those of checkpoints from before there was a choice.
 _KEPT: dict[str, Any] = {
     "optimizer": "adamw", "init_from": None, "init_energies": "refit", "init_dataset": None, "freeze": [],
+    "lora": 0,
 }  # fmt: skip
 
 

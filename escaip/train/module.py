@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from escaip.train.atomic_energy_refit import ReferenceFit
 from escaip.train.init_from import freeze as freeze_parts
 from escaip.train.init_from import relabel, start_from
 from escaip.train.linear_fit import LinearRefit, fit_linear_energy
+from escaip.train.lora import LowRankUpdate, adapted_weights
 from escaip.train.losses import LossSettings, LossSums, loss_sums
 from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums, figure_name
 from escaip.train.mup import fan_in_ratios, scale_outputs
@@ -81,6 +82,7 @@ class PotentialModule(LightningModule):
         init_energies: Literal["refit", "keep"] = "refit",
         init_dataset: str | None = None,
         freeze: Sequence[str] = (),
+        lora: int = 0,
     ) -> None:
         """Builds the potential.
 
@@ -119,6 +121,8 @@ class PotentialModule(LightningModule):
             init_dataset: of a file with several data sets, the one whose energies, scale and head those sets of
                 ``data.train`` take whose name the file does not have.
             freeze: parts of the model that do not learn: embedding, blocks.0, ..., readouts, heads.
+            lora: rank of what is added to the linear weights of ``init_from`` outside of the heads, which stay
+                themselves (``escaip.train.lora``); 0 trains them in full.
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
@@ -134,7 +138,7 @@ class PotentialModule(LightningModule):
         self.pair_terms = {"repulsion": repulsion, "core_guard": core_guard, "bond_guard": bond_guard}
         for name, fraction in self.pair_terms.items():
             check_fraction(fraction, name)
-        _check_start(init_from, init_dataset, freeze, self.pair_terms)
+        _check_start(init_from, init_dataset, freeze, lora, self.pair_terms)
         config = build_config(dict(architecture))
         _check_losses(losses, config)
         self.save_hyperparameters(_plain(settings), logger=False)
@@ -148,6 +152,11 @@ class PotentialModule(LightningModule):
             self._ratios = {f"potential.model.{k}": v for k, v in fan_in_ratios(config, base_width).items()}
             scale_outputs(self.potential.model, config, base_width)
         freeze_parts(self.potential.model, freeze)
+        if lora:
+            adapted_weights(self.potential.model, lora)  # refuses ranks and parts
+        self.lora = lora
+        self._low_rank: LowRankUpdate | None = None
+        self._lora_state: dict[str, dict[str, Tensor]] | None = None
         self.init_from, self.init_energies, self.init_dataset = init_from, init_energies, init_dataset
         self.potential.recompute = True if recompute else None
         if compile:
@@ -332,6 +341,27 @@ class PotentialModule(LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._recent = []
 
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Steps; with ``lora`` in the factors of the weights, after the gradients of all processes are summed."""
+        low_rank = self._low_rank
+        if low_rank is None or optimizer_closure is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            return
+
+        def closure() -> Any:
+            result = optimizer_closure()
+            low_rank.take_gradients()
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        low_rank.apply()
+
     def on_validation_epoch_start(self) -> None:
         """Keeps the errors of the sets of a mixture apart, once it is known that there are several."""
         if self.validation_errors.datasets != self.potential.datasets:
@@ -368,7 +398,12 @@ class PotentialModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns the optimizer, with warm-up and cosine over the whole run, stepped with the optimizer."""
-        optimizer = make_optimizer(self, self.learning_rate, self.weight_decay, self._ratios, self.optimizer_name)
+        if self.lora:
+            seed = self.trainer.strategy.broadcast(self._dropout_seed)
+            self._low_rank = LowRankUpdate(self.potential.model, self.lora, seed, self._lora_state)
+        optimizer = make_optimizer(
+            self, self.learning_rate, self.weight_decay, self._ratios, self.optimizer_name, self._low_rank
+        )
         total = self.trainer.estimated_stepping_batches
         schedule = make_schedule(optimizer, total, self.warmup_fraction, self.final_fraction)
         self._total_steps = max(1, int(total))
@@ -381,6 +416,8 @@ class PotentialModule(LightningModule):
         checkpoint["dropout_seed"] = self._dropout_seed
         if self._energy_fit is not None:
             checkpoint["reference_fit"] = self._energy_fit.sums
+        if self._low_rank is not None:
+            checkpoint["lora"] = self._low_rank.state_dict()
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "state_dict"):
             checkpoint["train_loader"] = loader.state_dict()
@@ -407,7 +444,7 @@ class PotentialModule(LightningModule):
         sums = checkpoint.get("reference_fit")
         if self._energy_fit is not None and sums is not None and sums.shape == self._energy_fit.sums.shape:
             self._energy_fit.sums = sums.to(self.potential.device, copy=True)
-        self._loader_state = checkpoint.get("train_loader")
+        self._loader_state, self._lora_state = checkpoint.get("train_loader"), checkpoint.get("lora")
         self._dropout_seed = int(checkpoint.get("dropout_seed", self._dropout_seed))
 
     def _predict(self, batch: Any) -> Prediction:
@@ -481,8 +518,16 @@ def _check_schedule(learning_rate: float, weight_decay: float, warmup: float, fi
 
 
 def _check_start(
-    init_from: str | None, init_dataset: str | None, freeze: Sequence[str], pair_terms: Mapping[str, float | None]
+    init_from: str | None,
+    init_dataset: str | None,
+    freeze: Sequence[str],
+    lora: int,
+    pair_terms: Mapping[str, float | None],
 ) -> None:
+    if lora < 0:
+        raise ConfigError(f"model.lora is {lora}: it must be a rank, or 0 for none")
+    if init_from is None and lora:
+        raise ConfigError("model.lora would add to random weights: name the potential in model.init_from")
     if init_from is None and freeze:
         raise ConfigError("model.freeze would keep random weights: name the potential in model.init_from")
     if init_from is None and init_dataset is not None:

@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from escaip.errors import ConfigError
+from escaip.train.lora import LowRankUpdate
 from escaip.train.soap import SOAP
 
 ADAM_BETAS = (0.9, 0.999)
@@ -54,6 +55,7 @@ def make_optimizer(
     weight_decay: float,
     ratios: Mapping[str, float] | None = None,
     name: str = "adamw",
+    low_rank: LowRankUpdate | None = None,
 ) -> torch.optim.Optimizer:
     """Returns the optimizer, with decay on linear weights only (arXiv 2410.24169).
 
@@ -64,11 +66,15 @@ def make_optimizer(
         ratios: as in ``parameter_groups``.
         name: ``adamw``, or ``soap``: Adam in the eigenbases of the gradients' second moments (arXiv 2409.11321),
             refreshed every ten steps; vectors by Adam. Its first step only gathers these moments.
+        low_rank: factors in the place of weights, with their learning rate and decay.
 
     Raises:
         ConfigError: no optimizer of this name.
     """
     groups = parameter_groups(module, weight_decay, learning_rate, ratios)
+    if low_rank is not None:
+        for group in groups:
+            group["params"] = low_rank.instead_of(group["params"])
     if name == "soap":
         return SOAP(groups, lr=learning_rate)
     if name != "adamw":

@@ -27,6 +27,7 @@ from escaip.potential import PotentialMetadata
 from escaip.potential.potential import ENERGY_BUFFERS
 from escaip.train import BestAndLast, LossSettings, LossTerm, PotentialModule, WeightEMA
 from escaip.train.init_from import freeze, relabel, start_from
+from escaip.train.lora import adapted_weights
 from escaip.types import MAX_CHARGE
 
 ELEMENTS = (1, 6, 7, 8)
@@ -41,9 +42,17 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def _file(folder: Path, elements: tuple[int, ...] = ELEMENTS, datasets: tuple[str, ...] = (), **settings: Any) -> Path:
-    """Writes a potential with random weights and a repulsion that acts on every bond."""
-    potential = make_potential(dtype=torch.float32, metadata=PotentialMetadata(elements, datasets=datasets), **settings)
+def _file(
+    folder: Path,
+    elements: tuple[int, ...] = ELEMENTS,
+    datasets: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Path:
+    """Writes a potential with random weights, which float32 rounds, and a repulsion that acts on every bond."""
+    potential = make_potential(dtype=dtype, metadata=PotentialMetadata(elements, datasets=datasets), **settings)
+    for weight in potential.model.parameters():
+        weight.data.mul_(1.0 + 1e-9)
     potential.repulsion.onset = torch.full((119, 119), 1.3)
     potential.element_shifts += 0.25
     potential.save(folder / "base.escaip")
@@ -80,21 +89,34 @@ class First(Callback):
         self.potential = self.potential or copy.deepcopy(module.potential).eval()
 
 
-@pytest.mark.parametrize("switches", [{}, {"charge": True, "spin": True}], ids=["as it is", "charge and spin on"])
+SWITCHED = {"charge": True, "spin": True}
+STARTS = {  # what is switched on, rank of low-rank updates, dtype
+    "as it is": ({}, 0, torch.float32),
+    "charge and spin on": (SWITCHED, 0, torch.float32),
+    "low rank": (SWITCHED, 2, torch.float32),
+    "float64": ({}, 0, torch.float64),
+    "low rank, float64": ({}, 2, torch.float64),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_before_the_first_step_it_is_the_file(tmp_path: Path, model: str, switches: dict[str, bool]) -> None:
-    path = _file(tmp_path, **MODELS[model])
+def test_before_the_first_step_it_is_the_file(tmp_path: Path, model: str, start: str) -> None:
+    switches, lora, dtype = STARTS[start]
+    path = _file(tmp_path, dtype=dtype, **MODELS[model])
     base = load_potential(path, "cpu")
-    module = PotentialModule({**settings_of(base.config), **switches}, init_from=str(path))
+    module = PotentialModule({**settings_of(base.config), **switches}, init_from=str(path), lora=lora)
     first = First()
-    trainer = make_trainer(tmp_path, [WeightEMA(0.9), first], max_epochs=1, num_sanity_val_steps=1)
+    options = {"precision": "64-true"} if dtype == torch.float64 else {}
+    trainer = make_trainer(tmp_path, [WeightEMA(0.9), first], max_epochs=1, num_sanity_val_steps=1, **options)
     trainer.fit(module, make_data(tmp_path))
-    start, batch = first.potential, _batch()
+    potential, batch = first.potential, _batch()
     batch.charge[:2] = torch.tensor([1, -2])
-    found, expected = start(batch), base(batch)
+    found, expected = potential(batch), base(batch)
+    assert found.forces.dtype == dtype
     assert torch.equal(found.forces, expected.forces)
     assert torch.equal(first.validated(batch).forces, expected.forces)
-    offsets = [one.atomic_references(batch) + one.atomic_shifts(batch) for one in (start, base)]
+    offsets = [one.atomic_references(batch) + one.atomic_shifts(batch) for one in (potential, base)]
     assert float((offsets[0] - offsets[1]).abs().min()) > 0.1  # refitted
     interaction = [one.atomic_energies - offset for one, offset in zip((found, expected), offsets, strict=True)]
     torch.testing.assert_close(*interaction, rtol=0.0, atol=1e-12)
@@ -395,16 +417,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 START = ["fit", "--config", "tiny.yaml", "--model.init_from", "base.escaip"]
 
 
-def test_fine_tuning_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--model.freeze", "[embedding]", "--model.architecture.charge", "true"]
+@pytest.mark.parametrize("lora", [0, 2])
+def test_fine_tuning_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str], lora: int) -> None:
+    options = ["--model.freeze", "[embedding]", "--model.architecture.charge", "true", "--model.lora", str(lora)]
     assert main([*START, *options, "--model.architecture.dropout", "0.1", "--checkpoint.keep_every_n_steps", "2"]) == 0
     shown = capsys.readouterr().out
     assert "model.architecture of the configuration does not apply: base.escaip has another" in shown
     assert "start: base.escaip; atomic energies refitted to 12 structures" in shown
-    assert " learn, on 1 x cpu" in shown
+    base = load_potential("base.escaip", "cpu")
+    same = PotentialModule(settings_of(base.config) | {"charge": True}, init_from="base.escaip", freeze=["embedding"])
+    learning = sum(weight.numel() for weight in same.parameters() if weight.requires_grad)
+    for weight in adapted_weights(same.potential.model, lora).values() if lora else ():
+        learning += lora * sum(weight.shape) - weight.numel()
+    assert f", of which {learning:,} learn, on 1 x cpu" in shown
     run = folder / "runs/tiny/version_0"
     whole = load_potential(run / "last.ckpt", "cpu")
-    base = load_potential("base.escaip", "cpu")
     assert settings_of(whole.config) == {**settings_of(base.config), "charge": True, "dropout": 0.1}
 
     shutil.move("base.escaip", "elsewhere.escaip")  # a run that goes on needs it no more, nor does a validation
@@ -458,6 +485,14 @@ REPLAY = ["--data.train", "{mine: {path: molecules.extxyz}}", "--data.replay"]
         (["--model.architecture.hiden_size", "8"], 2, "did you mean 'hidden_size'"),
         (["--model.freeze", "[blocks.1]"], 2, "no part 'blocks.1': choose among embedding, blocks.0, readouts, heads"),
         (["--model.freeze", "[embedding, blocks, readouts, heads]"], 2, "leave out what should learn"),
+        (
+            ["--model.freeze", "[embedding, blocks, readouts]", "--model.lora", "2"],
+            2,
+            "no linear weight outside of the",
+        ),
+        (["--model.lora", "64"], 2, "model.lora is 64, and factors of no weight have fewer numbers than it: lower it"),
+        (["--model.lora", "-1"], 2, "model.lora is -1: it must be a rank"),
+        (["--model.init_from", "null", "--model.lora", "2"], 2, "name the potential in model.init_from"),
         (["--model.init_from", "nowhere.escaip"], 1, "model file nowhere.escaip does not exist"),
         (["--model.repulsion", "0.8"], 2, "leave model.repulsion, core_guard and bond_guard out"),
         (["--model.init_energies", "keep", "--data.isolated_energies", "{H: 0, C: 0, N: 0, O: 0}"], 2, "contradicts"),
@@ -489,6 +524,11 @@ def test_runs_that_cannot_be_resumed(folder: Path, capsys: pytest.CaptureFixture
     assert main([*START, "--model.freeze", "[embedding]", "--trainer.max_epochs", "1"]) == 0
     assert "trained with model.init_from base.escaip, this run has null" in refused("fit", "--config", "tiny.yaml")
     assert 'trained with model.freeze ["embedding"], this run has []' in refused(*START)
+    old = torch.load(last, weights_only=True)
+    del old["hyper_parameters"]["lora"]  # a checkpoint from before there was a choice
+    torch.save(old, last)
+    low_rank = [*START, "--model.freeze", "[embedding]", "--model.lora", "2"]
+    assert "trained with model.lora 0, this run has 2" in refused(*low_rank)
     switched = [*START, "--model.freeze", "[embedding]", "--model.architecture.charge", "true"]
     assert f"model.architecture.charge is True, {last} has False" in refused(*switched)
 
