@@ -191,22 +191,16 @@ class BestAndLast(Checkpoint):
         if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             self._save_within_epoch(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the best so far, and the last where an epoch goes on.
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Saves the best so far, for which direct forces of a first stage do not compete, and the last within an epoch.
 
         Raises:
             ConfigError: the monitored figure is not logged.
         """
         if not self._may_save(trainer):
             return
-        if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise ConfigError(f"checkpoint.monitor {self.monitor!r} is not logged: choose {known}")
-        score = float(trainer.callback_metrics[self.monitor])
-        if self.best_model_score is None or score < self.best_model_score or math.isnan(self.best_model_score):
-            self.best_model_score, self.best_step = score, trainer.global_step
-            self.best_model_path = os.path.join(str(self.dirpath), BEST)
-            self._save(trainer, BEST)
+        if not pl_module.stages.is_first:
+            self._save_best(trainer)
         if not trainer.fit_loop.epoch_loop._should_accumulate():
             self._save_within_epoch(trainer)
 
@@ -231,6 +225,16 @@ class BestAndLast(Checkpoint):
         """Restores ``state_dict``."""
         for name in self.state_dict():
             setattr(self, name, state_dict[name])
+
+    def _save_best(self, trainer: Trainer) -> None:
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise ConfigError(f"checkpoint.monitor {self.monitor!r} is not logged: choose {known}")
+        score = float(trainer.callback_metrics[self.monitor])
+        if self.best_model_score is None or score < self.best_model_score or math.isnan(self.best_model_score):
+            self.best_model_score, self.best_step = score, trainer.global_step
+            self.best_model_path = os.path.join(str(self.dirpath), BEST)
+            self._save(trainer, BEST)
 
     def _save_within_epoch(self, trainer: Trainer) -> None:
         """Writes ``last.ckpt`` where it is due or the run is to end; the end of an epoch writes it anyway."""

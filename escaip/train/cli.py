@@ -48,7 +48,7 @@ _LONGEST_MESSAGE = 400
 # Settings of a model that a run keeps when it is resumed, with those of checkpoints from before there was a choice.
 _KEPT: dict[str, Any] = {
     "optimizer": "adamw", "init_from": None, "init_energies": "refit", "init_dataset": None, "freeze": [],
-    "lora": 0,
+    "lora": 0, "direct_share": 0.0,
 }  # fmt: skip
 
 
@@ -256,7 +256,7 @@ class TrainingCLI(LightningCLI):
         stored = {"name": description["architecture"], **description["config"]}
         config.ckpt_path = str(path)
         if command != "fit":
-            config.model.architecture = stored
+            config.model.architecture, config.model.direct_share = stored, 0.0
             return
         used = {**_KEPT, **checkpoint.get("hyper_parameters", {})}
         for name in _KEPT:
@@ -265,6 +265,8 @@ class TrainingCLI(LightningCLI):
                 raise other_settings(path, f"model.{name}", used[name], given)
         if start is not None:
             self._keep_architecture(build_config(stored), str(path), ())
+        if used["direct_share"]:
+            stored["forces"] = "conservative"  # whatever they are in the stage of the checkpoint
         _check_same_model(config.model.architecture, stored, path)
         self._resumed = {
             key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")

@@ -54,6 +54,16 @@ class WeightEMA(WeightAveraging):
             for average, given in zip(self._average_model.module.parameters(), pl_module.parameters(), strict=True):
                 average.data.copy_(given.data)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Drops what the module has dropped in this step."""
+        self._follow(pl_module)
+
+    def _follow(self, pl_module: Any) -> None:
+        assert self._average_model is not None
+        stages: Any = self._average_model.module.stages
+        if stages.is_first and not pl_module.stages.is_first:
+            stages.end()
+
     def _take_buffers(self, pl_module: LightningModule) -> None:
         """Copies the buffers of the module; their shapes depend on the number of data sets."""
         assert self._average_model is not None
@@ -69,5 +79,6 @@ class WeightEMA(WeightAveraging):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores both sets of weights to continue training; other commands need ``state_dict`` alone."""
         if self._average_model is not None:
+            self._follow(pl_module)
             self._take_buffers(pl_module)
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

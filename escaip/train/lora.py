@@ -24,20 +24,21 @@ ALPHA = 16.0
 def adapted_weights(model: Model, rank: int) -> dict[str, Tensor]:
     """Returns, by name, the weights ``(m, n)`` of linear layers that two factors of a rank stand for.
 
-    These are the weights that learn, outside of the heads, and that have more numbers than their factors.
+    These are the weights that learn, outside of the heads, and that have more numbers than their factors; none for
+    rank 0.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none of a rank above 0.
     """
     heads = {module for part in model.parts().get("heads", []) for module in part.modules()}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     learning = {
         name: module.weight for name, module in linear.items() if module not in heads and module.weight.requires_grad
     }
-    found = {name: weight for name, weight in learning.items() if rank * sum(weight.shape) < weight.numel()}
-    if not found and learning:
+    found = {name: weight for name, weight in learning.items() if 0 < rank * sum(weight.shape) < weight.numel()}
+    if rank and not found and learning:
         raise ConfigError(f"model.lora is {rank}, and factors of no weight have fewer numbers than it: lower it")
-    if not found:
+    if rank and not found:
         raise ConfigError(f"model.lora is {rank}, but no linear weight outside of the heads learns: leave it out")
     return found
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from tqdm import tqdm
 
 from escaip.data import AtomicData, Statistics
 from escaip.data.dataset import MixedDataset
@@ -31,6 +32,7 @@ from escaip.train.losses import LossSettings, LossSums, loss_sums
 from escaip.train.metrics import ErrorMetrics, error_sums, errors_from_sums, figure_name
 from escaip.train.mup import fan_in_ratios, scale_outputs
 from escaip.train.optim import make_optimizer, make_schedule
+from escaip.train.stages import ForceStages, forget
 from escaip.types import TARGETS, Prediction, StructureBatch
 
 DEFAULT_ARCHITECTURE: dict[str, Any] = {"preset": "1m"}
@@ -55,10 +57,17 @@ class PotentialModule(LightningModule):
     Attributes:
         potential: the potential in training.
         learning_rate: peak learning rate.
+        stages: says whether forces are direct for now (``direct_share``).
         resumes: set it before a fit from a checkpoint, which then does not read the file of ``init_from``.
         last_errors: errors of the last validation, ``{"model": ..., "baseline": ...}``, and for a mixture each set by
             name.
     """
+
+    _energy_fit: ReferenceFit | LinearRefit | None = None
+    _low_rank: LowRankUpdate | None = None
+    _lora_state: dict[str, dict[str, Tensor]] | None = None
+    _loader_state: dict[str, Any] | None = None
+    _dropped: Sequence[Tensor] = ()
 
     def __init__(
         self,
@@ -83,6 +92,7 @@ class PotentialModule(LightningModule):
         init_dataset: str | None = None,
         freeze: Sequence[str] = (),
         lora: int = 0,
+        direct_share: float = 0.0,
     ) -> None:
         """Builds the potential.
 
@@ -121,8 +131,10 @@ class PotentialModule(LightningModule):
             init_dataset: of a file with several data sets, the one whose energies, scale and head those sets of
                 ``data.train`` take whose name the file does not have.
             freeze: parts of the model that do not learn: embedding, blocks.0, ..., readouts, heads.
-            lora: rank of what is added to the linear weights of ``init_from`` outside of the heads, which stay
-                themselves (``escaip.train.lora``); 0 trains them in full.
+            lora: rank of the updates that linear weights outside of the heads learn (``escaip.train.lora``); 0 for
+                weights that learn in full.
+            direct_share: part of the steps in which the model learns energies and direct forces, which take less time,
+                before it learns conservative ones with the same weights (``escaip.train.stages``).
 
         Raises:
             ConfigError: a setting that does not exist or cannot be used.
@@ -138,7 +150,7 @@ class PotentialModule(LightningModule):
         self.pair_terms = {"repulsion": repulsion, "core_guard": core_guard, "bond_guard": bond_guard}
         for name, fraction in self.pair_terms.items():
             check_fraction(fraction, name)
-        _check_start(init_from, init_dataset, freeze, lora, self.pair_terms)
+        _check_start(init_from, init_dataset, freeze, lora, direct_share, self.pair_terms)
         config = build_config(dict(architecture))
         _check_losses(losses, config)
         self.save_hyperparameters(_plain(settings), logger=False)
@@ -146,29 +158,22 @@ class PotentialModule(LightningModule):
         self.optimizer_name, self.learning_rate, self.weight_decay = optimizer, learning_rate, weight_decay
         self.warmup_fraction, self.final_fraction = warmup_fraction, final_fraction
         metadata = PotentialMetadata(level_of_theory=level_of_theory, datasets=tuple(datasets))
-        self.potential = Potential(config, metadata=metadata)
+        potential = self.potential = Potential(config, metadata=metadata)
+        self.stages = ForceStages(potential, direct_share)
         self.base_width, self._ratios = base_width, dict[str, float]()
         if base_width is not None:
-            self._ratios = {f"potential.model.{k}": v for k, v in fan_in_ratios(config, base_width).items()}
-            scale_outputs(self.potential.model, config, base_width)
-        freeze_parts(self.potential.model, freeze)
-        if lora:
-            adapted_weights(self.potential.model, lora)  # refuses ranks and parts
-        self.lora = lora
-        self._low_rank: LowRankUpdate | None = None
-        self._lora_state: dict[str, dict[str, Tensor]] | None = None
-        self.init_from, self.init_energies, self.init_dataset = init_from, init_energies, init_dataset
-        self.potential.recompute = True if recompute else None
+            self._ratios = {f"potential.model.{k}": v for k, v in fan_in_ratios(potential.config, base_width).items()}
+            scale_outputs(potential.model, potential.config, base_width)
+        freeze_parts(potential.model, freeze)
+        adapted_weights(potential.model, lora)  # refuses ranks and parts
+        self.init_from, self.init_energies, self.init_dataset, self.lora = init_from, init_energies, init_dataset, lora
+        potential.recompute = True if recompute else None
         if compile:
-            self.potential.compile()
+            potential.compile()
         self.validation_errors = ErrorMetrics(losses)
-        self.last_errors: dict[str, dict[str, float]] = {}
-        self._card_errors: dict[str, float] = {}
-        self.refit_references = refit_references
-        self._energy_fit: ReferenceFit | LinearRefit | None = None
+        self.last_errors, self._card_errors = dict[str, dict[str, float]](), dict[str, float]()
+        self.refit_references, self._recent = refit_references, list[str]()
         self.resumes, self._dropout_seed, self._total_steps = False, 0, 1
-        self._loader_state: dict[str, Any] | None = None
-        self._recent: list[str] = []
 
     def setup(self, stage: str) -> None:
         """Takes references, scale and elements from the data module; a checkpoint that is resumed replaces them.
@@ -279,7 +284,14 @@ class PotentialModule(LightningModule):
         self._loader_state = None
 
     def on_train_batch_start(self, batch: StructureBatch, batch_idx: int) -> None:
-        """Makes the random numbers of this batch a function of (seed, epoch, batch, process)."""
+        """Ends the first stage, and makes random numbers a function of (seed, epoch, batch, process)."""
+        step = self.trainer.global_step
+        if self.stages.is_first and step >= self.stages.share * self._total_steps:
+            gone = self.stages.end()
+            self._dropped = gone if self.trainer.world_size > 1 else ()
+            schedule: Any = self.lr_schedulers()
+            forget(self.trainer.optimizers[0], schedule, self)
+            rank_zero_only(tqdm.write)(f"step {step}: forces are conservative from here on")
         seed = self._dropout_seed
         for part in (self.current_epoch, batch_idx, self.global_rank):
             seed = (seed * 6_364_136_223_846_793_005 + part + 1_442_695_040_888_963_407) % 2**63
@@ -292,7 +304,7 @@ class PotentialModule(LightningModule):
             TrainingError: the loss is NaN or Inf.
         """
         losses = self.losses.at(self.trainer.global_step / self._total_steps)
-        forces, stress = losses.weights["forces"] > 0, losses.weights["stress"] > 0
+        forces, stress = losses.weights["forces"] > 0, losses.weights["stress"] > 0 and not self.stages.is_first
         prediction = self.potential(batch, compute_forces=forces, compute_stress=stress, create_graph=True)
         terms = loss_sums(prediction, batch, losses)
         local = [terms.sums.detach(), terms.counts, error_sums(prediction, batch)]
@@ -301,6 +313,8 @@ class PotentialModule(LightningModule):
         total = self.trainer.strategy.reduce(torch.cat(local), reduce_op="sum")
         sums, counts, errors, *fit = total.split([len(part) for part in local])
         loss = terms.total(losses, counts) * self.trainer.world_size
+        for weight in self._dropped:
+            loss = loss + 0.0 * weight.sum()  # processes wait for the gradients of all that they began with
         logged = LossSums(sums, counts).total(losses)
         self._recent.extend(str(name) for name in batch.structure_id)
         if not torch.isfinite(logged):
@@ -402,8 +416,9 @@ class PotentialModule(LightningModule):
             seed = self.trainer.strategy.broadcast(self._dropout_seed)
             self._low_rank = LowRankUpdate(self.potential.model, self.lora, seed, self._lora_state)
         optimizer = make_optimizer(
-            self, self.learning_rate, self.weight_decay, self._ratios, self.optimizer_name, self._low_rank
-        )
+            self, self.learning_rate, self.weight_decay, self._ratios, self.optimizer_name, self._low_rank,
+            {f"potential.{name}" for name in self.stages.alone},
+        )  # fmt: skip
         total = self.trainer.estimated_stepping_batches
         schedule = make_schedule(optimizer, total, self.warmup_fraction, self.final_fraction)
         self._total_steps = max(1, int(total))
@@ -431,6 +446,8 @@ class PotentialModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes elements, level of theory and the seed from a checkpoint; Lightning restores the weights."""
         if "escaip" in checkpoint:
+            if self.stages.is_first and checkpoint["escaip"]["config"]["forces"] == "conservative":
+                self.stages.end()
             self.potential.set_metadata(PotentialMetadata.from_dict(checkpoint["escaip"]["metadata"]))
         for weights in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
             if "potential.element_references" in weights:
@@ -522,10 +539,13 @@ def _check_start(
     init_dataset: str | None,
     freeze: Sequence[str],
     lora: int,
+    direct_share: float,
     pair_terms: Mapping[str, float | None],
 ) -> None:
     if lora < 0:
         raise ConfigError(f"model.lora is {lora}: it must be a rank, or 0 for none")
+    if init_from is not None and direct_share:
+        raise ConfigError("model.direct_share is for random weights, and model.init_from has others: leave it out")
     if init_from is None and lora:
         raise ConfigError("model.lora would add to random weights: name the potential in model.init_from")
     if init_from is None and freeze:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,11 @@ ADAM_BETAS = (0.9, 0.999)
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, learning_rate: float = 1.0, ratios: Mapping[str, float] | None = None
+    module: nn.Module,
+    weight_decay: float,
+    learning_rate: float = 1.0,
+    ratios: Mapping[str, float] | None = None,
+    apart: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Splits trainable parameters: weights of linear layers decay; biases, norms, embeddings and the rest do not.
 
@@ -30,22 +34,23 @@ def parameter_groups(
         weight_decay: decay of the weights of linear layers.
         learning_rate: learning rate of all parameters but those named in ``ratios``.
         ratios: by name of a parameter, the divisor of its learning rate and factor of its decay (``escaip.train.mup``).
+        apart: names of parameters that have groups of their own, the last.
     """
     linear = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             ratio = 1.0 if ratios is None else ratios.get(name, 1.0)
-            groups.setdefault((ratio, id(parameter) not in linear), []).append(parameter)
+            groups.setdefault((name in apart, ratio, id(parameter) not in linear), []).append(parameter)
     # Those of ratio 1 first: their learning rate is the one that is logged.
-    ordered = sorted(groups, key=lambda key: (key[0] != 1.0, *key))
+    ordered = sorted(groups, key=lambda key: (key[0], key[1] != 1.0, *key[1:]))
     return [
         {
-            "params": groups[ratio, kept],
+            "params": groups[last, ratio, kept],
             "lr": learning_rate / ratio,
             "weight_decay": 0.0 if kept else weight_decay * ratio,
         }
-        for ratio, kept in ordered
+        for last, ratio, kept in ordered
     ]
 
 
@@ -56,6 +61,7 @@ def make_optimizer(
     ratios: Mapping[str, float] | None = None,
     name: str = "adamw",
     low_rank: LowRankUpdate | None = None,
+    apart: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """Returns the optimizer, with decay on linear weights only (arXiv 2410.24169).
 
@@ -67,11 +73,12 @@ def make_optimizer(
         name: ``adamw``, or ``soap``: Adam in the eigenbases of the gradients' second moments (arXiv 2409.11321),
             refreshed every ten steps; vectors by Adam. Its first step only gathers these moments.
         low_rank: factors in the place of weights, with their learning rate and decay.
+        apart: as in ``parameter_groups``.
 
     Raises:
         ConfigError: no optimizer of this name.
     """
-    groups = parameter_groups(module, weight_decay, learning_rate, ratios)
+    groups = parameter_groups(module, weight_decay, learning_rate, ratios, apart)
     if low_rank is not None:
         for group in groups:
             group["params"] = low_rank.instead_of(group["params"])

@@ -238,6 +238,9 @@ def test_every_parameter_has_a_gradient_when_labels_are_missing(missing: str) ->
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"warmup_fraction": 1.5}, "warmup_fraction"),
+        ({"direct_share": 1.0}, r"direct_share is 1\.0: it must be in \[0, 1\)"),
+        ({"direct_share": 0.5, "architecture": {**TINY, "forces": "direct"}}, "for conservative forces, and these are"),
+        ({"direct_share": 0.5, "init_from": "example:organic"}, r"for random weights, and model\.init_from has others"),
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, Any], text: str) -> None:
