@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.plugins import Precision
 from training_stand_ins import TINY, labelled_molecules, make_data, make_trainer
 
 from escaip import Potential, load_potential
@@ -508,7 +509,9 @@ def test_a_data_module_without_structures(tmp_path: Path) -> None:
     module = PotentialModule(TINY)
     data = make_data(tmp_path, 12)
     data.setup("fit")
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(statistics=data.statistics))  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(  # type: ignore[assignment]
+        datamodule=SimpleNamespace(statistics=data.statistics), precision_plugin=Precision()
+    )
     with pytest.raises(ConfigError, match="set the first three to null"):
         module.setup("fit")
 
