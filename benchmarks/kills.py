@@ -136,7 +136,7 @@ class Fit:
         return max((int(step) for log in logs for step in re.findall(r"^step (\d+)/", log, re.MULTILINE)), default=0)
 
     def read(self, killed: bool) -> None:
-        for path in self.runs.glob("version_*/*.ckpt"):
+        for path in self.runs.glob("version_*/[!.]*.ckpt"):
             read_checkpoint(path)
 
     def figures(self) -> dict[tuple[str, str], str]:
