@@ -232,7 +232,7 @@ def finish(command: list[str], folder: Path) -> float:
 def interrupt(run: MD | Fit, command: list[str], number: int, seconds: float, rng: random.Random) -> dict[str, Any]:
     """Interrupts a run once; returns what was found, ``next`` being the command to go on with."""
     which, in_work = SIGNALS[number % 3], number % 4 != 3
-    saved, traces = run.saved(), run.traces()
+    saved, traces, aside = run.saved(), run.traces(), set(run.folder.rglob(".*part*"))
     process = Process(command, run.folder)
     if in_work:
         while not process.ended() and run.traces() == traces:
@@ -263,7 +263,7 @@ def interrupt(run: MD | Fit, command: list[str], number: int, seconds: float, rn
     if now < saved or now < reached - (run.between if which == signal.SIGKILL else 0):
         found.append(f"{max(saved, reached) - now} steps lost")
     if which != signal.SIGKILL:
-        found += [f"{path.name} left" for path in run.folder.rglob(".*part*")]
+        found += [f"{path.name} left" for path in set(run.folder.rglob(".*part*")) - aside]
         if in_work and f"stopped at step {now}" not in printed:
             found.append(f"told other than step {now}")
     return {
