@@ -131,9 +131,9 @@ class Fit:
         return max((read_checkpoint(path)["global_step"] for path in self.checkpoints()), default=0)
 
     def reached(self) -> int:
-        """The last step that the run told, of about twenty."""
-        logs = [path.read_text("utf-8") for path in self.runs.glob("version_*/run.log")]
-        return max((int(step) for log in logs for step in re.findall(r"^step (\d+)/", log, re.MULTILINE)), default=0)
+        """The last step that the newest run told, of about twenty."""
+        log = max(self.runs.glob("version_*/run.log"), key=lambda path: int(path.parent.name.partition("_")[2]))
+        return max((int(step) for step in re.findall(r"^step (\d+)/", log.read_text("utf-8"), re.MULTILINE)), default=0)
 
     def read(self, killed: bool) -> None:
         for path in self.runs.glob("version_*/[!.]*.ckpt"):
