@@ -185,7 +185,7 @@ def run_phonopy() -> Iterator[Row]:
     from phono3py import Phono3py
 
     third = Phono3py(cell, supercell_matrix=[2, 2, 2], primitive_matrix="P")
-    third.generate_displacements(distance=0.03)
+    third.generate_displacements(distance=0.01)  # as phonopy
     third.forces = [forces_of(one, start.calc) for one in third.supercells_with_displacements]
     third.produce_fc2()
     third.produce_fc3()
