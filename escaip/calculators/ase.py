@@ -111,7 +111,10 @@ class PotentialCalculator(Calculator):
         }  # fmt: skip
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """Names what changed since the last evaluation; charge and spin count where a potential uses them."""
+        """Names what changed since the last evaluation; charge and spin count where a potential uses them.
+
+        Numbers are compared to the last digit, whatever ``tol`` is, because ASE's comparison takes longer.
+        """
         self._compare_charges(atoms)
         before = self.atoms
         if before is None:
@@ -120,7 +123,6 @@ class PotentialCalculator(Calculator):
             name: (before.arrays.get(name), atoms.arrays.get(name)) for name in all_changes
         }
         pairs |= {"cell": (before.cell.array, atoms.cell.array), "pbc": (before.pbc, atoms.pbc)}
-        # Equal to the last digit, which takes a tenth of the time of ASE's comparison.
         changes = [name for name, (old, new) in pairs.items() if old is not new and not np.array_equal(old, new)]
         if self._charge_and_spin(atoms) != self._charge_and_spin(before):
             changes.append("charge_and_spin")

@@ -1,5 +1,5 @@
 // Activation and norm for the CPU, with derivatives (../layers.py has the formulas). These are of PyTorch's C++: a step of
-// training calls some hundred of them, each of which would cost ten times as much by way of Python.
+// training calls some hundred of them, and the way through Python would take a good part of a small step.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
