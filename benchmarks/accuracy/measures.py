@@ -74,6 +74,20 @@ def lives_of(potential: Potential, atoms: Atoms, temperature: float) -> np.ndarr
     return lives
 
 
+def worst_frames(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
+    """The largest error of a frame in each part but training: of its energy, and of its forces on average."""
+    found: Values = {}
+    for part, path in stores.items():
+        if part != "train":
+            frames = list(Store(path))
+            pairs = list(zip(potential.predict(frames), frames, strict=True))
+            energies = [abs(one.energy - float(data.energy)) / data.num_nodes for one, data in pairs]
+            forces = [np.abs(np.asarray(one.forces) - data.forces.double().numpy()).mean() for one, data in pairs]
+            found[f"{part}: worst frame, energy (meV/atom)"] = 1e3 * float(max(energies))
+            found[f"{part}: worst frame, forces (meV/Å)"] = 1e3 * float(max(forces))
+    return found
+
+
 def drift(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
     """Drift of the total energy over 2 ps at 300 K without a thermostat, meV/atom/ps."""
     atoms = Store(stores["train"])[0].to_ase()

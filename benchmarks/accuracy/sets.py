@@ -164,7 +164,7 @@ SETS = {
         ),
         BenchSet(
             RealSet("threebpa_xtb", "train.extxyz", "structure", "3BPA, GFN2-xTB labels", recipe="threebpa"),
-            2000, also=("hot", "stretched"), measures=("dimers",), before=_MOLECULES,
+            2000, also=("hot", "stretched"), measures=("dimers", "worst_frames"), before=_MOLECULES,
         ),
         BenchSet(
             RealSet("acac", "molecular/acac_train_300K.xyz", "structure", "acetylacetone at 300 K", recipe="threebpa"),
