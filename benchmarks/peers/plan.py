@@ -53,6 +53,11 @@ _OURS = {"weights": f"{WEIGHTS}conservative"}
 _OURS_DIRECT = {"weights": f"{WEIGHTS}direct"}
 _SMALLER = {"preset": "1m", "hidden_size": 64, "angular_channels": [5, 3, 1, 3, 4]}  # about as many as CHGNet has
 
+_BEFORE = {  # the preset before angles reached values and nodes
+    "preset": "1m", "num_radial": 32, "radial_width": 2.0, "boo_degrees": 10, "angular_values": False,
+    "node_density": 0, "edge_ffn": True,
+}  # fmt: skip
+
 # fairchem's come first: they leave the weights that escaip's at the published size take.
 VARIANTS: tuple[Variant, ...] = (
     Variant("fairchem EScAIP", "fairchem", _CONSERVATIVE, SUITES),
@@ -80,6 +85,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("escaip 0.45 M, compiled", "escaip", {**_SMALLER, "compiled": True}),
     Variant("escaip 1m", "escaip", {"preset": "1m"}, SUITES),
     Variant("escaip 1m, compiled", "escaip", {"preset": "1m", "compiled": True}, SUITES),
+    Variant("escaip 1m, without angles", "escaip", _BEFORE, _TRAINED),
+    Variant("escaip 1m, without angles, compiled", "escaip", {**_BEFORE, "compiled": True}, _TRAINED),
     Variant("escaip 5m", "escaip", {"preset": "5m"}, _TRAINED),
     Variant("escaip 5m, compiled", "escaip", {"preset": "5m", "compiled": True}, _TRAINED),
     Variant("escaip 20m, compiled", "escaip", {"preset": "20m", "compiled": True}),
@@ -111,6 +118,11 @@ RELATIONS: tuple[Relation, ...] = (
     Relation("escaip published size direct, table, compiled", "fairchem EScAIP direct, compiled"),
     Relation("escaip published size, table, compiled", "fairchem AllScAIP"),
     Relation("escaip 1m", "MACE-MP-0 small"),
+    Relation("escaip 1m, compiled", "MACE-MP-0 small"),
+    Relation("escaip 1m, compiled", "MACE-MP-0 medium"),
+    Relation("escaip 1m", "escaip 1m, without angles"),
+    Relation("escaip 1m, compiled", "escaip 1m, without angles, compiled"),
+    Relation("escaip 1m, compiled", "NequIP small, compiled"),
     # About as many parameters each:
     Relation("escaip 0.45 M, compiled", "CHGNet 0.3.0"),
     Relation("escaip 300k, compiled", "NequIP small, compiled"),
