@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvir
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -342,13 +343,21 @@ def _loggers(given: Any, folder: Path) -> list[Any] | bool:
 
 
 def _check_strategy(given: Any) -> None:
-    """Raises ConfigError for strategies that divide the weights."""
+    """Raises ConfigError for strategies that divide the weights, and for names that Lightning does not know."""
     name = given if isinstance(given, str) else type(given).__name__
-    if any(part in name.lower() for part in ("fsdp", "deepspeed", "modelparallel")):
+    if _divides(name):
         raise ConfigError(
             f"trainer.strategy {name} divides the weights between processes, but optimizer, averages and checkpoints "
             "take them whole: use ddp"
         )
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(given, str) and given.lower() not in known:
+        choices = ", ".join(choice for choice in known if not _divides(choice))
+        raise ConfigError(f"trainer.strategy {given!r} does not exist: choose among {choices}")
+
+
+def _divides(strategy: str) -> bool:
+    return any(part in strategy.lower() for part in ("fsdp", "deepspeed", "modelparallel"))
 
 
 def _check_same_model(given: Mapping[str, Any], stored: Mapping[str, Any], path: Path) -> None:

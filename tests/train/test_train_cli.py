@@ -277,6 +277,7 @@ def test_ends_without_a_checkpoint(
         (["--ema.decay", "-0.1"], 2, "ema.decay is -0.1"),
         (["--trainer.strategy", "fsdp"], 2, "fsdp divides the weights between processes"),
         (["--trainer.strategy", '{"class_path": "FSDPStrategy"}'], 2, "FSDPStrategy divides the weights"),
+        (["--trainer.strategy", "pdd"], 2, "trainer.strategy 'pdd' does not exist: choose among auto, ddp,"),
     ],
 )
 def test_what_users_get_wrong(
