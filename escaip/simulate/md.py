@@ -193,7 +193,6 @@ def run_md(
     state = RestartState.load(files.restart) if resume else None
     if state is None:
         _refuse_to_lose(files, overwrite)
-        files.trajectory.parent.mkdir(parents=True, exist_ok=True)
     elif settings.steps < state.step:
         raise UsageError(
             f"{files.trajectory} has {state.step} steps already, {settings.steps} are asked for: ask for more"
@@ -221,6 +220,13 @@ class _Run:
             self.ensemble.restore(state.integrator, state.step)
         stored = state.max_temperature if state else 10 * max(settings.temperature or 0.0, self.temperature, 300.0)
         self.max_temperature = settings.max_temperature or stored
+        self.last_good: tuple[int, Atoms] | None = None
+        if self.is_new:  # before a file is made or replaced
+            with np.errstate(all="ignore"):
+                problem = self._find_problem(self.temperature, True)
+            if problem is not None:
+                self._stop(problem)
+            files.trajectory.parent.mkdir(parents=True, exist_ok=True)
         self.logs_deviation, self.range = is_committee(atoms), RangeMonitor(atoms)
         columns = (DEVIATION_COLUMN,) if self.logs_deviation else ()
         with contextlib.ExitStack() as stack:
@@ -231,7 +237,6 @@ class _Run:
             self.trajectory = open_trajectory(files.trajectory, state.trajectory_position if state else None)
             stack.callback(self.trajectory.close)
             self.open_files = stack.pop_all()
-        self.last_good: tuple[int, Atoms] | None = None
         self.started = self.last_logged = time.perf_counter()
         self.last_logged_step = self.first_step
 
@@ -274,15 +279,13 @@ class _Run:
 
     def _after_step(self) -> None:
         step, settings, present = self.step, self.settings, self.temperature
-        problem = find_problem(self.atoms, present, self.max_temperature)
         writes_restart = step % settings.restart_interval == 0 or step >= settings.steps
-        if problem is None and (step % _CONTACT_INTERVAL == 0 or writes_restart):
-            problem = find_contact(self.atoms)
-            if problem is None:
-                self.last_good = step, make_frame(self.atoms, step, step * settings.timestep)
-                self.range.look(self.atoms, step)
-        if problem is not None:
+        looks_closely = step % _CONTACT_INTERVAL == 0 or writes_restart
+        if (problem := self._find_problem(present, looks_closely)) is not None:
             self._stop(problem)
+        if looks_closely:
+            self.last_good = step, make_frame(self.atoms, step, step * settings.timestep)
+            self.range.look(self.atoms, step)
         if (problem := self.monitor.find_problem(self.atoms, step)) is not None:
             self._stop(problem, f"that frame is in {self.files.uncertain}: label it and train on it, or allow more")
         if step % settings.trajectory_interval == 0:
@@ -291,6 +294,10 @@ class _Run:
             self._log(step, present)
         if writes_restart:
             self._save()
+
+    def _find_problem(self, present: float, looks_closely: bool) -> str | None:
+        problem = find_problem(self.atoms, present, self.max_temperature)
+        return find_contact(self.atoms) if problem is None and looks_closely else problem
 
     def _log(self, step: int, present: float) -> None:
         now, length = time.perf_counter(), self.settings.timestep

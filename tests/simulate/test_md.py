@@ -16,7 +16,7 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.io.trajectory import Trajectory
 
-from escaip.errors import ConfigError, EscaipError, SimulationError, UsageError
+from escaip.errors import ConfigError, DataError, EscaipError, SimulationError, UsageError
 from escaip.simulate import MDSettings, MDStatus, read_log, run_md
 
 Make = Callable[..., Any]
@@ -266,6 +266,28 @@ def test_an_explosion_stops_the_run(
     atoms.positions[1] = atoms.positions[0] + [distance, 0.0, 0.0]
     with pytest.raises(SimulationError, match=message):
         run_md(atoms, settings(**change), out=tmp_path / "a.extxyz")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("reason", ["the structure cannot be evaluated", "0.50 Å apart"])
+def test_a_run_that_cannot_begin_changes_no_file(
+    argon: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DataError(reason)
+
+    atoms, asked, out = argon(), settings(max_temperature=1e12), tmp_path / "folder" / "a.extxyz"
+    atoms.positions[1] = atoms.positions[0] + [0.5, 0.0, 0.0]
+    if "apart" not in reason:
+        monkeypatch.setattr(atoms.calc, "calculate", refuse)
+    with pytest.raises(EscaipError, match=reason):
+        run_md(atoms, asked, out=out)
+    assert not out.parent.exists()
+    run_md(argon(), asked, out=out)
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    with pytest.raises(EscaipError, match=reason):
+        run_md(atoms, asked, out=out, overwrite=True)
+    assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
 
 
 @pytest.mark.bad_input
