@@ -213,7 +213,12 @@ def prepare(
         messages = [message for report in reports for message in report["messages"]]
         sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
         total = _joined(reports, sum(sizes))
-        total.check_absent()
+        try:
+            total.check_absent()
+        except DataError:  # of a key that was mistyped: no run can go on with these parts
+            for item in items:
+                shutil.rmtree(item.folder, ignore_errors=True)
+            raise
         counts = {"skipped": total.skipped, "filtered": total.filtered}
         facts = dict(facts or {})
         if level := total.level_of_theory(_described(source), facts.get("level_of_theory", "")):
@@ -330,7 +335,7 @@ def _check_plan(work: Path, items: Sequence[WorkItem], settings: list[Any], rest
     file = work / "plan.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else plan
     same = before["settings"] == plan["settings"]
-    if not same and not restart:
+    if not same and not restart and _has_structures(work):
         raise DataError(
             f"{work}: holds unfinished work with other options; run that command again to finish it, or add --restart "
             "to throw it away"
@@ -414,6 +419,11 @@ def _finish(path: Path, messages: Sequence[str]) -> int:
     return duplicates
 
 
+def _has_structures(work: Path) -> bool:
+    """Whether there is a whole part to go on with."""
+    return any(work.glob("part-*/shard-*"))
+
+
 @contextmanager
 def _locked(work: Path, target: Path) -> Iterator[None]:
     """Lets one process at a time prepare a store; the work folder goes when the work is done."""
@@ -425,7 +435,7 @@ def _locked(work: Path, target: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if not any(work.glob("part-*/shard-*")):  # nothing to go on with
+            if not _has_structures(work):
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)

@@ -255,6 +255,17 @@ def test_other_options_do_not_mix(files: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.bad_input
+def test_unfinished_work_without_structures_is_in_no_way(files: Path, tmp_path: Path) -> None:
+    source, work = [str(files / "*.extxyz")], tmp_path / ".s.work"
+    with pytest.raises(DataError, match="no energy under the key 'enrgy'"):
+        prepare(source, tmp_path / "s", reading=Reading(keys={"energy": "enrgy"}))
+    assert not work.exists()
+    (work / "making-part-000000-1").mkdir(parents=True)  # of a run that was killed in its first part
+    (work / "plan.json").write_text(json.dumps({"settings": ["others"], "items": []}))
+    assert prepare(source, tmp_path / "s").written == 60
+
+
+@pytest.mark.bad_input
 def test_a_full_disk_keeps_whole_parts(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine, calls = store_writer.PartWriter.close, 0
 
