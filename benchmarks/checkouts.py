@@ -4,7 +4,9 @@ python benchmarks/checkouts.py --old DIR [--new DIR] [--repeats 5] [--compile] [
 
 Each checkout runs in processes of its own, which take turns. Answers are energies, forces and stress in float64 of the
 example potentials, of random conservative and direct models and of an imported one; times are medians of force calls in
-float32, plain and, with ``--compile``, compiled, and of a training step of the quickstart's model.
+float32, plain and, with ``--compile``, compiled, and of a training step of the quickstart's model. Random models have
+the weights that the new checkout draws and the settings of its presets that both know; a line names the others,
+which are off. Example potentials are the checkout's own, so their answers differ where they were trained anew.
 """
 
 from __future__ import annotations
@@ -37,31 +39,56 @@ def structures() -> dict[str, Any]:
     return {"ethanol": ethanol, "Si 216": silicon, "Cu 500": copper}
 
 
-def random_potential(**settings: Any) -> Any:
-    """The 1m preset with random weights, none at its initial value."""
+IMPORTED = {"boo_weighting": "uniform", "attention_scale": "expanded", "rank_truncation": 20, "energy_norm": False}
+# Settings of each random model, and the structure that it is compared on.
+RANDOM: dict[str, tuple[dict[str, Any], str]] = {
+    "random 1m": ({}, "Cu 500"),
+    "random 1m, direct": ({"forces": "direct"}, "Cu 500"),
+    "random 1m, charge and spin": ({"charge": True, "spin": True}, "ethanol"),
+    "random 1m, options of imported models": ({"distance_table": "never", **IMPORTED}, "Si 216"),
+}
+QUICKSTART = "model of the quickstart"
+
+
+def make_models(folder: Path, known: list[str]) -> list[str]:
+    """Writes settings and weights of each random model; returns the settings that are off since they are not known."""
+    import torch
+    import yaml
+
+    from escaip import EScAIPConfig, Potential
+
+    recipe = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    models = {name: {"preset": "1m", **settings} for name, (settings, _) in RANDOM.items()}
+    off, left_out = EScAIPConfig().to_dict(), set[str]()
+    for name, given in {**models, QUICKSTART: recipe["model"]["architecture"]}.items():
+        if unknown := [key for key in given if key not in ("preset", *known)]:
+            sys.exit(f"{name}: the old checkout does not know {', '.join(unknown)}: leave this model out")
+        settings = EScAIPConfig.from_dict(given).to_dict()
+        left_out |= {key for key, value in settings.items() if key not in known and value != off[key]}
+        settings = {key: value for key, value in settings.items() if key in known}
+        torch.manual_seed(0)
+        potential = Potential(EScAIPConfig.from_dict(settings))
+        weights = {key: value.detach() + 0.02 * torch.randn_like(value) for key, value in potential.named_parameters()}
+        torch.save({"settings": settings, "weights": weights}, folder / f"{name}.pt")
+    return sorted(left_out)
+
+
+def random_potential(path: Path) -> Any:
+    """A random model, none of whose weights has its initial value."""
     import torch
 
     from escaip import EScAIPConfig, Potential
 
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict({"preset": "1m", **settings})).eval()
+    stored = torch.load(path, weights_only=True)
+    potential = Potential(EScAIPConfig.from_dict(stored["settings"])).eval()
+    own, given = dict(potential.named_parameters()), stored["weights"]
+    shapes = [{(key, weight.shape) for key, weight in weights.items()} for weights in (own, given)]
+    if other := sorted(key for key, _ in shapes[0] ^ shapes[1]):
+        sys.exit(f"{path.stem}: the checkouts have other weights ({', '.join(other[:3])}): leave this model out")
     with torch.no_grad():
-        for weight in potential.parameters():
-            weight.add_(0.02 * torch.randn_like(weight))
+        for key, weight in own.items():
+            weight.copy_(given[key])
     return potential
-
-
-def cases() -> dict[str, tuple[Any, str]]:
-    """Model and structure of each comparison."""
-    imported = {"boo_weighting": "uniform", "attention_scale": "expanded", "rank_truncation": 20, "energy_norm": False}
-    return {
-        "organic": ("example:organic", "ethanol"),
-        "silicon": ("example:silicon", "Si 216"),
-        "random 1m": (random_potential(), "Cu 500"),
-        "random 1m, direct": (random_potential(forces="direct"), "Cu 500"),
-        "random 1m, charge and spin": (random_potential(charge=True, spin=True), "ethanol"),
-        "random 1m, options of imported models": (random_potential(distance_table="never", **imported), "Si 216"),
-    }
 
 
 def imported_potential() -> Any:
@@ -74,12 +101,17 @@ def imported_potential() -> Any:
     return read_fairchem(path).to(torch.float64)
 
 
-def answers(path: Path) -> None:
+def answers(models: Path, path: Path) -> None:
     from escaip import EScAIPCalculator
 
     kept = structures()
+    cases: dict[str, tuple[Any, str]] = {
+        "organic": ("example:organic", "ethanol"), "silicon": ("example:silicon", "Si 216"),
+        **{name: (random_potential(models / f"{name}.pt"), structure) for name, (_, structure) in RANDOM.items()},
+        "imported": (imported_potential(), "ethanol"),
+    }  # fmt: skip
     found: dict[str, np.ndarray] = {}
-    for name, (model, structure) in {**cases(), "imported": (imported_potential(), "ethanol")}.items():
+    for name, (model, structure) in cases.items():
         atoms = kept[structure].copy()
         atoms.calc = EScAIPCalculator(model, dtype="float64")
         found[f"{name}: energy"] = np.array(atoms.get_potential_energy())
@@ -89,19 +121,20 @@ def answers(path: Path) -> None:
     np.savez(path, **found)
 
 
-def times(compiled: bool) -> dict[str, float]:
+def times(folder: Path, compiled: bool) -> dict[str, float]:
     """Milliseconds of each call, the median of some."""
     from escaip import EScAIPCalculator
 
     kept, found = structures(), {}
-    models = {"ethanol": "example:organic", "Si 216": "example:silicon", "Cu 500": random_potential()}
+    cu_500 = random_potential(folder / "random 1m.pt")
+    models = {"ethanol": "example:organic", "Si 216": "example:silicon", "Cu 500": cu_500}
     for name, model in models.items():
         for compile in (False, True) if compiled else (False,):
             atoms = kept[name].copy()
             atoms.calc = EScAIPCalculator(model, compile=compile)
             number = {"ethanol": 60, "Si 216": 10, "Cu 500": 8}[name]
             found[f"{name}{', compiled' if compile else ''}"] = median_ms(lambda atoms=atoms: call(atoms), number)
-    found["training step"] = training_step()
+    found["training step"] = training_step(random_potential(folder / f"{QUICKSTART}.pt").train())
     return found
 
 
@@ -120,19 +153,12 @@ def median_ms(function: Any, number: int) -> float:
     return statistics.median(taken)
 
 
-def training_step() -> float:
-    """Forces and the derivative of a loss on them, of eight molecules with the model of the quickstart."""
+def training_step(potential: Any) -> float:
+    """Forces and the derivative of a loss on them, of eight molecules."""
     import itertools
 
-    import torch
-    import yaml
-
-    from escaip import EScAIPConfig, Potential
     from escaip.data import collate, open_source
 
-    recipe = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
-    torch.manual_seed(0)
-    potential = Potential(EScAIPConfig.from_dict(recipe["model"]["architecture"])).train()
     batch = collate(list(itertools.islice(open_source(ROOT / "datasets" / "spice" / "sample.hdf5"), 8)))
 
     def step() -> None:
@@ -160,27 +186,40 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--times", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--known", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.answers:
-        return answers(args.answers)
-    if args.times:
-        return print(json.dumps(times(args.compile)))
+    if args.task:
+        from escaip import EScAIPConfig
+
+        tasks: dict[str, Any] = {
+            "known": lambda: list(EScAIPConfig().to_dict()),
+            "models": lambda: make_models(args.models, json.loads(args.known)),
+            "answers": lambda: answers(args.models, args.out),
+            "times": lambda: times(args.models, args.compile),
+        }
+        return print(json.dumps(tasks[args.task]()))
     roots = {"old": args.old.resolve(), "new": args.new.resolve()}
     report: dict[str, Any] = {"largest difference over largest value": {}, "ms": {}}
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in roots}
     with tempfile.TemporaryDirectory() as folder:
+        known = run(roots["old"], "--task", "known")
+        left_out = json.loads(run(roots["new"], "--task", "models", "--models", folder, "--known", known))
+        report["off"] = left_out
+        if left_out:
+            print(f"off in random models, since the old checkout does not know them: {', '.join(left_out)}")
         for name, root in roots.items():
-            run(root, "--answers", f"{folder}/{name}.npz")
+            run(root, "--task", "answers", "--models", folder, "--out", f"{folder}/{name}.npz")
         old, new = (np.load(f"{folder}/{name}.npz") for name in roots)
         for key in old.files:
             difference = np.abs(old[key] - new[key]).max() / np.abs(old[key]).max()
             report["largest difference over largest value"][key] = float(difference)
             print(f"{key:<50}{difference:.1e}")
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in roots}
-    for _ in range(args.repeats):
-        for name, root in roots.items():
-            taken[name].append(json.loads(run(root, "--times", *(["--compile"] if args.compile else []))))
+        timing = ["--task", "times", "--models", folder, *(["--compile"] if args.compile else [])]
+        for _ in range(args.repeats):
+            for name, root in roots.items():
+                taken[name].append(json.loads(run(root, *timing)))
     for key in taken["old"][0]:
         medians = {name: statistics.median(turn[key] for turn in turns) for name, turns in taken.items()}
         ratio = statistics.median(b[key] / a[key] for a, b in zip(taken["old"], taken["new"], strict=True))
