@@ -78,18 +78,22 @@ class Cell:
         }  # fmt: skip
 
     def finished(self) -> dict[str, Any] | None:
-        """Returns the cell as written, or None.
+        return written(self.folder, self.plan())
 
-        Raises:
-            SystemExit: it was made with other settings.
-        """
-        path = self.folder / "cell.json"
-        if not path.exists():
-            return None
-        cell: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        if cell["plan"] != self.plan():
-            raise SystemExit(f"{path} was made with other settings: remove its folder, or give the arm another name")
-        return cell
+
+def written(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the finished cell of a folder, or None.
+
+    Raises:
+        SystemExit: it was made with other settings.
+    """
+    path = folder / "cell.json"
+    if not path.exists():
+        return None
+    cell: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if cell["plan"] != plan:
+        raise SystemExit(f"{path} was made with other settings: remove its folder, or give another --out")
+    return cell
 
 
 def run(cell: Cell, stores: dict[str, Path]) -> dict[str, Any]:
@@ -221,7 +225,8 @@ def figures(cell: dict[str, Any]) -> dict[str, float]:
 def spelled(values: list[float]) -> str:
     if not values:
         return ""
-    text = f"{np.mean(values):.3g}"
+    mean = float(np.mean(values))
+    text = f"{mean:.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
     return f"{text} ± {np.ptp(values) / 2:.1g}" if len(values) > 1 else text
 
 

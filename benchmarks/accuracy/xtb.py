@@ -7,7 +7,7 @@ Needs tblite. Some minutes the first time; what a folder holds is not made again
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ase.io
@@ -31,11 +31,16 @@ def make(published: Path, folder: Path) -> dict[str, Path]:
         "hot": lambda: [atoms for temperature in TEMPERATURES for atoms in hot(frames, temperature)],
         "stretched": lambda: [labelled(atoms) for atoms in stretched(frames[0])],
     }
+    return write(makers, folder)
+
+
+def write(makers: Mapping[str, Callable[[], list[Atoms]]], folder: Path) -> dict[str, Path]:
+    """Writes what is not there yet as ``NAME.extxyz``; returns the files by name."""
     files = {name: folder / f"{name}.extxyz" for name in makers}
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in files.items():
         if not path.exists():
-            print(f"GFN2-xTB: {name}", flush=True)
+            print(f"making {path.name}", flush=True)
             aside = path.with_suffix(".part")
             ase.io.write(aside, makers[name](), format="extxyz")
             aside.rename(path)
