@@ -47,7 +47,7 @@ from escaip import Potential, load_potential
 from escaip.data import AtomicData, Store, open_source
 from escaip.data.prepare import prepare
 from escaip.errors import EscaipError
-from escaip.files import resolve, sha256, write_file
+from escaip.files import model_file, sha256, write_file
 from escaip.models import MAX_ATOMIC_NUMBER
 from escaip.potential.atomic_energies import Composition, fit_compositions
 from escaip.train.arguments import find_checkpoint
@@ -115,7 +115,7 @@ class Cell:
 
     def plan(self) -> dict[str, Any]:
         """What the numbers of the cell depend on, beside the code."""
-        base = {"base": sha256(resolve(self.base))[:12]}
+        base = {"base": sha256(self.base)[:12]}
         if self.arm == "before":
             return base
         names = {name: name for name in (f"dft_{self.frames}", "dft_val", "xtb_train", "xtb_val", "base")}
@@ -255,7 +255,8 @@ def report(cells: Mapping[str, Mapping[int, Mapping[int, Mapping[str, Any]]]], b
             (frames, arm): [figures(cell) for cell in seeds.values()]
             for arm in arms for frames, seeds in cells.get(arm, {}).items() if not few or frames in few
         }  # fmt: skip
-        labels, table = list(dict.fromkeys(label for found in rows.values() for one in found for label in one)), []
+        fullest = sorted((one for found in rows.values() for one in found), key=len, reverse=True)
+        labels, table = list(dict.fromkeys(label for one in fullest for label in one)), []
         for frames, arm in sorted(rows, key=lambda row: row[0]):
             values = [[one[label] for one in rows[frames, arm] if label in one] for label in labels]
             table.append([str(frames), arm, str(len(rows[frames, arm])), *map(spelled, values)])
@@ -286,7 +287,7 @@ def run_all(given: argparse.Namespace) -> None:
     if not 1 <= min(given.frames) <= max(given.frames) <= NUM_TRAIN:
         raise SystemExit(f"finetune: --frames: give 1 to {NUM_TRAIN}")
     out = given.out.resolve()
-    base = given.base if given.base.startswith("example:") else str(Path(given.base).resolve())
+    base = str(model_file(given.base).resolve())
     cells = [Cell("before", 0, 0, given.steps, base, out)] if "before" in given.arms else []
     for arm in (arm for arm in given.arms if arm != "before"):
         counts = [min(given.frames)] if arm in FEWEST_ONLY else given.frames
