@@ -238,7 +238,7 @@ def test_references(write: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"reference is added to adsorption energies"):
         read(path, energy="total", reference=reference)
     reference.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(DataError, match=r"ref\.pkl: is a pickle with the opcode STRING|names 'os\.system'"):
+    with pytest.raises(DataError, match=r"ref\.pkl: names 'os\.system'"):
         read(path, energy="adsorption", reference=reference)
 
 
@@ -290,7 +290,7 @@ def test_damaged_files(write: Callable[..., Path], tmp_path: Path) -> None:
         ({b"0": good, b"length": pickle.dumps(9)}, r"length is 9, but it holds 1 records"),
         ({b"0": good, b"length": pickle.dumps("one")}, r"length is 'one', expected a number of records"),
         ({b"0": good, b"length": evil}, r"length: names 'posix\.system'"),
-        ({b"0": good, b"1": good[:-30], b"length": pickle.dumps(2)}, r"key '1': ends within a value"),
+        ({b"0": good, b"1": good[:-30], b"length": pickle.dumps(2)}, r"key '1': not a readable pickle, or damaged"),
         ({b"0": evil}, r"key '0': names 'posix\.system'"),
         ({b"0": pickle.dumps([1])}, r"key '0': holds a list, expected"),
         ({b"1": b"x", b"nextid": b"2"}, r"is an ASE database in LMDB.*format: aselmdb"),

@@ -5,7 +5,8 @@ those inside stand for small functions and inert classes of this module. Arrays 
 within bounds that are checked first.
 
 Layouts: PyTorch Geometric 1.x keeps attributes in ``__dict__``, 2.x in ``_store._mapping``; PyTorch writes a storage
-inside a pickle in its legacy form (five pickles, a count, the numbers), and its own files as a zip.
+inside a pickle in its legacy form (five pickles, a count, the numbers; the first three are always the same), and its
+own files as a zip.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -32,25 +32,21 @@ MAX_DIMENSIONS = 8
 MAX_EXPANDED = 1 << 20
 """Elements that a tensor may have beyond those of its storage (expanded ones share them)."""
 
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-HEADER = b"".join(pickle.dumps(value, protocol=2) for value in (_MAGIC, _PROTOCOL, _MACHINE))
-"""How a storage that PyTorch wrote on a usual machine begins; to compare is ten times faster than to read it."""
+HEADER = b"".join(
+    pickle.dumps(value, protocol=2)
+    for value in (
+        0x1950A86A20F9469CFC6C,
+        1001,
+        {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}},
+    )
+)
+"""How a storage that PyTorch wrote on a little-endian machine begins: magic number, protocol, machine."""
 
 _STORAGES = {
     "HalfStorage": "<f2", "FloatStorage": "<f4", "DoubleStorage": "<f8", "BoolStorage": "|b1", "ByteStorage": "|u1",
     "CharStorage": "|i1", "ShortStorage": "<i2", "IntStorage": "<i4", "LongStorage": "<i8",
 }  # fmt: skip
 _NUMPY_TYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-_LENGTHS = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4,
-            pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}  # fmt: skip
-_ARGUMENTS = {ord(code.code): 0 if code.arg is None else code.arg.n for code in pickletools.opcodes}
-"""Bytes that follow each opcode; negative where they depend on what follows."""
-_OPCODES = {ord(code.code): code.name for code in pickletools.opcodes}
-_UNUSED = ("EXT1", "EXT2", "EXT4", "OBJ")
-"""Opcodes that call or import and that no data need; those with text for an argument are refused too, but GLOBAL."""
-
-_STOP, _PUT, _GLOBAL = (ord(getattr(pickle, name)) for name in ("STOP", "LONG_BINPUT", "GLOBAL"))
 
 
 class Refused(Exception):
@@ -107,8 +103,15 @@ class _Stub:
         self.value, self._build = self._build(state), None
 
 
-class DataUnpickler(pickle.Unpickler):
-    """Reads one pickle of a stream, importing nothing: names are looked up among those allowed."""
+class DataUnpickler(pickle._Unpickler):
+    """Reads one pickle of a stream, importing nothing: names are looked up among those allowed.
+
+    Python's own implementation takes no memory for an index or a length that a file only claims; that in C does.
+    """
+
+    # Instead of an empty bytearray of any length, the bytes that there are.
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]
 
     def __init__(
         self, stream: io.BytesIO, allowed: Mapping[str, Any], storage: Callable[[Any], Any] | None = None
@@ -142,7 +145,7 @@ def unpickle(data: bytes, where: str) -> Any:
     """
     with _one_line(where, "not a readable pickle, or damaged"):
         stream = io.BytesIO(data)
-        value = _load(data, stream, _ALLOWED)
+        value = DataUnpickler(stream, _ALLOWED).load()
         if stream.tell() != len(data):
             raise Refused(f"has {len(data) - stream.tell()} bytes after its end")
         return value
@@ -186,48 +189,15 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, _Stub) else value
 
 
-def _load(
-    data: bytes, stream: io.BytesIO, allowed: Mapping[str, Any], storage: Callable[[Any], Any] | None = None
-) -> Any:
-    """The next pickle of a stream of ``data``."""
-    _check_opcodes(data, stream.tell())
-    return DataUnpickler(stream, allowed, storage).load()
-
-
-def _check_opcodes(data: bytes, at: int) -> None:
-    """Walks a pickle and refuses memo indices beyond its size: the unpickler takes memory for any index it is given."""
-    try:
-        while (code := data[at]) != _STOP:
-            size = _ARGUMENTS.get(code, pickletools.UP_TO_NEWLINE)
-            at += 1
-            if size >= 0 and _OPCODES[code] not in _UNUSED:
-                if code == _PUT and int.from_bytes(data[at : at + 4], "little") > len(data):
-                    raise Refused("is a pickle with an impossible memo index")
-                at += size
-            elif code == _GLOBAL:
-                at = data.index(b"\n", data.index(b"\n", at) + 1) + 1
-            elif size in _LENGTHS:
-                at += _LENGTHS[size] + int.from_bytes(data[at : at + _LENGTHS[size]], "little")
-            else:
-                raise Refused(f"is a pickle with the opcode {_OPCODES.get(code, hex(code))}, which data do not need")
-    except (IndexError, ValueError):
-        raise Refused("ends within a value") from None
-
-
 def _storage_from_bytes(payload: Any) -> _Stub:
-    """A storage in PyTorch's legacy form: magic number, protocol, machine, reference, keys; count and numbers."""
-    if not isinstance(payload, bytes):
-        raise Refused("holds a storage that is no bytes")
+    """A storage in PyTorch's legacy form: ``HEADER``, reference, keys; count and numbers."""
+    if not isinstance(payload, bytes) or not payload.startswith(HEADER):
+        raise Refused("holds a storage that does not begin like those of PyTorch on little-endian machines")
     found: list[tuple[str, str, int]] = []
     stream = io.BytesIO(payload)
-    if payload.startswith(HEADER):
-        stream.seek(len(HEADER))
-    elif [_load(payload, stream, {}), _load(payload, stream, {})] != [_MAGIC, _PROTOCOL]:
-        raise Refused("holds a storage without PyTorch's magic number")
-    elif type(machine := _load(payload, stream, {})) is not dict or machine.get("little_endian") is not True:
-        raise Refused("holds a storage of a big-endian machine")
-    _load(payload, stream, _STORAGE_TYPES, lambda pid: found.append(_reference(pid)))
-    keys = _load(payload, stream, {})
+    stream.seek(len(HEADER))
+    DataUnpickler(stream, _STORAGE_TYPES, lambda pid: found.append(_reference(pid))).load()
+    keys = DataUnpickler(stream, {}).load()
     if len(found) != 1 or keys != [found[0][1]]:
         raise Refused("holds a storage that is not one run of numbers")
     dtype, _, count = found[0]
@@ -279,8 +249,7 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
 
     if f"{roots[0]}byteorder" in archive.namelist() and entry("byteorder") != b"little":
         raise Refused("is a file of a big-endian machine")
-    data = entry("data.pkl")
-    return _load(data, io.BytesIO(data), _ALLOWED, storage)
+    return DataUnpickler(io.BytesIO(entry("data.pkl")), _ALLOWED, storage).load()
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Stub:
@@ -316,11 +285,11 @@ def _integers(values: Any) -> tuple[int, ...]:
 
 def _array_of(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> NDArray[Any]:
     sizes, kind = _integers((shape,) if type(shape) is int else shape), plain(dtype)
-    if type(kind) is not str or not isinstance(raw, bytes | bytearray) or order not in ("C", "F", "A", "K"):
+    if type(kind) is not str or not isinstance(raw, bytes) or order not in ("C", "F", "A", "K"):
         raise Refused("holds a numpy array that is not made of bytes")
     if math.prod(sizes) * np.dtype(kind).itemsize != len(raw):
         raise Refused(f"holds a numpy array of shape {sizes} made of {len(raw)} bytes")
-    return np.frombuffer(bytes(raw), kind).reshape(sizes, order="F" if order == "F" else "C")
+    return np.frombuffer(raw, kind).reshape(sizes, order="F" if order == "F" else "C")
 
 
 def _array_state(state: tuple[Any, ...]) -> NDArray[Any]:
