@@ -68,7 +68,8 @@ class PickledObject:
         self.state = {}
         return self
 
-    def __setstate__(self, state: Any) -> None:
+    def build(self, state: Any) -> None:
+        """Takes the state that a pickle sets."""
         if type(state) is not dict:
             raise Refused(f"holds an object whose state is a {type(state).__name__}, expected a dict")
         self.state = state
@@ -78,29 +79,29 @@ class PickledObject:
         return PickledObject()
 
 
-class _Stub:
-    """A function, number type or array on the unpickler's stack.
+class _NumberType:
+    """A type of NumPy by its code; the pickle sets its byte order afterwards."""
 
-    A pickle can call it or set its state only where ``call`` or ``build`` says how; the attributes of a bare function
-    or array could be changed.
-    """
+    def __init__(self, code: Any, *_: Any) -> None:
+        if code not in _NUMPY_TYPES:
+            raise Refused(f"holds a numpy array of type {_shown(code)}; only numbers are read")
+        self.code, self.order = code, "<"
 
-    __slots__ = ("_build", "_call", "value")
+    def build(self, state: Any) -> None:
+        if len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+            raise Refused("holds a numpy type with a state that is not understood")
+        self.order = state[1]
 
-    def __init__(
-        self, value: Any = None, *, call: Callable[..., Any] | None = None, build: Callable[[Any], Any] | None = None
-    ) -> None:
-        self.value, self._call, self._build = value, call, build
 
-    def __call__(self, *args: Any) -> Any:
-        if self._call is None:
-            raise Refused("calls something that is no function")
-        return self._call(*args)
+class _Array:
+    """An array of NumPy, whose contents the pickle sets afterwards: ``(version, shape, type, fortran, bytes)``."""
 
-    def __setstate__(self, state: Any) -> None:
-        if self._build is None or type(state) is not tuple:
-            raise Refused("sets the state of a function, tensor or array")
-        self.value, self._build = self._build(state), None
+    def __init__(self, *_: Any) -> None:
+        self.value: NDArray[Any] | None = None
+
+    def build(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.value = _array_of(raw, dtype, shape, "F" if fortran else "C")
 
 
 class DataUnpickler(pickle._Unpickler):
@@ -110,8 +111,9 @@ class DataUnpickler(pickle._Unpickler):
     """
 
     # Instead of an empty bytearray of any length, the bytes that there are.
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]
+    stack: list[Any]
 
     def __init__(
         self, stream: io.BytesIO, allowed: Mapping[str, Any], storage: Callable[[Any], Any] | None = None
@@ -125,6 +127,15 @@ class DataUnpickler(pickle._Unpickler):
         if full not in self._allowed or "." in name:
             raise Refused(f"names {_shown(full)}, which no data record needs and which is not loaded")
         return self._allowed[full]
+
+    def load_build(self) -> None:
+        """Sets the state of the last object, which a function or a tensor does not have."""
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], PickledObject | _NumberType | _Array):
+            raise Refused("sets the state of a function, tensor or array")
+        self.stack[-1].build(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def persistent_load(self, pid: Any) -> Any:
         """Returns the storage that ``pid`` refers to."""
@@ -186,10 +197,10 @@ def attributes(record: Any, where: str) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Returns a NumPy array, read-only, where the value is a tensor or array; any other value as it is."""
-    return value.value if isinstance(value, _Stub) else value
+    return value.value if isinstance(value, _Array) else value
 
 
-def _storage_from_bytes(payload: Any) -> _Stub:
+def _storage_from_bytes(payload: Any) -> NDArray[Any]:
     """A storage in PyTorch's legacy form: ``HEADER``, reference, keys; count and numbers."""
     if not isinstance(payload, bytes) or not payload.startswith(HEADER):
         raise Refused("holds a storage that does not begin like those of PyTorch on little-endian machines")
@@ -207,13 +218,13 @@ def _storage_from_bytes(payload: Any) -> _Stub:
     return _storage(stream.getbuffer()[stream.tell() :], dtype, count)
 
 
-def _storage(raw: bytes | memoryview, dtype: str, count: int) -> _Stub:
+def _storage(raw: bytes | memoryview, dtype: str, count: int) -> NDArray[Any]:
     size = np.dtype(dtype).itemsize
     if count < 0 or len(raw) != count * size:
         raise Refused(f"holds a storage of {len(raw)} bytes, expected {count} numbers of {size}")
     array = np.frombuffer(raw, dtype)
     array.flags.writeable = False
-    return _Stub(array)
+    return array
 
 
 def _reference(pid: Any) -> tuple[str, str, int]:
@@ -229,7 +240,7 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
     roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise Refused("is a zip without a data.pkl, not a file of torch.save")
-    storages: dict[str, tuple[_Stub, str, int]] = {}
+    storages: dict[str, tuple[NDArray[Any], str, int]] = {}
 
     def entry(name: str) -> bytes:
         info = archive.getinfo(roots[0] + name)
@@ -238,7 +249,7 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
             raise Refused(f"has a compressed entry {_shown(name)}")
         return archive.read(info)
 
-    def storage(pid: Any) -> _Stub:
+    def storage(pid: Any) -> NDArray[Any]:
         dtype, key, count = _reference(pid)
         if key not in storages:
             storages[key] = _storage(entry(f"data/{key}"), dtype, count), dtype, count
@@ -252,10 +263,9 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
     return DataUnpickler(io.BytesIO(entry("data.pkl")), _ALLOWED, storage).load()
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Stub:
+def _rebuild_tensor(flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> NDArray[Any]:
     """A tensor on its storage; gradients and hooks are left out."""
     shape, steps = _integers(size), _integers(stride)
-    flat = plain(storage)
     if (
         not isinstance(flat, np.ndarray)
         or flat.ndim != 1
@@ -271,10 +281,10 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
     if count > max(len(flat), MAX_EXPANDED):
         raise Refused(f"holds a tensor of shape {shape} expanded from {len(flat)} numbers")
     if count == 0:
-        return _Stub(np.zeros(shape, flat.dtype))
+        return np.zeros(shape, flat.dtype)
     if all(step == math.prod(shape[k + 1 :]) for k, step in enumerate(steps)):
-        return _Stub(flat[offset : offset + count].reshape(shape))
-    return _Stub(as_strided(flat[offset:], shape, [step * flat.itemsize for step in steps], writeable=False))
+        return flat[offset : offset + count].reshape(shape)
+    return as_strided(flat[offset:], shape, [step * flat.itemsize for step in steps], writeable=False)
 
 
 def _integers(values: Any) -> tuple[int, ...]:
@@ -284,31 +294,13 @@ def _integers(values: Any) -> tuple[int, ...]:
 
 
 def _array_of(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> NDArray[Any]:
-    sizes, kind = _integers((shape,) if type(shape) is int else shape), plain(dtype)
-    if type(kind) is not str or not isinstance(raw, bytes) or order not in ("C", "F", "A", "K"):
+    sizes = _integers((shape,) if type(shape) is int else shape)
+    if not isinstance(dtype, _NumberType) or not isinstance(raw, bytes) or order not in ("C", "F", "A", "K"):
         raise Refused("holds a numpy array that is not made of bytes")
-    if math.prod(sizes) * np.dtype(kind).itemsize != len(raw):
+    kind = np.dtype(dtype.order + dtype.code)
+    if math.prod(sizes) * kind.itemsize != len(raw):
         raise Refused(f"holds a numpy array of shape {sizes} made of {len(raw)} bytes")
     return np.frombuffer(raw, kind).reshape(sizes, order="F" if order == "F" else "C")
-
-
-def _array_state(state: tuple[Any, ...]) -> NDArray[Any]:
-    """The array of ``(version, shape, type, fortran, bytes)``."""
-    _, shape, dtype, fortran, raw = state
-    return _array_of(raw, dtype, shape, "F" if fortran else "C")
-
-
-def _number_type(code: Any, *_: Any) -> _Stub:
-    """A NumPy type by its code; its state ``(version, byte order, ...)`` follows."""
-    if code not in _NUMPY_TYPES:
-        raise Refused(f"holds a numpy array of type {_shown(code)}; only numbers are read")
-
-    def with_order(state: tuple[Any, ...]) -> str:
-        if len(state) < 2 or state[1] not in ("<", ">", "|", "="):
-            raise Refused("holds a numpy type with a state that is not understood")
-        return str(state[1] + code)
-
-    return _Stub("<" + code, build=with_order)
 
 
 def _shown(text: Any) -> str:
@@ -318,8 +310,8 @@ def _shown(text: Any) -> str:
 
 _NUMPY = {
     "multiarray.scalar": lambda dtype, raw: _array_of(raw, dtype, ()).item(),
-    "multiarray._reconstruct": lambda *_: _Stub(build=_array_state),
-    "numeric._frombuffer": lambda *args: _Stub(_array_of(*args)),
+    "multiarray._reconstruct": _Array,
+    "numeric._frombuffer": _array_of,
 }
 _PYG = ("data.Data", "data.DataEdgeAttr", "data.DataTensorAttr", "storage.GlobalStorage", "batch.Batch",
         "batch.DynamicInheritanceGetter")  # fmt: skip
@@ -328,12 +320,12 @@ _STORAGE_TYPES = {f"torch.{name}": code for name, code in _STORAGES.items()}
 
 _ALLOWED: Mapping[str, Any] = {
     **_STORAGE_TYPES,
-    "torch._utils._rebuild_tensor": _Stub(call=_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v2": _Stub(call=_rebuild_tensor),
-    "torch.storage._load_from_bytes": _Stub(call=_storage_from_bytes),
-    "collections.OrderedDict": _Stub(call=dict),  # backward hooks, of which there are none
-    "numpy.dtype": _Stub(call=_number_type),
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch.storage._load_from_bytes": _storage_from_bytes,
+    "collections.OrderedDict": dict,  # backward hooks, of which there are none
+    "numpy.dtype": _NumberType,
     "numpy.ndarray": "ndarray",
-    **{f"numpy.{core}.{name}": _Stub(call=call) for core in ("core", "_core") for name, call in _NUMPY.items()},
+    **{f"numpy.{core}.{name}": call for core in ("core", "_core") for name, call in _NUMPY.items()},
     **{f"torch_geometric.data.{name}": PickledObject for name in _PYG},
 }
