@@ -15,12 +15,9 @@ def list_cards() -> None:
 
     Example: escaip data list
     """
-    from escaip.files import list_datasets
+    from escaip.files import aligned, list_datasets
 
-    cards = list_datasets()
-    width = max((len(card.name) for card in cards), default=0) + 2
-    for card in cards:
-        print(f"{card.name:<{width}}{card.title}")
+    print("\n".join(aligned([(card.name, card.title) for card in list_datasets()])))
 
 
 def info(name: str) -> None:
@@ -63,10 +60,10 @@ def download(
     """
     from escaip.files import dataset_card
 
-    dataset_card(name)
+    card = dataset_card(name)  # a wrong name is told before anything heavy is imported
     from escaip.data.download import download as fetch
 
-    print(fetch(name, split=split, files=file, root=root, jobs=jobs, dry_run=dry_run, extract=extract, verify=verify))
+    print(fetch(card, split=split, files=file, root=root, jobs=jobs, dry_run=dry_run, extract=extract, verify=verify))
 
 
 def inspect(path: DataPath, *, out: str | None = None, **read: Unpack[ReadOptions]) -> None:

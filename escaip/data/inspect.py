@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +16,11 @@ from escaip.data.readers.policy import WINDOW
 from escaip.data.statistics import fit_statistics
 from escaip.data.store import Store, is_store
 from escaip.errors import DataError
-from escaip.files import write_aside, write_json
+from escaip.files import write_results
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from escaip.data.structure import AtomicData
 
 MAX_OUTLIERS = 10
@@ -83,7 +84,7 @@ class ForceWork:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Summary of numbers, in their unit."""
+    """Summary of finite numbers, in their unit."""
 
     minimum: float
     median: float
@@ -242,10 +243,7 @@ def inspect(
     if show:
         print(inspection.table())
     if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        plot_inspection(values, folder / "inspect.png")
-        write_json(folder / "inspect.json", asdict(inspection))
+        write_results(out, {"inspect.png": plot_inspection(values), "inspect.json": asdict(inspection)})
     return inspection
 
 
@@ -283,8 +281,8 @@ def inspect_structures(
     return inspection, values
 
 
-def plot_inspection(values: dict[str, NDArray[np.float64]], path: Path) -> None:
-    """Histograms as a PNG, drawn without touching matplotlib's global state."""
+def plot_inspection(values: dict[str, NDArray[np.float64]]) -> Figure:
+    """Returns histograms, drawn without touching matplotlib's global state."""
     from matplotlib.figure import Figure
 
     panels = (
@@ -306,8 +304,7 @@ def plot_inspection(values: dict[str, NDArray[np.float64]], path: Path) -> None:
         wide = logarithmic and data.max() > 10 * data.min()
         axis.hist(data, bins=list(np.geomspace(data.min(), data.max(), 60)) if wide else 60)
         axis.set_xscale("log" if wide else "linear")
-    with write_aside(path) as aside:
-        figure.savefig(aside, dpi=120)
+    return figure
 
 
 def _outliers(names: list[str], residual: NDArray[np.float64], force: NDArray[np.float64]) -> list[str]:
