@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from escaip.data.structure import AtomicData, is_per_atom, make_batch
 from escaip.errors import ConfigError, DataError
@@ -68,7 +70,6 @@ FIELDS = {
     "tags": ("<i4", "i8"),
 }
 """Stored dtype and dtype in memory of the fields besides targets."""
-DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U64": "<u8", "U8": "u1", "BOOL": "?"}
 
 
 def is_store(path: Path) -> bool:
@@ -79,30 +80,17 @@ def is_store(path: Path) -> bool:
 def map_arrays(path: Path) -> Arrays:
     """Returns the arrays of a safetensors file as read-only views of one memory map.
 
-    The map is torch's, which keeps no file descriptor: a store may have more shards than a process may have of those.
+    The map keeps no file descriptor: a store may have more shards than a process may have of those.
 
     Raises:
-        DataError: a header that is damaged or points outside the file.
+        DataError: a header that is damaged or does not fit the file.
     """
     try:
-        size = path.stat().st_size
-        if size < 8:
-            raise ValueError(f"{size} bytes")
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-        data.flags.writeable = False
-        length = int.from_bytes(data[:8].tobytes(), "little")
-        if not 2 <= length <= min(size - 8, 1 << 20):
-            raise ValueError("impossible header length")
-        header, body = json.loads(data[8 : 8 + length].tobytes()), data[8 + length :]
-        header.pop("__metadata__", None)
-        arrays: Arrays = {}
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            if not 0 <= start <= stop <= len(body):
-                raise ValueError(f"array {name!r} lies outside the file")
-            arrays[name] = body[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        arrays: Arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: damaged shard ({error}); prepare the store again") from error
+    for array in arrays.values():
+        array.flags.writeable = False
     return arrays
 
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from escaip.data.store import (
     COLUMNS,
-    DTYPES,
     EDGE_CUTOFF,
     FIELDS,
     INDEX,
@@ -34,7 +33,7 @@ from escaip.data.store import (
     label_counts,
     map_arrays,
 )
-from escaip.data.structure import LABELS, AtomicData
+from escaip.data.structure import LABELS, AtomicData, collate
 from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS
@@ -42,7 +41,8 @@ from escaip.types import TARGETS
 PART = "part.json"
 DEFAULT_SHARD_ATOMS = 1_000_000
 PRECISIONS = ("float64", "float32")
-_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+_DTYPES = {"<f8": "F64", "<f4": "F32", "<i8": "I64", "<i4": "I32", "<u8": "U64", "|u1": "U8", "|b1": "BOOL"}
+"""Names of types in safetensors files."""
 _QUANTUM = 1e4  # coordinates are hashed in units of 1e-4 Å, so that single precision finds its double
 
 
@@ -65,7 +65,7 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any] | Stream]) -> dict
         value = arrays[key]
         shape = [value.length] if isinstance(value, Stream) else list(value.shape)
         stop = position + int(np.prod(shape)) * value.dtype.itemsize
-        header[key] = {"dtype": _NAMES[value.dtype], "shape": shape, "data_offsets": [position, stop]}
+        header[key] = {"dtype": _DTYPES[value.dtype.str], "shape": shape, "data_offsets": [position, stop]}
         position = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -108,22 +108,17 @@ def pack_compositions(keys: Sequence[bytes]) -> Arrays:
 
 def _pack_structures(structures: Sequence[AtomicData], precision: str) -> Arrays:
     """Returns fields of structures end to end, with ``offsets (B+1,)`` of their atoms, and their ids."""
-    arrays: Arrays = {"offsets": np.cumsum([0, *(data.num_nodes for data in structures)]).astype("<i8")}
+    batch = collate(structures)
+    arrays: Arrays = {"offsets": batch.ptr.numpy()}
     for key, (dtype, _) in FIELDS.items():
-        arrays[key] = np.concatenate([data._store[key].numpy() for data in structures]).astype(dtype)
-    for key, target in TARGETS.items():
-        shapes = [(data.num_nodes if target.per_atom else 1, *target.shape) for data in structures]
-        values = [_value(data, key, shape) for data, shape in zip(structures, shapes, strict=True)]
-        if key in LABELS or not all(np.isnan(value).all() for value in values):
+        arrays[key] = batch[key].numpy().astype(dtype)
+    for key in TARGETS:
+        values = batch[key].numpy()
+        if key in LABELS or not np.isnan(values).all():
             # float32 halves forces and stress, but never energies, whose differences matter.
             single = precision == "float32" and key != "energy"
-            arrays[key] = np.concatenate(values).astype("<f4" if single else "<f8")
-    return {**arrays, **pack_text("id", [data.structure_id for data in structures])}
-
-
-def _value(data: AtomicData, key: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    value = data._store.get(key)
-    return np.full(shape, np.nan) if value is None else value.numpy().reshape(shape)
+            arrays[key] = values.astype("<f4" if single else "<f8")
+    return {**arrays, **pack_text("id", batch.structure_id)}
 
 
 def _index_structures(structures: Sequence[AtomicData]) -> Arrays:
@@ -137,11 +132,10 @@ def _index_structures(structures: Sequence[AtomicData]) -> Arrays:
         forces = store["forces"].numpy()[~store["fixed"].numpy()]
         squares = (forces**2).sum(axis=1)
         squares = squares[~np.isnan(squares)]
-        given = [key in store and not bool(store[key].isnan().any()) for key in TARGETS]
         facts = {
             "natoms": len(numbers),
             "periodic": bool(store["pbc"].any()),
-            "labels": sum(1 << bit for bit, there in enumerate(given) if there),
+            "labels": sum(1 << bit for bit, key in enumerate(TARGETS) if data.has_label(key)),
             "group_codes": groups.setdefault(str(data.group), len(groups)),
             "composition_codes": kinds.setdefault(composition_key(numbers), len(kinds)),
             "num_edges": _count_edges(data),
