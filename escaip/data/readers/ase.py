@@ -161,8 +161,6 @@ def _iterate(path: Path, positions: range) -> Iterator[Atoms]:
     import ase.io
     from ase.io.formats import UnknownFileTypeError
 
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty")
     stop = "" if positions.stop == sys.maxsize else positions.stop
@@ -201,8 +199,6 @@ def _iterate_xyz(path: Path, positions: range) -> Iterator[Atoms]:
 def _open_database(path: Path) -> Iterator[Database]:
     import ase.db
 
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     try:
         with ase.db.connect(path, serial=True) as database:
             yield database

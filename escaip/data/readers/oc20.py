@@ -60,14 +60,8 @@ def read_oc20(path: Path, name: str, policy: ReadPolicy, *, energy: str | None =
 
 
 def list_files(path: Path) -> list[Path]:
-    """Lists the files of frames in a folder, ``2.extxyz.xz`` before ``10.extxyz.xz``.
-
-    The archives unpack into a folder within a folder: where the only thing inside is another one, its files count.
-    """
-    inside = list(path.iterdir())
-    files = [file for file in inside if file.name.endswith(STRUCTURES) and file.is_file()]
-    if not files and len(inside) == 1 and inside[0].is_dir():
-        return list_files(inside[0])
+    """Lists the files of frames in a folder, ``2.extxyz.xz`` before ``10.extxyz.xz``."""
+    files = [file for file in _inside(path) if file.name.endswith(STRUCTURES) and file.is_file()]
     stems: dict[str, Path] = {}
     for file in files:
         other = stems.setdefault(_stem(file), file)
@@ -79,10 +73,7 @@ def list_files(path: Path) -> list[Path]:
 def matches(path: Path, head: bytes) -> bool:
     """Files with a sidecar of this layout, and folders that hold one."""
     if path.is_dir():
-        inside = list(path.iterdir())
-        if len(inside) == 1 and inside[0].is_dir():
-            return matches(inside[0], b"")
-        return any(matches(file, b"") for file in inside if not file.is_dir())
+        return any(matches(file, b"") for file in _inside(path) if not file.is_dir())
     sidecar = _sidecar(path) if path.name.endswith(STRUCTURES) else None
     if sidecar is None:
         return False
@@ -91,6 +82,12 @@ def matches(path: Path, head: bytes) -> bool:
             return _LINE.fullmatch(file.readline(MAX_LINE).decode("ascii", "replace").strip()) is not None
     except (OSError, EOFError, lzma.LZMAError):
         return True  # so that reading it names the fault
+
+
+def _inside(path: Path) -> list[Path]:
+    """What is in a folder, or in the only folder in it: the archives unpack into a folder within a folder."""
+    inside = list(path.iterdir())
+    return _inside(inside[0]) if len(inside) == 1 and inside[0].is_dir() else inside
 
 
 def _records(path: Path, name: str, units: Units, check: EnergyCheck) -> Iterator[Record]:

@@ -186,20 +186,16 @@ def _conformations(
     shape = (len(positions), len(numbers), 3)
     fits = positions.shape == shape and energies.shape == shape[:1]
     fits = fits and (gradients is None or gradients.shape == shape)
-    datasets = f"datasets {_listed(found)}"
-    for index in range(len(positions)):
+
+    def build(index: int) -> AtomicData:
         structure_id = f"{place}:{index}"
         if not fits:
-            reason = MalformedError(f"{structure_id}: arrays of this molecule disagree in shape")
-            yield Record(partial(_refuse, reason))
-            continue
+            raise MalformedError(f"{structure_id}: arrays of this molecule disagree in shape")
         gradient = None if gradients is None else gradients[index]
         values = (positions[index], energies[index], *([] if gradient is None else [gradient]))
         if not all(np.isfinite(value).all() for value in values):
-            yield Record(partial(_refuse, MalformedError(f"{structure_id}: malformed conformation (NaN or Inf)")))
-            continue
-        build = partial(
-            AtomicData.from_arrays,
+            raise MalformedError(f"{structure_id}: malformed conformation (NaN or Inf)")
+        return AtomicData.from_arrays(
             numbers,
             positions[index],
             energy=float(energies[index]),
@@ -209,7 +205,9 @@ def _conformations(
             group=name,
             units=units,
         )
-        yield Record(build, lambda: datasets)
+
+    for index in range(len(positions)):
+        yield Record(partial(build, index), lambda: f"datasets {_listed(found)}")
 
 
 def _refuse(error: DataError) -> AtomicData:
