@@ -208,13 +208,10 @@ class OcpFile:
         """The energy to be added, in eV."""
         if self.reference is None:
             return 0.0
-        system = _label(sid, "sid", name)
-        bare = system.removeprefix("random") if isinstance(system, str) else str(system)
-        number = int(bare) if bare.isascii() and bare.isdecimal() and len(bare) < 19 else bare
-        for candidate in (system, number, bare, f"random{bare}"):
-            if candidate in self.reference:
-                return _scalar(plain(self.reference[candidate]), "reference energy", name)
-        raise DataError(f"{name}: the reference has no energy for its system; use the reference of this data set")
+        system = _bare(_label(sid, "sid", name))
+        if system not in self.reference:
+            raise DataError(f"{name}: the reference has no energy for its system; use the reference of this data set")
+        return _scalar(plain(self.reference[system]), "reference energy", name)
 
 
 def listed(record: Mapping[str, Any]) -> str:
@@ -222,8 +219,13 @@ def listed(record: Mapping[str, Any]) -> str:
     return ", ".join(sorted(record)[:30]) or "nothing"
 
 
-def load_reference(path: Path) -> Mapping[Any, Any]:
-    """Reads reference energies in eV by system from a pickle such as ``oc20_ref.pkl``."""
+def _bare(system: Any) -> str:
+    """The number of a system: ``12`` of 12, ``"12"`` and ``"random12"``."""
+    return str(system).removeprefix("random")
+
+
+def load_reference(path: Path) -> Mapping[str, Any]:
+    """Reads reference energies in eV by number of the system from a pickle such as ``oc20_ref.pkl``."""
     try:
         stat = path.stat()
         return _load_reference(path, stat.st_mtime_ns, stat.st_size)
@@ -232,12 +234,12 @@ def load_reference(path: Path) -> Mapping[Any, Any]:
 
 
 @lru_cache(maxsize=1)
-def _load_reference(path: Path, changed: int, size: int) -> Mapping[Any, Any]:
+def _load_reference(path: Path, changed: int, size: int) -> Mapping[str, Any]:
     """Kept for the next file and part of the same data set: there are hundreds of thousands of systems."""
     content = unpickle(path.read_bytes(), str(path))
     if type(content) is not dict or not content:
         raise DataError(f"{path}: holds a {type(content).__name__}, expected a dict of reference energies by sid")
-    return content
+    return {_bare(system): energy for system, energy in content.items()}
 
 
 def _label(value: Any, what: str, place: str) -> int | str | None:

@@ -7,13 +7,16 @@ import itertools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from escaip.data.readers.ase import XYZ, held, parse_xyz, record_of, xyz_frames
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record, ranges_by_weight
 from escaip.data.structure import AtomicData, LabelKeys
 from escaip.errors import DataError
 from escaip.files import one_line
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 GROUP_KEY = "material_id"
 MAX_LINE = 1 << 20
@@ -43,11 +46,7 @@ def _records(path: Path, name: str, policy: ReadPolicy, keys: LabelKeys, part: P
     with _opened(path) as archive:
         members = _members(archive, path)
         for info in members[slice(*part)] if part else members:
-            for index, text in enumerate(_texts(archive, info, path)):
-                try:
-                    atoms = parse_xyz(text)
-                except Exception as error:
-                    raise _damaged(path, info, index, error) from error
+            for index, atoms in enumerate(_frames(archive, info, path)):
                 # The group counts as the file: a material, else the member.
                 group = str(atoms.info.get(GROUP_KEY, info.filename))
                 yield record_of(held(atoms), f"{name}:{info.filename}:{index}", group, keys, policy, "file")
@@ -58,7 +57,7 @@ def divide(path: Path, size: int) -> list[Part]:
     with _opened(path) as archive:
         members = _members(archive, path)
         sampled = members[:: max(len(members) // _SAMPLED, 1)]
-        frames = sum(sum(1 for _ in _texts(archive, info, path)) for info in sampled)
+        frames = sum(sum(1 for _ in _frames(archive, info, path)) for info in sampled)
     allowed = size * max(sum(info.file_size for info in sampled) / max(frames, 1), 1.0)
     return ranges_by_weight((info.file_size for info in members), allowed)
 
@@ -89,20 +88,22 @@ def _members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
     return found
 
 
-def _texts(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Iterator[str]:
-    """Frames of a member as text."""
+def _frames(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Iterator[Atoms]:
+    """Frames of a member."""
     count = 0
     try:
         with archive.open(info) as stream:
             lines = _BoundedLines(stream)
             for text in xyz_frames(lines):
                 lines.used = 0
-                yield text
+                yield parse_xyz(text)
                 count += 1
     except (GeneratorExit, DataError):
         raise
     except Exception as error:
-        raise _damaged(path, info, count, error) from error
+        raise DataError(
+            f"{path}: member {info.filename} is damaged after {count} frames ({one_line(error)}); download it again"
+        ) from error
 
 
 class _BoundedLines(io.TextIOBase):
@@ -118,12 +119,6 @@ class _BoundedLines(io.TextIOBase):
         if len(line) == MAX_LINE or self.used > MAX_FRAME:
             raise ValueError("a line or a frame larger than any structure needs")
         return line.decode()
-
-
-def _damaged(path: Path, info: zipfile.ZipInfo, count: int, error: Exception) -> DataError:
-    return DataError(
-        f"{path}: member {info.filename} is damaged after {count} frames ({one_line(error)}); download it again"
-    )
 
 
 READER = Reader("xyz_zip", "zip of (ext)xyz files, as of MPTrj", read_xyz_zip, matches, divide)
