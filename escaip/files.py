@@ -158,7 +158,12 @@ def try_lock(path: str | os.PathLike[str]) -> IO[bytes] | None:
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Returns the hexadecimal SHA-256 digest of a file."""
-    digest = hashlib.sha256()
+    return file_digest(path, "sha256")
+
+
+def file_digest(path: str | os.PathLike[str], algorithm: str) -> str:
+    """Returns the hexadecimal digest of a file by an algorithm of ``hashlib``, for comparison only."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with Path(path).open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
