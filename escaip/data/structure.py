@@ -541,11 +541,25 @@ def floats(value: Any, what: str, name: str, shape: tuple[int, ...] | None = Non
     """
     try:
         array = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: {what} holds something else than numbers; check its key") from error
     if shape is not None and array.shape != shape:
         raise DataError(f"{name}: {what} has shape {array.shape}, expected {shape}")
     return array
+
+
+def integers(value: ArrayLike, what: str, name: str) -> NDArray[np.int64]:
+    """Returns a new int64 array of whole numbers, which files often keep as floats.
+
+    Raises:
+        DataError: anything else.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "bi":
+        return value.astype(np.int64)
+    array = floats(value, what, name)
+    if not np.isfinite(array).all() or (np.abs(array) > 2**53).any() or (array != np.rint(array)).any():
+        raise DataError(f"{name}: {what} holds something else than whole numbers")
+    return array.astype(np.int64)
 
 
 def _per_atom(value: ArrayLike | None, n: int, dtype: type[np.generic], what: str, name: str) -> NDArray[Any]:

@@ -229,6 +229,7 @@ BOMB = zlib.compress(b'{"numbers": [' + b" " * (5 << 20) + b"1]}")
         (water(forces=[["a"] * 3] * 3), "forces holds something else than numbers"),
         (water(forces=[[0.0] * 3, [0.0]]), "forces holds something else than numbers"),
         (water(forces={"x": 1}), "forces holds something else than numbers"),
+        (water(energy=10**400), "energy holds something else than numbers"),
         (water(forces=encoded(np.zeros((2, 3)))), r"forces has shape \(2, 3\), expected \(3, 3\)"),
         (water(numbers=[8.5, 1, 1]), "numbers holds something else than whole numbers"),
         (water(pbc=[True]), "cell and pbc must have shapes"),

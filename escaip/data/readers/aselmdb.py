@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from escaip.data.readers.ase import GROUP_BY, record_of
 from escaip.data.readers.ocp_lmdb import open_environment
 from escaip.data.readers.policy import Part, Reader, ReadPolicy, Record
-from escaip.data.structure import AtomicData, LabelKeys
+from escaip.data.structure import AtomicData, LabelKeys, floats, integers
 from escaip.data.validation import check_choice
 from escaip.errors import DataError
 from escaip.files import one_line
@@ -151,16 +151,16 @@ def _atoms_of(value: memoryview | None, name: str) -> Atoms:
     row = decode_json(value, name)
     if not isinstance(row, dict) or row.get("numbers") is None or row.get("positions") is None:
         raise DataError(f"{name}: is no row of an ASE database (needs numbers and positions)")
-    cell, pbc = _array(row, "cell", name), _array(row, "pbc", name, np.bool_)
+    cell, pbc = _array(row, "cell", name), _array(row, "pbc", name, integers)
     if (cell is not None and cell.shape not in ((3, 3), (3,))) or (pbc is not None and pbc.shape != (3,)):
         raise DataError(f"{name}: cell and pbc must have shapes (3, 3) and (3,)")
     try:
         atoms = Atoms(
-            numbers=np.ravel(_array(row, "numbers", name, np.int64)),  # type: ignore[arg-type]
+            numbers=np.ravel(_array(row, "numbers", name, integers)),  # type: ignore[arg-type]
             positions=_array(row, "positions", name),
             cell=cell,
             pbc=pbc,
-            tags=_array(row, "tags", name, np.int64),
+            tags=_array(row, "tags", name, integers),
         )
     except ValueError as error:
         raise DataError(f"{name}: numbers, positions and tags do not fit together ({one_line(error)})") from error
@@ -176,19 +176,11 @@ def _atoms_of(value: memoryview | None, name: str) -> Atoms:
     return atoms
 
 
-def _array(row: Mapping[str, Any], key: str, name: str, dtype: type[np.generic] = np.float64) -> NDArray[Any] | None:
+def _array(
+    row: Mapping[str, Any], key: str, name: str, convert: Callable[[Any, str, str], NDArray[Any]] = floats
+) -> NDArray[Any] | None:
     value = _value(row.get(key))
-    if value is None:
-        return None
-    try:
-        array = np.asarray(value)
-        converted: NDArray[Any] = array.astype(dtype, copy=False)
-        if array.dtype.kind not in "biuf" or (dtype is not np.float64 and not np.array_equal(converted, array)):
-            raise ValueError
-        return converted
-    except (TypeError, ValueError, OverflowError) as error:
-        kind = "numbers" if dtype is np.float64 else "whole numbers"
-        raise DataError(f"{name}: {key} holds something else than {kind}, or a shape that does not fit") from error
+    return None if value is None else convert(value, key, name)
 
 
 def _value(value: Any) -> Any:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from escaip.data.readers.pickled import attributes, plain, unpickle
 from escaip.data.readers.policy import WINDOW, ReadPolicy, Record
-from escaip.data.structure import LABELS, AtomicData, floats, hill_formula
+from escaip.data.structure import LABELS, AtomicData, floats, hill_formula, integers
 from escaip.data.validation import check_choice
 from escaip.errors import ConfigError, DataError
 from escaip.types import TARGETS
@@ -140,20 +140,20 @@ class OcpFile:
             raise DataError(f"{place}: has no pos and atomic_numbers, which records have; found {listed(record)}")
         name, group = self._names(record, key, place)
         relaxation = self._is_relaxation(record, place)
-        numbers = _integers(record["atomic_numbers"], "atomic_numbers", name).ravel()
-        if "natoms" in record and int(_integers(record["natoms"], "natoms", name).sum()) != len(numbers):
+        numbers = integers(record["atomic_numbers"], "atomic_numbers", name).ravel()
+        if "natoms" in record and int(integers(record["natoms"], "natoms", name).sum()) != len(numbers):
             raise DataError(f"{name}: natoms is {record['natoms']}, but there are {len(numbers)} atomic_numbers")
-        tags = _integers(record.get("tags", np.zeros(len(numbers))), "tags", name)
+        tags = integers(record.get("tags", np.zeros(len(numbers))), "tags", name)
         cell = floats(record["cell"], "cell", name) if "cell" in record else None
         if cell is not None and cell.size == 9:
             cell = cell.reshape(3, 3)
         # Slabs of OC20 and OC22 are periodic along all axes, and their files do not say so.
-        pbc = _integers(record.get("pbc", cell is not None), "pbc", name).ravel() != 0
+        pbc = integers(record.get("pbc", cell is not None), "pbc", name).ravel() != 0
         if pbc.size not in (1, 3):
             raise DataError(f"{name}: pbc has {pbc.size} values, expected 3")
         energy = _one_of(record, ("y_relaxed",) if relaxation else ("energy", "y"), name)
         if energy is not None:
-            marked = bool(_integers(record.get("oc22", 0), "oc22", name).any())
+            marked = bool(integers(record.get("oc22", 0), "oc22", name).any())
             if self.energy is None and pbc.any() and tags.any() and not marked:
                 check_energy_option(self.path, None)
             if self.energy == "adsorption" and marked:
@@ -169,7 +169,7 @@ class OcpFile:
             energy=energy,
             forces=None if relaxation else _one_of(record, ("forces", "force"), name),
             labels={target: record[target] for target in TARGETS if target in record and target not in LABELS},
-            fixed=_integers(record["fixed"], "fixed", name) if "fixed" in record else None,
+            fixed=integers(record["fixed"], "fixed", name) if "fixed" in record else None,
             tags=tags,
             structure_id=name,
             group=group if group is not None else hill_formula(numbers),
@@ -247,7 +247,7 @@ def _label(value: Any, what: str, place: str) -> int | str | None:
         return value
     if isinstance(value, str) or np.size(value) != 1:
         raise DataError(f"{place}: {what} is {value!r}, expected a number or a name")
-    return int(_integers(value, what, place).ravel()[0])
+    return int(integers(value, what, place).ravel()[0])
 
 
 def _one_of(record: Mapping[str, Any], keys: tuple[str, ...], name: str) -> Any:
@@ -262,13 +262,3 @@ def _scalar(value: ArrayLike, what: str, name: str) -> float:
     if array.size != 1 or not np.isfinite(array).all():
         raise DataError(f"{name}: {what} is {str(value)[:60]!r}, expected one finite number")
     return float(array.ravel()[0])
-
-
-def _integers(value: ArrayLike, what: str, name: str) -> NDArray[np.int64]:
-    """Whole numbers, which these files often keep as floats."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "bi":
-        return value.astype(np.int64)
-    array = floats(value, what, name)
-    if not np.isfinite(array).all() or (np.abs(array) > 2**53).any() or (array != np.rint(array)).any():
-        raise DataError(f"{name}: {what} holds something else than whole numbers")
-    return array.astype(np.int64)
