@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
 from escaip.data.commands import reading
 from escaip.options import DataPath, ModelFile, ModelOptions, ReadOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ase import Atoms
 
 
 class _Options(ModelOptions, ReadOptions, total=False):
@@ -76,8 +82,8 @@ def predict(
     Example: escaip predict example:organic structures.xyz --out predictions.extxyz
     """
     from escaip.data.readers import data_sha256
-    from escaip.evaluate.frames import check_out
-    from escaip.evaluate.predictions import predict_into
+    from escaip.evaluate.frames import check_out, write_frames
+    from escaip.evaluate.predictions import predict_frames
     from escaip.files import model_file, sha256
     from escaip.signals import continued_by_same_command
 
@@ -89,11 +95,13 @@ def predict(
         "data": data_sha256(data, options.get("format")), **options,
     }  # fmt: skip
     run.pop("device", None)
+
+    def remaining(count: int) -> Iterator[Atoms]:
+        rest = islice(structures, count, None)
+        return predict_frames(potentials, rest, first=count, max_atoms=max_atoms, progress=sys.stderr.isatty())
+
     with continued_by_same_command():
-        count = predict_into(
-            Path(out), potentials, structures, run, overwrite=overwrite, max_atoms=max_atoms,
-            progress=sys.stderr.isatty(),
-        )  # fmt: skip
+        count = write_frames(Path(out), run, remaining, overwrite=overwrite)
     print(f"wrote {out}: {count} structures")
 
 

@@ -1,46 +1,19 @@
-"""Structures with predictions instead of their labels, as a file."""
+"""Structures with predictions instead of their labels."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from ase import Atoms
 
 from escaip.data import AtomicData
-from escaip.evaluate.frames import write_frames
 from escaip.potential import Potential
 from escaip.potential.potential import origin_of
 from escaip.potential.predict import StructurePrediction, predict_pairs
 from escaip.types import TARGETS
-
-
-def predict_into(
-    path: Path, potentials: Sequence[Potential], structures: Iterable[AtomicData], run: Mapping[str, Any], *,
-    overwrite: bool = False, **options: Any,
-) -> int:  # fmt: skip
-    """Writes the frames of ``predict_frames`` to a file, which is continued after a kill.
-
-    Args:
-        path: of an extxyz file.
-        potentials: one, or the members of a committee.
-        structures: all of them, those of which predictions are in the file already as well.
-        run: as in ``escaip.evaluate.frames.write_frames``, which also names the errors.
-        overwrite: as there.
-        options: ``max_atoms`` and ``progress`` of ``escaip.potential.predict.predict_pairs``.
-
-    Returns:
-        The number of structures in the file.
-    """
-
-    def remaining(count: int) -> Iterator[Atoms]:
-        rest = itertools.islice(structures, count, None)
-        return predict_frames(potentials, rest, first=count, **options)
-
-    return write_frames(path, run, remaining, overwrite=overwrite)
 
 
 def predict_frames(
