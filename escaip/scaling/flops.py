@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from escaip.data import AtomicData, collate
-from escaip.errors import DataError, UsageError
+from escaip.errors import UsageError
 from escaip.graph import build_graph
-from escaip.models import EScAIP, EScAIPConfig
+from escaip.models import EScAIP, EScAIPConfig, ModelConfig
 from escaip.nn.embedding import kept_tables
 from escaip.ops import spline
 from escaip.ops.autograd import OPERATORS
@@ -73,14 +73,8 @@ class GraphShape(NamedTuple):
 
 
 def mean_shape(structures: Iterable[AtomicData], settings: GraphSettings) -> GraphShape:
-    """Returns mean sizes of a sample of structures, building one graph at a time.
-
-    Raises:
-        DataError: there is no structure.
-    """
+    """Returns mean sizes of a sample of structures, building one graph at a time."""
     shapes = [GraphShape.of_batch(collate([one]), settings) for one in structures]
-    if not shapes:
-        raise DataError("the sample has no structure: give at least one to count edges in")
     return GraphShape(*map(sum, zip(*shapes, strict=True))).times(1.0 / len(shapes))
 
 
@@ -120,22 +114,21 @@ class _Product:
         return 1 + first + 1 + (self.moves or self.learned)
 
 
-def count_flops(model: EScAIPConfig | Potential, batch: StructureBatch | GraphShape, mode: str = "training") -> float:
+def count_flops(config: ModelConfig, batch: StructureBatch | GraphShape, mode: str = "training") -> float:
     """Counts the floating-point operations of an evaluation or training step of a batch by formula.
 
-    The mode is one of ``MODES``; of a potential only the configuration counts.
+    The mode is one of ``MODES``.
 
     Raises:
-        UsageError: there is no such mode, or a direct-force model is to be trained on energies alone.
+        UsageError: there is no such mode, a direct-force model is to be trained on energies alone, or the configuration
+            is not that of an EScAIP.
     """
-    return sum(flops_by_layer(model, batch, mode).values())
+    return sum(flops_by_layer(config, batch, mode).values())
 
 
-def flops_by_layer(
-    model: EScAIPConfig | Potential, batch: StructureBatch | GraphShape, mode: str = "training"
-) -> dict[str, float]:
+def flops_by_layer(config: ModelConfig, batch: StructureBatch | GraphShape, mode: str = "training") -> dict[str, float]:
     """Counts as ``count_flops``, for each kind of layer apart; all blocks together."""
-    config = _checked(model, mode)
+    config = _checked(config, mode)
     shape = batch if isinstance(batch, GraphShape) else GraphShape.of_batch(batch, config.graph)
     knots = config.distance_knots + _SPLINE_ENDS
     rows = {"token": shape.num_tokens, "atom": shape.num_atoms, "knot": knots}
@@ -267,33 +260,25 @@ def parameter_count(config: EScAIPConfig) -> ParameterCount:
 
 
 def training_flops(
-    config: EScAIPConfig, structure: GraphShape, *, batch_size: float, steps: int, mode: str = "training"
+    config: ModelConfig, structure: GraphShape, *, batch_size: float, steps: int, mode: str = "training"
 ) -> float:
     """Counts the operations of a run: ``C = n · cost(structure) + steps · cost(tables)`` for ``n`` structures seen.
 
     A structure has mean sizes, from ``mean_shape``; ``batch_size`` is that of a step in all processes, the mean where
-    batches are packed by atoms.
-
-    Raises:
-        UsageError: a number is not positive, or the mode trains nothing.
+    batches are packed by atoms; errors are those of ``count_flops``.
     """
-    if not mode.endswith("training"):
-        raise UsageError(f"mode {mode!r} trains nothing: choose training or energy_training")
-    for name, value in {"batch_size": batch_size, "steps": steps}.items():
-        if not value > 0:
-            raise UsageError(f"{name} is {value:g}: it must be above 0")
     tables = count_flops(config, GraphShape(0, 0, 0), mode)
     return count_flops(config, structure.times(steps * batch_size), mode) + (steps - 1) * tables
 
 
-def profile_flops(model: EScAIPConfig | Potential, batch: StructureBatch, mode: str = "training") -> int:
+def profile_flops(config: ModelConfig, batch: StructureBatch, mode: str = "training") -> int:
     """Measures the operations that ``count_flops`` predicts by one evaluation or step under PyTorch's counter.
 
-    A fresh potential of the configuration without dropout is run on the batch's device; the potential given, the batch
-    and the state of the random numbers do not change. Attention is counted by ``operator_formulas``. Arguments and
-    errors are those of ``count_flops``.
+    A fresh potential of the configuration without dropout is run on the batch's device; the batch and the state of the
+    random numbers do not change. Attention is counted by ``operator_formulas``. Arguments and errors are those of
+    ``count_flops``.
     """
-    config = _checked(model, mode)
+    config = _checked(config, mode)
     training = mode.endswith("training")
     off: dict[str, Any] = {field.name: 0.0 for field in dataclasses.fields(config) if field.name.endswith("dropout")}
     config = dataclasses.replace(config, **off, stochastic_depth=0.0, attention_backend="auto")
@@ -317,9 +302,8 @@ def profile_flops(model: EScAIPConfig | Potential, batch: StructureBatch, mode: 
     return counter.get_total_flops()
 
 
-def _checked(model: EScAIPConfig | Potential, mode: str) -> EScAIPConfig:
-    """Returns the configuration of a model for which the mode can be counted."""
-    config = model.config if isinstance(model, Potential) else model
+def _checked(config: ModelConfig, mode: str) -> EScAIPConfig:
+    """Returns the configuration, for which the mode can be counted."""
     if not isinstance(config, EScAIPConfig):
         raise UsageError(f"operations of {type(config).__name__} are not known: only those of EScAIP are counted")
     if mode not in MODES:
