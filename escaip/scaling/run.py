@@ -264,14 +264,6 @@ def run_claimed(study: str, job_id: str) -> None:
         raise TrainingError(f"{job_id} failed (status {status}): see {folder / LOG}")
 
 
-def read_job(study: Path, job_id: str) -> Job:
-    """Reads the job that ``run_study`` wrote, or raises a DataError."""
-    file = folder_of(study, job_id) / JOB
-    if not file.is_file():
-        raise DataError(f"{study} has no run {job_id}: start it by escaip scaling run")
-    return Job(**json.loads(file.read_text(encoding="utf-8")))
-
-
 def train(study: Path, job: Job) -> Record:
     """Trains a job, from its last checkpoint where there is one, and writes the record.
 
@@ -408,10 +400,11 @@ def _end_with_parent() -> None:
 def main(argv: Sequence[str]) -> int:
     """Trains the job of a study's folder and an id, and returns the exit status."""
     study, job_id = Path(argv[0]), argv[1]
+    folder = folder_of(study, job_id)
     _end_with_parent()
     try:
-        if not (folder_of(study, job_id) / RECORD).is_file():
-            train(study, read_job(study, job_id))
+        if not (folder / RECORD).is_file():
+            train(study, Job(**json.loads((folder / JOB).read_text(encoding="utf-8"))))
     except EscaipError as error:
         print(f"escaip: {error}", file=sys.stderr)
         return 1

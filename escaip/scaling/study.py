@@ -57,7 +57,6 @@ class Job:
     Attributes:
         id: place in the grid, and eight digits of the configuration's digest.
         budget: FLOPs to spend, in a study of budgets; the number of steps is found when the data are read.
-        sweep: whether the run belongs to the search of learning rates, which enters no fit.
         config: the whole configuration of ``escaip fit``.
     """
 
@@ -65,9 +64,7 @@ class Job:
     variant: str
     size: str
     seed: int
-    data_size: float
     budget: float | None
-    sweep: bool
     config: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -175,8 +172,6 @@ class StudyPlan:
 
     def jobs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[Job]:
         """Returns the runs of the grid, small ones first; where ``sweep_jobs`` search the rates, with those found."""
-        if self.learning_rate.sweep and rates is None:
-            raise ConfigError("the learning rates of this study come from a sweep, which has not run")
         found = []
         grid = product(self.budgets or (None,), self.data_sizes, self.sizes, self.variants, self.seeds)
         for budget, data_size, size, variant, seed in grid:
@@ -223,7 +218,7 @@ class StudyPlan:
         place += [f"c{budget:.3g}"] if budget is not None else []
         place += [f"lr{rate:.3g}"] if sweep else []
         digest = hashlib.sha256(json.dumps([config, budget], sort_keys=True).encode()).hexdigest()[:8]
-        return Job("-".join([*place, digest]), variant, size, seed, data_size, budget, sweep, config)
+        return Job("-".join([*place, digest]), variant, size, seed, budget, config)
 
     def claim_folder(self, folder: Path, sweep: Sequence[Job], jobs: Sequence[Job] | None = None) -> None:
         """Makes sure that a folder holds this study or a smaller part of it, and writes the plan to ``study.json``.

@@ -23,7 +23,7 @@ from escaip.errors import ConfigError, DataError, TrainingError
 from escaip.files import try_lock
 from escaip.scaling import run
 from escaip.scaling.flops import GraphShape, training_flops
-from escaip.scaling.run import folder_of, main, read_job, read_validations, run_study, train
+from escaip.scaling.run import folder_of, main, read_validations, run_study, train
 from escaip.scaling.study import Job, Record, StudyPlan, read_records
 
 STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in_job.py")))
@@ -190,8 +190,6 @@ def test_tasks_of_an_array(config: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_no_workers(config: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--workers 0: at least 1"):
         run_study(config, tmp_path / "out", workers=0)
-    with pytest.raises(DataError, match="has no run x"):
-        read_job(tmp_path, "x")
 
 
 def make_job(folder: Path, trainer: dict[str, Any] | None = None, **changes: Any) -> Job:
@@ -216,7 +214,6 @@ def make_job(folder: Path, trainer: dict[str, Any] | None = None, **changes: Any
 def test_a_run_and_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_end_with_parent", lambda: None)
     job = make_job(tmp_path)
-    assert read_job(tmp_path, job.id) == job
     assert main([str(tmp_path), job.id]) == 0
     file = folder_of(tmp_path, job.id) / "record.json"
     record = Record.from_json(file.read_text("utf-8"))
