@@ -22,6 +22,7 @@ WAVENUMBER = 33356.409519815205
 _CM2_PER_S = 0.1  # per Å²/fs
 _FFT_BYTES = 128 * 1024**2
 _FEWEST_BLOCKS = 4
+_BLOCKS = 5  # equal parts in time whose coefficients, fitted in the same window, give the error of diffusion
 _FIT = (0.1, 0.5)  # window of the fit of diffusion, as parts of a block
 _FEWEST_FITTED = 4
 _FEWEST_LAGS, _LONGEST_LAG = 16, 5000.0
@@ -292,7 +293,7 @@ class Diffusion:
     """Diffusion of one group of atoms."""
 
     coefficient: float  # cm²/s, a sixth of the slope of the MSD in the window
-    error: float | None  # cm²/s, standard error from the coefficients of the blocks; None with one block
+    error: float  # cm²/s, standard error from the coefficients of the blocks
     exponent: float | None  # of a power law in the window: 1 for diffusion, 2 for free flight, 0 for bound atoms
 
 
@@ -308,9 +309,8 @@ class Transport:
 
 
 def mean_square_displacement(
-    positions: Array, groups: list[str], weights: Array, interval: float, *,
-    window: tuple[float, float] | None = None, num_blocks: int = 5,
-) -> Transport:  # fmt: skip
+    positions: Array, groups: list[str], weights: Array, interval: float, window: tuple[float, float] | None = None
+) -> Transport:
     """Computes the MSD over all time origins, and diffusion coefficients ``D = (1/6) d MSD/dt`` with errors.
 
     Args:
@@ -318,17 +318,14 @@ def mean_square_displacement(
         groups: names of the groups of atoms.
         weights: ``(N, G)``.
         interval: fs between frames.
-        window: fs, first and last lag of the linear fit; by default from 0.1 to 0.5 of a block.
-        num_blocks: equal parts in time whose coefficients, fitted in the same window, give the error.
+        window: fs, first and last lag of the linear fit; by default from 0.1 to 0.5 of a fifth of the run.
 
     Raises:
-        UsageError: a window or a number of blocks that does not fit the trajectory.
+        UsageError: a window that does not fit the trajectory.
         DataError: too few frames.
     """
-    if num_blocks < 1:
-        raise UsageError(f"the number of blocks is {num_blocks}: it must be at least 1")
-    length = len(positions) // num_blocks
-    first, last = _fit_lags(window, interval, length, num_blocks)
+    length = len(positions) // _BLOCKS
+    first, last = _fit_lags(window, interval, length)
     lags = np.arange(first, last + 1)
 
     def coefficients(msd: Array) -> Array:
@@ -336,25 +333,25 @@ def mean_square_displacement(
         return found
 
     curves = square_displacement(positions, weights, max(len(positions) // 2, last + 1))
-    parts = [positions[block * length : (block + 1) * length] for block in range(num_blocks if num_blocks > 1 else 0)]
+    parts = [positions[block * length : (block + 1) * length] for block in range(_BLOCKS)]
     found = [coefficients(square_displacement(part, weights, last + 1)) for part in parts]
-    errors = np.std(found, axis=0, ddof=1) / np.sqrt(num_blocks) if found else [None] * len(groups)
+    errors = np.std(found, axis=0, ddof=1) / np.sqrt(_BLOCKS)
     diffusion = {}
     for name, values, coefficient, error in zip(groups, curves[lags].T, coefficients(curves), errors, strict=True):
         exponent = float(np.polyfit(np.log(lags), np.log(values), 1)[0]) if (values > 0).all() else None
-        diffusion[name] = Diffusion(float(coefficient), None if error is None else float(error), exponent)
+        diffusion[name] = Diffusion(float(coefficient), float(error), exponent)
     msd = dict(zip(groups, curves.T, strict=True))
     lag = interval * np.arange(len(curves), dtype=np.float64)
-    return Transport(lag, msd, diffusion, (first * interval, last * interval), num_blocks)
+    return Transport(lag, msd, diffusion, (first * interval, last * interval), _BLOCKS)
 
 
-def _fit_lags(window: tuple[float, float] | None, interval: float, length: int, num_blocks: int) -> tuple[int, int]:
+def _fit_lags(window: tuple[float, float] | None, interval: float, length: int) -> tuple[int, int]:
     """Returns the first and the last lag of the fits, in frames."""
     if window is None:
         first, last = max(1, round(_FIT[0] * length)), int(_FIT[1] * length)
         if last - first + 1 < _FEWEST_FITTED:
-            needed = num_blocks * round(_FEWEST_FITTED / (_FIT[1] - _FIT[0]))
-            raise DataError(f"too few frames for mean-square displacements: at least {needed} for {num_blocks} blocks")
+            needed = _BLOCKS * round(_FEWEST_FITTED / (_FIT[1] - _FIT[0]))
+            raise DataError(f"too few frames for mean-square displacements: at least {needed} for {_BLOCKS} blocks")
         return first, last
     first, last = max(1, int(np.ceil(window[0] / interval - 1e-6))), int(window[1] / interval + 1e-6)
     if not 0 <= window[0] < window[1] or last - first + 1 < _FEWEST_FITTED or last > 0.9 * length:

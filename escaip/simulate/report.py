@@ -262,9 +262,8 @@ class _Collector:
         interval, (groups, weights) = found.get("interval"), group_weights(self.first)
         if "msd" in dynamic and interval:
             with self._attempt("msd"):
-                found["transport"] = mean_square_displacement(
-                    self._series(self.positions), groups, weights, interval, window=settings.fit
-                )
+                moving = self._series(self.positions)
+                found["transport"] = mean_square_displacement(moving, groups, weights, interval, settings.fit)
         if "vacf" in dynamic and interval:
             with self._attempt("vacf"):
                 moving, length = self._series(self.velocities), settings.vacf_length
