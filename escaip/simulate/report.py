@@ -258,7 +258,9 @@ class _Collector:
         dynamic = [name for name in _DYNAMIC if name in self.wanted]
         if dynamic:
             with self._attempt(" and ".join(dynamic)):
-                found["interval"] = self._interval()
+                if len(self.times) < 2:
+                    raise DataError("one frame only")
+                found["interval"] = frame_interval(self.times, settings.timestep, settings.every, self.path)
         interval, (groups, weights) = found.get("interval"), group_weights(self.first)
         if "msd" in dynamic and interval:
             with self._attempt("msd"):
@@ -293,11 +295,6 @@ class _Collector:
     def _series(self, stream: IO[bytes]) -> Array:
         stream.flush()
         return np.memmap(stream, dtype=np.float64, mode="r", shape=(len(self.times), len(self.first), 3))
-
-    def _interval(self) -> float:
-        if len(self.times) < 2:
-            raise DataError("one frame only")
-        return frame_interval(self.times, self.settings.timestep, self.settings.every, self.path)
 
     def _log(self) -> dict[str, Array]:
         """Reads the lines of the log that belong to the frames read."""
