@@ -10,21 +10,14 @@ from matplotlib.figure import Figure
 
 from escaip.errors import ConfigError, SimulationError
 from escaip.files import aligned
-from escaip.simulate.relaxation import relax
+from escaip.simulate.relaxation import copy_with_calculator, relax
 
 MODEL, MUTED, ACCENT = "#2a6f97", "#b0b0b0", "#c1121f"
 RELAXATIONS = ("full", "ions", "none")
 
 
-def check_calculator(atoms: Atoms) -> None:
-    """Raises ConfigError for a structure without a calculator."""
-    if atoms.calc is None:
-        raise ConfigError("the structure has no calculator: set atoms.calc")
-
-
 def check_crystal(atoms: Atoms, what: str) -> None:
-    """Raises ConfigError unless a structure has a calculator and three periodic axes, and no constraint."""
-    check_calculator(atoms)
+    """Raises ConfigError unless a structure has three periodic axes and no constraint."""
     if not (atoms.pbc.all() and atoms.cell.rank == 3):
         raise ConfigError(f"{what} need a crystal with three periodic axes: set atoms.cell and atoms.pbc")
     if atoms.constraints:
@@ -35,16 +28,14 @@ def at_rest(atoms: Atoms, relaxation: str, fmax: float, steps: int, what: str = 
     """Returns a copy with the same calculator, relaxed to forces below ``fmax`` eV/Å; ``what`` names it in messages.
 
     Raises:
-        ConfigError: ``relaxation`` is neither ``"full"`` (atoms and cell), ``"ions"`` nor ``"none"``, or a setting is
-            out of range.
+        ConfigError: no calculator, ``relaxation`` is neither ``"full"`` (atoms and cell), ``"ions"`` nor ``"none"``, or
+            a setting is out of range.
         SimulationError: the relaxation did not converge.
     """
     if relaxation not in RELAXATIONS:
         raise ConfigError(f"relaxation is {relaxation!r}: choose {', '.join(RELAXATIONS)}")
     if relaxation == "none":
-        own = atoms.copy()
-        own.calc = atoms.calc
-        return own
+        return copy_with_calculator(atoms)
     result = relax(atoms, fmax=fmax, steps=steps, cell=relaxation == "full")
     if not result.converged:
         raise SimulationError(
@@ -56,9 +47,8 @@ def at_rest(atoms: Atoms, relaxation: str, fmax: float, steps: int, what: str = 
 
 def deformed(atoms: Atoms, deformation: np.ndarray) -> Atoms:
     """Returns a copy with the same calculator, its cell rows and positions times ``deformation (3, 3)``."""
-    own = atoms.copy()
+    own = copy_with_calculator(atoms)
     own.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
-    own.calc = atoms.calc
     return own
 
 

@@ -23,7 +23,7 @@ from ase.utils.forcecurve import fit_images
 
 from escaip.errors import ConfigError, SimulationError
 from escaip.files import write_results
-from escaip.properties.common import MODEL, RELAXATIONS, at_rest, check_calculator, new_figure, table
+from escaip.properties.common import MODEL, RELAXATIONS, at_rest, new_figure, table
 from escaip.simulate.output import freeze
 
 OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS}
@@ -149,7 +149,6 @@ def minimum_energy_path(
         ConfigError: ends that do not belong together, no calculator, or a setting out of range.
         SimulationError: not converged, or both ends are one structure.
     """
-    check_calculator(initial)
     if len(initial) != len(final) or (initial.numbers != final.numbers).any():
         raise ConfigError(
             f"the ends are {initial.symbols} and {final.symbols}: they must be the same atoms in the same order"

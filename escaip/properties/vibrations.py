@@ -19,7 +19,7 @@ from ase.thermochemistry import HarmonicThermo, IdealGasThermo
 
 from escaip.errors import ConfigError, DataError
 from escaip.files import write_results
-from escaip.properties.common import ACCENT, MODEL, at_rest, check_calculator, new_figure, table
+from escaip.properties.common import ACCENT, MODEL, at_rest, new_figure, table
 
 _TO_EV = units._hbar * 1e10 / np.sqrt(units._e * units._amu)
 """Factor from ``ω`` in √(eV/Å²/amu) to ``ħω`` in eV."""
@@ -164,7 +164,6 @@ def molecular_vibrations(
         DataError: second derivatives are NaN.
         SimulationError: the relaxation did not converge.
     """
-    check_calculator(atoms)
     if relaxation == "full":
         raise ConfigError("vibrations are those of a given cell: relax it first (escaip relax --cell)")
     free = _free_atoms(atoms)

@@ -62,6 +62,15 @@ class RelaxResult:
         return "\n".join(lines)
 
 
+def copy_with_calculator(atoms: Atoms) -> Atoms:
+    """Returns a copy with the same calculator; raises ConfigError for a structure without one."""
+    if atoms.calc is None:
+        raise ConfigError("the structure has no calculator: set atoms.calc")
+    own = atoms.copy()
+    own.calc = atoms.calc
+    return own
+
+
 def relax(
     atoms: Atoms,
     *,
@@ -87,10 +96,7 @@ def relax(
         ConfigError: a setting is out of range or does not fit the structure.
         SimulationError: energy or forces became NaN.
     """
-    if atoms.calc is None:
-        raise ConfigError("the structure has no calculator: set atoms.calc")
-    own = atoms.copy()
-    own.calc = atoms.calc
+    own = copy_with_calculator(atoms)
     target, dynamics = _start(own, fmax, steps, optimizer, cell, pressure)
     initial_energy = float(own.get_potential_energy())
 
