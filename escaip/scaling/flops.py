@@ -6,12 +6,12 @@ Legendre polynomials, gathers and sums over rows, Gaussians and splines, bond-or
 densities and the linear energy, graph and geometry, atomic energies, loss and optimizer. All of it is linear in tokens
 or pairs, and takes a larger share of the time.
 
-A product of ``rows × in`` by ``in × out`` costs ``2 · rows · in · out``; ``_products`` lists them. Rows are the ``N``
-atoms, the ``T`` tokens (kept directed edges and ``N`` self tokens) or the knots of a table of distances. Attention
-costs ``2 P H`` for logits, ``2 P H`` for values and ``6 P`` for cosines where there are angles, with ``P = Σ_i T_i²``
-pairs of tokens of the same atom and ``H`` features. The last block of a conservative model has no edge network, and
-unless its aggregation is ``graph_attention`` queries and outputs for ``N`` self tokens alone: then ``P`` is ``T`` and
-the logits are ``2 T h c_0``, with ``h`` heads of ``c_0`` scalar channels.
+A linear layer costs ``2 · rows · in · out``. Rows are the ``N`` atoms, the ``T`` tokens (kept directed edges and ``N``
+self tokens) or the knots of a table of distances. Attention costs ``2 P H`` for logits, ``2 P H`` for values and
+``6 P`` for cosines where there are angles, with ``P = Σ_i T_i²`` pairs of tokens of the same atom and ``H`` features.
+The last block of a conservative model has no edge network, and unless its aggregation is ``graph_attention`` queries
+and outputs for ``N`` self tokens alone: then ``P`` is ``T`` and the logits are ``2 T h c_0``, with ``h`` heads of
+``c_0`` scalar channels.
 
 Derivatives. ``Y = X W`` costs one product. The gradient of the loss adds one for ``W`` and one for ``X`` where weights
 lie behind it: three for training on energies or direct forces. Conservative forces add the one for ``X`` (two in
@@ -22,6 +22,8 @@ product of attention is one, three with a gradient and, differentiated twice by 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +48,8 @@ as the configuration says. Stress adds nothing. Distance tables are kept between
 of training."""
 
 _SPLINE_ENDS = 2 * spline.GHOSTS + 1  # rows of a table beyond the number of its intervals
+# Names of linear layers whose input has a row for each atom; that of others has one for each token.
+_ON_ATOMS = re.compile(r"source|target|sender|receiver|density\.project|node_|energy_head|magnitude")
 
 
 class GraphShape(NamedTuple):
@@ -78,42 +82,6 @@ def mean_shape(structures: Iterable[AtomicData], settings: GraphSettings) -> Gra
     return GraphShape(*map(sum, zip(*shapes, strict=True))).times(1.0 / len(shapes))
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A matrix product with weights.
-
-    Attributes:
-        rows: ``"token"``, ``"atom"`` or ``"knot"``: the input has one row for each.
-        fan_in, fan_out: columns of the input and of the output.
-        moves: whether the input depends on positions.
-        learned: whether the input depends on weights.
-        last: whether no weights follow.
-    """
-
-    layer: str
-    rows: str
-    fan_in: int
-    fan_out: int
-    moves: bool = True
-    learned: bool = True
-    last: bool = False
-
-    @property
-    def size(self) -> int:
-        return self.fan_in * self.fan_out
-
-    def passes(self, mode: str, conservative: bool) -> int:
-        """Returns how often a product of this size is computed (see the module)."""
-        if mode == "energy" or (mode == "forces" and not conservative):
-            return 1
-        if mode == "forces":
-            return 1 + self.moves
-        if mode == "energy_training" or not conservative:
-            return 2 + self.learned
-        first = 1 + 1 + (not self.last) if self.moves else 0  # ∂X, its derivatives by W and, unless constant, by ∂Y
-        return 1 + first + 1 + (self.moves or self.learned)
-
-
 def count_flops(config: ModelConfig, batch: StructureBatch | GraphShape, mode: str = "training") -> float:
     """Counts the floating-point operations of an evaluation or training step of a batch by formula.
 
@@ -127,15 +95,16 @@ def count_flops(config: ModelConfig, batch: StructureBatch | GraphShape, mode: s
 
 
 def flops_by_layer(config: ModelConfig, batch: StructureBatch | GraphShape, mode: str = "training") -> dict[str, float]:
-    """Counts as ``count_flops``, for each kind of layer apart; all blocks together."""
+    """Counts as ``count_flops``, for each layer by its name apart, and ``attention``; all blocks together."""
     config = _checked(config, mode)
     shape = batch if isinstance(batch, GraphShape) else GraphShape.of_batch(batch, config.graph)
     knots = config.distance_knots + _SPLINE_ENDS
     rows = {"token": shape.num_tokens, "atom": shape.num_atoms, "knot": knots}
     counts: dict[str, float] = {}
-    for product in _products(config, mode):
-        cost = 2 * rows[product.rows] * product.size * product.passes(mode, config.is_conservative)
-        counts[product.layer] = counts.get(product.layer, 0) + cost
+    for name, kind, size in _layers(config, mode):
+        layer = re.sub(r"\.\d+", "", name)
+        cost = 2 * rows[kind] * size * _passes(name, kind, mode, config.is_conservative)
+        counts[layer] = counts.get(layer, 0) + cost
     counts["attention"] = _attention(config, shape, mode)
     return counts
 
@@ -161,68 +130,41 @@ def _last_reads_self(config: EScAIPConfig) -> bool:
     return config.is_conservative and config.aggregation == "self"
 
 
-def _products(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
-    """Yields all products with weights, in the order of the forward pass."""
-    c, hidden = config, config.hidden_size
-    yield from _edge_attributes(c, mode)
-    yield from _network("input network", "token", hidden, 1)
-    yield from _density(c)
-    for layer in range(c.num_layers):
-        is_last = layer == c.num_layers - 1
-        yield from _edge_attributes(c, mode)
-        yield from 2 * [_Product("message", "atom", hidden, hidden)]
-        yield _Product("message", "token", hidden, hidden)
-        if c.message_gate:
-            yield from 2 * [_Product("message", "token", 2 * hidden, hidden)]
-        else:
-            yield _Product("message", "token", 3 * hidden, hidden)
-        asking = "atom" if is_last and _last_reads_self(c) else "token"
-        yield from 2 * [_Product("projections", "token", hidden, hidden)]
-        yield from 2 * [_Product("projections", asking, hidden, hidden)]
-        yield from _density(c)
-        yield from _network("node network", "atom", hidden, c.ffn_multiplier)
-        if c.edge_ffn and not (is_last and c.is_conservative):
-            yield from _network("edge network", "token", hidden, c.ffn_multiplier)
-    yield from _readouts("node readouts", "atom", c)
-    for _ in range(c.num_energy_heads):  # all are evaluated
-        yield from _network("energy head", "atom", hidden, c.output_multiplier)
-        yield _Product("energy head", "atom", hidden, 1, last=True)
-    if not c.is_conservative:
-        yield from _readouts("edge readouts", "token", c)
-        for rows, outputs in c.num_energy_heads * (("token", 3), ("atom", 1)):
-            yield from _network("force head", rows, hidden, c.output_multiplier)
-            yield _Product("force head", rows, hidden, outputs)
+def _layers(config: EScAIPConfig, mode: str) -> Iterator[tuple[str, str, int]]:
+    """Yields the linear layers that are computed: name, kind of the rows of its input, and number of weights."""
+    training = mode.endswith("training")
+    tabulated = config.distance_table == "always" or (config.distance_table == "inference" and not training)
+    last = f"blocks.{config.num_layers - 1}.attention."
+    of_self = (last + "query", last + "project") if _last_reads_self(config) else ()
+    for name, size in _linear_layers(config).items():
+        if not (tabulated and ".distance_" in name):
+            yield name, "atom" if name in of_self or _ON_ATOMS.search(name) else "token", size
+        elif training:  # otherwise the table is kept
+            yield name, "knot", size
 
 
-def _edge_attributes(config: EScAIPConfig, mode: str) -> Iterator[_Product]:
-    c, training = config, mode.endswith("training")
-    tabulated = c.distance_table == "always" or (c.distance_table == "inference" and not training)
-    if training or not tabulated:
-        rows, moves = ("knot", False) if tabulated else ("token", True)
-        yield _Product("distance embedding", rows, c.num_radial, c.distance_size, moves=moves, learned=False)
-        yield _Product("distance embedding", rows, c.distance_size, c.hidden_size, moves=moves)
-    for _ in ("neighbor", "center"):
-        yield _Product("atom features", "atom", c.order_features, c.boo_size, learned=False)
-        yield _Product("atom features", "atom", c.boo_size + c.element_size, c.hidden_size)
+@functools.lru_cache(64)
+def _linear_layers(config: EScAIPConfig) -> dict[str, int]:
+    """Returns the number of weights of each linear layer by its name in the model; further heads are left out."""
+    with torch.device("meta"):
+        model = EScAIP(config)
+    modules = ((name, module) for name, module in model.named_modules() if not name.startswith("heads."))
+    return {name: module.weight.numel() for name, module in modules if isinstance(module, nn.Linear)}
 
 
-def _density(config: EScAIPConfig) -> Iterator[_Product]:
-    if config.node_density:
-        channels = config.node_density
-        yield _Product("densities", "token", config.hidden_size, channels)
-        yield _Product("densities", "atom", channels * (config.node_density_degree + 1), config.hidden_size)
-
-
-def _network(layer: str, rows: str, hidden: int, multiplier: int) -> Iterator[_Product]:
-    yield _Product(layer, rows, hidden, multiplier * hidden)
-    yield _Product(layer, rows, multiplier * hidden, hidden)
-
-
-def _readouts(layer: str, rows: str, config: EScAIPConfig) -> Iterator[_Product]:
-    depths = config.num_layers + 1
-    for _ in range(depths):
-        yield from _network(layer, rows, config.hidden_size, config.readout_multiplier)
-    yield _Product(layer, rows, depths * config.hidden_size, config.hidden_size)
+def _passes(name: str, rows: str, mode: str, conservative: bool) -> int:
+    """Returns how often the product of a layer is computed, or one of its size (see the module)."""
+    if mode == "energy" or (mode == "forces" and not conservative):
+        return 1
+    moves = rows != "knot"  # the input depends on positions
+    if mode == "forces":
+        return 1 + moves
+    learned = not name.endswith((".order", ".distance_embedding"))  # the input depends on weights
+    if mode == "energy_training" or not conservative:
+        return 2 + learned
+    last = name.endswith(".output")
+    first = 1 + 1 + (not last) if moves else 0  # ∂X, its derivatives by W and, unless constant, by ∂Y
+    return 1 + first + 1 + (moves or learned)
 
 
 @dataclass(frozen=True)
@@ -255,7 +197,7 @@ def parameter_count(config: EScAIPConfig) -> ParameterCount:
     return ParameterCount(
         total=sum(weight.numel() for weight in model.parameters()),
         embedding=sum(table.weight.numel() for table in tables),
-        token=sum(product.size for product in _products(config, "training") if product.rows == "token"),
+        token=sum(size for _, rows, size in _layers(config, "training") if rows == "token"),
     )
 
 
