@@ -36,7 +36,6 @@ class PairPotential(Calculator):
         self, atoms: Atoms | None = None, properties: Sequence[str] = (), system_changes: Sequence[str] = ()
     ) -> None:
         super().calculate(atoms, properties, system_changes or all_changes)
-        assert self.atoms is not None
         first, vectors = self.edges(self.atoms)
         energies, slopes = self.pair(np.sqrt((vectors**2).sum(axis=1)))
         pulls = slopes[:, None] * vectors

@@ -36,7 +36,6 @@ class Curve(Calculator):
 
     def calculate(self, atoms: Atoms | None = None, properties: Any = (), system_changes: Any = ()) -> None:
         super().calculate(atoms, properties, system_changes or all_changes)
-        assert self.atoms is not None
         volume = self.atoms.get_volume()
         energy = float(ase.eos.birchmurnaghan(volume, 0.0, B0 * units.GPa, PRIME, V0)) + E0
         self.results = {"energy": energy, "forces": np.zeros((len(self.atoms), 3))}

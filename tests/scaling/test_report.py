@@ -66,7 +66,6 @@ def test_fits_as_json_and_the_commands(study: Path, found: StudyFit, capsys: pyt
     assert json.loads((study / "fit.json").read_text("utf-8"))["settings"]["floor"] is False
     written = json.loads(write_fit(found, study / "records.jsonl").read_text("utf-8"))
     default = found.variants["default"].joint
-    assert default is not None
     alpha = default.estimates["alpha"]
     assert written["variants"]["default"]["joint"]["estimates"]["alpha"] == [alpha.value, alpha.low, alpha.high]
     assert written["settings"]["bootstrap"] == 60

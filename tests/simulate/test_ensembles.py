@@ -86,8 +86,6 @@ def warmed(atoms: Atoms) -> Atoms:
 def found(series: np.ndarray, expected: float, most: float, label: str) -> None:
     """Holds a mean against what it must be, by its own error, which must not exceed ``most``."""
     average = Average.of(series)
-    assert average is not None
-    assert average.error is not None
     assert average.error < most, f"{label}: too few samples to tell anything"
     assert abs(average.mean - expected) < 5.0 * average.error, f"{label}: {average}, not {expected}"
 

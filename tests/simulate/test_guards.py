@@ -46,9 +46,7 @@ def test_the_worst_contact_is_that_of_ase(seed: int) -> None:
     atoms = Atoms(numbers=rng.choice([1, 8, 29], size=60), positions=rng.uniform(0, 6, (60, 3)), cell=[6, 6, 7])
     atoms.pbc = rng.random(3) < 0.5
     distance = neighbor_list("d", atoms, 0.4 * covalent_radii[atoms.numbers])
-    found = find_contact(atoms)
-    assert found is not None
-    assert f"{distance.min():.2f} Å apart" in found
+    assert f"{distance.min():.2f} Å apart" in find_contact(atoms)
 
 
 def test_distances_that_training_did_not_show(tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ def test_the_shells_of_an_fcc_crystal(repeat: int) -> None:
         assert np.flatnonzero(found.g["all"][inner]).size <= 2
         assert found.distance[inner][np.argmax(found.g["all"][inner])] == pytest.approx(place, abs=0.02)
     first = found.first_shell("all")
-    assert first is not None
     assert first.coordination == 12
     assert first.peak == pytest.approx(a / np.sqrt(2), abs=0.02)
     assert a / np.sqrt(2) < first.end < a

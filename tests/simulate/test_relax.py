@@ -186,7 +186,6 @@ def test_drift_of_a_line_with_noise() -> None:
     time = np.linspace(0.0, 2000.0, 101)
     noise = np.random.default_rng(0).normal(scale=1e-3, size=101)
     drift = energy_drift(time, -100.0 + 0.02 * time * 1e-3 + noise, num_atoms=10)
-    assert drift is not None
     assert drift.slope == pytest.approx(2.0, abs=3 * drift.error)  # 0.02 eV/ps over 10 atoms
     assert drift.error == pytest.approx(0.1 / (101**0.5 * 0.583), rel=0.2)
     assert drift.fluctuation == pytest.approx(0.1, rel=0.2)

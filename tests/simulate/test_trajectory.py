@@ -90,7 +90,6 @@ def test_a_killed_process_leaves_every_frame_it_has_written(tmp_path: Path, suff
     path = tmp_path / f"a{suffix}"
     command = [sys.executable, "-c", WRITER, str(path), str(ROOT), str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         for line in process.stdout:
             if int(line) == 40:
                 process.send_signal(signal.SIGKILL)

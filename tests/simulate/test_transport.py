@@ -169,12 +169,9 @@ def test_the_error_is_that_of_correlated_samples(memory: float) -> None:
 
 def test_series_too_short_for_an_error() -> None:
     one = Average.of(np.array([1.0, 2.0, np.nan]))
-    assert one is not None
     assert (one.mean, one.error, one.num_samples) == (1.5, None, 2)
     ramp = Average.of(np.arange(64.0))
-    assert ramp is not None
     assert ramp.error is None  # as long as the correlation
     constant = Average.of(np.full(10, 3.0))
-    assert constant is not None
     assert constant.error == 0.0
     assert Average.of(np.array([np.nan])) is None
