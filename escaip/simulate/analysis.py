@@ -138,8 +138,7 @@ def _correlate(part: Array, num_lags: int) -> Array:
     """Returns ``(num_lags, n)`` sums over origins and components of ``(F, n, 3)``."""
     size = scipy.fft.next_fast_len(len(part) + num_lags, real=True)
     spectrum = scipy.fft.rfft(part, size, axis=0)
-    found: Array = scipy.fft.irfft((spectrum.real**2 + spectrum.imag**2).sum(axis=2), size, axis=0)[:num_lags]
-    return found
+    return scipy.fft.irfft((spectrum.real**2 + spectrum.imag**2).sum(axis=2), size, axis=0)[:num_lags]
 
 
 class Unwrapper:
@@ -329,8 +328,7 @@ def mean_square_displacement(
     lags = np.arange(first, last + 1)
 
     def coefficients(msd: Array) -> Array:
-        found: Array = np.polyfit(lags * interval, msd[lags], 1)[0] * (_CM2_PER_S / 6)
-        return found
+        return np.polyfit(lags * interval, msd[lags], 1)[0] * (_CM2_PER_S / 6)
 
     curves = square_displacement(positions, weights, max(len(positions) // 2, last + 1))
     parts = [positions[block * length : (block + 1) * length] for block in range(_BLOCKS)]
@@ -438,5 +436,4 @@ def _peaks(frequency: Array, spectrum: Array) -> Array:
     found = found[np.argsort(-spectrum[found], kind="stable")][:_MOST_PEAKS]
     left, middle, right = spectrum[found - 1], spectrum[found], spectrum[found + 1]
     shift = 0.5 * (left - right) / (left - 2.0 * middle + right)
-    places: Array = frequency[found] + shift * (frequency[1] - frequency[0])
-    return places
+    return frequency[found] + shift * (frequency[1] - frequency[0])
