@@ -40,9 +40,9 @@ class RestartState:
 
     def save(self, path: Path) -> None:
         """Replaces the file, whole or not at all; raises SimulationError where that is impossible."""
-        header = {name: getattr(self, name) for name in _HEADER}
+        arrays: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        header = {name: value for name, value in vars(self).items() if name not in arrays}
         header |= {"schema": SCHEMA_VERSION, "integrator": sorted(self.integrator)}
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"integrator.{name}": value for name, value in self.integrator.items()}
         text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
         with write_aside(path, SimulationError) as aside, aside.open("wb") as stream:
@@ -57,16 +57,14 @@ class RestartState:
             raise SimulationError(f"there is no restart file {path} to resume from: run without --resume first")
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                header = json.loads(stored["header"].tobytes())
-                if header["schema"] > SCHEMA_VERSION:
+                header = {"saved": None, **json.loads(stored["header"].tobytes())}
+                if header.pop("schema") > SCHEMA_VERSION:
                     raise SimulationError(f"{path} was written by a newer escaip: install that version to resume")
-                if header["schema"] == 1:
-                    header["saved"] = None
-                values = {name: header[name] for name in _HEADER} | {name: stored[name] for name in _ARRAYS}
-                integrator = {name: stored[f"integrator.{name}"] for name in header["integrator"]}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                integrator = {name: stored[f"integrator.{name}"] for name in header.pop("integrator")}
+                arrays = {name: stored[name] for name in stored if name != "header" and "." not in name}
+            return cls(**header, **arrays, integrator=integrator)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise SimulationError(f"restart file {path} is damaged ({error}): start anew with --overwrite") from error
-        return cls(**values, integrator=integrator)
 
     def apply(self, atoms: Atoms, physics: dict[str, Any], path: Path) -> None:
         """Puts the state into ``atoms``, after making sure that it belongs to this run.
@@ -92,9 +90,3 @@ class RestartState:
                 f"{path} was written with another potential: its energy is {self.energy:.6f} eV, this one gives "
                 f"{energy:.6f} eV: resume with the same model"
             )
-
-
-_HEADER = (
-    "step", "target", "physics", "energy", "rng", "max_temperature", "log_position", "trajectory_position", "saved",
-)  # fmt: skip
-_ARRAYS = ("positions", "momenta", "cell", "atomic_numbers")
