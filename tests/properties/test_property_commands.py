@@ -18,7 +18,6 @@ from escaip.cli import main
 from escaip.potential import Potential
 
 Capture = pytest.CaptureFixture[str]
-Deck = Callable[..., str]
 DECKS = Path(__file__).resolve().parents[2] / "md"
 
 
