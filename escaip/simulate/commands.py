@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import pkgutil
 import re
 import shlex
 import sys
+import time
+from itertools import islice
+from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import Unpack
 
+from escaip.errors import SimulationError, UsageError
+from escaip.files import first_line, model_file, resolve, sha256, write_results
 from escaip.options import CalculatorOptions, ModelFile, ModelOptions, StructureFile
+from escaip.signals import StopSignals, continued_by_same_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from ase import Atoms
     from ase.calculators.calculator import BaseCalculator
@@ -54,10 +61,6 @@ def relax(
 
     Example: escaip relax example:organic example:ethanol --fmax 0.01
     """
-    from pathlib import Path
-
-    from escaip.errors import SimulationError, UsageError
-    from escaip.files import resolve
     from escaip.simulate.output import freeze, read_structure, write_structure
     from escaip.simulate.relaxation import relax as relax_atoms
 
@@ -88,15 +91,10 @@ def _relax_all(
     model: str, structure: str, path: Path, settings: dict[str, Any], overwrite: bool, options: CalculatorOptions
 ) -> None:
     """Relaxes all structures of a file, or what an earlier run has left of them."""
-    from itertools import islice
-
     from tqdm import tqdm
 
     from escaip.data.readers import data_sha256
-    from escaip.errors import SimulationError, UsageError
     from escaip.evaluate.frames import check_out, write_frames
-    from escaip.files import model_file, sha256
-    from escaip.signals import continued_by_same_command
     from escaip.simulate.output import freeze, read_structures, read_trajectory
     from escaip.simulate.relaxation import relax_all
 
@@ -195,10 +193,6 @@ def md(
 
     Example: escaip md example:organic example:ethanol
     """
-    import time
-    from pathlib import Path
-
-    from escaip.errors import UsageError
     from escaip.simulate.ensembles import MDSettings, default_timestep
     from escaip.simulate.md import ProgressLine, RunFiles
     from escaip.simulate.output import check_trajectory_name, read_structure
@@ -226,10 +220,6 @@ def md(
 
 def _run_until(end: float, atoms: Atoms, settings: MDSettings, **options: Any) -> None:
     """Runs to the last step, to a signal or to the time ``end`` and prints results and the command that continues."""
-    import time
-    from signal import SIGINT, SIGTERM
-
-    from escaip.signals import StopSignals
     from escaip.simulate.md import run_md
 
     signals = StopSignals(SIGINT, SIGTERM)
@@ -251,8 +241,6 @@ def _run_until(end: float, atoms: Atoms, settings: MDSettings, **options: Any) -
 
 def parse_max_time(text: str | None) -> float:
     """Returns the seconds that ``HH:MM:SS`` or ``D-HH:MM:SS`` means; raises UsageError for anything else."""
-    from escaip.errors import UsageError
-
     if text is None:
         return math.inf
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
@@ -289,8 +277,6 @@ def check(
 
     Example: escaip check example:organic --dtype float64
     """
-    from escaip.errors import UsageError
-
     if (model is None) == (calculator is None):
         raise UsageError("give either MODEL or --calculator module:NAME")
     from escaip.simulate.check import check_calculator, default_structures
@@ -381,7 +367,6 @@ def analyze(
 
     Example: escaip analyze md.extxyz --quantities rdf msd
     """
-    from escaip.files import write_results
     from escaip.simulate.report import AnalysisSettings
     from escaip.simulate.report import analyze as analyze_trajectory
 
@@ -420,12 +405,7 @@ def import_calculator(name: str) -> BaseCalculator:
     Raises:
         UsageError: no such module or name, or it makes no calculator.
     """
-    import pkgutil
-
     from ase.calculators.calculator import BaseCalculator
-
-    from escaip.errors import UsageError
-    from escaip.files import first_line
 
     sys.path.insert(0, "")
     try:
