@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -175,8 +176,6 @@ def _protocol(folder: Path, records: Sequence[Record]) -> str:
     parts = ["## Protocol"]
     file = folder / "study.json"
     if file.is_file():
-        import yaml
-
         plan = json.loads(file.read_text(encoding="utf-8"))["study"]
         parts.append(f"```yaml\n{yaml.safe_dump(plan, sort_keys=False, allow_unicode=True).strip()}\n```")
     groups: dict[tuple[str, str], list[Record]] = {}

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import yaml
+
+from escaip import __version__
 from escaip.errors import ConfigError, DataError, EscaipError, TrainingError
 from escaip.files import first_line, try_lock, write_file
 from escaip.scaling.study import RECORDS, Job, Record, StudyPlan
@@ -272,8 +275,6 @@ def train(study: Path, job: Job) -> Record:
     Raises:
         DataError: a budget below one step, or no validation.
     """
-    import yaml
-
     from escaip.train.cli import build
 
     folder = folder_of(study, job.id)
@@ -377,8 +378,6 @@ def read_validations(run: Path, steps: int) -> dict[int, dict[str, float]]:
 
 def version() -> str:
     """Returns the commit of the code that runs, or its version where there is no repository."""
-    from escaip import __version__
-
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return __version__

@@ -14,6 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from escaip.errors import ConfigError, DataError
 from escaip.files import config_path, read_yaml, write_json
 from escaip.models import EScAIPConfig
@@ -263,8 +265,6 @@ def _check_keys(prefix: str, given: Mapping[str, Any], known: set[str]) -> None:
 
 def _change(text: str) -> dict[str, Any]:
     """Turns ``a.b=1`` into ``{a: {b: 1}}``."""
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{text!r}: write KEY=VALUE, such as data.train=train.xyz")

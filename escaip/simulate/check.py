@@ -16,6 +16,7 @@ from ase.calculators.calculator import BaseCalculator
 from ase.md.verlet import VelocityVerlet
 
 from escaip.calculators import CommitteeCalculator, EScAIPCalculator
+from escaip.data import AtomicData, collate
 from escaip.errors import SimulationError, UsageError
 from escaip.files import aligned
 from escaip.potential import Potential
@@ -346,8 +347,6 @@ def _token_changes(potential: Potential, at: Callable[[float], Atoms], length: f
 
 def _tokens(potential: Potential, atoms: Atoms) -> torch.Tensor:
     """Returns rows that identify the tokens, in an order that does not depend on the structure's."""
-    from escaip.data import AtomicData, collate
-
     graph = potential.graph_of(collate([AtomicData.from_ase(atoms)]).to(potential.device))
     count = graph.num_tokens
     columns = [graph.token_center[:, None], graph.token_neighbor[:, None], graph.shift[:count]]

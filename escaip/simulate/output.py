@@ -18,6 +18,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.trajectory import Trajectory
 
+from escaip.data import AtomicData, Store
 from escaip.errors import ConfigError, DataError, SimulationError, UsageError
 from escaip.files import first_line, resolve, write_aside
 from escaip.potential.potential import ORIGIN
@@ -233,8 +234,6 @@ def read_structure(path: str | os.PathLike[str], frame: int = -1) -> Atoms:
     Raises:
         DataError: missing, empty or unreadable file, no such frame, or an invalid structure.
     """
-    from escaip.data import AtomicData, Store
-
     path = resolve(path)
     if not path.exists():
         raise DataError(f"structure {path} does not exist: check the path")
@@ -261,8 +260,6 @@ def read_structure(path: str | os.PathLike[str], frame: int = -1) -> Atoms:
 
 def read_structures(path: str | os.PathLike[str]) -> Iterator[Atoms]:
     """Yields all structures of a file or store one by one, as ``read_structure`` reads one; errors are those of it."""
-    from escaip.data import AtomicData, Store
-
     path = resolve(path)
     if path.is_dir():
         store = Store(path)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from escaip.calculators.ase import EScAIPCalculator
 from escaip.errors import ConfigError, DataError
 from escaip.files import write_results
 from escaip.simulate.guards import find_contact
@@ -103,8 +104,6 @@ def score_frames(
         ConfigError: fewer than two models.
         EscaipError: a frame that a member cannot evaluate.
     """
-    from escaip.calculators.ase import EScAIPCalculator
-
     if len(models) < 2:
         raise ConfigError("a committee needs at least two models: give further ones with --committee")
     sums = [np.zeros((2, len(atoms), 3)) for atoms in frames]  # mean, and sum of squared deviations (Welford)
