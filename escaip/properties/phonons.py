@@ -216,13 +216,13 @@ def crystal_phonons(
     for name, value in (("min_length", min_length), ("displacement", displacement), ("mesh", mesh)):
         if not value > 0:
             raise ConfigError(f"{name} is {value}: it must be above 0")
-    repeats = supercell if supercell is None else tuple(int(repeat) for repeat in supercell)
-    if repeats is not None and (len(repeats) != 3 or min(repeats) < 1):
+    if supercell is not None and (len(supercell) != 3 or min(supercell) < 1):
         raise ConfigError(f"supercell is {supercell}: give three numbers, each at least 1")
     start = at_rest(atoms, relaxation, fmax, steps)
-    heights = 1 / np.linalg.norm(start.cell.reciprocal().array, axis=1)
-    repeats = repeats or tuple(np.ceil(min_length / heights - 1e-6).astype(int).tolist())
-    phonon, residual = _force_constants(start, repeats, displacement, hessian, symprec)
+    if supercell is None:
+        heights = 1 / np.linalg.norm(start.cell.reciprocal().array, axis=1)
+        supercell = np.ceil(min_length / heights - 1e-6).astype(int).tolist()
+    phonon, residual = _force_constants(start, supercell, displacement, hessian, symprec)
     primitive = _supercell(phonon.primitive, start)
     primitive.calc = None
     phonon.run_mesh(np.maximum(1, np.ceil(mesh / primitive.cell.lengths()).astype(int)), is_gamma_center=True)
