@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from escaip import load_potential
 from escaip.data import Store
 from escaip.evaluate import Records, evaluate
-from escaip.evaluate.plots import draw_errors, draw_parity
+from escaip.evaluate.plots import draw
 from escaip.files import write_results
 from escaip.types import TARGETS
 
@@ -57,8 +57,8 @@ def held_out_errors(
     chosen = np.linspace(0, len(stored) - 1, min(limit or len(stored), len(stored))).round().astype(int)
     structures = [stored[int(index)] for index in chosen]
     report, records = evaluate(potential, structures, max_atoms=max_atoms, free_atoms_only=free_atoms_only)
-    plots = {"parity.png": draw_parity, "errors.png": draw_errors}
-    write_results(out, {name: draw(records, free_atoms_only=free_atoms_only) for name, draw in plots.items()})
+    figures = draw(records, free_atoms_only=free_atoms_only)
+    write_results(out, {f"{name}.png": figure for name, figure in figures.items()})
     found = {"energy": report.energy_per_atom, "forces": report.forces, "stress": report.stress}
     mae = {name: 1e3 * quantity.errors.mae for name, quantity in found.items() if quantity is not None}
     mae["energy_within_groups"] = relative_energy_mae(records, [str(data.group) for data in structures])

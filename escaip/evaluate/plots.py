@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,25 +34,22 @@ class _Panel:
     trivial_name: str
 
 
-def draw_parity(records: Records, *, free_atoms_only: bool = False) -> Figure:
-    """Draws predictions against labels, colored by the density of points; a panel for each quantity with labels."""
-    return _draw(records, free_atoms_only, _draw_parity)
+def draw(records: Records, *, free_atoms_only: bool = False) -> dict[str, Figure]:
+    """Returns two figures by name, with a panel for each quantity that has labels.
 
-
-def draw_errors(records: Records, *, free_atoms_only: bool = False) -> Figure:
-    """Draws histograms of absolute errors on a logarithmic axis, beside those of the trivial predictor."""
-    return _draw(records, free_atoms_only, _draw_errors)
-
-
-def _draw(records: Records, free_atoms_only: bool, draw: Callable[[Axes, _Panel], None]) -> Figure:
+    ``parity`` shows predictions against labels, colored by the density of points, and ``errors`` histograms of absolute
+    errors on a logarithmic axis, beside those of the trivial predictor.
+    """
     panels = _panels(records, free_atoms_only)
-    figure = Figure(figsize=(4.6 * max(len(panels), 1), 4.4), layout="constrained")
-    grid: Any = figure.subplots(1, max(len(panels), 1), squeeze=False)
-    for axis, panel in zip(grid[0], panels, strict=False):
-        draw(axis, panel)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=9)
-    return figure
+    figures: dict[str, Figure] = {}
+    for name, draw_panel in (("parity", _draw_parity), ("errors", _draw_errors)):
+        figures[name] = Figure(figsize=(4.6 * max(len(panels), 1), 4.4), layout="constrained")
+        grid: Any = figures[name].subplots(1, max(len(panels), 1), squeeze=False)
+        for axis, panel in zip(grid[0], panels, strict=False):
+            draw_panel(axis, panel)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=9)
+    return figures
 
 
 def _panels(records: Records, free_atoms_only: bool) -> list[_Panel]:

@@ -43,10 +43,10 @@ def evaluate_into(
     about = {**origin_of([potential]), **origin, "dtype": str(potential.dtype), "precision": potential.precision}
     files: dict[str, Any] = {"report.json": {**about, **report.to_dict()}}
     if plots:
-        from escaip.evaluate.plots import draw_errors, draw_parity
+        from escaip.evaluate.plots import draw
 
-        for name, draw in (("parity.png", draw_parity), ("errors.png", draw_errors)):
-            files[name] = draw(records, free_atoms_only=free_atoms_only)
+        figures = draw(records, free_atoms_only=free_atoms_only)
+        files |= {f"{name}.png": figure for name, figure in figures.items()}
     write_results(folder, files)
     return report
 

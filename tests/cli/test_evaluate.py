@@ -20,7 +20,7 @@ from escaip.cli import main
 from escaip.data import collate, open_source
 from escaip.errors import DataError
 from escaip.evaluate import EvaluationReport, evaluate, evaluate_into
-from escaip.evaluate.plots import draw_errors, draw_parity
+from escaip.evaluate.plots import draw
 from escaip.evaluate.report import Records, compute_report
 from escaip.evaluate.run import rotation_error
 from escaip.potential import Potential, PotentialMetadata
@@ -170,8 +170,8 @@ def test_energy_and_forces_within_threshold() -> None:
 
 def test_plots_are_drawn_whatever_is_missing() -> None:
     for found in (records([0.1], [0.0]), records([np.nan, np.nan], [0.1, 0.2])):
-        for draw in (draw_parity, draw_errors):
-            draw(found).savefig(io.BytesIO())
+        for figure in draw(found).values():
+            figure.savefig(io.BytesIO())
 
 
 def test_the_command(model: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
