@@ -91,9 +91,7 @@ def test_panels(study: Path) -> None:
     ("options", "status", "message"),
     [
         (["--metric", "energy_mae"], 1, "no record holds 'energy_mae'"),
-        (["--bootstrap", "5"], 2, "bootstrap is 5"),
         (["--level", "90"], 2, "level is 90.0"),
-        (["--huber", "0"], 2, "huber is 0.0"),
     ],
 )
 def test_usage(study: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, message: str) -> None:
