@@ -11,7 +11,7 @@ WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-install lint docs format bench clean
+.PHONY: help install quickstart test test-install lint docs gallery format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -48,6 +48,10 @@ lint: $(STAMP) ## formatting, lint, types, and the direction of imports
 
 docs: $(STAMP) ## build the documentation into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+gallery: $(STAMP) ## execute the notebooks of docs/gallery again, in runs/gallery (ten minutes)
+	rm -rf $(OUT)/gallery && mkdir -p $(OUT)/gallery
+	PATH="$(abspath $(BIN)):$$PATH" $(ONE_THREAD) $(BIN)/python docs/execute_gallery.py $(OUT)/gallery
 
 format: $(STAMP) ## rewrite the files in the house's format
 	$(BIN)/ruff format .

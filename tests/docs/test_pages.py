@@ -2,10 +2,13 @@
 
 A block of ``bash`` or ``python`` is executed as it stands, one after the other, in one folder and one name space.
 ``REDUCED`` shortens long commands. ``<!-- skip: REASON -->`` before a block leaves it out, for one of ``REASONS``.
+Notebooks of the gallery are pages as well, whose cells are blocks; ``CONSTANTS`` replaces those of the cell that is
+tagged ``parameters``.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -15,6 +18,7 @@ from typing import Any
 
 import ase.build
 import ase.io
+import matplotlib.pyplot as plt
 import pytest
 
 from escaip.cli import main, parser_of
@@ -28,7 +32,13 @@ from escaip.types import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NOTEBOOKS = sorted(DOCS.glob("gallery/*.ipynb"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *NOTEBOOKS]
+CONSTANTS: dict[str, dict[str, object]] = {
+    "train": {"STEPS": 10},
+    "simulate": {"STEPS": 20},
+    "properties": {"SUPERCELL": [1, 1, 1]},
+}
 REASONS = {"network", "GPU", "cluster", "published files", "shell", "installation", "checkpoint of fairchem-core"}
 FIT = (
     "--trainer.max_epochs 1 --trainer.check_val_every_n_epoch 1 --trainer.limit_train_batches 1 "
@@ -59,8 +69,22 @@ pytestmark = [
 ]
 
 
+def code_cells(notebook: Path) -> list[dict[str, Any]]:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
 def blocks(path: Path) -> list[tuple[int, str, str]]:
-    """Line, language and text of each block that is executed."""
+    """Line, or number of the cell, language and text of each block that is executed."""
+    if path.suffix == ".ipynb":
+        found = []
+        for number, cell in enumerate(code_cells(path), start=1):
+            text = "".join(cell["source"])
+            is_bash = text.startswith("%%bash\n")
+            if "parameters" in cell["metadata"].get("tags", ()):
+                text += "".join(f"\n{name} = {value!r}" for name, value in CONSTANTS[path.stem].items())
+            found.append((number, "bash" if is_bash else "python", text.removeprefix("%%bash\n")))
+        return found
     text = path.read_text(encoding="utf-8")
     pattern = r"^( *)(?:<!-- skip: ([^>]*?) -->\n\n?\1)?```(\w*)[^\n]*\n(.*?)^\1```$"
     found = []
@@ -97,7 +121,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str) -> int:
     """Runs one command line of a page in this process."""
-    words = shlex.split(command, comments=True)
+    words = shlex.split(command.partition(" > ")[0], comments=True)
     assert words[0] == "escaip", f"not run by this test: {command}"
     if words[1:3] == ["scaling", "run"]:  # minutes: a recorded study takes its place, tests/scaling runs one
         parser_of("scaling run").parse_args(words[3:])
@@ -117,10 +141,11 @@ def run(command: str) -> int:
 
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
-    """Pages register targets, heads, models, losses and readers; the next page finds the tables as they were."""
+    """Pages register targets, heads, models, losses and readers, and draw; the next page finds things as they were."""
     tables: list[dict[str, Any]] = [TARGETS, HEADS, MODELS, KINDS, READERS]
     before = [dict(table) for table in tables]
     yield
+    plt.close("all")
     for table, entries in zip(tables, before, strict=True):
         table.clear()
         table.update(entries)
@@ -151,3 +176,26 @@ def test_a_block_is_found_and_a_reason_is_needed(tmp_path: Path) -> None:
     page.write_text("<!-- skip: laziness -->\n```bash\nescaip recipes\n```\n")
     with pytest.raises(AssertionError, match="laziness"):
         blocks(page)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_shows_what_it_printed(notebook: Path) -> None:
+    """It was executed from top to bottom, without an error, a warning or a path of the machine: ``make gallery``."""
+    cells = code_cells(notebook)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs)
+    texts = [
+        output.get("text") or [*output["data"].get("text/html", ()), *output["data"]["text/plain"]]
+        for output in outputs
+    ]
+    for line in "".join("".join(text) for text in texts).splitlines():
+        assert not re.search(r"(?<![\w<./])/\w+/\w|[Ww]arning", line), line
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    assert content["metadata"]["language_info"] == {"name": "python"}
+    assert all(set(cell["metadata"]) <= {"tags"} for cell in content["cells"])
+
+
+def test_the_gallery_is_small() -> None:
+    assert 0 < sum(path.stat().st_size for path in NOTEBOOKS) < 600_000
