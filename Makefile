@@ -49,7 +49,7 @@ lint: $(STAMP) ## formatting, lint, types, and the direction of imports
 docs: $(STAMP) ## build the documentation into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-gallery: $(STAMP) ## execute the notebooks of docs/gallery again, in runs/gallery (ten minutes)
+gallery: $(STAMP) ## execute the notebooks of docs/gallery again, in runs/gallery (five minutes)
 	rm -rf $(OUT)/gallery && mkdir -p $(OUT)/gallery
 	PATH="$(abspath $(BIN)):$$PATH" $(ONE_THREAD) $(BIN)/python docs/execute_gallery.py $(OUT)/gallery
 
