@@ -213,12 +213,7 @@ def prepare(
         messages = [message for report in reports for message in report["messages"]]
         sizes = [sum(shard["num_structures"] for shard in report["shards"]) for report in reports]
         total = _joined(reports, sum(sizes))
-        try:
-            total.check_absent()
-        except DataError:  # of a key that was mistyped: no run can go on with these parts
-            for item in items:
-                shutil.rmtree(item.folder, ignore_errors=True)
-            raise
+        _check_absent(total, items)
         counts = {"skipped": total.skipped, "filtered": total.filtered}
         facts = dict(facts or {})
         if level := total.level_of_theory(_described(source), facts.get("level_of_theory", "")):
@@ -235,6 +230,16 @@ def prepare(
         target, manifest["num_structures"], **counts, kept_parts=kept, splits=manifest["splits"], duplicates=duplicates,
         absent=total.absent, messages=tuple(messages[:20]), seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _check_absent(total: ReadReport, items: Sequence[WorkItem]) -> None:
+    """Raises DataError where a named key is in no structure, mistyped for instance: no run can use these parts."""
+    try:
+        total.check_absent()
+    except DataError:
+        for item in items:
+            shutil.rmtree(item.folder, ignore_errors=True)
+        raise
 
 
 def _joined(reports: Sequence[Mapping[str, Any]], read: int) -> ReadReport:
