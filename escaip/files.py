@@ -158,12 +158,7 @@ def try_lock(path: str | os.PathLike[str]) -> IO[bytes] | None:
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Returns the hexadecimal SHA-256 digest of a file."""
-    return file_digest(path, "sha256")
-
-
-def file_digest(path: str | os.PathLike[str], algorithm: str) -> str:
-    """Returns the hexadecimal digest of a file by an algorithm of ``hashlib``, for comparison only."""
-    digest = hashlib.new(algorithm, usedforsecurity=False)
+    digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)

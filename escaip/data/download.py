@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import hashlib
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from escaip import __version__
 from escaip.errors import ConfigError, DataError, EscaipError
-from escaip.files import DatasetCard, aligned, dataset_card, file_digest, first_line, try_lock
+from escaip.files import DatasetCard, aligned, dataset_card, first_line, try_lock
 
 if TYPE_CHECKING:
     from requests import Response
@@ -281,7 +282,7 @@ def _check(item: RemoteFile, run: _Run) -> str:
     unchanged = (known.get("size"), known.get("mtime_ns")) == (status.st_size, status.st_mtime_ns)
     if expected and before == expected and unchanged and not run.verify:
         return str(expected)
-    digest = file_digest(item.path, item.algorithm)
+    digest = _digest(item.path, item.algorithm, run.stop)
     if expected not in (None, digest):
         origin = "published is" if item.digest else "when it was downloaded it was"
         raise DataError(f"{item.path}: {item.algorithm} is {digest}, {origin} {expected}: {remedy}")
@@ -305,7 +306,7 @@ def _fetch(item: RemoteFile, run: _Run) -> str:
                     part.unlink()
                 raise
             os.fsync(file.fileno())
-            digest = file_digest(part, item.algorithm)
+            digest = _digest(part, item.algorithm, run.stop)
             if item.digest in (None, digest):
                 # The record comes first: a kill in between leaves a complete part, never an unknown file.
                 _remember(item, part, digest)
@@ -493,6 +494,16 @@ def _locked(item: RemoteFile, part: Path) -> Iterator[IO[bytes]]:
                 yield file
                 return
     raise DataError(f"{item.name}: another process is downloading it; wait for that one")
+
+
+def _digest(path: Path, algorithm: str, stop: Event) -> str:
+    total = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            if stop.is_set():
+                raise _Stopped
+            total.update(block)
+    return total.hexdigest()
 
 
 def _remember(item: RemoteFile, path: Path, digest: str) -> None:
