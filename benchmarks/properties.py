@@ -2,8 +2,8 @@
 
     python benchmarks/properties.py --out runs/properties/properties.json
 
-For each teacher (EMT copper, Lennard-Jones argon): strained, rattled frames, some with a vacancy, labelled by the
-teacher; a model of less than 0.3 M parameters trained on them by ``escaip fit``; the same properties of both by
+For each teacher (EMT copper, Lennard-Jones argon): strained, rattled frames, some with a vacancy or surfaces, labelled
+by the teacher; a model of less than 0.3 M parameters trained on them by ``escaip fit``; the same properties of both by
 ``escaip.properties`` and ``escaip.simulate``. Dynamics are random: the teacher runs twice, with
 different seeds, and what its radial distribution is off from itself stands beside what the model's is off from it. The
 JSON holds the curves that ``deck_figures.py`` draws. Needs phonopy (pip install 'escaip[sim]').
@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from common import markdown_table, provenance, write_json
-from property_teachers import TEACHERS, Teacher, cpu_seconds, hop, train
+from property_teachers import FACES, TEACHERS, Teacher, cpu_seconds, hop, train
 
 from escaip import EScAIPCalculator
 from escaip.errors import SimulationError
@@ -90,6 +91,9 @@ def measure_statics(teacher: Teacher, calculator: Any) -> Found:
     found.curves["phonons"] = drawn(phonons.bands)
     found.curves["phonons_small"] = drawn(bands_of(primitive, 0.01).bands)
     found.values["vacancy (eV)"] = found.timed("vacancy", lambda: vacancy(teacher, calculator, lattice))
+    for face in FACES:
+        name, energy = "surface ({}{}{})".format(*face), partial(surface_energy, teacher, calculator, lattice, face)
+        found.values[f"{name} (meV/Å²)"] = found.timed(name, energy)
     path = found.timed("band", lambda: vacancy_hop(teacher, calculator, lattice))
     found.values[BARRIER] = None if path is None else float(path.forward)
     if path is not None:
@@ -119,6 +123,16 @@ def vacancy(teacher: Teacher, calculator: Any, lattice: float) -> float:
     holed = perfect[1:]
     holed.calc = calculator
     return float(relax(holed, fmax=0.002).energy - energy * len(holed) / len(perfect))
+
+
+def surface_energy(teacher: Teacher, calculator: Any, lattice: float, face: tuple[int, int, int]) -> float:
+    """``(E_slab − N e_bulk) / 2A`` of a slab of four cubic cells, ions relaxed as they are cut, meV/Å²."""
+    perfect, slab = teacher.crystal(2, lattice), teacher.slab(face, 4 * lattice, lattice)
+    perfect.calc = calculator
+    energy = perfect.get_potential_energy() / len(perfect)
+    slab.calc = calculator
+    area = np.linalg.norm(np.cross(*slab.cell[:2]))
+    return float(1e3 * (relax(slab, fmax=0.002).energy - energy * len(slab)) / (2 * area))
 
 
 def vacancy_hop(teacher: Teacher, calculator: Any, lattice: float) -> Any:

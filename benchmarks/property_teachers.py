@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import ase.io
 import numpy as np
 import yaml
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, surface
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -54,6 +55,13 @@ class Teacher:
         """``repeat`` cubic cells along each axis, without a calculator."""
         return bulk(self.symbol, self.structure, a=lattice or self.lattice, cubic=True).repeat(repeat)
 
+    def slab(self, face: tuple[int, int, int], thickness: float, lattice: float | None = None) -> Atoms:
+        """A slab at least so many Å thick, ions as in the crystal; periodic across twice the cutoff of vacuum too."""
+        cubic = self.crystal(1, lattice)
+        cubic.positions += cubic.cell.lengths() / 8  # diamond is cut between its double layers
+        spacing = cubic.cell.lengths()[0] / np.linalg.norm(face)
+        return surface(cubic, face, math.ceil(thickness / spacing), vacuum=self.cutoff, periodic=True)
+
 
 TEACHERS = {
     "copper": Teacher("Cu", 3.59, 4.0, 300.0, 4.0, 0.12, 0.05, EMT),
@@ -64,16 +72,21 @@ TEACHERS = {
 }  # fmt: skip
 
 
+FACES = ((1, 0, 0), (1, 1, 0), (1, 1, 1))
+
+
 def make_frames(teacher: Teacher, count: int, seed: int) -> list[Atoms]:
     """Two cubic cells along each axis, strained, rattled; labelled.
 
     A third has a vacancy, and in half of these a neighbor of it is on its way into the hole: a barrier that no frame
-    comes near is not learnt.
+    comes near is not learnt. A sixth are slabs with the surfaces ``FACES`` in turn.
     """
     rng = np.random.default_rng(seed)
     frames = []
     for index in range(count):
         atoms = teacher.crystal(2)
+        if index % 6 == 1:
+            atoms = teacher.slab(FACES[index // 6 % len(FACES)], 2 * teacher.lattice).repeat((2, 1, 1))
         strain = rng.uniform(-0.03, 0.03, (3, 3))
         strain = (strain + strain.T) / 2 + np.eye(3) * rng.uniform(-0.04, 0.04)
         atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)

@@ -168,7 +168,7 @@ def dimers(potential: Potential, stores: dict[str, Path], folder: Path) -> Value
 
 
 def crystal(potential: Potential, stores: dict[str, Path], folder: Path) -> Values:
-    """Elastic constants, phonons and vacancy beside the teacher's, in per cent of the teacher's."""
+    """Elastic constants, phonons, vacancy and surfaces beside the teacher's, in per cent of the teacher's."""
     teacher = next(one for one in TAUGHT.values() if ase.data.atomic_numbers[one.symbol] in potential.metadata.elements)
     try:
         truth, learned = (
