@@ -121,6 +121,13 @@ class AtomicDataset(Dataset[AtomicData]):
         return np.array([bool(self._structures[k].pbc.any()) for k in self.indices])
 
     @property
+    def charges(self) -> NDArray[np.integer[Any]]:
+        """``(len,)`` total charge of each structure, e."""
+        if isinstance(self._structures, Store):
+            return self._structures.charges()[self.indices]
+        return np.array([int(self._structures[k].charge) for k in self.indices])
+
+    @property
     def num_edges(self) -> Indices | None:
         """``(len,)`` directed pairs within 6 Å, where a store has counted them."""
         if isinstance(self._structures, Store):
@@ -220,6 +227,11 @@ class MixedDataset(Dataset[AtomicData]):
     def periodic(self) -> NDArray[np.bool_]:
         """``(len,)`` whether any axis is periodic."""
         return np.concatenate([member.periodic for member in self.members.values()])
+
+    @property
+    def charges(self) -> NDArray[np.integer[Any]]:
+        """``(len,)`` total charge of each structure, e."""
+        return np.concatenate([member.charges for member in self.members.values()])
 
     @property
     def num_edges(self) -> Indices | None:

@@ -216,6 +216,10 @@ class Store:
         """``(num_structures,)`` atoms of each structure, read-only, without touching structures."""
         return self.index["natoms"]
 
+    def charges(self) -> NDArray[np.int32]:
+        """Returns the total charge of each structure, ``(num_structures,)`` in e."""
+        return np.concatenate([self._map(shard)["charge"] for shard in range(len(self.manifest["shards"]))])
+
     @property
     def groups(self) -> list[str]:
         """Names of the groups; the index's ``group_codes`` are positions in them."""

@@ -157,11 +157,19 @@ def fit_charges(
     return references, energies
 
 
-def check_charges(charges: Tensor, names: Sequence[str]) -> None:
-    """Raises DataError for the first of the ``(B,)`` total charges of named structures that is out of range."""
-    over = charges.abs() > MAX_CHARGE
+def check_charges(charges: Tensor, names: Sequence[str], is_known: bool = True) -> None:
+    """Raises DataError for the first of the ``(B,)`` total charges of named structures that a model cannot take.
+
+    These are charges beyond ±20, and any but 0 for a model that does not know the charge (``is_known``).
+    """
+    over = charges.abs() > (MAX_CHARGE if is_known else 0)
     if bool(over.any()):
         first = int(over.nonzero()[0])
+        if not is_known:
+            raise DataError(
+                f"{names[first]}: total charge is {int(charges[first])}, which this model does not know: use one "
+                "trained with model.architecture.charge true, or read the structure without its charge"
+            )
         raise DataError(
             f"total charge outside [-{MAX_CHARGE}, {MAX_CHARGE}]: {names[first]} has {int(charges[first])}, "
             "so correct it or leave the structure out"

@@ -335,11 +335,10 @@ class Potential(PreciseTables):
 
         Raises:
             UnsupportedElementError: an element the potential was not trained on.
-            DataError: a charge or multiplicity out of range, where the model is conditioned on it.
+            DataError: a multiplicity or charge out of range; or a charge, and the model is not conditioned on it.
         """
         check_elements(batch.atomic_numbers, self.supported, self.metadata.elements)
-        if self.config.charge:
-            check_charges(batch.charge, batch.structure_id)
+        check_charges(batch.charge, batch.structure_id, self.config.charge)
         self.model.check_systems(batch.charge, batch.spin_multiplicity)
 
     def compile(self, *_: Any, cuda_graphs: bool = False, **__: Any) -> None:

@@ -106,7 +106,7 @@ class PotentialModule(LightningModule):
             warmup_fraction: part of the steps over which the learning rate rises.
             final_fraction: learning rate of the last step in units of the peak.
             level_of_theory: level of theory of the labels, in words; stored with the model. Default that of a
-                prepared store.
+                prepared store or of structures that state it, which it must not contradict.
             datasets: names of the training sets; stored with the model.
             compile: compile energy, forces and their derivatives into one graph (docs/howto/speed.md): the first step
                 takes minutes, the others half as long as without.
@@ -215,7 +215,13 @@ class PotentialModule(LightningModule):
         else:
             self.potential.set_statistics(statistics)
         level = getattr(data, "level_of_theory", "")
-        if self.potential.metadata.level_of_theory == "unknown" and level:
+        stated = self.potential.metadata.level_of_theory
+        if level not in ("", stated) and stated != "unknown" and not several:
+            raise ConfigError(
+                f"model.level_of_theory is {stated}, the training data state {level}: leave model.level_of_theory out, "
+                "or correct one of them"
+            )
+        if level and stated == "unknown":
             self.potential.set_metadata(dataclasses.replace(self.potential.metadata, level_of_theory=level))
         if self.init_from is None:
             self._fit_energies(structures, sets)

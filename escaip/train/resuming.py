@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from ase.data import chemical_symbols
 from lightning.pytorch import Callback, Trainer
 
 from escaip.data import AtomicDataModule
-from escaip.data.dataset import MixedDataset
+from escaip.data.dataset import MixedDataset, StructureSet
 from escaip.data.statistics import TrainingSums
-from escaip.errors import ConfigError, UnsupportedElementError
+from escaip.errors import ConfigError, DataError, UnsupportedElementError
 from escaip.train.module import PotentialModule
 
 TRAINER = "trainer_settings"
@@ -50,13 +51,18 @@ class DataCheck(Callback):
                 raise other_settings(trainer.ckpt_path, f"data.{name}", stored.get(name), now.get(name))
 
     def on_fit_start(self, trainer: Trainer, pl_module: PotentialModule) -> None:  # type: ignore[override]
-        """Compares the elements of the validation set with those that the model will know.
+        """Compares elements of the validation set, and charges of all structures, with what the model will know.
 
         Raises:
-            UnsupportedElementError: some are unknown.
+            UnsupportedElementError: some elements are unknown.
+            DataError: structures are charged and the model is not conditioned on it.
         """
-        potential = pl_module.potential
-        data = trainer.datamodule.datasets.get("val")  # type: ignore[attr-defined]
+        potential, sets = pl_module.potential, trainer.datamodule.datasets  # type: ignore[attr-defined]
+        if not potential.config.charge:
+            for part in ("train", "val"):
+                if part in sets:
+                    _check_neutral(f"data.{part}", sets[part])
+        data = sets.get("val")
         members = data.members if isinstance(data, MixedDataset) and potential.datasets else {"": data}
         for name, member in members.items() if data is not None else ():
             known = potential.supported
@@ -71,6 +77,16 @@ class DataCheck(Callback):
                     f"data.val{place} holds {unknown}, which data.train{place} does not: train on structures with it, "
                     "or leave them out; data.split divides otherwise with another data.seed"
                 )
+
+
+def _check_neutral(place: str, data: StructureSet) -> None:
+    """Raises DataError where a set has charged structures; names the first."""
+    charged = np.flatnonzero(data.charges)
+    if len(charged):
+        raise DataError(
+            f"{place}: {len(charged)} of {len(data)} structures are charged, {data.structure_id(int(charged[0]))} the "
+            "first, and the model is not told: set model.architecture.charge to true, or leave them out"
+        )
 
 
 def trainer_settings(trainer: Trainer) -> dict[str, Any]:

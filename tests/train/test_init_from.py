@@ -110,13 +110,17 @@ def test_before_the_first_step_it_is_the_file(tmp_path: Path, model: str, start:
     options = {"precision": "64-true"} if dtype == torch.float64 else {}
     trainer = make_trainer(tmp_path, [WeightEMA(0.9), first], max_epochs=1, num_sanity_val_steps=1, **options)
     trainer.fit(module, make_data(tmp_path))
-    potential, batch = first.potential, _batch()
-    batch.charge[:2] = torch.tensor([1, -2])
-    found, expected = potential(batch), base(batch)
+    potential, (batch, as_known) = first.potential, (_batch(), _batch())
+    for one, structures in ((potential, batch), (base, as_known)):
+        structures.charge[:2] = one.config.charge * torch.tensor([1, -2])
+    found, expected = potential(batch), base(as_known)
     assert found.forces.dtype == dtype
     assert torch.equal(found.forces, expected.forces)
     assert torch.equal(first.validated(batch).forces, expected.forces)
-    offsets = [one.atomic_references(batch) + one.atomic_shifts(batch) for one in (potential, base)]
+    offsets = [
+        one.atomic_references(structures) + one.atomic_shifts(structures)
+        for one, structures in ((potential, batch), (base, as_known))
+    ]
     assert float((offsets[0] - offsets[1]).abs().min()) > 0.1  # refitted
     interaction = [one.atomic_energies - offset for one, offset in zip((found, expected), offsets, strict=True)]
     torch.testing.assert_close(*interaction, rtol=0.0, atol=1e-12)

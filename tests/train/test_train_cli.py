@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -424,6 +425,45 @@ def test_a_run_does_not_overwrite_the_checkpoints_of_another(
     assert _content(resumed / "runs") == before
     assert os.readlink("runs/tiny/latest") == "version_0"
     assert not Path("runs/tiny/version_1").exists()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_ions_are_refused_by_a_model_that_is_not_told_the_charge(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str, prepared: bool
+) -> None:
+    structures = labelled_molecules(8)
+    for atoms in structures:
+        atoms.info["charge"] = -1
+    ase.io.write("ions.extxyz", structures)
+    if prepared:
+        assert main(["data", "convert", "ions.extxyz", "ions"]) == 0
+    sets = [f"--data.{part}", "ions" if prepared else "ions.extxyz"]
+    sets += ["--data.train", "molecules.extxyz"] if part == "val" else []
+    with monkeypatch.context() as patch:
+        patch.setattr(PotentialModule, "training_step", lambda *_: pytest.fail("a step was made"))
+        assert main(["fit", "--config", "tiny.yaml", *sets]) == 1
+    message = rf"data.{part}: (\d) of \1 structures are charged, ions.extxyz:\d the first, and the model is not told: "
+    assert re.search(f"{message}set model.architecture.charge to true", capsys.readouterr().err)
+    assert not Path("runs/tiny").exists()
+    assert main(["fit", "--config", "tiny.yaml", *sets, "--model.architecture.charge", "true"]) == 0
+
+
+@pytest.mark.bad_input
+def test_a_level_of_theory_that_the_data_contradict_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    structures = labelled_molecules(8)
+    for atoms in structures:
+        atoms.info["level_of_theory"] = "PBE"
+    ase.io.write("stated.extxyz", structures)
+    command = ["fit", "--config", "tiny.yaml", "--data.train", "stated.extxyz", "--model.level_of_theory"]
+    assert main([*command, "HF"]) == 2
+    message = "model.level_of_theory is HF, the training data state PBE: leave model.level_of_theory out, or correct"
+    assert message in capsys.readouterr().err
+    assert not Path("runs/tiny").exists()
+    assert main([*command, "PBE"]) == 0
 
 
 def _worse(log: Any) -> Any:
