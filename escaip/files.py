@@ -366,6 +366,13 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     return folder / file
 
 
+def sample_levels(paths: Iterable[str]) -> set[str]:
+    """Returns the levels of theory of those of the paths that are ``dataset:NAME/FILE``; errors as ``resolve``."""
+    names = {path[len(DATASET_PREFIX) :].partition("/")[0] for path in paths if path.startswith(DATASET_PREFIX)}
+    samples = [dataset_card(name).manifest.get("sample", {}) for name in names]
+    return {str(sample["level_of_theory"]) for sample in samples if "level_of_theory" in sample}
+
+
 def model_file(path: str | os.PathLike[str]) -> Path:
     """Returns the file that a model is read from.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from escaip.data.readers import ReadReport, expand_paths, open_source
 from escaip.data.store import Store, is_store, label_counts
 from escaip.data.structure import AtomicData
 from escaip.errors import ConfigError, DataError
+from escaip.files import sample_levels
 
 SetSpec = dict[str, Any]
 DataSpec = str | list[str] | SetSpec
@@ -114,6 +116,8 @@ class SetOpener:
                 f"{place}: 0 structures in {spec['path']} ({report.summary()}); check index, subset and on_error"
             )
         _log.info("%s: %s", place, report.summary())
+        given = spec["path"]
+        report.levels |= sample_levels(map(os.fspath, given if isinstance(given, list | tuple) else [given]))
         self.levels[place] = report.level_of_theory(place)
         return structures
 

@@ -372,7 +372,7 @@ def fit_law(
         leave_out: also fit all but the largest N, then all but the largest D (or C), and predict those left out.
 
     Raises:
-        DataError: fewer distinct points than parameters, or an input that never varies.
+        DataError: fewer distinct points than parameters, values that are not positive, or an input that never varies.
     """
     settings = settings or FitSettings()
     x, y, cells = _check_points(kind, inputs, losses, settings.floor)
@@ -410,9 +410,13 @@ def fit_law(
 
 def _check_points(kind: str, inputs: Sequence[ArrayLike], losses: ArrayLike, floor: bool) -> tuple[Array, Array, Cells]:
     """Returns inputs ``(K, n)``, log L ``(n,)`` and their cells, or raises the errors of ``fit_law``."""
-    x, y = np.array(inputs, dtype=np.float64), np.log(np.asarray(losses, dtype=np.float64))
-    if len(y) == 0:
+    x, losses = np.array(inputs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if len(losses) == 0:
         raise DataError("no points to fit: name a metric that the records hold")
+    for name, values in zip((*AXES[kind], "losses"), (*x, losses), strict=True):
+        if not (np.isfinite(values).all() and (values > 0).all()):
+            raise DataError(f"{name} must be positive numbers: leave other points out")
+    y = np.log(losses)
     cells, needed = Cells.of(x), 2 * len(x) + floor
     if len(cells.first) < needed:
         raise DataError(

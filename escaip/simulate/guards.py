@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.data import covalent_radii
 
 from escaip.calculators.ase import PotentialCalculator
-from escaip.errors import ConfigError, SimulationError
+from escaip.errors import ConfigError
 from escaip.graph import neighbor_list
 from escaip.simulate.ensembles import MDSettings
 from escaip.simulate.output import ExtxyzTrajectory, make_frame
@@ -116,21 +116,18 @@ class DeviationMonitor:
     """Stops a run when a committee's forces spread too much, and saves frames for labelling.
 
     At most one frame per ``trajectory_interval`` is saved, into a file that is created with the first. ``saved`` are
-    step and end in bytes of the last one that a resumed run has saved, if any; what follows is removed. None where that
-    is not known; then there must be no file.
+    step and end in bytes of the last one that a resumed run has saved, if any; what follows is removed.
 
     Raises:
         ConfigError: a spread is given and the calculator is no committee.
-        SimulationError: the file ends before, or is there although nothing is known of it.
+        SimulationError: the file ends before.
     """
 
-    def __init__(self, atoms: Atoms, path: Path, settings: MDSettings, saved: Sequence[int] | None) -> None:
-        self._path, self._settings, self._saved = path, settings, tuple(saved or ())
+    def __init__(self, atoms: Atoms, path: Path, settings: MDSettings, saved: Sequence[int]) -> None:
+        self._path, self._settings, self._saved = path, settings, tuple(saved)
         self._is_on = settings.max_spread is not None or settings.save_spread is not None
         if self._is_on and not is_committee(atoms):
             raise ConfigError("max_spread and save_spread need a committee: give further models with --committee")
-        if saved is None and path.exists():
-            raise SimulationError(f"{path} is of an earlier version of escaip: move it away to resume the run")
         self._file = ExtxyzTrajectory(path, self._saved[1]) if self._saved else None
         if not self._saved:
             path.unlink(missing_ok=True)

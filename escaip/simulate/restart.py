@@ -36,7 +36,7 @@ class RestartState:
     max_temperature: float  # K at which the run stops
     log_position: int  # where the log ends
     trajectory_position: int  # where the trajectory ends
-    saved: Sequence[int] | None  # step and end of the last frame saved for its spread; None in files of schema 1
+    saved: Sequence[int]  # step and end of the last frame saved for its spread, if any
 
     def save(self, path: Path) -> None:
         """Replaces the file, whole or not at all; raises SimulationError where that is impossible."""
@@ -52,14 +52,14 @@ class RestartState:
 
     @classmethod
     def load(cls, path: Path) -> RestartState:
-        """Reads a file written by ``save``; raises SimulationError if it is missing, damaged, or of a newer schema."""
+        """Reads a file written by ``save``; raises SimulationError if it is missing, damaged, or of another schema."""
         if not path.is_file():
             raise SimulationError(f"there is no restart file {path} to resume from: run without --resume first")
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                header = {"saved": None, **json.loads(stored["header"].tobytes())}
-                if header.pop("schema") > SCHEMA_VERSION:
-                    raise SimulationError(f"{path} was written by a newer escaip: install that version to resume")
+                header = json.loads(stored["header"].tobytes())
+                if header.pop("schema") != SCHEMA_VERSION:
+                    raise SimulationError(f"{path} is of another version of escaip: resume with that version")
                 integrator = {name: stored[f"integrator.{name}"] for name in header.pop("integrator")}
                 arrays = {name: stored[name] for name in stored if name != "header" and "." not in name}
             return cls(**header, **arrays, integrator=integrator)

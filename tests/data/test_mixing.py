@@ -262,6 +262,9 @@ def test_levels_of_theory_come_from_structures_that_state_them(tmp_path: Path) -
         prepare(tmp_path / f"{name}.extxyz", tmp_path / f"{name}2", facts={"level_of_theory": "PBE"})
         assert Store(tmp_path / f"{name}2").manifest["level_of_theory"] == "PBE"
     message = "its structures state levels of theory HF and PBE"
+    sample = AtomicDataModule("dataset:spice/sample.hdf5", max_atoms=300)
+    sample.setup("fit")
+    assert sample.level_of_theory == "GFN2-xTB (tblite 0.8.0), not SPICE's"
     with pytest.raises(DataError, match=message):
         AtomicDataModule(str(tmp_path / "b.extxyz"), max_atoms=60, split={"val": 0}).setup("fit")
     with pytest.raises(DataError, match=message):

@@ -163,6 +163,9 @@ def test_points_that_cannot_be_fitted() -> None:
         fit_law("joint", [np.logspace(5, 7, 6), np.full(6, 1000.0)], np.linspace(0.2, 0.1, 6))
     with pytest.raises(DataError, match="no points to fit"):
         fit_law("power", [[]], [])
+    for losses, compute, name in ((-1.0, 1e9, "losses"), (0.1, float("nan"), "C")):
+        with pytest.raises(DataError, match=f"^{name} must be positive numbers: leave other points out"):
+            fit_law("power", [[*np.logspace(5, 9, 9), compute]], [*np.linspace(0.5, 0.2, 9), losses])
 
 
 @pytest.mark.bad_input

@@ -224,4 +224,4 @@ def _database(path: Path, index: str | int | None) -> Iterator[tuple[int, Atoms]
             yield row_id, atoms
 
 
-READER = Reader("ase", "everything ASE reads: extxyz, traj, db, VASP, ...", read_ase, matches, divide)
+READER = Reader("ase", read_ase, matches, divide)

@@ -242,6 +242,4 @@ def _mapping(value: Any, what: str, name: str) -> dict[str, Any]:
     return found or {}
 
 
-READER = Reader(
-    "aselmdb", "ASE databases in LMDB: OMat24, sAlex, OMol25", read_aselmdb, matches, divide, list_aselmdb_files
-)
+READER = Reader("aselmdb", read_aselmdb, matches, divide, list_aselmdb_files)

@@ -194,4 +194,4 @@ def matches(path: Path, head: bytes) -> bool:
     return path.suffix == ".json" and _HEAD.match(head) is not None
 
 
-READER = Reader("mptrj", "MPTrj JSON, one object per material", read_mptrj, matches, divide)
+READER = Reader("mptrj", read_mptrj, matches, divide)

@@ -249,4 +249,4 @@ def _atomic_numbers() -> dict[bytes, int]:
     return {symbol.encode(): number for number, symbol in enumerate(chemical_symbols) if number > 0}
 
 
-READER = Reader("oc20", "OC20 S2EF as published: N.extxyz.xz beside N.txt.xz", read_oc20, matches, None, list_files)
+READER = Reader("oc20", read_oc20, matches, None, list_files)

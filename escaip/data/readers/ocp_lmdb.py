@@ -222,6 +222,5 @@ def _cuts(slices: Any, values: Any, place: str) -> list[tuple[int, int]]:
     return list(pairwise(cuts.tolist()))
 
 
-READER = Reader("ocp_lmdb", "OC20 and OC22 preprocessed: LMDB of pickled PyG records", read_ocp_lmdb, matches, divide,
-                list_lmdb_files)  # fmt: skip
-PYG_READER = Reader("pyg", "PyG records: .pkl lists, .pt files of records or a batch", read_pyg, matches_pyg)
+READER = Reader("ocp_lmdb", read_ocp_lmdb, matches, divide, list_lmdb_files)
+PYG_READER = Reader("pyg", read_pyg, matches_pyg)

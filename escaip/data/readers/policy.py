@@ -45,7 +45,6 @@ class Reader:
 
     Attributes:
         name: what ``--format`` calls it.
-        what: in words, for ``--help``.
         read: ``read(path, name, policy, **options)`` yields the structures of one file in order, with ids that begin
             with ``name``; structures go through ``ReadPolicy.admit``. Its further parameters are the options of the
             layout. It has ``keys`` (``LabelKeys``) where labels may have any name, and ``part`` where ``parts`` divides
@@ -58,7 +57,6 @@ class Reader:
     """
 
     name: str
-    what: str
     read: Callable[..., Iterator[AtomicData]]
     matches: Callable[[Path, bytes], bool]
     parts: Callable[[Path, int], list[Part]] | None = None

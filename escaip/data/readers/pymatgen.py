@@ -206,4 +206,4 @@ def matches(path: Path, head: bytes) -> bool:
     return path.suffix == ".json" and (b'"@module"' in head or b'"structure"' in head)
 
 
-READER = Reader("pymatgen", "JSON of pymatgen structures with labels", read_pymatgen, matches)
+READER = Reader("pymatgen", read_pymatgen, matches)

@@ -251,4 +251,4 @@ def matches(path: Path, head: bytes) -> bool:
     return head.startswith(b"\x89HDF\r\n\x1a\n")
 
 
-READER = Reader("spice", "SPICE HDF5, one group per molecule", read_spice, matches, divide)
+READER = Reader("spice", read_spice, matches, divide)

@@ -33,4 +33,4 @@ def divide(path: Path, size: int) -> list[Part]:
     return ranges(len(Store(path)), size)
 
 
-READER = Reader("store", "a prepared store", read_store, lambda path, head: is_store(path), divide, lambda path: [path])
+READER = Reader("store", read_store, lambda path, head: is_store(path), divide, lambda path: [path])

@@ -121,4 +121,4 @@ class _BoundedLines(io.TextIOBase):
         return line.decode()
 
 
-READER = Reader("xyz_zip", "zip of (ext)xyz files, as of MPTrj", read_xyz_zip, matches, divide)
+READER = Reader("xyz_zip", read_xyz_zip, matches, divide)
