@@ -12,14 +12,19 @@ from torch import Tensor
 from escaip.errors import ConfigError
 
 
+SOLVED = ("element_shifts", "coefficients")
+"""Buffers that are solved for while the weights change (``escaip.train.atomic_energy_refit``, ``linear_fit``)."""
+
+
 class WeightEMA(WeightAveraging):
     """Exponential moving average of the weights after every optimizer step.
 
     Lightning's callback swaps the averaged weights in for validation, stores them in ``state_dict`` and the raw ones
-    in ``current_model_state``. This class changes three things: buffers (element references, scale) follow the model
-    from the first validation on, where Lightning copies them before they are set; the decay is at most
-    ``(1 + n) / (10 + n)`` after ``n`` updates, so that short runs forget their random first weights; and there is no
-    warning outside of training.
+    in ``current_model_state``. This class changes four things: buffers (element references, scale) follow the model
+    from the first validation on, where Lightning copies them before they are set; those that make up for what the
+    weights leave of the energies (``SOLVED``) are averaged as these are, since the present ones go with the present
+    weights; the decay is at most ``(1 + n) / (10 + n)`` after ``n`` updates, so that short runs forget their random
+    first weights; and there is no warning outside of training.
 
     Args:
         decay: weight of the old average in each update; 0 turns averaging off.
@@ -36,9 +41,21 @@ class WeightEMA(WeightAveraging):
 
     @torch.no_grad()
     def _average(self, averaged: list[Tensor], current: list[Tensor], num_updates: Tensor | int) -> None:
-        count = int(num_updates)
-        decay = min(self.decay, (1 + count) / (10 + count))
-        torch._foreach_lerp_(averaged, current, 1.0 - decay)
+        torch._foreach_lerp_(averaged, current, 1.0 - self._decay_after(int(num_updates)))
+
+    def _decay_after(self, count: int) -> float:
+        return min(self.decay, (1 + count) / (10 + count))
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Updates the average."""
+        assert self._average_model is not None
+        before = [value.clone() for value in _solved(self._average_model.module)]
+        count = int(self._average_model.n_averaged)
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if 0 < count < int(self._average_model.n_averaged):  # the first update copies
+            for value, was in zip(_solved(self._average_model.module), before, strict=True):
+                value.lerp_(was, self._decay_after(count))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copies the module, in the precision that it trains in."""
@@ -68,6 +85,8 @@ class WeightEMA(WeightAveraging):
         """Copies the buffers of the module; their shapes depend on the number of data sets."""
         assert self._average_model is not None
         for name, given in pl_module.named_buffers():
+            if int(self._average_model.n_averaged) and name.rpartition(".")[2] in SOLVED:
+                continue
             owner, _, attribute = name.rpartition(".")
             setattr(self._average_model.module.get_submodule(owner), attribute, given.detach().clone())
 
@@ -82,3 +101,7 @@ class WeightEMA(WeightAveraging):
             self._follow(pl_module)
             self._take_buffers(pl_module)
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _solved(module: Any) -> list[Tensor]:
+    return [value for name, value in module.named_buffers() if name.rpartition(".")[2] in SOLVED]
