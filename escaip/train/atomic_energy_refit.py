@@ -14,6 +14,34 @@ from escaip.types import TARGETS, Prediction, StructureBatch
 
 _LEAST_ERROR = 1e-3  # eV/atom below which absolute errors weigh no more
 _LEAST_VARIANCE = 1e-9  # of the best determined direction: below it compositions say nothing
+_RIDGE, _ROUNDS = 1.0, 10  # of ``fit_shifts``; the ridge in structures of one element alone
+
+
+def fit_shifts(fractions: Tensor, errors: Tensor, term: LossTerm) -> Tensor:
+    """Returns ``(K,)`` eV per element that take errors of the energies from some structures.
+
+    An energy per atom for all elements and, with a ridge, what those of an element need besides; reweighted least
+    squares for the loss.
+
+    Args:
+        fractions: ``(n, K)`` float64, of the elements in each structure.
+        errors: ``(n,)`` eV/atom, label less prediction.
+        term: the loss on the energy.
+    """
+    x = torch.cat([torch.ones_like(fractions[:, :1]), fractions], 1)
+    solution = x.new_zeros(x.shape[1])
+    for _ in range(_ROUNDS):
+        weighted = x.T * _weights(errors - x @ solution, term)
+        ridge = torch.full_like(solution, _RIDGE * float(weighted[0].mean()))
+        ridge[0] = 0.0
+        solution = torch.linalg.solve(weighted @ x + ridge.diag(), weighted @ errors)
+    return solution[0] + solution[1:]
+
+
+def _weights(error: Tensor, term: LossTerm) -> Tensor:
+    if term.kind == "mse":
+        return torch.ones_like(error)
+    return error.abs().clamp_min(term.delta if term.kind == "huber" else _LEAST_ERROR).reciprocal()
 
 
 class ReferenceFit:
@@ -58,7 +86,7 @@ class ReferenceFit:
             own = chosen & (sets == index)
             factor = size_factors(batch, self._term)[own]
             x, e = (factor / sizes[own])[:, None] * numbers[own], factor * error[own]
-            found.append((x * self._weight(e)[:, None]).T @ torch.cat([x, e[:, None]], 1))
+            found.append((x * _weights(e, self._term)[:, None]).T @ torch.cat([x, e[:, None]], 1))
         return torch.stack(found).flatten()
 
     def add(self, sums: Tensor, batches: float = 1.0) -> None:
@@ -85,9 +113,3 @@ class ReferenceFit:
                 shifts[index, list(self.elements)] = inverse @ self.sums[index, :, -1]
         self.sums = torch.zeros_like(self.sums)
         return shifts
-
-    def _weight(self, error: Tensor) -> Tensor:
-        if self._term.kind == "mse":
-            return torch.ones_like(error)
-        least = self._term.delta if self._term.kind == "huber" else _LEAST_ERROR
-        return error.abs().clamp_min(least).reciprocal()

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from escaip.errors import ConfigError
 
-
 SOLVED = ("element_shifts", "coefficients")
 """Buffers that are solved for while the weights change (``escaip.train.atomic_energy_refit``, ``linear_fit``)."""
 
@@ -20,11 +19,12 @@ class WeightEMA(WeightAveraging):
     """Exponential moving average of the weights after every optimizer step.
 
     Lightning's callback swaps the averaged weights in for validation, stores them in ``state_dict`` and the raw ones
-    in ``current_model_state``. This class changes four things: buffers (element references, scale) follow the model
+    in ``current_model_state``. This class changes five things: buffers (element references, scale) follow the model
     from the first validation on, where Lightning copies them before they are set; those that make up for what the
     weights leave of the energies (``SOLVED``) are averaged as these are, since the present ones go with the present
-    weights; the decay is at most ``(1 + n) / (10 + n)`` after ``n`` updates, so that short runs forget their random
-    first weights; and there is no warning outside of training.
+    weights; what is left is fitted before each validation (``PotentialModule.settle_energies``); the decay is at most
+    ``(1 + n) / (10 + n)`` after ``n`` updates, so that short runs forget their random first weights; and there is no
+    warning outside of training.
 
     Args:
         decay: weight of the old average in each update; 0 turns averaging off.
@@ -70,6 +70,12 @@ class WeightEMA(WeightAveraging):
         if not int(self._average_model.n_averaged):
             for average, given in zip(self._average_model.module.parameters(), pl_module.parameters(), strict=True):
                 average.data.copy_(given.data)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Swaps the averaged weights in, and fits their energies."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        if self._average_model is not None and not trainer.sanity_checking:
+            pl_module.settle_energies()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Drops what the module has dropped in this step."""

@@ -141,11 +141,12 @@ class LinearRefit:
         constants: whether references are shifted too.
 
     Attributes:
+        fitted: ``constants``, of the one set there is.
         sums: ``(P, P + 2)`` float64: ``w x xᵀ``, ``w x y``, and ``x²`` over the rows that are derivatives.
     """
 
     def __init__(self, potential: Potential, constants: bool) -> None:
-        self.potential, self.constants = potential, constants
+        self.potential, self.constants, self.fitted = potential, constants, (constants,)
         count = len(potential.metadata.elements) + invariants_of(potential).coefficients.numel()
         self.sums = torch.zeros(count, count + 2, dtype=torch.float64)
 
