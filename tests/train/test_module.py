@@ -465,17 +465,13 @@ def test_training_moves_them_to_what_the_model_leaves(tmp_path: Path) -> None:
 def test_averaged_weights_have_energies_of_their_own(tmp_path: Path) -> None:
     """An average of weights has other energies than the weights of the last step, whose shifts are fitted."""
     seed_everything(0)
-    data, checkpoints = make_data(tmp_path, 24), BestAndLast(dirpath=str(tmp_path))
-    make_trainer(tmp_path, [WeightEMA(0.99), checkpoints], max_epochs=3).fit(
-        PotentialModule(TINY, learning_rate=0.01), data
-    )
+    data, module = make_data(tmp_path, 24), PotentialModule(TINY, learning_rate=0.01)
+    make_trainer(tmp_path, [WeightEMA(0.99), BestAndLast(dirpath=str(tmp_path))], max_epochs=3).fit(module, data)
     structures = list(data.datasets["train"])
     for name in ("best", "last"):
         found = load_potential(tmp_path / f"{name}.ckpt").predict(structures)
-        errors = [
-            (float(one.energy) - each.energy) / one.num_nodes for one, each in zip(structures, found, strict=True)
-        ]
-        assert abs(np.median(errors)) < 0.1 * np.mean(np.abs(errors))
+        errors = [float(one.energy - each.energy) / one.num_nodes for one, each in zip(structures, found, strict=True)]
+        assert abs(np.median(errors)) < 0.25 * np.mean(np.abs(errors))
 
 
 def test_they_stay_where_asked_and_where_given(tmp_path: Path) -> None:
