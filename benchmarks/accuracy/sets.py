@@ -135,10 +135,12 @@ def size(data: AtomicData) -> str:
 _MOLECULES = {
     "model.losses.energy": "{weight: 1.0, kind: mae, final_weight: null}",
     "model.learning_rate": 2.0e-3,
+    "ema.decay": 0.995,
 }
 _CRYSTALS = {
     "model.losses.energy": "{weight: 10.0, kind: huber, delta: 0.1, final_weight: 50.0}",
     "model.learning_rate": 2.0e-3,
+    "ema.decay": 0.995,
 }
 
 
@@ -184,7 +186,7 @@ SETS = {
                 "group", "molecules and complexes of amino acids, GFN2-xTB labels, molecules held out",
                 options={"format": "spice"}, recipe="spice_small",
             ),
-            2000, kind=charge, measures=("dimers",), before=_MOLECULES,
+            2000, kind=charge, measures=("dimers",), before={**_MOLECULES, "ema.decay": None},
         ),
         BenchSet(REAL["solvents"], 1000, kind=size, before=_MOLECULES),
         BenchSet(_INP, 1000, kind=group, measures=("defects",), before=_CRYSTALS),
