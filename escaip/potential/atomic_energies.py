@@ -167,8 +167,8 @@ def check_charges(charges: Tensor, names: Sequence[str], is_known: bool = True) 
         first = int(over.nonzero()[0])
         if not is_known:
             raise DataError(
-                f"{names[first]}: total charge is {int(charges[first])}, which this model does not know: use one "
-                "trained with model.architecture.charge true, or read the structure without its charge"
+                f"total charge of {names[first]} is {int(charges[first])}, which this model does not know: use one "
+                "trained with model.architecture.charge true, or leave the structure out"
             )
         raise DataError(
             f"total charge outside [-{MAX_CHARGE}, {MAX_CHARGE}]: {names[first]} has {int(charges[first])}, "

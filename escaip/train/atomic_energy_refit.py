@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from escaip.data import AtomicData
 from escaip.models import MAX_ATOMIC_NUMBER
 from escaip.potential import Potential
 from escaip.train.losses import LossTerm, labelled, size_factors
@@ -36,6 +37,23 @@ def fit_shifts(fractions: Tensor, errors: Tensor, term: LossTerm) -> Tensor:
         ridge[0] = 0.0
         solution = torch.linalg.solve(weighted @ x + ridge.diag(), weighted @ errors)
     return solution[0] + solution[1:]
+
+
+def remaining_shifts(potential: Potential, structures: Iterable[AtomicData], term: LossTerm) -> Tensor:
+    """Returns ``(119,)`` eV that the energies of structures of one set still need, by ``fit_shifts``.
+
+    Forces are predicted as well: without them a compiled potential would compile once more.
+    """
+    known, elements = [one for one in structures if one.has_label("energy")], list(potential.metadata.elements)
+    shifts = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
+    with torch.inference_mode(False):
+        found = potential.predict(known)
+    if known:
+        numbers = torch.stack([one.atomic_numbers.bincount(minlength=len(shifts)) for one in known]).double()
+        sizes = numbers.sum(1)
+        errors = torch.cat([one.energy.double() - each.energy for one, each in zip(known, found, strict=True)])
+        shifts[elements] = fit_shifts((numbers / sizes[:, None])[:, elements], errors / sizes, term)
+    return shifts.to(potential.device)
 
 
 def _weights(error: Tensor, term: LossTerm) -> Tensor:

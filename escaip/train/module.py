@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,13 +17,13 @@ from tqdm import tqdm
 from escaip.data import AtomicData, Statistics
 from escaip.data.dataset import MixedDataset, evenly
 from escaip.errors import ConfigError, TrainingError
-from escaip.models import MAX_ATOMIC_NUMBER, ModelConfig, build_config, settings_of
+from escaip.models import ModelConfig, build_config, settings_of
 from escaip.potential import Potential, PotentialMetadata
 from escaip.potential.atomic_energies import fit_charges
 from escaip.potential.loading import read_potential
 from escaip.potential.potential import ENERGY_BUFFERS, missing_energies
 from escaip.potential.zbl import check_fraction, fit_onsets
-from escaip.train.atomic_energy_refit import ReferenceFit, fit_shifts
+from escaip.train.atomic_energy_refit import ReferenceFit, remaining_shifts
 from escaip.train.init_from import freeze as freeze_parts
 from escaip.train.init_from import relabel, start_from
 from escaip.train.linear_fit import LinearRefit, fit_linear_energy
@@ -401,21 +401,8 @@ class PotentialModule(LightningModule):
         members: list[Any] = [*data.members.values()] if len(fitted) > 1 else [data]
         for own, member, is_fitted in zip(shifts.view(len(fitted), -1), members, fitted, strict=True):
             if is_fitted:
-                own += self.trainer.strategy.broadcast(self._remaining_shifts(evenly(member, _SETTLING)))
-
-    def _remaining_shifts(self, structures: Iterator[AtomicData]) -> Tensor:
-        """Returns ``(119,)`` eV that the energies of structures of one set still need."""
-        known = [one for one in structures if one.has_label("energy")]
-        shifts = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
-        with torch.inference_mode(False):
-            found = self.potential.predict(known)  # with forces, which need no other compiled code than validations
-        if known:
-            numbers = torch.stack([one.atomic_numbers.bincount(minlength=len(shifts)) for one in known]).double()
-            sizes = numbers.sum(1)
-            errors = torch.cat([one.energy.double() - each.energy for one, each in zip(known, found, strict=True)])
-            elements = list(self.potential.metadata.elements)
-            shifts[elements] = fit_shifts((numbers / sizes[:, None])[:, elements], errors / sizes, self.losses.energy)
-        return shifts.to(self.device)
+                change = remaining_shifts(self.potential, evenly(member, _SETTLING), self.losses.energy)
+                own += self.trainer.strategy.broadcast(change)
 
     def validation_step(self, batch: StructureBatch, batch_idx: int) -> None:
         """Adds the errors of a batch.

@@ -166,7 +166,7 @@ def test_each_set_has_energies_of_charges_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.bad_input
 def test_charges_that_a_model_does_not_know_are_refused() -> None:
     for charge in (1, -21):
-        with pytest.raises(DataError, match=rf"H2O\): total charge is {charge}, which this model does not know: use"):
+        with pytest.raises(DataError, match=rf"total charge of H2O is {charge}, which this model does not know: use"):
             list(make_potential().predict(water(0, charge)))
     for charge in (21, -21):
         batch = batch_of(*water(0, charge))
