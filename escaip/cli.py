@@ -25,6 +25,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "fit": "escaip.train.commands:fit",
         "validate": "escaip.train.commands:validate",
         "test": "escaip.train.commands:test",
+        "distil": "escaip.distil.commands:distil",
     },
     "Data": {
         "data list": "escaip.data.commands:list_cards",

@@ -64,3 +64,14 @@ def continued_by_same_command() -> Iterator[None]:
             print(f"{received.name}: stopped; continue with")
             print(shlex.join(["escaip", *sys.argv[1:]]))
             raise SystemExit(128 + received) from None
+
+
+def end_with_parent() -> None:
+    """Lets the kernel kill this process when its parent dies (Linux), so that no process is left behind."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -371,6 +371,7 @@ class StoreWriter:
         dtype: str = "float64",
         shard_atoms: int = DEFAULT_SHARD_ATOMS,
         overwrite: bool = False,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepares to write.
 
@@ -380,6 +381,7 @@ class StoreWriter:
             dtype: ``float64`` or ``float32``, of forces and stress; positions and energies are always float64.
             shard_atoms: a shard is closed when it holds this many atoms.
             overwrite: replace a store that is already there.
+            facts: further entries of the manifest (name of the set, level of theory), plain JSON values.
 
         Raises:
             ConfigError: an unknown dtype.
@@ -387,7 +389,7 @@ class StoreWriter:
         """
         self.path = Path(path)
         check_target(self.path, overwrite)
-        self._source, self._dtype = source, dtype
+        self._source, self._dtype, self._facts = source, dtype, dict(facts or {})
         self._partial = self.path.parent / f".{self.path.name}.partial-{os.getpid()}"
         self._writer = PartWriter(self._partial / "part", dtype=dtype, shard_atoms=shard_atoms)
 
@@ -406,7 +408,7 @@ class StoreWriter:
                 with disk_errors(self.path):
                     self._writer.close()
                     part, store = self._partial / "part", self._partial / "store"
-                    assemble([part], store, dtype=self._dtype, source=self._source)
+                    assemble([part], store, dtype=self._dtype, source=self._source, **self._facts)
                     publish(store, self.path)
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from escaip import __version__
 from escaip.errors import ConfigError, DataError, EscaipError, TrainingError
 from escaip.files import first_line, try_lock, write_file
 from escaip.scaling.study import RECORDS, Job, Record, StudyPlan
+from escaip.signals import end_with_parent
 
 if TYPE_CHECKING:
     from escaip.train.cli import TrainingCLI
@@ -385,22 +385,11 @@ def version() -> str:
     return done.stdout.strip() or __version__
 
 
-def _end_with_parent() -> None:
-    """Lets the kernel kill this process when its parent dies (Linux), so that a killed study leaves no runs behind."""
-    if sys.platform.startswith("linux"):
-        import ctypes
-
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def main(argv: Sequence[str]) -> int:
     """Trains the job of a study's folder and an id, and returns the exit status."""
     study, job_id = Path(argv[0]), argv[1]
     folder = folder_of(study, job_id)
-    _end_with_parent()
+    end_with_parent()
     try:
         if not (folder / RECORD).is_file():
             train(study, Job(**json.loads((folder / JOB).read_text(encoding="utf-8"))))

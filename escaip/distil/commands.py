@@ -1,0 +1,35 @@
+"""The ``distil`` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def distil(
+    config: str, *, out: str, calculator: str, python: str | None = None, workers: int = 1, labels_only: bool = False
+) -> None:
+    """Makes a fast potential of a slow calculator: structures, labels, training, and runs that find what is missing.
+
+    Args:
+        config: a plan in YAML, or a recipe of configs/distil by name
+        out: folder of labels, data, trainings and the potential; the same command goes on there after any stop
+        calculator: module:NAME of the ASE calculator, a class or function that takes the plan's arguments
+        python: another Python that has the calculator and ASE (default: this one)
+        workers: processes that label, or train, at once
+        labels_only: end with the prepared data
+
+    Example: escaip distil plan.yaml --calculator tblite.ase:TBLite --out runs/mine
+    """
+    from escaip.distil.labels import Labeler
+    from escaip.distil.plan import DistilPlan
+    from escaip.signals import continued_by_same_command
+
+    plan = DistilPlan.read(config)
+    teacher = Labeler(
+        calculator, plan.teacher.arguments, python or sys.executable, plan.teacher.max_force, plan.teacher.timeout
+    )
+    from escaip.distil.run import distil as run
+
+    with continued_by_same_command():
+        made = run(plan, out, teacher, workers=workers, labels_only=labels_only)
+    print(made.summary())

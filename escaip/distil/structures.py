@@ -1,0 +1,400 @@
+"""Structures to label: bases by prototype, SMILES, dimer or file, and variations of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.data import atomic_masses, atomic_numbers, chemical_symbols, covalent_radii
+from ase.neighborlist import neighbor_list
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from escaip.distil.plan import Base, Variation
+from escaip.errors import ConfigError, DataError
+from escaip.files import one_line, resolve
+
+_VACUUM, _SLAB = 12.0, 8.0  # Å
+_GAP = 1.6  # Å between two molecules that are packed, at least
+_AMU_PER_A3 = 1.66053907  # in g/cm³
+_TRIES = 200  # of a random place
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A structure to label, or to begin a run at.
+
+    Attributes:
+        name: entry of the plan, and number or kind.
+        group: what is held out together: the base; of molecules, their scaffold.
+        atoms: with ``info["charge"]`` and ``info["spin"]`` where they are not 0 and 1.
+    """
+
+    name: str
+    group: str
+    atoms: Atoms
+
+
+def generator(seed: int, *names: Any) -> Generator:
+    """Returns the random numbers of one thing, whatever else is made."""
+    return np.random.default_rng([seed, zlib.crc32("/".join(map(str, names)).encode())])
+
+
+def make_bases(name: str, base: Base, seed: int) -> list[Structure]:
+    """Makes the structures of a base, in an order that does not depend on the seed.
+
+    Args:
+        name: of the entry in the plan.
+        base: the entry.
+        seed: of conformers, and of what is drawn where ``count`` says so.
+
+    Raises:
+        ConfigError: an unknown prototype, element or SMILES, or a package that is not installed.
+        DataError: the file cannot be read.
+    """
+    makers: dict[str, Callable[[], Iterator[tuple[str, str, Atoms]]]] = {
+        "prototypes": lambda: _crystals(base),
+        "smiles": lambda: _molecules(base, seed),
+        "dimers": lambda: _dimers(base),
+        "file": lambda: _read(base),
+    }
+    kind = next(kind for kind in makers if getattr(base, kind))
+    try:
+        made = [Structure(f"{name}/{label}", group, atoms) for label, group, atoms in makers[kind]()]
+    except ConfigError as error:
+        raise ConfigError(f"bases.{name}: {error}") from error
+    if not base.count or base.count >= len(made):
+        return made
+    chosen = generator(seed, name).choice(len(made), base.count, replace=False)
+    return [made[index] for index in sorted(chosen.tolist())]
+
+
+def make_variations(
+    name: str, variation: Variation, bases: Mapping[str, Sequence[Structure]], seed: int
+) -> list[Structure]:
+    """Makes the structures of a variation; each depends on the seed and on its own number alone.
+
+    Args:
+        name: of the entry in the plan.
+        variation: the entry.
+        bases: structures by the name of the base.
+        seed: of all that is random.
+
+    Raises:
+        ConfigError: a change that this kind of base cannot have.
+    """
+    held = [one for base in variation.of for one in bases[base]]
+    if not held:
+        raise ConfigError(f"{name}: bases {', '.join(variation.of)} have no structure left: see the failures of labels")
+    made = []
+    for number in range(variation.count):
+        origin = held[number % len(held)]
+        try:
+            atoms = vary(origin.atoms, variation, generator(seed, name, number))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {origin.name}: {error}") from error
+        made.append(Structure(f"{name}/{number:05d}", origin.group, atoms))
+    return made
+
+
+def vary(atoms: Atoms, variation: Variation, rng: Generator) -> Atoms:
+    """Returns a copy with the changes of a variation, in the order of its attributes."""
+    made = _plain(atoms)
+    crystal = bool(made.pbc.any())
+    wanted = [name for name in ("mix", "surface", "cluster", "vacancies", "swaps") if getattr(variation, name)]
+    if wanted and not crystal:
+        raise ConfigError(f"{wanted[0]} is for crystals, and this is a molecule")
+    if crystal and (variation.copies > 1 or variation.stretch):
+        raise ConfigError("copies and stretch are for molecules, and this is a crystal")
+    if crystal and variation.surface:
+        made = _slab(made, variation, rng)
+    elif crystal and variation.atoms:
+        made = _grown(made, 4 * variation.atoms if variation.cluster else variation.atoms, axes=(0, 1, 2))
+    if variation.mix:
+        _mix(made, [_number(symbol) for symbol in variation.mix], rng)
+    if variation.cluster:
+        made = _cluster(made, variation.atoms, rng)
+    if variation.vacancies >= len(made):
+        raise ConfigError(f"{variation.vacancies} vacancies in a cell of {len(made)} atoms: set atoms")
+    del made[sorted(rng.choice(len(made), variation.vacancies, replace=False).tolist())]
+    for _ in range(variation.interstitials):
+        made += Atoms([int(rng.choice(made.numbers))], [_room(made, rng)])
+    for _ in range(variation.swaps):
+        _swap(made, rng)
+    if variation.copies > 1:
+        made = _packed(made, variation.copies, variation.density, rng)
+    if variation.strain and made.pbc.any():
+        made.set_cell(made.cell.array @ _deformation(variation.strain, rng), scale_atoms=True)
+    if variation.stretch:
+        _stretch(made, float(rng.uniform(*variation.stretch)), rng)
+    made.positions += rng.normal(scale=rng.uniform(0, variation.rattle), size=made.positions.shape)
+    return made
+
+
+def bonds(atoms: Atoms) -> list[tuple[int, int]]:
+    """Returns pairs of a molecule that are nearer than 1.25 times the sum of their covalent radii."""
+    first, second = np.triu_indices(len(atoms), 1)
+    reach = 1.25 * (covalent_radii[atoms.numbers[first]] + covalent_radii[atoms.numbers[second]])
+    near = np.linalg.norm(atoms.positions[first] - atoms.positions[second], axis=1) < reach
+    return list(zip(first[near].tolist(), second[near].tolist(), strict=True))
+
+
+def side_of(pairs: Sequence[tuple[int, int]], start: int, barred: int) -> list[int]:
+    """Returns atoms that hang on ``start`` without its bond to ``barred``, which is among them in a ring."""
+    seen, queue = {start}, [start]
+    while queue:
+        one = queue.pop()
+        for pair in pairs:
+            other = sum(pair) - one
+            if one in pair and other not in seen and {one, other} != {start, barred}:
+                seen.add(other)
+                queue.append(other)
+    return sorted(seen)
+
+
+def _plain(atoms: Atoms) -> Atoms:
+    info = {name: atoms.info[name] for name in ("charge", "spin") if name in atoms.info}
+    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info)
+
+
+def _number(symbol: str) -> int:
+    if symbol not in atomic_numbers or symbol == "X":
+        raise ConfigError(f"{symbol!r} is no element")
+    return int(atomic_numbers[symbol])
+
+
+def _crystals(base: Base) -> Iterator[tuple[str, str, Atoms]]:
+    """Yields prototypes with the elements or formulas, scaled so that the nearest two atoms touch."""
+    from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
+    from pymatgen.analysis.structure_matcher import StructureMatcher
+    from pymatgen.core import Composition
+    from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
+
+    library = {entry["tags"]["strukturbericht"]: entry["snl"].structure for entry in AFLOW_PROTOTYPE_LIBRARY}
+    matcher = StructureMatcher()
+    for symbol in base.elements:
+        _number(symbol)
+    for prototype in base.prototypes:
+        if prototype not in library:
+            raise ConfigError(f"prototype {prototype!r} is not in AFLOW's library: Strukturbericht symbols, such as A1")
+        structure = SpacegroupAnalyzer(library[prototype]).get_conventional_standard_structure()
+        kinds = list(structure.composition)
+        if base.elements:
+            choices = list(itertools.permutations(base.elements, len(kinds)))
+        else:
+            formulas = [Composition(formula) for formula in base.formulas]
+            own = structure.composition.anonymized_formula
+            choices = [
+                tuple(one.symbol for one in order)
+                for formula in formulas if formula.anonymized_formula == own
+                for order in itertools.permutations(formula) if _fits(structure.composition, kinds, formula, order)
+            ]  # fmt: skip
+        kept: dict[str, list[Any]] = {}
+        for choice in choices:
+            made = structure.copy()
+            made.replace_species(dict(zip(kinds, choice, strict=True)))
+            same = kept.setdefault(made.composition.reduced_formula, [])
+            if any(matcher.fit(made, other) for other in same):  # the order of equivalent sites makes no difference
+                continue
+            label = f"{prototype}-{made.composition.reduced_formula}" + (f"-{len(same) + 1}" if same else "")
+            same.append(made)
+            yield label, label, _touching(made.to_ase_atoms())
+
+
+def _fits(own: Any, kinds: Sequence[Any], formula: Any, order: Sequence[Any]) -> bool:
+    factor = own.num_atoms / formula.num_atoms
+    return all(math.isclose(own[a], factor * formula[b]) for a, b in zip(kinds, order, strict=True))
+
+
+def _touching(atoms: Any) -> Atoms:
+    """Returns a crystal scaled so that the nearest two atoms are as far apart as their covalent radii say."""
+    made = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
+    made.set_cell(made.cell / _tightness(made), scale_atoms=True)
+    return made
+
+
+def _tightness(atoms: Atoms) -> float:
+    """Returns the smallest distance in units of the sum of covalent radii."""
+    reach = 3.0
+    while True:
+        first, second, distance = neighbor_list("ijd", atoms, reach)
+        if len(first):
+            radii = covalent_radii[atoms.numbers]
+            return float((distance / (radii[first] + radii[second])).min())
+        reach *= 2
+
+
+def _molecules(base: Base, seed: int) -> Iterator[tuple[str, str, Atoms]]:
+    try:
+        from rdkit import Chem, RDLogger
+        from rdkit.Chem import AllChem
+        from rdkit.Chem.Scaffolds import MurckoScaffold
+    except ImportError as error:
+        raise ConfigError("smiles need RDKit: pip install rdkit") from error
+    RDLogger.DisableLog("rdApp.*")
+    for smiles in base.smiles:
+        parsed = Chem.MolFromSmiles(smiles)
+        if parsed is None:
+            raise ConfigError(f"{smiles!r} is no SMILES")
+        scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=parsed) or Chem.MolToSmiles(parsed)
+        molecule, options = Chem.AddHs(parsed), AllChem.ETKDGv3()
+        options.randomSeed = (seed + 1) & 0x7FFFFFFF
+        numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+        found = list(AllChem.EmbedMultipleConfs(molecule, base.conformers, options))
+        if not found:
+            raise ConfigError(f"{smiles}: RDKit finds no conformer")
+        if AllChem.MMFFHasAllMoleculeParams(molecule):
+            AllChem.MMFFOptimizeMoleculeConfs(molecule, maxIters=500)
+        own = Chem.GetFormalCharge(molecule)
+        for charge in dict.fromkeys((own, *base.charges)):
+            unpaired = sum(atom.GetNumRadicalElectrons() for atom in molecule.GetAtoms()) if charge == own else 0
+            spin = unpaired + 1 if unpaired else 1 + (sum(numbers) - charge) % 2
+            info = ({"charge": charge} if charge else {}) | ({"spin": spin} if spin != 1 else {})
+            for index in found:
+                label = f"{smiles}{f' {charge:+d}' if charge != own else ''} {index}"
+                yield label, scaffold, Atoms(numbers, molecule.GetConformer(index).GetPositions(), info=info)
+
+
+def _dimers(base: Base) -> Iterator[tuple[str, str, Atoms]]:
+    for one, other in itertools.combinations_with_replacement([_number(symbol) for symbol in base.dimers], 2):
+        label = f"{chemical_symbols[one]}-{chemical_symbols[other]}"
+        contact = covalent_radii[one] + covalent_radii[other]
+        # As many electrons as spins allow are paired: what a closed-shell method can do.
+        info = {"spin": 2} if (one + other) % 2 else {}
+        for number, distance in enumerate(np.geomspace(0.6 * contact, base.reach, base.points)):
+            yield f"{label} {number}", label, Atoms([one, other], [[0, 0, 0], [distance, 0, 0]], info=info)
+
+
+def _read(base: Base) -> Iterator[tuple[str, str, Atoms]]:
+    import ase.io
+
+    path = resolve(base.file)
+    try:
+        frames: Any = ase.io.read(path, ":")
+    except Exception as error:  # ASE's readers raise anything
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
+    for number, atoms in enumerate(frames):
+        yield f"{number}", f"{atoms.get_chemical_formula()} {number}", _plain(atoms)
+
+
+def _grown(atoms: Atoms, most: int, axes: Sequence[int]) -> Atoms:
+    """Repeats the shortest axis, again and again, as long as there are at most so many atoms."""
+    repeats = [1, 1, 1]
+    while True:
+        lengths = {axis: repeats[axis] * atoms.cell.lengths()[axis] for axis in axes}
+        axis = min(lengths, key=lambda one: lengths[one])
+        if len(atoms) * math.prod(repeats) // repeats[axis] * (repeats[axis] + 1) > most:
+            return atoms.repeat(repeats)
+        repeats[axis] += 1
+
+
+def _slab(atoms: Atoms, variation: Variation, rng: Generator) -> Atoms:
+    from pymatgen.core.surface import SlabGenerator, get_symmetrically_distinct_miller_indices
+    from pymatgen.io.ase import AseAtomsAdaptor
+
+    structure = AseAtomsAdaptor.get_structure(atoms)  # type: ignore[arg-type]
+    planes = get_symmetrically_distinct_miller_indices(structure, variation.surface)
+    plane = planes[int(rng.integers(len(planes)))]
+    slabs = SlabGenerator(structure, plane, _SLAB, _VACUUM, center_slab=True, lll_reduce=True).get_slabs()
+    made = slabs[int(rng.integers(len(slabs)))].to_ase_atoms()
+    return _grown(Atoms(made.numbers, made.positions, cell=made.cell, pbc=True), max(variation.atoms, 1), axes=(0, 1))
+
+
+def _mix(atoms: Atoms, numbers: Sequence[int], rng: Generator) -> None:
+    before = covalent_radii[atoms.numbers].mean()
+    atoms.numbers = rng.choice(numbers, len(atoms))
+    atoms.set_cell(atoms.cell * (covalent_radii[atoms.numbers].mean() / before), scale_atoms=True)
+
+
+def _cluster(atoms: Atoms, count: int, rng: Generator) -> Atoms:
+    center = atoms.cell.cartesian_positions(np.full(3, 0.5)) + rng.uniform(-1, 1, 3)
+    nearest = np.argsort(np.linalg.norm(atoms.positions - center, axis=1), kind="stable")[:count]
+    return Atoms(atoms.numbers[nearest], atoms.positions[nearest] - center)
+
+
+def _room(atoms: Atoms, rng: Generator) -> NDArray[np.float64]:
+    """Returns the emptiest of some random places in the cell, or on the surface of a molecule."""
+    from ase.geometry import get_distances
+
+    if atoms.pbc.any():
+        places = rng.random((_TRIES, 3)) @ atoms.cell.array
+    else:
+        steps = rng.normal(size=(_TRIES, 3))
+        steps *= 2.5 / np.linalg.norm(steps, axis=1, keepdims=True)
+        places = atoms.positions[rng.integers(len(atoms), size=_TRIES)] + steps
+    nearest = get_distances(places, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)[1].min(axis=1)
+    # Beside a surface the emptiest place of all is far out in the vacuum, where nothing is felt.
+    found: NDArray[np.float64] = places[int(np.argmax(np.where(nearest < 2.8, nearest, -nearest)))]
+    return found
+
+
+def _swap(atoms: Atoms, rng: Generator) -> None:
+    one = int(rng.integers(len(atoms)))
+    others = np.flatnonzero(atoms.numbers != atoms.numbers[one])
+    if not len(others):
+        raise ConfigError("swaps need two elements")
+    other = int(rng.choice(others))
+    atoms.numbers[[one, other]] = atoms.numbers[[other, one]]
+
+
+def _deformation(strain: float, rng: Generator) -> NDArray[np.float64]:
+    if rng.random() < 0.5:
+        return np.eye(3) * (1 + rng.uniform(-strain, strain))
+    change = rng.uniform(-strain, strain, (3, 3))
+    return np.eye(3) + (change + change.T) / 2
+
+
+def _packed(molecule: Atoms, copies: int, density: float, rng: Generator) -> Atoms:
+    """Puts copies on a simple cubic lattice, each turned at random until it does not touch the others."""
+    side = math.ceil(copies ** (1 / 3))
+    sites = np.array(list(itertools.product(range(side), repeat=3)))
+    size = float(np.ptp(molecule.positions, axis=0).max())
+    if density:
+        mass = copies * float(atomic_masses[molecule.numbers].sum())
+        edge = (mass * _AMU_PER_A3 / density) ** (1 / 3)
+        sites = sites[np.sort(rng.choice(len(sites), copies, replace=False))]
+        made, spacing = Atoms(cell=np.eye(3) * edge, pbc=True), edge / side
+    else:
+        middle = np.linalg.norm(sites - sites.mean(axis=0), axis=1)
+        sites = sites[np.argsort(middle, kind="stable")[:copies]]
+        made, spacing = Atoms(), size / 1.5 + 2.5
+    for site in sites:
+        made += _turned(molecule, (site + 0.5) * spacing, made, rng)
+    charge = copies * int(molecule.info.get("charge", 0))
+    made.info = {"charge": charge} if charge else {}
+    return made
+
+
+def _turned(molecule: Atoms, center: NDArray[np.float64], others: Atoms, rng: Generator) -> Atoms:
+    """Returns a copy at a place, in the first random orientation without a contact, or the best of many."""
+    from ase.geometry import get_distances
+    from scipy.spatial.transform import Rotation
+
+    best, widest = molecule, -1.0
+    for _ in range(_TRIES):
+        copy = Atoms(molecule.numbers, molecule.positions - molecule.positions.mean(axis=0))
+        copy.positions = Rotation.random(random_state=rng).apply(copy.positions) + center
+        if not len(others):
+            return copy
+        gap = float(get_distances(copy.positions, others.positions, cell=others.cell, pbc=others.pbc)[1].min())
+        if gap > widest:
+            best, widest = copy, gap
+        if gap > _GAP:
+            break
+    return best
+
+
+def _stretch(atoms: Atoms, factor: float, rng: Generator) -> None:
+    pairs = bonds(atoms)
+    rng.shuffle(pairs)
+    for one, other in pairs:
+        moved = side_of(pairs, other, one)
+        if one not in moved:
+            atoms.positions[moved] += (factor - 1) * (atoms.positions[other] - atoms.positions[one])
+            return
