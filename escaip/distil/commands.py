@@ -25,8 +25,9 @@ def distil(
     from escaip.signals import continued_by_same_command
 
     plan = DistilPlan.read(config)
+    stated = plan.teacher
     teacher = Labeler(
-        calculator, plan.teacher.arguments, python or sys.executable, plan.teacher.max_force, plan.teacher.timeout
+        calculator, stated.arguments, python or sys.executable, stated.max_force, stated.max_stress, stated.timeout
     )
     from escaip.distil.run import distil as run
 

@@ -124,6 +124,7 @@ class Labeler:
         arguments: of the class or function.
         python: an interpreter that has the module and ASE; by default this one.
         max_force: eV/Å; frames with larger forces are no labels.
+        max_stress: eV/Å³; likewise.
         timeout: s, of a job.
     """
 
@@ -131,6 +132,7 @@ class Labeler:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     python: str = sys.executable
     max_force: float = 50.0
+    max_stress: float = 0.6
     timeout: float = 3600.0
 
     def run(
@@ -192,6 +194,8 @@ class Labeler:
         finally:  # whatever ends this, no process goes on
             for process in processes:
                 process.stop()
+            for process in processes:
+                process.join()
 
 
 class _Process(threading.Thread):
@@ -206,9 +210,15 @@ class _Process(threading.Thread):
         self._stopped = self._late = False
 
     def stop(self) -> None:
+        """Ends the worker; what waits for its answer gets none."""
         self._stopped = True
         if self._worker is not None:
             self._worker.kill()
+
+    def _close(self) -> None:
+        if self._worker is not None:
+            with self._worker as worker:  # closes its pipes and waits
+                worker.kill()
 
     def run(self) -> None:
         try:
@@ -222,15 +232,20 @@ class _Process(threading.Thread):
         except EscaipError as error:
             self._answers.put(error)
         finally:
-            self.stop()
+            self._close()
 
     def _ask(self, job: Job) -> dict[str, Any]:
-        worker = self._worker if self._worker is not None and self._worker.poll() is None else self._begin()
+        if self._worker is None or self._worker.poll() is not None:
+            self._close()
+            self._begin()
+        worker = self._worker
+        assert worker is not None
         self._late = False
         timer = threading.Timer(self._labeler.timeout, self._give_up)
         timer.start()
         try:
-            line = self._exchange(worker, {**job.message, "max_force": self._labeler.max_force})
+            bounds = {"max_force": self._labeler.max_force, "max_stress": self._labeler.max_stress}
+            line = self._exchange(worker, {**job.message, **bounds})
         finally:
             timer.cancel()
         if line:
@@ -246,17 +261,18 @@ class _Process(threading.Thread):
         if self._worker is not None:
             self._worker.kill()
 
-    def _begin(self) -> subprocess.Popen[str]:
+    def _begin(self) -> None:
         one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         labeler = self._labeler
         try:
             with open(self._printed, "ab") as printed:
-                worker = self._worker = subprocess.Popen(
+                worker = subprocess.Popen(
                     [labeler.python, str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                     encoding="utf-8", stderr=printed, env={**one, **os.environ}, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
             raise ConfigError(f"{labeler.python}: {error.strerror}: name a Python interpreter with ASE") from error
+        self._worker = worker
         setup = {"calculator": labeler.calculator, "arguments": dict(labeler.arguments), "folder": os.getcwd()}
         line = self._exchange(worker, setup)
         answer = json.loads(line) if line else {"error": f"{labeler.python} did not start (see {self._printed})"}
@@ -266,7 +282,6 @@ class _Process(threading.Thread):
                 "its arguments in the plan, and a Python that has it"
             )
         self._answers.put(answer)
-        return worker
 
     @staticmethod
     def _exchange(worker: subprocess.Popen[str], content: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from escaip.errors import ConfigError
 from escaip.files import config_path, read_yaml
@@ -21,6 +21,7 @@ class Teacher:
         licence: of the teacher, stated in the data and in the potential.
         citation: works to cite.
         max_force: eV/Å; a frame with a larger force on any atom is left out and counted.
+        max_stress: eV/Å³ (0.6 is 96 GPa); likewise for the stress, which is all that a collapsed crystal shows.
         timeout: seconds that one job may take.
     """
 
@@ -29,12 +30,13 @@ class Teacher:
     licence: str = ""
     citation: tuple[str, ...] = ()
     max_force: float = 50.0
+    max_stress: float = 0.6
     timeout: float = 3600.0
 
     def __post_init__(self) -> None:
         if not self.level_of_theory.strip():
             raise ConfigError("teacher.level_of_theory is empty: name the method")
-        _positive("teacher", self, "max_force", "timeout")
+        _positive("teacher", self, "max_force", "max_stress", "timeout")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Variation:
         interstitials: atoms to put in where there is room.
         swaps: pairs of atoms of two elements that change places.
         copies: molecules, at random orientations.
-        density: g/cm³ of a periodic box of these copies; 0 for a cluster in vacuum.
+        among: bases that the further molecules are drawn from; by default all are of the same kind.
+        density: g/cm³ of a periodic box of these molecules; 0 for a cluster in vacuum.
         strain: largest change of a length or an angle; half of the structures change their volume alone.
         stretch: range of factors on the length of a random bond that is in no ring.
         rattle: Å, largest standard deviation of random displacements; drawn between 0 and this.
@@ -109,6 +112,7 @@ class Variation:
     interstitials: int = 0
     swaps: int = 0
     copies: int = 1
+    among: tuple[str, ...] = ()
     density: float = 0.0
     strain: float = 0.0
     stretch: tuple[float, ...] = ()
@@ -124,8 +128,8 @@ class Variation:
             raise ConfigError(f"stretch is {list(self.stretch)}: give the smallest and the largest factor")
         if self.cluster and (not self.atoms or self.surface):
             raise ConfigError("a cluster needs atoms, and has no surface")
-        if self.density and self.copies < 2:
-            raise ConfigError("density needs copies, two or more molecules")
+        if (self.density or self.among) and self.copies < 2:
+            raise ConfigError(f"{'density' if self.density else 'among'} needs copies, two or more molecules")
 
 
 @dataclass(frozen=True)
@@ -273,8 +277,9 @@ class DistilPlan:
 
 def _check_bases(part: str, named: Mapping[str, Variation], bases: Mapping[str, Base]) -> None:
     for name, variation in named.items():
-        if unknown := [base for base in variation.of if base not in bases]:
-            raise ConfigError(f"{part}.{name}.of: there is no base {unknown[0]!r}: bases are {', '.join(bases)}")
+        for key in ("of", "among"):
+            if unknown := [base for base in getattr(variation, key) if base not in bases]:
+                raise ConfigError(f"{part}.{name}.{key}: there is no base {unknown[0]!r}: bases are {', '.join(bases)}")
 
 
 def _positive(place: str, settings: Any, *names: str) -> None:
@@ -303,7 +308,7 @@ def _parse(kind: Any, content: Any, place: str) -> Any:
 
 def _value(hint: Any, value: Any, place: str) -> Any:
     """Returns a value of the type that an annotation names."""
-    origin, arguments = getattr(hint, "__origin__", None), getattr(hint, "__args__", ())
+    origin, arguments = get_origin(hint), get_args(hint)
     if origin is tuple:
         given = value if isinstance(value, list | tuple) else [value]
         return tuple(_value(arguments[0], one, place) for one in given)

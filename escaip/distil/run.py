@@ -70,7 +70,7 @@ class Distilled:
 
     def summary(self) -> str:
         """Returns a table and a few lines for people."""
-        rows = [("entry", "frames", "energy meV/atom", "forces meV/Å", "stress meV/Å³")]
+        rows: list[tuple[str, ...]] = [("entry", "frames", "energy meV/atom", "forces meV/Å", "stress meV/Å³")]
         for name in [*self.frames, "all"]:
             count = sum(self.frames.values()) if name == "all" else self.frames[name]
             own = self.errors.get(name, {})
@@ -140,7 +140,8 @@ class _Campaign:
     def claim(self) -> None:
         """Writes who the teacher is, or refuses a folder with the labels of another one."""
         plan, path = self._plan.teacher, self._folder / TEACHER
-        mine = {"calculator": self._teacher.calculator, "arguments": plan.arguments, "max_force": plan.max_force}
+        bounds = {"max_force": plan.max_force, "max_stress": plan.max_stress}
+        mine = {"calculator": self._teacher.calculator, "arguments": plan.arguments, **bounds}
         if path.is_file():
             theirs = json.loads(path.read_text(encoding="utf-8"))
             if differing := [key for key, value in mine.items() if theirs.get(key) != value]:
@@ -195,7 +196,7 @@ class _Campaign:
             write_json(path, {**known, "version": version})
 
     def _run(self, labeler: Labeler, jobs: Sequence[Job], log: LabelLog, what: str) -> str:
-        missing, began, last = len({job.key for job in jobs if job.key not in log}), time.monotonic(), -_EVERY
+        missing, began, last = len({job.key for job in jobs if job.key not in log}), time.monotonic(), 0.0
         if not missing:
             return ""
         self._say(f"{what}: {missing} of {len(jobs)} jobs to do")
@@ -270,7 +271,7 @@ class _Campaign:
             models = [one.result() for one in trained]
         student = Labeler(
             "escaip.calculators:EScAIPCalculator", {"model": str(models[0].absolute())},
-            max_force=self._teacher.max_force, timeout=self._teacher.timeout,
+            max_force=self._teacher.max_force, max_stress=self._teacher.max_stress, timeout=self._teacher.timeout,
         )  # fmt: skip
         log, by = LabelLog(self._folder / "labels" / f"{stage}.jsonl"), sha256(models[0])
         jobs = [

@@ -92,19 +92,30 @@ def make_variations(
     held = [one for base in variation.of for one in bases[base]]
     if not held:
         raise ConfigError(f"{name}: bases {', '.join(variation.of)} have no structure left: see the failures of labels")
+    others = [one.atoms for base in variation.among for one in bases[base]]
     made = []
     for number in range(variation.count):
         origin = held[number % len(held)]
         try:
-            atoms = vary(origin.atoms, variation, generator(seed, name, number))
+            atoms = vary(origin.atoms, variation, generator(seed, name, number), others)
         except ConfigError as error:
             raise ConfigError(f"{name}: {origin.name}: {error}") from error
         made.append(Structure(f"{name}/{number:05d}", origin.group, atoms))
     return made
 
 
-def vary(atoms: Atoms, variation: Variation, rng: Generator) -> Atoms:
-    """Returns a copy with the changes of a variation, in the order of its attributes."""
+def vary(atoms: Atoms, variation: Variation, rng: Generator, others: Sequence[Atoms] = ()) -> Atoms:
+    """Returns a copy with the changes of a variation, in the order of its attributes.
+
+    Args:
+        atoms: a crystal or a molecule.
+        variation: the changes.
+        rng: random numbers.
+        others: molecules of the bases that ``among`` names.
+
+    Raises:
+        ConfigError: a change that a crystal, or a molecule, cannot have.
+    """
     made = _plain(atoms)
     crystal = bool(made.pbc.any())
     wanted = [name for name in ("mix", "surface", "cluster", "vacancies", "swaps") if getattr(variation, name)]
@@ -128,11 +139,12 @@ def vary(atoms: Atoms, variation: Variation, rng: Generator) -> Atoms:
     for _ in range(variation.swaps):
         _swap(made, rng)
     if variation.copies > 1:
-        made = _packed(made, variation.copies, variation.density, rng)
+        drawn = [(others or [made])[int(rng.integers(len(others) or 1))] for _ in range(variation.copies - 1)]
+        made = _packed([made, *drawn], variation.density, rng)
     if variation.strain and made.pbc.any():
         made.set_cell(made.cell.array @ _deformation(variation.strain, rng), scale_atoms=True)
     if variation.stretch:
-        _stretch(made, float(rng.uniform(*variation.stretch)), rng)
+        _stretch(made, float(rng.uniform(variation.stretch[0], variation.stretch[1])), rng)
     made.positions += rng.normal(scale=rng.uniform(0, variation.rattle), size=made.positions.shape)
     return made
 
@@ -232,25 +244,25 @@ def _tightness(atoms: Atoms) -> float:
 
 def _molecules(base: Base, seed: int) -> Iterator[tuple[str, str, Atoms]]:
     try:
-        from rdkit import Chem, RDLogger
-        from rdkit.Chem import AllChem
+        from rdkit import Chem, rdBase
+        from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
         from rdkit.Chem.Scaffolds import MurckoScaffold
     except ImportError as error:
         raise ConfigError("smiles need RDKit: pip install rdkit") from error
-    RDLogger.DisableLog("rdApp.*")
+    quiet = rdBase.BlockLogs()
     for smiles in base.smiles:
         parsed = Chem.MolFromSmiles(smiles)
         if parsed is None:
             raise ConfigError(f"{smiles!r} is no SMILES")
         scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=parsed) or Chem.MolToSmiles(parsed)
-        molecule, options = Chem.AddHs(parsed), AllChem.ETKDGv3()
-        options.randomSeed = (seed + 1) & 0x7FFFFFFF
+        molecule, options = Chem.AddHs(parsed), rdDistGeom.ETKDGv3()
+        options.randomSeed = (seed + 1) & 0x7FFFFFFF  # type: ignore[assignment]
         numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
-        found = list(AllChem.EmbedMultipleConfs(molecule, base.conformers, options))
+        found = [int(index) for index in rdDistGeom.EmbedMultipleConfs(molecule, base.conformers, options)]
         if not found:
             raise ConfigError(f"{smiles}: RDKit finds no conformer")
-        if AllChem.MMFFHasAllMoleculeParams(molecule):
-            AllChem.MMFFOptimizeMoleculeConfs(molecule, maxIters=500)
+        if rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
+            rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(molecule, maxIters=500)
         own = Chem.GetFormalCharge(molecule)
         for charge in dict.fromkeys((own, *base.charges)):
             unpaired = sum(atom.GetNumRadicalElectrons() for atom in molecule.GetAtoms()) if charge == own else 0
@@ -259,6 +271,7 @@ def _molecules(base: Base, seed: int) -> Iterator[tuple[str, str, Atoms]]:
             for index in found:
                 label = f"{smiles}{f' {charge:+d}' if charge != own else ''} {index}"
                 yield label, scaffold, Atoms(numbers, molecule.GetConformer(index).GetPositions(), info=info)
+    del quiet
 
 
 def _dimers(base: Base) -> Iterator[tuple[str, str, Atoms]]:
@@ -298,7 +311,7 @@ def _slab(atoms: Atoms, variation: Variation, rng: Generator) -> Atoms:
     from pymatgen.core.surface import SlabGenerator, get_symmetrically_distinct_miller_indices
     from pymatgen.io.ase import AseAtomsAdaptor
 
-    structure = AseAtomsAdaptor.get_structure(atoms)  # type: ignore[arg-type]
+    structure = AseAtomsAdaptor.get_structure(atoms)
     planes = get_symmetrically_distinct_miller_indices(structure, variation.surface)
     plane = planes[int(rng.integers(len(planes)))]
     slabs = SlabGenerator(structure, plane, _SLAB, _VACUUM, center_slab=True, lll_reduce=True).get_slabs()
@@ -350,13 +363,14 @@ def _deformation(strain: float, rng: Generator) -> NDArray[np.float64]:
     return np.eye(3) + (change + change.T) / 2
 
 
-def _packed(molecule: Atoms, copies: int, density: float, rng: Generator) -> Atoms:
-    """Puts copies on a simple cubic lattice, each turned at random until it does not touch the others."""
-    side = math.ceil(copies ** (1 / 3))
+def _packed(molecules: Sequence[Atoms], density: float, rng: Generator) -> Atoms:
+    """Puts molecules on a simple cubic lattice, the first in the middle, each turned until it touches no other."""
+    copies = len(molecules)
+    side = math.ceil(copies ** (1 / 3) - 1e-9)
     sites = np.array(list(itertools.product(range(side), repeat=3)))
-    size = float(np.ptp(molecule.positions, axis=0).max())
+    size = max(float(np.ptp(one.positions, axis=0).max()) for one in molecules)
     if density:
-        mass = copies * float(atomic_masses[molecule.numbers].sum())
+        mass = sum(float(atomic_masses[one.numbers].sum()) for one in molecules)
         edge = (mass * _AMU_PER_A3 / density) ** (1 / 3)
         sites = sites[np.sort(rng.choice(len(sites), copies, replace=False))]
         made, spacing = Atoms(cell=np.eye(3) * edge, pbc=True), edge / side
@@ -364,10 +378,11 @@ def _packed(molecule: Atoms, copies: int, density: float, rng: Generator) -> Ato
         middle = np.linalg.norm(sites - sites.mean(axis=0), axis=1)
         sites = sites[np.argsort(middle, kind="stable")[:copies]]
         made, spacing = Atoms(), size / 1.5 + 2.5
-    for site in sites:
+    for molecule, site in zip(molecules, sites, strict=True):
         made += _turned(molecule, (site + 0.5) * spacing, made, rng)
-    charge = copies * int(molecule.info.get("charge", 0))
-    made.info = {"charge": charge} if charge else {}
+    charge = sum(int(one.info.get("charge", 0)) for one in molecules)
+    spin = 1 + sum(int(one.info.get("spin", 1)) - 1 for one in molecules)
+    made.info = ({"charge": charge} if charge else {}) | ({"spin": spin} if spin != 1 else {})
     return made
 
 

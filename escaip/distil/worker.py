@@ -60,7 +60,7 @@ def run(job: dict[str, Any], calculator: Any) -> dict[str, Any]:
     if hasattr(calculator, "reset"):
         calculator.reset()  # no start from the structure before: answers depend on the job alone
     atoms.calc = calculator
-    frames = _Frames(job["max_force"])
+    frames = _Frames(job["max_force"], job["max_stress"])
     try:
         {"label": _label, "relax": _relax, "dynamics": _dynamics}[job["kind"]](atoms, frames, job)
     except Unusable as error:
@@ -76,8 +76,9 @@ def run(job: dict[str, Any], calculator: Any) -> dict[str, Any]:
 
 
 class _Frames:
-    def __init__(self, max_force: float) -> None:
-        self.max_force, self.kept, self.dropped, self.ended = max_force, list[dict[str, Any]](), 0, ""
+    def __init__(self, max_force: float, max_stress: float) -> None:
+        self.max_force, self.max_stress = max_force, max_stress
+        self.kept, self.dropped, self.ended = list[dict[str, Any]](), 0, ""
 
     def add(self, atoms: Any) -> None:
         """Keeps the labels of a frame, or raises Unusable."""
@@ -95,6 +96,8 @@ class _Frames:
         if atoms.pbc.any():
             frame["cell"] = atoms.cell.array.tolist()
             if (stress := _stress(atoms)) is not None:
+                if (largest := max(map(abs, stress))) > self.max_stress:
+                    raise Unusable(f"a stress of {largest:.3g} eV/Å³ is above max_stress, {self.max_stress:g}")
                 frame["stress"] = stress
         self.kept.append(frame)
 
@@ -135,26 +138,40 @@ def _relax(atoms: Any, frames: _Frames, job: dict[str, Any]) -> None:
             energies.append(frames.try_add(atoms))
         if not np.isfinite(energies).any():
             raise Unusable("no size of the crystal has a usable energy")
-        atoms.set_cell(cell * _SCAN[int(np.argmin(energies))], scale_atoms=True)
+        best = _valley(energies)
+        atoms.set_cell(cell * _SCAN[best], scale_atoms=True)
         movable = FrechetCellFilter(atoms)
+        # The relaxation begins at this frame and keeps it once more.
+        frames.kept.pop(int(np.isfinite(energies[:best]).sum()))
     begun = len(frames.kept)
     optimizer = BFGS(movable, logfile=None, maxstep=0.1)
     optimizer.attach(lambda: frames.add(atoms), interval=1)
-    optimizer.run(fmax=job["fmax"], steps=job["steps"])
+    try:
+        optimizer.run(fmax=job["fmax"], steps=job["steps"])
+    except Unusable as error:  # it leads to where the calculator means nothing: what it began at is taken
+        frames.ended, frames.dropped = str(error), frames.dropped + 1
+        frames.kept[begun:] = frames.kept[begun : begun + 1]
+        return
     way = frames.kept[begun:-1]
     wanted = sorted({round(index) for index in np.linspace(0, len(way) - 1, min(len(way), 6))}) if way else []
     frames.kept[begun:-1] = [way[index] for index in wanted]
 
 
+def _valley(energies: list[float]) -> int:
+    """Returns the deepest inner minimum of a scan, or its lowest point: some calculators fall without end."""
+    inner = [k for k in range(1, len(energies) - 1) if np.inf > energies[k - 1] > energies[k] < energies[k + 1]]
+    return min(inner or range(len(energies)), key=lambda k: energies[k])
+
+
 def _dynamics(atoms: Any, frames: _Frames, job: dict[str, Any]) -> None:
     from ase.md.langevin import Langevin
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
     from ase.optimize import BFGS
 
     rng = np.random.default_rng(job["seed"])
     if job["relax"]:
         BFGS(atoms, logfile=None, maxstep=0.1).run(fmax=0.5, steps=job["relax"])
-    MaxwellBoltzmannDistribution(atoms, temperature_K=job["temperature"], rng=rng)
+    thermal = np.sqrt(atoms.get_masses()[:, None] * units.kB * job["temperature"])
+    atoms.set_momenta(thermal * rng.normal(size=(len(atoms), 3)))
     dynamics = Langevin(
         atoms, job["timestep"] * units.fs, temperature_K=job["temperature"], friction=0.02 / units.fs, rng=rng,
         fixcm=False,
