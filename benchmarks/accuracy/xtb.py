@@ -14,9 +14,10 @@ import ase.io
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.data import covalent_radii
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+
+from escaip.distil.structures import bonds, side_of
 
 TEMPERATURES = (600, 1000, 1200)  # K
 TRAJECTORIES, FRAMES, APART, SETTLING = 4, 25, 20, 200  # of each temperature; fs
@@ -81,32 +82,11 @@ def hot(frames: list[Atoms], temperature: int) -> list[Atoms]:
     return found
 
 
-def bonds(atoms: Atoms) -> list[tuple[int, int]]:
-    """Pairs nearer than 1.25 times the sum of their covalent radii."""
-    first, second = np.triu_indices(len(atoms), 1)
-    reach = 1.25 * (covalent_radii[atoms.numbers[first]] + covalent_radii[atoms.numbers[second]])
-    near = np.linalg.norm(atoms.positions[first] - atoms.positions[second], axis=1) < reach
-    return list(zip(first[near].tolist(), second[near].tolist(), strict=True))
-
-
-def side(pairs: list[tuple[int, int]], start: int, barred: int) -> list[int]:
-    """Atoms that hang on ``start`` without the bond to ``barred``; with a ring, ``barred`` is among them."""
-    seen, queue = {start}, [start]
-    while queue:
-        one = queue.pop()
-        for pair in pairs:
-            other = sum(pair) - one
-            if one in pair and other not in seen and {one, other} != {start, barred}:
-                seen.add(other)
-                queue.append(other)
-    return sorted(seen)
-
-
 def stretched(atoms: Atoms) -> list[Atoms]:
     """Rigid scans of the first bond of each kind that is in no ring."""
     pairs, found, kinds = bonds(atoms), [], set()
     for one, other in pairs:
-        kind, moved = frozenset((atoms.symbols[one], atoms.symbols[other])), side(pairs, other, one)
+        kind, moved = frozenset((atoms.symbols[one], atoms.symbols[other])), side_of(pairs, other, one)
         if kind in kinds or one in moved:
             continue
         kinds.add(kind)

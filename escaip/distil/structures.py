@@ -248,7 +248,7 @@ def _molecules(base: Base, seed: int) -> Iterator[tuple[str, str, Atoms]]:
         from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
         from rdkit.Chem.Scaffolds import MurckoScaffold
     except ImportError as error:
-        raise ConfigError("smiles need RDKit: pip install rdkit") from error
+        raise ConfigError("smiles need RDKit: pip install 'escaip[distil]'") from error
     quiet = rdBase.BlockLogs()
     for smiles in base.smiles:
         parsed = Chem.MolFromSmiles(smiles)

@@ -24,6 +24,7 @@ import pytest
 from escaip.cli import main, parser_of
 from escaip.data import open_source
 from escaip.data.readers import READERS
+from escaip.distil.plan import DistilPlan
 from escaip.files import resolve
 from escaip.models import MODELS
 from escaip.nn.heads import HEADS
@@ -126,6 +127,9 @@ def run(command: str) -> int:
     if words[1:3] == ["scaling", "run"]:  # minutes: a recorded study takes its place, tests/scaling runs one
         parser_of("scaling run").parse_args(words[3:])
         shutil.copytree(ROOT / "benchmarks" / "results" / "scaling", words[words.index("--out") + 1])
+        return 0
+    if words[1] == "distil":  # minutes: tests/distil runs one
+        DistilPlan.read(parser_of("distil").parse_args(words[2:]).config)
         return 0
     name = next((n for n in REDUCED if words[1 : 1 + len(n.split())] == n.split()), "")
     extra = shlex.split(REDUCED.get(name, ""))
