@@ -1,24 +1,29 @@
-"""Checks that a potential is one: derivatives, symmetries, continuity, conservation of energy."""
+"""Checks that a potential is one: derivatives, symmetries, continuity, conservation of energy, pairs of atoms."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ase.build
+import ase.data
 import numpy as np
 import torch
 from ase import Atoms, units
 from ase.calculators.calculator import BaseCalculator
+from ase.data import atomic_numbers, covalent_radii
 from ase.md.verlet import VelocityVerlet
 
 from escaip.calculators import CommitteeCalculator, EScAIPCalculator
 from escaip.data import AtomicData, collate
 from escaip.errors import SimulationError, UsageError
-from escaip.files import aligned
+from escaip.files import aligned, first_line
 from escaip.potential import Potential
 from escaip.simulate.ensembles import MDSettings, prepare_velocities
 from escaip.testing import (
@@ -38,6 +43,11 @@ _DISPLACEMENT = 0.03  # Å
 _STEPS = 32  # of the short run
 _CROSSINGS = 6  # changes of the graph looked at
 _DIRECTIONS = 6  # of the Jacobian
+_VACUUM = 30.0  # Å between images that a local potential does not notice
+_THREADS, _EACH = 4, 3  # threads, and structures of each
+_AGAIN = 40  # evaluations whose memory is compared
+_MAX_ELEMENTS = 12  # whose pairs are scanned unless elements are named
+_HOLE, _STEP = 0.5, 0.02  # eV and Å, of a scan of two atoms
 
 
 class Tolerances(NamedTuple):
@@ -99,6 +109,11 @@ class CheckReport:
         """The findings outside of their limit."""
         return tuple(finding for finding in self.findings if finding.verdict == "FAIL")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values, for JSON."""
+        findings = [{**asdict(finding), "verdict": finding.verdict} for finding in self.findings]
+        return {"subject": self.subject, "findings": findings}
+
     def table(self) -> str:
         """Returns a table for a terminal."""
         rows = [("", "comparison", "found", "allowed", "", "")]
@@ -155,6 +170,9 @@ def check_calculator(
     check = _Check(calculator, atoms, seed)
     check.derivatives()
     check.symmetries()
+    check.extensivity()
+    check.threads()
+    check.memory()
     if check.members:
         check.skin()
         check.crossings()
@@ -246,6 +264,66 @@ class _Check:
         if atoms.pbc.any():
             self.add("energy under re-wrapping", wrapping_error(differences, atoms, rng), "eV", limit)
 
+    def extensivity(self) -> None:
+        """Compares cells with doubled ones, and an open axis with vacuum on a periodic one."""
+        atoms, energy, limit = self.atoms, self.answer.energy, self.limits.energy * len(self.atoms)
+        if atoms.pbc.any():
+            repeats = [tuple(np.where(np.arange(3) == axis, 2, 1)) for axis in np.flatnonzero(atoms.pbc)]
+            doubled = self.evaluate([atoms.repeat(repeat) for repeat in repeats])
+            worst = max(abs(found.energy - 2 * energy) for found in doubled)
+            self.add("energy of a doubled cell", worst, "eV", 2 * limit)
+        axes = [axis for axis in range(3) if not atoms.pbc[axis]] or [2]
+        apart = atoms.copy()
+        apart.center(vacuum=_VACUUM / 2, axis=axes)
+        closed = apart.copy()
+        apart.pbc, closed.pbc = [axis not in axes for axis in range(3)], True
+        try:
+            one, other = self.evaluate([apart])[0], self.evaluate([closed])[0]
+        except Exception as error:  # calculators refuse what they cannot with any exception
+            self.add("energy and forces: open axis, vacuum", 0.0, "", None, f"not possible: {first_line(error)}")
+            return
+        worst = max(abs(one.energy - other.energy), float(np.abs(one.forces - other.forces).max()))
+        note = f"{_VACUUM:g} Å; long-range forces show here"
+        self.add("energy and forces: open axis, vacuum", worst, "eV, eV/Å", limit, note)
+
+    def threads(self) -> None:
+        """Compares answers that several threads get of one calculator at the same time with those of one thread."""
+        moved = [self.atoms.copy() for _ in range(_THREADS * _EACH)]
+        for one in moved:
+            one.positions += self.rng.normal(scale=_DISPLACEMENT, size=one.positions.shape)
+        alone = [found.energy for found in self.evaluate(moved)]
+        found: dict[int, float] = {}
+        refused: list[str] = []
+
+        def work(first: int) -> None:
+            try:
+                for index in range(first, len(moved), _THREADS):
+                    found[index] = self.evaluate([moved[index]])[0].energy
+            except Exception as error:  # whatever a calculator raises: a refusal is a sound answer
+                refused.append(first_line(error))
+
+        workers = [threading.Thread(target=work, args=(first,)) for first in range(_THREADS)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        worst = max((abs(energy - alone[index]) for index, energy in found.items()), default=0.0)
+        note = f"refused: {refused[0]}" if refused else "one calculator"
+        limit = self.limits.energy * len(self.atoms) if self.members else None  # ASE promises nothing for others
+        self.add(f"energy in {_THREADS} threads", worst, "eV", limit, note)
+
+    def memory(self) -> None:
+        """Measures how the memory of the process grows with evaluations, after a few that fill caches (Linux)."""
+        statistics = Path("/proc/self/statm")
+        if not statistics.exists():
+            return
+        moving, sizes = self.atoms.copy(), []
+        for _ in range(2 * _AGAIN):
+            moving.positions += self.rng.normal(scale=1e-3, size=moving.positions.shape)
+            self.evaluate([moving])
+            sizes.append(int(statistics.read_text("ascii").split()[1]) * 4096 / 2**20)
+        self.add(f"memory over {_AGAIN} evaluations", max(sizes[_AGAIN:]) - max(sizes[:_AGAIN]), "MiB", None)
+
     def skin(self) -> None:
         """Compares answers on a walk that exhausts the skin several times and compresses the structure."""
         moving, worst, before = self.atoms.copy(), 0.0, self.base.num_neighbor_builds
@@ -300,6 +378,72 @@ class _Check:
             dynamics.run(parts)
             seen.append(float(moving.get_total_energy()) - first)
         return 1e3 * float(np.sqrt(np.mean(np.square(seen)))) / len(moving)
+
+
+def pair_elements(calculator: BaseCalculator, structures: Sequence[Atoms]) -> list[str]:
+    """Returns the elements that all potentials of a calculator know; where these are many, those of the structures."""
+    base: Any = getattr(calculator, "calculator", calculator)
+    known = [set(potential.metadata.elements) for potential in getattr(base, "potentials", ())]
+    common = set.intersection(*known) if known else set()
+    if not 0 < len(common) <= _MAX_ELEMENTS:
+        common = {int(number) for atoms in structures for number in atoms.numbers}
+    return [ase.data.chemical_symbols[number] for number in sorted(common)]
+
+
+def check_pairs(
+    calculator: BaseCalculator, elements: Sequence[str], *, reach: float = 6.0, demanded: bool = False
+) -> CheckReport:
+    """Scans the energy of two atoms of every pair of elements, from 0.4 times the sum of their covalent radii.
+
+    A right energy only rises as atoms approach inside a bond, has one minimum, and changes smoothly; curves that fall
+    there let simulations collapse. Pairs that the calculator refuses are left out and counted.
+
+    Args:
+        calculator: any of ASE's.
+        elements: symbols.
+        reach: Å, the largest distance.
+        demanded: whether a fall of more than 0.5 eV is a failure, and not information: few data show such pairs.
+
+    Raises:
+        UsageError: the calculator evaluates none of the pairs.
+    """
+    members: Sequence[Potential] = getattr(calculator, "potentials", ())
+    evaluate = evaluator(members[0] if len(members) == 1 else calculator)  # a potential takes a curve at once
+    curves, refused = dict[str, tuple[float, int, float]](), list[str]()
+    for one, other in itertools.combinations_with_replacement(elements, 2):
+        contact = covalent_radii[atomic_numbers[one]] + covalent_radii[atomic_numbers[other]]
+        distances = np.arange(0.4 * contact, max(reach, contact), _STEP)
+        frames = [Atoms([one, other], [[0, 0, 0], [0, 0, distance]]) for distance in distances]
+        try:
+            answers = evaluate(frames)
+        except Exception as error:  # calculators refuse elements with any exception
+            refused.append(f"{one}-{other}: {first_line(error)}")
+            continue
+        energies = np.array([answer.energy for answer in answers])
+        inner = energies[distances < 0.9 * contact][::-1]
+        outer = energies[distances >= 0.9 * contact]
+        steps = np.diff(outer)
+        turns = np.flatnonzero((steps[:-1] < 0) & (steps[1:] > 0)) + 1
+        # A ripple is no minimum: it counts from a depth of 1 meV on, to both sides.
+        deep = [k for k in turns if min(outer[:k].max(), outer[k:].max()) - outer[k] > 1e-3]
+        pulls = np.array([answer.forces[1, 2] for answer in answers])[distances >= 0.9 * contact]
+        fall = float((np.maximum.accumulate(inner) - inner).max(initial=0.0))
+        curves[f"{one}-{other}"] = (fall, len(deep), float(np.abs(np.diff(pulls, 2)).max(initial=0.0)))
+    if not curves:
+        raise UsageError(f"the calculator evaluates no pair of {', '.join(elements)} ({refused[0]}): give --elements")
+    falls = {pair: fall for pair, (fall, _, _) in curves.items()}
+    minima = {pair: count for pair, (_, count, _) in curves.items()}
+    kinks = {pair: kink for pair, (_, _, kink) in curves.items()}
+    worst, many, rough = (max(found, key=found.__getitem__) for found in (falls, minima, kinks))
+    several = sum(1 for count in minima.values() if count > 1)
+    findings = (
+        Finding("fall of the energy inside 0.9 of a bond", falls[worst], "eV", _HOLE if demanded else None, worst),
+        Finding("pairs with a fall above 0.1 eV", sum(1 for fall in falls.values() if fall > 0.1), "", None),
+        Finding("pairs with several minima", several, "", None, f"{many}: {minima[many]}" if several else ""),
+        Finding("largest second difference of a force", kinks[rough], "eV/Å", None, f"{rough}, steps of {_STEP:g} Å"),
+    )  # fmt: skip
+    left = f", {len(refused)} refused ({refused[0]})" if refused else ""
+    return CheckReport(f"{len(curves)} pairs of {', '.join(elements)}{left}", findings)
 
 
 def _path(atoms: Atoms, cutoff: float) -> tuple[Callable[[float], Atoms], float]:

@@ -259,6 +259,8 @@ def check(
     frame: int = -1,
     seed: int = 0,
     temperature: float = 300.0,
+    elements: list[str] | None = None,
+    out: str | None = None,
     graph_skin: float = 0.0,
     cuda_graphs: bool = False,
     **options: Unpack[CalculatorOptions],
@@ -272,6 +274,8 @@ def check(
         frame: which structure of each file (default: the last)
         seed: seed of displacements and velocities
         temperature: temperature of the test of conservation in K
+        elements: elements whose pairs must have no hole (default: known ones, for information)
+        out: a JSON file for the results
         graph_skin: keep the graph while distances change by less than this many Å
         cuda_graphs: with --compile, on CUDA, launch each evaluation as one graph
 
@@ -279,7 +283,8 @@ def check(
     """
     if (model is None) == (calculator is None):
         raise UsageError("give either MODEL or --calculator module:NAME")
-    from escaip.simulate.check import check_calculator, default_structures
+    from escaip.files import write_json
+    from escaip.simulate.check import check_calculator, check_pairs, default_structures, pair_elements
     from escaip.simulate.output import read_structure
 
     if model is not None:
@@ -288,7 +293,11 @@ def check(
         made = import_calculator(calculator or "")
     structures = [read_structure(path, frame) for path in structure or ()] or default_structures(made)
     reports = [check_calculator(made, atoms, seed=seed, temperature=temperature) for atoms in structures]
+    pairs = check_pairs(made, elements or pair_elements(made, structures), demanded=elements is not None)
+    reports.append(pairs)
     print("\n\n".join(report.table() for report in reports))
+    if out is not None:
+        write_json(out, {"calculator": model or calculator, "reports": [report.to_dict() for report in reports]})
     for report in reports:
         report.raise_failed()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 
 from escaip import EScAIPCalculator
 from escaip.calculators import CommitteeCalculator
-from escaip.errors import SimulationError
+from escaip.errors import SimulationError, UsageError
 from escaip.potential import Potential
 from escaip.simulate import CheckReport, check_calculator
+from escaip.simulate.check import check_pairs, pair_elements
 
 Make = Callable[..., Potential]
 Argon = Callable[..., Atoms]
@@ -93,6 +97,14 @@ SPOILERS: dict[str, tuple[Callable[[Atoms, dict[str, Any]], dict[str, Any]], lis
         lambda atoms, found: {"energy": found["energy"] + 1e-4 * atoms.positions[:, 0].sum()},
         ["energy under translation", "energy under rotation", "energy under re-wrapping"],
     ),
+    "size": (
+        lambda atoms, found: {"energy": found["energy"] + 0.1},
+        ["energy of a doubled cell"],
+    ),
+    "images": (
+        lambda atoms, found: {"energy": found["energy"] + 1e-4 * float(atoms.pbc.all())},
+        ["energy and forces: open axis, vacuum"],
+    ),
     "leak": (
         lambda atoms, found: {"forces": found["forces"] + 1e-2 * np.cross([0.0, 0.0, 1.0], atoms.positions)},
         ["energy error, order of the timestep below 2"],
@@ -109,9 +121,65 @@ def test_what_is_spoilt_is_found(argon: Argon, name: str) -> None:
             super().calculate(*args, **kwargs)
             self.results |= spoil(self.atoms, self.results)
 
-    atoms = argon(periodic=name in ("stress", "place"))
+    atoms = argon(periodic=name in ("stress", "place", "size"))
     report = check_calculator(Spoilt(), atoms, temperature=30.0)
     assert set(names) <= {finding.name for finding in report.failed}
+
+
+def test_threads_that_disturb_each_other_are_found(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calculator = EScAIPCalculator(make_potential(1))
+    water = ase.build.molecule("H2O")
+    assert verdicts(check_calculator(calculator, water))["energy in 4 threads"] == "pass"
+    calculate = type(calculator).calculate
+    seen = threading.Semaphore(2)
+
+    def disturbed(self: EScAIPCalculator, *args: Any, **kwargs: Any) -> None:
+        calculate(self, *args, **kwargs)
+        if threading.current_thread() is not threading.main_thread() and seen.acquire(blocking=False):
+            self.results["energy"] += 1e-3
+
+    monkeypatch.setattr(type(calculator), "calculate", disturbed)
+    assert "energy in 4 threads" in {one.name for one in check_calculator(calculator, water).failed}
+
+
+class Pair(Calculator):
+    """Two atoms: a Morse curve, with a hole at short distance and a second minimum where ``spoilt``."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012
+    spoilt = False
+
+    def calculate(self, atoms: Any = None, properties: Any = (), system_changes: Any = all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        x = float(atoms.get_distance(0, 1))
+        wells = [(1.0, 1.5), *([(0.1, 4.0), (30.0, 0.8)] if self.spoilt else [])]
+        energy = (1 - np.exp(-2 * (x - 1.5))) ** 2 - 1
+        energy -= sum(depth * np.exp(-(((x - place) / 0.2) ** 2)) for depth, place in wells[1:])
+        self.results = {"energy": energy, "forces": np.zeros((2, 3))}
+
+
+def test_holes_and_further_minima_of_pairs_are_found() -> None:
+    report = check_pairs(Pair(), ["C", "O"], demanded=True)
+    assert report.failed == ()
+    assert "3 pairs of C, O" in report.subject
+    assert [finding.value for finding in report.findings[:3]] == [0.0, 0.0, 0.0]
+    spoilt = Pair()
+    spoilt.spoilt = True
+    fall, falls, minima, _ = check_pairs(spoilt, ["C"], demanded=True).findings
+    assert fall.verdict == "FAIL"
+    assert fall.value > 1.0
+    assert (falls.value, minima.value) == (1, 1)
+    assert check_pairs(spoilt, ["C"]).failed == ()
+    assert pair_elements(spoilt, [ase.build.molecule("H2O")]) == ["H", "O"]
+    with pytest.raises(UsageError, match=r"no pair of Xe .*give --elements"):
+        check_pairs(EMT(), ["Xe"])
+
+
+def test_the_pairs_of_a_potential_are_scanned_in_batches(make_potential: Make) -> None:
+    calculator = EScAIPCalculator(make_potential(1, elements=(1, 8)))
+    assert pair_elements(calculator, []) == ["H", "O"]
+    one = check_pairs(calculator, ["H", "O"])
+    other = check_pairs(CommitteeCalculator([calculator.potential] * 2), ["O", "H"])
+    assert [f.value for f in one.findings] == pytest.approx([f.value for f in other.findings], abs=1e-9)
 
 
 def test_a_list_kept_too_long_is_found(make_potential: Make, monkeypatch: pytest.MonkeyPatch) -> None:
