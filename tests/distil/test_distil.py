@@ -37,7 +37,9 @@ PLAN: dict[str, Any] = {
     },
     "rounds": {
         "count": 1, "steps": 10, "add": 3, "surprise": 0.01, "stop": 0.0,
-        "dynamics": {"own": {"of": ["metals"], "count": 2, "atoms": 8, "rattle": 0.3, "relax": 0, "steps": 6, "every": 3}},
+        "dynamics": {
+            "own": {"of": ["metals"], "count": 2, "atoms": 8, "rattle": 0.3, "relax": 0, "steps": 6, "every": 3}
+        },
     },
     "hold_out": {"by": "base", "val": 0.2, "test": 0.2},
 }  # fmt: skip
