@@ -47,14 +47,15 @@ class Base:
         prototypes: Strukturbericht symbols of AFLOW's library, such as A1 (fcc), B1 (rocksalt), C4 (rutile).
         elements: prototypes get every choice and order of these elements.
         formulas: prototypes of this stoichiometry get these elements; instead of ``elements``.
-        smiles: molecules.
+        smiles: molecules; ``{R}`` stands for each of ``groups["R"]`` in each of its places, as in ``c1cc({R})ccc1{R}``.
+        groups: pieces of SMILES, such as ``O``, ``C(=O)N`` or ``[H]``, by the name of their place.
         conformers: of each molecule (ETKDG, then MMFF94).
         charges: total charges of each molecule beside its own, with a low spin each.
         dimers: elements; every pair of them, from contact to ``reach``.
         points: distances of each dimer.
         reach: Å, the largest distance of a dimer.
         file: anything ASE reads.
-        count: at most so many, drawn with the seed; 0 for all.
+        count: at most so many crystals, molecules or frames, drawn with the seed; 0 for all.
         relax: steps of the teacher that relax positions and cell first; 0 takes the structure as it is.
     """
 
@@ -62,6 +63,7 @@ class Base:
     elements: tuple[str, ...] = ()
     formulas: tuple[str, ...] = ()
     smiles: tuple[str, ...] = ()
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     conformers: int = 1
     charges: tuple[int, ...] = ()
     dimers: tuple[str, ...] = ()
@@ -86,7 +88,7 @@ class Variation:
 
     Attributes:
         of: names of bases.
-        count: structures to make; bases take turns.
+        count: structures to make; the structures of the bases take turns, in an order of the seed.
         atoms: a crystal is repeated up to so many atoms; for clusters and surfaces, about their number.
         mix: elements that replace those of a crystal at random, with the volume that their radii ask for.
         surface: largest Miller index of a slab with 12 Å of vacuum.
@@ -326,7 +328,8 @@ def _value(hint: Any, value: Any, place: str) -> Any:
         return float(value)
     if hint in (int, float, str, bool):
         if type(value) is not hint:
-            raise ConfigError(f"{place} is {value!r}: write {_WORDS[hint]}")
+            quotes = ", in quotes, since YAML reads NO and ON as false and true" if isinstance(value, bool) else ""
+            raise ConfigError(f"{place} is {value!r}: write {_WORDS[hint]}{quotes}")
         return value
     return _parse(hint, value, place)
 

@@ -251,7 +251,7 @@ class _Campaign:
     def _part(self, job: Job) -> str:
         hold_out, structure = self._plan.hold_out, job.structure
         # Frames that a run of the student led to go where the run goes.
-        unit = structure.group if hold_out.by == "base" else structure.name.partition("@")[0]
+        unit = structure.group if hold_out.by == "base" else structure.name.partition("~")[0]
         draw = generator(self._plan.seed, "part", unit).random()
         return "test" if draw < hold_out.test else "val" if draw < hold_out.test + hold_out.val else "train"
 
@@ -297,7 +297,7 @@ class _Campaign:
         wanted = []
         for index in chosen:
             job, frame, atoms = found[index]
-            name = f"{job.structure.name}@{stage}.{frame}"
+            name = f"{job.structure.name}~{stage}.{frame}"
             bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=job.structure.atoms.info)
             wanted.append(Job(Structure(name, job.structure.group, bare), "label"))
         if wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def make_bases(name: str, base: Base, seed: int) -> list[Structure]:
         made = [Structure(f"{name}/{label}", group, atoms) for label, group, atoms in makers[kind]()]
     except ConfigError as error:
         raise ConfigError(f"bases.{name}: {error}") from error
-    if not base.count or base.count >= len(made):
+    if not base.count or base.count >= len(made) or base.smiles:  # molecules are drawn before they are embedded
         return made
     chosen = generator(seed, name).choice(len(made), base.count, replace=False)
     return [made[index] for index in sorted(chosen.tolist())]
@@ -92,10 +93,11 @@ def make_variations(
     held = [one for base in variation.of for one in bases[base]]
     if not held:
         raise ConfigError(f"{name}: bases {', '.join(variation.of)} have no structure left: see the failures of labels")
+    order = generator(seed, name, "order").permutation(len(held))
     others = [one.atoms for base in variation.among for one in bases[base]]
     made = []
     for number in range(variation.count):
-        origin = held[number % len(held)]
+        origin = held[order[number % len(held)]]
         try:
             atoms = vary(origin.atoms, variation, generator(seed, name, number), others)
         except ConfigError as error:
@@ -242,6 +244,19 @@ def _tightness(atoms: Atoms) -> float:
         reach *= 2
 
 
+def _all_smiles(base: Base) -> list[str]:
+    """Returns the SMILES with every choice of groups in their places."""
+    found = []
+    for template in base.smiles:
+        pieces = re.split(r"\{(\w+)\}", template)  # between places, and their names
+        if unknown := [name for name in pieces[1::2] if name not in base.groups]:
+            raise ConfigError(f"{template!r}: groups has no {unknown[0]!r}")
+        for choice in itertools.product(*(base.groups[name] for name in pieces[1::2])):
+            pieces[1::2] = choice
+            found.append("".join(pieces))
+    return found
+
+
 def _molecules(base: Base, seed: int) -> Iterator[tuple[str, str, Atoms]]:
     try:
         from rdkit import Chem, rdBase
@@ -250,11 +265,19 @@ def _molecules(base: Base, seed: int) -> Iterator[tuple[str, str, Atoms]]:
     except ImportError as error:
         raise ConfigError("smiles need RDKit: pip install 'escaip[distil]'") from error
     quiet = rdBase.BlockLogs()
-    for smiles in base.smiles:
+    candidates = _all_smiles(base)
+    if base.count and base.count < len(candidates):
+        chosen = generator(seed, *base.smiles).choice(len(candidates), base.count, replace=False)
+        candidates = [candidates[index] for index in sorted(chosen.tolist())]
+    seen = set[str]()
+    for smiles in candidates:
         parsed = Chem.MolFromSmiles(smiles)
         if parsed is None:
             raise ConfigError(f"{smiles!r} is no SMILES")
-        scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=parsed) or Chem.MolToSmiles(parsed)
+        if (canonical := Chem.MolToSmiles(parsed)) in seen:
+            continue
+        seen.add(canonical)
+        scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=parsed) or canonical
         molecule, options = Chem.AddHs(parsed), rdDistGeom.ETKDGv3()
         options.randomSeed = (seed + 1) & 0x7FFFFFFF  # type: ignore[assignment]
         numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]

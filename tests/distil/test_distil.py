@@ -69,7 +69,7 @@ def test_from_a_calculator_to_a_potential(tmp_path: Path, capsys: pytest.Capture
     names = {part: [store[k].structure_id for k in range(len(store))] for part, store in stores.items()}
     together = [name for part in names.values() for name in part]
     assert len(set(together)) == len(together) == sum(made.frames.values())
-    assert any("@round-0" in name for name in together)
+    assert any("~round-0" in name for name in together)
     groups = {part: {store[k].group for k in range(len(store))} for part, store in stores.items()}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not groups[one] & groups[other]
