@@ -1,14 +1,14 @@
 """Runs that are interrupted over and over, beside one that is not: is the result the same, bit for bit?
 
-python benchmarks/kills.py [md fit] [--kills 20] [--seed 0] [--out FILE]
+python benchmarks/kills.py [md fit distil] [--kills 20] [--seed 0] [--out FILE]
 
-``escaip md`` (``example:organic``, extxyz and ASE traj) and ``escaip fit`` (the tiny recipe of the tests) each go
-through once. A second run gets Ctrl-C, SIGTERM and SIGKILL in turn, every fourth while it starts, the others at random
-moments of its work, and goes on by the command that it printed, after SIGKILL by the one that the documentation names.
-After each interruption the exit status is compared with the documented one, every file is read, and no step may be
-lost but those since the last saving, and none after Ctrl-C and SIGTERM. Compared at the end is everything that the
-runs wrote, but speeds and times. The processes are forked from this one, which has imported the package: what is
-interrupted is a run and not an import.
+``escaip md`` (``example:organic``, extxyz and ASE traj), ``escaip fit`` (the tiny recipe of the tests) and the labels
+of ``escaip distil`` (by EMT that takes its time) each go through once. A second run gets Ctrl-C, SIGTERM and SIGKILL in
+turn, every fourth while it starts, the others at random moments of its work, and goes on by the command that it
+printed, after SIGKILL by the one that the documentation names. After each interruption the exit status is compared with
+the documented one, every file is read, and no step may be lost but those since the last saving, and none after Ctrl-C
+and SIGTERM. Compared at the end is everything that the runs wrote, but speeds and times. The processes are forked from
+this one, which has imported the package: what is interrupted is a run and not an import.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from common import markdown_table, provenance
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from training_stand_ins import write_recipe
 
+import escaip.distil.run
 import escaip.simulate.commands
 import escaip.train.cli  # noqa: F401 - before the processes are forked
 from escaip.cli import main as main_of_escaip
@@ -51,7 +52,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 class MD:
     """``escaip md`` in a folder of its own."""
 
-    between = 20  # steps between two savings
+    between, tells_steps = 20, True  # steps between two savings
 
     def __init__(self, folder: Path, suffix: str) -> None:
         folder.mkdir()
@@ -103,7 +104,7 @@ class MD:
 class Fit:
     """``escaip fit`` in a folder of its own."""
 
-    between = 4
+    between, tells_steps = 4, True
 
     def __init__(self, folder: Path, _: str) -> None:
         folder.mkdir()
@@ -170,6 +171,68 @@ class Fit:
         yield from (f"report.json: {key}" for key in compared if contents[0][key] != contents[1].get(key))
 
 
+class Distil:
+    """The labels of ``escaip distil``; a step is an answer in the log."""
+
+    between, tells_steps = 0, False
+    teacher = """
+import time
+from ase.calculators.emt import EMT
+
+
+class Slow(EMT):
+    def calculate(self, *given):
+        time.sleep(0.03)
+        super().calculate(*given)
+"""
+    plan = """
+name: copper
+teacher: {level_of_theory: EMT}
+bases: {copper: {prototypes: [A1, A2, A3], elements: [Cu, Ni], relax: 10}}
+structures: {strained: {of: [copper], count: 700, atoms: 4, strain: 0.1, rattle: 0.1}}
+dynamics: {hot: {of: [copper], count: 12, atoms: 4, steps: 20, every: 5}}
+student: {config: inp, steps: 1}
+"""
+
+    def __init__(self, folder: Path, _: str) -> None:
+        folder.mkdir()
+        self.folder, self.log = folder, folder / "out" / "labels" / "teacher.jsonl"
+        (folder / "slow_teacher.py").write_text(self.teacher, "utf-8")
+        (folder / "plan.yaml").write_text(self.plan, "utf-8")
+        self.start = shlex.split(
+            "escaip distil plan.yaml --calculator slow_teacher:Slow --out out --workers 2 --labels-only"
+        )
+
+    def after_kill(self) -> list[str]:
+        return self.start
+
+    def traces(self) -> object:
+        return self.saved()
+
+    def answers(self) -> list[dict[str, Any]]:
+        lines = self.log.read_bytes().split(b"\n")[:-1] if self.log.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def saved(self) -> int:
+        return len(self.answers())
+
+    reached = saved
+
+    def read(self, killed: bool) -> None:
+        keys = [answer["key"] for answer in self.answers()]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"{len(keys) - len(set(keys))} answers twice")
+
+    def unlike(self, other: Distil) -> Iterator[str]:
+        """Yields what differs: the answers, whatever their order, and the bytes of the prepared stores."""
+        mine, theirs = (sorted(run.answers(), key=lambda answer: str(answer["key"])) for run in (self, other))
+        if mine != theirs:
+            yield "answers"
+        for path in sorted((self.folder / "out" / "data").rglob("*.safetensors")):
+            if path.read_bytes() != (other.folder / path.relative_to(self.folder)).read_bytes():
+                yield path.name
+
+
 def _tensors(path: str, held: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of a checkpoint: weights, averages, moments of the optimizer, random states."""
     if isinstance(held, torch.Tensor):
@@ -229,7 +292,9 @@ def finish(command: list[str], folder: Path) -> float:
     return time.perf_counter() - began
 
 
-def interrupt(run: MD | Fit, command: list[str], number: int, seconds: float, rng: random.Random) -> dict[str, Any]:
+def interrupt(
+    run: MD | Fit | Distil, command: list[str], number: int, seconds: float, rng: random.Random
+) -> dict[str, Any]:
     """Interrupts a run once; returns what was found, ``next`` being the command to go on with."""
     which, in_work = SIGNALS[number % 3], number % 4 != 3
     saved, traces, aside = run.saved(), run.traces(), set(run.folder.rglob(".*part*"))
@@ -264,7 +329,7 @@ def interrupt(run: MD | Fit, command: list[str], number: int, seconds: float, rn
         found.append(f"{max(saved, reached) - now} steps lost")
     if which != signal.SIGKILL:
         found += [f"{path.name} left" for path in set(run.folder.rglob(".*part*")) - aside]
-        if in_work and f"stopped at step {now}" not in printed:
+        if in_work and run.tells_steps and f"stopped at step {now}" not in printed:
             found.append(f"told other than step {now}")
     return {
         "when": "work" if in_work else "start", "signal": which.name, "status": status, "saved": now,
@@ -274,12 +339,12 @@ def interrupt(run: MD | Fit, command: list[str], number: int, seconds: float, rn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commands", nargs="*", default=["md", "fit"], help="default: md fit")
+    parser.add_argument("commands", nargs="*", default=["md", "fit", "distil"], help="default: all")
     parser.add_argument("--kills", type=int, default=20, help="default: 20")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, help="Markdown file")
     args = parser.parse_args()
-    kinds = {"md": ((MD, "extxyz"), (MD, "traj")), "fit": ((Fit, ""),)}
+    kinds = {"md": ((MD, "extxyz"), (MD, "traj")), "fit": ((Fit, ""),), "distil": ((Distil, ""),)}
     rows: list[list[str]] = []
     totals: list[list[str]] = []
     for kind, suffix in (pair for name in args.commands for pair in kinds[name]):

@@ -54,11 +54,14 @@ class StopSignals:
 
 
 @contextmanager
-def continued_by_same_command() -> Iterator[None]:
-    """At Ctrl-C and SIGTERM prints the command of this process, which continues its work, and ends with 130 or 143."""
-    with StopSignals(signal.SIGINT, signal.SIGTERM, at_once=True) as signals:
+def continued_by_same_command(at_once: bool = True) -> Iterator[StopSignals]:
+    """At Ctrl-C and SIGTERM prints the command of this process, which continues its work, and ends with 130 or 143.
+
+    Without ``at_once``, for work that is not ended anywhere, it asks the yielded signals and raises KeyboardInterrupt.
+    """
+    with StopSignals(signal.SIGINT, signal.SIGTERM, at_once=at_once) as signals:
         try:
-            yield
+            yield signals
         except KeyboardInterrupt:
             received = signals.received or signal.SIGINT
             print(f"{received.name}: stopped; continue with")

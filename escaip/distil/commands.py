@@ -31,6 +31,8 @@ def distil(
     )
     from escaip.distil.run import distil as run
 
-    with continued_by_same_command():
-        made = run(plan, out, teacher, workers=workers, labels_only=labels_only)
+    with continued_by_same_command(at_once=False) as signals:
+        made = run(
+            plan, out, teacher, workers=workers, labels_only=labels_only, stop=lambda: signals.received is not None
+        )
     print(made.summary())

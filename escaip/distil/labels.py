@@ -22,6 +22,7 @@ from escaip.distil.structures import Structure
 from escaip.errors import ConfigError, DataError, EscaipError
 
 _WORKER = Path(__file__).with_name("worker.py")
+_PATIENCE = 0.1  # s
 _FIRST = 10  # jobs that are looked at before a teacher that answers none is given up
 
 
@@ -136,8 +137,9 @@ class Labeler:
     timeout: float = 3600.0
 
     def run(
-        self, jobs: Sequence[Job], log: LabelLog, workers: int = 1, progress: Callable[[int, int], None] | None = None
-    ) -> str:
+        self, jobs: Sequence[Job], log: LabelLog, workers: int = 1, progress: Callable[[int, int], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> str:  # fmt: skip
         """Runs the jobs that the log lacks; returns name and version of the calculator's package.
 
         Args:
@@ -145,6 +147,7 @@ class Labeler:
             log: of answers.
             workers: processes.
             progress: called with the jobs done and those failed.
+            stop: asked every tenth of a second; True raises KeyboardInterrupt.
 
         Raises:
             ConfigError: the calculator cannot be made, or fails in each of the first jobs.
@@ -155,7 +158,7 @@ class Labeler:
             return ""
         version, done, failed = "", 0, list[str]()
         printed = log.path.with_suffix(".log")
-        for answer in self._answers(waiting, min(workers, len(waiting)), printed):
+        for answer in self._answers(waiting, min(workers, len(waiting)), printed, stop):
             if "version" in answer:
                 version = answer["version"]
                 continue
@@ -172,19 +175,26 @@ class Labeler:
                 progress(done, len(failed))
         return version
 
-    def _answers(self, jobs: Sequence[Job], workers: int, printed: Path) -> Iterator[dict[str, Any]]:
+    def _answers(
+        self, jobs: Sequence[Job], workers: int, printed: Path, stop: Callable[[], bool]
+    ) -> Iterator[dict[str, Any]]:
         """Yields answers of processes, as they come; what they print goes to a file."""
         waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
         for job in jobs:
             waiting.put(job)
-        answers: queue.SimpleQueue[dict[str, Any] | EscaipError | None] = queue.SimpleQueue()
+        answers: queue.Queue[dict[str, Any] | EscaipError | None] = queue.Queue()
         processes = [_Process(self, waiting, answers, printed) for _ in range(workers)]
         try:
             for process in processes:
                 process.start()
             running = workers
             while running:
-                answer = answers.get()
+                if stop():
+                    raise KeyboardInterrupt
+                try:
+                    answer = answers.get(timeout=_PATIENCE)
+                except queue.Empty:
+                    continue
                 if isinstance(answer, EscaipError):
                     raise answer
                 if answer is None:
@@ -202,7 +212,7 @@ class _Process(threading.Thread):
     """Feeds one worker at a time; one that dies or takes too long costs its job and is followed by another."""
 
     def __init__(
-        self, labeler: Labeler, waiting: queue.SimpleQueue[Job], answers: queue.SimpleQueue[Any], printed: Path
+        self, labeler: Labeler, waiting: queue.SimpleQueue[Job], answers: queue.Queue[Any], printed: Path
     ) -> None:
         super().__init__(daemon=True)
         self._labeler, self._waiting, self._answers, self._printed = labeler, waiting, answers, printed

@@ -43,7 +43,7 @@ TEACHER, LOG = "teacher.json", "train.log"
 COMMAND = (sys.executable, "-m", "escaip.distil.run", "fit")
 """Begins a training, given the options of `escaip fit`."""
 _FMAX = 0.02  # eV/Å, of bases that are relaxed
-_EVERY = 10.0  # s between lines of progress
+_EVERY, _POLL = 10.0, 0.1  # s between lines of progress, and looks at a training
 _VALIDATED = 200  # validation frames whose spread says what surprises
 
 
@@ -85,9 +85,13 @@ class Distilled:
         return "\n".join([*lines, f"wrote {self.data}" + (f" and {self.model}" if self.model else "")])
 
 
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
 def distil(
     plan: DistilPlan, out: str | os.PathLike[str], teacher: Labeler, *, workers: int = 1, labels_only: bool = False,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = _print, stop: Callable[[], bool] = lambda: False,
 ) -> Distilled:  # fmt: skip
     """Labels structures by a calculator, trains a potential on them, and reports its errors on what was held out.
 
@@ -102,6 +106,7 @@ def distil(
         workers: processes that label, or train, at once.
         labels_only: end when the plan's own structures are labelled and stored.
         say: shows a line of progress; by default on standard output.
+        stop: asked every tenth of a second while others work; True raises KeyboardInterrupt.
 
     Raises:
         ConfigError: an entry of the plan, or the calculator, cannot be used.
@@ -116,7 +121,7 @@ def distil(
     if lock is None:
         raise DataError(f"{folder}: another process works in it: wait for it, or choose another folder")
     with lock:
-        campaign = _Campaign(plan, folder, teacher, workers, say or _print)
+        campaign = _Campaign(plan, folder, teacher, workers, say, stop)
         campaign.claim()
         campaign.label_first()
         if labels_only:
@@ -129,13 +134,16 @@ def distil(
 
 class _Campaign:
     def __init__(
-        self, plan: DistilPlan, folder: Path, teacher: Labeler, workers: int, say: Callable[[str], None]
-    ) -> None:
-        self._plan, self._folder, self._teacher, self._workers, self._say = plan, folder, teacher, workers, say
+        self, plan: DistilPlan, folder: Path, teacher: Labeler, workers: int, say: Callable[[str], None],
+        stop: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self._plan, self._folder, self._teacher, self._workers = plan, folder, teacher, workers
+        self._say, self._stop = say, stop
         self._log = LabelLog(folder / "labels" / "teacher.jsonl")
         self._bases: dict[str, list[Structure]] = {}
         self._jobs: list[Job] = []
         self._shares: list[float] = []
+        self._ended = False
 
     def claim(self) -> None:
         """Writes who the teacher is, or refuses a folder with the labels of another one."""
@@ -187,6 +195,10 @@ class _Campaign:
             jobs.append(Job(one, "dynamics", settings))
         return jobs
 
+    def _go_on(self) -> None:
+        if self._ended or self._stop():
+            raise KeyboardInterrupt
+
     def _label(self, what: str, jobs: Sequence[Job]) -> None:
         self._jobs += jobs
         version = self._run(self._teacher, jobs, self._log, what)
@@ -210,7 +222,7 @@ class _Campaign:
                 left = now / done * (missing - done)
                 self._say(f"{what}: {done} of {missing} done{lost}; {now:.0f} s, {left:.0f} left")
 
-        return labeler.run(jobs, log, self._workers, progress)
+        return labeler.run(jobs, log, self._workers, progress, self._stop)
 
     def store(self, stage: str) -> Path:
         """Writes all labelled frames as three prepared stores, unless they are there already; returns their folder."""
@@ -268,7 +280,11 @@ class _Campaign:
         self._say(f"round {number + 1}: training {rounds.members} members for {rounds.steps} steps")
         with ThreadPoolExecutor(min(self._workers, rounds.members)) as pool:
             trained = [pool.submit(self._train, data, f"{stage}-{m}", rounds.steps, m) for m in range(rounds.members)]
-            models = [one.result() for one in trained]
+            try:
+                models = [one.result() for one in trained]
+            except BaseException:
+                self._ended = True  # so that the other trainings are not waited for
+                raise
         student = Labeler(
             "escaip.calculators:EScAIPCalculator", {"model": str(models[0].absolute())},
             max_force=self._teacher.max_force, max_stress=self._teacher.max_stress, timeout=self._teacher.timeout,
@@ -337,14 +353,14 @@ class _Campaign:
         arguments = [f"--{key}={json.dumps(v) if isinstance(v, dict | list) else v}" for key, v in options.items()]
         if any(folder.glob("run/version_*/last.ckpt")):
             arguments += ["--ckpt_path", "last"]
+        self._go_on()
         threads = str(max(1, len(os.sched_getaffinity(0)) // self._workers) if stage != "final" else "")
         self._fit([*COMMAND, "--config", str(config), *arguments], folder / LOG, threads)
         best = max(folder.glob("run/version_*/best.ckpt"), key=lambda path: path.stat().st_mtime)
         write_json(record, {"digest": digest, "best": str(best.relative_to(folder))})
         return best
 
-    @staticmethod
-    def _fit(command: Sequence[str], log: Path, threads: str) -> None:
+    def _fit(self, command: Sequence[str], log: Path, threads: str) -> None:
         environment = {**({"OMP_NUM_THREADS": threads} if threads else {}), **os.environ}
         with open(log, "ab") as printed:
             process = subprocess.Popen(
@@ -352,7 +368,9 @@ class _Campaign:
                 start_new_session=True,
             )  # fmt: skip
             try:
-                status = process.wait()
+                while (status := process.poll()) is None:
+                    self._go_on()
+                    time.sleep(_POLL)
             except BaseException:
                 process.terminate()  # it saves a checkpoint
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -400,10 +418,6 @@ class _Campaign:
             if answer.get("error"):
                 left_out[answer["error"]] += 1
         return Distilled(model, data, dict(frames), dict(left_out), errors or {}, self._shares)
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
 
 
 def _errors(potential: Any, structures: Sequence[AtomicData]) -> dict[str, float]:

@@ -33,7 +33,7 @@ def main() -> None:
         answers.flush()
 
     setup = json.loads(sys.stdin.readline())
-    sys.path.insert(0, setup["folder"])
+    sys.path[0] = setup["folder"]  # instead of the folder of this file, whose neighbors are no modules
     try:
         calculator: Any = pkgutil.resolve_name(setup["calculator"])
         if isinstance(calculator, type) or not hasattr(calculator, "get_potential_energy"):
