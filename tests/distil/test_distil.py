@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from escaip.data.store import Store
 from escaip.distil.labels import Labeler
 from escaip.distil.plan import DistilPlan
 from escaip.distil.run import distil
+from escaip.distil.structures import make_bases
 from escaip.errors import ConfigError, DataError, TrainingError
-from escaip.files import try_lock
+from escaip.files import list_configs, try_lock
 from escaip.potential import load_potential
 
 PLAN: dict[str, Any] = {
@@ -150,6 +152,18 @@ def test_plans_that_are_refused(tmp_path: Path, place: str, value: Any, message:
     with pytest.raises(ConfigError, match=message) as error:
         DistilPlan.read(file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list_configs("distil"))
+def test_shipped_plans_are_sound(name: str) -> None:
+    shipped = DistilPlan.read(name)
+    assert shipped.name == name
+    assert shipped.rounds.count > 0
+    for base, entry in shipped.bases.items():
+        if entry.smiles:
+            pytest.importorskip("rdkit")
+        assert make_bases(base, dataclasses.replace(entry, count=min(entry.count or 2, 2)), 0)
 
 
 def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
