@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import queue
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from escaip.calculators.remote import Worker, message_of
 from escaip.distil.structures import Structure
 from escaip.errors import ConfigError, DataError, EscaipError
 
-_WORKER = Path(__file__).with_name("worker.py")
 _PATIENCE = 0.1  # s
 _FIRST = 10  # jobs that are looked at before a teacher that answers none is given up
 
@@ -33,7 +32,7 @@ class Job:
     Attributes:
         structure: where it begins.
         kind: ``label``, ``relax`` or ``dynamics``.
-        settings: of the kind, as ``worker.py`` reads them.
+        settings: of the kind, as ``escaip.calculators.worker`` reads them.
     """
 
     structure: Structure
@@ -43,12 +42,7 @@ class Job:
     @cached_property
     def message(self) -> dict[str, Any]:
         """What a worker reads, with a key: a digest of everything else, so that equal jobs are done once."""
-        atoms = self.structure.atoms
-        content = {
-            "kind": self.kind, "numbers": atoms.numbers.tolist(), "positions": atoms.positions.tolist(),
-            "cell": atoms.cell.array.tolist(), "pbc": atoms.pbc.tolist(), "charge": int(atoms.info.get("charge", 0)),
-            "spin": int(atoms.info.get("spin", 1)), **self.settings,
-        }  # fmt: skip
+        content = message_of(self.structure.atoms, self.kind, **self.settings)
         return {"key": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24], **content}
 
     @property
@@ -216,7 +210,7 @@ class _Process(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self._labeler, self._waiting, self._answers, self._printed = labeler, waiting, answers, printed
-        self._worker: subprocess.Popen[str] | None = None
+        self._worker: Worker | None = None
         self._stopped = self._late = False
 
     def stop(self) -> None:
@@ -225,16 +219,10 @@ class _Process(threading.Thread):
         if self._worker is not None:
             self._worker.kill()
 
-    def _close(self) -> None:
-        if self._worker is not None:
-            with self._worker as worker:  # closes its pipes and waits
-                worker.kill()
-
     def run(self) -> None:
         try:
             while not self._stopped:
-                job = self._waiting.get_nowait()
-                answer = self._ask(job)
+                answer = self._ask(self._waiting.get_nowait())
                 if not self._stopped:
                     self._answers.put(answer)
         except queue.Empty:
@@ -242,69 +230,32 @@ class _Process(threading.Thread):
         except EscaipError as error:
             self._answers.put(error)
         finally:
-            self._close()
+            if self._worker is not None:
+                self._worker.close()
 
     def _ask(self, job: Job) -> dict[str, Any]:
-        if self._worker is None or self._worker.poll() is not None:
-            self._close()
-            self._begin()
-        worker = self._worker
-        assert worker is not None
+        labeler = self._labeler
+        if self._worker is None:
+            self._worker = Worker(labeler.calculator, labeler.arguments, labeler.python, self._printed)
+            self._answers.put({"version": self._worker.version})
+        if self._stopped:  # while the worker began
+            self._worker.kill()
         self._late = False
-        timer = threading.Timer(self._labeler.timeout, self._give_up)
+        timer = threading.Timer(labeler.timeout, self._give_up)
         timer.start()
-        try:
-            bounds = {"max_force": self._labeler.max_force, "max_stress": self._labeler.max_stress}
-            line = self._exchange(worker, {**job.message, **bounds})
-        finally:
-            timer.cancel()
-        if line:
-            answer: dict[str, Any] = json.loads(line)
+        bounds = {"max_force": labeler.max_force, "max_stress": labeler.max_stress}
+        answer = self._worker.ask({**job.message, **bounds})
+        timer.cancel()
+        if answer is not None:
             return answer
-        worker.kill()
-        status = worker.wait()
-        took = f"it took more than {self._labeler.timeout:g} s" if self._late else f"its process ended ({status})"
+        status, self._worker = self._worker.close(), None
+        took = f"it took more than {labeler.timeout:g} s" if self._late else f"its process ended ({status})"
         return {"key": job.key, "frames": [], "error": took}
 
     def _give_up(self) -> None:
         self._late = True
         if self._worker is not None:
             self._worker.kill()
-
-    def _begin(self) -> None:
-        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        labeler = self._labeler
-        try:
-            with open(self._printed, "ab") as printed:
-                worker = subprocess.Popen(
-                    [labeler.python, str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                    encoding="utf-8", stderr=printed, env={**one, **os.environ}, start_new_session=True,
-                )  # fmt: skip
-        except OSError as error:
-            raise ConfigError(f"{labeler.python}: {error.strerror}: name a Python interpreter with ASE") from error
-        self._worker = worker
-        setup = {"calculator": labeler.calculator, "arguments": dict(labeler.arguments), "folder": os.getcwd()}
-        line = self._exchange(worker, setup)
-        answer = json.loads(line) if line else {"error": f"{labeler.python} did not start (see {self._printed})"}
-        if "error" in answer:
-            raise ConfigError(
-                f"calculator {labeler.calculator}: {answer['error']}: name a class or function as module:NAME, with "
-                "its arguments in the plan, and a Python that has it"
-            )
-        self._answers.put(answer)
-
-    @staticmethod
-    def _exchange(worker: subprocess.Popen[str], content: Mapping[str, Any]) -> str:
-        """Writes a line and reads one; nothing where the process has ended."""
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        try:
-            worker.stdin.write(json.dumps(content) + "\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-        except OSError:
-            return ""
-        return line if line.endswith("\n") else ""
 
 
 def frames_of(job: Job, answer: Mapping[str, Any]) -> list[Atoms]:

@@ -255,6 +255,7 @@ def check(
     model: ModelFile | None = None,
     *,
     calculator: str | None = None,
+    python: str | None = None,
     structure: list[StructureFile] | None = None,
     frame: int = -1,
     seed: int = 0,
@@ -270,6 +271,7 @@ def check(
     Args:
         model: a model file
         calculator: instead of MODEL, module:NAME of any ASE calculator; a class or a function without arguments
+        python: another Python that has the calculator and ASE (default: this one)
         structure: structures to test around, anything ASE reads (default: a molecule and a crystal, where possible)
         frame: which structure of each file (default: the last)
         seed: seed of displacements and velocities
@@ -283,6 +285,9 @@ def check(
     """
     if (model is None) == (calculator is None):
         raise UsageError("give either MODEL or --calculator module:NAME")
+    if python is not None and calculator is None:
+        raise UsageError("--python is for --calculator: leave it out")
+    from escaip.calculators import RemoteCalculator
     from escaip.files import write_json
     from escaip.simulate.check import check_calculator, check_pairs, default_structures, pair_elements
     from escaip.simulate.output import read_structure
@@ -290,7 +295,7 @@ def check(
     if model is not None:
         made = make_calculator(model, graph_skin=graph_skin, cuda_graphs=cuda_graphs, **options)
     else:
-        made = import_calculator(calculator or "")
+        made = RemoteCalculator(str(calculator), python=python) if python else import_calculator(str(calculator))
     structures = [read_structure(path, frame) for path in structure or ()] or default_structures(made)
     reports = [check_calculator(made, atoms, seed=seed, temperature=temperature) for atoms in structures]
     pairs = check_pairs(made, elements or pair_elements(made, structures), demanded=elements is not None)

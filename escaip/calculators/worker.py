@@ -1,4 +1,4 @@
-"""Runs the jobs of `escaip distil` with one calculator: a program of its own for any Python that has ASE.
+"""Runs jobs with one calculator: a program of its own for any Python that has ASE.
 
 It imports nothing of the package. The first line of standard input names the calculator, every further line is a job,
 and every line of standard output answers one; all are JSON. What a calculator prints goes to standard error.
@@ -33,7 +33,6 @@ def main() -> None:
         answers.flush()
 
     setup = json.loads(sys.stdin.readline())
-    sys.path[0] = setup["folder"]  # instead of the folder of this file, whose neighbors are no modules
     try:
         calculator: Any = pkgutil.resolve_name(setup["calculator"])
         if isinstance(calculator, type) or not hasattr(calculator, "get_potential_energy"):
