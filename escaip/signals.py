@@ -7,10 +7,12 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from escaip.errors import EscaipError
 
 
 class StopSignals:
@@ -67,6 +69,20 @@ def continued_by_same_command(at_once: bool = True) -> Iterator[StopSignals]:
             print(f"{received.name}: stopped; continue with")
             print(shlex.join(["escaip", *sys.argv[1:]]))
             raise SystemExit(128 + received) from None
+
+
+def run_as_child(work: Callable[[], object]) -> int:
+    """Does the work of a process that ends with the one that began it, and returns its exit status.
+
+    What a user can cause is printed as one line.
+    """
+    end_with_parent()
+    try:
+        work()
+    except EscaipError as error:
+        print(f"escaip: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def end_with_parent() -> None:

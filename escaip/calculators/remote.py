@@ -100,8 +100,8 @@ class Worker:
 class RemoteCalculator(Calculator):
     """A calculator that another Python runs, with the answers of an ordinary one of ASE.
 
-    For calculators whose dependencies clash with this package's, to compare with or to check. Energy in eV, forces in
-    eV/Å, stress in eV/Å³ where the calculator has it.
+    For calculators whose dependencies clash with this package's, to compare with or to check. Energy in eV (the free
+    energy where a calculator tells both), forces in eV/Å, stress in eV/Å³ if there is one.
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012

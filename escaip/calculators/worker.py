@@ -113,7 +113,7 @@ class _Frames:
 def _stress(atoms: Any) -> list[float] | None:
     try:
         stress = np.asarray(atoms.get_stress(), dtype=float)
-    except (NotImplementedError, RuntimeError):
+    except NotImplementedError:  # ASE's PropertyNotImplementedError is one
         return None
     if not np.isfinite(stress).all():
         raise Unusable("the calculator's stress is not finite")

@@ -39,6 +39,13 @@ class Teacher:
         _positive("teacher", self, "max_force", "max_stress", "timeout")
 
 
+_SETTINGS = {
+    "prototypes": ("elements", "formulas", "relax"), "smiles": ("groups", "conformers", "charges", "relax"),
+    "dimers": ("points", "reach"), "file": ("relax",),
+}  # fmt: skip
+"""Settings of each kind of base."""
+
+
 @dataclass(frozen=True)
 class Base:
     """Structures to start from: prototypes of crystals, molecules, dimers, or those of a file. One kind each.
@@ -56,7 +63,7 @@ class Base:
         reach: Å, the largest distance of a dimer.
         file: anything ASE reads.
         count: at most so many crystals, molecules or frames, drawn with the seed; 0 for all.
-        relax: steps of the teacher that relax positions and cell first; 0 takes the structure as it is.
+        relax: steps of the teacher that relax positions and cell first; 0 takes the structure as it is, as dimers are.
     """
 
     prototypes: tuple[str, ...] = ()
@@ -77,8 +84,11 @@ class Base:
         kinds = [name for name in ("prototypes", "smiles", "dimers", "file") if getattr(self, name)]
         if len(kinds) != 1:
             raise ConfigError(f"give one of prototypes, smiles, dimers and file, not {' and '.join(kinds) or 'none'}")
-        if (kinds == ["prototypes"]) != bool(self.elements or self.formulas) or (self.elements and self.formulas):
-            raise ConfigError("prototypes need elements or formulas, one of both, and nothing else takes them")
+        changed = {one.name for one in fields(self) if getattr(self, one.name) not in (one.default, {})}
+        if foreign := sorted(changed - {kinds[0], "count", *_SETTINGS[kinds[0]]}):
+            raise ConfigError(f"{foreign[0]} is not for {kinds[0]}: leave it out")
+        if kinds == ["prototypes"] and bool(self.elements) == bool(self.formulas):
+            raise ConfigError("prototypes need elements or formulas, one of both")
         _positive("", self, "conformers", "points", "reach")
 
 

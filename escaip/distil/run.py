@@ -30,11 +30,11 @@ from escaip.data.store_writer import StoreWriter
 from escaip.distil.labels import Job, Labeler, LabelLog, frames_of
 from escaip.distil.plan import DistilPlan, Dynamics
 from escaip.distil.structures import Structure, generator, make_bases, make_variations
-from escaip.errors import ConfigError, DataError, EscaipError, TrainingError
+from escaip.errors import ConfigError, DataError, TrainingError
 from escaip.evaluate.run import evaluate
 from escaip.files import aligned, config_path, read_yaml, sha256, try_lock, write_file, write_json, write_results
 from escaip.potential import load_potential
-from escaip.signals import end_with_parent
+from escaip.signals import run_as_child
 from escaip.simulate.guards import find_contact
 from escaip.simulate.select import score_frames, select_frames
 
@@ -338,7 +338,9 @@ class _Campaign:
         record = folder / "record.json"
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         if known.get("digest") != digest:
-            shutil.rmtree(folder, ignore_errors=True)  # of other data or options
+            if known:
+                self._say(f"{stage}: data or options have changed since its training, which begins anew")
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(record, {"digest": digest})
         elif "best" in known:
@@ -430,18 +432,7 @@ def _digest(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs a training that ends with the process that began it, and returns the exit status."""
+if __name__ == "__main__":
     from escaip.train.commands import fit
 
-    end_with_parent()
-    try:
-        fit(list(argv[1:]))
-    except EscaipError as error:
-        print(f"escaip: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_as_child(lambda: fit(sys.argv[2:])))

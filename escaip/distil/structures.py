@@ -18,8 +18,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from escaip.distil.plan import Base, Variation
-from escaip.errors import ConfigError, DataError
-from escaip.files import one_line, resolve
+from escaip.errors import ConfigError
+from escaip.simulate.output import read_structures
 
 _VACUUM, _SLAB = 12.0, 8.0  # Å
 _GAP = 1.6  # Å between two molecules that are packed, at least
@@ -120,7 +120,7 @@ def vary(atoms: Atoms, variation: Variation, rng: Generator, others: Sequence[At
     """
     made = _plain(atoms)
     crystal = bool(made.pbc.any())
-    wanted = [name for name in ("mix", "surface", "cluster", "vacancies", "swaps") if getattr(variation, name)]
+    wanted = [name for name in ("atoms", "mix", "surface", "cluster", "vacancies", "swaps") if getattr(variation, name)]
     if wanted and not crystal:
         raise ConfigError(f"{wanted[0]} is for crystals, and this is a molecule")
     if crystal and (variation.copies > 1 or variation.stretch):
@@ -143,7 +143,9 @@ def vary(atoms: Atoms, variation: Variation, rng: Generator, others: Sequence[At
     if variation.copies > 1:
         drawn = [(others or [made])[int(rng.integers(len(others) or 1))] for _ in range(variation.copies - 1)]
         made = _packed([made, *drawn], variation.density, rng)
-    if variation.strain and made.pbc.any():
+    if variation.strain:
+        if not made.pbc.any():
+            raise ConfigError("strain is for what is periodic: leave it out")
         made.set_cell(made.cell.array @ _deformation(variation.strain, rng), scale_atoms=True)
     if variation.stretch:
         _stretch(made, float(rng.uniform(variation.stretch[0], variation.stretch[1])), rng)
@@ -191,7 +193,7 @@ def _crystals(base: Base) -> Iterator[tuple[str, str, Atoms]]:
     from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
     library = {entry["tags"]["strukturbericht"]: entry["snl"].structure for entry in AFLOW_PROTOTYPE_LIBRARY}
-    matcher = StructureMatcher()
+    matcher, fitting = StructureMatcher(), set[str]()
     for symbol in base.elements:
         _number(symbol)
     for prototype in base.prototypes:
@@ -204,6 +206,7 @@ def _crystals(base: Base) -> Iterator[tuple[str, str, Atoms]]:
         else:
             formulas = [Composition(formula) for formula in base.formulas]
             own = structure.composition.anonymized_formula
+            fitting |= {f.reduced_formula for f in formulas if f.anonymized_formula == own}
             choices = [
                 tuple(one.symbol for one in order)
                 for formula in formulas if formula.anonymized_formula == own
@@ -219,6 +222,10 @@ def _crystals(base: Base) -> Iterator[tuple[str, str, Atoms]]:
             label = f"{prototype}-{made.composition.reduced_formula}" + (f"-{len(same) + 1}" if same else "")
             same.append(made)
             yield label, label, _touching(made.to_ase_atoms())
+    if lost := [formula for formula in base.formulas if Composition(formula).reduced_formula not in fitting]:
+        raise ConfigError(
+            f"none of the prototypes has the stoichiometry of {', '.join(lost)}: add one, or leave them out"
+        )
 
 
 def _fits(own: Any, kinds: Sequence[Any], formula: Any, order: Sequence[Any]) -> bool:
@@ -254,6 +261,8 @@ def _all_smiles(base: Base) -> list[str]:
         for choice in itertools.product(*(base.groups[name] for name in pieces[1::2])):
             pieces[1::2] = choice
             found.append("".join(pieces))
+    if unused := [name for name in base.groups if not any(f"{{{name}}}" in template for template in base.smiles)]:
+        raise ConfigError(f"groups.{unused[0]} is in no SMILES")
     return found
 
 
@@ -308,14 +317,7 @@ def _dimers(base: Base) -> Iterator[tuple[str, str, Atoms]]:
 
 
 def _read(base: Base) -> Iterator[tuple[str, str, Atoms]]:
-    import ase.io
-
-    path = resolve(base.file)
-    try:
-        frames: Any = ase.io.read(path, ":")
-    except Exception as error:  # ASE's readers raise anything
-        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
-    for number, atoms in enumerate(frames):
+    for number, atoms in enumerate(read_structures(base.file)):
         yield f"{number}", f"{atoms.get_chemical_formula()} {number}", _plain(atoms)
 
 

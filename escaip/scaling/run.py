@@ -24,10 +24,10 @@ from typing import IO, TYPE_CHECKING
 import yaml
 
 from escaip import __version__
-from escaip.errors import ConfigError, DataError, EscaipError, TrainingError
+from escaip.errors import ConfigError, DataError, TrainingError
 from escaip.files import first_line, try_lock, write_file
 from escaip.scaling.study import RECORDS, Job, Record, StudyPlan
-from escaip.signals import end_with_parent
+from escaip.signals import run_as_child
 
 if TYPE_CHECKING:
     from escaip.train.cli import TrainingCLI
@@ -389,14 +389,12 @@ def main(argv: Sequence[str]) -> int:
     """Trains the job of a study's folder and an id, and returns the exit status."""
     study, job_id = Path(argv[0]), argv[1]
     folder = folder_of(study, job_id)
-    end_with_parent()
-    try:
+
+    def work() -> None:
         if not (folder / RECORD).is_file():
             train(study, Job(**json.loads((folder / JOB).read_text(encoding="utf-8"))))
-    except EscaipError as error:
-        print(f"escaip: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_as_child(work)
 
 
 if __name__ == "__main__":

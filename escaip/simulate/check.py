@@ -45,7 +45,7 @@ _CROSSINGS = 6  # changes of the graph looked at
 _DIRECTIONS = 6  # of the Jacobian
 _VACUUM = 30.0  # Å between images that a local potential does not notice
 _THREADS, _EACH = 4, 3  # threads, and structures of each
-_AGAIN = 40  # evaluations whose memory is compared
+_AGAIN = 20  # evaluations whose memory is compared
 _MAX_ELEMENTS = 12  # whose pairs are scanned unless elements are named
 _HOLE, _STEP = 0.5, 0.02  # eV and Å, of a scan of two atoms
 

@@ -124,6 +124,8 @@ def test_what_stops_a_distillation(tmp_path: Path) -> None:
         ("bases.metals.prototypes", [], "bases.metals: give one of prototypes, smiles, dimers and file"),
         ("bases.metals.elements", [False], "bases.metals.elements is False: write text"),
         ("bases.metals.formulas", ["MgO"], "bases.metals: prototypes need elements or formulas"),
+        ("bases.metals.conformers", 3, "bases.metals: conformers is not for prototypes"),
+        ("bases.pairs.relax", 5, "bases.pairs: relax is not for dimers"),
         ("structures.strained.of", ["metal"], "structures.strained.of: there is no base 'metal': bases are metals"),
         ("structures.strained.strain", 0.7, "structures.strained: strain is 0.7"),
         ("structures.strained.cluster", True, None),

@@ -157,7 +157,8 @@ def test_strains_stay_within_their_bound() -> None:
     assert max(np.abs(change).max() for change in changes) <= 0.1 + 1e-6
     alone = [np.allclose(change, np.eye(3) * change[0, 0]) for change in changes]
     assert 5 < sum(alone) < 25
-    assert varied(WATER, strain=0.1) == varied(WATER)
+    with pytest.raises(ConfigError, match="strain is for what is periodic"):
+        varied(WATER, strain=0.1)
 
 
 def test_boxes_have_their_density_and_no_contacts() -> None:
@@ -202,6 +203,7 @@ def test_a_structure_depends_on_its_number_and_seed_alone() -> None:
     [
         ({"prototypes": ("Z9",), "elements": ("Cu",)}, r"bases\.b: prototype 'Z9'"),
         ({"prototypes": ("A1",), "elements": ("Qq",)}, "'Qq' is no element"),
+        ({"prototypes": ("B1",), "formulas": ("MgO", "TiO2")}, "none of the prototypes .* of TiO2"),
         ({"smiles": ("C(",)}, r"'C\(' is no SMILES"),
     ],
 )

@@ -212,7 +212,7 @@ def make_job(folder: Path, trainer: dict[str, Any] | None = None, **changes: Any
 
 
 def test_a_run_and_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "end_with_parent", lambda: None)
+    monkeypatch.setattr("escaip.signals.end_with_parent", lambda: None)
     job = make_job(tmp_path)
     assert main([str(tmp_path), job.id]) == 0
     file = folder_of(tmp_path, job.id) / "record.json"
